@@ -1,0 +1,188 @@
+"""What every distribution of the library is: a frozen pytree of arrays with a density, a sampler, a KL and a Fisher.
+
+Conventions of this room. A distribution has *fields* (its parameters), all real floating arrays of one dtype. Each field has
+shape ``[*batch, *event of the field]``; fields are broadcast to one batch shape when the distribution is made. A batch
+is a product of independent distributions: ``log_prob``, ``kl`` and ``mean`` keep the batch axes, and whoever needs the
+joint law of the product sums over them. Logarithms are natural, divergences in nats.
+
+The Fisher information of a distribution in its own fields is stated once, as a square root ``B`` with ``F = B B^T``:
+positive semi-definite by construction, and what scores are made of (column ``j`` of ``B`` pulled back through the model is row
+``j`` of the exact Fisher's score matrix). Products and the dense matrix follow from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Self, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
+
+from jaxfisher._linalg import matmul
+
+
+@dataclass_transform(frozen_default=True)
+def family(cls: type) -> type:
+    """Make a subclass of `Distribution` a frozen dataclass and a pytree whose leaves are its fields.
+
+    Unflattening does not run ``__init__``: JAX puts tracers, ``None`` and batched arrays into pytrees, and checks and
+    broadcasting are for what a user writes.
+    """
+    cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    names = tuple(field.name for field in dataclasses.fields(cls))
+    keys = tuple(jax.tree_util.GetAttrKey(name) for name in names)
+
+    def flatten_with_keys(self: Any) -> tuple[tuple[Any, ...], None]:
+        return tuple((key, getattr(self, name)) for key, name in zip(keys, names, strict=True)), None
+
+    def flatten(self: Any) -> tuple[tuple[Any, ...], None]:
+        return tuple(getattr(self, name) for name in names), None
+
+    def unflatten(_: None, children: Any) -> Any:
+        self: Any = object.__new__(cls)
+        for name, child in zip(names, children, strict=True):
+            object.__setattr__(self, name, child)
+        return self
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
+
+class Distribution:
+    """A distribution over one target, or a batch of independent ones.
+
+    Subclasses are made with `family` and give: the fields, ``field_ndims``, ``event_ndim``, `log_prob`, `sample`, `kl`, `mean`
+    and `fisher_sqrt_mv`.
+    """
+
+    field_ndims: ClassVar[tuple[int, ...]]
+    """Number of event axes of each field, in the order of the fields: ``(1, 2)`` for a mean vector and a matrix."""
+    event_ndim: ClassVar[int]
+    """Number of axes of one draw: 0 for scalars, 1 for vectors."""
+
+    def __post_init__(self) -> None:
+        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        values = [_as_field(type(self).__name__, name, getattr(self, name)) for name in names]
+        dtype = jnp.result_type(*values)
+        batches, events = [], []
+        for name, value, ndim in zip(names, values, self.field_ndims, strict=True):
+            if value.ndim < ndim:
+                raise ValueError(
+                    f"{type(self).__name__}: `{name}` has shape {value.shape}, but needs at least {ndim} axes "
+                    f"(batch axes first, then {ndim} of its own)."
+                )
+            split = value.ndim - ndim
+            batches.append(value.shape[:split])
+            events.append(value.shape[split:])
+        try:
+            batch = jnp.broadcast_shapes(*batches)
+        except ValueError as error:
+            seen = ", ".join(f"{name} {value.shape}" for name, value in zip(names, values, strict=True))
+            raise ValueError(
+                f"{type(self).__name__}: the batch shapes of its fields do not broadcast together: {seen}. "
+                "Give fields of equal shape, or scalars."
+            ) from error
+        for name, value, event in zip(names, values, events, strict=True):
+            object.__setattr__(self, name, jnp.broadcast_to(value.astype(dtype), batch + event))
+        self._check_fields()
+
+    def _check_fields(self) -> None:
+        """Raise `ValueError` for field shapes the family cannot have. Called once the fields are arrays of one batch shape."""
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Shape of the batch of independent distributions; ``()`` for one."""
+        first: Array = getattr(self, dataclasses.fields(self)[0].name)  # type: ignore[arg-type]
+        return first.shape[: first.ndim - self.field_ndims[0]]
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one draw from one distribution of the batch."""
+        return self.mean.shape[len(self.batch_shape) :]
+
+    @property
+    def mean(self) -> Float[Array, "*batch_and_event"]:
+        """The expectation of a draw, shape ``[*batch, *event]``."""
+        raise NotImplementedError
+
+    @property
+    def fisher_source(self) -> str:
+        """Where the Fisher comes from: ``"closed form"`` in every family of the library."""
+        return "closed form"
+
+    def log_prob(self, x: Shaped[Array, "*batch_and_event"]) -> Float[Array, "*batch"]:
+        """Natural logarithm of the density (or probability) at ``x``, one for each distribution of the batch."""
+        raise NotImplementedError
+
+    def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Shaped[Array, "*shape_batch_event"]:
+        """Independent draws, shape ``[*shape, *batch, *event]``."""
+        raise NotImplementedError
+
+    def kl(self, other: Self) -> Float[Array, "*batch"]:
+        """``KL(self || other) = E_self[log self - log other]`` in nats, one for each distribution of the batch."""
+        raise NotImplementedError
+
+    def fisher_noise(self) -> Any:
+        """Zeros of the space that `fisher_sqrt_mv` acts on: a pytree, here one like the distribution itself."""
+        return jax.tree.map(jnp.zeros_like, self)
+
+    def fisher_sqrt_mv(self, u: Any) -> Self:
+        """``B u``, linear in ``u``, where ``B B^T`` is the Fisher information in the fields.
+
+        ``u`` is like `fisher_noise`; the result is a pytree like the distribution, each field holding the derivative with
+        respect to that field.
+        """
+        raise NotImplementedError
+
+    def fisher_mv(self, v: Self) -> Self:
+        """``F v = B (B^T v)`` for a tangent ``v`` in the fields (a pytree like the distribution)."""
+        (u,) = jax.linear_transpose(self.fisher_sqrt_mv, self.fisher_noise())(v)
+        return self.fisher_sqrt_mv(u)
+
+    def fisher_matrix(self) -> Float[Array, "fields fields"]:
+        """The Fisher information over the fields flattened in `jax.flatten_util.ravel_pytree` order.
+
+        The sum over the batch of independent distributions: block-diagonal in batch elements up to the ordering.
+        """
+        noise, unravel = ravel_pytree(self.fisher_noise())
+        columns = jax.vmap(lambda u: ravel_pytree(self.fisher_sqrt_mv(unravel(u)))[0])(jnp.eye(noise.size, dtype=noise.dtype))
+        return matmul(columns.T, columns)
+
+    def _same_family(self, other: Any) -> Self:
+        """Return ``other`` if `kl` to it has a meaning here, else raise."""
+        if type(other) is not type(self):
+            raise TypeError(
+                f"{type(self).__name__}.kl: expected another {type(self).__name__}, got {type(other).__name__}. "
+                "For two families, estimate the divergence with jf.monte_carlo_kl."
+            )
+        return other
+
+    def _make(self, *fields: Array) -> Self:
+        """A distribution-shaped pytree of tangents: the given values as fields, unchecked."""
+        made: Self = jax.tree.unflatten(jax.tree.structure(self), fields)
+        return made
+
+    def __repr__(self) -> str:
+        inside = []
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            inside.append(f"{field.name}={_describe(value)}")
+        return f"{type(self).__name__}({', '.join(inside)})"
+
+
+def _as_field(owner: str, name: str, value: Any) -> Array:
+    # A Python integer is a literal like 0.0: it takes the dtype of the fields beside it.
+    array = jnp.asarray(float(value) if isinstance(value, int) else value)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"{owner}: `{name}` is complex ({array.dtype}); its parameters are real.")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return array.astype(jnp.result_type(float))
+    return array
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, jax.Array):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return repr(value)

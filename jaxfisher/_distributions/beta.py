@@ -1,0 +1,69 @@
+"""The beta distribution: the Dirichlet of two classes, seen through the first."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxfisher._distributions.base import Distribution, family
+from jaxfisher._distributions.dirichlet import divergence, fisher_root, log_density
+from jaxfisher._distributions.special import aligned
+from jaxfisher._distributions.stable import ratio
+
+
+@family
+class Beta(Distribution):
+    r"""Beta distribution on ``0 < x < 1`` with concentrations ``a > 0`` of ``x`` and ``b > 0`` of ``1 - x``.
+
+    .. math:: \log p(x) = (a - 1)\log x + (b - 1)\log(1 - x) - \log B(a, b), \qquad
+        F(a, b) = \mathrm{diag}(\psi'(a), \psi'(b)) - \psi'(a + b)\, 1 1^T.
+
+    ``log_prob`` is ``-inf`` outside ``[0, 1]``; at the ends it is the limit from within.
+
+    Args:
+        a: concentration of ``x``, shape ``[*batch]``, no unit. Not checked: a negative one gives no density.
+        b: concentration of ``1 - x``, shape ``[*batch]``, no unit. Not checked.
+
+    Raises:
+        ValueError: the shapes do not broadcast together.
+        TypeError: a complex field.
+
+    Reference: Johnson, Kotz and Balakrishnan, Continuous Univariate Distributions, volume 2 (1995), chapter 25.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> p = jf.Beta(2.0, 2.0)
+    >>> print(round(float(jnp.exp(p.log_prob(0.5))), 4), float(p.mean))
+    1.5 0.5
+    """
+
+    a: Float[Array, "*batch"]
+    b: Float[Array, "*batch"]
+
+    field_ndims = (0, 0)
+    event_ndim = 0
+
+    @property
+    def mean(self) -> Float[Array, "*batch"]:
+        a, b = aligned(self.a, self.b)
+        return ratio(a, a + b).astype(self.a.dtype)
+
+    def log_prob(self, x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        a, b, x = aligned(self.a, self.b, jnp.asarray(x))
+        return log_density(jnp.stack([a, b], -1), jnp.stack([x, 1 - x], -1)).astype(self.a.dtype)
+
+    def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Float[Array, "*shape_and_batch"]:
+        size = shape + self.batch_shape
+        a, b = (jnp.broadcast_to(field, size) for field in aligned(self.a, self.b))
+        return jax.random.beta(key, a, b, dtype=a.dtype).astype(self.a.dtype)
+
+    def kl(self, other: Beta) -> Float[Array, "*batch"]:
+        """That of the two Dirichlet distributions."""
+        other = self._same_family(other)
+        a, b, c, d = aligned(self.a, self.b, other.a, other.b)
+        return divergence(jnp.stack([a, b], -1), jnp.stack([c, d], -1)).astype(self.a.dtype)
+
+    def fisher_sqrt_mv(self, u: Beta) -> Beta:
+        a, b, u_a, u_b = aligned(self.a, self.b, u.a, u.b)
+        fields = fisher_root(jnp.stack([a, b], -1), jnp.stack([u_a, u_b], -1))
+        return self._make(fields[..., 0].astype(self.a.dtype), fields[..., 1].astype(self.a.dtype))

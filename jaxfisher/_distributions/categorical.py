@@ -1,0 +1,94 @@
+"""The categorical distribution."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxfisher._distributions.base import Distribution, family
+from jaxfisher._distributions.excess import exp_excess
+
+
+@family
+class Categorical(Distribution):
+    r"""Distribution over the classes ``0 .. C - 1`` with probabilities ``softmax(logits)``.
+
+    .. math:: \log p(y) = z_y - \log\sum_c e^{z_c}, \qquad F(z) = \mathrm{diag}(\pi) - \pi\pi^T = B B^T, \quad
+        B u = \sqrt\pi \odot u - \pi\,(\sqrt\pi \cdot u).
+
+    The Fisher is singular: adding a constant to all logits changes nothing. A class of probability zero (a logit of
+    ``-inf``, or one that underflows) contributes nothing to `kl` and to the Fisher.
+
+    Args:
+        logits: unnormalised log-probabilities, shape ``[*batch, C]``.
+
+    Raises:
+        ValueError: ``logits`` has no class axis, or an empty one.
+        TypeError: complex logits.
+
+    Reference: Martens, New insights and perspectives on the natural gradient method (JMLR 2020), section 9.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> p = jf.Categorical(jnp.log(jnp.array([0.25, 0.75])))
+    >>> print(jnp.round(p.fisher_matrix(), 4))
+    [[ 0.1875 -0.1875]
+     [-0.1875  0.1875]]
+    """
+
+    logits: Float[Array, "*batch classes"]
+
+    field_ndims = (1,)
+    event_ndim = 0
+
+    def _check_fields(self) -> None:
+        if self.logits.shape[-1] == 0:
+            raise ValueError(f"Categorical: `logits` has shape {self.logits.shape}: no classes. Give one logit per class.")
+
+    @property
+    def probs(self) -> Float[Array, "*batch classes"]:
+        """``softmax(logits)``."""
+        return jax.nn.softmax(self.logits, axis=-1)
+
+    @property
+    def mean(self) -> Float[Array, "*batch"]:
+        """The expected class index ``sum_c c p_c``."""
+        classes = jnp.arange(self.logits.shape[-1], dtype=self.logits.dtype)
+        return jnp.sum(self.probs * jnp.broadcast_to(classes, self.logits.shape), axis=-1)
+
+    def log_prob(self, x: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+        log_probs = jax.nn.log_softmax(self.logits, axis=-1)
+        batch = jnp.broadcast_shapes(jnp.shape(x), self.batch_shape)
+        log_probs = jnp.broadcast_to(log_probs, batch + log_probs.shape[-1:])
+        label = jnp.broadcast_to(jnp.asarray(x), batch)[..., None]
+        index = label.astype(int)
+        picked = jnp.take_along_axis(log_probs, index, axis=-1, mode="clip")
+        # A class out of range, or a label that is no integer, reads as NaN: it must not pass for a class. As a factor, so that
+        # the gradient is NaN too.
+        known = (index >= 0) & (index < log_probs.shape[-1]) & (index.astype(label.dtype) == label)
+        return (picked * jnp.where(known, 1, jnp.nan).astype(picked.dtype))[..., 0]
+
+    def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Int[Array, "*shape_and_batch"]:
+        return jax.random.categorical(key, self.logits, axis=-1, shape=shape + self.batch_shape).astype(jnp.int32)
+
+    def kl(self, other: Categorical) -> Float[Array, "*batch"]:
+        """``sum_c p_c (log p_c - log q_c)``; classes with ``p_c = 0`` contribute zero.
+
+        At near logits as ``log(1 + sum_c p_c (e^d_c - 1 - d_c))``, ``d`` the change of the logits less its mean under ``p``: a
+        sum of terms that are never negative, all zero where the arguments are equal.
+        """
+        other = self._same_family(other)
+        log_p = jax.nn.log_softmax(self.logits, axis=-1)
+        log_q = jax.nn.log_softmax(other.logits, axis=-1)
+        p = jnp.exp(log_p)
+        # The inner `where`s keep the gradient of the unused branch finite.
+        far = jnp.sum(p * (jnp.where(p > 0, log_p, 0) - jnp.where(p > 0, log_q, 0)), axis=-1)
+        change = jnp.where(p > 0, other.logits, 0) - jnp.where(p > 0, self.logits, 0)
+        change = change - jnp.sum(p * change, axis=-1, keepdims=True)
+        near = jnp.all((p > 0) & (jnp.abs(change) <= 1), axis=-1, keepdims=True)
+        small = jnp.where(near, change, 0)
+        return jnp.where(near[..., 0], jnp.log1p(jnp.sum(p * exp_excess(small), axis=-1)), far)
+
+    def fisher_sqrt_mv(self, u: Categorical) -> Categorical:
+        root = jnp.exp(0.5 * jax.nn.log_softmax(self.logits, axis=-1))
+        return self._make(root * (u.logits - root * jnp.sum(root * u.logits, axis=-1, keepdims=True)))

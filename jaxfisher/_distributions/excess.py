@@ -1,0 +1,27 @@
+"""What convex functions exceed their tangent by: the divergences between two rates or two scales are made of these."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxfisher._distributions.special import exp_gap_ratio, log_gap_ratio
+from jaxfisher._distributions.stable import ratio
+
+
+def excess_over_log(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """``x/y - 1 - log(x/y)`` for positive ``x`` and ``y``: zero, to second order, where they are equal.
+
+    The divergence between two scales. Near equality the difference is taken before the quotient; far from it ``log x - log y``
+    stays finite where ``x/y`` underflows.
+    """
+    excess = ratio(x - y, y)
+    near = jnp.abs(excess) < 0.5
+    # The inner `where` keeps the gradient of the unused branch finite.
+    small = jnp.where(near, excess, 0)
+    return jnp.where(near, small * log_gap_ratio(small), excess - (jnp.log(x) - jnp.log(y)))
+
+
+def exp_excess(d: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """``e^d - 1 - d``: never negative, and zero to second order at 0, with all its digits."""
+    return -d * exp_gap_ratio(-d)

@@ -1,0 +1,210 @@
+r"""The negative binomial distribution.
+
+Notation: mean ``m``, dispersion ``alpha``, number of failures ``r = 1/alpha``. The divergence splits, without remainder,
+into one between means at the dispersion of the second argument, which is elementary (`_mean_divergence`), and one between
+dispersions at the mean ``m`` of the first. With Malmsten's integral for the logarithm of the gamma function the second is
+
+.. math:: \int_0^\infty (e^{-r' t} - e^{-r t})\, W(t)\, \frac{dt}{t}, \qquad
+    W(t) = \frac{1 - G(e^{-t})}{1 - e^{-t}} - \frac{1 - e^{-m t}}{t}, \quad G(s) = (1 + m\alpha(1 - s))^{-r},
+
+with ``G`` the generating function of the counts. The same ``W`` gives the information on ``r``, ``int t exp(-r t) W(t) dt``,
+and ``int exp(-r t) W(t) dt`` is zero, since the expected score is.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
+
+from jaxfisher._distributions.base import Distribution, family
+from jaxfisher._distributions.special import (
+    aligned,
+    exp_gap_ratio,
+    exp_gap_slope,
+    exp_ratio,
+    last_axis,
+    log_gap_ratio,
+    log_gap_slope,
+    log_ratio,
+    stirling,
+)
+from jaxfisher._distributions.stable import ratio
+
+_HALF_LOG_TWO_PI = 0.9189385332046727
+
+
+@family
+class NegativeBinomial(Distribution):
+    r"""Counts ``0, 1, 2, ...`` with mean ``m = exp(log_mean)`` and variance ``m + alpha m^2``, ``alpha = exp(log_dispersion)``.
+
+    .. math:: p(k) = \frac{\Gamma(k + r)}{\Gamma(r)\, k!} \Big(\frac{r}{r + m}\Big)^r \Big(\frac{m}{r + m}\Big)^k, \quad
+        r = 1/\alpha, \qquad F(\log m, \log\alpha) = \mathrm{diag}\Big(\frac{m}{1 + \alpha m},\; r^2 I\Big),
+
+    .. math:: I = \psi'(r) - E\,\psi'(r + k) - \frac{m}{r(r + m)}.
+
+    A Poisson variable whose rate is gamma distributed; ``alpha -> 0`` is the Poisson distribution, and is approached
+    without loss of digits. ``log_prob`` is ``-inf`` at negative and fractional values. Draws are int32.
+
+    The divergence and the second entry of the Fisher are one-dimensional integrals, summed with a fixed number of nodes.
+    Measured against 40-digit sums, means 1e-22 to 1e3 and dispersions 1e-8 to 1e3: relative error below 1e-14 in float64 and
+    5e-6 in float32, also between nearly equal distributions.
+
+    Args:
+        log_mean: logarithm of the expected count, shape ``[*batch]``, in nats.
+        log_dispersion: logarithm of ``alpha``, shape ``[*batch]``, in nats. Dispersions below ``exp(-80)`` are taken as that.
+
+    Raises:
+        ValueError: the shapes do not broadcast together.
+        TypeError: a complex field.
+
+    Reference: Lawless, Negative binomial and mixed Poisson regression (Canadian Journal of Statistics 1987), section 2.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> p = jf.NegativeBinomial(jnp.log(3.0), 0.0)
+    >>> print(round(float(jnp.exp(p.log_prob(0))), 4), round(float(p.mean), 4))
+    0.25 3.0
+    """
+
+    log_mean: Float[Array, "*batch"]
+    log_dispersion: Float[Array, "*batch"]
+
+    field_ndims = (0, 0)
+    event_ndim = 0
+
+    @property
+    def mean(self) -> Float[Array, "*batch"]:
+        (log_mean,) = aligned(self.log_mean)
+        return jnp.exp(log_mean).astype(self.log_mean.dtype)
+
+    def log_prob(self, x: Shaped[Array, "*batch"]) -> Float[Array, "*batch"]:
+        log_mean, log_alpha, count = aligned(self.log_mean, self.log_dispersion, jnp.asarray(x))
+        alpha, r = _dispersion(log_alpha)
+        mean = jnp.exp(log_mean)
+        # Written so that NaN is not outside: it must come out as NaN.
+        outside = (count < 0) | (count - jnp.floor(count) > 0)
+        k = jnp.where(outside | (count == 0), 1, count)
+        # The saddle point: the divergence from mean k to mean m, and what Stirling's formula leaves of the gamma functions.
+        saddle = _mean_divergence(jnp.log(k), log_mean - jnp.log(k), -jnp.maximum(log_alpha, -80))
+        rest = stirling(k + r) - stirling(r) - stirling(k) - 0.5 * jnp.log1p(alpha * k) - 0.5 * jnp.log(k) - _HALF_LOG_TWO_PI
+        # One exponential: the derivative of a product with the mean would form its square.
+        at_zero = -mean * log_ratio(jnp.exp(log_mean + jnp.maximum(log_alpha, -80)))
+        log_prob = jnp.where(outside, -jnp.inf, jnp.where(count == 0, at_zero, rest - saddle))
+        return log_prob.astype(self.log_mean.dtype)
+
+    def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Int[Array, "*shape_and_batch"]:
+        size = shape + self.batch_shape
+        log_mean, log_alpha = (jnp.broadcast_to(v, size) for v in aligned(self.log_mean, self.log_dispersion))
+        alpha, r = _dispersion(log_alpha)
+        key_rate, key_count = jax.random.split(key)
+        rate = jnp.exp(log_mean) * alpha * jax.random.gamma(key_rate, r, dtype=r.dtype)
+        return jax.random.poisson(key_count, rate, dtype=jnp.int32)
+
+    def kl(self, other: NegativeBinomial) -> Float[Array, "*batch"]:
+        """The divergence between means at the dispersion of ``other``, and that between dispersions at the mean of ``self``."""
+        other = self._same_family(other)
+        log_mean, log_alpha, log_mean_q, log_alpha_q = aligned(
+            self.log_mean, self.log_dispersion, other.log_mean, other.log_dispersion
+        )
+        means = _mean_divergence(log_mean, log_mean_q - log_mean, -jnp.maximum(log_alpha_q, -80))
+        return (means + _dispersion_divergence(log_mean, log_alpha, log_alpha_q)).astype(self.log_mean.dtype)
+
+    def fisher_sqrt_mv(self, u: NegativeBinomial) -> NegativeBinomial:
+        log_mean, log_alpha, u_mean, u_alpha = aligned(self.log_mean, self.log_dispersion, u.log_mean, u.log_dispersion)
+        alpha, _ = _dispersion(log_alpha)
+        of_mean = jnp.exp(0.5 * (log_mean - jnp.log1p(alpha * jnp.exp(log_mean)))) * u_mean
+        of_alpha = _dispersion_information_root(log_mean, log_alpha) * u_alpha
+        return self._make(of_mean.astype(self.log_mean.dtype), of_alpha.astype(self.log_mean.dtype))
+
+
+def _dispersion(log_alpha: Array) -> tuple[Array, Array]:
+    """``alpha`` and ``r``, both finite: below exp(-80) nothing in the results depends on the dispersion."""
+    log_alpha = jnp.maximum(log_alpha, -80)
+    return jnp.exp(log_alpha), jnp.exp(-log_alpha)
+
+
+def _mean_divergence(log_mean: Array, rise: Array, log_r: Array) -> Array:
+    """KL from mean ``m`` to ``m exp(rise)`` at one ``r``: ``(r + m) log((r + m')/(r + m)) - m log(m'/m)``.
+
+    Symmetric under exchange of ``m`` and ``r`` with the sign of ``rise``: the smaller of the two carries the result.
+    """
+    swap = log_r < log_mean
+    small = jnp.exp(jnp.where(swap, log_r, log_mean))
+    rise = jnp.where(swap, -rise, rise)
+    part = jax.nn.sigmoid(-jnp.abs(log_r - log_mean))  # of r + m
+    cap = 0.99 * jnp.log(jnp.finfo(rise.dtype).max)
+    over, rise = jnp.maximum(rise - cap, 0), jnp.minimum(rise, cap)
+    near = part * jnp.expm1(rise) < 1
+    # Two parts of second order in `rise`, the second at most half the first there; `part` enters the second alone.
+    d = jnp.where(near, rise, 0)
+    second_order = -small * d * exp_gap_ratio(-d) - small * jnp.expm1(d) * log_gap_ratio(part * jnp.expm1(d))
+    far = jnp.where(near, 1, rise)
+    whole = small + jnp.exp(jnp.maximum(log_r, log_mean))
+    plain = whole * (jnp.log1p(part * jnp.expm1(far)) + over) - small * (far + over)
+    return jnp.where(near, second_order, plain)
+
+
+def _dispersion_divergence(log_mean: Array, log_alpha: Array, log_alpha_q: Array) -> Array:
+    """KL between dispersions at one mean: the integral of ``(e^(-q x) - e^-x + c x e^-x) W`` over ``log x``, ``x = r t``.
+
+    ``q = r'/r``. The last term integrates to zero; with ``c = log q`` the integrand is of second order in ``c``.
+    """
+    c = jnp.maximum(log_alpha, -80) - jnp.maximum(log_alpha_q, -80)
+    x, step = _nodes(log_mean, log_alpha, c)
+    log_mean, log_alpha, c = (v[..., None] for v in (log_mean, log_alpha, c))
+    d = jnp.expm1(c)
+    near = jnp.abs(d * x) < 1
+    y = jnp.where(near, d * x, 0)
+    # e^-x ((e^-dx - 1 + d x) - x (d - c)), both of second order in c: d - c = e^c - 1 - c.
+    close = jnp.exp(-x) * (y * exp_gap_ratio(y) + jnp.where(near, x, 0) * c * exp_gap_ratio(-c))
+    apart = jnp.exp(-jnp.exp(c) * x) + (c * x - 1) * jnp.exp(-x)
+    kernel = jnp.where(near, close, apart)
+    size, w = _w(x, log_mean, log_alpha)
+    return step * size[..., 0] * (size[..., 0] * jnp.sum(kernel * w, axis=-1))
+
+
+def _dispersion_information_root(log_mean: Array, log_alpha: Array) -> Array:
+    """The root of ``r^2 int t e^(-r t) W dt``, the information on the logarithm of the dispersion."""
+    x, step = _nodes(log_mean, log_alpha, jnp.zeros_like(log_mean))
+    size, w = _w(x, log_mean[..., None], log_alpha[..., None])
+    return size[..., 0] * jnp.sqrt(step * jnp.sum(jnp.square(x) * jnp.exp(-x) * w, axis=-1))
+
+
+def _w(x: Array, log_mean: Array, log_alpha: Array) -> tuple[Array, Array]:
+    """``s = min(m alpha, 1)`` and ``W(x/r)/s^2``, as two terms of its own size, although ``W`` is a difference of two of ``m``.
+
+    With ``E(z) = (1 - e^-z)/z``, ``l(y) = log(1 + y)/y``, ``v = 1 - e^-t``, ``y = m alpha v``, ``L = m v l(y)``, ``M = m t``:
+    ``W = m (l (E(L) - E(M)) - (1 - l) E(M))``, and ``M - L = M (1 - (v/t) l)`` comes from ``1 - v/t`` and ``1 - l``. Each term
+    has a factor ``m alpha`` from each of its two parts, taken out where it is small, since its square may underflow.
+    """
+    alpha, _ = _dispersion(log_alpha)
+    strength = jnp.exp(log_mean + jnp.maximum(log_alpha, -80))
+    size, excess = jnp.minimum(strength, 1), jnp.maximum(strength, 1)
+    t, big = alpha * x, strength * x
+    v_ratio = exp_ratio(t)
+    y = big * alpha * v_ratio
+    slope, gap = log_ratio(y), log_gap_slope(y)
+    share = exp_gap_slope(t) + jnp.square(v_ratio) * strength * gap  # (M - L)/(M t)
+    low = big * v_ratio * slope
+    decay = jnp.exp(-low)
+    # E(L) - E(M) = ((M - L)/M) (E(L) - e^-L + e^-L (1 - E(M - L)))
+    near = low < 1
+    far = jnp.where(near, 1, low)
+    head = jnp.where(near, exp_ratio(low) - exp_gap_slope(jnp.where(near, low, 0)), ratio(exp_ratio(far) - decay, far))
+    tail = decay * t * share * exp_gap_slope(big * t * share)
+    first = (excess * x * slope * share) * (excess * x * (v_ratio * slope * head + tail))
+    return size, first - (excess * x * v_ratio * gap) * (excess * exp_ratio(big))
+
+
+def _nodes(log_mean: Array, log_alpha: Array, c: Array) -> tuple[Array, Array]:
+    """Nodes in ``x``, evenly spaced in ``log x`` on a new last axis, and their spacing. Constant under differentiation."""
+    double = log_mean.dtype == jnp.float64
+    below, above, count = (19.0, 4.0, 256) if double else (11.0, 3.2, 96)
+    # W bends where t is 1/m or r/m, that is at x = r/m and r^2/m; e^(-q x) ends at 1/q.
+    log_r = -jnp.maximum(log_alpha, -80)
+    bend = log_r - log_mean + jnp.minimum(log_r, 0)
+    start = jnp.minimum(jnp.minimum(bend, 0), -c) - below
+    end = jnp.maximum(-c, 0) + above
+    step = (end - start) / (count - 1)
+    log_x = start[..., None] + step[..., None] * last_axis(jnp.arange(count), log_mean)
+    return jax.lax.stop_gradient(jnp.exp(log_x)), jax.lax.stop_gradient(step)

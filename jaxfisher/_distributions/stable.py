@@ -1,0 +1,34 @@
+"""Quotients that keep their digits, and their derivatives, at the ends of the floating-point range."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float
+
+
+@jax.custom_jvp
+def ratio(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """``x / y`` with a derivative in ``y`` that never forms ``y^2`` or ``y^-2``.
+
+    JAX differentiates ``x / y`` as ``-x y^-2``. In float32 at ``y = 1e-20`` the power overflows, and ``x = 0`` gives NaN.
+    Two divisions in a row would not help, since XLA merges ``x / y / y`` into ``x / (y y)``; products with ``1 / y`` it
+    leaves alone.
+    """
+    return x / y
+
+
+@ratio.defjvp
+def _ratio_jvp(
+    primals: tuple[Float[Array, "*shape"], Float[Array, "*shape"]],
+    tangents: tuple[Float[Array, "*shape"], Float[Array, "*shape"]],
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    x, y = primals
+    dx, dy = tangents
+    quotient, inverse = ratio(x, y), ratio(jnp.ones_like(y), y)
+    return quotient, dx * inverse - quotient * (dy * inverse)
+
+
+def working_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """``dtype``, or float32 where it is narrower: for special functions, triangular solves and uniform noise."""
+    return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)

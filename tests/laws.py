@@ -1,0 +1,262 @@
+"""What every member of a kind must satisfy, stated once. One call gives a new member every law."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+EPS = float(np.finfo(np.float64).eps)
+MAX32 = float(np.finfo(np.float32).max)
+
+
+def close(actual, expected, law, factor=1e5, eps=EPS):
+    """Within ``factor * eps`` of the largest entry (1e5 eps is 2e-11 in float64: the quadrature's own accuracy)."""
+    actual, expected = np.asarray(actual, float), np.asarray(expected, float)
+    assert actual.shape == expected.shape, f"{law}: shape {actual.shape}, expected {expected.shape}"
+    scale = np.max(np.abs(expected), initial=0.0) or 1.0
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=factor * eps * scale, err_msg=law)
+
+
+def check_family(case, key):
+    """Every law of a distribution; see `families.Case` for what a row states."""
+    check_information(case)
+    check_transforms(case)
+    check_narrow_dtype(case)
+    check_extremes(case)
+    check_samples(case, key)
+
+
+# --- the density, the divergence and the three routes to the Fisher --------------------------------------------------------
+
+
+def check_information(case):
+    """Against sums over the support in float64: normalisation, mean, KL, E[score] and the routes to the Fisher."""
+    p, q, rule = case.make(), case.make_other(), case.rule()
+    seen = jax.tree.map(np.asarray, jax.jit(_views)(p, q, jnp.asarray(rule.nodes), jnp.asarray(rule.weights)))
+    mass = rule.weights * np.exp(seen["log_p"])
+
+    close(np.sum(mass), 1.0, "the density sums to one")
+    close(seen["mean"], np.tensordot(mass, np.asarray(rule.nodes, float), 1), "mean is the expectation of a draw")
+    if case.reference is not None:
+        _check_reference(case, rule, seen["log_p"])
+    for value in case.outside:
+        log_prob, gradient = _log_prob_and_gradient(p, jnp.asarray(value, float))
+        assert log_prob == -jnp.inf, f"log_prob outside the support, at {value}: {log_prob}"
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient)), f"gradient outside, at {value}"
+
+    # Nodes far out may have log-densities of -1e80; where p is zero they add nothing.
+    inside = mass > 0
+    divergence = np.sum(mass[inside] * (seen["log_p"][inside] - seen["log_q"][inside]))
+    close(seen["kl"], divergence, "kl is E[log p - log q]")
+    assert seen["kl"] >= 0, "kl is not negative"
+    assert seen["kl_self"] == 0, f"kl of a distribution to itself is zero, not {seen['kl_self']}"
+
+    fisher = seen["fisher"]
+    close(fisher, fisher.T, "the Fisher is symmetric", factor=10)
+    close(seen["root"].T @ seen["root"], fisher, "B B^T is the Fisher", factor=100)
+    close(seen["fisher_mv"], fisher @ seen["direction"], "fisher_mv is the Fisher's product", factor=100)
+    close(seen["root_mv"], seen["root"].T @ seen["noise"], "fisher_sqrt_mv is linear", factor=100)
+    scores = np.where(inside[:, None], seen["scores"], 0)
+    deviation = np.sqrt(np.max(np.diag(fisher)))
+    close(mass @ scores / deviation + 1, np.ones(len(fisher)), "E[score] = 0")
+    close(scores.T @ (mass[:, None] * scores), fisher, "E[score score^T] is the Fisher")
+    close(seen["kl_hessian"], fisher, "the Hessian of kl at equal arguments is the Fisher")
+    if case.regular:
+        close(-seen["expected_hessian"], fisher, "minus the expected Hessian of log_prob is the Fisher")
+
+
+@jax.jit
+def _log_prob_and_gradient(p, x):
+    return jax.value_and_grad(lambda p: p.log_prob(x))(p)
+
+
+def expected_hessian(p, nodes, weights):
+    """``E_p[d^2 log p / d fields^2]`` over the flattened fields, by the rule."""
+    flat, unravel = ravel_pytree(p)
+    mass = weights * jnp.exp(jax.vmap(p.log_prob)(nodes))
+    return jax.hessian(lambda flat: jnp.sum(mass * jax.vmap(unravel(flat).log_prob)(nodes)))(flat)
+
+
+def scores(p, nodes):
+    """``d log p(x_i) / d fields`` over the flattened fields, a row a node."""
+    flat, unravel = ravel_pytree(p)
+    return jax.vmap(jax.grad(lambda flat, x: unravel(flat).log_prob(x)), (None, 0))(flat, nodes)
+
+
+def _views(p, q, nodes, weights):
+    """All that `check_information` compares, in one compiled function."""
+    flat, unravel = ravel_pytree(p)
+    noise, unravel_noise = ravel_pytree(p.fisher_noise())
+    noise, direction = jnp.cos(jnp.arange(1.0, noise.size + 1)), jnp.sin(jnp.arange(1.0, flat.size + 1))
+    root_mv = lambda noise: ravel_pytree(p.fisher_sqrt_mv(unravel_noise(noise)))[0]  # noqa: E731
+    return {
+        "log_p": jax.vmap(p.log_prob)(nodes),
+        "log_q": jax.vmap(q.log_prob)(nodes),
+        "mean": p.mean,
+        "kl": p.kl(q),
+        "kl_self": p.kl(p),
+        "kl_hessian": jax.hessian(lambda flat: p.kl(unravel(flat)))(flat),
+        "scores": scores(p, nodes),
+        "expected_hessian": expected_hessian(p, nodes, weights),
+        "fisher": p.fisher_matrix(),
+        "root": jax.vmap(root_mv)(jnp.eye(noise.size)),
+        "noise": noise,
+        "root_mv": root_mv(noise),
+        "direction": direction,
+        "fisher_mv": ravel_pytree(p.fisher_mv(unravel(direction)))[0],
+    }
+
+
+def _check_reference(case, rule, log_p):
+    """log_prob against scipy.stats where the density is not vanishing (far out, scipy overflows)."""
+    reference = case.scipy()
+    log_density = reference.logpmf if hasattr(reference, "logpmf") else reference.logpdf
+    there = log_p > -700
+    # Both sides subtract terms of the size of log Gamma(x), a few thousand here.
+    close(log_p[there], log_density(rule.nodes[there]), "log_prob is scipy's")
+
+
+# --- batches, pytrees and JAX's transformations ---------------------------------------------------------------------------
+
+
+def check_transforms(case):
+    """A batch is its members side by side, under `jit` with one trace, `vmap`, and pytree flattening."""
+    batch, other = case.make(batch=(2, 3)), case.make_other()
+    x = np.broadcast_to(case.rule().nodes[1], batch.batch_shape + batch.event_shape)
+    assert batch.batch_shape == (2, 3)
+    assert jax.eval_shape(lambda p: p.fisher_matrix(), batch).shape == 2 * (ravel_pytree(batch)[0].size,)
+    traces = 0
+
+    @jax.jit
+    def members(p, q, x):
+        nonlocal traces
+        traces += 1
+        tangent = jax.tree.map(jnp.ones_like, p)
+        noise = jax.tree.map(jnp.ones_like, p.fisher_noise())
+        return p.log_prob(x), p.kl(q), p.mean, p.fisher_sqrt_mv(noise), p.fisher_mv(tangent)
+
+    # Cut and stacked in numpy: JAX would compile each slice.
+    held = jax.tree.map(np.asarray, batch)
+    singles = [
+        members(jax.tree.map(lambda leaf, i=i, j=j: leaf[i, j], held), other, x[i, j]) for i in range(2) for j in range(3)
+    ]
+    assert traces == 1, f"one trace for six instances, not {traces}"
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves).reshape((2, 3, *leaves[0].shape)), *singles)
+    wide = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (2, 3, *leaf.shape)), other)
+    mapped = jax.vmap(jax.vmap(lambda fields, q, x: members(case.family(*fields), q, x)))(jax.tree.leaves(batch), wide, x)
+    for name, whole in (("a batch", members(batch, wide, x)), ("vmap over construction", mapped)):
+        for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(stacked), strict=True):
+            close(a, b, f"{name} equals its members", factor=1000)
+
+    leaves, structure = jax.tree.flatten(batch)
+    again = jax.tree.unflatten(structure, leaves)
+    assert type(again) is case.family
+    assert jax.tree.structure(again) == structure
+    assert all(a is b for a, b in zip(jax.tree.leaves(again), leaves, strict=True))
+
+
+# --- precision and range --------------------------------------------------------------------------------------------------
+
+
+def check_narrow_dtype(case):
+    """Dtype in, dtype out, and in float32 and bfloat16 the numbers of float64 at the same (rounded) fields."""
+    x = case.rule().nodes[len(case.rule().nodes) // 3]
+
+    @jax.jit
+    def members(p, q, x):
+        noise = jax.tree.map(jnp.ones_like, p.fisher_noise())
+        return p.log_prob(x), p.kl(q), p.mean, p.fisher_sqrt_mv(noise), p.fisher_mv(p)
+
+    for dtype in (jnp.float32, jnp.bfloat16):
+        p, q = case.make(dtype), case.make_other(dtype)
+        point = jnp.asarray(x) if np.issubdtype(x.dtype, np.integer) else jnp.asarray(x, dtype)
+        narrow = members(p, q, point)
+        assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(narrow)), f"{dtype.__name__} is kept"
+        draw = jax.eval_shape(lambda p: p.sample(jax.random.key(0), (3,)), p)
+        expected = jnp.int32 if np.issubdtype(x.dtype, np.integer) else dtype
+        assert (draw.dtype, draw.shape) == (expected, (3, *p.event_shape)), f"draws: {draw}"
+        exact = members(*jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (p, q)), jnp.asarray(np.asarray(point, x.dtype)))
+        for a, b in zip(jax.tree.leaves(narrow), jax.tree.leaves(exact), strict=True):
+            assert b.dtype == jnp.float64, f"float64 is kept, not {b.dtype}"
+            close(a, b, f"{dtype.__name__} is float64 rounded", factor=50, eps=float(jnp.finfo(dtype).eps))
+
+    # Trust regions and line searches live on divergences of 1e-6: a plain arrangement has no digit left there in float32.
+    step = [a + 1e-3 * (b - a) for a, b in zip(*(jax.tree.leaves(v) for v in (case.make(), case.make_other())), strict=True)]
+    near = [case.make(jnp.float32), case.family(*(leaf.astype(jnp.float32) for leaf in step))]
+    kl32 = members(*near, jnp.asarray(x, None if np.issubdtype(x.dtype, np.integer) else jnp.float32))[1]
+    kl64 = members(*jax.tree.map(lambda leaf: leaf.astype(jnp.float64), near), jnp.asarray(x))[1]
+    close(kl32, kl64, "kl keeps its digits near equality", factor=500, eps=float(jnp.finfo(jnp.float32).eps))
+
+
+def check_extremes(case):
+    """At the ends of float32: what fits there comes out right, values and gradients, what does not is infinite, never NaN."""
+    for fields, other, x in case.extremes:
+        single = [case.family(*(jnp.asarray(value, jnp.float32) for value in point)) for point in (fields, other)]
+        double = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), single)
+        x32 = jnp.asarray(x) if np.issubdtype(np.asarray(x).dtype, np.integer) else jnp.asarray(x, jnp.float32)
+        x64 = x32 if x32.dtype != jnp.float32 else x32.astype(jnp.float64)
+        narrow, exact = _values_and_gradients(*single, x32), _values_and_gradients(*double, x64)
+        for name, (value, gradient) in exact.items():
+            fits = np.all(np.abs(ravel_pytree(value)[0]) < MAX32)
+            where = f"{fields} {other} {name}"
+            _check_range(narrow[name][0], value, case.rtol32, where)
+            _check_range(narrow[name][1], gradient if fits else None, case.rtol32, f"gradient of {where}")
+
+
+@jax.jit
+def _values_and_gradients(p, q, x):
+    root = lambda p: p.fisher_sqrt_mv(jax.tree.map(jnp.ones_like, p.fisher_noise()))  # noqa: E731
+    return {
+        "log_prob": jax.value_and_grad(lambda p: p.log_prob(x))(p),
+        "kl": jax.value_and_grad(lambda pq: pq[0].kl(pq[1]))((p, q)),
+        "kl to itself": jax.value_and_grad(lambda q: p.kl(q))(p),
+        "mean": (p.mean, ()),
+        "fisher_sqrt_mv": (root(p), jax.grad(lambda p: sum(map(jnp.sum, jax.tree.leaves(root(p)))))(p)),
+    }
+
+
+def _check_range(narrow, exact, rtol, where):
+    """``exact`` is None where the value itself does not fit in float32: its gradient is only held to be no NaN."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(narrow):
+        assert not np.any(np.isnan(leaf)), f"NaN from finite input: {where}{jax.tree_util.keystr(path)}: {leaf}"
+    if exact is None:
+        return
+    paths = jax.tree_util.tree_leaves_with_path(narrow)
+    for (path, a), b in zip(paths, map(np.asarray, jax.tree.leaves(exact)), strict=True):
+        name = where + jax.tree_util.keystr(path)
+        fits = np.abs(b) < MAX32 * (1 - rtol)
+        np.testing.assert_array_equal(fits, np.isfinite(a), err_msg=f"{name}: {a} for {b}")
+        # Entries that cancel are held to the largest entry beside them that fits.
+        atol = max(rtol * np.max(np.abs(b[fits]), initial=0.0), float(jnp.finfo(jnp.float32).tiny))
+        np.testing.assert_allclose(np.asarray(a, float)[fits], b[fits], rtol=rtol, atol=atol, err_msg=name)
+
+
+# --- draws ----------------------------------------------------------------------------------------------------------------
+
+
+def check_samples(case, key):
+    """First and second moments of draws by their z-scores, and independence along the batch."""
+    count = 20_000
+    p, rule = case.make(batch=(2,)), case.rule()
+    draws = np.asarray(jax.jit(lambda p: p.sample(key, (count,)))(p), float).reshape(count, 2, -1)
+    first, second = draws[:, 0], draws[:, 1]
+    log_p = jax.jit(jax.vmap(case.make().log_prob))(jnp.asarray(rule.nodes))
+    mass = rule.weights * np.exp(np.asarray(log_p))
+    nodes = np.where(mass[:, None] > 0, np.asarray(rule.nodes, float).reshape(len(mass), -1), 0)
+
+    _check_mean(first, nodes, mass, "the mean of draws")
+    if case.second_moment:
+        _check_mean(_products(first), _products(nodes), mass, "the second moment of draws")
+        correlation = np.corrcoef(first[:, 0], second[:, 0])[0, 1] if np.ptp(first[:, 0]) and np.ptp(second[:, 0]) else 0.0
+        assert abs(correlation) * np.sqrt(count) < 5, f"draws along the batch are independent, correlation {correlation}"
+
+
+def _products(x):
+    return (x[:, :, None] * x[:, None, :]).reshape(len(x), -1)
+
+
+def _check_mean(draws, nodes, mass, law):
+    expected = mass @ nodes
+    error = np.sqrt(mass @ np.square(nodes - expected) / len(draws))
+    z = (draws.mean(axis=0) - expected) / error
+    assert np.all(np.abs(z) < 5), f"{law}: z-scores {z}"

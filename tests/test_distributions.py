@@ -1,0 +1,319 @@
+"""Distributions: every law for every family, and what single families promise beyond them."""
+
+import dataclasses
+import importlib
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from families import CASES
+from laws import (
+    check_extremes,
+    check_family,
+    check_information,
+    check_narrow_dtype,
+    check_samples,
+    close,
+    expected_hessian,
+    scores,
+)
+
+import jaxfisher as jf
+from jaxfisher._distributions.base import Distribution, family
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_family(case, key):
+    check_family(case, key)
+
+
+# --- the laws themselves --------------------------------------------------------------------------------------------------
+
+
+@family
+class FisherWithoutTheTwo(jf.Normal):
+    def fisher_sqrt_mv(self, u):
+        return self._make(u.loc / self.scale, u.scale / self.scale)
+
+
+@family
+class RootWithAnOffset(jf.Normal):
+    def fisher_sqrt_mv(self, u):
+        return self._make(u.loc / self.scale + 1, 2**0.5 * u.scale / self.scale)
+
+
+@family
+class UnnormalisedDensity(jf.Normal):
+    def log_prob(self, x):
+        return -0.5 * jnp.square((x - self.loc) / self.scale) - jnp.log(self.scale)
+
+
+@family
+class ReversedDivergence(jf.Normal):
+    def kl(self, other):
+        return jf.Normal.kl(other, self)
+
+
+@family
+class DivergenceThatCancels(jf.Normal):
+    def kl(self, other):
+        square = jnp.square(self.scale) + jnp.square(self.loc - other.loc)
+        return jnp.log(other.scale) - jnp.log(self.scale) + square / (2 * jnp.square(other.scale)) - 0.5
+
+
+@family
+class MeanOfAnother(jf.Laplace):
+    @property
+    def mean(self):
+        return self.loc + 1e-6 * self.scale
+
+
+@family
+class PlainQuotient(jf.Normal):
+    def log_prob(self, x):
+        return -0.5 * jnp.square((x - self.loc) / self.scale) - jnp.log(self.scale) - 0.9189385332046727
+
+
+@family
+class LosesItsDtype(jf.Normal):
+    def log_prob(self, x):
+        return jf.Normal.log_prob(self, x).astype(jnp.float32)
+
+
+@family
+class VarianceForScale(jf.Normal):
+    def sample(self, key, shape=()):
+        wrong = jnp.sqrt(self.scale)
+        return jf.Normal(self.loc, wrong).sample(key, shape)
+
+
+@family
+class OneDrawForTheBatch(jf.Normal):
+    def sample(self, key, shape=()):
+        noise = jax.random.normal(key, (*shape, 1), self.loc.dtype)
+        return jnp.broadcast_to(self.loc, shape + self.loc.shape) + self.scale[None] * noise
+
+
+BROKEN = [
+    (FisherWithoutTheTwo, check_information, "is the Fisher"),
+    (RootWithAnOffset, check_information, "fisher_mv is the Fisher's product"),
+    (UnnormalisedDensity, check_information, "the density sums to one"),
+    (ReversedDivergence, check_information, "kl is E"),
+    (MeanOfAnother, check_information, "mean is the expectation"),
+    (DivergenceThatCancels, check_narrow_dtype, "keeps its digits"),
+    (LosesItsDtype, check_narrow_dtype, "float64 is kept|bfloat16 is kept"),
+    (PlainQuotient, check_extremes, "NaN from finite input"),
+    (VarianceForScale, check_samples, "the second moment of draws"),
+    (OneDrawForTheBatch, check_samples, "independent"),
+]
+
+
+@pytest.mark.parametrize(("broken", "law", "message"), BROKEN, ids=[broken.__name__ for broken, _, _ in BROKEN])
+def test_the_laws_see_a_broken_family(broken, law, message, key):
+    sound = next(case for case in CASES if issubclass(broken, case.family))
+    with pytest.raises(AssertionError, match=message):
+        law(dataclasses.replace(sound, family=broken), *([key] if law is check_samples else []))
+
+
+# --- where the identities of the Fisher end ---------------------------------------------------------------------------------
+
+
+def test_laplace_has_the_score_route_but_not_the_hessian_route():
+    case = next(case for case in CASES if case.family is jf.Laplace)
+    p, rule = case.make(), case.rule()
+    nodes, weights = jnp.asarray(rule.nodes), jnp.asarray(rule.weights)
+    closed = np.eye(2) / float(p.scale) ** 2
+    mass = rule.weights * np.exp(jax.vmap(p.log_prob)(nodes))
+    rows = np.where(mass[:, None] > 0, jax.jit(scores)(p, nodes), 0)
+    close(rows.T @ (mass[:, None] * rows), closed, "score route")
+    close(p.fisher_matrix(), closed, "closed form", factor=10)
+    hessian = -jax.jit(expected_hessian)(p, nodes, weights)
+    close(hessian, np.diag([0.0, closed[1, 1]]), "the kink's point mass is lost, and loc with it")
+
+
+@family
+class Uniform(Distribution):
+    """Uniform on ``[0, width]``: a support that moves with its parameter."""
+
+    width: jax.Array
+
+    field_ndims = (0,)
+    event_ndim = 0
+
+    def log_prob(self, x):
+        return jnp.where((x >= 0) & (x <= self.width), -jnp.log(self.width), -jnp.inf)
+
+    def kl(self, other):
+        return jnp.where(other.width >= self.width, jnp.log(other.width) - jnp.log(self.width), jnp.inf)
+
+
+def test_a_support_that_moves_has_no_fisher():
+    p = Uniform(2.0)
+    nodes = jnp.linspace(0.01, 1.99, 7)  # the score is constant on the support, so any nodes give its expectation
+    rows = scores(p, nodes)
+    close(rows, np.full((7, 1), -0.5), "the score is -1/width: its mean is not zero", factor=4)
+    mass = jnp.full(7, 1 / 7) / jnp.exp(p.log_prob(nodes))
+    close(
+        -expected_hessian(p, nodes, mass), [[-0.25]], "minus the Hessian is -1/width^2, the second moment +1/width^2", factor=10
+    )
+    # No quadratic form fits the divergence: it leaves zero with slope 1/width on one side and is infinite on the other.
+    close(p.kl(Uniform(2.0 + 1e-6)) / 1e-6, 0.5, "slope", factor=1e10)
+    assert p.kl(Uniform(2.0 - 1e-6)) == jnp.inf
+
+
+# --- other libraries ------------------------------------------------------------------------------------------------------
+
+NUMPYRO, DISTRAX = "numpyro.distributions", "distrax"
+
+# (our family, the other library, its counterpart from the same fields, whether it has this KL)
+ELSEWHERE = [
+    (jf.Normal, NUMPYRO, lambda lib, loc, scale: lib.Normal(loc, scale), True),
+    (jf.Normal, DISTRAX, lambda lib, loc, scale: lib.Normal(loc, scale), True),
+    (jf.Laplace, NUMPYRO, lambda lib, loc, scale: lib.Laplace(loc, scale), False),
+    (jf.Laplace, DISTRAX, lambda lib, loc, scale: lib.Laplace(loc, scale), True),
+    (jf.Bernoulli, NUMPYRO, lambda lib, logits: lib.Bernoulli(logits=logits), False),
+    (jf.Bernoulli, DISTRAX, lambda lib, logits: lib.Bernoulli(logits=logits), True),
+    (jf.Categorical, NUMPYRO, lambda lib, logits: lib.Categorical(logits=logits), False),
+    (jf.Categorical, DISTRAX, lambda lib, logits: lib.Categorical(logits=logits), True),
+    (jf.Poisson, NUMPYRO, lambda lib, log_rate: lib.Poisson(jnp.exp(log_rate)), False),
+    (jf.Exponential, NUMPYRO, lambda lib, log_rate: lib.Exponential(jnp.exp(log_rate)), False),
+    (jf.MultivariateNormal, NUMPYRO, lambda lib, loc, tril: lib.MultivariateNormal(loc, scale_tril=jnp.tril(tril)), True),
+    (jf.MultivariateNormal, DISTRAX, lambda lib, loc, tril: lib.MultivariateNormalTri(loc, jnp.tril(tril)), True),
+]
+
+
+def library(name):
+    """The other library, or a visible skip: distrax needs TFP, which not every JAX here can import."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return importlib.import_module(name)
+        except (ImportError, AttributeError) as error:
+            pytest.skip(f"{name} does not import here: {error}")
+
+
+@pytest.mark.relaxed
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(tensorflow_probability|distrax|numpyro)")
+@pytest.mark.filterwarnings("ignore::FutureWarning:(tensorflow_probability|distrax|numpyro)")
+@pytest.mark.parametrize(
+    ("ours", "name", "theirs", "has_kl"), ELSEWHERE, ids=[f"{ours.__name__}, {name}" for ours, name, _, _ in ELSEWHERE]
+)
+def test_agrees_with_other_libraries(ours, name, theirs, has_kl):
+    lib = library(name)
+    case = next(case for case in CASES if case.family is ours)
+    p, q = case.make(), case.make_other()
+    p_theirs, q_theirs = (theirs(lib, *jax.tree.leaves(one)) for one in (p, q))
+    nodes = jnp.asarray(case.rule().nodes)
+    log_p = jax.jit(jax.vmap(p.log_prob))(nodes)
+    there = log_p > -100
+    close(log_p[there], jax.jit(jax.vmap(p_theirs.log_prob))(nodes)[there], "log_prob", factor=1e3)
+    if has_kl:
+        divergence = lib.kl_divergence(p_theirs, q_theirs) if name == NUMPYRO else p_theirs.kl_divergence(q_theirs)
+        close(p.kl(q), divergence, "kl", factor=1e3)
+
+
+# --- single promises --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("logits", [1e4, -1e4])
+def test_a_certain_bernoulli_is_exact(logits):
+    certain = jf.Bernoulli(jnp.float32(logits))
+    likely = int(logits > 0)
+    assert certain.log_prob(likely) == 0
+    assert certain.log_prob(1 - likely) == -1e4
+    assert certain.kl(jf.Bernoulli(jnp.float32(-logits))) == 1e4
+    assert certain.kl(certain) == 0
+    assert certain.fisher_matrix() == 0
+    assert certain.mean == likely
+
+
+@pytest.mark.parametrize("end", [jnp.inf, -jnp.inf])
+def test_infinite_logits_are_probabilities_of_zero_and_one(end):
+    certain, fair = jf.Bernoulli(end), jf.Bernoulli(0.0)
+    assert certain.kl(certain) == 0
+    close(certain.kl(fair), np.log(2), "log 2", factor=4)
+    assert fair.kl(certain) == jnp.inf
+
+
+def test_a_poisson_of_a_million_keeps_its_digits_in_float32():
+    rate, counts = 1e6, np.array([998_000, 1_000_000, 1_003_000])
+    log_rate = np.float32(np.log(rate))
+    ours = jax.jit(lambda p, k: p.log_prob(k))(jf.Poisson(jnp.full(3, log_rate)), jnp.asarray(counts))
+    exact = scipy.stats.poisson(np.exp(float(log_rate))).logpmf(counts)
+    # log k is rounded to 14 eps/2 in d = log r - log k, and k d^2/2 moves by k |d| of that: 0.002 at three deviations.
+    np.testing.assert_allclose(ours, exact, atol=3000 * 14 * 6e-8, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [-1, 3, 0.5, jnp.nan])
+def test_a_label_that_is_no_class_is_nan_in_value_and_gradient(bad):
+    value, gradient = jax.value_and_grad(lambda z: jf.Categorical(z).log_prob(jnp.asarray(bad)))(jnp.zeros(3))
+    assert jnp.isnan(value)
+    assert jnp.all(jnp.isnan(gradient))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.family is not jf.Categorical], ids=lambda case: case.name)
+def test_a_nan_target_is_not_hidden(case):
+    p = case.make()
+    value, gradient = jax.jit(jax.value_and_grad(lambda p, x: p.log_prob(x)))(p, jnp.full(p.event_shape, jnp.nan))
+    assert jnp.isnan(value)
+    assert all(jnp.any(jnp.isnan(leaf)) for leaf in jax.tree.leaves(gradient))
+
+
+def test_what_stands_above_the_diagonal_is_ignored(key):
+    case = next(case for case in CASES if case.family is jf.MultivariateNormal)
+    p, q = case.make(), case.make_other()
+    clean_p, clean_q = (jf.MultivariateNormal(one.loc, jnp.tril(one.scale_tril)) for one in (p, q))
+    x = jnp.array([0.3, -0.2])
+    members = jax.jit(lambda p, q: (p.log_prob(x), p.kl(q), p.sample(key, (4,)), p.fisher_matrix()))
+    for junk, clean in zip(members(p, q), members(clean_p, clean_q), strict=True):
+        np.testing.assert_array_equal(junk, clean)
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------------
+
+MISTAKES = [
+    (lambda: jf.Normal(jnp.zeros(2), jnp.ones(3)), ValueError, r"Normal: .*loc \(2,\), scale \(3,\).*equal shape"),
+    (lambda: jf.Laplace(jnp.zeros((2, 1)), jnp.ones((3, 2))), ValueError, r"Laplace: .*loc \(2, 1\), scale \(3, 2\)"),
+    (lambda: jf.Bernoulli(1j), TypeError, "Bernoulli: `logits` is complex.*real"),
+    (lambda: jf.Poisson(jnp.zeros(2, complex)), TypeError, "Poisson: `log_rate` is complex"),
+    (lambda: jf.Categorical(0.0), ValueError, r"Categorical: `logits` has shape \(\).*at least 1 ax"),
+    (lambda: jf.Categorical(jnp.zeros((3, 0))), ValueError, r"Categorical: `logits` .*no classes.*one logit per class"),
+    (lambda: jf.MultivariateNormal(0.0, jnp.eye(2)), ValueError, r"`loc` has shape \(\).*at least 1 ax"),
+    (lambda: jf.MultivariateNormal(jnp.zeros(2), jnp.ones(2)), ValueError, r"`scale_tril` has shape \(2,\).*at least 2 axes"),
+    (lambda: jf.MultivariateNormal(jnp.zeros(2), jnp.ones((2, 3))), ValueError, r"\(2,\).*\(2, 3\).*\[\*batch, 2, 2\]"),
+    (lambda: jf.MultivariateNormal(jnp.zeros(3), jnp.eye(2)), ValueError, r"\(3,\).*\(2, 2\).*\[\*batch, 3, 3\]"),
+    (lambda: jf.MultivariateNormal(jnp.zeros(2), jnp.eye(2)).log_prob(0.0), ValueError, r"`x` has shape \(\).*length 2"),
+    (lambda: jf.Normal(0.0, 1.0).kl(jf.Laplace(0.0, 1.0)), TypeError, "Normal.kl: .*got Laplace.*monte_carlo_kl"),
+    (lambda: jf.Exponential(0.0).kl(jf.Poisson(0.0)), TypeError, "Exponential.kl: .*got Poisson"),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "message"), MISTAKES, ids=[message[:40] for _, _, message in MISTAKES])
+def test_a_mistake_is_named(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_integers_become_the_default_float_and_scalars_broadcast():
+    p = jf.Normal(0, jnp.array([1.0, 2.0], jnp.float32))
+    assert (p.loc.shape, p.loc.dtype) == ((2,), jnp.float32)
+    assert jf.Poisson(3).log_rate.dtype == jnp.result_type(float)
+    assert jf.Poisson(jnp.array([3])).log_rate.dtype == jnp.result_type(float)
+
+
+def test_literals_and_arrays_share_one_trace():
+    traces = 0
+
+    @jax.jit
+    def kl(p, q):
+        nonlocal traces
+        traces += 1
+        return p.kl(q)
+
+    first = kl(jf.Normal(0.0, 1.0), jf.Normal(1, 1))
+    second = kl(jf.Normal(jnp.zeros(()), jnp.ones(())), jf.Normal(jnp.ones(()), jnp.ones(())))
+    assert first == second == 0.5
+    assert traces == 1
