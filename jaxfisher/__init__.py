@@ -18,4 +18,11 @@ from jaxfisher._distributions.normal import Normal as Normal
 from jaxfisher._distributions.poisson import Poisson as Poisson
 from jaxfisher._distributions.student_t import StudentT as StudentT
 
+# Models and scores.
+from jaxfisher._model import log_likelihood as log_likelihood
+
+# Natural gradients.
+from jaxfisher._scores import Scores as Scores
+from jaxfisher._scores import scores as scores
+
 __version__ = "0.1.0"

@@ -1,0 +1,150 @@
+"""Models: pure functions of one example, what they predict, and the log-likelihood they define."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Scalar
+
+from jaxfisher._distributions.base import Distribution
+from jaxfisher._distributions.foreign import as_distribution
+from jaxfisher._examples import shape_of_one
+from jaxfisher._tree import check_function
+
+LOG_PROB = "(params, *example) -> the scalar log-density of ONE example"
+MODEL = "(params, *inputs) -> the distribution of ONE example's target"
+"""The two signatures, as messages show them."""
+
+
+class LogProb(Protocol):
+    """``log_prob(params, *example) -> scalar``: the log-density of ONE example, in nats."""
+
+    def __call__(self, params: chex.ArrayTree, /, *example: Any) -> Float[Array, ""]: ...
+
+
+class Model(Protocol):
+    """``model(params, *inputs) -> distribution`` over the target of ONE example; no inputs for an unconditional family."""
+
+    def __call__(self, params: chex.ArrayTree, /, *inputs: Any) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LogLikelihood:
+    """What `log_likelihood` returns: equal and hashable whenever the models are, so it never causes a second trace."""
+
+    model: Model
+
+    def __call__(self, params: chex.ArrayTree, /, *example: Any) -> Scalar:
+        if not example:
+            raise TypeError("log_likelihood(model) needs a target: call it as (params, *inputs, target).")
+        *inputs, target = example
+        predicted = predict(self.model, params, *inputs)
+        expected = predicted.batch_shape + predicted.event_shape
+        if jnp.shape(target) != expected:
+            raise ValueError(
+                f"one target has shape {jnp.shape(target)}, but the model's {type(predicted).__name__} is over {expected}. "
+                "They are not broadcast against each other, since that would count a target several times: "
+                "reshape the target or the model's output (a final axis of length one is the usual culprit)."
+            )
+        return jnp.sum(predicted.log_prob(target))
+
+
+def log_likelihood(model: Model) -> LogLikelihood:
+    r"""The log-density that a model defines: ``(params, *inputs, target) -> log p(target | inputs; params)``.
+
+    A predicted distribution with a batch shape is a product of independent ones over one target of that shape, so the
+    log-densities are summed:
+
+    .. math:: \log p_\theta(y \mid x) = \sum_k \log p(y_k;\, \mathrm{model}(\theta, x)_k).
+
+    Args:
+        model: ``(params, *inputs) -> distribution`` of ONE example.
+
+    Returns:
+        A function of ONE example: a scalar, in nats.
+
+    Raises:
+        ValueError: (when called) the target's shape is not the distribution's.
+        TypeError: (when called) the model returns no distribution, or the target is missing.
+
+    Reference: Martens (JMLR 2020), section 3.
+
+    >>> import jaxfisher as jf
+    >>> log_prob = jf.log_likelihood(lambda theta, x: jf.Poisson(log_rate=theta * x))
+    >>> float(log_prob(0.0, 1.0, 0.0))  # log of exp(-1)
+    -1.0
+    """
+    check_function("model", model, MODEL)
+    return LogLikelihood(model)
+
+
+def predict(model: Model, params: chex.ArrayTree, *inputs: Any) -> Distribution:
+    """The distribution the model predicts for one example, as one of the library's."""
+    return as_distribution(model(params, *inputs))
+
+
+def float_fields(distribution: Distribution) -> list[Array]:
+    """The real fields of a distribution, in pytree order: the coordinates of its Fisher."""
+    return [leaf for leaf in jax.tree.leaves(distribution) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+def tangent(distribution: Distribution, values: list[Array]) -> Distribution:
+    """A distribution-shaped tangent with these real fields; integer leaves stay, they have no tangent."""
+    leaves, treedef = jax.tree.flatten(distribution)
+    rest = iter(values)
+    return jax.tree.unflatten(treedef, [next(rest) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf for leaf in leaves])
+
+
+def scalar(value: Any, name: str) -> Scalar:
+    """``value`` if it is a real scalar, else an error which explains that functions are of one example."""
+    if not hasattr(value, "dtype") and not isinstance(value, (float, int)):
+        raise TypeError(f"`{name}` returned a {type(value).__name__}; expected the scalar log-density of one example.")
+    if jnp.shape(value) != ():
+        raise ValueError(
+            f"`{name}` returned shape {jnp.shape(value)}; expected a scalar, the log-density of ONE example. "
+            "If the axes are independent parts of one target, sum over them."
+        )
+    if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise TypeError(f"`{name}` returned dtype {jnp.result_type(value)}; expected a real floating log-density.")
+    return jnp.asarray(value)
+
+
+@contextlib.contextmanager
+def of_one_example(function: Callable[..., Any], name: str, params: chex.ArrayTree, data: tuple[Any, ...]) -> Iterator[None]:
+    """Explain an error from a user's function of one example: was it written for a batch?"""
+    try:
+        yield
+    except _CALL_ERRORS as error:
+        one = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", shape_of_one(data))
+        if _takes_only_the_batch(function, params, data):
+            raise ValueError(
+                f"`{name}` fails on one example, {one}, but accepts the whole batch and returns a scalar: a batch mean or "
+                "sum. The score of a batch mean is not a score, and its square is not a Fisher. Write it for ONE example: the "
+                "library maps it over the leading axis of the data."
+            ) from error
+        given = f"the parameters and ONE example, {one} (no batch axis)" if data else "the parameters alone, without data"
+        error.add_note(f"jaxfisher called `{name}` with {given}.")
+        raise
+
+
+_CALL_ERRORS = (TypeError, ValueError, LookupError, AttributeError)
+"""What a function raises that is called with other arguments than it was written for."""
+
+
+def _takes_only_the_batch(function: Callable[..., Any], params: chex.ArrayTree, data: tuple[Any, ...]) -> bool:
+    """Whether the function of one example is in truth a scalar function of the whole batch."""
+    return not _gives_scalar(function, params, shape_of_one(data)) and _gives_scalar(function, params, data)
+
+
+def _gives_scalar(function: Callable[..., Any], params: chex.ArrayTree, example: tuple[Any, ...]) -> bool:
+    try:
+        result = jax.eval_shape(function, params, *example)
+    except _CALL_ERRORS:
+        return False
+    return getattr(result, "shape", None) == ()

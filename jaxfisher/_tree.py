@@ -1,0 +1,186 @@
+"""Parameters and vectors as pytrees: their order, their common dtype, and checks that name the first bad path.
+
+A vector of the library is a pytree shaped like the parameters. Flat arrays appear only inside, in the order of
+`jax.flatten_util.ravel_pytree`: leaves in pytree order, each raveled row by row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Scalar
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """The static shape of a parameter pytree: what an operator needs to know of it, hashable so that it can cross ``jit``.
+
+    ``dtype`` is the one statistics are held in: at least float32, wider where a parameter is wider.
+    """
+
+    treedef: Any
+    paths: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[Any, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of scalars in each leaf."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def size(self) -> int:
+        """Number of parameters, ``p``."""
+        return sum(self.sizes)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of statistics: float32, or float64 if a parameter is float64."""
+        wide = any(jnp.dtype(dtype).itemsize > 4 for dtype in self.dtypes)
+        return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+    def leaves(self, tree: chex.ArrayTree, name: str) -> list[Array]:
+        """The leaves of a vector in the statistics dtype, after checking that it is shaped like the parameters."""
+        self.check(tree, name)
+        return [jnp.asarray(leaf).astype(self.dtype) for leaf in jax.tree.leaves(tree)]
+
+    def tree(self, leaves: list[Array]) -> Any:
+        """The parameter-shaped pytree with these leaves."""
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def ravel(self, tree: chex.ArrayTree, name: str) -> Float[Array, " p"]:
+        """The flat vector, in `ravel_pytree` order and the statistics dtype."""
+        leaves = [leaf.reshape(-1) for leaf in self.leaves(tree, name)]
+        return jnp.concatenate(leaves) if leaves else jnp.zeros(0, self.dtype)
+
+    def unravel(self, flat: Float[Array, " p"]) -> Any:
+        """Inverse of `ravel`, leaves in the statistics dtype."""
+        leaves, start = [], 0
+        for shape, size in zip(self.shapes, self.sizes, strict=True):
+            leaves.append(flat[start : start + size].reshape(shape))
+            start += size
+        return self.tree(leaves)
+
+    def zeros(self) -> Any:
+        """A zero vector in the statistics dtype."""
+        return self.tree([jnp.zeros(shape, self.dtype) for shape in self.shapes])
+
+    def check(self, tree: chex.ArrayTree, name: str) -> None:
+        """Raise an error naming the first path at which ``tree`` is not a real vector shaped like the parameters."""
+        paths, leaves = path_names(tree), jax.tree.leaves(tree)
+        for path, leaf in zip(paths, leaves, strict=True):
+            # Integers too: results take the dtypes of the vector, and would be cut to whole numbers.
+            if not _is_array(leaf) or not jnp.issubdtype(dtype_of(leaf), jnp.floating):
+                raise TypeError(
+                    f"`{name}` at {path} is {described(leaf)}; expected real floating numbers. "
+                    "Pass a pytree like the parameters, for instance a gradient."
+                )
+        where = self.mismatch(jax.tree.structure(tree), paths, tuple(jnp.shape(leaf) for leaf in leaves))
+        if where is not None:
+            raise ValueError(
+                f"`{name}` is not shaped like the parameters: {where}. Pass a pytree with the parameters' structure, "
+                "for instance a gradient."
+            )
+
+    def mismatch(self, treedef: Any, paths: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> str | None:
+        """The first way in which a pytree of this structure, paths and shapes differs from the parameters; None if none."""
+        missing = [path for path in self.paths if path not in paths]
+        extra = [path for path in paths if path not in self.paths]
+        if missing:
+            return f"it has no leaf at {missing[0]}"
+        if extra:
+            return f"it has a leaf at {extra[0]}, where the parameters have none"
+        if treedef != self.treedef:
+            return f"its containers differ: {treedef} against {self.treedef}"
+        for path, seen, expected in zip(paths, shapes, self.shapes, strict=True):
+            if seen != expected:
+                return f"at {path} it has shape {seen}, where the parameter has shape {expected}"
+        return None
+
+    def restrict(self, keep: tuple[bool, ...], treedef: Any) -> ParamSpec:
+        """The spec of the kept leaves, arranged as ``treedef`` has them."""
+
+        def kept(values: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(value for value, flag in zip(values, keep, strict=True) if flag)
+
+        return ParamSpec(treedef, kept(self.paths), kept(self.shapes), kept(self.dtypes))
+
+
+def path_names(tree: chex.ArrayTree) -> tuple[str, ...]:
+    """The path of every leaf, as a user would index it: ``['layer']['w']``, or ``params`` for a bare array."""
+    return tuple(jax.tree_util.keystr(path) or "params" for path, _ in jax.tree_util.tree_leaves_with_path(tree))
+
+
+def param_spec(params: chex.ArrayTree) -> ParamSpec:
+    """The spec of a parameter pytree, or a `TypeError` that names the leaf which is not a real floating array."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+    paths = path_names(params)
+    for path, (_, leaf) in zip(paths, flat, strict=True):
+        _check_leaf(path, leaf)
+    return ParamSpec(
+        treedef,
+        paths,
+        tuple(jnp.shape(leaf) for _, leaf in flat),
+        tuple(jnp.result_type(leaf) for _, leaf in flat),
+    )
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, float, int, complex)) or hasattr(leaf, "__array__")
+
+
+def dtype_of(leaf: Any) -> Any:
+    """The dtype of an array or number, also one that JAX has no use for, such as NumPy's strings."""
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+def described(value: Any) -> str:
+    """A value as a message shows it: the shape and dtype of an array, a number or string itself, else its type."""
+    if hasattr(value, "dtype") and jnp.shape(value) != ():
+        return f"an array of shape {jnp.shape(value)} and dtype {value.dtype}"
+    if hasattr(value, "dtype") or isinstance(value, (numbers.Number, str, type(None))):
+        return repr(value)
+    return f"a {type(value).__name__}"
+
+
+def check_function(name: str, value: Any, signature: str) -> None:
+    """Raise `TypeError` unless the argument is a function."""
+    if not callable(value):
+        raise TypeError(f"`{name}` is {described(value)}; expected a function, {signature}.")
+
+
+def _check_leaf(path: str, leaf: Any) -> None:
+    if not _is_array(leaf):
+        raise TypeError(
+            f"the parameter at {path} is a {type(leaf).__name__}, not an array. Keep functions and settings out of `params`: "
+            "close over them in the model (for Equinox modules, `equinox.partition(model, equinox.is_inexact_array)`)."
+        )
+    dtype = dtype_of(leaf)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"the parameter at {path} is complex ({dtype}). Hold its real and imaginary parts as two leaves.")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"the parameter at {path} has dtype {dtype}, which has no derivative. Make it floating, or pass it as data."
+        )
+
+
+def cast_like(tree: Any, like: chex.ArrayTree) -> Any:
+    """``tree`` with the leaf dtypes of ``like``."""
+    return jax.tree.map(lambda leaf, target: leaf.astype(jnp.result_type(target)), tree, like)
+
+
+def dot(a: chex.ArrayTree, b: chex.ArrayTree) -> Scalar:
+    """The inner product of two vectors."""
+    products = jax.tree.map(lambda x, y: jnp.vdot(x, y, precision=jax.lax.Precision.HIGHEST), a, b)
+    return sum(jax.tree.leaves(products), start=jnp.zeros((), jnp.result_type(*jax.tree.leaves(a))))
+
+
+def all_finite(tree: chex.ArrayTree) -> Scalar:
+    """Whether every number of the tree is finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))

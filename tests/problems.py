@@ -1,0 +1,82 @@
+"""One small regression problem of each kind, and its dense float64 answers written without the library's engine."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+import jaxfisher as jf
+
+N, INPUTS, HIDDEN, CLASSES = 7, 3, 4, 3
+
+
+def mlp_params(key, dtype=jnp.float64):
+    """A two-layer network's parameters; leaf order (b before w) is the pytree's, not the reader's."""
+    keys = jax.random.split(key, 2)
+    return {
+        "hidden": {
+            "w": jax.random.normal(keys[0], (INPUTS, HIDDEN), dtype),
+            "b": jnp.linspace(-0.5, 0.5, HIDDEN, dtype=dtype),
+        },
+        "out": [jax.random.normal(keys[1], (HIDDEN, CLASSES), dtype), jnp.zeros((CLASSES,), dtype)],
+    }
+
+
+def classifier(params, x):
+    """A softmax classifier with one tanh layer."""
+    hidden = jnp.tanh(x @ params["hidden"]["w"] + params["hidden"]["b"])
+    w, b = params["out"]
+    return jf.Categorical(logits=hidden @ w + b)
+
+
+def data(key, n=N, dtype=jnp.float64):
+    """Inputs ``[n, INPUTS]`` and class labels ``[n]``."""
+    keys = jax.random.split(key, 2)
+    return jax.random.normal(keys[0], (n, INPUTS), dtype), jax.random.randint(keys[1], (n,), 0, CLASSES)
+
+
+def loop_scores(log_prob, params, *examples):
+    """The scores by a Python loop of `jax.grad`, one example at a time: rows ``[n, p]`` in NumPy float64."""
+    gradient = jax.jit(jax.grad(log_prob))
+    n = len(jax.tree.leaves(examples)[0])
+    rows = [ravel_pytree(gradient(params, *jax.tree.map(lambda leaf, i=i: leaf[i], examples)))[0] for i in range(n)]
+    return np.asarray(jnp.stack(rows), np.float64)
+
+
+def class_sum_fisher(params, x, weights=None):
+    """The exact Fisher of `classifier` by its definition: a loop over examples and a dense sum over classes."""
+    log_prob = jf.log_likelihood(classifier)
+    weights = np.full(len(x), 1 / len(x)) if weights is None else np.asarray(weights) / np.sum(weights)
+    total = 0
+    for c in range(CLASSES):
+        labels = jnp.full(len(x), c)
+        scores = loop_scores(log_prob, params, x, labels)
+        probability = np.asarray(jnp.exp(jax.vmap(log_prob, (None, 0, 0))(params, x, labels)), np.float64)
+        total = total + scores.T @ ((weights * probability)[:, None] * scores)
+    return total
+
+
+@functools.cache
+def reference():
+    """The problem every operator test shares: ``(params, x, y, weights, scores)``."""
+    key = jax.random.key(7)
+    params = mlp_params(key)
+    x, y = data(jax.random.key(8))
+    weights = jnp.array([1.0, 0.0, 2.0, 0.5, 1.0, 3.0, 0.25])
+    return params, x, y, weights, loop_scores(jf.log_likelihood(classifier), params, x, y)
+
+
+def flat(tree):
+    """A pytree as one NumPy vector in `ravel_pytree` order."""
+    return np.asarray(ravel_pytree(tree)[0])
+
+
+def assert_close(actual, expected, factor=200, eps=None):
+    """Within ``factor * eps`` of the largest expected entry."""
+    actual, expected = np.asarray(actual), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    eps = np.finfo(actual.dtype).eps if eps is None else eps
+    scale = np.max(np.abs(expected), initial=0.0) or 1.0
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=0, atol=factor * eps * scale)

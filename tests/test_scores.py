@@ -1,0 +1,121 @@
+"""Scores against a loop of `jax.grad`, held and streamed, weighted, centred and padded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from problems import N, assert_close, classifier, data, flat, loop_scores, mlp_params, reference
+
+import jaxfisher as jf
+
+LOG_PROB = jf.log_likelihood(classifier)
+BATCH_SIZES = [None, 1, 3, 7, 50]  # all at once, one by one, a remainder of one, exactly all, more than there are
+
+
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+def test_every_quantity_equals_the_loop(batch_size, key):
+    params, x, y, weights, rows = reference()
+    v = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape, leaf.dtype), params)
+    w = jnp.linspace(-1.0, 2.0, N)
+    omega = np.asarray(weights) / np.sum(weights)
+
+    @jax.jit
+    def everything(params, x, y, weights):
+        made = jf.scores(LOG_PROB, batch_size=batch_size)(params, x, y, weights=weights)
+        return (
+            made.mv(v),
+            ravel_pytree(made.rmv(w))[0],
+            made.gram(),
+            made.squared_norms(),
+            ravel_pytree(made.diagonal())[0],
+            made.second_moment(),
+            made.as_matrix(),
+        )
+
+    # A weight of zero is padding: the row is a real example's, and its weight keeps it out of every mean.
+    padded = rows.copy()
+    padded[1] = rows[int(np.argmax(np.asarray(weights)))]
+    mv, rmv, gram, norms, diagonal, moment, matrix = everything(params, x, y, weights)
+    assert_close(matrix, padded)
+    assert_close(mv, padded @ flat(v))
+    assert_close(rmv, padded.T @ np.asarray(w))
+    assert_close(gram, padded @ padded.T)
+    assert np.array_equal(gram, gram.T)
+    assert_close(norms, np.sum(padded**2, axis=1))
+    assert_close(diagonal, omega @ padded**2)
+    assert_close(moment, padded.T @ (omega[:, None] * padded))
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_centred_scores_give_the_covariance(batch_size):
+    params, x, y, weights, rows = reference()
+    made = jf.scores(LOG_PROB, center=True, batch_size=batch_size)
+    mean = rows.mean(0)
+    assert_close(made(params, x, y).as_matrix(), rows - mean)
+    assert_close(made(params, x, y).second_moment(), np.cov(rows.T, bias=True))
+    omega = np.asarray(weights) / np.sum(weights)
+    assert_close(made(params, x, y, weights=weights).second_moment(), np.cov(rows.T, aweights=omega, ddof=0), factor=1e3)
+
+
+def test_padding_may_hold_anything():
+    params, x, y, weights, rows = reference()
+    spoiled = x.at[1].set(jnp.nan)
+    omega = np.asarray(weights) / np.sum(weights)
+    for batch_size in (None, 2):
+        made = jf.scores(LOG_PROB, batch_size=batch_size)(params, spoiled, y, weights=weights)
+        assert_close(made.second_moment(), rows.T @ (omega[:, None] * rows))
+
+
+def test_a_non_finite_score_is_not_hidden():
+    params, x, y, _, _ = reference()
+    moment = jf.scores(LOG_PROB)(params, x.at[1].set(jnp.nan), y).second_moment()
+    assert not np.any(np.isfinite(moment))
+
+
+def test_weights_are_scale_free_in_float32():
+    params, x, y, weights, rows = reference()
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    omega = np.asarray(weights) / np.sum(weights)
+    for scale in (1e-30, 1e30):
+        scaled = (weights * scale).astype(jnp.float32)
+        moment = jf.scores(LOG_PROB)(narrow, x.astype(jnp.float32), y, weights=scaled).second_moment()
+        assert moment.dtype == jnp.float32
+        assert_close(moment, rows.T @ (omega[:, None] * rows))
+
+
+def test_columns_are_in_ravel_order(key):
+    """A direction that touches one leaf reads the columns `ravel_pytree` gives that leaf."""
+    params, x, y, _, _ = reference()
+    direction = jax.tree.map(jnp.zeros_like, params)
+    direction["out"][0] = jax.random.normal(key, direction["out"][0].shape)
+    along = jax.jit(jax.vmap(lambda x, y: jax.jvp(lambda p: LOG_PROB(p, x, y), (params,), (direction,))[1]))(x, y)
+    matrix = jf.scores(LOG_PROB)(params, x, y).as_matrix()
+    assert_close(matrix @ flat(direction), np.asarray(along))
+
+
+def test_bfloat16_parameters_have_float32_statistics():
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), mlp_params(jax.random.key(7)))
+    x, y = data(jax.random.key(8), dtype=jnp.bfloat16)
+    made = jf.scores(LOG_PROB)(params, x, y)
+    assert made.as_matrix().dtype == jnp.float32
+    expected = loop_scores(LOG_PROB, jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params), x.astype(jnp.float64), y)
+    assert_close(made.as_matrix(), expected, factor=8, eps=float(jnp.finfo(jnp.bfloat16).eps))
+
+
+def test_streaming_holds_no_matrix_of_scores():
+    """With a batch size, the compiled diagonal and Gram have no temporary of n x p."""
+    n, width, classes = 256, 128, 32
+    params = {"w": jnp.ones((width, classes), jnp.float32)}
+    x = jnp.ones((n, width), jnp.float32)
+    y = jnp.zeros((n,), int)
+    log_prob = jf.log_likelihood(lambda params, x: jf.Categorical(x @ params["w"]))
+    full = n * width * classes * 4
+
+    def temporary(batch_size, quantity):
+        run = jax.jit(lambda params, x: quantity(jf.scores(log_prob, batch_size=batch_size)(params, x, y)))
+        return run.lower(params, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(None, lambda s: s.gram()) >= 0.9 * full, "the control: held scores are that large"
+    for quantity in (lambda s: s.diagonal(), lambda s: s.gram()):
+        assert temporary(16, quantity) < 0.3 * full + 4 * n * n * 4
