@@ -18,11 +18,39 @@ from jaxfisher._distributions.normal import Normal as Normal
 from jaxfisher._distributions.poisson import Poisson as Poisson
 from jaxfisher._distributions.student_t import StudentT as StudentT
 
+# Divergences, and the two Hessians.
+from jaxfisher._divergence import kl as kl
+from jaxfisher._divergence import kl_divergence as kl_divergence
+from jaxfisher._divergence import kl_hessian as kl_hessian
+from jaxfisher._divergence import monte_carlo_kl as monte_carlo_kl
+from jaxfisher._divergence import observed_information as observed_information
+
+# Fishers.
+from jaxfisher._fisher import empirical_fisher as empirical_fisher
+from jaxfisher._fisher import exact_fisher as exact_fisher
+from jaxfisher._fisher import implicit_fisher as implicit_fisher
+from jaxfisher._fisher import sampled_fisher as sampled_fisher
+
+# Operators and views.
+from jaxfisher._linalg import SolveInfo as SolveInfo
+
 # Models and scores.
 from jaxfisher._model import log_likelihood as log_likelihood
 
 # Natural gradients.
+from jaxfisher._operators.base import Operator as Operator
+from jaxfisher._operators.dense import dense as dense
+from jaxfisher._operators.diagonal import diagonal as diagonal
 from jaxfisher._scores import Scores as Scores
 from jaxfisher._scores import scores as scores
+
+# Solving.
+from jaxfisher._solve import CG as CG
+from jaxfisher._solve import as_lineax as as_lineax
+from jaxfisher._solve import solve as solve
+
+# Optax.
+from jaxfisher._transform.scale_by_fisher import ScaleByFisherState as ScaleByFisherState
+from jaxfisher._transform.scale_by_fisher import scale_by_fisher as scale_by_fisher
 
 __version__ = "0.1.0"

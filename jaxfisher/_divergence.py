@@ -1,0 +1,242 @@
+"""Divergences: how far apart two predictions are, and the two Hessians that become the Fisher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Scalar
+
+from jaxfisher._distributions.foreign import as_distribution
+from jaxfisher._examples import make_batch, map_examples, needs_data
+from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example, predict, scalar
+from jaxfisher._operators.base import Provenance
+from jaxfisher._operators.dense import Dense
+from jaxfisher._tree import ParamSpec, cast_like, check_function
+
+
+class KLFunction(Protocol):
+    """``(params_p, params_q, *inputs, weights=None) -> nats``."""
+
+    def __call__(
+        self, params_p: chex.ArrayTree, params_q: chex.ArrayTree, /, *inputs: Any, weights: Float[Array, " n"] | None = None
+    ) -> Scalar: ...
+
+
+class HessianFunction(Protocol):
+    """``(params, *data, weights=None) -> Dense``."""
+
+    def __call__(self, params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Dense: ...
+
+
+def kl_divergence(p: Any, q: Any) -> Float[Array, "*batch"]:
+    r"""The KL divergence between two distributions.
+
+    .. math:: KL(p \,\|\, q) = E_{x \sim p}[\log p(x) - \log q(x)] \ge 0.
+
+    Args:
+        p: a distribution; the expectation is under this one.
+        q: a distribution of the same family.
+
+    Returns:
+        Nats, one number for each distribution of the batch, shape ``[*batch]``.
+
+    Raises:
+        TypeError: the families differ, or an argument is no distribution.
+
+    Reference: Kullback and Leibler, On information and sufficiency (1951), equation 2.4.
+
+    >>> import jaxfisher as jf
+    >>> print(jf.kl_divergence(jf.Normal(0.0, 1.0), jf.Normal(1.0, 1.0)))
+    0.5
+    """
+    return as_distribution(p).kl(as_distribution(q))
+
+
+def kl(model: Model) -> KLFunction:
+    r"""The mean KL divergence between what a model predicts at two parameter values.
+
+    .. math:: KL(\theta_p \,\|\, \theta_q) = \frac1n \sum_i KL(p_{\theta_p}(\cdot \mid x_i) \,\|\, p_{\theta_q}(\cdot \mid
+    x_i)).
+
+    Parts of one target (the batch axes of a predicted distribution) are independent, so their divergences are summed. As a
+    function of ``params_q`` it has value and gradient zero at ``params_p``, and there its Hessian is the exact Fisher.
+
+    Args:
+        model: ``(params, *inputs) -> distribution`` of ONE example.
+
+    Returns:
+        A function ``(params_p, params_q, *inputs, weights=None)`` giving a scalar in nats; with weights,
+        ``sum w_i KL_i / sum w_i``.
+
+    Raises:
+        ValueError: (when called) parameters of different structure, arrays of different lengths.
+        TypeError: (when called) a model that returns no distribution.
+
+    Reference: Amari, Information Geometry and Its Applications (2016), section 1.3.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda w, x: jf.Normal(w * x, 1.0)
+    >>> print(jf.kl(model)(0.0, 1.0, jnp.array([1.0, 3.0])))  # mean of x^2 / 2
+    2.5
+    """
+    check_function("model", model, MODEL)
+
+    def divergence(
+        params_p: chex.ArrayTree, params_q: chex.ArrayTree, /, *inputs: Any, weights: Float[Array, " n"] | None = None
+    ) -> Scalar:
+        batch = make_batch(params_p, inputs, weights, None)
+        batch.spec.check(params_q, "params_q")
+
+        def one(pair: tuple[Any, Any], *example: Any) -> Scalar:
+            p, q = (predict(model, params, *example) for params in pair)
+            return jnp.sum(p.kl(q))
+
+        with of_one_example(model, "model", params_p, batch.data):
+            each = map_examples(one, (params_p, params_q), batch.data)
+        return jnp.sum(batch.weights * each.astype(batch.spec.dtype))
+
+    return divergence
+
+
+def monte_carlo_kl(log_prob: LogProb) -> Callable[..., Scalar]:
+    r"""The KL divergence of any two densities of a family, from samples or quadrature nodes.
+
+    .. math:: KL(\theta_p \,\|\, \theta_q) \approx \sum_i w_i\,[\log p_{\theta_p}(x_i) - \log p_{\theta_q}(x_i)] \Big/ \sum_i
+    w_i.
+
+    With samples from ``p`` it is unbiased, with a standard error of ``std(log p - log q) / sqrt(n)``; one estimate may be
+    negative. With nodes and weights of a quadrature rule *for expectations under p* it is that rule's answer. Only ``params_q``
+    should be differentiated: the samples do not move with ``params_p``.
+
+    Args:
+        log_prob: ``(params, x) -> scalar`` of ONE example; a tuple of samples is passed as ``(params, *x)``.
+
+    Returns:
+        A function ``(params_p, params_q, samples, weights=None)`` giving a scalar in nats. Arrays in ``samples`` have a leading
+        axis of n; ``weights`` has shape ``[n]``.
+
+    Raises:
+        ValueError: (when called) arrays of different lengths, a non-scalar ``log_prob``.
+
+    Reference: Kullback and Leibler (1951), equation 2.4; the plain Monte Carlo estimator.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> log_prob = jf.log_likelihood(lambda mu: jf.Normal(mu, 1.0))
+    >>> nodes = jnp.array([-1.0, 1.0])  # two-point Gauss-Hermite rule: exact here
+    >>> print(jf.monte_carlo_kl(log_prob)(0.0, 1.0, nodes))
+    0.5
+    """
+    check_function("log_prob", log_prob, LOG_PROB)
+
+    def divergence(
+        params_p: chex.ArrayTree,
+        params_q: chex.ArrayTree,
+        samples: Any,
+        weights: Float[Array, " n"] | None = None,
+    ) -> Scalar:
+        data = samples if isinstance(samples, tuple) else (samples,)
+        needs_data(data, "monte_carlo_kl", "(params_p, params_q, samples)")
+        batch = make_batch(params_p, data, weights, None)
+        batch.spec.check(params_q, "params_q")
+
+        def difference(pair: tuple[Any, Any], *example: Any) -> Scalar:
+            at_p, at_q = (scalar(log_prob(params, *example), "log_prob") for params in pair)
+            return at_p - at_q
+
+        with of_one_example(log_prob, "log_prob", params_p, batch.data):
+            each = map_examples(difference, (params_p, params_q), batch.data)
+        return jnp.sum(batch.weights * each.astype(batch.spec.dtype))
+
+    return divergence
+
+
+def kl_hessian(model: Model) -> HessianFunction:
+    r"""The Hessian of the KL divergence at zero displacement, by `jax.hessian`: the Fisher's first definition.
+
+    .. math:: F = \nabla_q^2\, KL(\theta \,\|\, q) \big|_{q = \theta}.
+
+    Only the second argument moves: with both, the divergence is identically zero, and so is its Hessian. It costs p
+    gradients and a p x p matrix; `exact_fisher` gives the same matrix from scores. A kink in the log-density (the Laplace
+    distribution) is smoothed by the expectation, so this route holds where minus the expected Hessian of the log-density does
+    not; where the support moves with the parameter neither holds.
+
+    Args:
+        model: ``(params, *inputs) -> distribution`` of ONE example.
+
+    Returns:
+        A function ``(params, *inputs, weights=None)`` that returns a dense operator.
+
+    Raises:
+        ValueError: (when called) arrays of different lengths.
+        TypeError: (when called) a model that returns no distribution.
+
+    Reference: Amari (2016), section 1.3; Martens (JMLR 2020), section 5.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> F = jf.kl_hessian(lambda w, x: jf.Normal(w * x, 1.0))(0.0, jnp.array([1.0, 3.0]))
+    >>> print(F.as_matrix())  # mean of x^2
+    [[5.]]
+    """
+    divergence = kl(model)
+
+    def hessian_of(params: chex.ArrayTree, /, *inputs: Any, weights: Float[Array, " n"] | None = None) -> Dense:
+        batch = make_batch(params, inputs, weights, None)
+        matrix = _hessian(lambda q: divergence(params, q, *inputs, weights=weights), params, batch.spec)
+        return Dense(matrix, batch.spec, Provenance("KL Hessian", batch.size, batch.weighted))
+
+    return hessian_of
+
+
+def observed_information(log_prob: LogProb) -> HessianFunction:
+    r"""Minus the mean Hessian of the log-density at the data: the observed information.
+
+    .. math:: -\frac1n \sum_i \nabla^2_\theta \log p_\theta(x_i).
+
+    Its expectation under the model is the Fisher. At data it is what Newton's method and `statsmodels`' OIM standard errors
+    use; away from a maximum it need not be positive semi-definite.
+
+    Args:
+        log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
+
+    Returns:
+        A function ``(params, *data, weights=None)`` that returns a dense operator.
+
+    Raises:
+        ValueError: (when called) arrays of different lengths, a non-scalar ``log_prob``, one that is a batch mean.
+
+    Reference: Efron and Hinkley, Assessing the accuracy of the maximum likelihood estimator (Biometrika 1978), section 1.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> log_prob = jf.log_likelihood(lambda w, x: jf.Poisson(log_rate=w * x))
+    >>> print(jf.observed_information(log_prob)(0.0, jnp.array([1.0, 3.0]), jnp.array([0.0, 2.0])).as_matrix())
+    [[5.]]
+    """
+    check_function("log_prob", log_prob, LOG_PROB)
+
+    def information_of(params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Dense:
+        needs_data(data, "observed_information")
+        batch = make_batch(params, data, weights, None)
+
+        def loss(params: chex.ArrayTree) -> Scalar:
+            values = map_examples(lambda p, *example: scalar(log_prob(p, *example), "log_prob"), params, batch.data)
+            return -jnp.sum(batch.weights * values.astype(batch.spec.dtype))
+
+        with of_one_example(log_prob, "log_prob", params, batch.data):
+            matrix = _hessian(loss, params, batch.spec)
+        return Dense(matrix, batch.spec, Provenance("observed information", batch.size, batch.weighted))
+
+    return information_of
+
+
+def _hessian(function: Callable[[Any], Scalar], params: chex.ArrayTree, spec: ParamSpec) -> Float[Array, "p p"]:
+    """`jax.hessian` over the flat parameters, in the statistics dtype, symmetric to the last bit."""
+
+    def flat_function(flat: Float[Array, " p"]) -> Scalar:
+        return function(cast_like(spec.unravel(flat), params))
+
+    matrix = jax.hessian(flat_function)(spec.ravel(params, "params"))
+    return 0.5 * (matrix + matrix.T)

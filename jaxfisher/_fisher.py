@@ -1,0 +1,223 @@
+"""Fishers: empirical, exact, sampled, implicit. Each is a mean over examples and returns an operator."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxfisher._examples import Batch, make_batch, needs_data, shape_of_one
+from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example, predict
+from jaxfisher._operators.base import Operator, Provenance
+from jaxfisher._operators.from_scores import FromScores
+from jaxfisher._operators.implicit import Implicit
+from jaxfisher._rows import ExactRows, Rows, SampledRows, ScoreRows
+from jaxfisher._scores import make_scores
+from jaxfisher._tree import check_function, described
+
+
+class FisherFunction(Protocol):
+    """``fisher(params, *data, weights=None) -> Operator``."""
+
+    def __call__(self, params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Operator: ...
+
+
+def empirical_fisher(log_prob: LogProb, *, batch_size: int | None = None) -> FisherFunction:
+    r"""The empirical Fisher: the mean outer product of the scores *at the data*.
+
+    .. math:: \hat F = \frac1n \sum_i s_i s_i^T, \qquad s_i = \nabla_\theta \log p_\theta(x_i).
+
+    **When it is the wrong one.** It is not an expectation under the model. Away from the data's own distribution, or near a
+    good fit (where scores vanish), it can be far from the exact Fisher in size and direction: Kunstner et al. show a
+    one-dimensional regression where following it is useless. Use `exact_fisher` or `sampled_fisher` to train.
+
+    Args:
+        log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
+        batch_size: make the scores again in pieces of so many examples, instead of holding n x p numbers.
+
+    Returns:
+        A function ``(params, *data, weights=None)``: every array of the data has a leading axis of n examples; with ``weights``
+        the mean is ``sum w_i s_i s_i^T / sum w_i``. It returns an operator, exact as scores.
+
+    Raises:
+        ValueError: (when called) arrays of different lengths, a non-scalar ``log_prob``, one that is a batch mean.
+        TypeError: (when called) a parameter that is not a real floating array.
+
+    Reference: Kunstner, Balles and Hennig, Limitations of the empirical Fisher approximation (NeurIPS 2019), equation 3.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> log_prob = jf.log_likelihood(lambda mu: jf.Normal(mu, 1.0))
+    >>> F = jf.empirical_fisher(log_prob)(0.0, jnp.array([1.0, -2.0]))
+    >>> F
+    Fisher(empirical, mean over 2, params 1, exact as scores)
+    >>> print(F.as_matrix())  # the mean of (x - mu)^2, where the exact Fisher is 1
+    [[2.5]]
+    """
+    check_function("log_prob", log_prob, LOG_PROB)
+
+    def fisher_of(params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Operator:
+        needs_data(data, "empirical_fisher")
+        batch = make_batch(params, data, weights, batch_size)
+        return _from_rows("empirical", ScoreRows(log_prob), params, batch, batch_size)
+
+    return fisher_of
+
+
+def exact_fisher(model: Model, *, batch_size: int | None = None) -> FisherFunction:
+    r"""The Fisher information: the expectation over the model's own predictions, in closed form in output space.
+
+    .. math:: F = \frac1n \sum_i E_{y \sim p_\theta(\cdot \mid x_i)} [s(y) s(y)^T] = \frac1n \sum_i J_i^T M_i J_i,
+
+    with ``J_i`` the Jacobian of the predicted distribution's fields and ``M_i`` the distribution's Fisher in those fields. It
+    is the Hessian of ``q -> KL(params, q)`` at ``q = params`` and, for natural parameters, the generalised Gauss-Newton matrix.
+
+    **When it is the wrong one.** It takes as many rows an example as the distribution has fields (the classes of a
+    softmax); where that is too many use `sampled_fisher`, where nothing of the scores' size fits use `implicit_fisher`. It says
+    nothing of how wrong the model is: for standard errors under misspecification, see the empirical Fisher's sandwich.
+
+    Args:
+        model: ``(params, *inputs) -> distribution`` of ONE example.
+        batch_size: make the rows again in pieces of so many examples, instead of holding them.
+
+    Returns:
+        A function ``(params, *inputs, weights=None)`` that returns an operator, exact as scores. A foreign distribution with no
+        closed form says in the operator's kind where its metric comes from.
+
+    Raises:
+        ValueError: (when called) arrays of different lengths, weights of another shape.
+        TypeError: (when called) a model that returns no distribution, a parameter that is not a real floating array.
+
+    Reference: Martens, New insights and perspectives on the natural gradient method (JMLR 2020), section 5.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> F = jf.exact_fisher(lambda w, x: jf.Bernoulli(logits=w * x))(0.0, jnp.array([1.0, 3.0]))
+    >>> print(F.as_matrix())  # mean of x^2 p (1 - p)
+    [[1.25]]
+    """
+    check_function("model", model, MODEL)
+
+    def fisher_of(params: chex.ArrayTree, /, *inputs: Any, weights: Float[Array, " n"] | None = None) -> Operator:
+        batch = make_batch(params, inputs, weights, batch_size)
+        return _from_rows(_exact_kind(model, params, batch), ExactRows(model), params, batch, batch_size)
+
+    return fisher_of
+
+
+def sampled_fisher(model: Model, num_samples: int = 1, *, batch_size: int | None = None) -> SampledFisher:
+    r"""The Fisher estimated with targets drawn from the model: unbiased, one row a draw.
+
+    .. math:: F \approx \frac1{nm} \sum_i \sum_{k=1}^m s(y_{ik}) s(y_{ik})^T, \qquad y_{ik} \sim p_\theta(\cdot \mid x_i).
+
+    The noise of example i depends on the key and on i alone: pieces, their order and the number of devices do not change a
+    draw.
+
+    **When it is the wrong one.** Its relative error falls as ``1/sqrt(n m)``; with few rows it is of low rank and needs
+    damping.
+
+    Args:
+        model: ``(params, *inputs) -> distribution`` of ONE example.
+        num_samples: draws for each example, m.
+        batch_size: make the rows again in pieces of so many examples, instead of holding them.
+
+    Returns:
+        A function ``(params, key, *inputs, weights=None)`` that returns an operator, exact as scores of the draws.
+
+    Raises:
+        ValueError: ``num_samples`` below one; (when called) arrays of different lengths.
+        TypeError: (when called) a key that is not one, a model that returns no distribution.
+
+    Reference: Kunstner, Balles and Hennig (NeurIPS 2019), section 2; Martens (JMLR 2020), section 5.
+
+    >>> import jax, jax.numpy as jnp, jaxfisher as jf
+    >>> fisher = jf.sampled_fisher(lambda w, x: jf.Bernoulli(logits=w * x), num_samples=2)
+    >>> fisher(0.0, jax.random.key(0), jnp.array([1.0, 3.0]))
+    Fisher(sampled, 2 draws, mean over 2, params 1, exact as scores)
+    """
+    check_function("model", model, MODEL)
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"`num_samples` is {num_samples!r}; expected a whole number of draws, at least 1.")
+    kind = f"sampled, {num_samples} draw{'s' if num_samples > 1 else ''}"
+
+    def fisher_of(params: chex.ArrayTree, key: PRNGKeyArray, /, *inputs: Any, weights: Any = None) -> Operator:
+        key = _as_key(key)
+        batch = make_batch(params, inputs, weights, batch_size)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch.size))
+        batch = dataclasses.replace(batch, data=(keys, *batch.data))
+        return _from_rows(kind, SampledRows(model, num_samples), params, batch, batch_size)
+
+    return fisher_of
+
+
+class SampledFisher(Protocol):
+    """``fisher(params, key, *inputs, weights=None) -> Operator``."""
+
+    def __call__(
+        self, params: chex.ArrayTree, key: PRNGKeyArray, /, *inputs: Any, weights: Float[Array, " n"] | None = None
+    ) -> Operator: ...
+
+
+def implicit_fisher(model: Model, *, batch_size: int | None = None) -> FisherFunction:
+    r"""The exact Fisher as products only: one jvp, the output metric, one vjp, and nothing of size n x p or p x p held.
+
+    .. math:: F v = \frac1n \sum_i J_i^T M_i (J_i v).
+
+    The operator holds the parameters, the inputs and (static) the model; give the same model object each time, since another
+    one means another trace. ``diagonal`` and ``trace`` are exact, from rows made ``batch_size`` examples at a time; ``solve``
+    without ``solver=jf.CG()`` makes the matrix, up to p = 4096.
+
+    Args:
+        model: ``(params, *inputs) -> distribution`` of ONE example.
+        batch_size: run the model on pieces of so many examples, which bounds the activations held.
+
+    Returns:
+        A function ``(params, *inputs, weights=None)`` that returns an operator.
+
+    Raises:
+        ValueError: (when called) arrays of different lengths, weights of another shape.
+        TypeError: (when called) a model that returns no distribution, a parameter that is not a real floating array.
+
+    Reference: Schraudolph, Fast curvature matrix-vector products (Neural Computation 2002), section 4.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> F = jf.implicit_fisher(lambda w, x: jf.Bernoulli(logits=w * x))(0.0, jnp.array([1.0, 3.0]))
+    >>> print(F.mv(2.0))
+    2.5
+    """
+    check_function("model", model, MODEL)
+
+    def fisher_of(params: chex.ArrayTree, /, *inputs: Any, weights: Float[Array, " n"] | None = None) -> Operator:
+        batch = make_batch(params, inputs, weights, batch_size)
+        kind = _exact_kind(model, params, batch)
+        keep = (True,) * len(batch.spec.paths)
+        provenance = Provenance(kind, batch.size, batch.weighted)
+        return Implicit(model, params, batch.data, batch.weights, batch_size, keep, batch.spec, provenance)
+
+    return fisher_of
+
+
+def _from_rows(kind: str, rows: Rows, params: chex.ArrayTree, batch: Batch, batch_size: int | None) -> Operator:
+    return FromScores(make_scores(rows, params, batch, batch_size), Provenance(kind, batch.size, batch.weighted))
+
+
+def _exact_kind(model: Model, params: chex.ArrayTree, batch: Batch) -> str:
+    """``exact``, with the source of the output metric where that is not a closed form; checks what the model returns."""
+    with of_one_example(model, "model", params, batch.data):
+        predicted = jax.eval_shape(partial(predict, model), params, *shape_of_one(batch.data))
+    return "exact" if predicted.fisher_source == "closed form" else f"exact, output metric from {predicted.fisher_source}"
+
+
+def _as_key(key: Any) -> PRNGKeyArray:
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == ():
+        return key
+    if dtype == jnp.uint32 and key.shape == (2,):
+        return jax.random.wrap_key_data(key)
+    raise TypeError(
+        f"`key` is {described(key)}; expected one random key, jax.random.key(seed), as the second argument: "
+        "sampled_fisher(model)(params, key, *inputs)."
+    )

@@ -1,0 +1,306 @@
+"""What every Fisher is: a symmetric linear operator on parameter pytrees that knows its kind, its n and its form.
+
+Operators are frozen dataclasses and pytrees: arrays are leaves, everything else is static and hashable, so one crosses ``jit``
+with one trace. Public methods check and cast; the private ones that subclasses give work on flat or parameter-shaped
+vectors in the statistics dtype.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import numbers
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, ClassVar, Self
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Scalar
+
+from jaxfisher._linalg import SolveInfo, direct_info, eigenvalues, invert, matmul, norm, refined, spectral_mv
+from jaxfisher._tree import ParamSpec, cast_like, described, dot, dtype_of
+
+EXACT_LIMIT = 4096
+"""Largest p for which an operator that holds no matrix makes one in order to invert it exactly."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """Where a Fisher comes from: its kind, how many examples its mean is over, and how the mean is taken."""
+
+    kind: str
+    examples: int
+    weighted: bool = False
+    scaled: bool = False
+    parts: tuple[Provenance, ...] = ()
+
+    def __str__(self) -> str:
+        if self.parts:
+            return " + ".join(f"({part})" for part in self.parts)
+        words = ["scaled"] * self.scaled + ["weighted"] * self.weighted + ["mean"]
+        return f"{self.kind}, {' '.join(words)} over {self.examples:,}"
+
+    def times(self) -> Provenance:
+        """The provenance of a multiple."""
+        return dataclasses.replace(self, scaled=True, parts=tuple(part.times() for part in self.parts))
+
+    def plus(self, other: Provenance) -> Provenance:
+        """The provenance of a sum."""
+        parts = (self.parts or (self,)) + (other.parts or (other,))
+        return Provenance("sum", sum(part.examples for part in parts), parts=parts)
+
+
+class Operator(abc.ABC):
+    """A symmetric operator on pytrees shaped like the parameters; positive semi-definite if it is a Fisher.
+
+    The matrix ``F`` below is over the parameters in `jax.flatten_util.ravel_pytree` order. Vectors go in and come out as
+    pytrees; results take the leaf dtypes of the vector they are made from, matrices and scalars the statistics dtype (at least
+    float32). ``F + G`` and ``c * F`` are operators; ``c`` must not be negative.
+    """
+
+    form: ClassVar[str]
+    """How it is held, as `repr` says it."""
+    averages: ClassVar[bool] = False
+    """Whether the mean of two Fishers is the mean of what is held of them, in one shape whatever the number of examples."""
+
+    spec: ParamSpec
+    provenance: Provenance
+
+    @property
+    def size(self) -> int:
+        """Number of parameters, p."""
+        return self.spec.size
+
+    @property
+    def full_rank(self) -> Int[Array, ""]:
+        """The rank of ``F + damping I`` with damping: p."""
+        return jnp.asarray(self.size, jnp.int32)
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """What is held, without what is known of it: the fields that are pytrees of arrays."""
+        return tuple(getattr(self, name) for name in self._array_fields())
+
+    def with_arrays(self, arrays: tuple[Any, ...]) -> Self:
+        """The same kind of operator holding other arrays."""
+        return dataclasses.replace(self, **dict(zip(self._array_fields(), arrays, strict=True)))  # type: ignore[type-var]
+
+    def _array_fields(self) -> tuple[str, ...]:
+        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return tuple(name for name in names if name not in ("spec", "provenance"))
+
+    def mv(self, v: chex.ArrayTree) -> Any:
+        """``F v``."""
+        return cast_like(self.linearised()(self._vector(v)), v)
+
+    def quadratic(self, v: chex.ArrayTree) -> Scalar:
+        """``v^T F v``: twice the KL divergence moved by a small step ``v``, in nats."""
+        return self._quadratic(self._vector(v))
+
+    def solve(self, v: chex.ArrayTree, damping: chex.Numeric) -> Any:
+        """``(F + damping I)^-1 v``; the minimum-norm solution where F is singular and the damping zero.
+
+        `jaxfisher.solve` also tells how the solve went.
+        """
+        return self.solve_with_info(v, damping)[0]
+
+    def solve_with_info(self, v: chex.ArrayTree, damping: chex.Numeric) -> tuple[Any, SolveInfo]:
+        """The exact solution and a report on it."""
+        x, info = self._solve(self._vector(v), nonnegative("damping", damping, self.spec.dtype))
+        return cast_like(x, v), info
+
+    def power_mv(self, v: chex.ArrayTree, power: chex.Numeric, damping: chex.Numeric = 0.0) -> Any:
+        """``(F + damping I)^power v``; at zero damping, only along directions in which F is not zero to rounding."""
+        check_number("power", power)
+        power = jnp.asarray(power, self.spec.dtype)
+        return cast_like(self._power_mv(self._vector(v), power, nonnegative("damping", damping, self.spec.dtype)), v)
+
+    @abc.abstractmethod
+    def as_matrix(self) -> Float[Array, "p p"]:
+        """``F`` as a dense matrix, shape ``[p, p]``."""
+
+    @abc.abstractmethod
+    def diagonal(self) -> Any:
+        """The diagonal of ``F``, a pytree like the parameters."""
+
+    @abc.abstractmethod
+    def linearised(self) -> Callable[[Any], Any]:
+        """``v -> F v`` on vectors in the statistics dtype, with everything that does not depend on ``v`` computed once.
+
+        For use inside one ``jit``; what it returns is not meant to cross one.
+        """
+
+    @abc.abstractmethod
+    def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Operator:
+        """The principal sub-operator of the kept parameter leaves, for vectors with structure ``treedef``."""
+
+    @abc.abstractmethod
+    def _scaled(self, factor: Any) -> Operator:
+        """``factor * F`` in the same form."""
+
+    def trace(self) -> Scalar:
+        """The trace of ``F``."""
+        return sum((jnp.sum(leaf) for leaf in jax.tree.leaves(self.diagonal())), start=jnp.zeros((), self.spec.dtype))
+
+    def eigvalsh(self) -> Float[Array, " p"]:
+        """The p eigenvalues of ``F``, ascending; those inside rounding error are exactly zero."""
+        return eigenvalues(self._small_matrix("eigvalsh"))
+
+    def logdet(self, damping: chex.Numeric) -> Scalar:
+        """``log det (F + damping I)``: minus infinity where it is singular, NaN where it is negative."""
+        return jnp.sum(jnp.log(self.eigvalsh() + nonnegative("damping", damping, self.spec.dtype)))
+
+    def _quadratic(self, v: Any) -> Scalar:
+        return dot(v, self.linearised()(v))
+
+    def _solve(self, v: Any, damping: Scalar) -> tuple[Any, SolveInfo]:
+        x, info = solve_matrix(self._small_matrix("solve"), self.spec.ravel(v, "v"), damping)
+        return self.spec.unravel(x), info
+
+    def _power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
+        flat = self.spec.ravel(v, "v")
+        return self.spec.unravel(spectral_mv(self._small_matrix("power_mv"), flat, power, damping))
+
+    def _small_matrix(self, method: str) -> Float[Array, "p p"]:
+        if self.size > EXACT_LIMIT:
+            raise ValueError(
+                f"{method} of a Fisher held {self.form} would make a dense {self.size} x {self.size} matrix. "
+                "Pass solver=jf.CG(), take a view (jf.diagonal), or, if you mean it, jf.dense(F)."
+            )
+        return self.as_matrix()
+
+    def _vector(self, v: chex.ArrayTree) -> Any:
+        return self.spec.tree(self.spec.leaves(v, "v"))
+
+    def _same_parameters(self, other: Operator) -> None:
+        if other.spec != self.spec:
+            where = self.spec.mismatch(other.spec.treedef, other.spec.paths, other.spec.shapes)
+            raise ValueError(
+                f"cannot add {other} to {self}: they are over different parameters. In the second, "
+                f"{where or f'the dtypes are {other.spec.dtypes}, not {self.spec.dtypes}'}. "
+                "Make both at the same parameters."
+            )
+
+    # NumPy would take an operator for a scalar and make an array of operators: this hands the arithmetic to the methods below.
+    __array_ufunc__ = None
+
+    def __add__(self, other: Any) -> Operator:
+        if not isinstance(other, Operator):
+            raise TypeError(
+                f"cannot add a Fisher and {described(other)}: expected two Fishers over the same parameters. "
+                "A multiple of the identity is `damping`, an argument of solve, logdet and natural_grad."
+            )
+        self._same_parameters(other)
+        return self._plus(other)
+
+    __radd__ = __add__
+
+    def _plus(self, other: Operator) -> Operator:
+        return Sum((self, other), self.spec, self.provenance.plus(other.provenance))
+
+    def __mul__(self, factor: Any) -> Operator:
+        return self._scaled(nonnegative("c` in `c * F", factor, self.spec.dtype))
+
+    __rmul__ = __mul__
+
+    def __repr__(self) -> str:
+        return f"Fisher({self.provenance}, params {self.size:,}, {self.form})"
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("terms",), meta_fields=("spec", "provenance"))
+@dataclasses.dataclass(frozen=True, repr=False)
+class Sum(Operator):
+    """The sum of operators whose forms do not combine: every term stays as it is held."""
+
+    terms: tuple[Operator, ...]
+    spec: ParamSpec
+    provenance: Provenance
+
+    @property
+    def form(self) -> str:  # type: ignore[override]
+        """The forms of the terms."""
+        return " + ".join(term.form for term in self.terms)
+
+    def as_matrix(self) -> Float[Array, "p p"]:
+        return _total(term.as_matrix() for term in self.terms)
+
+    def diagonal(self) -> Any:
+        return _total(term.diagonal() for term in self.terms)
+
+    def linearised(self) -> Callable[[Any], Any]:
+        products = [term.linearised() for term in self.terms]
+        return lambda v: _total(product(v) for product in products)
+
+    def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Sum:
+        terms = tuple(term.restrict(keep, treedef) for term in self.terms)
+        return Sum(terms, self.spec.restrict(keep, treedef), self.provenance)
+
+    def _scaled(self, factor: Any) -> Sum:
+        return Sum(tuple(term._scaled(factor) for term in self.terms), self.spec, self.provenance.times())
+
+    def _quadratic(self, v: Any) -> Scalar:
+        return _total(term._quadratic(v) for term in self.terms)
+
+
+def _total(parts: Iterable[Any]) -> Any:
+    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts)
+
+
+def as_operator(fisher: Any, caller: str) -> Operator:
+    """``fisher`` if it is an operator, else a `TypeError` that says what makes one."""
+    if isinstance(fisher, Operator):
+        return fisher
+    hint = " Call the function it is with the parameters and the data first." if callable(fisher) else ""
+    raise TypeError(
+        f"{caller}: expected a Fisher operator, such as jf.exact_fisher(model)(params, x) returns, got "
+        f"{described(fisher)}.{hint}"
+    )
+
+
+def nonnegative(name: str, value: chex.Numeric, dtype: Any) -> Scalar:
+    """The argument as a scalar of this dtype; refused where it is no real number or known to be negative."""
+    check_number(name, value, "one real number of at least zero")
+    # The value of a JAX array is a run-time number: to look at it would wait for the device.
+    if isinstance(value, (numbers.Real, np.ndarray, np.generic)) and not float(value) >= 0:
+        raise ValueError(f"`{name}` is {value}; expected a number of at least zero.")
+    return jnp.asarray(value, dtype)
+
+
+def check_number(name: str, value: Any, expected: str = "one real number") -> None:
+    """Raise `TypeError` unless the argument is a real scalar: Python's, NumPy's, or an array without axes."""
+    number = isinstance(value, numbers.Real) or hasattr(value, "dtype")
+    if isinstance(value, bool) or not number or jnp.shape(value) != () or not _is_real(dtype_of(value)):
+        raise TypeError(f"`{name}` is {described(value)}; expected {expected}.")
+
+
+def _is_real(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
+def to_unit(*sizes: Scalar) -> Scalar:
+    """The factor that brings the largest of these sizes to one, so that squares of what it multiplies stay in the dtype.
+
+    It is applied twice rather than squared, and as a product: XLA turns ``x / s / s`` into ``x / (s s)``, which may overflow.
+    """
+    largest = jnp.max(jnp.stack(sizes))
+    # A NaN or an infinity is left to show itself in the result.
+    return jnp.where(largest > jnp.finfo(largest.dtype).tiny, 1 / largest, 1)
+
+
+def solve_matrix(matrix: Float[Array, "p p"], v: Float[Array, " p"], damping: Scalar) -> tuple[Float[Array, " p"], SolveInfo]:
+    """``(matrix + damping I)^-1 v`` for a dense symmetric matrix, in units in which nothing overflows."""
+    factor, length = to_unit(jnp.max(jnp.abs(matrix), initial=0.0), damping), norm(v)
+    length = jnp.where(length > 0, length, 1)
+    matrix, damping, direction = matrix * factor, damping * factor, v / length
+
+    def product(x: Array) -> Array:
+        return matmul(matrix, x) + damping * x
+
+    inverse = invert(matrix, damping)
+    x = refined(inverse.apply, product, direction)
+    info = direct_info(direction - product(x), direction, x, damping, inverse.rank)
+    return x * (length * factor), info

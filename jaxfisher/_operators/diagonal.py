@@ -1,0 +1,100 @@
+"""A Fisher as its diagonal."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Scalar
+
+from jaxfisher._linalg import SolveInfo, direct_info
+from jaxfisher._operators.base import Operator, Provenance, as_operator
+from jaxfisher._tree import ParamSpec
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("entries",), meta_fields=("spec", "provenance"))
+@dataclasses.dataclass(frozen=True, repr=False)
+class Diagonal(Operator):
+    """A diagonal matrix, one number a parameter, held as a pytree like the parameters."""
+
+    entries: Any
+    spec: ParamSpec
+    provenance: Provenance
+
+    form = "diagonal"
+    averages = True
+
+    def as_matrix(self) -> Float[Array, "p p"]:
+        return jnp.diag(self.spec.ravel(self.entries, "entries"))
+
+    def diagonal(self) -> Any:
+        return self.entries
+
+    def linearised(self) -> Callable[[Any], Any]:
+        return lambda v: jax.tree.map(jnp.multiply, self.entries, v)
+
+    def eigvalsh(self) -> Float[Array, " p"]:
+        """The entries, ascending."""
+        return jnp.sort(self.spec.ravel(self.entries, "entries"))
+
+    def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Diagonal:
+        kept = [leaf for leaf, flag in zip(jax.tree.leaves(self.entries), keep, strict=True) if flag]
+        spec = self.spec.restrict(keep, treedef)
+        return Diagonal(spec.tree(kept), spec, self.provenance)
+
+    def _scaled(self, factor: Any) -> Diagonal:
+        return Diagonal(jax.tree.map(lambda leaf: factor * leaf, self.entries), self.spec, self.provenance.times())
+
+    def _plus(self, other: Operator) -> Operator:
+        if isinstance(other, Diagonal):
+            entries = jax.tree.map(jnp.add, self.entries, other.entries)
+            return Diagonal(entries, self.spec, self.provenance.plus(other.provenance))
+        return super()._plus(other)
+
+    def _solve(self, v: Any, damping: Scalar) -> tuple[Any, SolveInfo]:
+        x = self._power_mv(v, jnp.asarray(-1, self.spec.dtype), damping)
+        residual = jax.tree.map(lambda d, x, b: b - (d + damping) * x, self.entries, x, v)
+        flat_residual, flat_v, flat_x = (self.spec.ravel(tree, "v") for tree in (residual, v, x))
+        return x, direct_info(flat_residual, flat_v, flat_x, damping, self._rank(damping))
+
+    def _power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
+        def leaf(d: Array, x: Array) -> Array:
+            shifted = d + damping
+            kept = shifted != 0
+            return jnp.where(kept, x * jnp.where(kept, shifted, 1) ** power, 0)
+
+        return jax.tree.map(leaf, self.entries, v)
+
+    def _rank(self, damping: Scalar) -> Int[Array, ""]:
+        return jnp.sum(self.spec.ravel(self.entries, "entries") + damping != 0, dtype=jnp.int32)
+
+
+def diagonal(fisher: Operator) -> Diagonal:
+    r"""The Fisher's diagonal as an operator: ``F_jj = 1/n sum_i s_ij^2``, off-diagonal entries dropped.
+
+    With the empirical Fisher of batches of one and ``power=0.5`` this is the second moment of AdaGrad, RMSprop and Adam. It is
+    the mean of squared scores, not the square of a mean gradient: the two differ as soon as a batch has more than one example.
+
+    Args:
+        fisher: any operator. From scores it costs no n x p buffer beyond the scores themselves.
+
+    Returns:
+        A `Diagonal` operator of the same kind, entries as a pytree like the parameters.
+
+    Raises:
+        TypeError: ``fisher`` is not an operator.
+
+    Reference: Becker and LeCun, Improving the convergence of back-propagation learning with second order methods (1989); Duchi,
+    Hazan and Singer (JMLR 2011), section 1.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> log_prob = jf.log_likelihood(lambda mu: jf.Normal(mu, 1.0))
+    >>> print(jf.diagonal(jf.empirical_fisher(log_prob)(0.0, jnp.array([1.0, -2.0]))).diagonal())
+    2.5
+    """
+    fisher = as_operator(fisher, "diagonal")
+    return Diagonal(fisher.diagonal(), fisher.spec, fisher.provenance)

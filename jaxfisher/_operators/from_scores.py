@@ -1,0 +1,187 @@
+r"""A Fisher held as its scores: ``F = S^T diag(omega) S``, exact, and never formed.
+
+With ``X = diag(sqrt(omega)) S`` a damped solve has two routes, and the smaller matrix chooses:
+
+* p x p: ``(X^T X + damping I) x = v``.
+* rows x rows (push-through): for ``v = X^T e``, ``x = X^T (X X^T + damping I)^-1 e``; any other ``v`` has a rest outside the
+  rows' span, which only the damping acts on.
+
+Reference: Ren and Goldfarb, Efficient subsampled Gauss-Newton and natural gradient methods (arXiv 1906.02353), section 3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Scalar
+
+from jaxfisher._linalg import SolveInfo, direct_info, eigenvalues, invert, matmul, norm, refined, spectral_mv
+from jaxfisher._operators.base import Operator, Provenance, nonnegative, to_unit
+from jaxfisher._scores import HeldScores, Scores
+from jaxfisher._tree import ParamSpec
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("scores",), meta_fields=("provenance",))
+@dataclasses.dataclass(frozen=True, repr=False)
+class FromScores(Operator):
+    """``S^T diag(omega) S`` with the scores themselves held."""
+
+    scores: Scores
+    provenance: Provenance
+
+    form = "exact as scores"
+
+    @property
+    def spec(self) -> ParamSpec:  # type: ignore[override]
+        """The parameters' spec."""
+        return self.scores.spec
+
+    def as_matrix(self) -> Float[Array, "p p"]:
+        return self.scores.second_moment()
+
+    def diagonal(self) -> Any:
+        return self.scores.diagonal()
+
+    def linearised(self) -> Callable[[Any], Any]:
+        return lambda v: self.scores.rmv(self.scores.weights * self.scores.mv(v))
+
+    def trace(self) -> Scalar:
+        return jnp.sum(self.scores.weights * self.scores.squared_norms())
+
+    def _quadratic(self, v: Any) -> Scalar:
+        return jnp.sum(self.scores.weights * jnp.square(self.scores.mv(v)))
+
+    def eigvalsh(self) -> Float[Array, " p"]:
+        """The p eigenvalues, ascending, from the smaller of the two matrices."""
+        values, factor = self._unit_eigenvalues(jnp.zeros((), self.spec.dtype))
+        return values * (1 / factor) * (1 / factor)
+
+    def logdet(self, damping: Any) -> Scalar:
+        damping = nonnegative("damping", damping, self.spec.dtype)
+        values, factor = self._unit_eigenvalues(jnp.sqrt(damping))
+        return jnp.sum(jnp.log(values + damping * factor * factor)) - 2 * self.size * jnp.log(factor)
+
+    def _unit_eigenvalues(self, least: Scalar) -> tuple[Float[Array, " p"], Scalar]:
+        factor = to_unit(self.scores.max_abs(), least)
+        scores = self.scores.times(factor)
+        missing = max(self.size - scores.num_rows, 0)
+        small = weighted_gram(scores) if missing else scores.second_moment()
+        # No clamping is hidden here: X^T X cannot have a negative eigenvalue, so one that is negative is rounding.
+        values = jnp.maximum(eigenvalues(small), 0)
+        return jnp.concatenate([jnp.zeros(missing, values.dtype), values]), factor
+
+    def restrict(self, keep: tuple[bool, ...], treedef: Any) -> FromScores:
+        return FromScores(self.scores.restrict(keep, self.spec.restrict(keep, treedef)), self.provenance)
+
+    def _scaled(self, factor: Any) -> FromScores:
+        return FromScores(self.scores.reweighted(factor), self.provenance.times())
+
+    def _plus(self, other: Operator) -> Operator:
+        if isinstance(other, FromScores) and isinstance(self.scores, HeldScores) and isinstance(other.scores, HeldScores):
+            return FromScores(self.scores.joined(other.scores), self.provenance.plus(other.provenance))
+        return super()._plus(other)
+
+    def _solve(self, v: Any, damping: Scalar) -> tuple[Any, SolveInfo]:
+        flat = self.spec.ravel(v, "v")
+        length = norm(flat)
+        length = jnp.where(length > 0, length, 1)
+        direction = flat / length
+        factor = to_unit(self.scores.max_abs(), jnp.sqrt(damping))
+        scores, damping = self.scores.times(factor), damping * factor * factor
+        if scores.num_rows < self.size:
+            x, rank = _by_gram(scores, direction, damping)
+        else:
+            x, rank = _by_moment(scores, direction, damping)
+        info = direct_info(direction - _damped_product(scores, damping)(x), direction, x, damping, rank)
+        return self.spec.unravel(x * (length * factor) * factor), info
+
+    def _power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
+        # With X = U diag(sqrt(s)) W^T the power is damping^q on the complement of W, so
+        # (F + d I)^q v = d^q v + X^T U [((s + d)^q - d^q) / s] U^T X v, the difference by expm1 so that it does not cancel.
+        factor = to_unit(self.scores.max_abs(), jnp.sqrt(damping))
+        scores, damping = self.scores.times(factor), damping * factor * factor
+        if scores.num_rows >= self.size:
+            flat = self.spec.ravel(v, "v")
+            x = self.spec.unravel(spectral_mv(scores.second_moment(), flat, power, damping))
+            return jax.tree.map(lambda leaf: leaf * (factor**-power) * factor**-power, x)
+        values, vectors = jnp.linalg.eigh(weighted_gram(scores), symmetrize_input=False)
+        eps = jnp.finfo(values.dtype).eps * values.shape[0]
+        held = values > eps * jnp.max(values)
+        values = jnp.where(held, values, 1)
+        safe = jnp.where(damping > 0, damping, 1)
+        outside = jnp.where(damping > 0, safe**power, 0)
+        inside = jnp.where(damping > 0, outside * jnp.expm1(power * jnp.log1p(values / safe)), values**power) / values
+        root = jnp.sqrt(scores.weights)
+        c = matmul(vectors, jnp.where(held, inside, 0) * matmul(vectors.T, root * scores.mv(v)))
+        pulled = scores.rmv(root * c)
+        return jax.tree.map(lambda a, b: (outside * a + b) * (factor**-power) * factor**-power, v, pulled)
+
+    def solve_row_space(self, e: Float[Array, " rows"], damping: Scalar) -> Any:
+        """``(F + damping I)^-1 S^T diag(omega) e``: the solve for a vector known by its coordinates in the rows.
+
+        This is the natural gradient's solve: the gradient of a mean of log-densities has the coordinates one. Nothing cancels.
+        """
+        factor = to_unit(self.scores.max_abs(), jnp.sqrt(damping))
+        scores, damping = self.scores.times(factor), damping * factor * factor
+        if scores.num_rows < self.size:
+            root = jnp.sqrt(scores.weights)
+
+            def product(c: Array) -> Array:
+                return root * scores.mv(scores.rmv(root * c)) + damping * c
+
+            c = refined(invert(weighted_gram(scores), damping).apply, product, root * e)
+            x = scores.rmv(root * c)
+        else:
+            v = self.spec.ravel(scores.rmv(scores.weights * e), "v")
+            x = self.spec.unravel(_by_moment(scores, v, damping)[0])
+        return jax.tree.map(lambda leaf: leaf * factor, x)
+
+
+def weighted_gram(scores: Scores) -> Float[Array, "rows rows"]:
+    """``X X^T`` with ``X = diag(sqrt(omega)) S``."""
+    root = jnp.sqrt(scores.weights)
+    return root[:, None] * scores.gram() * root[None, :]
+
+
+def _damped_product(scores: Scores, damping: Scalar) -> Callable[[Float[Array, " p"]], Float[Array, " p"]]:
+    """``x -> (X^T X + damping I) x`` on flat vectors."""
+    spec = scores.spec
+    return lambda x: spec.ravel(scores.rmv(scores.weights * scores.mv(spec.unravel(x))), "v") + damping * x
+
+
+def _by_moment(scores: Scores, v: Float[Array, " p"], damping: Scalar) -> tuple[Float[Array, " p"], Int[Array, ""]]:
+    """The p x p route: the solution and the rank."""
+    inverse = invert(scores.second_moment(), damping)
+    return refined(inverse.apply, _damped_product(scores, damping), v), inverse.rank
+
+
+def _by_gram(scores: Scores, v: Float[Array, " p"], damping: Scalar) -> tuple[Float[Array, " p"], Int[Array, ""]]:
+    """The rows x rows route for any ``v``, split into its part in the rows' span, ``X^T e``, and the rest; and the rank.
+
+    ``v = X^T e + r`` gives ``x = X^T A e + (r - X^T A X r) / damping`` with ``A = (X X^T + damping I)^-1``, exactly, for any
+    ``e``. Woodbury's identity is ``e = 0``, and cancels all the more the smaller the damping; ``e = A X v`` leaves an ``r`` in
+    which little is left to cancel. Without damping, ``x = X^T A e`` is the minimum-norm solution.
+    """
+    spec, root = scores.spec, jnp.sqrt(scores.weights)
+
+    def into_rows(x: Array) -> Array:
+        return root * scores.mv(spec.unravel(x))
+
+    def out_of_rows(c: Array) -> Array:
+        return spec.ravel(scores.rmv(root * c), "v")
+
+    inverse = invert(weighted_gram(scores), damping)
+
+    def split(v: Array) -> Array:
+        e = inverse.apply(into_rows(v))
+        rest = v - out_of_rows(e)
+        outside = (rest - out_of_rows(inverse.apply(into_rows(rest)))) / jnp.where(inverse.damped, damping, 1)
+        return out_of_rows(inverse.apply(e)) + jnp.where(inverse.damped, outside, 0)
+
+    full = jnp.asarray(spec.size, jnp.int32)
+    return refined(split, _damped_product(scores, damping), v), jnp.where(inverse.damped, full, inverse.rank)

@@ -1,0 +1,104 @@
+r"""A Fisher held as nothing but its model and the point: ``F v = 1/n sum_i J_i^T M_i J_i v`` by jvp, output metric, vjp."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxfisher._examples import make_batch, map_examples, sum_batches
+from jaxfisher._model import Model, float_fields, predict, tangent
+from jaxfisher._operators.base import Operator, Provenance
+from jaxfisher._rows import ExactRows
+from jaxfisher._scores import Scores, make_scores
+from jaxfisher._tree import ParamSpec, cast_like
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("params", "inputs", "weights"),
+    meta_fields=("model", "batch_size", "keep", "spec", "provenance"),
+)
+@dataclasses.dataclass(frozen=True, repr=False)
+class Implicit(Operator):
+    """The exact Fisher as products; the model is static, so a second trace comes only with another model.
+
+    ``keep`` marks the parameter leaves the operator acts on: all of them, or the part an optimiser was given.
+    """
+
+    model: Model
+    params: Any
+    inputs: tuple[Any, ...]
+    weights: Float[Array, " n"]
+    batch_size: int | None
+    keep: tuple[bool, ...]
+    spec: ParamSpec
+    provenance: Provenance
+
+    form = "implicit, products only"
+
+    def linearised(self) -> Callable[[Any], Any]:
+        if self.batch_size is not None and self.batch_size < self.weights.shape[0]:
+            data = (self.weights, *self.inputs)
+            return lambda v: sum_batches(lambda w, *inputs: self._pull_back(w, inputs)(v), data, self.batch_size)
+        return self._pull_back(self.weights, self.inputs)
+
+    def _pull_back(self, weights: Float[Array, " n"], inputs: tuple[Any, ...]) -> Callable[[Any], Any]:
+        """``v -> sum_i w_i J_i^T M_i J_i v`` of one piece, the model run forward once."""
+
+        def fields(moving: Any) -> Any:
+            predicted = map_examples(partial(predict, self.model), self._all_leaves(moving), inputs)
+            return float_fields(predicted), predicted
+
+        moving = self._moving()
+        _, forward, predicted = jax.linearize(fields, moving, has_aux=True)
+        backward = jax.linear_transpose(forward, moving)
+
+        def weighted_metric(distribution: Any, along: list[Array], weight: Array) -> list[Array]:
+            pushed = float_fields(distribution.fisher_mv(tangent(distribution, along)))
+            return [weight.astype(leaf.dtype) * leaf for leaf in pushed]
+
+        def product(v: Any) -> Any:
+            (pulled,) = backward(jax.vmap(weighted_metric)(predicted, forward(v), weights))
+            return pulled
+
+        return product
+
+    def _moving(self) -> Any:
+        """The kept parameters in the statistics dtype, as the operator's vectors are arranged."""
+        leaves = [leaf for leaf, flag in zip(jax.tree.leaves(self.params), self.keep, strict=True) if flag]
+        return self.spec.tree([jnp.asarray(leaf).astype(self.spec.dtype) for leaf in leaves])
+
+    def _all_leaves(self, moving: Any) -> Any:
+        """All parameters in their own dtypes, the kept ones taken from ``moving``."""
+        leaves, treedef = jax.tree.flatten(self.params)
+        rest = iter(jax.tree.leaves(moving))
+        merged = [next(rest) if flag else leaf for leaf, flag in zip(leaves, self.keep, strict=True)]
+        return cast_like(jax.tree.unflatten(treedef, merged), self.params)
+
+    def _scores(self) -> Scores:
+        """The exact Fisher's rows, streamed: for what products cannot give in less than p of them."""
+        batch = make_batch(self.params, self.inputs, None, None)
+        whole = make_scores(ExactRows(self.model), self.params, batch, self.batch_size or 1)
+        count = whole.num_rows // batch.size
+        scores = whole.restrict(self.keep, self.spec)
+        return dataclasses.replace(scores, weights=jnp.repeat(self.weights, count))  # type: ignore[type-var]
+
+    def as_matrix(self) -> Float[Array, "p p"]:
+        return self._scores().second_moment()
+
+    def diagonal(self) -> Any:
+        return self._scores().diagonal()
+
+    def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Implicit:
+        rest = iter(keep)
+        still = tuple(flag and next(rest) for flag in self.keep)
+        return dataclasses.replace(self, keep=still, spec=self.spec.restrict(keep, treedef))
+
+    def _scaled(self, factor: Any) -> Implicit:
+        return dataclasses.replace(self, weights=factor * self.weights, provenance=self.provenance.times())

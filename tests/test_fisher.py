@@ -1,0 +1,224 @@
+"""The four Fishers against loops, dense sums over classes and each other; draws tied to examples; n, weights, pieces."""
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import N, assert_close, class_sum_fisher, classifier, data, flat, reference
+
+import jaxfisher as jf
+
+LOG_PROB = jf.log_likelihood(classifier)
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_empirical_exact_and_implicit_against_their_definitions(batch_size, weighted):
+    params, x, y, weights, rows = reference()
+    given = {"weights": weights} if weighted else {}
+    omega = np.asarray(weights) / np.sum(weights) if weighted else np.full(N, 1 / N)
+    empirical = jf.empirical_fisher(LOG_PROB, batch_size=batch_size)(params, x, y, **given)
+    assert_close(empirical.as_matrix(), rows.T @ (omega[:, None] * rows))
+    expected = class_sum_fisher(params, x, omega)
+    assert_close(jf.exact_fisher(classifier, batch_size=batch_size)(params, x, **given).as_matrix(), expected)
+    implicit = jf.implicit_fisher(classifier, batch_size=batch_size)(params, x, **given)
+    assert_close(implicit.as_matrix(), expected)
+    v = jax.tree.map(jnp.ones_like, params)
+    assert_close(flat(implicit.mv(v)), expected @ flat(v))
+    assert_close(flat(implicit.diagonal()), np.diag(expected))
+    assert_close(jf.kl_hessian(classifier)(params, x, **given).as_matrix(), expected)
+
+
+def test_empirical_is_not_exact():
+    params, x, _, _, rows = reference()
+    exact, empirical = class_sum_fisher(params, x), rows.T @ rows / N
+    assert np.linalg.norm(exact - empirical) > 0.3 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 10, 1000])
+def test_sampled_fisher_is_unbiased(num_samples, key):
+    """Quadratic forms at a fixed direction, by z-score with the estimator's own standard error, and its scale for every m."""
+    params, x, _, _, _ = reference()
+    v = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape, leaf.dtype), params)
+    repeats = max(4000 // num_samples, 8)
+    fisher = jf.sampled_fisher(classifier, num_samples=num_samples)
+    estimates = jax.jit(jax.vmap(lambda key: fisher(params, key, x).quadratic(v)))(jax.random.split(key, repeats))
+    expected = flat(v) @ class_sum_fisher(params, x) @ flat(v)
+    z = (np.mean(estimates) - expected) / (np.std(estimates, ddof=1) / np.sqrt(repeats))
+    assert abs(z) < 5, z
+
+
+def test_draws_belong_to_examples(key):
+    """Pieces, and what else is in the batch, do not change a draw; the key does."""
+    params, x, _, _, _ = reference()
+    whole = jf.sampled_fisher(classifier, num_samples=2)(params, key, x).scores.as_matrix()
+    for batch_size in (1, 2, 3):
+        pieces = jf.sampled_fisher(classifier, num_samples=2, batch_size=batch_size)(params, key, x).scores.as_matrix()
+        assert_close(pieces, np.asarray(whole))
+    first = jf.sampled_fisher(classifier, num_samples=2)(params, key, x[:4]).scores.as_matrix()
+    assert_close(first, np.asarray(whole)[:8])
+    other = jf.sampled_fisher(classifier, num_samples=2)(params, jax.random.key(1), x).scores.as_matrix()
+    assert np.max(np.abs(other - whole)) > 0.1
+    raw = jf.sampled_fisher(classifier, num_samples=2)(params, jax.random.key_data(key), x).scores.as_matrix()
+    assert np.array_equal(raw, whole)
+
+
+def test_an_unconditional_model_has_no_inputs():
+    F = jf.exact_fisher(lambda theta: jf.Normal(theta["mu"], jnp.exp(theta["s"])))({"mu": 0.0, "s": 0.5})
+    assert_close(F.as_matrix(), np.diag([np.exp(-1.0), 2.0]))
+
+
+def test_a_vector_target_is_a_product_of_parts():
+    """A batch of three normals is one target of three parts: the Fisher is three times that of one."""
+
+    def model(mu):
+        return jf.Normal(jnp.broadcast_to(mu, (3,)), 2.0)
+
+    assert_close(jf.exact_fisher(model)(0.0).as_matrix(), [[0.75]])
+    observed = jf.observed_information(jf.log_likelihood(model))(0.0, jnp.array([[1.0, 2.0, 3.0]]))
+    assert_close(observed.as_matrix(), [[0.75]])
+
+
+def test_data_twice_is_the_same_mean(key):
+    params, x, y, _, _ = reference()
+    once = jf.empirical_fisher(LOG_PROB)(params, x, y).as_matrix()
+    twice = jf.empirical_fisher(LOG_PROB)(params, jnp.concatenate([x, x]), jnp.concatenate([y, y])).as_matrix()
+    weighted = jf.empirical_fisher(LOG_PROB)(params, x, y, weights=jnp.full(N, 2.0)).as_matrix()
+    assert_close(twice, np.asarray(once))
+    assert_close(weighted, np.asarray(once))
+
+
+def test_one_example_and_one_parameter():
+    model = lambda w, x: jf.Poisson(log_rate=w * x)  # noqa: E731
+    log_prob = jf.log_likelihood(model)
+    x, y = jnp.array([2.0]), jnp.array([3.0])
+    assert_close(jf.exact_fisher(model)(0.5, x).as_matrix(), [[4 * np.exp(1.0)]])
+    step = jf.natural_grad(log_prob, lambda w, x, y: jf.exact_fisher(model)(w, x), damping=0.0)(0.5, x, y)
+    assert_close(step, (np.exp(1.0) - 3) / (2 * np.exp(1.0)))
+
+
+def test_pytree_data_and_inputs():
+    """Inputs may be any pytree of arrays with one leading axis."""
+    params, x, y, _, rows = reference()
+    log_prob = lambda params, batch: LOG_PROB(params, batch["x"], batch["y"])  # noqa: E731
+    F = jf.empirical_fisher(log_prob)(params, {"x": x, "y": y})
+    assert_close(F.as_matrix(), rows.T @ rows / N)
+
+
+def test_repr_says_what_it_is(key):
+    params, x, y, weights, _ = reference()
+    p = 31
+    empirical = jf.empirical_fisher(LOG_PROB)(params, x, y)
+    exact = jf.exact_fisher(classifier)(params, x, weights=weights)
+    assert repr(empirical) == f"Fisher(empirical, mean over 7, params {p}, exact as scores)"
+    assert repr(exact) == f"Fisher(exact, weighted mean over 7, params {p}, exact as scores)"
+    assert repr(jf.implicit_fisher(classifier)(params, x)) == f"Fisher(exact, mean over 7, params {p}, implicit, products only)"
+    assert repr(jf.sampled_fisher(classifier)(params, key, x)) == (
+        f"Fisher(sampled, 1 draw, mean over 7, params {p}, exact as scores)"
+    )
+    assert repr(jf.diagonal(2 * empirical)) == f"Fisher(empirical, scaled mean over 7, params {p}, diagonal)"
+    assert repr(jf.dense(empirical) + jf.diagonal(exact)) == (
+        f"Fisher((empirical, mean over 7) + (exact, weighted mean over 7), params {p}, dense + diagonal)"
+    )
+
+
+def test_divergences_of_a_model():
+    """The mean over examples, and the Monte Carlo estimate of the same with its standard error."""
+    params, x, _, weights, _ = reference()
+    moved = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    logits_p, logits_q = (
+        np.log(np.asarray(jax.nn.softmax(jax.vmap(lambda x, q=q: classifier(q, x).logits)(x)))) for q in (params, moved)
+    )
+    each = np.sum(np.exp(logits_p) * (logits_p - logits_q), axis=1)
+    assert_close(jf.kl(classifier)(params, moved, x), each.mean(), factor=1e3)
+    assert_close(jf.kl(classifier)(params, moved, x, weights=weights), np.average(each, weights=weights), factor=1e3)
+
+    n = 4000
+    repeated = jnp.tile(x, (n, 1))
+    keys = jax.random.split(jax.random.key(3), n * N)
+    labels = jax.vmap(lambda key, x: classifier(params, x).sample(key))(keys, repeated)
+    estimate = jf.monte_carlo_kl(LOG_PROB)(params, moved, (repeated, labels))
+    differences = (logits_p - logits_q)[np.tile(np.arange(N), n), labels]
+    assert abs(float(estimate) - each.mean()) < 5 * np.std(differences) / np.sqrt(n * N)
+    nodes = (jnp.repeat(x, 3, axis=0), jnp.tile(jnp.arange(3), N))
+    exact = jf.monte_carlo_kl(LOG_PROB)(params, moved, nodes, weights=jnp.asarray(np.exp(logits_p)).reshape(-1))
+    assert_close(exact, each.mean(), factor=1e3)
+
+
+def test_observed_information_is_minus_the_mean_hessian():
+    params, x, y, weights, _ = reference()
+    start, unravel = jax.flatten_util.ravel_pytree(params)
+    hessians = jax.vmap(jax.hessian(lambda flat, x, y: LOG_PROB(unravel(flat), x, y)), (None, 0, 0))(start, x, y)
+    assert_close(jf.observed_information(LOG_PROB)(params, x, y).as_matrix(), -np.mean(hessians, axis=0))
+    expected = -np.average(hessians, axis=0, weights=np.asarray(weights))
+    assert_close(jf.observed_information(LOG_PROB)(params, x, y, weights=weights).as_matrix(), expected)
+
+
+def test_both_arguments_moving_have_no_curvature():
+    """The classic mistake: with both sides of the divergence live, its Hessian is zero."""
+    params, x, _, _, _ = reference()
+    start, unravel = jax.flatten_util.ravel_pytree(params)
+    both = jax.hessian(lambda flat: jf.kl(classifier)(unravel(flat), unravel(flat), x))(start)
+    assert np.max(np.abs(both)) < 1e-12
+
+
+@pytest.mark.parametrize("make", [jf.exact_fisher, jf.implicit_fisher])
+def test_differentiable_in_the_parameters(make):
+    """The trace's derivative along a direction, against central differences."""
+    params, x, _, _, _ = reference()
+    start, unravel = jax.flatten_util.ravel_pytree(params)
+    trace = jax.jit(lambda flat: make(classifier)(unravel(flat), x).trace())
+    direction = np.cos(np.arange(start.size))
+    h = 1e-5
+    numeric = (trace(start + h * direction) - trace(start - h * direction)) / (2 * h)
+    np.testing.assert_allclose(jax.grad(trace)(start) @ direction, numeric, rtol=1e-8)
+
+
+def test_vmap_over_parameters(key):
+    params, x, y, _, _ = reference()
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf + 0.3]), params)
+    matrices = jax.vmap(lambda params: jf.empirical_fisher(LOG_PROB)(params, x, y).as_matrix())(stacked)
+    operators = jax.vmap(lambda params: jf.exact_fisher(classifier)(params, x))(stacked)
+    traces = jax.vmap(lambda F: F.trace())(operators)
+    for i in range(2):
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+        assert_close(matrices[i], np.asarray(jf.empirical_fisher(LOG_PROB)(one, x, y).as_matrix()))
+        assert_close(traces[i], np.trace(class_sum_fisher(one, x)))
+
+
+def test_frozen_leaves_have_no_information():
+    params, x, _, _, _ = reference()
+
+    def frozen(params, x):
+        return classifier(params | {"hidden": jax.lax.stop_gradient(params["hidden"])}, x)
+
+    diagonal = jf.exact_fisher(frozen)(params, x).diagonal()
+    assert float(jnp.max(jnp.abs(diagonal["hidden"]["w"]))) == 0
+    assert_close(flat(diagonal["out"]), np.diag(class_sum_fisher(params, x))[-15:])
+
+
+def test_float32_and_bfloat16_parameters(key):
+    params, x, _, _, _ = reference()
+    expected = class_sum_fisher(params, x)
+    for dtype, eps in ((jnp.float32, 1.2e-7), (jnp.bfloat16, 8e-3)):
+        narrow = jax.tree.map(lambda leaf, dtype=dtype: leaf.astype(dtype), params)
+        exact = jf.exact_fisher(classifier)(narrow, x.astype(dtype))
+        implicit = jf.implicit_fisher(classifier)(narrow, x.astype(dtype))
+        for F in (exact, implicit):
+            assert F.as_matrix().dtype == jnp.float32
+            assert_close(F.as_matrix(), expected, factor=50, eps=eps)
+            v = jax.tree.map(jnp.ones_like, narrow)
+            assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(F.mv(v)))
+            assert_close(flat(F.mv(v)), expected @ np.ones(31), factor=50, eps=eps)
+
+
+def test_more_rows_than_parameters_and_fewer(key):
+    """Both sides of n = p give one matrix and one solve."""
+    for n in (2, 40):
+        params, *_ = reference()
+        x, y = data(key, n)
+        F = jf.empirical_fisher(LOG_PROB)(params, x, y)
+        v = jax.tree.map(jnp.ones_like, params)
+        dense = np.asarray(F.as_matrix())
+        assert_close(flat(F.solve(v, 0.1)), np.linalg.solve(dense + 0.1 * np.eye(31), flat(v)), factor=1e4)
