@@ -38,6 +38,8 @@ from jaxfisher._linalg import SolveInfo as SolveInfo
 from jaxfisher._model import log_likelihood as log_likelihood
 
 # Natural gradients.
+from jaxfisher._natural import natural_grad as natural_grad
+from jaxfisher._natural import value_and_natural_grad as value_and_natural_grad
 from jaxfisher._operators.base import Operator as Operator
 from jaxfisher._operators.dense import dense as dense
 from jaxfisher._operators.diagonal import diagonal as diagonal

@@ -1,0 +1,177 @@
+"""Natural gradients: drop-ins for `jax.grad` and `jax.value_and_grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Scalar
+
+from jaxfisher._examples import Batch, make_batch, map_examples, needs_data, sum_batches
+from jaxfisher._fisher import FisherFunction
+from jaxfisher._model import LOG_PROB, LogProb, of_one_example, scalar
+from jaxfisher._operators.base import Operator, Provenance, as_operator, nonnegative
+from jaxfisher._operators.from_scores import FromScores
+from jaxfisher._scores import values_and_scores
+from jaxfisher._tree import cast_like, check_function
+
+View = Callable[[Operator], Operator]
+VIEW = "operator -> operator, such as jf.diagonal"
+"""What a view is, as messages show it."""
+
+
+class NaturalGradFunction(Protocol):
+    """``(params, *data, weights=None) -> d``, a pytree like the parameters."""
+
+    def __call__(self, params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Any: ...
+
+
+class ValueAndNaturalGradFunction(Protocol):
+    """``(params, *data, weights=None) -> (L, d)``."""
+
+    def __call__(
+        self, params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None
+    ) -> tuple[Scalar, Any]: ...
+
+
+def natural_grad(
+    log_prob: LogProb,
+    fisher: FisherFunction | None = None,
+    *,
+    damping: chex.Numeric,
+    view: View | None = None,
+    batch_size: int | None = None,
+) -> NaturalGradFunction:
+    r"""The natural gradient of the mean negative log-likelihood, as a drop-in for `jax.grad`.
+
+    .. math:: d = (F + \lambda I)^{-1} \nabla L(\theta), \qquad L = -\frac1n \sum_i \log p_\theta(x_i).
+
+    ``-d`` is the direction of steepest descent when distance is the KL divergence between predictions: among steps that move
+    it by at most ``c``, the linearised loss is least at ``-sqrt(2c / g^T F^-1 g) F^-1 g``. So ``d`` is what you *subtract*:
+    ``theta - lr * d``.
+
+    With ``fisher=None`` F is the *empirical* Fisher of the same data, and one backward pass serves both F and the gradient
+    (solved in the space of examples where that is smaller). To train, give an exact or sampled Fisher.
+
+    Args:
+        log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
+        fisher: ``(params, *data) -> operator``, called with all of the data; with an exact Fisher, which takes no targets,
+            write ``lambda params, x, y: jf.exact_fisher(model)(params, x)``.
+        damping: ``>= 0``, absolute, in the units of F.
+        view: applied to the operator before it is inverted, such as `jaxfisher.diagonal`.
+        batch_size: bound memory by running the model on pieces of so many examples.
+
+    Returns:
+        A function ``(params, *data, weights=None)``; the result is a pytree like the parameters, in their dtypes.
+
+    Raises:
+        ValueError: a negative damping; (when called) arrays of different lengths, a non-scalar ``log_prob``, a batch mean.
+        TypeError: (when called) ``fisher`` or ``view`` returns no operator; a parameter that is not a real floating array.
+
+    Reference: Amari (Neural Computation 1998), theorem 1; Martens (JMLR 2020), section 6.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda theta: jf.Normal(theta, 2.0)
+    >>> exact = lambda theta, x: jf.exact_fisher(model)(theta)
+    >>> step = jf.natural_grad(jf.log_likelihood(model), exact, damping=0.0)
+    >>> print(0.0 - step(0.0, jnp.array([1.0, 3.0])))  # one step to the maximum-likelihood mean
+    2.0
+    """
+    both = value_and_natural_grad(log_prob, fisher, damping=damping, view=view, batch_size=batch_size)
+
+    def direction(params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Any:
+        return both(params, *data, weights=weights)[1]
+
+    return direction
+
+
+def value_and_natural_grad(
+    log_prob: LogProb,
+    fisher: FisherFunction | None = None,
+    *,
+    damping: chex.Numeric,
+    view: View | None = None,
+    batch_size: int | None = None,
+) -> ValueAndNaturalGradFunction:
+    r"""The loss and its natural gradient, as a drop-in for `jax.value_and_grad`.
+
+    .. math:: (L, d), \qquad L = -\frac1n \sum_i \log p_\theta(x_i), \qquad d = (F + \lambda I)^{-1} \nabla L(\theta).
+
+    Arguments, errors and source are those of `natural_grad`. ``L`` is in nats, a mean over examples.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> log_prob = jf.log_likelihood(lambda theta: jf.Exponential(log_rate=theta))
+    >>> loss, d = jf.value_and_natural_grad(log_prob, damping=1.0)(0.0, jnp.array([1.0, 3.0]))
+    >>> print(loss, d)  # scores 0 and -2: F = 2, gradient 1
+    2.0 0.33333334
+    """
+    nonnegative("damping", damping, jnp.float32)
+    check_function("log_prob", log_prob, LOG_PROB)
+    if fisher is not None:
+        check_function("fisher", fisher, "(params, *data) -> operator; with an operator you already have, use jf.solve")
+    if view is not None:
+        check_function("view", view, VIEW)
+
+    def value_and_direction(
+        params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None
+    ) -> tuple[Scalar, Any]:
+        needs_data(data, "natural_grad")
+        batch = make_batch(params, data, weights, batch_size)
+        if fisher is None:
+            values, scores = values_and_scores(log_prob, params, batch, batch_size)
+            operator: Any = FromScores(scores, Provenance("empirical", batch.size, batch.weighted))
+            loss = -jnp.sum(scores.weights * values)
+            if view is None:
+                ones = jnp.ones(scores.num_rows, scores.spec.dtype)
+                return loss, cast_like(
+                    operator.solve_row_space(-ones, nonnegative("damping", damping, scores.spec.dtype)), params
+                )
+            gradient = scores.rmv(-scores.weights)
+        else:
+            loss, gradient = _value_and_grad(log_prob, params, batch, batch_size)
+            operator = _called(fisher, params, data, weights)
+        operator = as_operator(operator, "natural_grad: `fisher`")
+        where = batch.spec.mismatch(operator.spec.treedef, operator.spec.paths, operator.spec.shapes)
+        if where is not None:
+            raise ValueError(
+                f"natural_grad: `fisher` returned {operator}, which is not over `params`: {where}. "
+                "Make it at the parameters that `fisher` is called with."
+            )
+        if view is not None:
+            operator = as_operator(view(operator), "natural_grad: `view`")
+        return loss, cast_like(operator.solve(gradient, damping), params)
+
+    return value_and_direction
+
+
+def _called(fisher: FisherFunction, params: chex.ArrayTree, data: tuple[Any, ...], weights: Any) -> Operator:
+    """The operator of this data; a call that fails says what it was called with."""
+    keywords = {} if weights is None else {"weights": weights}
+    try:
+        return fisher(params, *data, **keywords)
+    except TypeError as error:
+        words = "".join(f" and {name}=" for name in keywords)
+        error.add_note(
+            f"jaxfisher.natural_grad called `fisher` with the parameters, all {len(data)} entries of the data{words}. "
+            "An exact Fisher takes no targets: give lambda params, x, y: jf.exact_fisher(model)(params, x)."
+        )
+        raise
+
+
+def _value_and_grad(log_prob: LogProb, params: chex.ArrayTree, batch: Batch, batch_size: int | None) -> tuple[Scalar, Any]:
+    """The mean negative log-likelihood and its plain gradient, in the statistics dtype."""
+
+    def piece(omega: Float[Array, " n"], *data: Any) -> tuple[Scalar, Any]:
+        def loss(params: chex.ArrayTree) -> Scalar:
+            values = map_examples(lambda p, *example: scalar(log_prob(p, *example), "log_prob"), params, data)
+            return -jnp.sum(omega * values.astype(omega.dtype))
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        return value, batch.spec.tree(batch.spec.leaves(gradient, "gradient"))
+
+    with of_one_example(log_prob, "log_prob", params, batch.data):
+        total: tuple[Scalar, Any] = sum_batches(piece, (batch.weights, *batch.data), batch_size)
+    return total

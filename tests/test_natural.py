@@ -1,0 +1,125 @@
+"""Natural gradients against dense float64 solves, and as drop-ins for `jax.grad`."""
+
+import itertools
+
+import chex
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import N, assert_close, class_sum_fisher, classifier, data, flat, reference
+
+import jaxfisher as jf
+
+LOG_PROB = jf.log_likelihood(classifier)
+
+
+def exact(params, x, y, weights=None):
+    return jf.exact_fisher(classifier)(params, x, weights=weights)
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_fused_empirical_step(batch_size, weighted):
+    params, x, y, weights, rows = reference()
+    omega = np.asarray(weights) / np.sum(weights) if weighted else np.full(N, 1 / N)
+    given = {"weights": weights} if weighted else {}
+    step = jax.jit(jf.value_and_natural_grad(LOG_PROB, damping=0.1, batch_size=batch_size))
+    loss, d = step(params, x, y, **given)
+    losses = -np.asarray(jax.vmap(LOG_PROB, (None, 0, 0))(params, x, y))
+    F, g = rows.T @ (omega[:, None] * rows), -rows.T @ omega
+    assert_close(loss, omega @ losses)
+    assert_close(flat(d), np.linalg.solve(F + 0.1 * np.eye(31), g), factor=1e4)
+
+
+@pytest.mark.parametrize("n", [4, 60])
+def test_both_sides_of_the_push_through(n, key):
+    params, *_ = reference()
+    x, y = data(key, n)
+    F = np.asarray(jf.empirical_fisher(LOG_PROB)(params, x, y).as_matrix())
+    g = flat(jax.grad(lambda p: -jnp.mean(jax.vmap(LOG_PROB, (None, 0, 0))(p, x, y)))(params))
+    d = jax.jit(jf.natural_grad(LOG_PROB, damping=0.01))(params, x, y)
+    assert_close(flat(d), np.linalg.solve(F + 0.01 * np.eye(31), g), factor=1e5)
+    free = jax.jit(jf.natural_grad(LOG_PROB, damping=0.0))(params, x, y)
+    assert_close(flat(free), np.linalg.pinv(F, rcond=1e-12) @ g, factor=1e8)
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_with_a_fisher_of_one_s_own(batch_size, weighted):
+    params, x, y, weights, rows = reference()
+    omega = np.asarray(weights) / np.sum(weights) if weighted else np.full(N, 1 / N)
+    given = {"weights": weights} if weighted else {}
+    step = jax.jit(jf.value_and_natural_grad(LOG_PROB, exact, damping=0.1, batch_size=batch_size))
+    loss, d = step(params, x, y, **given)
+    losses = -np.asarray(jax.vmap(LOG_PROB, (None, 0, 0))(params, x, y))
+    F = class_sum_fisher(params, x, omega)
+    assert_close(loss, omega @ losses)
+    assert_close(flat(d), np.linalg.solve(F + 0.1 * np.eye(31), -rows.T @ omega), factor=1e4)
+
+
+def test_a_view():
+    params, x, y, _, rows = reference()
+    g = -rows.mean(0)
+    d = jf.natural_grad(LOG_PROB, damping=0.1, view=jf.diagonal)(params, x, y)
+    assert_close(flat(d), g / (np.mean(rows**2, axis=0) + 0.1), factor=1e3)
+    d = jf.natural_grad(LOG_PROB, exact, damping=0.1, view=jf.diagonal)(params, x, y)
+    assert_close(flat(d), g / (np.diag(class_sum_fisher(params, x)) + 0.1), factor=1e3)
+
+
+def test_it_descends_where_jax_grad_would(key):
+    """``theta - lr * d``: the sign and scale of `jax.grad`."""
+    params, *_ = reference()
+    x, y = data(key, 50)
+    step = jax.jit(jf.value_and_natural_grad(LOG_PROB, exact, damping=1e-2))
+    losses = []
+    for _ in range(5):
+        loss, d = step(params, x, y)
+        losses.append(float(loss))
+        params = jax.tree.map(lambda p, d: p - 0.5 * d, params, d)
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
+def test_parameter_dtype_comes_back(dtype):
+    params, x, y, _, _ = reference()
+    narrow = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    for fisher in (None, exact):
+        d = jf.natural_grad(LOG_PROB, fisher, damping=0.1)(narrow, x.astype(dtype), y)
+        chex.assert_trees_all_equal_dtypes(d, narrow)
+        full = jf.natural_grad(LOG_PROB, fisher, damping=0.1)(params, x, y)
+        eps = float(jnp.finfo(dtype).eps)
+        assert np.linalg.norm(flat(d).astype(float) - flat(full)) < 100 * eps * np.linalg.norm(flat(full))
+
+
+def test_jit_vmap_scan_and_grad():
+    params, x, y, _, _ = reference()
+    step = jf.natural_grad(LOG_PROB, exact, damping=0.1)
+    alone = flat(step(params, x, y))
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
+    assert_close(flat(jax.tree.map(lambda leaf: leaf[1], jax.vmap(step, (0, None, None))(stacked, x, y))), alone, factor=1e4)
+
+    def descend(params, _):
+        return jax.tree.map(lambda p, d: p - d, params, step(params, x, y)), None
+
+    scanned, _ = jax.lax.scan(descend, params, length=3)
+    looped = params
+    for _ in range(3):
+        looped, _ = jax.jit(descend)(looped, None)
+    assert_close(flat(scanned), flat(looped), factor=1e5)
+
+    # The derivative of a step's length in the damping: -d^T (F + damping)^-1 d / |d|.
+    length = lambda damping: jnp.linalg.norm(  # noqa: E731
+        jax.flatten_util.ravel_pytree(jf.natural_grad(LOG_PROB, exact, damping=damping)(params, x, y))[0]
+    )
+    inverse = np.linalg.inv(class_sum_fisher(params, x) + 0.1 * np.eye(31))
+    np.testing.assert_allclose(jax.grad(length)(0.1), -alone @ inverse @ alone / np.linalg.norm(alone), rtol=1e-8)
+
+
+def test_one_trace_for_two_steps():
+    params, x, y, _, _ = reference()
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(jf.natural_grad(LOG_PROB, exact, damping=0.1), n=1))
+    for _ in range(2):
+        params = jax.tree.map(lambda p, d: p - d, params, step(params, x, y))
