@@ -52,7 +52,9 @@ from jaxfisher._solve import as_lineax as as_lineax
 from jaxfisher._solve import solve as solve
 
 # Optax.
+from jaxfisher._transform.natural_gradient import natural_gradient as natural_gradient
 from jaxfisher._transform.scale_by_fisher import ScaleByFisherState as ScaleByFisherState
 from jaxfisher._transform.scale_by_fisher import scale_by_fisher as scale_by_fisher
+from jaxfisher._transform.scale_to_kl import scale_to_kl as scale_to_kl
 
 __version__ = "0.1.0"

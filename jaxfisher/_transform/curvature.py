@@ -1,0 +1,53 @@
+"""The curvature an update is given: an operator or a function that makes one, over the parameters the update is for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxfisher._operators.base import Operator, as_operator
+from jaxfisher._tree import path_names
+
+
+def fisher_for(updates: Any, fisher: Operator | Callable[[], Operator] | None, caller: str) -> Operator:
+    """The operator over just the leaves of ``updates``.
+
+    Under `optax.masked` and `optax.partition` the updates are a part of the parameters: the operator's principal sub-operator
+    over that part is what preconditions it.
+    """
+    if fisher is None:
+        raise ValueError(
+            f"{caller}: `update` needs the curvature. Pass it by keyword, opt.update(grads, state, params, fisher=fisher), "
+            "where fisher is an operator such as jf.exact_fisher(model)(params, x), or a function of no arguments giving one."
+        )
+    if callable(fisher) and not isinstance(fisher, Operator):
+        _needs_no_arguments(fisher, caller)
+        fisher = fisher()
+    operator = as_operator(fisher, f"{caller}: `fisher`")
+    treedef = jax.tree.structure(updates)
+    names = path_names(updates)
+    known = all(name in operator.spec.paths for name in names)
+    if known and treedef != operator.spec.treedef:
+        operator = operator.restrict(tuple(path in names for path in operator.spec.paths), treedef)
+    where = operator.spec.mismatch(treedef, names, tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(updates)))
+    if where is not None:
+        raise ValueError(
+            f"{caller}: the updates are not over the parameters of `fisher`, {operator}: {where}. "
+            "Make the Fisher at the parameters that the updates are for."
+        )
+    operator.spec.check(updates, "updates")
+    return operator
+
+
+def _needs_no_arguments(fisher: Callable[[], Operator], caller: str) -> None:
+    try:
+        inspect.signature(fisher).bind()
+    except TypeError as error:
+        raise TypeError(
+            f"{caller}: `fisher` is a function that needs arguments ({error}); expected an operator, or a function of none. "
+            "Call it with the parameters and the data: fisher=jf.exact_fisher(model)(params, x), or put `lambda:` before that."
+        ) from error
