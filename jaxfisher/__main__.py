@@ -52,7 +52,7 @@ def trained(recipe: demo.Recipe, digits: demo.Digits, seed: int) -> demo.Run:
 
 def show_training(digits: demo.Digits, seed: int) -> list[demo.Run]:
     """Train with every optimiser and print the table."""
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # scikit-learn depends on it
+    from threadpoolctl import threadpool_limits
 
     # On CPU JAX factorises with SciPy's BLAS, whose threads fight XLA's: with one of them, natural steps take half the time.
     with threadpool_limits(limits=1, user_api="blas"):

@@ -41,7 +41,7 @@ DRAWS = 2
 
 def missing_extras() -> list[str]:
     """The demo's optional packages that are not installed, by the names pip knows."""
-    packages = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+    packages = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "threadpoolctl": "threadpoolctl", "tqdm": "tqdm"}
     return [name for module, name in packages.items() if importlib.util.find_spec(module) is None]
 
 

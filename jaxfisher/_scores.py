@@ -316,7 +316,7 @@ def _held(stacked: Any, batch: Batch) -> HeldScores:
 def scores(log_prob: LogProb, center: bool = False, *, batch_size: int | None = None) -> Callable[..., Scores]:
     r"""Per-example scores: a function ``(params, *data, weights=None) -> Scores``.
 
-    .. math:: S_{ij} = \partial_{	heta_j} \log p_	heta(x_i), \qquad S \in R^{n 	imes p}.
+    .. math:: S_{ij} = \partial_{\theta_j} \log p_\theta(x_i), \qquad S \in R^{n \times p}.
 
     Args:
         log_prob: ``(params, *example) -> scalar``, the log-density of ONE example; the library maps it over the data.

@@ -278,6 +278,13 @@ MISTAKES = [
     (lambda: jf.Normal(jnp.zeros(2), jnp.ones(3)), ValueError, r"Normal: .*loc \(2,\), scale \(3,\).*equal shape"),
     (lambda: jf.Laplace(jnp.zeros((2, 1)), jnp.ones((3, 2))), ValueError, r"Laplace: .*loc \(2, 1\), scale \(3, 2\)"),
     (lambda: jf.Bernoulli(1j), TypeError, "Bernoulli: `logits` is complex.*real"),
+    (lambda: jf.Bernoulli(None), TypeError, "Bernoulli: `logits` is None; expected a number or an array"),
+    (lambda: jf.Normal("0", 1.0), TypeError, "Normal: `loc` is '0'; expected a number or an array"),
+    (
+        lambda: jf.Categorical(jnp.zeros(3)).kl(jf.Categorical(jnp.zeros(4))),
+        ValueError,
+        r"Categorical.kl: .*different spaces: .*\[3\].*\[4\].*same number",
+    ),
     (lambda: jf.Poisson(jnp.zeros(2, complex)), TypeError, "Poisson: `log_rate` is complex"),
     (lambda: jf.Categorical(0.0), ValueError, r"Categorical: `logits` has shape \(\).*at least 1 ax"),
     (lambda: jf.Categorical(jnp.zeros((3, 0))), ValueError, r"Categorical: `logits` .*no classes.*one logit per class"),

@@ -21,6 +21,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from jaxfisher._linalg import matmul
+from jaxfisher._tree import described
 
 
 @dataclass_transform(frozen_default=True)
@@ -157,7 +158,17 @@ class Distribution:
                 f"{type(self).__name__}.kl: expected another {type(self).__name__}, got {type(other).__name__}. "
                 "For two families, estimate the divergence with jf.monte_carlo_kl."
             )
+        if self._own_shapes() != other._own_shapes():
+            raise ValueError(
+                f"{type(self).__name__}.kl: the two are over different spaces: {self} and {other}. "
+                "Give both the same number of classes or dimensions."
+            )
         return other
+
+    def _own_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the fields without their batch axes."""
+        shapes = [getattr(self, field.name).shape for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return tuple(shape[len(shape) - ndim :] for shape, ndim in zip(shapes, self.field_ndims, strict=True))
 
     def _make(self, *fields: Array) -> Self:
         """A distribution-shaped pytree of tangents: the given values as fields, unchecked."""
@@ -173,6 +184,8 @@ class Distribution:
 
 
 def _as_field(owner: str, name: str, value: Any) -> Array:
+    if not isinstance(value, (jax.Array, int, float, complex)) and not hasattr(value, "__array__"):
+        raise TypeError(f"{owner}: `{name}` is {described(value)}; expected a number or an array of them.")
     # A Python integer is a literal like 0.0: it takes the dtype of the fields beside it.
     array = jnp.asarray(float(value) if isinstance(value, int) else value)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):

@@ -1,0 +1,458 @@
+"""What bad input gets: an error at trace time that names the argument, what was seen, what was expected, and the fix."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import lineax
+import numpy as np
+import optax
+import pytest
+
+import jaxfisher as jf
+
+PARAMS = {"b": np.zeros(()), "w": np.ones(3)}
+GRADIENT = {"b": np.ones(()), "w": np.full(3, 2.0)}
+X, Y = np.linspace(-1.0, 1.0, 15).reshape(5, 3), np.linspace(0.0, 1.0, 5)
+KEY = jax.random.key(0)
+
+
+def model(params, x):
+    return jf.Normal(x @ params["w"] + params["b"], jnp.ones(()))
+
+
+def line(theta, x):
+    return jf.Normal(theta * x, jnp.ones(()))
+
+
+def batch_mean(params, x, y):
+    """Only right for a whole batch: `x` must be a matrix."""
+    return jnp.mean(jnp.square(jnp.einsum("ij,j->i", x, params["w"]) - y))
+
+
+log_prob = jf.log_likelihood(model)
+exact = jf.exact_fisher(model)
+empirical = jf.empirical_fisher(log_prob)
+
+
+def traced(function, *args, **kwargs):
+    """Only trace: what is raised here is raised before any number exists."""
+    return jax.eval_shape(lambda: function(*args, **kwargs))
+
+
+def fisher():
+    return exact(PARAMS, X)
+
+
+def with_leaf(leaf):
+    return {**PARAMS, "w": leaf}
+
+
+def one_update(optimiser, updates=GRADIENT, params=PARAMS, **extra):
+    return optimiser.update(updates, optimiser.init(params), params, **extra)
+
+
+def large():
+    """An implicit Fisher over more parameters than a dense matrix is made for unasked, and a vector for it."""
+    params = {"w": jnp.ones(4097)}
+    return jf.implicit_fisher(lambda p, x: jf.Normal(jnp.sum(p["w"]) * x, 1.0))(params, Y), params
+
+
+# (id, the call, the error, words the message must hold, in any order). Traced, all of them.
+MISTAKES = [
+    # Vectors.
+    ("missing leaf", lambda: fisher().mv({"w": PARAMS["w"]}), ValueError, ["`v`", "no leaf at ['b']", "a gradient"]),
+    ("extra leaf", lambda: fisher().mv({**GRADIENT, "c": 1.0}), ValueError, ["`v`", "a leaf at ['c']", "parameters have none"]),
+    ("wrong shape", lambda: fisher().solve(with_leaf(np.ones(4)), 0.1), ValueError, ["`v`", "['w']", "(4,)", "(3,)"]),
+    ("flat vector", lambda: fisher().quadratic(np.ones(4)), ValueError, ["`v`", "no leaf at ['b']"]),
+    (
+        "other container",
+        lambda: jf.exact_fisher(lambda p, x: line(p[0], x))([1.0], Y).mv((1.0,)),
+        ValueError,
+        ["`v`", "containers differ", "PyTreeDef((*,))", "PyTreeDef([*])"],
+    ),
+    ("integer vector", lambda: fisher().mv(with_leaf(np.ones(3, int))), TypeError, ["`v` at ['w']", "int64", "real floating"]),
+    ("complex vector", lambda: fisher().solve(with_leaf(np.ones(3, complex)), 0.1), TypeError, ["`v` at ['w']", "complex128"]),
+    ("string in a vector", lambda: fisher().mv(with_leaf("a")), TypeError, ["`v` at ['w']", "'a'", "real floating"]),
+    ("row vector", lambda: jf.scores(log_prob)(PARAMS, X, Y).rmv(np.ones(4)), ValueError, ["`w`", "(4,)", "(5,)", "each row"]),
+    (
+        "row vector, streamed",
+        lambda: jf.scores(log_prob, batch_size=2)(PARAMS, X, Y).rmv([1.0] * 5),
+        ValueError,
+        ["`w`", "a list", "(5,)"],
+    ),
+    # Parameters.
+    (
+        "integer parameter",
+        lambda: empirical(with_leaf(np.ones(3, int)), X, Y),
+        TypeError,
+        ["['w']", "int64", "Make it floating"],
+    ),
+    ("integer parameter, exact", lambda: exact(with_leaf(np.ones(3, int)), X), TypeError, ["['w']", "int64"]),
+    (
+        "complex parameter",
+        lambda: jf.implicit_fisher(model)(with_leaf(np.ones(3, complex)), X),
+        TypeError,
+        ["['w']", "complex128", "two leaves"],
+    ),
+    ("boolean parameter", lambda: exact(with_leaf(np.ones(3, bool)), X), TypeError, ["['w']", "bool", "floating"]),
+    ("string parameter", lambda: exact(with_leaf("relu"), X), TypeError, ["['w']", "str", "close over", "equinox.partition"]),
+    ("function parameter", lambda: exact(with_leaf(jnp.tanh), X), TypeError, ["['w']", "not an array", "close over"]),
+    ("string array parameter", lambda: exact(with_leaf(np.array(["a"])), X), TypeError, ["['w']", "<U1", "floating"]),
+    ("key parameter", lambda: jf.kl(model)(with_leaf(KEY), PARAMS, X), TypeError, ["['w']", "key<fry>"]),
+    ("no parameters", lambda: exact({}, X), ValueError, ["`params`", "no leaves", "at least one"]),
+    ("no parameters, empirical", lambda: empirical(None, X, Y), ValueError, ["`params`", "no leaves", "PyTreeDef(None)"]),
+    (
+        "integer parameter, optax",
+        lambda: jf.scale_by_fisher(0.1).init(with_leaf(np.ones(3, int))),
+        TypeError,
+        ["['w']", "int64"],
+    ),
+    # Data.
+    ("lengths", lambda: empirical(PARAMS, X, Y[:4]), ValueError, ["data[0] has 5", "data[1] has 4", "same leading axis"]),
+    (
+        "lengths, nested",
+        lambda: jf.exact_fisher(lambda p, i: model(p, i["x"]))(PARAMS, {"x": X, "aux": {"t": Y[:4]}}),
+        ValueError,
+        ["data[0]['aux']['t'] has 4", "data[0]['x'] has 5"],
+    ),
+    ("scalar data", lambda: empirical(PARAMS, 1.0, 1.0), ValueError, ["data[0] is a scalar", "leading axis", "ONE example"]),
+    ("lists", lambda: empirical(PARAMS, X.tolist(), Y.tolist()), ValueError, ["data[0][0][0]", "Python list", "jnp.asarray"]),
+    ("no examples", lambda: exact(PARAMS, X[:0]), ValueError, ["data[0] has no examples", "(0, 3)", "at least one"]),
+    ("strings as data", lambda: empirical(PARAMS, X, np.array(["a"] * 5)), TypeError, ["data[1]", "<U1", "array of numbers"]),
+    ("a string as data", lambda: exact(PARAMS, "abc"), TypeError, ["data[0] is 'abc'", "array of numbers"]),
+    ("no data", lambda: empirical(PARAMS), TypeError, ["empirical_fisher", "without data", "batch mean", "(params, *data)"]),
+    ("no data, scores", lambda: jf.scores(log_prob)(PARAMS), TypeError, ["jaxfisher.scores", "ONE example", "batch mean"]),
+    ("no data, gradient", lambda: jf.natural_grad(log_prob, damping=1.0)(PARAMS), TypeError, ["natural_grad", "batch mean"]),
+    ("no data, Hessian", lambda: jf.observed_information(log_prob)(PARAMS), TypeError, ["observed_information", "batch mean"]),
+    ("no samples", lambda: jf.monte_carlo_kl(log_prob)(PARAMS, PARAMS, ()), TypeError, ["(params_p, params_q, samples)"]),
+    ("no inputs", lambda: exact(PARAMS), TypeError, ["missing 1 required", "`model`", "parameters alone"]),
+    ("weights' shape", lambda: exact(PARAMS, X, weights=np.ones((5, 1))), ValueError, ["`weights`", "(5, 1)", "(5,)"]),
+    ("complex weights", lambda: exact(PARAMS, X, weights=np.ones(5, complex)), TypeError, ["`weights`", "complex", "real"]),
+    ("a string as weights", lambda: exact(PARAMS, X, weights="a"), TypeError, ["`weights`", "'a'", "array of numbers"]),
+    # Settings.
+    *[
+        (f"batch_size {size!r}", lambda size=size: jf.exact_fisher(model, batch_size=size)(PARAMS, X), error, words)
+        for size, error, words in [
+            (0, ValueError, ["`batch_size` is 0", "positive", "None"]),
+            (-1, ValueError, ["`batch_size` is -1", "positive"]),
+            (2.5, TypeError, ["`batch_size` is 2.5", "whole number"]),
+            (True, TypeError, ["`batch_size` is True", "whole number"]),
+        ]
+    ],
+    *[
+        (f"num_samples {m!r}", lambda m=m: jf.sampled_fisher(model, m), ValueError, [f"`num_samples` is {m!r}", "at least 1"])
+        for m in (0, 1.5, True)
+    ],
+    (
+        "integer key",
+        lambda: jf.sampled_fisher(model)(PARAMS, 0, X),
+        TypeError,
+        ["`key` is 0", "jax.random.key", "second argument"],
+    ),
+    ("data as key", lambda: jf.sampled_fisher(model)(PARAMS, X), TypeError, ["`key`", "(5, 3)", "jax.random.key"]),
+    (
+        "many keys",
+        lambda: jf.sampled_fisher(model)(PARAMS, jax.random.split(KEY), X),
+        TypeError,
+        ["`key`", "(2,)", "one random"],
+    ),
+    # log_prob.
+    ("no function", lambda: jf.scores(3.0), TypeError, ["`log_prob` is 3.0", "(params, *example)"]),
+    (
+        "vector",
+        lambda: jf.scores(lambda p, x, y: p["w"] * y)(PARAMS, X, Y),
+        ValueError,
+        ["`log_prob`", "(3,)", "scalar", "sum"],
+    ),
+    ("integer", lambda: jf.scores(lambda p, x, y: jnp.array(1))(PARAMS, X, Y), TypeError, ["`log_prob`", "int64", "floating"]),
+    ("None", lambda: jf.scores(lambda p, x, y: None)(PARAMS, X, Y), TypeError, ["`log_prob`", "NoneType", "scalar"]),
+    ("tuple", lambda: jf.scores(lambda p, x, y: (y, y))(PARAMS, X, Y), TypeError, ["`log_prob`", "tuple", "scalar"]),
+    (
+        "distribution",
+        lambda: jf.scores(lambda p, x, y: model(p, x))(PARAMS, X, Y),
+        TypeError,
+        ["`log_prob`", "Normal", "scalar"],
+    ),
+    ("wrong key", lambda: jf.scores(lambda p, x, y: p["v"])(PARAMS, X, Y), KeyError, ["'v'", "`log_prob`", "ONE example"]),
+    *[
+        (
+            f"batch mean, {name}",
+            lambda call=call: call(batch_mean),
+            ValueError,
+            ["`log_prob`", "float64[3]", "batch mean", "ONE"],
+        )
+        for name, call in [
+            ("scores", lambda f: jf.scores(f)(PARAMS, X, Y)),
+            ("streamed", lambda f: jf.scores(f, batch_size=2)(PARAMS, X, Y)),
+            ("Fisher", lambda f: jf.empirical_fisher(f)(PARAMS, X, Y)),
+            ("gradient", lambda f: jf.natural_grad(f, damping=1.0)(PARAMS, X, Y)),
+            ("gradient, exact", lambda f: jf.natural_grad(f, lambda p, x, y: exact(p, x), damping=1.0)(PARAMS, X, Y)),
+            ("Hessian", lambda f: jf.observed_information(f)(PARAMS, X, Y)),
+            ("KL", lambda f: jf.monte_carlo_kl(f)(PARAMS, PARAMS, (X, Y))),
+        ]
+    ],
+    # Models.
+    ("model, no function", lambda: jf.exact_fisher(None), TypeError, ["`model` is None", "(params, *inputs)"]),
+    ("model, array", lambda: jf.exact_fisher(lambda p, x: x @ p["w"])(PARAMS, X), TypeError, ["shape ()", "jf.Normal"]),
+    ("model, tuple", lambda: jf.implicit_fisher(lambda p, x: (x, x))(PARAMS, X), TypeError, ["a tuple", "distribution"]),
+    ("model, None", lambda: jf.kl(lambda p, x: None)(PARAMS, PARAMS, X), TypeError, ["None", "missing `return`"]),
+    ("model, class", lambda: jf.sampled_fisher(lambda p, x: jf.Normal)(PARAMS, KEY, X), TypeError, ["class Normal itself"]),
+    ("target (n, 1)", lambda: empirical(PARAMS, X, Y[:, None]), ValueError, ["target", "(1,)", "Normal", "()", "reshape"]),
+    ("no target", lambda: jf.scores(jf.log_likelihood(lambda p: line(p, 1.0)))(0.0, ()), TypeError, ["without data"]),
+    ("no target, direct", lambda: log_prob(PARAMS), TypeError, ["needs a target", "(params, *inputs, target)"]),
+    # Damping, powers, radii, decays.
+    *[
+        (f"damping {name}, {where}", lambda call=call, bad=bad: call(bad), error, [f"`{argument}`", seen, "at least zero"])
+        for name, bad, error, seen in [
+            ("negative", -1.0, ValueError, "-1.0"),
+            ("negative NumPy", np.array(-2.0), ValueError, "-2.0"),
+            ("NaN", float("nan"), ValueError, "nan"),
+            ("complex", 1j, TypeError, "1j"),
+            ("string", "a", TypeError, "'a'"),
+            ("None", None, TypeError, "None"),
+            ("vector", np.ones(2), TypeError, "shape (2,)"),
+            ("list", [1.0], TypeError, "a list"),
+            ("boolean", True, TypeError, "True"),
+        ]
+        for where, argument, call in [
+            ("natural_grad", "damping", lambda d: jf.natural_grad(log_prob, damping=d)),
+            ("solve", "damping", lambda d: fisher().solve(GRADIENT, d)),
+            ("CG", "damping", lambda d: jf.solve(fisher(), GRADIENT, d, solver=jf.CG())),
+            ("logdet", "damping", lambda d: fisher().logdet(d)),
+            ("scale_by_fisher", "damping", lambda d: jf.scale_by_fisher(d)),
+            ("schedule", "damping", lambda d: one_update(jf.scale_by_fisher(lambda count: d), fisher=fisher())),
+            ("scale_to_kl", "radius", lambda d: jf.scale_to_kl(d)),
+            ("c * F", "c` in `c * F", lambda d: fisher() * d),
+        ]
+    ],
+    *[
+        (f"damping {bad!r}, injected", lambda bad=bad: inject(bad), TypeError, ["`damping`", seen, "at least zero"])
+        for bad, seen in [("a", "'a'"), (1j, "1j")]
+    ],
+    ("no damping", lambda: jf.natural_grad(log_prob), TypeError, ["natural_grad", "'damping'"]),
+    ("power", lambda: jf.scale_by_fisher(0.1, power="half"), TypeError, ["`power` is 'half'", "one real number"]),
+    ("power_mv", lambda: fisher().power_mv(GRADIENT, np.ones(2)), TypeError, ["`power`", "shape (2,)", "one real number"]),
+    ("learning rate", lambda: jf.natural_gradient("a", 0.1), TypeError, ["`learning_rate` is 'a'", "schedule"]),
+    ("rtol", lambda: jf.CG(rtol=-1.0), ValueError, ["`rtol` is -1.0", "at least zero"]),
+    ("max_steps", lambda: jf.CG(max_steps=0), ValueError, ["`max_steps` is 0", "at least one"]),
+    *[
+        (
+            f"decay {d}",
+            lambda d=d: jf.scale_by_fisher(0.1, view=jf.diagonal, decay=d),
+            ValueError,
+            [f"`decay` is {d}", "[0, 1)"],
+        )
+        for d in (1.0, -0.1, float("nan"))
+    ],
+    ("decay 'a'", lambda: jf.scale_by_fisher(0.1, view=jf.diagonal, decay="a"), TypeError, ["`decay` is 'a'", "[0, 1)"]),
+    ("decay, no view", lambda: jf.scale_by_fisher(0.1, decay=0.9), ValueError, ["`decay`", "view=None", "view=jf.diagonal"]),
+    (
+        "decay of scores",
+        lambda: one_update(jf.scale_by_fisher(0.1, view=lambda f: f, decay=0.9), fisher=fisher()),
+        ValueError,
+        ["`decay`", "exact as scores", "view=jf.diagonal"],
+    ),
+    # The curvature.
+    *[
+        (f"no fisher=, {name}", lambda make=make: one_update(make()), ValueError, [caller, "fisher=fisher", "opt.update"])
+        for name, caller, make in [
+            ("scale_by_fisher", "scale_by_fisher", lambda: jf.scale_by_fisher(0.1)),
+            ("scale_to_kl", "scale_to_kl", lambda: jf.scale_to_kl(0.1)),
+            ("natural_gradient", "scale_by_fisher", lambda: jf.natural_gradient(1.0, 0.1)),
+            ("chain", "scale_by_fisher", lambda: optax.chain(jf.scale_by_fisher(0.1), optax.scale(-1.0))),
+        ]
+    ],
+    *[
+        (f"fisher= {name}", lambda bad=bad: one_update(jf.scale_by_fisher(0.1), fisher=bad()), TypeError, ["`fisher`", *words])
+        for name, bad, words in [
+            ("matrix", lambda: np.eye(4), ["(4, 4)", "operator", "jf.exact_fisher(model)(params, x)"]),
+            ("uncalled", lambda: exact, ["needs arguments", "'params'", "jf.exact_fisher(model)(params, x)"]),
+            ("makes a matrix", lambda: lambda: np.eye(4), ["(4, 4)", "operator"]),
+            ("scores", lambda: jf.scores(log_prob)(PARAMS, X, Y), ["HeldScores", "operator"]),
+        ]
+    ],
+    (
+        "fisher= over others",
+        lambda: one_update(jf.scale_by_fisher(0.1), fisher=jf.exact_fisher(line)(1.0, Y)),
+        ValueError,
+        ["scale_by_fisher", "`fisher`", "params 1", "no leaf at params", "Make the Fisher"],
+    ),
+    (
+        "fisher= over other shapes",
+        lambda: one_update(jf.scale_to_kl(0.1), with_leaf(np.ones(4)), fisher=fisher()),
+        ValueError,
+        ["scale_to_kl", "['w']", "(4,)", "(3,)"],
+    ),
+    ("view, a word", lambda: jf.scale_by_fisher(0.1, view="diagonal"), TypeError, ["`view` is 'diagonal'", "jf.diagonal"]),
+    (
+        "view, no operator",
+        lambda: one_update(jf.scale_by_fisher(0.1, view=lambda f: f.as_matrix()), fisher=fisher()),
+        TypeError,
+        ["scale_by_fisher: `view`", "(4, 4)", "operator"],
+    ),
+    (
+        "view, None",
+        lambda: jf.natural_grad(log_prob, damping=0.1, view=lambda f: None)(PARAMS, X, Y),
+        TypeError,
+        ["natural_grad: `view`", "None", "operator"],
+    ),
+    (
+        "operator for a function",
+        lambda: jf.natural_grad(log_prob, fisher(), damping=0.1),
+        TypeError,
+        ["`fisher`", "FromScores", "(params, *data) -> operator", "jf.solve"],
+    ),
+    (
+        "exact Fisher given targets",
+        lambda: jf.natural_grad(log_prob, exact, damping=0.1)(PARAMS, X, Y),
+        TypeError,
+        ["`fisher`", "no targets", "lambda params, x, y"],
+    ),
+    (
+        "Fisher of other parameters",
+        lambda: jf.natural_grad(log_prob, lambda p, x, y: jf.exact_fisher(line)(1.0, y), damping=0.1)(PARAMS, X, Y),
+        ValueError,
+        ["natural_grad: `fisher`", "`params`", "no leaf at ['b']"],
+    ),
+    # Operators.
+    (
+        "F + G",
+        lambda: fisher() + jf.exact_fisher(line)(1.0, Y),
+        ValueError,
+        ["cannot add", "params 1", "no leaf at ['b']", "same"],
+    ),
+    ("F + 1", lambda: fisher() + 1, TypeError, ["cannot add", "Fisher and 1", "two Fishers", "`damping`"]),
+    ("1 + F", lambda: 1 + fisher(), TypeError, ["cannot add", "Fisher and 1", "two Fishers"]),
+    ("matrix + F", lambda: np.eye(4) + fisher(), TypeError, ["cannot add", "(4, 4)", "two Fishers"]),
+    ("vector * F", lambda: np.ones(4) * fisher(), TypeError, ["`c * F`", "(4,)", "one real number"]),
+    ("F * F", lambda: fisher() * fisher(), TypeError, ["`c * F`", "FromScores", "one real number"]),
+    *[
+        (f"{name} of {what}", lambda call=call, bad=bad: call(bad), TypeError, [f"{name}: expected", "operator", *words])
+        for what, bad, words in [
+            ("a matrix", np.eye(4), ["(4, 4)"]),
+            ("a function", exact, ["a function", "Call the function"]),
+        ]
+        for name, call in [
+            ("dense", jf.dense),
+            ("diagonal", jf.diagonal),
+            ("as_lineax", jf.as_lineax),
+            ("solve", lambda f: jf.solve(f, GRADIENT, 0.1)),
+        ]
+    ],
+    *[
+        (f"solver {name}", lambda s=s: jf.solve(fisher(), GRADIENT, 0.1, solver=s), TypeError, ["`solver`", seen, "jf.CG()"])
+        for name, s, seen in [
+            ("word", "cg", "'cg'"),
+            ("class", jf.CG, "CG"),
+            ("lineax", lineax.CG(1e-5, 1e-5), "CG(rtol=1e-05"),
+        ]
+    ],
+    *[
+        (f"large {name}", lambda call=call: call(*large()), ValueError, ["implicit", "4097 x 4097", "jf.CG()", "jf.dense(F)"])
+        for name, call in [
+            ("solve", lambda f, v: jf.solve(f, v, 0.1)),
+            ("eigvalsh", lambda f, v: f.eigvalsh()),
+            ("logdet", lambda f, v: f.logdet(0.1)),
+            ("power_mv", lambda f, v: f.power_mv(v, 0.5, 0.1)),
+            ("sum", lambda f, v: (f + f).solve(v, 0.1)),
+        ]
+    ],
+    # Divergences and distributions.
+    ("kl, structure", lambda: jf.kl(model)(PARAMS, {"w": PARAMS["w"]}, X), ValueError, ["`params_q`", "no leaf at ['b']"]),
+    ("kl, dtype", lambda: jf.kl(model)(PARAMS, with_leaf(np.ones(3, int)), X), TypeError, ["`params_q` at ['w']", "int64"]),
+    (
+        "kl, families",
+        lambda: jf.kl_divergence(jf.Normal(0, 1), jf.Laplace(0, 1)),
+        TypeError,
+        ["Normal", "Laplace", "monte_carlo"],
+    ),
+    ("kl, array", lambda: jf.kl_divergence(np.ones(3), jf.Normal(0, 1)), TypeError, ["distribution", "shape (3,)"]),
+    ("fields", lambda: jf.Normal(np.ones(2), np.ones(3)), ValueError, ["Normal", "loc (2,)", "scale (3,)", "equal shape"]),
+    ("complex field", lambda: jf.Poisson(1j), TypeError, ["Poisson", "`log_rate`", "complex", "real"]),
+    ("missing axis", lambda: jf.Categorical(1.0), ValueError, ["Categorical", "`logits`", "()", "at least 1"]),
+    # Unknown keywords.
+    *[
+        (f"keyword {word} of {name}", lambda f=f, word=word: f(**{word: 1}), TypeError, ["unexpected keyword", f"'{word}'"])
+        for name, f, word in [
+            ("scores", lambda **k: jf.scores(log_prob, **k), "centre"),
+            ("empirical_fisher", lambda **k: jf.empirical_fisher(log_prob, **k), "batchsize"),
+            ("exact_fisher", lambda **k: jf.exact_fisher(model, **k), "num_samples"),
+            ("its function", lambda **k: exact(PARAMS, X, **k), "wieghts"),
+            ("sampled_fisher", lambda **k: jf.sampled_fisher(model, **k), "samples"),
+            ("natural_grad", lambda **k: jf.natural_grad(log_prob, damping=0.1, **k), "solver"),
+            ("solve", lambda **k: jf.solve(None, None, 0.1, **k), "rtol"),
+            ("scale_by_fisher", lambda **k: jf.scale_by_fisher(0.1, **k), "eps"),
+            ("scale_to_kl", lambda **k: jf.scale_to_kl(0.1, **k), "max_kl"),
+            ("natural_gradient", lambda **k: jf.natural_gradient(1.0, 0.1, **k), "betas"),
+            ("kl", lambda **k: jf.kl(model, **k), "reduction"),
+            ("Normal", lambda **k: jf.Normal(loc=0.0, **k), "sigma"),
+        ]
+    ],
+]
+
+
+def inject(damping):
+    """One step with the damping as a hyperparameter."""
+    return one_update(optax.inject_hyperparams(jf.scale_by_fisher)(damping=damping), fisher=fisher())
+
+
+@pytest.mark.parametrize(("call", "error", "words"), [case[1:] for case in MISTAKES], ids=[case[0] for case in MISTAKES])
+def test_a_mistake_is_named_at_trace_time(call, error, words):
+    with pytest.raises(error) as caught:
+        traced(call)
+    message = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        (lambda p, x, y: empirical(p, x, y), (PARAMS, X, Y[:4]), r"data\[1\] has 4"),
+        (lambda p, x, y: jf.scores(batch_mean)(p, x, y), (PARAMS, X, Y), "batch mean"),
+        (lambda p, x, v: jf.solve(exact(p, x), v, 0.1)[0], (PARAMS, X, {"w": PARAMS["w"]}), r"no leaf at \['b'\]"),
+        (lambda p, x, g: one_update(jf.scale_by_fisher(0.1), g), (PARAMS, X, GRADIENT), "`update` needs the curvature"),
+        (lambda p, x, d: jf.solve(exact(p, x), p, d)[0], (PARAMS, X, np.ones(2)), r"`damping` is an array of shape \(2,\)"),
+    ],
+)
+def test_under_jit_too(function, arguments, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        jax.jit(function)(*arguments)
+
+
+# --- what looks odd and is right ------------------------------------------------------------------------------------------
+
+
+def test_numpy_floats_and_scalars_are_parameters():
+    """The Fisher of a line through the origin is the mean of x^2, whatever kind of number the slope is."""
+    for slope in (1.0, np.float64(1.0), np.ones(()), jnp.ones(())):
+        for weights in (None, np.ones(5), np.ones(5, int), np.ones(5, bool), [1.0] * 5):
+            matrix = jf.exact_fisher(line)(slope, Y, weights=weights).as_matrix()
+            np.testing.assert_allclose(matrix, [[np.mean(Y**2)]], rtol=50 * np.finfo(np.float32).eps)
+
+
+@pytest.mark.parametrize("damping", [0, 1, 0.5, np.float32(0.5), np.array(0.5), jnp.float32(0.5), jnp.array(1)])
+def test_any_real_scalar_is_a_damping(damping):
+    operator = jf.exact_fisher(line)(np.ones(()), Y)
+    expected = 1 / (np.mean(Y**2) + float(damping))
+    np.testing.assert_allclose(jf.solve(operator, np.ones(()), damping)[0], expected, rtol=50 * np.finfo(np.float64).eps)
+    updates, _ = one_update(jf.scale_by_fisher(damping), np.ones(()), np.ones(()), fisher=operator)
+    np.testing.assert_allclose(updates, expected, rtol=50 * np.finfo(np.float64).eps)
+
+
+def test_a_jax_array_is_a_run_time_number_and_is_not_clamped():
+    """Its value is not looked at: a negative damping is used as it stands, eagerly as under `jit`, and as a hyperparameter."""
+    operator = jf.exact_fisher(line)(np.ones(()), Y)
+    expected = 1 / (np.mean(Y**2) - 1)
+    for solve in (jf.solve, jax.jit(jf.solve)):
+        solution = solve(operator, np.ones(()), jnp.array(-1.0))[0]
+        np.testing.assert_allclose(solution, expected, rtol=50 * np.finfo(np.float64).eps)
+
+
+@pytest.mark.parametrize("factor", [2, 2.0, np.float64(2), np.array(2.0), jnp.array(2.0)])
+def test_any_real_scalar_multiplies_from_either_side(factor):
+    operator = jf.exact_fisher(line)(np.ones(()), Y)
+    for product in (factor * operator, operator * factor):
+        assert re.match(r"Fisher\(exact, scaled mean over 5", repr(product))
+        np.testing.assert_allclose(product.as_matrix(), [[2 * np.mean(Y**2)]], rtol=50 * np.finfo(np.float64).eps)
