@@ -229,12 +229,15 @@ CASES = [
         outside=(-1.0, -1e-20),
         extremes=(
             ((1e8, 1e8), (1.0001e8, 1e8), 1.0001),
-            ((1e8, 1e-4), (0.5, 1e-6), 1e12),
+            # Powers of two: the score in the concentration is the rounding of rate * x, unless that is exact.
+            ((2.0**27, 2.0**-13), (0.5, 1e-6), 2.0**40),
             ((1e-6, 1.0), (2e-6, 3.0), 1e-20),
             ((1e-6, 1e-15), (1e3, 1e-15), 1.0),
             ((3.0, 1e-20), (3.0, 2e-20), 1e20),
             ((3.0, 1e20), (3.0, 0.5e20), 1e-20),
         ),
+        # The density at a concentration of 1e8 magnifies the rounding of x and of the fields by its square root, 1e4.
+        rtol32=1e-4,
     ),
     Case(
         "Gamma, concentration below one",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mpmath import mpf
 
-from jaxfisher._distributions import _special
+from jaxfisher._distributions import special
 from jaxfisher._distributions.beta import Beta
 from jaxfisher._distributions.dirichlet import Dirichlet
 from jaxfisher._distributions.gamma import Gamma
@@ -49,20 +49,20 @@ def half_step(x):
 
 
 ONE_ARGUMENT = {
-    "stirling": (_special.stirling, remainder),
-    "stirling, first derivative": (jax.vmap(jax.grad(_special.stirling)), remainder_slope),
+    "stirling": (special.stirling, remainder),
+    "stirling, first derivative": (jax.vmap(jax.grad(special.stirling)), remainder_slope),
     "stirling, second derivative": (
-        jax.vmap(jax.grad(jax.grad(_special.stirling))),
+        jax.vmap(jax.grad(jax.grad(special.stirling))),
         lambda a: gamma_excess(a) - 1 / (2 * a * a),
     ),
-    "trigamma_excess": (_special.trigamma_excess, gamma_excess),
-    "half_step_gammaln": (_special.half_step_gammaln, half_step),
-    "student_excess": (_special.student_excess, student_excess),
-    "exp_gap_ratio": (_special.exp_gap_ratio, lambda x: 1 + mpmath.expm1(-x) / x),
-    "exp_gap_ratio, negative": (lambda x: _special.exp_gap_ratio(-x / (1 + x)), lambda x: _exp_gap(-x / (1 + x))),
-    "exp_ratio": (_special.exp_ratio, lambda x: -mpmath.expm1(-x) / x),
-    "log_gap_ratio": (_special.log_gap_ratio, lambda y: 1 - mpmath.log1p(y) / y),
-    "log_ratio": (_special.log_ratio, lambda y: mpmath.log1p(y) / y),
+    "trigamma_excess": (special.trigamma_excess, gamma_excess),
+    "half_step_gammaln": (special.half_step_gammaln, half_step),
+    "student_excess": (special.student_excess, student_excess),
+    "exp_gap_ratio": (special.exp_gap_ratio, lambda x: 1 + mpmath.expm1(-x) / x),
+    "exp_gap_ratio, negative": (lambda x: special.exp_gap_ratio(-x / (1 + x)), lambda x: _exp_gap(-x / (1 + x))),
+    "exp_ratio": (special.exp_ratio, lambda x: -mpmath.expm1(-x) / x),
+    "log_gap_ratio": (special.log_gap_ratio, lambda y: 1 - mpmath.log1p(y) / y),
+    "log_ratio": (special.log_ratio, lambda y: mpmath.log1p(y) / y),
 }
 
 
@@ -93,7 +93,7 @@ def test_bregman_rest(dtype):
 
     pairs = [(mpf(float(v)), mpf(float(w))) for v, w in zip(b, a, strict=True)]
     expected = [g(v) - g(w) - (v - w) * (mpmath.digamma(w) - mpmath.log(w)) for v, w in pairs]
-    relative(jax.jit(_special.gammaln_bregman_rest)(b, a), expected, 100, dtype)
+    relative(jax.jit(special.gammaln_bregman_rest)(b, a), expected, 100, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -106,7 +106,7 @@ def test_excess_drop(dtype):
 
     pairs = [(mpf(float(v)), mpf(float(r))) for v, r in zip(a, rise, strict=True)]
     expected = [scaled(v) - scaled(v + r) for v, r in pairs]
-    relative(jax.jit(_special.trigamma_excess_drop)(a, rise), expected, 20, dtype)
+    relative(jax.jit(special.trigamma_excess_drop)(a, rise), expected, 20, dtype)
 
 
 # --- families at the extremes ---------------------------------------------------------------------------------------------

@@ -351,7 +351,8 @@ def test_multi_steps(problem):
     updates, state = step(jax.tree.map(lambda g: 2 * g, gradient), opt.init(params))
     assert np.all(flat(updates) == 0)
     updates, state = step(jax.tree.map(jnp.zeros_like, gradient), state)
-    assert_close(flat(updates), damped(dense, gradient), factor=1e4)
+    # MultiSteps accumulates in float32.
+    assert_close(flat(updates), damped(dense, gradient), factor=100, eps=1.2e-7)
 
 
 def test_a_line_search_after_it(problem):
