@@ -100,7 +100,9 @@ def value_and_natural_grad(
 
     .. math:: (L, d), \qquad L = -\frac1n \sum_i \log p_\theta(x_i), \qquad d = (F + \lambda I)^{-1} \nabla L(\theta).
 
-    Arguments, errors and source are those of `natural_grad`. ``L`` is in nats, a mean over examples.
+    Arguments and errors are those of `natural_grad`. ``L`` is in nats, a mean over examples.
+
+    Reference: Amari (Neural Computation 1998), theorem 1.
 
     >>> import jax.numpy as jnp, jaxfisher as jf
     >>> log_prob = jf.log_likelihood(lambda theta: jf.Exponential(log_rate=theta))

@@ -64,7 +64,8 @@ def scale_by_fisher(
     Args:
         damping: ``>= 0``, absolute, in the units of F, or a schedule of it (a function of the update count).
         view: applied to the operator: `jaxfisher.diagonal`, `jaxfisher.dense`; None for the operator as it comes.
-        power: ``q``. 1 is the natural gradient and takes any operator; other powers need a view with a spectrum.
+        power: ``q``. 1 is the natural gradient; others need an eigendecomposition, except on the diagonal, where 0.5 gives
+            the family of RMSprop and Adam.
         decay: ``beta`` in ``[0, 1)`` of a running mean of the view, which must be one whose shape does not depend on n.
 
     Returns:

@@ -1,0 +1,68 @@
+"""The public face: what importing costs, what the names promise, and that the rooms stay in order."""
+
+import ast
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import jaxfisher as jf
+
+PACKAGE = pathlib.Path(jf.__file__).parent
+PUBLIC = sorted(name for name in vars(jf) if not name.startswith("_"))
+VALUES = {"Distribution", "Operator", "Scores", "ScaleByFisherState", "SolveInfo"}
+"""Types that users meet as results and do not make."""
+
+
+def modules_after(statement):
+    code = f"{statement}; import sys; print(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_importing_takes_no_extra():
+    extras = {"matplotlib", "sklearn", "tqdm", "statsmodels", "scipy.stats"}
+    assert not extras & modules_after("import jaxfisher")
+    assert "scipy.stats" in modules_after("import jaxfisher, scipy.stats"), "the control: such an import is seen"
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name not in VALUES])
+def test_every_public_name_says_how_where_from_and_shows_it(name):
+    text = inspect.getdoc(getattr(jf, name))
+    assert "Reference:" in text and ">>>" in text
+    assert "Arguments and errors are those of" in text or "Args:" in text or "Attributes:" in text
+
+
+@pytest.mark.parametrize("name", sorted(VALUES))
+def test_every_value_type_explains_its_members(name):
+    cls = getattr(jf, name)
+    members = [
+        m for key, m in vars(cls).items() if not key.startswith("_") and (inspect.isfunction(m) or isinstance(m, property))
+    ]
+    assert inspect.getdoc(cls) and all(inspect.getdoc(member) for member in members)
+
+
+def imports():
+    """``file -> the package's files it imports``, at any depth of the syntax tree."""
+    graph = {}
+    for path in PACKAGE.rglob("*.py"):
+        names = [node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        graph[".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)] = {
+            n for n in names if n.startswith("jaxfisher.")
+        }
+    return graph
+
+
+def test_imports_have_no_cycle():
+    graph = imports()
+    assert len(graph) > 30
+    while graph:
+        leaves = {name for name, needs in graph.items() if not needs & graph.keys()}
+        assert leaves, f"a cycle among {sorted(graph)}"
+        graph = {name: needs for name, needs in graph.items() if name not in leaves}
+
+
+def test_only_documented_jax():
+    for path in PACKAGE.rglob("*.py"):
+        assert "jax._src" not in path.read_text(), path
