@@ -116,6 +116,9 @@ class Foreign(Distribution):
     def event_shape(self) -> tuple[int, ...]:
         return tuple(self._object().event_shape)
 
+    def _own_shapes(self) -> tuple[tuple[int, ...], ...]:
+        return (self.event_shape,)
+
     @property
     def mean(self) -> Float[Array, "*batch_and_event"]:
         try:
