@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._distributions.foreign import as_distribution
 from jaxfisher._examples import make_batch, map_examples, needs_data
-from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example, predict, scalar
+from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, mean_loss, of_one_example, predict, scalar
 from jaxfisher._operators.base import Provenance
 from jaxfisher._operators.dense import Dense
 from jaxfisher._tree import ParamSpec, cast_like, check_function
@@ -221,12 +221,8 @@ def observed_information(log_prob: LogProb) -> HessianFunction:
         needs_data(data, "observed_information")
         batch = make_batch(params, data, weights, None)
 
-        def loss(params: chex.ArrayTree) -> Scalar:
-            values = map_examples(lambda p, *example: scalar(log_prob(p, *example), "log_prob"), params, batch.data)
-            return -jnp.sum(batch.weights * values.astype(batch.spec.dtype))
-
         with of_one_example(log_prob, "log_prob", params, batch.data):
-            matrix = _hessian(loss, params, batch.spec)
+            matrix = _hessian(lambda p: mean_loss(log_prob, p, batch.data, batch.weights), params, batch.spec)
         return Dense(matrix, batch.spec, Provenance("observed information", batch.size, batch.weighted))
 
     return information_of

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._distributions.base import Distribution
 from jaxfisher._distributions.foreign import as_distribution
-from jaxfisher._examples import shape_of_one
+from jaxfisher._examples import map_examples, shape_of_one
 from jaxfisher._tree import check_function
 
 LOG_PROB = "(params, *example) -> the scalar log-density of ONE example"
@@ -113,6 +113,12 @@ def scalar(value: Any, name: str) -> Scalar:
     if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         raise TypeError(f"`{name}` returned dtype {jnp.result_type(value)}; expected a real floating log-density.")
     return jnp.asarray(value)
+
+
+def mean_loss(log_prob: LogProb, params: chex.ArrayTree, data: tuple[Any, ...], weights: Float[Array, " n"]) -> Scalar:
+    """``-sum w_i log p(x_i)``, the mean negative log-likelihood where the weights sum to one, in their dtype."""
+    values = map_examples(lambda p, *example: scalar(log_prob(p, *example), "log_prob"), params, data)
+    return -jnp.sum(weights * values.astype(weights.dtype))
 
 
 @contextlib.contextmanager

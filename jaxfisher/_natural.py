@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._examples import Batch, make_batch, map_examples, needs_data, sum_batches
+from jaxfisher._examples import Batch, make_batch, needs_data, sum_batches
 from jaxfisher._fisher import FisherFunction
-from jaxfisher._model import LOG_PROB, LogProb, of_one_example, scalar
+from jaxfisher._model import LOG_PROB, LogProb, mean_loss, of_one_example
 from jaxfisher._operators.base import Operator, Provenance, as_operator, nonnegative
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._scores import values_and_scores
@@ -167,11 +167,7 @@ def _value_and_grad(log_prob: LogProb, params: chex.ArrayTree, batch: Batch, bat
     """The mean negative log-likelihood and its plain gradient, in the statistics dtype."""
 
     def piece(omega: Float[Array, " n"], *data: Any) -> tuple[Scalar, Any]:
-        def loss(params: chex.ArrayTree) -> Scalar:
-            values = map_examples(lambda p, *example: scalar(log_prob(p, *example), "log_prob"), params, data)
-            return -jnp.sum(omega * values.astype(omega.dtype))
-
-        value, gradient = jax.value_and_grad(loss)(params)
+        value, gradient = jax.value_and_grad(mean_loss, argnums=1)(log_prob, params, data, omega)
         return value, batch.spec.tree(batch.spec.leaves(gradient, "gradient"))
 
     with of_one_example(log_prob, "log_prob", params, batch.data):

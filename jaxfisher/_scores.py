@@ -22,12 +22,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._examples import Batch, make_batch, map_batches, map_examples, needs_data, num_examples, sum_batches
+from jaxfisher._linalg import matmul
 from jaxfisher._model import LOG_PROB, LogProb, of_one_example
 from jaxfisher._rows import Rows, ScoreRows
-from jaxfisher._tree import ParamSpec, check_function, described, dtype_of
+from jaxfisher._tree import ParamSpec, check_function, described, dtype_of, kept, narrowed
 
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-_matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class Scores(abc.ABC):
@@ -112,7 +112,7 @@ class HeldScores(Scores):
     spec: ParamSpec
 
     def mv(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
-        parts = [_matmul(_flat(s), x.reshape(-1)) for s, x in zip(self.leaves, self.spec.leaves(v, "v"), strict=True)]
+        parts = [matmul(_flat(s), x.reshape(-1)) for s, x in zip(self.leaves, self.spec.leaves(v, "v"), strict=True)]
         return sum(parts[1:], start=parts[0])
 
     def rmv(self, w: Float[Array, " rows"]) -> Any:
@@ -125,7 +125,7 @@ class HeldScores(Scores):
 
     def cross_gram(self, other: HeldScores) -> Float[Array, "rows others"]:
         """``S S'^T`` against the rows of another block."""
-        parts = [_matmul(_flat(s), _flat(t).T) for s, t in zip(self.leaves, other.leaves, strict=True)]
+        parts = [matmul(_flat(s), _flat(t).T) for s, t in zip(self.leaves, other.leaves, strict=True)]
         return sum(parts[1:], start=parts[0])
 
     def joined(self, other: HeldScores) -> HeldScores:
@@ -142,7 +142,7 @@ class HeldScores(Scores):
 
     def second_moment(self) -> Float[Array, "p p"]:
         matrix = self.as_matrix()
-        total = _matmul((self.weights[:, None] * matrix).T, matrix)
+        total = matmul((self.weights[:, None] * matrix).T, matrix)
         return 0.5 * (total + total.T)
 
     def as_matrix(self) -> Float[Array, "rows p"]:
@@ -155,7 +155,7 @@ class HeldScores(Scores):
         return dataclasses.replace(self, leaves=tuple(factor * s for s in self.leaves))
 
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> HeldScores:
-        return HeldScores(tuple(s for s, flag in zip(self.leaves, keep, strict=True) if flag), self.weights, spec)
+        return HeldScores(kept(self.leaves, keep), self.weights, spec)
 
     def centered(self) -> HeldScores:
         means = [_einsum("r,r...->...", self.weights, s) for s in self.leaves]
@@ -182,46 +182,44 @@ class StreamedScores(Scores):
     keep: tuple[bool, ...]
 
     def _held(self, weights: Float[Array, "n m"], *data: Any) -> HeldScores:
-        held = _stack(map_examples(self.rows, self.params, data), self.spec.dtype)
-        kept = [leaf for leaf, flag in zip(held, self.keep, strict=True) if flag]
-        leaves = tuple(self.factor * (leaf - mean[None]) for leaf, mean in zip(kept, self.mean, strict=True))
+        rows = kept(_stack(map_examples(self.rows, self.params, data), self.spec.dtype), self.keep)
+        leaves = tuple(self.factor * (leaf - mean[None]) for leaf, mean in zip(rows, self.mean, strict=True))
         return HeldScores(leaves, weights.reshape(-1), self.spec)
 
     def _by_example(self, w: Float[Array, " rows"]) -> Float[Array, "n m"]:
         return w.reshape(num_examples(self.data, "data"), -1)
 
-    def _map(self, function: Any, *extra: Any) -> Any:
-        def piece(weights: Any, extra: Any, *data: Any) -> Any:
-            result = function(self._held(weights, *data), *(e.reshape(-1) for e in extra))
-            return result.reshape(weights.shape[0], -1, *result.shape[1:])
+    def _weighted_data(self) -> tuple[Any, ...]:
+        return (self._by_example(self.weights), *self.data)
 
-        data = (self._by_example(self.weights), tuple(map(self._by_example, extra)), *self.data)
-        result = map_batches(piece, data, self.batch_size)
-        return result.reshape(-1, *result.shape[2:])
+    def _map(self, function: Callable[[HeldScores], Array]) -> Array:
+        """``function`` of the held rows of each piece, joined along its leading axis."""
+        joined: Array = map_batches(lambda *piece: function(self._held(*piece)), self._weighted_data(), self.batch_size)
+        return joined
 
-    def _sum(self, function: Any, *extra: Any) -> Any:
-        def piece(weights: Any, extra: Any, *data: Any) -> Any:
-            return function(self._held(weights, *data), *(e.reshape(-1) for e in extra))
-
-        data = (self._by_example(self.weights), tuple(map(self._by_example, extra)), *self.data)
-        return sum_batches(piece, data, self.batch_size)
+    def _sum(self, function: Callable[[HeldScores], Any]) -> Any:
+        """The sum over pieces of ``function`` of their held rows."""
+        return sum_batches(lambda *piece: function(self._held(*piece)), self._weighted_data(), self.batch_size)
 
     def mv(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
         return self._map(lambda held: held.mv(v))
 
     def rmv(self, w: Float[Array, " rows"]) -> Any:
-        return self._sum(HeldScores.rmv, self._row_numbers(w))
+        def piece(w: Array, *data: Any) -> Any:
+            return self._held(*data).rmv(w.reshape(-1))
+
+        data = (self._by_example(self._row_numbers(w)), *self._weighted_data())
+        return sum_batches(piece, data, self.batch_size)
 
     def gram(self) -> Float[Array, "rows rows"]:
         # Tiles of the upper triangle, each from two blocks of rows made on the spot.
         n = num_examples(self.data, "data")
         blocks = -(-n // self.batch_size)
         index = jnp.minimum(jnp.arange(blocks * self.batch_size), n - 1).reshape(blocks, self.batch_size)
-        weights = self._by_example(self.weights)
+        data = self._weighted_data()
 
         def block(i: Array) -> HeldScores:
-            chosen = jax.tree.map(lambda leaf: leaf[index[i]], (weights, *self.data))
-            return self._held(*chosen)
+            return self._held(*jax.tree.map(lambda leaf: leaf[index[i]], data))
 
         upper, lower = jnp.triu_indices(blocks)
         tiles = jax.lax.map(lambda pair: block(pair[0]).cross_gram(block(pair[1])), (upper, lower))
@@ -244,20 +242,13 @@ class StreamedScores(Scores):
         return self._map(HeldScores.as_matrix)
 
     def max_abs(self) -> Scalar:
-        largest = map_batches(lambda w, *data: self._held(w, *data).max_abs()[None], self._weighted_data(), self.batch_size)
-        return jnp.max(largest)
-
-    def _weighted_data(self) -> tuple[Any, ...]:
-        return (self._by_example(self.weights), *self.data)
+        return jnp.max(self._map(lambda held: held.max_abs()[None]))
 
     def times(self, factor: Scalar) -> StreamedScores:
         return dataclasses.replace(self, factor=factor * self.factor)
 
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> StreamedScores:
-        rest = iter(keep)
-        still = tuple(flag and next(rest) for flag in self.keep)
-        mean = tuple(m for m, flag in zip(self.mean, keep, strict=True) if flag)
-        return dataclasses.replace(self, keep=still, mean=mean, spec=spec)
+        return dataclasses.replace(self, keep=narrowed(self.keep, keep), mean=kept(self.mean, keep), spec=spec)
 
     def centered(self) -> StreamedScores:
         return dataclasses.replace(self, mean=tuple(jax.tree.leaves(self.rmv(self.weights))))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 import chex
@@ -105,11 +106,18 @@ class ParamSpec:
 
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> ParamSpec:
         """The spec of the kept leaves, arranged as ``treedef`` has them."""
+        return ParamSpec(treedef, kept(self.paths, keep), kept(self.shapes, keep), kept(self.dtypes, keep))
 
-        def kept(values: tuple[Any, ...]) -> tuple[Any, ...]:
-            return tuple(value for value, flag in zip(values, keep, strict=True) if flag)
 
-        return ParamSpec(treedef, kept(self.paths), kept(self.shapes), kept(self.dtypes))
+def kept(values: Iterable[Any], keep: tuple[bool, ...]) -> tuple[Any, ...]:
+    """The values whose flag is set."""
+    return tuple(value for value, flag in zip(values, keep, strict=True) if flag)
+
+
+def narrowed(within: tuple[bool, ...], keep: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Flags over everything for those that ``keep`` keeps of the ones ``within`` had kept."""
+    rest = iter(keep)
+    return tuple(flag and next(rest) for flag in within)
 
 
 def path_names(tree: chex.ArrayTree) -> tuple[str, ...]:

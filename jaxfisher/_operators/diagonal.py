@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Scalar
 
 from jaxfisher._linalg import SolveInfo, direct_info
 from jaxfisher._operators.base import Operator, Provenance, as_operator
-from jaxfisher._tree import ParamSpec
+from jaxfisher._tree import ParamSpec, kept
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("entries",), meta_fields=("spec", "provenance"))
@@ -42,9 +42,8 @@ class Diagonal(Operator):
         return jnp.sort(self.spec.ravel(self.entries, "entries"))
 
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Diagonal:
-        kept = [leaf for leaf, flag in zip(jax.tree.leaves(self.entries), keep, strict=True) if flag]
         spec = self.spec.restrict(keep, treedef)
-        return Diagonal(spec.tree(kept), spec, self.provenance)
+        return Diagonal(spec.tree(list(kept(jax.tree.leaves(self.entries), keep))), spec, self.provenance)
 
     def _scaled(self, factor: Any) -> Diagonal:
         return Diagonal(jax.tree.map(lambda leaf: factor * leaf, self.entries), self.spec, self.provenance.times())

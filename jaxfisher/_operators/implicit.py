@@ -16,7 +16,7 @@ from jaxfisher._model import Model, float_fields, predict, tangent
 from jaxfisher._operators.base import Operator, Provenance
 from jaxfisher._rows import ExactRows
 from jaxfisher._scores import Scores, make_scores
-from jaxfisher._tree import ParamSpec, cast_like
+from jaxfisher._tree import ParamSpec, cast_like, kept, narrowed
 
 
 @partial(
@@ -71,7 +71,7 @@ class Implicit(Operator):
 
     def _moving(self) -> Any:
         """The kept parameters in the statistics dtype, as the operator's vectors are arranged."""
-        leaves = [leaf for leaf, flag in zip(jax.tree.leaves(self.params), self.keep, strict=True) if flag]
+        leaves = kept(jax.tree.leaves(self.params), self.keep)
         return self.spec.tree([jnp.asarray(leaf).astype(self.spec.dtype) for leaf in leaves])
 
     def _all_leaves(self, moving: Any) -> Any:
@@ -96,9 +96,7 @@ class Implicit(Operator):
         return self._scores().diagonal()
 
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Implicit:
-        rest = iter(keep)
-        still = tuple(flag and next(rest) for flag in self.keep)
-        return dataclasses.replace(self, keep=still, spec=self.spec.restrict(keep, treedef))
+        return dataclasses.replace(self, keep=narrowed(self.keep, keep), spec=self.spec.restrict(keep, treedef))
 
     def _scaled(self, factor: Any) -> Implicit:
         return dataclasses.replace(self, weights=factor * self.weights, provenance=self.provenance.times())
