@@ -25,6 +25,10 @@ from jaxfisher._divergence import kl_hessian as kl_hessian
 from jaxfisher._divergence import monte_carlo_kl as monte_carlo_kl
 from jaxfisher._divergence import observed_information as observed_information
 
+# The engine, looked at.
+from jaxfisher._explain import Explanation as Explanation
+from jaxfisher._explain import explain as explain
+
 # Fishers.
 from jaxfisher._fisher import empirical_fisher as empirical_fisher
 from jaxfisher._fisher import exact_fisher as exact_fisher

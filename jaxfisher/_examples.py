@@ -77,28 +77,33 @@ def needs_data(data: tuple[Any, ...], function: str, call: str = "(params, *data
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Checked examples: the parameters' spec, the data as arrays, and weights that sum to one."""
+    """Checked examples: the parameters' spec, the data as arrays, weights that sum to one, and what bounds memory."""
 
     spec: ParamSpec
     size: int
     data: tuple[Any, ...]
     weights: Float[Array, " n"]
     weighted: bool
+    batch_size: int | None
+    max_bytes: int | None
 
 
-def make_batch(params: chex.ArrayTree, data: tuple[Any, ...], weights: Any, batch_size: int | None) -> Batch:
+def make_batch(
+    params: chex.ArrayTree, data: tuple[Any, ...], weights: Any, batch_size: int | None = None, max_bytes: int | None = None
+) -> Batch:
     """Check what every function of a batch is given, and normalise the weights: ``w_i / sum w``, or ``1 / n`` each.
 
     A weight of zero is padding: the example is replaced by a real one, so that no number made of it can leak.
     """
     check_batch_size(batch_size)
+    check_max_bytes(batch_size, max_bytes)
     spec = param_spec(params)
     if not spec.paths:
         raise ValueError(f"`params` has no leaves ({spec.treedef}). Pass a pytree with at least one floating-point array.")
     data = _as_arrays(data, "data")
     n = num_examples(data, "data")
     if weights is None:
-        return Batch(spec, n, data, jnp.full(n, 1 / n, spec.dtype), weighted=False)
+        return Batch(spec, n, data, jnp.full(n, 1 / n, spec.dtype), False, batch_size, max_bytes)
     if not isinstance(weights, (list, tuple)):
         _check_numbers("`weights`", weights)
     weights = jnp.asarray(weights)
@@ -112,7 +117,8 @@ def make_batch(params: chex.ArrayTree, data: tuple[Any, ...], weights: Any, batc
     # Dividing by the largest first keeps the sum in range for weights near the ends of the dtype.
     weights = weights / jnp.max(weights)
     source = jnp.where(weights != 0, jnp.arange(n), jnp.argmax(weights))
-    return Batch(spec, n, jax.tree.map(lambda leaf: leaf[source], data), weights / jnp.sum(weights), weighted=True)
+    data = jax.tree.map(lambda leaf: leaf[source], data)
+    return Batch(spec, n, data, weights / jnp.sum(weights), True, batch_size, max_bytes)
 
 
 def check_batch_size(batch_size: int | None) -> None:
@@ -125,6 +131,20 @@ def check_batch_size(batch_size: int | None) -> None:
         raise ValueError(
             f"`batch_size` is {batch_size}. Pass a positive number of examples per piece, or None for all at once."
         )
+
+
+def check_max_bytes(batch_size: int | None, max_bytes: int | None) -> None:
+    """Raise unless ``max_bytes`` is None or a positive whole number given instead of a ``batch_size``."""
+    if max_bytes is None:
+        return
+    if batch_size is not None:
+        raise ValueError(
+            f"both `batch_size` ({batch_size}) and `max_bytes` ({max_bytes}) are given. Give one: each sets the other."
+        )
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
+        raise TypeError(f"`max_bytes` is {max_bytes!r}. Pass a whole number of bytes, such as 2**30 for 1 GiB, or None.")
+    if max_bytes < 1:
+        raise ValueError(f"`max_bytes` is {max_bytes}. Pass a positive number of bytes, such as 2**30 for 1 GiB, or None.")
 
 
 def shape_of_one(data: Any) -> Any:

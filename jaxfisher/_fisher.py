@@ -27,7 +27,7 @@ class FisherFunction(Protocol):
     def __call__(self, params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Operator: ...
 
 
-def empirical_fisher(log_prob: LogProb, *, batch_size: int | None = None) -> FisherFunction:
+def empirical_fisher(log_prob: LogProb, *, batch_size: int | None = None, max_bytes: int | None = None) -> FisherFunction:
     r"""The empirical Fisher: the mean outer product of the scores *at the data*.
 
     .. math:: \hat F = \frac1n \sum_i s_i s_i^T, \qquad s_i = \nabla_\theta \log p_\theta(x_i).
@@ -38,7 +38,8 @@ def empirical_fisher(log_prob: LogProb, *, batch_size: int | None = None) -> Fis
 
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
-        batch_size: make the scores again in pieces of so many examples, instead of holding n x p numbers.
+        batch_size: make the scores again in pieces of so many examples, instead of holding their factors.
+        max_bytes: as in `jaxfisher.scores`, instead of a ``batch_size``.
 
     Returns:
         A function ``(params, *data, weights=None)``: every array of the data has a leading axis of n examples; with ``weights``
@@ -62,13 +63,13 @@ def empirical_fisher(log_prob: LogProb, *, batch_size: int | None = None) -> Fis
 
     def fisher_of(params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Operator:
         needs_data(data, "empirical_fisher")
-        batch = make_batch(params, data, weights, batch_size)
-        return _from_rows("empirical", ScoreRows(log_prob), params, batch, batch_size)
+        batch = make_batch(params, data, weights, batch_size, max_bytes)
+        return _from_rows("empirical", ScoreRows(log_prob), params, batch)
 
     return fisher_of
 
 
-def exact_fisher(model: Model, *, batch_size: int | None = None) -> FisherFunction:
+def exact_fisher(model: Model, *, batch_size: int | None = None, max_bytes: int | None = None) -> FisherFunction:
     r"""The Fisher information: the expectation over the model's own predictions, in closed form in output space.
 
     .. math:: F = \frac1n \sum_i E_{y \sim p_\theta(\cdot \mid x_i)} [s(y) s(y)^T] = \frac1n \sum_i J_i^T M_i J_i,
@@ -82,7 +83,8 @@ def exact_fisher(model: Model, *, batch_size: int | None = None) -> FisherFuncti
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
-        batch_size: make the rows again in pieces of so many examples, instead of holding them.
+        batch_size: make the rows again in pieces of so many examples, instead of holding their factors.
+        max_bytes: as in `jaxfisher.scores`, instead of a ``batch_size``.
 
     Returns:
         A function ``(params, *inputs, weights=None)`` that returns an operator, exact as scores. A foreign distribution with no
@@ -102,13 +104,15 @@ def exact_fisher(model: Model, *, batch_size: int | None = None) -> FisherFuncti
     check_function("model", model, MODEL)
 
     def fisher_of(params: chex.ArrayTree, /, *inputs: Any, weights: Float[Array, " n"] | None = None) -> Operator:
-        batch = make_batch(params, inputs, weights, batch_size)
-        return _from_rows(_exact_kind(model, params, batch), ExactRows(model), params, batch, batch_size)
+        batch = make_batch(params, inputs, weights, batch_size, max_bytes)
+        return _from_rows(_exact_kind(model, params, batch), ExactRows(model), params, batch)
 
     return fisher_of
 
 
-def sampled_fisher(model: Model, num_samples: int = 1, *, batch_size: int | None = None) -> SampledFisher:
+def sampled_fisher(
+    model: Model, num_samples: int = 1, *, batch_size: int | None = None, max_bytes: int | None = None
+) -> SampledFisher:
     r"""The Fisher estimated with targets drawn from the model: unbiased, one row a draw.
 
     .. math:: F \approx \frac1{nm} \sum_i \sum_{k=1}^m s(y_{ik}) s(y_{ik})^T, \qquad y_{ik} \sim p_\theta(\cdot \mid x_i).
@@ -122,7 +126,8 @@ def sampled_fisher(model: Model, num_samples: int = 1, *, batch_size: int | None
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
         num_samples: draws for each example, m.
-        batch_size: make the rows again in pieces of so many examples, instead of holding them.
+        batch_size: make the rows again in pieces of so many examples, instead of holding their factors.
+        max_bytes: as in `jaxfisher.scores`, instead of a ``batch_size``.
 
     Returns:
         A function ``(params, key, *inputs, weights=None)`` that returns an operator, exact as scores of the draws.
@@ -145,10 +150,10 @@ def sampled_fisher(model: Model, num_samples: int = 1, *, batch_size: int | None
 
     def fisher_of(params: chex.ArrayTree, key: PRNGKeyArray, /, *inputs: Any, weights: Any = None) -> Operator:
         key = _as_key(key)
-        batch = make_batch(params, inputs, weights, batch_size)
+        batch = make_batch(params, inputs, weights, batch_size, max_bytes)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch.size))
         batch = dataclasses.replace(batch, data=(keys, *batch.data))
-        return _from_rows(kind, SampledRows(model, num_samples), params, batch, batch_size)
+        return _from_rows(kind, SampledRows(model, num_samples), params, batch)
 
     return fisher_of
 
@@ -200,8 +205,8 @@ def implicit_fisher(model: Model, *, batch_size: int | None = None) -> FisherFun
     return fisher_of
 
 
-def _from_rows(kind: str, rows: Rows, params: chex.ArrayTree, batch: Batch, batch_size: int | None) -> Operator:
-    return FromScores(make_scores(rows, params, batch, batch_size), Provenance(kind, batch.size, batch.weighted))
+def _from_rows(kind: str, rows: Rows, params: chex.ArrayTree, batch: Batch) -> Operator:
+    return FromScores(make_scores(rows, params, batch), Provenance(kind, batch.size, batch.weighted))
 
 
 def _exact_kind(model: Model, params: chex.ArrayTree, batch: Batch) -> str:

@@ -67,10 +67,10 @@ class Inverse(NamedTuple):
 
 
 def invert(matrix: Float[Array, "m m"], damping: Scalar) -> Inverse:
-    """Factor ``matrix + damping I`` in the way that can be trusted; only that one runs."""
+    """Factor ``matrix + damping I`` in the way that can be trusted; only that one runs. Only the upper triangle is read."""
     size, eps = matrix.shape[0], jnp.finfo(matrix.dtype).eps
     damped = matrix + damping * jnp.eye(size, dtype=matrix.dtype)
-    # The matrix is symmetric, so its transpose is itself; reading it transposed spares XLA a copy before LAPACK.
+    # LAPACK wants columns, and the lower triangle of the transpose is the upper one: no copy is made.
     factor = jax.lax.linalg.cholesky(damped.T, symmetrize_input=False)
     # A pivot or a damping inside the rounding error of the matrix is noise, and so would be what is divided by it.
     rounding = eps * jnp.max(jnp.diagonal(damped))
@@ -81,7 +81,7 @@ def invert(matrix: Float[Array, "m m"], damping: Scalar) -> Inverse:
         return Inverse(factor, nothing, jnp.asarray(True), jnp.asarray(size, jnp.int32), jnp.asarray(True))
 
     def by_eigenvectors() -> Inverse:
-        values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+        values, vectors = jnp.linalg.eigh(matrix, UPLO="U", symmetrize_input=False)
         values, kept, told = _resolved(values, damping)
         inverted = jnp.where(kept, 1 / jnp.where(kept, values + damping, 1), 0)
         return Inverse(vectors, inverted, jnp.asarray(False), jnp.sum(kept, dtype=jnp.int32), told)
@@ -115,17 +115,27 @@ def _resolved(values: Float[Array, " m"], damping: Scalar) -> tuple[Float[Array,
 
 
 def eigenvalues(matrix: Float[Array, "m m"]) -> Float[Array, " m"]:
-    """Ascending eigenvalues of a symmetric matrix, those inside its rounding error set to zero."""
-    values = jnp.linalg.eigvalsh(matrix, symmetrize_input=False)
+    """Ascending eigenvalues of a symmetric matrix given by its upper triangle, those inside rounding error set to zero."""
+    values = jnp.linalg.eigvalsh(matrix, UPLO="U", symmetrize_input=False)
     return _resolved(values, jnp.asarray(jnp.inf, matrix.dtype))[0]
 
 
 def spectral_mv(matrix: Float[Array, "m m"], v: Float[Array, " m"], power: Scalar, damping: Scalar) -> Float[Array, " m"]:
     """``(matrix + damping I)^power v``; at zero damping only along directions in which the matrix is not zero."""
-    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    values, vectors = jnp.linalg.eigh(matrix, UPLO="U", symmetrize_input=False)
     values, kept, _ = _resolved(values, damping)
     powers = jnp.where(kept, jnp.where(kept, values + damping, 1) ** power, 0)
     return matmul(vectors, powers * matmul(vectors.T, v))
+
+
+def to_unit(*sizes: Scalar) -> Scalar:
+    """The factor that brings the largest of these sizes to one, so that squares of what it multiplies stay in the dtype.
+
+    It is applied twice rather than squared, and as a product: XLA turns ``x / s / s`` into ``x / (s s)``, which may overflow.
+    """
+    largest = jnp.max(jnp.stack(sizes))
+    # A NaN or an infinity is left to show itself in the result.
+    return jnp.where(largest > jnp.finfo(largest.dtype).tiny, 1 / largest, 1)
 
 
 def norm(x: Float[Array, " m"]) -> Scalar:

@@ -44,6 +44,7 @@ def natural_grad(
     damping: chex.Numeric,
     view: View | None = None,
     batch_size: int | None = None,
+    max_bytes: int | None = None,
 ) -> NaturalGradFunction:
     r"""The natural gradient of the mean negative log-likelihood, as a drop-in for `jax.grad`.
 
@@ -63,6 +64,7 @@ def natural_grad(
         damping: ``>= 0``, absolute, in the units of F.
         view: applied to the operator before it is inverted, such as `jaxfisher.diagonal`.
         batch_size: bound memory by running the model on pieces of so many examples.
+        max_bytes: with ``fisher=None``, as in `jaxfisher.scores`, instead of a ``batch_size``.
 
     Returns:
         A function ``(params, *data, weights=None)``; the result is a pytree like the parameters, in their dtypes.
@@ -80,7 +82,7 @@ def natural_grad(
     >>> print(0.0 - step(0.0, jnp.array([1.0, 3.0])))  # one step to the maximum-likelihood mean
     2.0
     """
-    both = value_and_natural_grad(log_prob, fisher, damping=damping, view=view, batch_size=batch_size)
+    both = value_and_natural_grad(log_prob, fisher, damping=damping, view=view, batch_size=batch_size, max_bytes=max_bytes)
 
     def direction(params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Any:
         return both(params, *data, weights=weights)[1]
@@ -95,6 +97,7 @@ def value_and_natural_grad(
     damping: chex.Numeric,
     view: View | None = None,
     batch_size: int | None = None,
+    max_bytes: int | None = None,
 ) -> ValueAndNaturalGradFunction:
     r"""The loss and its natural gradient, as a drop-in for `jax.value_and_grad`.
 
@@ -116,14 +119,19 @@ def value_and_natural_grad(
         check_function("fisher", fisher, "(params, *data) -> operator; with an operator you already have, use jf.solve")
     if view is not None:
         check_function("view", view, VIEW)
+    if fisher is not None and max_bytes is not None:
+        raise ValueError(
+            "`max_bytes` is given with a `fisher`, which has its own. Give it to that, as in "
+            "jf.exact_fisher(model, max_bytes=...), and a `batch_size` for the gradient here."
+        )
 
     def value_and_direction(
         params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None
     ) -> tuple[Scalar, Any]:
         needs_data(data, "natural_grad")
-        batch = make_batch(params, data, weights, batch_size)
+        batch = make_batch(params, data, weights, batch_size, max_bytes)
         if fisher is None:
-            values, scores = values_and_scores(log_prob, params, batch, batch_size)
+            values, scores = values_and_scores(log_prob, params, batch)
             operator: Any = FromScores(scores, Provenance("empirical", batch.size, batch.weighted))
             loss = -jnp.sum(scores.weights * values)
             if view is None:

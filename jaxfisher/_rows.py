@@ -1,9 +1,9 @@
 r"""Rows: what one example contributes to a score matrix.
 
-Three Fishers, three kinds of rows, one shape: a function ``(params, *example)`` that returns a parameter-shaped pytree whose
-leaves have a leading axis of rows, such that the sum over an example's rows of ``row row^T`` is what that example adds to the
-Fisher. The functions are frozen dataclasses, equal whenever the user's functions are, so that values that hold one cross
-``jit`` once.
+Three Fishers, three kinds of rows, one shape: an example has ``seeds``, one for each of its rows, and ``row`` maps the
+parameters, a seed and the example to a parameter-shaped gradient, such that the sum over an example's rows of ``row row^T`` is
+what that example adds to the Fisher. The functions are frozen dataclasses, equal whenever the user's functions are, so that
+values that hold one cross ``jit`` once.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import PRNGKeyArray, Scalar
+from jaxtyping import Array, PRNGKeyArray, Scalar
 
-from jaxfisher._model import LogLikelihood, LogProb, Model, float_fields, predict, scalar
+from jaxfisher._model import LogProb, Model, float_fields, predict, scalar
 
 
 class Rows(Protocol):
@@ -30,23 +30,28 @@ class Rows(Protocol):
     @property
     def name(self) -> str: ...
 
-    def __call__(self, params: chex.ArrayTree, /, *example: Any) -> Any: ...
+    def seeds(self, params: chex.ArrayTree, /, *example: Any) -> Array:
+        """What tells the rows of one example apart, stacked along a leading axis."""
+        ...
+
+    def row(self, params: chex.ArrayTree, seed: Any, /, *example: Any) -> tuple[tuple[Array, ...], Any]:
+        """Numbers that come along with the row, and the row, a pytree like the parameters."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreRows:
-    """One row: the score ``grad log p`` at the datum."""
+    """One row: the score ``grad log p`` at the datum; the log-density comes along."""
 
     function: LogProb
     name = "log_prob"
 
-    def __call__(self, params: chex.ArrayTree, /, *example: Any) -> Any:
-        return self.with_value(params, *example)[1]
+    def seeds(self, params: chex.ArrayTree, /, *example: Any) -> Array:
+        return jnp.zeros(1)
 
-    def with_value(self, params: chex.ArrayTree, /, *example: Any) -> tuple[Scalar, Any]:
-        """The log-density and the row, from one backward pass."""
+    def row(self, params: chex.ArrayTree, seed: Any, /, *example: Any) -> tuple[tuple[Array, ...], Any]:
         value, score = jax.value_and_grad(lambda p: scalar(self.function(p, *example), self.name))(params)
-        return value, jax.tree.map(lambda leaf: leaf[None], score)
+        return (value,), score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +64,18 @@ class ExactRows:
     function: Model
     name = "model"
 
-    def __call__(self, params: chex.ArrayTree, /, *inputs: Any) -> Any:
+    def seeds(self, params: chex.ArrayTree, /, *inputs: Any) -> Array:
+        noise, _ = ravel_pytree(predict(self.function, params, *inputs).fisher_noise())
+        return jnp.eye(noise.size, dtype=noise.dtype)
+
+    def row(self, params: chex.ArrayTree, seed: Any, /, *inputs: Any) -> tuple[tuple[Array, ...], Any]:
         def fields(p: chex.ArrayTree) -> Any:
             predicted = predict(self.function, p, *inputs)
             return float_fields(predicted), predicted
 
         _, pull_back, predicted = jax.vjp(fields, params, has_aux=True)
-        noise, unravel = ravel_pytree(predicted.fisher_noise())
-
-        def row(basis: Any) -> Any:
-            return pull_back(float_fields(predicted.fisher_sqrt_mv(unravel(basis))))[0]
-
-        return jax.vmap(row)(jnp.eye(noise.size, dtype=noise.dtype))
+        _, unravel = ravel_pytree(predicted.fisher_noise())
+        return (), pull_back(float_fields(predicted.fisher_sqrt_mv(unravel(seed))))[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +89,13 @@ class SampledRows:
     num_samples: int
     name = "model"
 
-    def __call__(self, params: chex.ArrayTree, key: PRNGKeyArray, /, *inputs: Any) -> Any:
-        log_prob = LogLikelihood(self.function)
-        predicted = predict(self.function, params, *inputs)
+    def seeds(self, params: chex.ArrayTree, key: PRNGKeyArray, /, *inputs: Any) -> Array:
+        return jax.random.split(key, self.num_samples)
 
-        def row(key: PRNGKeyArray) -> Any:
-            target = jax.lax.stop_gradient(predicted.sample(key))
-            score = jax.grad(log_prob)(params, *inputs, target)
-            return jax.tree.map(lambda leaf: leaf * self.num_samples**-0.5, score)
+    def row(self, params: chex.ArrayTree, seed: Any, key: Any, /, *inputs: Any) -> tuple[tuple[Array, ...], Any]:
+        def log_prob(p: chex.ArrayTree) -> Scalar:
+            predicted = predict(self.function, p, *inputs)
+            target = jax.lax.stop_gradient(predicted.sample(seed))
+            return jnp.sum(predicted.log_prob(target)) * self.num_samples**-0.5
 
-        return jax.vmap(row)(jax.random.split(key, self.num_samples))
+        return (), jax.grad(log_prob)(params)

@@ -12,22 +12,24 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._examples import Batch, make_batch, map_batches, map_examples, needs_data, num_examples, sum_batches
+from jaxfisher._factors import Traced, leaf_forms, trace
+from jaxfisher._forms import Leaf, Moments, outer_moment
 from jaxfisher._linalg import matmul
 from jaxfisher._model import LOG_PROB, LogProb, of_one_example
 from jaxfisher._rows import Rows, ScoreRows
-from jaxfisher._tree import ParamSpec, check_function, described, dtype_of, kept, narrowed
-
-_einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+from jaxfisher._tree import ParamSpec, check_function, described, dot, dtype_of, narrowed, param_spec
 
 
 class Scores(abc.ABC):
@@ -53,9 +55,14 @@ class Scores(abc.ABC):
     def rmv(self, w: Float[Array, " rows"]) -> Any:
         """``S^T w``: the weighted sum of the scores, a pytree like the parameters."""
 
-    @abc.abstractmethod
     def gram(self) -> Float[Array, "rows rows"]:
         """``S S^T``: inner products of all pairs of scores, symmetric to the last bit."""
+        upper = self.gram_upper()
+        return jnp.triu(upper) + jnp.triu(upper, 1).T
+
+    @abc.abstractmethod
+    def gram_upper(self) -> Float[Array, "rows rows"]:
+        """The upper triangle of ``S S^T``; what is below it means nothing."""
 
     @abc.abstractmethod
     def squared_norms(self) -> Float[Array, " rows"]:
@@ -70,12 +77,34 @@ class Scores(abc.ABC):
         """``S^T S / n`` (with weights, ``S^T diag(omega) S``) as a dense matrix."""
 
     @abc.abstractmethod
+    def expanded_moments(self) -> tuple[Moments | None, ...]:
+        r"""Second moments of each leaf's factors with positions as if they were examples; None for a leaf without factors.
+
+        ``E[1/T sum_t a_t a_t^T]`` and ``E[sum_t g_t g_t^T]``. Reference: Eschenhagen et al. (NeurIPS 2023), KFAC-expand.
+        """
+
+    @abc.abstractmethod
+    def reduced_moments(self) -> tuple[Moments | None, ...]:
+        r"""Second moments of each leaf's factors taken together over positions; None for a leaf without factors.
+
+        ``E[a a^T]`` of ``a = 1/T sum_t a_t`` and ``E[g g^T]`` of ``g = sum_t g_t``. Reference: Eschenhagen et al. (NeurIPS
+        2023), KFAC-reduce.
+        """
+
+    @abc.abstractmethod
+    def rotated_diagonals(self, bases: Sequence[Moments | None]) -> tuple[Array | None, ...]:
+        """The diagonal of each leaf's block of ``S^T S / n`` in a basis ``inputs (x) outputs``: the eigenvalues of EKFAC.
+
+        Reference: George et al., Fast approximate natural gradient descent in a Kronecker-factored eigenbasis (NeurIPS 2018).
+        """
+
+    @abc.abstractmethod
     def as_matrix(self) -> Float[Array, "rows p"]:
         """``S`` as a dense matrix, shape ``[rows, p]``."""
 
     @abc.abstractmethod
-    def max_abs(self) -> Scalar:
-        """The largest entry of ``S`` in absolute value."""
+    def bound(self) -> Scalar:
+        """A bound on the entries of ``S`` in absolute value, of their order of magnitude."""
 
     @abc.abstractmethod
     def times(self, factor: Scalar) -> Scores:
@@ -105,86 +134,138 @@ class Scores(abc.ABC):
 @partial(jax.tree_util.register_dataclass, data_fields=("leaves", "weights"), meta_fields=("spec",))
 @dataclasses.dataclass(frozen=True)
 class HeldScores(Scores):
-    """Scores in memory: one array ``[rows, *leaf.shape]`` for each parameter leaf."""
+    """Scores in memory, each parameter leaf in its own form: factors of its gradients where the gradients have some."""
 
-    leaves: tuple[Array, ...]
+    leaves: tuple[Leaf, ...]
     weights: Float[Array, " rows"]
     spec: ParamSpec
 
+    @property
+    def _omega(self) -> Float[Array, "examples rows"]:
+        return self._by_example(self.weights)
+
+    def _by_example(self, w: Float[Array, " rows"]) -> Float[Array, "examples rows"]:
+        return w.reshape(self.leaves[0].examples, self.leaves[0].rows)
+
     def mv(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
-        parts = [matmul(_flat(s), x.reshape(-1)) for s, x in zip(self.leaves, self.spec.leaves(v, "v"), strict=True)]
-        return sum(parts[1:], start=parts[0])
+        parts = [leaf.mv(x) for leaf, x in zip(self.leaves, self.spec.leaves(v, "v"), strict=True)]
+        return total(parts).reshape(-1)
 
     def rmv(self, w: Float[Array, " rows"]) -> Any:
-        w = self._row_numbers(w)
-        return self.spec.tree([_einsum("r,r...->...", w, s) for s in self.leaves])
+        w = self._by_example(self._row_numbers(w))
+        return self.spec.tree([leaf.rmv(w) for leaf in self.leaves])
 
-    def gram(self) -> Float[Array, "rows rows"]:
-        total = self.cross_gram(self)
-        return 0.5 * (total + total.T)
+    def gram_upper(self) -> Float[Array, "rows rows"]:
+        leaves = self._separate()
+        cut = [leaf for leaf in leaves if not leaf.forms_gradients]
+        whole = [leaf.own_gram().reshape(self.num_rows, self.num_rows) for leaf in leaves if leaf.forms_gradients]
+        return total([_upper(cut), *whole]) if cut else total(whole)
+
+    def _separate(self) -> list[Leaf]:
+        """The leaves without the biases whose inner products come with those of their weights."""
+        return [leaf for leaf in self.leaves if leaf.layer is None or not self.leaves[leaf.layer].by_factors]
 
     def cross_gram(self, other: HeldScores) -> Float[Array, "rows others"]:
         """``S S'^T`` against the rows of another block."""
-        parts = [matmul(_flat(s), _flat(t).T) for s, t in zip(self.leaves, other.leaves, strict=True)]
-        return sum(parts[1:], start=parts[0])
-
-    def joined(self, other: HeldScores) -> HeldScores:
-        """The rows of both."""
-        leaves = tuple(jnp.concatenate(pair) for pair in zip(self.leaves, other.leaves, strict=True))
-        return dataclasses.replace(self, leaves=leaves, weights=jnp.concatenate([self.weights, other.weights]))
+        blocks = [mine.gram(theirs) for mine, theirs in zip(self._separate(), other._separate(), strict=True)]
+        return total(blocks).reshape(self.num_rows, other.num_rows)
 
     def squared_norms(self) -> Float[Array, " rows"]:
-        parts = [jnp.sum(jnp.square(_flat(s)), axis=1) for s in self.leaves]
-        return sum(parts[1:], start=parts[0])
+        return total([leaf.squared_norms() for leaf in self.leaves]).reshape(-1)
 
     def diagonal(self) -> Any:
-        return self.spec.tree([_einsum("r,r...->...", self.weights, jnp.square(s)) for s in self.leaves])
+        return self.spec.tree([leaf.diagonal(self._omega) for leaf in self.leaves])
 
     def second_moment(self) -> Float[Array, "p p"]:
+        outer = [leaf.outer() for leaf in self.leaves]
+        if self.leaves[0].rows > 1 and all(part is not None for part in outer):
+            return outer_moment([part for part in outer if part is not None], self._omega)
         matrix = self.as_matrix()
-        total = matmul((self.weights[:, None] * matrix).T, matrix)
-        return 0.5 * (total + total.T)
+        full = matmul((self.weights[:, None] * matrix).T, matrix)
+        return 0.5 * (full + full.T)
+
+    def expanded_moments(self) -> tuple[Moments | None, ...]:
+        return tuple(leaf.expanded_moments(self._omega) for leaf in self.leaves)
+
+    def reduced_moments(self) -> tuple[Moments | None, ...]:
+        return tuple(leaf.reduced_moments(self._omega) for leaf in self.leaves)
+
+    def rotated_diagonals(self, bases: Sequence[Moments | None]) -> tuple[Array | None, ...]:
+        pairs = zip(self.leaves, bases, strict=True)
+        return tuple(None if basis is None else leaf.rotated_diagonal(basis, self._omega) for leaf, basis in pairs)
+
+    def centered(self) -> Scores:
+        means = [leaf.means(self._omega) for leaf in self.leaves]
+        shifted = tuple(leaf.shifted(mean) for leaf, mean in zip(self.leaves, means, strict=True))
+        return CenteredScores(dataclasses.replace(self, leaves=shifted), self.weights)
 
     def as_matrix(self) -> Float[Array, "rows p"]:
-        return jnp.concatenate([_flat(s) for s in self.leaves], axis=1)
+        return jnp.concatenate([leaf.gradient().reshape(self.num_rows, -1) for leaf in self.leaves], axis=1)
 
-    def max_abs(self) -> Scalar:
-        return jnp.max(jnp.stack([jnp.max(jnp.abs(s), initial=0.0) for s in self.leaves]))
+    def bound(self) -> Scalar:
+        return jnp.max(jnp.stack([leaf.bound() for leaf in self.leaves if leaf.layer is None]))
 
     def times(self, factor: Scalar) -> HeldScores:
-        return dataclasses.replace(self, leaves=tuple(factor * s for s in self.leaves))
+        # Left to itself, XLA would multiply again in every product that reads the factors, which takes longer than all of them.
+        leaves = jax.lax.optimization_barrier(tuple(leaf.scaled(factor) for leaf in self.leaves))
+        return dataclasses.replace(self, leaves=leaves)
 
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> HeldScores:
-        return HeldScores(kept(self.leaves, keep), self.weights, spec)
+        return HeldScores(_kept_leaves(self.leaves, keep), self.weights, spec)
 
-    def centered(self) -> HeldScores:
-        means = [_einsum("r,r...->...", self.weights, s) for s in self.leaves]
-        return dataclasses.replace(self, leaves=tuple(s - m[None] for s, m in zip(self.leaves, means, strict=True)))
+
+def _kept_leaves(leaves: tuple[Leaf, ...], keep: tuple[bool, ...]) -> tuple[Leaf, ...]:
+    """Some of the leaves; a layer that has lost its weight or its bias is no longer one."""
+    place = {old: new for new, old in enumerate(k for k, flag in enumerate(keep) if flag)}
+    joined = {leaf.layer for k, leaf in enumerate(leaves) if keep[k]}
+    return tuple(
+        dataclasses.replace(leaf, layer=place.get(leaf.layer), ones=leaf.ones if k in joined else None)  # type: ignore[arg-type]
+        for k, leaf in enumerate(leaves)
+        if keep[k]
+    )
+
+
+def _upper(leaves: Sequence[Leaf]) -> Float[Array, "rows rows"]:
+    """Inner products of the rows of some leaves, strip by strip; only the upper triangle is worth reading."""
+    examples, rows = leaves[0].examples, leaves[0].rows
+    size = max(-(-examples // 4), -(-128 // rows))
+    strips = []
+    for start in range(0, examples, size):
+        blocks = [leaf.take(slice(start, start + size)).gram(leaf.take(slice(start, examples))) for leaf in leaves]
+        strip = total(blocks)
+        strips.append(jnp.pad(strip.reshape(strip.shape[0] * rows, -1), ((0, 0), (start * rows, 0))))
+    return jnp.concatenate(strips)
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("params", "data", "weights", "mean", "factor"),
+    data_fields=("params", "data", "weights", "factor", "shift"),
     meta_fields=("rows", "spec", "batch_size", "keep"),
 )
 @dataclasses.dataclass(frozen=True)
 class StreamedScores(Scores):
-    """Scores made again, ``batch_size`` examples at a time, whenever they are needed: nothing of size n x p exists."""
+    """Scores made again, ``batch_size`` examples at a time, whenever they are needed."""
 
     rows: Rows
     params: Any
     data: tuple[Any, ...]
     weights: Float[Array, " rows"]
-    mean: tuple[Array, ...]
     factor: Scalar
     spec: ParamSpec
     batch_size: int
     keep: tuple[bool, ...]
+    shift: tuple[Any, ...] | None = None
+
+    def _leaves(self, *data: Any) -> tuple[Leaf, ...]:
+        """The leaves of a piece of the data, as the engine gives them."""
+        traced = trace(self.rows, self.params, data)
+        return leaf_forms(traced, self.rows, self.params, data, param_spec(self.params))[1]
 
     def _held(self, weights: Float[Array, "n m"], *data: Any) -> HeldScores:
-        rows = kept(_stack(map_examples(self.rows, self.params, data), self.spec.dtype), self.keep)
-        leaves = tuple(self.factor * (leaf - mean[None]) for leaf, mean in zip(rows, self.mean, strict=True))
-        return HeldScores(leaves, weights.reshape(-1), self.spec)
+        leaves = self._leaves(*data)
+        if self.shift is not None:
+            leaves = tuple(leaf.shifted(means) for leaf, means in zip(leaves, self.shift, strict=True))
+        return HeldScores(_kept_leaves(leaves, self.keep), weights.reshape(-1), self.spec).times(self.factor)
 
     def _by_example(self, w: Float[Array, " rows"]) -> Float[Array, "n m"]:
         return w.reshape(num_examples(self.data, "data"), -1)
@@ -211,7 +292,7 @@ class StreamedScores(Scores):
         data = (self._by_example(self._row_numbers(w)), *self._weighted_data())
         return sum_batches(piece, data, self.batch_size)
 
-    def gram(self) -> Float[Array, "rows rows"]:
+    def gram_upper(self) -> Float[Array, "rows rows"]:
         # Tiles of the upper triangle, each from two blocks of rows made on the spot.
         n = num_examples(self.data, "data")
         blocks = -(-n // self.batch_size)
@@ -225,9 +306,8 @@ class StreamedScores(Scores):
         tiles = jax.lax.map(lambda pair: block(pair[0]).cross_gram(block(pair[1])), (upper, lower))
         side = tiles.shape[1]
         grid = jnp.zeros((blocks, blocks, side, side), tiles.dtype)
-        grid = grid.at[lower, upper].set(tiles.swapaxes(1, 2)).at[upper, lower].set(tiles)
-        full = grid.swapaxes(1, 2).reshape(blocks * side, blocks * side)[: self.num_rows, : self.num_rows]
-        return 0.5 * (full + full.T)
+        grid = grid.at[upper, lower].set(tiles)
+        return grid.swapaxes(1, 2).reshape(blocks * side, blocks * side)[: self.num_rows, : self.num_rows]
 
     def squared_norms(self) -> Float[Array, " rows"]:
         return self._map(HeldScores.squared_norms)
@@ -238,73 +318,276 @@ class StreamedScores(Scores):
     def second_moment(self) -> Float[Array, "p p"]:
         return self._sum(HeldScores.second_moment)
 
+    def expanded_moments(self) -> tuple[Moments | None, ...]:
+        return self._moments(HeldScores.expanded_moments)
+
+    def reduced_moments(self) -> tuple[Moments | None, ...]:
+        return self._moments(HeldScores.reduced_moments)
+
+    def _moments(self, of: Callable[[HeldScores], tuple[Moments | None, ...]]) -> tuple[Moments | None, ...]:
+        # Layouts are no arrays: they do not go through the loop over pieces.
+        layouts: list[Any] = []
+
+        def arrays(held: HeldScores) -> list[Any]:
+            made = of(held)
+            layouts[:] = [None if part is None else part.layout for part in made]
+            return [None if part is None else (part.inputs, part.outputs) for part in made]
+
+        sums = self._sum(arrays)
+        return tuple(
+            None if part is None else Moments(part[0], part[1], layout) for part, layout in zip(sums, layouts, strict=True)
+        )
+
+    def rotated_diagonals(self, bases: Sequence[Moments | None]) -> tuple[Array | None, ...]:
+        found: tuple[Array | None, ...] = self._sum(lambda held: held.rotated_diagonals(bases))
+        return found
+
+    def centered(self) -> Scores:
+        # Any constant near the mean will do for the shift: that of the first examples.
+        weights, *first = jax.tree.map(lambda leaf: leaf[: self.batch_size], self._weighted_data())
+        shift = tuple(leaf.means(jnp.ones_like(weights)) for leaf in self._leaves(*first))
+        return CenteredScores(dataclasses.replace(self, shift=shift), self.weights)
+
     def as_matrix(self) -> Float[Array, "rows p"]:
         return self._map(HeldScores.as_matrix)
 
-    def max_abs(self) -> Scalar:
-        return jnp.max(self._map(lambda held: held.max_abs()[None]))
+    def bound(self) -> Scalar:
+        return jnp.max(self._map(lambda held: held.bound()[None]))
 
     def times(self, factor: Scalar) -> StreamedScores:
         return dataclasses.replace(self, factor=factor * self.factor)
 
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> StreamedScores:
-        return dataclasses.replace(self, keep=narrowed(self.keep, keep), mean=kept(self.mean, keep), spec=spec)
-
-    def centered(self) -> StreamedScores:
-        return dataclasses.replace(self, mean=tuple(jax.tree.leaves(self.rmv(self.weights))))
+        return dataclasses.replace(self, keep=narrowed(self.keep, keep), spec=spec)
 
 
-def _flat(leaf: Float[Array, "rows ..."]) -> Float[Array, "rows size"]:
-    return leaf.reshape(leaf.shape[0], -1)
+@partial(jax.tree_util.register_dataclass, data_fields=("parts",), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class JoinedScores(Scores):
+    """The rows of several blocks of scores, one after the other."""
+
+    parts: tuple[HeldScores, ...]
+
+    @property
+    def spec(self) -> ParamSpec:  # type: ignore[override]
+        """The parameters' spec."""
+        return self.parts[0].spec
+
+    @property
+    def weights(self) -> Float[Array, " rows"]:  # type: ignore[override]
+        """The weights of all rows."""
+        return jnp.concatenate([part.weights for part in self.parts])
+
+    def mv(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
+        return jnp.concatenate([part.mv(v) for part in self.parts])
+
+    def rmv(self, w: Float[Array, " rows"]) -> Any:
+        ends = np.cumsum([part.num_rows for part in self.parts])[:-1]
+        pieces = jnp.split(self._row_numbers(w), ends)
+        return total([part.rmv(piece) for part, piece in zip(self.parts, pieces, strict=True)])
+
+    def gram_upper(self) -> Float[Array, "rows rows"]:
+        strips = []
+        for i, part in enumerate(self.parts):
+            blocks = [jnp.zeros((part.num_rows, before.num_rows), part.spec.dtype) for before in self.parts[:i]]
+            strips.append([*blocks, part.gram_upper(), *(part.cross_gram(after) for after in self.parts[i + 1 :])])
+        return jnp.block(strips)
+
+    def squared_norms(self) -> Float[Array, " rows"]:
+        return jnp.concatenate([part.squared_norms() for part in self.parts])
+
+    def diagonal(self) -> Any:
+        return total([part.diagonal() for part in self.parts])
+
+    def second_moment(self) -> Float[Array, "p p"]:
+        return total([part.second_moment() for part in self.parts])
+
+    def expanded_moments(self) -> tuple[Moments | None, ...]:
+        return _added([part.expanded_moments() for part in self.parts])
+
+    def reduced_moments(self) -> tuple[Moments | None, ...]:
+        return _added([part.reduced_moments() for part in self.parts])
+
+    def rotated_diagonals(self, bases: Sequence[Moments | None]) -> tuple[Array | None, ...]:
+        found: tuple[Array | None, ...] = total([part.rotated_diagonals(bases) for part in self.parts])
+        return found
+
+    def as_matrix(self) -> Float[Array, "rows p"]:
+        return jnp.concatenate([part.as_matrix() for part in self.parts])
+
+    def bound(self) -> Scalar:
+        return jnp.max(jnp.stack([part.bound() for part in self.parts]))
+
+    def times(self, factor: Scalar) -> JoinedScores:
+        return JoinedScores(tuple(part.times(factor) for part in self.parts))
+
+    def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> JoinedScores:
+        return JoinedScores(tuple(part.restrict(keep, spec) for part in self.parts))
+
+    def centered(self) -> Scores:
+        return CenteredScores(self, self.weights)
+
+    def reweighted(self, factor: Any) -> JoinedScores:
+        return JoinedScores(tuple(dataclasses.replace(part, weights=part.weights * factor) for part in self.parts))
 
 
-def _stack(rows: Any, dtype: Any) -> tuple[Array, ...]:
-    """Rows ``[examples, rows, *leaf.shape]`` as ``[examples * rows, *leaf.shape]`` in the statistics dtype."""
-    leaves = jax.tree.leaves(rows)
-    return tuple(leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]).astype(dtype) for leaf in leaves)
+_UNCENTRED = (
+    "a covariance of scores is no sum of Kronecker products, and has no factor moments. Take them of scores that are not "
+    "centred: jf.scores(log_prob)."
+)
 
 
-def make_scores(rows: Rows, params: chex.ArrayTree, batch: Batch, batch_size: int | None) -> Scores:
-    """The scores of a row function over a batch: held in memory, or streamed where ``batch_size`` bounds them."""
-    with of_one_example(rows.function, rows.name, params, batch.data):
-        if batch_size is None or batch_size >= batch.size:
-            return _held(map_examples(rows, params, batch.data), batch)
-        one = jax.tree.map(lambda leaf: leaf[0], batch.data)
-        count = jax.tree.leaves(jax.eval_shape(rows, params, *one))[0].shape[0]
-    zero = tuple(jnp.zeros(shape, batch.spec.dtype) for shape in batch.spec.shapes)
-    return StreamedScores(
-        rows=rows,
-        params=params,
-        data=batch.data,
-        weights=jnp.repeat(batch.weights, count),
-        mean=zero,
-        factor=jnp.ones((), batch.spec.dtype),
-        spec=batch.spec,
-        batch_size=batch_size,
-        keep=(True,) * len(zero),
+@partial(jax.tree_util.register_dataclass, data_fields=("scores", "mean_weights"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class CenteredScores(Scores):
+    r"""``Q S`` with ``Q = I - 1 omega^T``: every row less the weighted mean row.
+
+    The projection acts on rows, so the factors of ``S`` stay. A mean that dominates the scores must be taken out of the
+    factors first (`shifted`), or the difference is lost in rounding.
+    """
+
+    scores: Scores
+    mean_weights: Float[Array, " rows"]
+
+    @property
+    def spec(self) -> ParamSpec:  # type: ignore[override]
+        """The parameters' spec."""
+        return self.scores.spec
+
+    @property
+    def weights(self) -> Float[Array, " rows"]:  # type: ignore[override]
+        """The weights of the rows."""
+        return self.scores.weights
+
+    def _mean(self) -> Any:
+        return self.scores.rmv(self.mean_weights)
+
+    def mv(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
+        product = self.scores.mv(v)
+        return product - jnp.sum(self.mean_weights * product)
+
+    def rmv(self, w: Float[Array, " rows"]) -> Any:
+        w = self._row_numbers(w)
+        return self.scores.rmv(w - self.mean_weights * jnp.sum(w))
+
+    def gram_upper(self) -> Float[Array, "rows rows"]:
+        full = self.scores.gram()
+        mean = matmul(full, self.mean_weights)
+        return full - (mean[:, None] + mean[None, :] - jnp.sum(self.mean_weights * mean))
+
+    def squared_norms(self) -> Float[Array, " rows"]:
+        mean = self._mean()
+        return self.scores.squared_norms() - 2 * self.scores.mv(mean) + dot(mean, mean)
+
+    def diagonal(self) -> Any:
+        # sum w (s - c)^2 = sum w s^2 - c (2 sum w s - c sum w).
+        whole, weighted, mean = self.scores.diagonal(), self.scores.rmv(self.weights), self._mean()
+        mass = jnp.sum(self.weights)
+        return jax.tree.map(lambda d, s, c: d - c * (2 * s - mass * c), whole, weighted, mean)
+
+    def second_moment(self) -> Float[Array, "p p"]:
+        spec = self.spec
+        weighted, mean = spec.ravel(self.scores.rmv(self.weights), "mean"), spec.ravel(self._mean(), "mean")
+        cross = weighted[:, None] * mean[None, :]
+        return self.scores.second_moment() - cross - cross.T + jnp.sum(self.weights) * mean[:, None] * mean[None, :]
+
+    def expanded_moments(self) -> tuple[Moments | None, ...]:
+        raise NotImplementedError(_UNCENTRED)
+
+    def reduced_moments(self) -> tuple[Moments | None, ...]:
+        raise NotImplementedError(_UNCENTRED)
+
+    def rotated_diagonals(self, bases: Sequence[Moments | None]) -> tuple[Array | None, ...]:
+        raise NotImplementedError(_UNCENTRED)
+
+    def as_matrix(self) -> Float[Array, "rows p"]:
+        return self.scores.as_matrix() - self.spec.ravel(self._mean(), "mean")[None, :]
+
+    def bound(self) -> Scalar:
+        return 2 * self.scores.bound()
+
+    def times(self, factor: Scalar) -> CenteredScores:
+        return dataclasses.replace(self, scores=self.scores.times(factor))
+
+    def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> CenteredScores:
+        return dataclasses.replace(self, scores=self.scores.restrict(keep, spec))
+
+    def centered(self) -> Scores:
+        return CenteredScores(self, self.weights)
+
+    def reweighted(self, factor: Any) -> CenteredScores:
+        return dataclasses.replace(self, scores=self.scores.reweighted(factor))
+
+
+def _added(parts: Sequence[tuple[Moments | None, ...]]) -> tuple[Moments | None, ...]:
+    """Moments of several blocks of rows, leaf by leaf."""
+    return tuple(
+        Moments(total([m.inputs for m in made]), total([m.outputs for m in made]), made[0].layout) if made else None
+        for leaf in zip(*parts, strict=True)
+        for made in [[m for m in leaf if m is not None]]
     )
 
 
-def values_and_scores(
-    log_prob: LogProb, params: chex.ArrayTree, batch: Batch, batch_size: int | None
-) -> tuple[Float[Array, " n"], Scores]:
+def total(parts: Sequence[Any]) -> Any:
+    """The sum of arrays or of trees of them."""
+    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts)
+
+
+def make_scores(rows: Rows, params: chex.ArrayTree, batch: Batch) -> Scores:
+    """The scores of a row function over a batch: held in memory, or streamed where memory is bounded."""
+    return _values_and_scores(rows, params, batch)[1]
+
+
+def values_and_scores(log_prob: LogProb, params: chex.ArrayTree, batch: Batch) -> tuple[Float[Array, " n"], Scores]:
     """Every example's log-density with its score: one backward pass where the scores are held."""
-    rows = ScoreRows(log_prob)
-    if batch_size is not None and batch_size < batch.size:
-        scores = make_scores(rows, params, batch, batch_size)
-        values = map_batches(lambda *piece: map_examples(log_prob, params, piece), batch.data, batch_size)
-        return values.astype(batch.spec.dtype), scores
-    with of_one_example(log_prob, rows.name, params, batch.data):
-        values, stacked = map_examples(rows.with_value, params, batch.data)
-    return values.astype(batch.spec.dtype), _held(stacked, batch)
+    values, made = _values_and_scores(ScoreRows(log_prob), params, batch)
+    if values is None:
+        size = made.batch_size if isinstance(made, StreamedScores) else None
+        values = map_batches(lambda *piece: map_examples(log_prob, params, piece), batch.data, size)
+    return values.astype(batch.spec.dtype), made
 
 
-def _held(stacked: Any, batch: Batch) -> HeldScores:
-    count = jax.tree.leaves(stacked)[0].shape[1]
-    return HeldScores(_stack(stacked, batch.spec.dtype), jnp.repeat(batch.weights, count), batch.spec)
+def _values_and_scores(rows: Rows, params: chex.ArrayTree, batch: Batch) -> tuple[Any, Scores]:
+    with of_one_example(rows.function, rows.name, params, batch.data):
+        traced = trace(rows, params, batch.data)
+    weights = jnp.repeat(batch.weights, traced.rows)
+    batch_size = _batch_size(traced, rows, params, batch)
+    if batch_size is None or batch_size >= batch.size:
+        aux, leaves = leaf_forms(traced, rows, params, batch.data, batch.spec)
+        return (aux[0] if aux else None), HeldScores(leaves, weights, batch.spec)
+    one, keep = jnp.ones((), batch.spec.dtype), (True,) * len(batch.spec.paths)
+    return None, StreamedScores(rows, params, batch.data, weights, one, batch.spec, batch_size, keep)
 
 
-def scores(log_prob: LogProb, center: bool = False, *, batch_size: int | None = None) -> Callable[..., Scores]:
+PLAIN_BYTES = 2**30
+"""What gradients formed against the library's wish may take in all before they are made in pieces instead of held."""
+
+
+def _batch_size(traced: Traced, rows: Rows, params: chex.ArrayTree, batch: Batch) -> int | None:
+    """How many examples to work on at a time: as asked for, else by the memory one example takes; None for all at once."""
+    limit = batch.max_bytes
+    if limit is None:
+        if batch.batch_size is not None:
+            return batch.batch_size
+        shapes = jax.eval_shape(lambda data: leaf_forms(traced, rows, params, data, batch.spec)[1], batch.data)
+        if sum(leaf.bytes for leaf in shapes if leaf.why is not None) <= PLAIN_BYTES:
+            return None
+        limit = PLAIN_BYTES
+    first = jax.tree.map(lambda leaf: leaf[:1], batch.data)
+    one = jax.eval_shape(lambda data: leaf_forms(traced, rows, params, data, batch.spec)[1], first)
+    working = max(leaf.working for leaf in one)
+    taken = sum(leaf.bytes for leaf in one) + batch.spec.dtype.itemsize * (traced.rows * traced.program.size + working)
+    if taken > limit:
+        raise ValueError(
+            f"`max_bytes` is {limit:,}, but the scores of one example take {taken:,}: its activations, what is held of its "
+            "scores and what is made of them. Allow more, or see jf.explain for the leaf that takes most."
+        )
+    return int(limit // taken)
+
+
+def scores(
+    log_prob: LogProb, center: bool = False, *, batch_size: int | None = None, max_bytes: int | None = None
+) -> Callable[..., Scores]:
     r"""Per-example scores: a function ``(params, *data, weights=None) -> Scores``.
 
     .. math:: S_{ij} = \partial_{\theta_j} \log p_\theta(x_i), \qquad S \in R^{n \times p}.
@@ -313,6 +596,8 @@ def scores(log_prob: LogProb, center: bool = False, *, batch_size: int | None = 
         log_prob: ``(params, *example) -> scalar``, the log-density of ONE example; the library maps it over the data.
         center: subtract the (weighted) mean score, so that ``S^T S / n`` is the covariance of the score.
         batch_size: make the scores again in pieces of so many examples whenever they are needed, instead of holding them.
+        max_bytes: instead of a ``batch_size``: as many examples at a time as keep what is held and what is made of it below
+            this, results aside.
 
     Returns:
         A function of the parameters and the data, every array of which has a leading axis of n examples; ``weights``, shape
@@ -320,7 +605,7 @@ def scores(log_prob: LogProb, center: bool = False, *, batch_size: int | None = 
 
     Raises:
         ValueError: (when called) arrays of different lengths, a non-scalar ``log_prob``, one that is a batch mean, weights of
-            another shape, a ``batch_size`` below one.
+            another shape, a ``batch_size`` below one, a ``max_bytes`` that one example exceeds.
         TypeError: (when called) a parameter that is not a real floating array.
 
     Reference: Amari, Natural gradient works efficiently in learning (Neural Computation 1998), section 2.
@@ -337,7 +622,7 @@ def scores(log_prob: LogProb, center: bool = False, *, batch_size: int | None = 
 
     def scores_of(params: chex.ArrayTree, *data: Any, weights: Float[Array, " n"] | None = None) -> Scores:
         needs_data(data, "scores")
-        made = make_scores(rows, params, make_batch(params, data, weights, batch_size), batch_size)
+        made = make_scores(rows, params, make_batch(params, data, weights, batch_size, max_bytes))
         return made.centered() if center else made
 
     return scores_of

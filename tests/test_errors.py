@@ -141,6 +141,27 @@ MISTAKES = [
         ]
     ],
     *[
+        (f"max_bytes {size!r}", lambda size=size: jf.scores(log_prob, max_bytes=size)(PARAMS, X, Y), error, words)
+        for size, error, words in [
+            (0, ValueError, ["`max_bytes` is 0", "positive", "2**30"]),
+            (1e9, TypeError, ["`max_bytes` is 1000000000.0", "whole number", "2**30"]),
+            (8, ValueError, ["`max_bytes` is 8", "one example take", "jf.explain"]),
+        ]
+    ],
+    (
+        "batch_size and max_bytes",
+        lambda: jf.exact_fisher(model, batch_size=2, max_bytes=10**6)(PARAMS, X),
+        ValueError,
+        ["`batch_size` (2)", "`max_bytes` (1000000)", "Give one"],
+    ),
+    (
+        "max_bytes for a fisher that has its own",
+        lambda: jf.natural_grad(log_prob, lambda p, x, y: exact(p, x), damping=1.0, max_bytes=10**6),
+        ValueError,
+        ["`max_bytes`", "`fisher`", "jf.exact_fisher(model, max_bytes=...)"],
+    ),
+    ("explain no function", lambda: jf.explain(3, PARAMS, X), TypeError, ["`function` is 3", "log_prob", "model"]),
+    *[
         (f"num_samples {m!r}", lambda m=m: jf.sampled_fisher(model, m), ValueError, [f"`num_samples` is {m!r}", "at least 1"])
         for m in (0, 1.5, True)
     ],

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Scalar
 
-from jaxfisher._linalg import SolveInfo, direct_info, eigenvalues, invert, matmul, norm, refined, spectral_mv
+from jaxfisher._linalg import SolveInfo, direct_info, eigenvalues, invert, matmul, norm, refined, spectral_mv, to_unit
 from jaxfisher._tree import ParamSpec, cast_like, described, dot, dtype_of
 
 EXACT_LIMIT = 4096
@@ -279,16 +279,6 @@ def check_number(name: str, value: Any, expected: str = "one real number") -> No
 
 def _is_real(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
-
-
-def to_unit(*sizes: Scalar) -> Scalar:
-    """The factor that brings the largest of these sizes to one, so that squares of what it multiplies stay in the dtype.
-
-    It is applied twice rather than squared, and as a product: XLA turns ``x / s / s`` into ``x / (s s)``, which may overflow.
-    """
-    largest = jnp.max(jnp.stack(sizes))
-    # A NaN or an infinity is left to show itself in the result.
-    return jnp.where(largest > jnp.finfo(largest.dtype).tiny, 1 / largest, 1)
 
 
 def solve_matrix(matrix: Float[Array, "p p"], v: Float[Array, " p"], damping: Scalar) -> tuple[Float[Array, " p"], SolveInfo]:

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
-from jaxfisher._linalg import SolveInfo, direct_info, eigenvalues, invert, matmul, norm, refined, spectral_mv
-from jaxfisher._operators.base import Operator, Provenance, nonnegative, to_unit
-from jaxfisher._scores import HeldScores, Scores
+from jaxfisher._linalg import SolveInfo, direct_info, eigenvalues, invert, matmul, norm, refined, spectral_mv, to_unit
+from jaxfisher._operators.base import Operator, Provenance, nonnegative
+from jaxfisher._scores import HeldScores, JoinedScores, Scores
 from jaxfisher._tree import ParamSpec
 
 
@@ -67,7 +67,7 @@ class FromScores(Operator):
         return jnp.sum(jnp.log(values + damping * factor * factor)) - 2 * self.size * jnp.log(factor)
 
     def _unit_eigenvalues(self, least: Scalar) -> tuple[Float[Array, " p"], Scalar]:
-        factor = to_unit(self.scores.max_abs(), least)
+        factor = to_unit(self.scores.bound(), least)
         scores = self.scores.times(factor)
         missing = max(self.size - scores.num_rows, 0)
         small = weighted_gram(scores) if missing else scores.second_moment()
@@ -83,7 +83,7 @@ class FromScores(Operator):
 
     def _plus(self, other: Operator) -> Operator:
         if isinstance(other, FromScores) and isinstance(self.scores, HeldScores) and isinstance(other.scores, HeldScores):
-            return FromScores(self.scores.joined(other.scores), self.provenance.plus(other.provenance))
+            return FromScores(JoinedScores((self.scores, other.scores)), self.provenance.plus(other.provenance))
         return super()._plus(other)
 
     def _solve(self, v: Any, damping: Scalar) -> tuple[Any, SolveInfo]:
@@ -91,7 +91,7 @@ class FromScores(Operator):
         length = norm(flat)
         length = jnp.where(length > 0, length, 1)
         direction = flat / length
-        factor = to_unit(self.scores.max_abs(), jnp.sqrt(damping))
+        factor = to_unit(self.scores.bound(), jnp.sqrt(damping))
         scores, damping = self.scores.times(factor), damping * factor * factor
         if scores.num_rows < self.size:
             x, rank = _by_gram(scores, direction, damping)
@@ -103,13 +103,13 @@ class FromScores(Operator):
     def _power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
         # With X = U diag(sqrt(s)) W^T the power is damping^q on the complement of W, so
         # (F + d I)^q v = d^q v + X^T U [((s + d)^q - d^q) / s] U^T X v, the difference by expm1 so that it does not cancel.
-        factor = to_unit(self.scores.max_abs(), jnp.sqrt(damping))
+        factor = to_unit(self.scores.bound(), jnp.sqrt(damping))
         scores, damping = self.scores.times(factor), damping * factor * factor
         if scores.num_rows >= self.size:
             flat = self.spec.ravel(v, "v")
             x = self.spec.unravel(spectral_mv(scores.second_moment(), flat, power, damping))
             return jax.tree.map(lambda leaf: leaf * (factor**-power) * factor**-power, x)
-        values, vectors = jnp.linalg.eigh(weighted_gram(scores), symmetrize_input=False)
+        values, vectors = jnp.linalg.eigh(weighted_gram(scores), UPLO="U", symmetrize_input=False)
         eps = jnp.finfo(values.dtype).eps * values.shape[0]
         held = values > eps * jnp.max(values)
         values = jnp.where(held, values, 1)
@@ -126,26 +126,43 @@ class FromScores(Operator):
 
         This is the natural gradient's solve: the gradient of a mean of log-densities has the coordinates one. Nothing cancels.
         """
-        factor = to_unit(self.scores.max_abs(), jnp.sqrt(damping))
+        factor = to_unit(self.scores.bound(), jnp.sqrt(damping))
         scores, damping = self.scores.times(factor), damping * factor * factor
         if scores.num_rows < self.size:
-            root = jnp.sqrt(scores.weights)
-
-            def product(c: Array) -> Array:
-                return root * scores.mv(scores.rmv(root * c)) + damping * c
-
-            c = refined(invert(weighted_gram(scores), damping).apply, product, root * e)
-            x = scores.rmv(root * c)
+            x = _from_rows(scores, e, damping)
         else:
             v = self.spec.ravel(scores.rmv(scores.weights * e), "v")
             x = self.spec.unravel(_by_moment(scores, v, damping)[0])
         return jax.tree.map(lambda leaf: leaf * factor, x)
 
 
-def weighted_gram(scores: Scores) -> Float[Array, "rows rows"]:
-    """``X X^T`` with ``X = diag(sqrt(omega)) S``."""
+def _from_rows(scores: Scores, e: Float[Array, " rows"], damping: Scalar) -> Any:
+    """``X^T (X X^T + damping I)^-1 diag(sqrt(omega)) e``, refined once where the Gram matrix is ill-conditioned."""
     root = jnp.sqrt(scores.weights)
-    return root[:, None] * scores.gram() * root[None, :]
+    gram, b = weighted_gram(scores), root * e
+    inverse = invert(gram, damping)
+    # A well-conditioned Gram matrix loses three digits at most, and mending them takes most of another gradient.
+    lost = jnp.sqrt(2 * jnp.sum(jnp.square(gram))) > 1024 * damping
+
+    def solved(state: tuple[Array, Any], first: Array) -> tuple[Array, Any]:
+        c, x = state
+        rest = jax.lax.cond(first, lambda: b, lambda: b - (root * scores.mv(x) + damping * c))
+        c = c + inverse.apply(rest)
+        return c, scores.rmv(root * c)
+
+    def step(state: tuple[Array, Any], first: Array) -> tuple[tuple[Array, Any], None]:
+        return jax.lax.cond(first | lost, solved, lambda state, _: state, state, first), None
+
+    # A loop of one or two steps, so that each product is compiled once.
+    start = jnp.zeros_like(b), scores.spec.zeros()
+    (_, x), _ = jax.lax.scan(step, start, jnp.array([True, False]))
+    return x
+
+
+def weighted_gram(scores: Scores) -> Float[Array, "rows rows"]:
+    """The upper triangle of ``X X^T`` with ``X = diag(sqrt(omega)) S``."""
+    root = jnp.sqrt(scores.weights)
+    return root[:, None] * scores.gram_upper() * root[None, :]
 
 
 def _damped_product(scores: Scores, damping: Scalar) -> Callable[[Float[Array, " p"]], Float[Array, " p"]]:

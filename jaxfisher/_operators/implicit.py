@@ -83,8 +83,8 @@ class Implicit(Operator):
 
     def _scores(self) -> Scores:
         """The exact Fisher's rows, streamed: for what products cannot give in less than p of them."""
-        batch = make_batch(self.params, self.inputs, None, None)
-        whole = make_scores(ExactRows(self.model), self.params, batch, self.batch_size or 1)
+        batch = make_batch(self.params, self.inputs, None, self.batch_size or 1)
+        whole = make_scores(ExactRows(self.model), self.params, batch)
         count = whole.num_rows // batch.size
         scores = whole.restrict(self.keep, self.spec)
         return dataclasses.replace(scores, weights=jnp.repeat(self.weights, count))  # type: ignore[type-var]

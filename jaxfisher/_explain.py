@@ -1,0 +1,208 @@
+"""What the engine makes of a model: how the scores of each parameter leaf are held, what that takes, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+
+from jaxfisher._examples import make_batch, shape_of_one
+from jaxfisher._factors import leaf_forms, trace
+from jaxfisher._forms import Convolution, Form, Formed, Leaf, Positions
+from jaxfisher._model import of_one_example
+from jaxfisher._rows import ExactRows, Rows, ScoreRows
+from jaxfisher._tree import check_function
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafExplanation:
+    """One parameter leaf.
+
+    Attributes:
+        path: where it is, as a user would index the parameters.
+        shape: its shape.
+        form: ``outer product``, ``sum of T outer products``, ``convolution``, ``embedding``, ``elementwise`` (the gradient is
+            no larger than what it is made of), ``zero``, ``plain`` (the gradient had to be formed), or several of them added.
+        positions: T, how many outer products an example contributes; 0 where there are none.
+        bytes: what is held of it, for all rows.
+        flops: of its part of the Gram matrix, a multiplication and an addition counted as two.
+        why: what decided the form, or how its inner products are taken.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    form: str
+    positions: int
+    bytes: int
+    flops: int
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """How scores are held, leaf by leaf; ``print`` it for a table.
+
+    Attributes:
+        leaves: one entry a parameter leaf, in pytree order.
+        examples: n.
+        rows: the rows an example contributes: one for a score, one a column of the output metric for an exact Fisher.
+        bytes: what is held in all.
+        flops: of the Gram matrix from what is held.
+        plain_bytes: what the gradients of all rows would take.
+        plain_flops: of the Gram matrix from those.
+    """
+
+    leaves: tuple[LeafExplanation, ...]
+    examples: int
+    rows: int
+    bytes: int
+    flops: int
+    plain_bytes: int
+    plain_flops: int
+
+    @property
+    def factored(self) -> tuple[str, ...]:
+        """The paths of leaves held as factors."""
+        return tuple(leaf.path for leaf in self.leaves if leaf.positions and "plain" not in leaf.form)
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """The paths of leaves whose gradients had to be formed; ``why`` says what the reason was."""
+        return tuple(leaf.path for leaf in self.leaves if "plain" in leaf.form)
+
+    def __str__(self) -> str:
+        head = ("leaf", "shape", "held as", "T", "memory", "Gram flops", "why")
+        body = [
+            (leaf.path, str(leaf.shape), leaf.form, str(leaf.positions or ""), _bytes(leaf.bytes), _count(leaf.flops), leaf.why)
+            for leaf in self.leaves
+        ]
+        total = ("total", f"{self.examples} x {self.rows} rows", "", "", _bytes(self.bytes), _count(self.flops), "")
+        plain = ("plain gradients", "", "", "", _bytes(self.plain_bytes), _count(self.plain_flops), "")
+        table = [head, *body, total, plain]
+        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+        right = (3, 4, 5)
+        lines = [
+            "  ".join(
+                cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in table
+        ]
+        return "\n".join(line.rstrip() for line in (lines[0], "-" * max(map(len, lines)), *lines[1:]))
+
+
+def explain(function: Callable[..., Any], params: chex.ArrayTree, *data: Any) -> Explanation:
+    r"""How the scores of a log-density, or the rows of a model's exact Fisher, are held; nothing is computed.
+
+    The gradient of a weight used in T places is a sum of outer products, :math:`D_i = \sum_t a_{it} g_{it}^T`. What is held
+    is ``a`` and ``g``, of n T (d_in + d_out) numbers instead of n d_in d_out. This tells for which leaves that is so, and for
+    which it is not, with the reason.
+
+    Args:
+        function: ``log_prob(params, *example) -> scalar`` or ``model(params, *inputs) -> distribution``, of ONE example.
+        params: the parameters, any pytree.
+        *data: as for `jaxfisher.scores` or `jaxfisher.exact_fisher`; arrays with a leading axis of n examples.
+
+    Returns:
+        An `Explanation`: a table when printed, and a value to test on, for instance ``assert not explanation.plain``.
+
+    Raises:
+        TypeError: ``function`` is none of the two; a parameter that is not a real floating array.
+        ValueError: arrays of different lengths, a non-scalar log-density.
+
+    Reference: Rochette, Manoel and Tramel, Efficient per-example gradient computations in convolutional neural networks
+    (arXiv 1912.06015), section 3, for the outer products; Bu, Mao and Xu, Scalable and efficient training of large
+    convolutional neural networks with differential privacy (NeurIPS 2022), section 4, for the rule of cost.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda w, x: jf.Categorical(logits=x @ w)
+    >>> explanation = jf.explain(jf.log_likelihood(model), jnp.ones((784, 10)), jnp.ones((32, 784)), jnp.zeros(32, int))
+    >>> explanation.leaves[0].form, explanation.bytes, explanation.plain_bytes
+    ('outer product', 101632, 1003520)
+    """
+    check_function("function", function, "log_prob(params, *example) -> scalar or model(params, *inputs) -> distribution")
+    batch = make_batch(params, data, None)
+    rows = _rows(function, params, batch.data)
+    with of_one_example(rows.function, rows.name, params, batch.data):
+        traced = trace(rows, params, batch.data)
+    shapes = jax.eval_shape(lambda params, data: leaf_forms(traced, rows, params, data, batch.spec)[1], params, batch.data)
+    leaves = tuple(_explained(path, leaf) for path, leaf in zip(batch.spec.paths, shapes, strict=True))
+    count = batch.size * traced.rows
+    return Explanation(
+        leaves,
+        batch.size,
+        traced.rows,
+        sum(leaf.bytes for leaf in leaves),
+        sum(leaf.flops for leaf in leaves),
+        count * batch.spec.size * batch.spec.dtype.itemsize,
+        2 * count**2 * batch.spec.size,
+    )
+
+
+def _rows(function: Callable[..., Any], params: chex.ArrayTree, data: tuple[Any, ...]) -> Rows:
+    """The rows of a log-density, or of a model if it returns no number."""
+    numbers = []
+
+    def call(*args: Any) -> tuple[()]:
+        numbers.append(isinstance(function(*args), (jax.Array, float, int)))
+        return ()
+
+    with of_one_example(function, "function", params, data):
+        jax.eval_shape(call, params, *shape_of_one(data))
+    return ScoreRows(function) if numbers[-1] else ExactRows(function)
+
+
+def _explained(path: str, leaf: Leaf) -> LeafExplanation:
+    names = [_name(form, leaf) for form in leaf.forms] or ["zero"]
+    return LeafExplanation(path, leaf.shape, " + ".join(names), leaf.positions, leaf.bytes, _flops(leaf), _why(leaf))
+
+
+def _name(form: Form, leaf: Leaf) -> str:
+    if isinstance(form, Formed):
+        return "plain" if leaf.why is not None else "elementwise"
+    if isinstance(form, Convolution):
+        return "convolution"
+    if isinstance(form.left, Positions):
+        return "embedding"
+    return "outer product" if form.positions == 1 else f"sum of {form.positions} outer products"
+
+
+def _flops(leaf: Leaf) -> int:
+    if not leaf.forms:
+        return 0
+    layout, count, rows = leaf.layout, leaf.positions, leaf.examples * leaf.rows
+    size = layout.groups * layout.inputs * layout.outputs
+    if leaf.by_factors:
+        factors = [(form.left, form.right) for form in leaf.forms if not isinstance(form, (Formed, Convolution))]
+        lefts = sum(0 if isinstance(left, Positions) else left.size * left.size // left.shape[-1] for left, _ in factors)
+        rights = sum(right.size * right.size // right.shape[-1] for _, right in factors)
+        return int(2 * (lefts + rights))
+    return int(2 * rows * rows * size + 2 * rows * count * size)
+
+
+def _why(leaf: Leaf) -> str:
+    if leaf.why is not None:
+        return leaf.why
+    if not leaf.forms:
+        return "the function does not depend on it"
+    if not leaf.positions:
+        return "no larger than what it is made of"
+    layout, count = leaf.layout, leaf.positions
+    cost, size = count**2 * (layout.inputs + layout.outputs), layout.inputs * layout.outputs
+    if leaf.by_factors:
+        return f"inner products of factors: T^2 (I + O) = {_count(cost)}, I O = {_count(size)}"
+    return f"gradients formed tile by tile: T^2 (I + O) = {_count(cost)}, I O = {_count(size)}"
+
+
+def _bytes(count: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count = count / 1000  # type: ignore[assignment]
+    return f"{count:.3g} GB"
+
+
+def _count(number: float) -> str:
+    return f"{number:,}" if number < 10**6 else f"{number:.2e}"

@@ -1,0 +1,423 @@
+"""Products that are not formed: what a weight's gradient is one operation before its outer product.
+
+A `Term` is a product of factors in index notation: each factor is an array whose axes are named by `Axis` objects, and the
+value is their product summed over every axis that is not in ``dims``. So ``dims = ((i,), (o,))`` with factors ``a`` over
+``(t, i)`` and ``g`` over ``(t, o)`` is ``sum_t a_ti g_to``, an outer product summed over positions. Transposes, reshapes, pads
+and the like act on the axes and leave the product unformed. A function here returns None where that cannot be done, and
+the caller then forms the value in the ordinary way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Axis:
+    """One index of a product, known by its identity."""
+
+    size: int
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("image",),
+    meta_fields=("outputs", "offsets", "strides", "dilations", "row_groups", "depth_groups"),
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Windows:
+    """An image seen through the window of a convolution; `array` makes the windows, which take many times the image's memory.
+
+    ``image`` has axes ``[rows, depth, *spatial]`` and is already padded and dilated. Output ``p`` at offset ``k`` of the window
+    reads ``p * stride + k * dilation`` along each spatial axis. Groups cut the rows or the depth.
+    """
+
+    image: Array
+    outputs: tuple[int, ...]
+    offsets: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    row_groups: int
+    depth_groups: int
+
+    @property
+    def size(self) -> int:
+        """How many numbers `array` gives for one row."""
+        rows, depth = self.image.shape[-2 - len(self.outputs) : -len(self.outputs)]
+        return rows * depth * math.prod(self.outputs) * math.prod(self.offsets) // max(self.row_groups, self.depth_groups)
+
+    def array(self) -> Array:
+        """The windows, ``[groups, depth * offsets, rows, *outputs]``."""
+        x = self.image
+        for axis in range(len(self.outputs)):
+            # Every step replaces one spatial axis by two, (output, offset), appended at the end.
+            x = _window(x, 2, self.outputs[axis], self.offsets[axis], self.strides[axis], self.dilations[axis])
+        count = len(self.outputs)
+        rows, depth = x.shape[:2]
+        x = x.reshape(self.row_groups, rows // self.row_groups, self.depth_groups, depth // self.depth_groups, *x.shape[2:])
+        outputs, offsets = [4 + 2 * k for k in range(count)], [5 + 2 * k for k in range(count)]
+        x = x.transpose(0, 2, 3, *offsets, 1, *outputs)
+        groups = self.row_groups * self.depth_groups
+        return x.reshape(groups, -1, rows // self.row_groups, *self.outputs)
+
+
+def _window(x: Array, axis: int, outputs: int, offsets: int, stride: int, dilation: int) -> Array:
+    """Replace ``axis`` by two at the end, ``[outputs, offsets]``, with a slice for each entry of the shorter one."""
+    if outputs <= offsets:
+        starts, step, length = [p * stride for p in range(outputs)], dilation, offsets
+    else:
+        starts, step, length = [k * dilation for k in range(offsets)], stride, outputs
+    cuts = [
+        jnp.moveaxis(jax.lax.slice_in_dim(x, start, start + step * (length - 1) + 1, step, axis), axis, -1) for start in starts
+    ]
+    return jnp.stack(cuts, axis=-2 if outputs <= offsets else -1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Factor:
+    """An array with named axes; with ``hot`` it holds positions along that axis, and stands for ones there and zeros elsewhere.
+
+    ``flags`` says what it depends on, ``reason`` why it is a gradient formed against the library's wish, if it is one;
+    ``place`` is a position known beforehand, of a leaf cut into parts.
+    """
+
+    array: Array | Windows
+    axes: tuple[Axis, ...]
+    flags: int
+    hot: Axis | None = None
+    reason: str | None = None
+    place: int | None = None
+
+    @property
+    def over(self) -> tuple[Axis, ...]:
+        """All axes, the hot one included."""
+        return self.axes if self.hot is None else (*self.axes, self.hot)
+
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(axis.size for axis in self.axes)
+
+    @property
+    def plain(self) -> Array | None:
+        """The array of an ordinary factor; None for windows and positions, which do not take part in arithmetic."""
+        return self.array if self.hot is None and not isinstance(self.array, Windows) else None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Term:
+    """A product of factors; ``dims`` gives each dimension of its value as the axes that make it up, in row-major order."""
+
+    factors: tuple[Factor, ...]
+    dims: tuple[tuple[Axis, ...], ...]
+
+    @property
+    def is_product(self) -> bool:
+        """Whether forming it would multiply something out."""
+        return len(self.factors) > 1 or any(factor.plain is None for factor in self.factors)
+
+    @property
+    def is_smaller(self) -> bool:
+        """Whether it holds fewer numbers than its value has, or is a product."""
+        return self.is_product or sum(f.size for f in self.factors) < math.prod(a.size for axes in self.dims for a in axes)
+
+
+@dataclasses.dataclass(eq=False)
+class Unformed:
+    """A value as a sum of terms, and the ordinary way to form it, which runs at most once."""
+
+    terms: tuple[Term, ...]
+    form: Callable[[], Array]
+    _formed: Array | None = None
+
+    def formed(self) -> Array:
+        """The value itself."""
+        if self._formed is None:
+            self._formed = self.form()
+        return self._formed
+
+    @property
+    def is_product(self) -> bool:
+        """Whether forming it would multiply something out."""
+        return any(term.is_product for term in self.terms)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is larger formed than unformed."""
+        size = max((math.prod(a.size for axes in term.dims for a in axes) for term in self.terms), default=0)
+        return self.is_product and size > sum(factor.size for term in self.terms for factor in term.factors)
+
+
+def whole(array: Array, flags: int, reason: str | None) -> Term:
+    """An ordinary array as a term of one factor."""
+    axes = tuple(Axis(size) for size in array.shape)
+    return Term((Factor(array, axes, flags, reason=reason),), tuple(map(dim, axes)))
+
+
+def dim(*axes: Axis) -> tuple[Axis, ...]:
+    """A dimension made of these axes. Axes of size one carry nothing: factors may have them, dimensions do not."""
+    return tuple(axis for axis in axes if axis.size != 1)
+
+
+def transpose(term: Term, permutation: Sequence[int]) -> Term:
+    """The dimensions in another order."""
+    return dataclasses.replace(term, dims=tuple(term.dims[i] for i in permutation))
+
+
+def reshape(term: Term, shape: Sequence[int]) -> Term | None:
+    """Dimensions merged and split, axes being split where need be."""
+    axes = [axis for old in term.dims for axis in old]
+    dims: list[tuple[Axis, ...]] = []
+    for size in shape:
+        made: list[Axis] = []
+        missing = size
+        while missing > 1:
+            axis = axes.pop(0)
+            if missing % axis.size == 0:
+                made.append(axis)
+                missing //= axis.size
+                continue
+            if axis.size % missing:
+                return None
+            parts = (Axis(missing), Axis(axis.size // missing))
+            split = _split(term, axis, parts)
+            if split is None:
+                return None
+            term = split
+            dims = [tuple(_replaced(d, axis, parts)) for d in dims]
+            axes.insert(0, parts[1])
+            made.append(parts[0])
+            missing = 1
+        dims.append(tuple(made))
+    return Term(term.factors, tuple(dims))
+
+
+def _replaced(axes: Sequence[Axis], old: Axis, new: Sequence[Axis]) -> list[Axis]:
+    return [part for axis in axes for part in (new if axis is old else (axis,))]
+
+
+def _split(term: Term, axis: Axis, parts: tuple[Axis, Axis]) -> Term | None:
+    """``axis`` replaced by two whose sizes multiply to its own."""
+    factors = []
+    for factor in term.factors:
+        if axis not in factor.over:
+            factors.append(factor)
+            continue
+        if factor.hot is axis or isinstance(factor.array, Windows):
+            return None
+        axes = tuple(_replaced(factor.axes, axis, parts))
+        factors.append(dataclasses.replace(factor, array=factor.array.reshape([a.size for a in axes]), axes=axes))
+    return Term(tuple(factors), tuple(tuple(_replaced(dim, axis, parts)) for dim in term.dims))
+
+
+def broadcast(term: Term, shape: Sequence[int], dimensions: Sequence[int]) -> Term:
+    """`jax.lax.broadcast_in_dim`: axes that no factor has."""
+    dims = [dim(Axis(size)) for size in shape]
+    for source, target in enumerate(dimensions):
+        if math.prod(axis.size for axis in term.dims[source]) == shape[target]:
+            dims[target] = term.dims[source]
+    return Term(term.factors, tuple(dims))
+
+
+def reduce_sum(term: Term, axes: Sequence[int]) -> Term | None:
+    """The sum over dimensions: their axes are contracted."""
+    gone = [axis for i in axes for axis in term.dims[i]]
+    repeats = math.prod(axis.size for axis in gone if not any(axis in factor.over for factor in term.factors))
+    kept = Term(term.factors, tuple(axes_ for i, axes_ in enumerate(term.dims) if i not in axes))
+    return kept if repeats == 1 else scale(kept, jnp.asarray(repeats, jnp.float32))
+
+
+def scale(term: Term, number: Array, flags: int = 0) -> Term | None:
+    """The product with a scalar, taken into the smallest factor."""
+    sizes = [math.prod(a.size for a in f.axes) if f.plain is not None else math.inf for f in term.factors]
+    if not sizes or min(sizes) == math.inf:
+        return None
+    index = sizes.index(min(sizes))
+    factor = term.factors[index]
+    array = _product(jnp.asarray(factor.plain), number)
+    scaled = dataclasses.replace(factor, array=array, flags=factor.flags | flags)
+    return dataclasses.replace(term, factors=(*term.factors[:index], scaled, *term.factors[index + 1 :]))
+
+
+def along(term: Term, index: int, change: Callable[[Array, int], Array], size: int) -> Term | None:
+    """A linear map that acts on one dimension entry by entry (a pad, a slice, a flip), given on an array and its axis.
+
+    It must send zero to zero and keep entries apart, so that it may act on each factor which has the axis.
+    """
+    if len(term.dims[index]) != 1:
+        return None
+    (old,), new = term.dims[index], Axis(size)
+    factors = []
+    for factor in map(seen, term.factors):
+        if old not in factor.over:
+            factors.append(factor)
+        elif factor.plain is None:
+            return None
+        else:
+            axes = tuple(new if axis is old else axis for axis in factor.axes)
+            factors.append(dataclasses.replace(factor, array=change(factor.plain, factor.axes.index(old)), axes=axes))
+    if not any(new in factor.over for factor in factors):
+        return None
+    return Term(tuple(factors), (*term.dims[:index], dim(new), *term.dims[index + 1 :]))
+
+
+def seen(factor: Factor) -> Factor:
+    """The factor with the windows of a convolution made."""
+    return dataclasses.replace(factor, array=factor.array.array()) if isinstance(factor.array, Windows) else factor
+
+
+def place(term: Term, index: int, position: int, size: int) -> Term:
+    """A dimension of length one put at a position among zeros."""
+    axis = Axis(size)
+    at = Factor(jnp.asarray(position, jnp.int32), (), 0, hot=axis, place=position)
+    return Term((*term.factors, at), (*term.dims[:index], (axis,), *term.dims[index + 1 :]))
+
+
+def multiply(left: Term, right: Term) -> Term | None:
+    """The elementwise product, where at most two factors are left after those over fewer axes are taken into others."""
+    if left.is_product and right.is_product:
+        return None
+    product = left.is_product or right.is_product
+    matched = _matched(left, right)
+    if matched is None:
+        return None
+    left, right = matched
+    names = {id(r): axis for d, e in zip(left.dims, right.dims, strict=True) for axis, r in zip(d, e, strict=False)}
+    # A dimension of length one meets any length.
+    dims = tuple(d or e for d, e in zip(left.dims, right.dims, strict=True))
+    renamed = tuple(
+        dataclasses.replace(
+            factor,
+            axes=tuple(names.get(id(axis), axis) for axis in factor.axes),
+            hot=None if factor.hot is None else names.get(id(factor.hot), factor.hot),
+        )
+        for factor in right.factors
+    )
+    # Summing over a shared axis after multiplying is not multiplying after summing: both may not contract.
+    if _contracted(left) and _contracted(right):
+        return None
+    folded = fold(Term((*left.factors, *renamed), dims))
+    # One factor over everything is the product formed; three are more than an outer product.
+    return folded if len(folded.factors) == 2 or (len(folded.factors) == 1 and not product) else None
+
+
+def _contracted(term: Term) -> bool:
+    kept = {id(axis) for dim in term.dims for axis in dim}
+    return any(id(axis) not in kept for factor in term.factors for axis in factor.over if axis.size > 1)
+
+
+def _matched(left: Term, right: Term) -> tuple[Term, Term] | None:
+    """Both with their dimensions made of axes of the same sizes, where neither has length one."""
+    fine = [_refined(a, b) for a, b in zip(_sizes(left), _sizes(right), strict=True)]
+    made = []
+    for term in (left, right):
+        parts = [part if axes else () for part, axes in zip(fine, term.dims, strict=True)]
+        if any(part is None for part in parts):
+            return None
+        split = reshape(term, [size for part in parts for size in part or ()])
+        if split is None:
+            return None
+        axes = iter(split.dims)
+        made.append(Term(split.factors, tuple(tuple(a for _ in part or () for a in next(axes)) for part in parts)))
+    return made[0], made[1]
+
+
+def _sizes(term: Term) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(axis.size for axis in axes) for axes in term.dims)
+
+
+def _refined(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The sizes of the common refinement of two factorisations of one dimension; of one, if the other has length one."""
+    if not a or not b:
+        return a or b
+    cuts = sorted({math.prod(a[:i]) for i in range(len(a) + 1)} | {math.prod(b[:i]) for i in range(len(b) + 1)})
+    if any(high % low for low, high in itertools.pairwise(cuts)):
+        return None
+    return tuple(high // low for low, high in itertools.pairwise(cuts))
+
+
+def fold(term: Term) -> Term:
+    """Factors over a subset of another's axes multiplied into it."""
+    factors = list(term.factors)
+    while (pair := _foldable(factors)) is not None:
+        small, host = pair
+        if small.plain is None or host.plain is None:
+            break
+        array = _product(host.plain, _aligned(small.plain, small.axes, host.axes))
+        flags, reason = host.flags | small.flags, host.reason or small.reason
+        merged = dataclasses.replace(host, array=array, flags=flags, reason=reason)
+        factors = [merged if factor is host else factor for factor in factors if factor is not small]
+    return Term(tuple(factors), term.dims)
+
+
+def _foldable(factors: Sequence[Factor]) -> tuple[Factor, Factor] | None:
+    """A factor and another that has all of its axes."""
+    for small in factors:
+        hosts = [f for f in factors if f is not small and f.plain is not None and set(small.axes) <= set(f.axes)]
+        if small.plain is not None and hosts:
+            return small, min(hosts, key=lambda factor: len(factor.axes))
+    return None
+
+
+def _product(a: Array, b: Array) -> Array:
+    """``a * b`` in the wider dtype: casts on the way to a gradient are put off, so factors may differ in theirs."""
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.promote_types(a.dtype, b.dtype)
+    return a.astype(dtype) * b.astype(dtype)
+
+
+def _aligned(array: Array, axes: tuple[Axis, ...], onto: tuple[Axis, ...]) -> Array:
+    """``array`` over ``axes`` laid out to broadcast against an array over ``onto``."""
+    order = sorted(range(len(axes)), key=lambda i: onto.index(axes[i]))
+    return array.transpose(order).reshape([axis.size if axis in axes else 1 for axis in onto])
+
+
+def contract(term: Term, dims: Sequence[int], matrix: Array, over: Sequence[int], flags: int) -> Term | None:
+    """`jax.lax.dot_general` with a matrix along ``dims``, all of them axes of one factor; the matrix's other axes come last."""
+    if any(len(term.dims[i]) != 1 for i in dims):
+        return None
+    gone = [term.dims[i][0] for i in dims]
+    hosts = [f for f in term.factors if any(axis in f.over for axis in gone)]
+    if len(hosts) != 1 or (held := hosts[0].plain) is None:
+        return None
+    (host,) = hosts
+    if any(axis not in host.axes for axis in gone):
+        return None
+    rest = tuple(axis for axis in host.axes if axis not in gone)
+    new = tuple(Axis(size) for i, size in enumerate(matrix.shape) if i not in over)
+    numbers: Any = (([host.axes.index(axis) for axis in gone], list(over)), ([], []))
+    array = jax.lax.dot_general(held, matrix.astype(held.dtype), numbers, precision=jax.lax.Precision.HIGHEST)
+    factor = dataclasses.replace(host, array=array, axes=(*rest, *new), flags=host.flags | flags)
+    factors = tuple(factor if f is host else f for f in term.factors)
+    kept = tuple(dim for i, dim in enumerate(term.dims) if i not in dims)
+    return Term(factors, (*kept, *map(dim, new)))
+
+
+def real(term: Term) -> tuple[Term, ...] | None:
+    """The real part: ``Re(a g) = Re a Re g - Im a Im g``, at most two terms."""
+    term = Term(tuple(map(seen, term.factors)), term.dims)
+    wide = [f for f in term.factors if f.plain is not None and jnp.issubdtype(f.plain.dtype, jnp.complexfloating)]
+    if not wide:
+        return (term,)
+    if len(wide) > 2:
+        return None
+
+    def parts(part: Callable[[Array], Array], sign: int) -> Term:
+        changed = {
+            id(f): dataclasses.replace(f, array=(sign if k == 0 else 1) * part(f.plain))
+            for k, f in enumerate(wide)
+            if f.plain is not None
+        }
+        return Term(tuple(changed.get(id(f), f) for f in term.factors), term.dims)
+
+    first = parts(jnp.real, 1)
+    return (first,) if len(wide) == 1 else (first, parts(jnp.imag, -1))
