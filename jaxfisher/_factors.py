@@ -73,8 +73,8 @@ def leaf_forms(
     streams = {flag: iter(arrays[flag]) for flag in groups}
     full = [_with_axes(next(streams[flag]), flag) for flag in skeleton.flags]
     forms = jax.tree.unflatten(skeleton.treedef, full)
-    ones = [jnp.ones((), spec.dtype) if k in skeleton.layers else None for k in range(len(forms))]
-    known = zip(forms, spec.shapes, skeleton.whys, skeleton.layers, ones, strict=True)
+    biases = [k in skeleton.layers for k in range(len(forms))]
+    known = zip(forms, spec.shapes, skeleton.whys, skeleton.layers, biases, strict=True)
     return aux, tuple(Leaf(parts, shape, spec.dtype, examples, traced.rows, *rest) for parts, shape, *rest in known)
 
 

@@ -132,13 +132,16 @@ class Product:
             left, right = jax.lax.dynamic_slice_in_dim(self.left, start, size, 4), self.right
         return Product(left, right, dataclasses.replace(self.layout, inputs=size))
 
-    def inner(self, other: Product, ones: Scalar) -> Float[Array, "n rows n2 rows2"]:
-        """Inner products of the gradients of two blocks of rows, from those of their factors.
+    def inner(self, other: Product, scale: Scale, *, bias: bool) -> Float[Array, "n rows n2 rows2"]:
+        """Inner products of ``scale.factor`` times the gradients of two blocks of rows, from those of their factors.
 
-        ``ones`` is what an input that is always one adds to those of the left factors.
+        With a ``bias``, of the gradients of a layer whose last input is one.
         """
-        g = _inner(self.right, other.right)
-        return jnp.sum((_inner_left(self.left, other.left, g.dtype) + ones) * g, (0, 3, 6))
+        # One side of each product is scaled before and its result after: what is squared stays near one, and nothing large
+        # is copied.
+        right = _inner(self.right * scale.right, other.right) * scale.right
+        left = _inner_left(self.left, other.left, scale.left)
+        return jnp.sum((left + jnp.square(scale.left) if bias else left) * right, (0, 3, 6))
 
     def squared(self) -> Float[Array, "n rows"]:
         """``|D|^2`` of every row, from inner products of its own factors."""
@@ -156,19 +159,6 @@ class Product:
         """The product of the largest factors in absolute value, times T."""
         right = self.positions * jnp.max(jnp.abs(self.right), initial=0.0)
         return right if isinstance(self.left, Positions) else right * jnp.max(jnp.abs(self.left), initial=0.0)
-
-    @property
-    def unit(self) -> Scalar:
-        """What brings the left factors to at most one."""
-        if isinstance(self.left, Positions):
-            return jnp.ones((), self.right.dtype)
-        return to_unit(jnp.max(jnp.abs(self.left), initial=0.0))
-
-    def scaled(self, factor: Scalar) -> Product:
-        """``factor`` times the gradients, with left factors of at most one so that squares of either stay in the dtype."""
-        if isinstance(self.left, Positions):
-            return dataclasses.replace(self, right=self.right * factor)
-        return dataclasses.replace(self, left=self.left * self.unit, right=self.right * (factor / self.unit))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("windows", "right"), meta_fields=("layout",))
@@ -194,12 +184,6 @@ class Convolution:
         """As `Product.bound`, from the image's largest entry."""
         largest = jnp.max(jnp.abs(self.windows.image), initial=0.0)
         return self.positions * jnp.max(jnp.abs(self.right), initial=0.0) * largest
-
-    def scaled(self, factor: Scalar) -> Convolution:
-        """As `Product.scaled`."""
-        unit = to_unit(jnp.max(jnp.abs(self.windows.image), initial=0.0))
-        windows = dataclasses.replace(self.windows, image=self.windows.image * unit)
-        return dataclasses.replace(self, windows=windows, right=self.right * (factor / unit))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=("layout",))
@@ -234,10 +218,6 @@ class Formed:
     def bound(self) -> Scalar:
         """The largest entry in absolute value."""
         return jnp.max(jnp.abs(self.value), initial=0.0)
-
-    def scaled(self, factor: Scalar) -> Formed:
-        """``factor`` times the gradients."""
-        return dataclasses.replace(self, value=self.value * factor)
 
 
 Made = Product | Formed
@@ -275,15 +255,23 @@ def _inner(x: Float[Array, "n r b t i"], y: Float[Array, "m q b s i"]) -> Float[
     return matmul(x, y.swapaxes(1, 2)).reshape(shape)
 
 
-def _inner_left(x: Array | Positions, y: Array | Positions, dtype: Any) -> Float[Array, "b n r t m q s"]:
+def _inner_left(x: Array | Positions, y: Array | Positions, scale: Scalar) -> Float[Array, "b n r t m q s"]:
+    """Inner products of left factors times ``scale``; positions in a table are not scaled, but ones and zeros as they are."""
     if isinstance(x, Positions) and isinstance(y, Positions):
         same = x.indices[:, :, :, None, None, None] == y.indices[None, None, None]
-        return same[None].astype(dtype)
+        return same[None].astype(scale.dtype)
     if isinstance(x, Positions) and not isinstance(y, Positions):
-        return jnp.moveaxis(y[:, :, 0][..., x.indices], (0, 1, 2), (3, 4, 5))[None]
+        return jnp.moveaxis((y * scale)[:, :, 0][..., x.indices], (0, 1, 2), (3, 4, 5))[None] * scale
     if isinstance(y, Positions) and not isinstance(x, Positions):
-        return x[:, :, 0][..., y.indices][None]
-    return _inner(x, y)  # type: ignore[arg-type]
+        return (x * scale)[:, :, 0][..., y.indices][None] * scale
+    return _inner(x * scale, y) * scale  # type: ignore[operator, arg-type]
+
+
+class Scale(NamedTuple):
+    """Numbers that left and right factors are multiplied by; their product is what gradients are multiplied by."""
+
+    left: Scalar
+    right: Scalar
 
 
 class Moments(NamedTuple):
@@ -299,8 +287,8 @@ class Moments(NamedTuple):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("forms", "ones"),
-    meta_fields=("shape", "dtype", "examples", "rows", "why", "layer"),
+    data_fields=("forms",),
+    meta_fields=("shape", "dtype", "examples", "rows", "why", "layer", "bias"),
 )
 @dataclasses.dataclass(frozen=True)
 class Leaf:
@@ -308,7 +296,7 @@ class Leaf:
 
     ``why`` says why a gradient was formed although that takes more memory than its factors would. A bias whose gradient is the
     right factor of a weight is the weight of an input that is always one: ``layer`` of the bias is the weight's place among the
-    leaves, ``ones`` of the weight is that input. Inner products of both then come from those of the weight's factors.
+    leaves, and the weight has a ``bias``. Inner products of both then come from those of the weight's factors.
     """
 
     forms: tuple[Form, ...]
@@ -318,7 +306,7 @@ class Leaf:
     rows: int
     why: str | None = None
     layer: int | None = None
-    ones: Scalar | None = None
+    bias: bool = False
 
     @property
     def layout(self) -> Layout:
@@ -449,36 +437,46 @@ class Leaf:
         layout = plain_layout(self.shape)
         return dataclasses.replace(self, forms=(Formed(self.gradient(), layout),))
 
-    def gram(self, other: Leaf) -> Float[Array, "examples rows examples2 rows2"]:
-        """Inner products of the gradients of two blocks of rows."""
+    def scale(self, factor: Scalar) -> Scale:
+        """How to multiply gradients by ``factor`` so that left factors are at most one."""
+        dense = [form.left for form in self.forms if isinstance(form, Product) and not isinstance(form.left, Positions)]
+        if not self.by_factors or len(dense) < len(self.forms):
+            return Scale(jnp.ones((), self.dtype), factor)
+        unit = to_unit(*(jnp.max(jnp.abs(left), initial=0.0) for left in dense))
+        return Scale(unit, factor / unit)
+
+    def gram(self, other: Leaf, scale: Scale) -> Float[Array, "examples rows examples2 rows2"]:
+        """Inner products of the gradients of two blocks of rows, the gradients being multiplied by ``scale``."""
         shape = (self.examples, self.rows, other.examples, other.rows)
         if not self.forms:
             return jnp.zeros(shape, self.dtype)
         if self.by_factors:
-            return jnp.broadcast_to(self._inner(other), shape)
+            return jnp.broadcast_to(self._inner(other, scale), shape)
+        inner = partial(_inner_formed, factor=scale.left * scale.right)
+        return jnp.broadcast_to(jnp.sum(self._by_columns(inner, other), 0), shape)
 
-        return jnp.broadcast_to(jnp.sum(self._by_columns(_inner_formed, other), 0), shape)
-
-    def own_gram(self) -> Float[Array, "examples rows examples rows"]:
-        """Inner products of all pairs of gradients, each gradient being formed once."""
-        blocks = jnp.sum(self._by_columns(lambda d: _inner_formed(d, d)), 0)
+    def own_gram(self, factor: Scalar) -> Float[Array, "examples rows examples rows"]:
+        """Inner products of all pairs of gradients times ``factor``, each gradient being formed once."""
+        blocks = jnp.sum(self._by_columns(lambda d: _inner_formed(d, d, factor)), 0)
         return jnp.broadcast_to(blocks, (self.examples, self.rows, self.examples, self.rows))
 
-    def _inner(self, other: Leaf) -> Array:
-        ones = jnp.zeros((), self.dtype) if self.ones is None or other.ones is None else self.ones * other.ones
-        pairs = [(p, q) for p in self.forms for q in other.forms if isinstance(p, Product) and isinstance(q, Product)]
-        size = max(p.count * q.count * p.layout.groups for p, q in pairs)
+    def _inner(self, other: Leaf, scale: Scale) -> Array:
+        counts = [[form.count for form in leaf._made if isinstance(form, Product)] for leaf in (self, other)]
+        size = max(counts[0]) * max(counts[1]) * self.layout.groups
         if size <= TILE or self.examples == 1 or self.positions == 1:
-            return _sum([p.inner(q, ones) for p, q in pairs])
+            return self._few(other, scale)
         few = max(1, TILE * self.examples // size)
-        whole = dataclasses.replace(self, forms=tuple(_full(form, self.examples) for form in self.forms))
-        arrays, treedef = jax.tree.flatten(whole.forms)
+        arrays, treedef = jax.tree.flatten(tuple(_full(form, self.examples) for form in self.forms))
 
         def some(*arrays: Array) -> Array:
-            mine = jax.tree.unflatten(treedef, arrays)
-            return _sum([p.inner(q, ones) for p in mine for q in other._made if isinstance(q, Product)])
+            forms = jax.tree.unflatten(treedef, arrays)
+            return dataclasses.replace(self, forms=forms, examples=arrays[0].shape[0])._few(other, scale)
 
         return map_batches(some, tuple(arrays), few)
+
+    def _few(self, other: Leaf, scale: Scale) -> Array:
+        pairs = [(p, q) for p in self._made for q in other._made if isinstance(p, Product) and isinstance(q, Product)]
+        return _sum([p.inner(q, scale, bias=self.bias) for p, q in pairs])
 
     def squared_norms(self) -> Float[Array, "examples rows"]:
         """``|D|^2`` of every row."""
@@ -511,19 +509,12 @@ class Leaf:
         return layout.leaf(jnp.concatenate([full, tiles[:, -1, size - tail :]], axis=1))
 
     def bound(self) -> Scalar:
-        """A bound on the entries of ``D``, of their order of magnitude."""
+        """A bound on the entries of ``D``, of their order of magnitude; with those of the bias of the layer."""
         if not self.forms:
             return jnp.zeros((), self.dtype)
         whole: Scalar = _sum([form.bound() for form in self.forms])
-        if self.ones is None:
-            return whole
-        # With the bias of the layer, whose input is one.
-        return jnp.maximum(whole, self.ones * _sum([jnp.max(jnp.abs(f.right)) for f in self._made if isinstance(f, Product)]))
-
-    def scaled(self, factor: Scalar) -> Leaf:
-        """``factor * D``."""
-        ones = None if self.ones is None else self.ones * _sum([f.unit for f in self._made if isinstance(f, Product)])
-        return dataclasses.replace(self, forms=tuple(form.scaled(factor) for form in self.forms), ones=ones)
+        rights = [jnp.max(jnp.abs(form.right), initial=0.0) for form in self._made if isinstance(form, Product)]
+        return jnp.maximum(whole, _sum(rights)) if self.bias else whole
 
     def means(self, w: Float[Array, "examples rows"]) -> tuple[tuple[Array, ...], ...]:
         """The weighted means of the arrays of every form, for `shifted`; positions in a table have none."""
@@ -539,7 +530,7 @@ class Leaf:
         which is left out. What is held is then as small as the deviations are.
         """
         forms = [part for form, mean in zip(self.forms, means, strict=True) for part in _shifted(form, mean)]
-        return dataclasses.replace(self, forms=tuple(forms), layer=None, ones=None)
+        return dataclasses.replace(self, forms=tuple(forms), layer=None, bias=False)
 
     def outer(self) -> tuple[Float[Array, "examples inputs"], Float[Array, "examples rows outputs"], Layout] | None:
         """One left factor an example and one right factor a row, where that is what the leaf is; None if it is not.
@@ -663,9 +654,9 @@ def _shifted(form: Form, means: tuple[Array, ...]) -> tuple[Form, ...]:
     )
 
 
-def _inner_formed(mine: Array, theirs: Array) -> Float[Array, "n r m q"]:
+def _inner_formed(mine: Array, theirs: Array, factor: Scalar) -> Float[Array, "n r m q"]:
     flat = [x.reshape(x.shape[0] * x.shape[1], -1) for x in (mine, theirs)]
-    return matmul(flat[0], flat[1].T).reshape(*mine.shape[:2], *theirs.shape[:2])
+    return (matmul(flat[0] * factor, flat[1].T) * factor).reshape(*mine.shape[:2], *theirs.shape[:2])
 
 
 def _full(form: Any, examples: int) -> Any:
@@ -692,12 +683,16 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def outer_moment(
-    leaves: Sequence[tuple[Float[Array, "n inputs"], Float[Array, "n rows outputs"], Layout]], w: Float[Array, "n rows"]
+    leaves: Sequence[tuple[Float[Array, "n inputs"], Float[Array, "n rows outputs"], Layout]],
+    w: Float[Array, "n rows"],
+    factor: Scalar,
 ) -> Float[Array, "p p"]:
-    """``sum_rows w D D^T`` over all leaves, of leaves that have one left factor an example and one right factor a row.
+    """``factor^2 sum_rows w D D^T`` over all leaves, of leaves that have one left factor an example and one right factor a row.
 
     The rows of an example are summed first, ``M = sum_rows w g g^T``, so that they cost nothing in ``sum_n (a a^T) (x) M``.
     """
+    units = [to_unit(jnp.max(jnp.abs(left), initial=0.0)) for left, _, _ in leaves]
+    leaves = [(left * u, right * (factor / u), layout) for (left, right, layout), u in zip(leaves, units, strict=True)]
     blocks: list[list[Array]] = [[jnp.zeros(())] * len(leaves) for _ in leaves]
     for i, (left, right, layout) in enumerate(leaves):
         blocks[i][i] = _moment_block(left, right, layout, w)

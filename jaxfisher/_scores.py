@@ -57,12 +57,14 @@ class Scores(abc.ABC):
 
     def gram(self) -> Float[Array, "rows rows"]:
         """``S S^T``: inner products of all pairs of scores, symmetric to the last bit."""
-        upper = self.gram_upper()
-        return jnp.triu(upper) + jnp.triu(upper, 1).T
+        return _mirrored(self.gram_upper(jnp.ones((), self.spec.dtype)))
 
     @abc.abstractmethod
-    def gram_upper(self) -> Float[Array, "rows rows"]:
-        """The upper triangle of ``S S^T``; what is below it means nothing."""
+    def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
+        """The upper triangle of ``(factor S) (factor S)^T``; what is below it means nothing.
+
+        Multiplied in such a way that nothing overflows or underflows which the result can hold.
+        """
 
     @abc.abstractmethod
     def squared_norms(self) -> Float[Array, " rows"]:
@@ -72,9 +74,13 @@ class Scores(abc.ABC):
     def diagonal(self) -> Any:
         """The diagonal of ``S^T S / n`` (with weights, of ``S^T diag(omega) S``), a pytree like the parameters."""
 
-    @abc.abstractmethod
     def second_moment(self) -> Float[Array, "p p"]:
         """``S^T S / n`` (with weights, ``S^T diag(omega) S``) as a dense matrix."""
+        return self.scaled_moment(jnp.ones((), self.spec.dtype))
+
+    @abc.abstractmethod
+    def scaled_moment(self, factor: Scalar) -> Float[Array, "p p"]:
+        """The second moment of ``factor S``, as `gram_upper` is the Gram matrix of it."""
 
     @abc.abstractmethod
     def expanded_moments(self) -> tuple[Moments | None, ...]:
@@ -105,10 +111,6 @@ class Scores(abc.ABC):
     @abc.abstractmethod
     def bound(self) -> Scalar:
         """A bound on the entries of ``S`` in absolute value, of their order of magnitude."""
-
-    @abc.abstractmethod
-    def times(self, factor: Scalar) -> Scores:
-        """``factor * S``."""
 
     @abc.abstractmethod
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> Scores:
@@ -155,19 +157,20 @@ class HeldScores(Scores):
         w = self._by_example(self._row_numbers(w))
         return self.spec.tree([leaf.rmv(w) for leaf in self.leaves])
 
-    def gram_upper(self) -> Float[Array, "rows rows"]:
+    def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
         leaves = self._separate()
         cut = [leaf for leaf in leaves if not leaf.forms_gradients]
-        whole = [leaf.own_gram().reshape(self.num_rows, self.num_rows) for leaf in leaves if leaf.forms_gradients]
-        return total([_upper(cut), *whole]) if cut else total(whole)
+        whole = [leaf.own_gram(factor).reshape(self.num_rows, self.num_rows) for leaf in leaves if leaf.forms_gradients]
+        return total([_upper(cut, factor), *whole]) if cut else total(whole)
 
     def _separate(self) -> list[Leaf]:
         """The leaves without the biases whose inner products come with those of their weights."""
         return [leaf for leaf in self.leaves if leaf.layer is None or not self.leaves[leaf.layer].by_factors]
 
-    def cross_gram(self, other: HeldScores) -> Float[Array, "rows others"]:
-        """``S S'^T`` against the rows of another block."""
-        blocks = [mine.gram(theirs) for mine, theirs in zip(self._separate(), other._separate(), strict=True)]
+    def cross_gram(self, other: HeldScores, factor: Scalar) -> Float[Array, "rows others"]:
+        """``(factor S) (factor S')^T`` against the rows of another block."""
+        pairs = zip(self._separate(), other._separate(), strict=True)
+        blocks = [mine.gram(theirs, mine.scale(factor)) for mine, theirs in pairs]
         return total(blocks).reshape(self.num_rows, other.num_rows)
 
     def squared_norms(self) -> Float[Array, " rows"]:
@@ -176,11 +179,11 @@ class HeldScores(Scores):
     def diagonal(self) -> Any:
         return self.spec.tree([leaf.diagonal(self._omega) for leaf in self.leaves])
 
-    def second_moment(self) -> Float[Array, "p p"]:
+    def scaled_moment(self, factor: Scalar) -> Float[Array, "p p"]:
         outer = [leaf.outer() for leaf in self.leaves]
         if self.leaves[0].rows > 1 and all(part is not None for part in outer):
-            return outer_moment([part for part in outer if part is not None], self._omega)
-        matrix = self.as_matrix()
+            return outer_moment([part for part in outer if part is not None], self._omega, factor)
+        matrix = factor * self.as_matrix()
         full = matmul((self.weights[:, None] * matrix).T, matrix)
         return 0.5 * (full + full.T)
 
@@ -205,13 +208,13 @@ class HeldScores(Scores):
     def bound(self) -> Scalar:
         return jnp.max(jnp.stack([leaf.bound() for leaf in self.leaves if leaf.layer is None]))
 
-    def times(self, factor: Scalar) -> HeldScores:
-        # Left to itself, XLA would multiply again in every product that reads the factors, which takes longer than all of them.
-        leaves = jax.lax.optimization_barrier(tuple(leaf.scaled(factor) for leaf in self.leaves))
-        return dataclasses.replace(self, leaves=leaves)
-
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> HeldScores:
         return HeldScores(_kept_leaves(self.leaves, keep), self.weights, spec)
+
+
+def _mirrored(upper: Float[Array, "m m"]) -> Float[Array, "m m"]:
+    """The symmetric matrix with this upper triangle."""
+    return jnp.triu(upper) + jnp.triu(upper, 1).T
 
 
 def _kept_leaves(leaves: tuple[Leaf, ...], keep: tuple[bool, ...]) -> tuple[Leaf, ...]:
@@ -219,27 +222,28 @@ def _kept_leaves(leaves: tuple[Leaf, ...], keep: tuple[bool, ...]) -> tuple[Leaf
     place = {old: new for new, old in enumerate(k for k, flag in enumerate(keep) if flag)}
     joined = {leaf.layer for k, leaf in enumerate(leaves) if keep[k]}
     return tuple(
-        dataclasses.replace(leaf, layer=place.get(leaf.layer), ones=leaf.ones if k in joined else None)  # type: ignore[arg-type]
+        dataclasses.replace(leaf, layer=place.get(leaf.layer), bias=k in joined)  # type: ignore[arg-type]
         for k, leaf in enumerate(leaves)
         if keep[k]
     )
 
 
-def _upper(leaves: Sequence[Leaf]) -> Float[Array, "rows rows"]:
+def _upper(leaves: Sequence[Leaf], factor: Scalar) -> Float[Array, "rows rows"]:
     """Inner products of the rows of some leaves, strip by strip; only the upper triangle is worth reading."""
     examples, rows = leaves[0].examples, leaves[0].rows
-    size = max(-(-examples // 4), -(-128 // rows))
+    size = max(-(-examples // 4), -(-256 // rows))
+    scales = [leaf.scale(factor) for leaf in leaves]
     strips = []
     for start in range(0, examples, size):
-        blocks = [leaf.take(slice(start, start + size)).gram(leaf.take(slice(start, examples))) for leaf in leaves]
-        strip = total(blocks)
+        some, rest = slice(start, start + size), slice(start, examples)
+        strip = total([leaf.take(some).gram(leaf.take(rest), scale) for leaf, scale in zip(leaves, scales, strict=True)])
         strips.append(jnp.pad(strip.reshape(strip.shape[0] * rows, -1), ((0, 0), (start * rows, 0))))
     return jnp.concatenate(strips)
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("params", "data", "weights", "factor", "shift"),
+    data_fields=("params", "data", "weights", "shift"),
     meta_fields=("rows", "spec", "batch_size", "keep"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +254,6 @@ class StreamedScores(Scores):
     params: Any
     data: tuple[Any, ...]
     weights: Float[Array, " rows"]
-    factor: Scalar
     spec: ParamSpec
     batch_size: int
     keep: tuple[bool, ...]
@@ -265,7 +268,7 @@ class StreamedScores(Scores):
         leaves = self._leaves(*data)
         if self.shift is not None:
             leaves = tuple(leaf.shifted(means) for leaf, means in zip(leaves, self.shift, strict=True))
-        return HeldScores(_kept_leaves(leaves, self.keep), weights.reshape(-1), self.spec).times(self.factor)
+        return HeldScores(_kept_leaves(leaves, self.keep), weights.reshape(-1), self.spec)
 
     def _by_example(self, w: Float[Array, " rows"]) -> Float[Array, "n m"]:
         return w.reshape(num_examples(self.data, "data"), -1)
@@ -292,7 +295,7 @@ class StreamedScores(Scores):
         data = (self._by_example(self._row_numbers(w)), *self._weighted_data())
         return sum_batches(piece, data, self.batch_size)
 
-    def gram_upper(self) -> Float[Array, "rows rows"]:
+    def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
         # Tiles of the upper triangle, each from two blocks of rows made on the spot.
         n = num_examples(self.data, "data")
         blocks = -(-n // self.batch_size)
@@ -303,7 +306,7 @@ class StreamedScores(Scores):
             return self._held(*jax.tree.map(lambda leaf: leaf[index[i]], data))
 
         upper, lower = jnp.triu_indices(blocks)
-        tiles = jax.lax.map(lambda pair: block(pair[0]).cross_gram(block(pair[1])), (upper, lower))
+        tiles = jax.lax.map(lambda pair: block(pair[0]).cross_gram(block(pair[1]), factor), (upper, lower))
         side = tiles.shape[1]
         grid = jnp.zeros((blocks, blocks, side, side), tiles.dtype)
         grid = grid.at[upper, lower].set(tiles)
@@ -315,8 +318,8 @@ class StreamedScores(Scores):
     def diagonal(self) -> Any:
         return self._sum(HeldScores.diagonal)
 
-    def second_moment(self) -> Float[Array, "p p"]:
-        return self._sum(HeldScores.second_moment)
+    def scaled_moment(self, factor: Scalar) -> Float[Array, "p p"]:
+        return self._sum(lambda held: held.scaled_moment(factor))
 
     def expanded_moments(self) -> tuple[Moments | None, ...]:
         return self._moments(HeldScores.expanded_moments)
@@ -354,9 +357,6 @@ class StreamedScores(Scores):
     def bound(self) -> Scalar:
         return jnp.max(self._map(lambda held: held.bound()[None]))
 
-    def times(self, factor: Scalar) -> StreamedScores:
-        return dataclasses.replace(self, factor=factor * self.factor)
-
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> StreamedScores:
         return dataclasses.replace(self, keep=narrowed(self.keep, keep), spec=spec)
 
@@ -386,11 +386,13 @@ class JoinedScores(Scores):
         pieces = jnp.split(self._row_numbers(w), ends)
         return total([part.rmv(piece) for part, piece in zip(self.parts, pieces, strict=True)])
 
-    def gram_upper(self) -> Float[Array, "rows rows"]:
+    def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
         strips = []
         for i, part in enumerate(self.parts):
             blocks = [jnp.zeros((part.num_rows, before.num_rows), part.spec.dtype) for before in self.parts[:i]]
-            strips.append([*blocks, part.gram_upper(), *(part.cross_gram(after) for after in self.parts[i + 1 :])])
+            strips.append(
+                [*blocks, part.gram_upper(factor), *(part.cross_gram(after, factor) for after in self.parts[i + 1 :])]
+            )
         return jnp.block(strips)
 
     def squared_norms(self) -> Float[Array, " rows"]:
@@ -399,8 +401,8 @@ class JoinedScores(Scores):
     def diagonal(self) -> Any:
         return total([part.diagonal() for part in self.parts])
 
-    def second_moment(self) -> Float[Array, "p p"]:
-        return total([part.second_moment() for part in self.parts])
+    def scaled_moment(self, factor: Scalar) -> Float[Array, "p p"]:
+        return total([part.scaled_moment(factor) for part in self.parts])
 
     def expanded_moments(self) -> tuple[Moments | None, ...]:
         return _added([part.expanded_moments() for part in self.parts])
@@ -417,9 +419,6 @@ class JoinedScores(Scores):
 
     def bound(self) -> Scalar:
         return jnp.max(jnp.stack([part.bound() for part in self.parts]))
-
-    def times(self, factor: Scalar) -> JoinedScores:
-        return JoinedScores(tuple(part.times(factor) for part in self.parts))
 
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> JoinedScores:
         return JoinedScores(tuple(part.restrict(keep, spec) for part in self.parts))
@@ -470,8 +469,8 @@ class CenteredScores(Scores):
         w = self._row_numbers(w)
         return self.scores.rmv(w - self.mean_weights * jnp.sum(w))
 
-    def gram_upper(self) -> Float[Array, "rows rows"]:
-        full = self.scores.gram()
+    def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
+        full = _mirrored(self.scores.gram_upper(factor))
         mean = matmul(full, self.mean_weights)
         return full - (mean[:, None] + mean[None, :] - jnp.sum(self.mean_weights * mean))
 
@@ -485,11 +484,11 @@ class CenteredScores(Scores):
         mass = jnp.sum(self.weights)
         return jax.tree.map(lambda d, s, c: d - c * (2 * s - mass * c), whole, weighted, mean)
 
-    def second_moment(self) -> Float[Array, "p p"]:
-        spec = self.spec
-        weighted, mean = spec.ravel(self.scores.rmv(self.weights), "mean"), spec.ravel(self._mean(), "mean")
+    def scaled_moment(self, factor: Scalar) -> Float[Array, "p p"]:
+        means = self.scores.rmv(self.weights), self._mean()
+        weighted, mean = (factor * self.spec.ravel(vector, "mean") for vector in means)
         cross = weighted[:, None] * mean[None, :]
-        return self.scores.second_moment() - cross - cross.T + jnp.sum(self.weights) * mean[:, None] * mean[None, :]
+        return self.scores.scaled_moment(factor) - cross - cross.T + jnp.sum(self.weights) * mean[:, None] * mean[None, :]
 
     def expanded_moments(self) -> tuple[Moments | None, ...]:
         raise NotImplementedError(_UNCENTRED)
@@ -505,9 +504,6 @@ class CenteredScores(Scores):
 
     def bound(self) -> Scalar:
         return 2 * self.scores.bound()
-
-    def times(self, factor: Scalar) -> CenteredScores:
-        return dataclasses.replace(self, scores=self.scores.times(factor))
 
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> CenteredScores:
         return dataclasses.replace(self, scores=self.scores.restrict(keep, spec))
@@ -555,8 +551,8 @@ def _values_and_scores(rows: Rows, params: chex.ArrayTree, batch: Batch) -> tupl
     if batch_size is None or batch_size >= batch.size:
         aux, leaves = leaf_forms(traced, rows, params, batch.data, batch.spec)
         return (aux[0] if aux else None), HeldScores(leaves, weights, batch.spec)
-    one, keep = jnp.ones((), batch.spec.dtype), (True,) * len(batch.spec.paths)
-    return None, StreamedScores(rows, params, batch.data, weights, one, batch.spec, batch_size, keep)
+    keep = (True,) * len(batch.spec.paths)
+    return None, StreamedScores(rows, params, batch.data, weights, batch.spec, batch_size, keep)
 
 
 PLAIN_BYTES = 2**30

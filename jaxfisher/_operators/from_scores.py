@@ -68,9 +68,9 @@ class FromScores(Operator):
 
     def _unit_eigenvalues(self, least: Scalar) -> tuple[Float[Array, " p"], Scalar]:
         factor = to_unit(self.scores.bound(), least)
-        scores = self.scores.times(factor)
-        missing = max(self.size - scores.num_rows, 0)
-        small = weighted_gram(scores) if missing else scores.second_moment()
+        scaled = _Scaled(self.scores, factor)
+        missing = max(self.size - self.scores.num_rows, 0)
+        small = scaled.gram() if missing else scaled.moment()
         # No clamping is hidden here: X^T X cannot have a negative eigenvalue, so one that is negative is rounding.
         values = jnp.maximum(eigenvalues(small), 0)
         return jnp.concatenate([jnp.zeros(missing, values.dtype), values]), factor
@@ -92,34 +92,30 @@ class FromScores(Operator):
         length = jnp.where(length > 0, length, 1)
         direction = flat / length
         factor = to_unit(self.scores.bound(), jnp.sqrt(damping))
-        scores, damping = self.scores.times(factor), damping * factor * factor
-        if scores.num_rows < self.size:
-            x, rank = _by_gram(scores, direction, damping)
-        else:
-            x, rank = _by_moment(scores, direction, damping)
-        info = direct_info(direction - _damped_product(scores, damping)(x), direction, x, damping, rank)
+        scaled, damping = _Scaled(self.scores, factor), damping * factor * factor
+        x, rank = (_by_gram if scaled.short else _by_moment)(scaled, direction, damping)
+        info = direct_info(direction - scaled.damped_product(damping)(x), direction, x, damping, rank)
         return self.spec.unravel(x * (length * factor) * factor), info
 
     def _power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
         # With X = U diag(sqrt(s)) W^T the power is damping^q on the complement of W, so
         # (F + d I)^q v = d^q v + X^T U [((s + d)^q - d^q) / s] U^T X v, the difference by expm1 so that it does not cancel.
         factor = to_unit(self.scores.bound(), jnp.sqrt(damping))
-        scores, damping = self.scores.times(factor), damping * factor * factor
-        if scores.num_rows >= self.size:
-            flat = self.spec.ravel(v, "v")
-            x = self.spec.unravel(spectral_mv(scores.second_moment(), flat, power, damping))
+        scaled, damping = _Scaled(self.scores, factor), damping * factor * factor
+        flat = self.spec.ravel(v, "v")
+        if not scaled.short:
+            x = self.spec.unravel(spectral_mv(scaled.moment(), flat, power, damping))
             return jax.tree.map(lambda leaf: leaf * (factor**-power) * factor**-power, x)
-        values, vectors = jnp.linalg.eigh(weighted_gram(scores), UPLO="U", symmetrize_input=False)
+        values, vectors = jnp.linalg.eigh(scaled.gram(), UPLO="U", symmetrize_input=False)
         eps = jnp.finfo(values.dtype).eps * values.shape[0]
         held = values > eps * jnp.max(values)
         values = jnp.where(held, values, 1)
         safe = jnp.where(damping > 0, damping, 1)
         outside = jnp.where(damping > 0, safe**power, 0)
         inside = jnp.where(damping > 0, outside * jnp.expm1(power * jnp.log1p(values / safe)), values**power) / values
-        root = jnp.sqrt(scores.weights)
-        c = matmul(vectors, jnp.where(held, inside, 0) * matmul(vectors.T, root * scores.mv(v)))
-        pulled = scores.rmv(root * c)
-        return jax.tree.map(lambda a, b: (outside * a + b) * (factor**-power) * factor**-power, v, pulled)
+        c = matmul(vectors, jnp.where(held, inside, 0) * matmul(vectors.T, scaled.into_rows(flat)))
+        result = outside * flat + scaled.out_of_rows(c)
+        return self.spec.unravel(result * (factor**-power) * factor**-power)
 
     def solve_row_space(self, e: Float[Array, " rows"], damping: Scalar) -> Any:
         """``(F + damping I)^-1 S^T diag(omega) e``: the solve for a vector known by its coordinates in the rows.
@@ -127,78 +123,95 @@ class FromScores(Operator):
         This is the natural gradient's solve: the gradient of a mean of log-densities has the coordinates one. Nothing cancels.
         """
         factor = to_unit(self.scores.bound(), jnp.sqrt(damping))
-        scores, damping = self.scores.times(factor), damping * factor * factor
-        if scores.num_rows < self.size:
-            x = _from_rows(scores, e, damping)
+        scaled, damping = _Scaled(self.scores, factor), damping * factor * factor
+        if scaled.short:
+            x = _from_rows(scaled, scaled.root * e, damping)
         else:
-            v = self.spec.ravel(scores.rmv(scores.weights * e), "v")
-            x = self.spec.unravel(_by_moment(scores, v, damping)[0])
+            x = self.spec.unravel(_by_moment(scaled, scaled.out_of_rows(scaled.root * e), damping)[0])
         return jax.tree.map(lambda leaf: leaf * factor, x)
 
 
-def _from_rows(scores: Scores, e: Float[Array, " rows"], damping: Scalar) -> Any:
-    """``X^T (X X^T + damping I)^-1 diag(sqrt(omega)) e``, refined once where the Gram matrix is ill-conditioned."""
-    root = jnp.sqrt(scores.weights)
-    gram, b = weighted_gram(scores), root * e
+@dataclasses.dataclass(frozen=True)
+class _Scaled:
+    """``X = factor diag(sqrt(omega)) S``, in units in which its squares stay in the dtype."""
+
+    scores: Scores
+    factor: Scalar
+
+    @property
+    def root(self) -> Float[Array, " rows"]:
+        """Square roots of the weights."""
+        return jnp.sqrt(self.scores.weights)
+
+    @property
+    def short(self) -> bool:
+        """Whether the rows are fewer than the columns, so that ``X X^T`` is the smaller matrix."""
+        return self.scores.num_rows < self.scores.spec.size
+
+    def mv(self, v: Any) -> Float[Array, " rows"]:
+        """``X v`` of a vector shaped like the parameters."""
+        return self.factor * self.root * self.scores.mv(v)
+
+    def rmv(self, c: Float[Array, " rows"]) -> Any:
+        """``X^T c``, shaped like the parameters."""
+        return self.scores.rmv(self.factor * self.root * c)
+
+    def into_rows(self, x: Float[Array, " p"]) -> Float[Array, " rows"]:
+        """``X x`` of a flat vector."""
+        return self.mv(self.scores.spec.unravel(x))
+
+    def out_of_rows(self, c: Float[Array, " rows"]) -> Float[Array, " p"]:
+        """``X^T c``, flat."""
+        return self.scores.spec.ravel(self.rmv(c), "v")
+
+    def gram(self) -> Float[Array, "rows rows"]:
+        """The upper triangle of ``X X^T``."""
+        return self.root[:, None] * self.scores.gram_upper(self.factor) * self.root[None, :]
+
+    def moment(self) -> Float[Array, "p p"]:
+        """``X^T X``."""
+        return self.scores.scaled_moment(self.factor)
+
+    def damped_product(self, damping: Scalar) -> Callable[[Float[Array, " p"]], Float[Array, " p"]]:
+        """``x -> (X^T X + damping I) x``."""
+        return lambda x: self.out_of_rows(self.into_rows(x)) + damping * x
+
+
+def _from_rows(scaled: _Scaled, e: Float[Array, " rows"], damping: Scalar) -> Any:
+    """``X^T (X X^T + damping I)^-1 e``, refined once where the Gram matrix is ill-conditioned."""
+    gram = scaled.gram()
     inverse = invert(gram, damping)
+    c = inverse.apply(e)
+    x = scaled.rmv(c)
+
+    def refine() -> Any:
+        return scaled.rmv(c + inverse.apply(e - (scaled.mv(x) + damping * c)))
+
     # A well-conditioned Gram matrix loses three digits at most, and mending them takes most of another gradient.
     lost = jnp.sqrt(2 * jnp.sum(jnp.square(gram))) > 1024 * damping
-
-    def solved(state: tuple[Array, Any], first: Array) -> tuple[Array, Any]:
-        c, x = state
-        rest = jax.lax.cond(first, lambda: b, lambda: b - (root * scores.mv(x) + damping * c))
-        c = c + inverse.apply(rest)
-        return c, scores.rmv(root * c)
-
-    def step(state: tuple[Array, Any], first: Array) -> tuple[tuple[Array, Any], None]:
-        return jax.lax.cond(first | lost, solved, lambda state, _: state, state, first), None
-
-    # A loop of one or two steps, so that each product is compiled once.
-    start = jnp.zeros_like(b), scores.spec.zeros()
-    (_, x), _ = jax.lax.scan(step, start, jnp.array([True, False]))
-    return x
+    return jax.lax.cond(lost, refine, lambda: x)
 
 
-def weighted_gram(scores: Scores) -> Float[Array, "rows rows"]:
-    """The upper triangle of ``X X^T`` with ``X = diag(sqrt(omega)) S``."""
-    root = jnp.sqrt(scores.weights)
-    return root[:, None] * scores.gram_upper() * root[None, :]
-
-
-def _damped_product(scores: Scores, damping: Scalar) -> Callable[[Float[Array, " p"]], Float[Array, " p"]]:
-    """``x -> (X^T X + damping I) x`` on flat vectors."""
-    spec = scores.spec
-    return lambda x: spec.ravel(scores.rmv(scores.weights * scores.mv(spec.unravel(x))), "v") + damping * x
-
-
-def _by_moment(scores: Scores, v: Float[Array, " p"], damping: Scalar) -> tuple[Float[Array, " p"], Int[Array, ""]]:
+def _by_moment(scaled: _Scaled, v: Float[Array, " p"], damping: Scalar) -> tuple[Float[Array, " p"], Int[Array, ""]]:
     """The p x p route: the solution and the rank."""
-    inverse = invert(scores.second_moment(), damping)
-    return refined(inverse.apply, _damped_product(scores, damping), v), inverse.rank
+    inverse = invert(scaled.moment(), damping)
+    return refined(inverse.apply, scaled.damped_product(damping), v), inverse.rank
 
 
-def _by_gram(scores: Scores, v: Float[Array, " p"], damping: Scalar) -> tuple[Float[Array, " p"], Int[Array, ""]]:
+def _by_gram(scaled: _Scaled, v: Float[Array, " p"], damping: Scalar) -> tuple[Float[Array, " p"], Int[Array, ""]]:
     """The rows x rows route for any ``v``, split into its part in the rows' span, ``X^T e``, and the rest; and the rank.
 
     ``v = X^T e + r`` gives ``x = X^T A e + (r - X^T A X r) / damping`` with ``A = (X X^T + damping I)^-1``, exactly, for any
     ``e``. Woodbury's identity is ``e = 0``, and cancels all the more the smaller the damping; ``e = A X v`` leaves an ``r`` in
     which little is left to cancel. Without damping, ``x = X^T A e`` is the minimum-norm solution.
     """
-    spec, root = scores.spec, jnp.sqrt(scores.weights)
-
-    def into_rows(x: Array) -> Array:
-        return root * scores.mv(spec.unravel(x))
-
-    def out_of_rows(c: Array) -> Array:
-        return spec.ravel(scores.rmv(root * c), "v")
-
-    inverse = invert(weighted_gram(scores), damping)
+    inverse = invert(scaled.gram(), damping)
 
     def split(v: Array) -> Array:
-        e = inverse.apply(into_rows(v))
-        rest = v - out_of_rows(e)
-        outside = (rest - out_of_rows(inverse.apply(into_rows(rest)))) / jnp.where(inverse.damped, damping, 1)
-        return out_of_rows(inverse.apply(e)) + jnp.where(inverse.damped, outside, 0)
+        e = inverse.apply(scaled.into_rows(v))
+        rest = v - scaled.out_of_rows(e)
+        outside = (rest - scaled.out_of_rows(inverse.apply(scaled.into_rows(rest)))) / jnp.where(inverse.damped, damping, 1)
+        return scaled.out_of_rows(inverse.apply(e)) + jnp.where(inverse.damped, outside, 0)
 
-    full = jnp.asarray(spec.size, jnp.int32)
-    return refined(split, _damped_product(scores, damping), v), jnp.where(inverse.damped, full, inverse.rank)
+    full = jnp.asarray(scaled.scores.spec.size, jnp.int32)
+    return refined(split, scaled.damped_product(damping), v), jnp.where(inverse.damped, full, inverse.rank)
