@@ -26,7 +26,6 @@ from jaxfisher._divergence import monte_carlo_kl as monte_carlo_kl
 from jaxfisher._divergence import observed_information as observed_information
 
 # The engine, looked at.
-from jaxfisher._explain import Explanation as Explanation
 from jaxfisher._explain import explain as explain
 
 # Fishers.

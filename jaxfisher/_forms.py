@@ -440,7 +440,7 @@ class Leaf:
     def scale(self, factor: Scalar) -> Scale:
         """How to multiply gradients by ``factor`` so that left factors are at most one."""
         dense = [form.left for form in self.forms if isinstance(form, Product) and not isinstance(form.left, Positions)]
-        if not self.by_factors or len(dense) < len(self.forms):
+        if not dense or not self.by_factors or len(dense) < len(self.forms):
             return Scale(jnp.ones((), self.dtype), factor)
         unit = to_unit(*(jnp.max(jnp.abs(left), initial=0.0) for left in dense))
         return Scale(unit, factor / unit)
