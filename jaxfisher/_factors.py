@@ -108,12 +108,18 @@ def _layers(leaves: list[list[Part]]) -> tuple[int | None, ...]:
     weights: dict[int, int] = {}
     for k, parts in enumerate(leaves):
         for form, _, _, source in parts if len(parts) == 1 else []:
-            if isinstance(form, Product) and source is not None and form.right.shape[-2] == form.layout.groups == 1:
+            single = isinstance(form, Product) and form.right.shape[-2] == form.layout.groups == 1
+            # The source as it is, not repeated or summed.
+            if single and source is not None and source.size == form.layout.outputs:
                 weights.setdefault(id(source), k)
     # One bias for each weight: a second one with the same gradient is held for itself.
-    return tuple(
-        weights.pop(id(parts[0][3]), None) if len(parts) == 1 and isinstance(parts[0][0], Formed) else None for parts in leaves
-    )
+    return tuple(weights.pop(id(parts[0][3]), None) if len(parts) == 1 and _is_whole(parts[0]) else None for parts in leaves)
+
+
+def _is_whole(part: Part) -> bool:
+    """Whether a gradient is a value of the program as it is."""
+    form, _, _, source = part
+    return isinstance(form, Formed) and source is not None and source.size == form.value.size
 
 
 Part = tuple[Form, tuple[int, ...], tuple[int, ...], Array | None]

@@ -124,7 +124,7 @@ class Product:
     def columns(self, start: Array, size: int) -> Product:
         """The same for some of the inputs only."""
         if isinstance(self.left, Positions):
-            local = self.left.indices - start
+            local = self.left.indices - start.astype(self.left.indices.dtype)
             inside = (local >= 0) & (local < size)
             right = jnp.where(inside[:, :, None, :, None], self.right, 0)
             left: Any = Positions(jnp.where(inside, local, 0), size)
@@ -445,38 +445,50 @@ class Leaf:
         unit = to_unit(*(jnp.max(jnp.abs(left), initial=0.0) for left in dense))
         return Scale(unit, factor / unit)
 
-    def gram(self, other: Leaf, scale: Scale) -> Float[Array, "examples rows examples2 rows2"]:
-        """Inner products of the gradients of two blocks of rows, the gradients being multiplied by ``scale``."""
+    def agrees(self, other: Leaf) -> bool:
+        """Whether inner products with the other's gradients come from those of both's factors."""
+        return self.by_factors and other.by_factors and bool(self.forms and other.forms) and self.layout == other.layout
+
+    def gram(self, other: Leaf, scale: Scale, *, bias: bool) -> Float[Array, "examples rows examples2 rows2"]:
+        """Inner products of the gradients of two blocks of rows, the gradients being multiplied by ``scale``.
+
+        With a ``bias``, also those of the bias of the layer.
+        """
         shape = (self.examples, self.rows, other.examples, other.rows)
-        if not self.forms:
+        if not self.forms or not other.forms:
             return jnp.zeros(shape, self.dtype)
-        if self.by_factors:
-            return jnp.broadcast_to(self._inner(other, scale), shape)
+        if self.agrees(other):
+            return jnp.broadcast_to(self._inner(other, scale, bias=bias), shape)
+        mine, theirs = (self, other) if self.layout == other.layout else (self._plain(), other._plain())
         inner = partial(_inner_formed, factor=scale.left * scale.right)
-        return jnp.broadcast_to(jnp.sum(self._by_columns(inner, other), 0), shape)
+        return jnp.broadcast_to(jnp.sum(mine._by_columns(inner, theirs), 0), shape)
+
+    def _plain(self) -> Leaf:
+        """The gradients formed, in the leaf's own shape."""
+        return dataclasses.replace(self, forms=(Formed(self.gradient(), plain_layout(self.shape)),))
 
     def own_gram(self, factor: Scalar) -> Float[Array, "examples rows examples rows"]:
         """Inner products of all pairs of gradients times ``factor``, each gradient being formed once."""
         blocks = jnp.sum(self._by_columns(lambda d: _inner_formed(d, d, factor)), 0)
         return jnp.broadcast_to(blocks, (self.examples, self.rows, self.examples, self.rows))
 
-    def _inner(self, other: Leaf, scale: Scale) -> Array:
+    def _inner(self, other: Leaf, scale: Scale, *, bias: bool) -> Array:
         counts = [[form.count for form in leaf._made if isinstance(form, Product)] for leaf in (self, other)]
         size = max(counts[0]) * max(counts[1]) * self.layout.groups
         if size <= TILE or self.examples == 1 or self.positions == 1:
-            return self._few(other, scale)
+            return self._few(other, scale, bias=bias)
         few = max(1, TILE * self.examples // size)
         arrays, treedef = jax.tree.flatten(tuple(_full(form, self.examples) for form in self.forms))
 
         def some(*arrays: Array) -> Array:
             forms = jax.tree.unflatten(treedef, arrays)
-            return dataclasses.replace(self, forms=forms, examples=arrays[0].shape[0])._few(other, scale)
+            return dataclasses.replace(self, forms=forms, examples=arrays[0].shape[0])._few(other, scale, bias=bias)
 
         return map_batches(some, tuple(arrays), few)
 
-    def _few(self, other: Leaf, scale: Scale) -> Array:
+    def _few(self, other: Leaf, scale: Scale, *, bias: bool) -> Array:
         pairs = [(p, q) for p in self._made for q in other._made if isinstance(p, Product) and isinstance(q, Product)]
-        return _sum([p.inner(q, scale, bias=self.bias) for p, q in pairs])
+        return _sum([p.inner(q, scale, bias=bias) for p, q in pairs])
 
     def squared_norms(self) -> Float[Array, "examples rows"]:
         """``|D|^2`` of every row."""
@@ -626,10 +638,9 @@ def _is_dense(form: Form) -> bool:
 
 
 def _second_moment(x: Float[Array, "n r b t i"], w: Float[Array, "n r"]) -> Float[Array, "b i i"]:
-    """``sum w x x^T`` over rows and positions, symmetric to the last bit."""
+    """``sum w x x^T`` over rows and positions, symmetric up to rounding: to mirror it would take as long as to make it."""
     w = _sum_to(w, x.shape[:2])[:, :, None, None, None]
-    total = _contracted(*jnp.broadcast_arrays(w * x, x))
-    return 0.5 * (total + total.swapaxes(1, 2))
+    return _contracted(*jnp.broadcast_arrays(w * x, x))
 
 
 def _mean(array: Array, w: Float[Array, "n r"]) -> Array:

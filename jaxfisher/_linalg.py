@@ -70,8 +70,7 @@ def invert(matrix: Float[Array, "m m"], damping: Scalar) -> Inverse:
     """Factor ``matrix + damping I`` in the way that can be trusted; only that one runs. Only the upper triangle is read."""
     size, eps = matrix.shape[0], jnp.finfo(matrix.dtype).eps
     damped = matrix + damping * jnp.eye(size, dtype=matrix.dtype)
-    # LAPACK wants columns, and the lower triangle of the transpose is the upper one: no copy is made.
-    factor = jax.lax.linalg.cholesky(damped.T, symmetrize_input=False)
+    factor = _cholesky(damped)
     # A pivot or a damping inside the rounding error of the matrix is noise, and so would be what is divided by it.
     rounding = eps * jnp.max(jnp.diagonal(damped))
     well_posed = (damping > rounding) & jnp.all(jnp.square(jnp.diagonal(factor)) > rounding)
@@ -81,12 +80,34 @@ def invert(matrix: Float[Array, "m m"], damping: Scalar) -> Inverse:
         return Inverse(factor, nothing, jnp.asarray(True), jnp.asarray(size, jnp.int32), jnp.asarray(True))
 
     def by_eigenvectors() -> Inverse:
-        values, vectors = jnp.linalg.eigh(matrix, UPLO="U", symmetrize_input=False)
+        values, vectors = jnp.linalg.eigh(mirrored(matrix), symmetrize_input=False)
         values, kept, told = _resolved(values, damping)
         inverted = jnp.where(kept, 1 / jnp.where(kept, values + damping, 1), 0)
         return Inverse(vectors, inverted, jnp.asarray(False), jnp.sum(kept, dtype=jnp.int32), told)
 
     return jax.lax.cond(well_posed, by_cholesky, by_eigenvectors)
+
+
+def mirrored(upper: Float[Array, "m m"]) -> Float[Array, "m m"]:
+    """The symmetric matrix with this upper triangle."""
+    return jnp.triu(upper) + jnp.triu(upper, 1).T
+
+
+@jax.custom_jvp
+def _cholesky(upper: Float[Array, "m m"]) -> Float[Array, "m m"]:
+    """The lower Cholesky factor of the symmetric matrix with this upper triangle.
+
+    LAPACK wants columns, and the lower triangle of the transpose is the upper one: no copy is made.
+    """
+    return jax.lax.linalg.cholesky(upper.T, symmetrize_input=False)
+
+
+@_cholesky.defjvp
+def _cholesky_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # JAX's rule reads both triangles of the tangent.
+    whole, change = mirrored(primals[0]), mirrored(tangents[0])
+    result: tuple[Array, Array] = jax.jvp(lambda a: jax.lax.linalg.cholesky(a, symmetrize_input=False), (whole,), (change,))
+    return result
 
 
 def refined(solve: Callable[[Array], Array], product: Callable[[Array], Array], b: Array) -> Array:
@@ -116,13 +137,13 @@ def _resolved(values: Float[Array, " m"], damping: Scalar) -> tuple[Float[Array,
 
 def eigenvalues(matrix: Float[Array, "m m"]) -> Float[Array, " m"]:
     """Ascending eigenvalues of a symmetric matrix given by its upper triangle, those inside rounding error set to zero."""
-    values = jnp.linalg.eigvalsh(matrix, UPLO="U", symmetrize_input=False)
+    values = jnp.linalg.eigvalsh(mirrored(matrix), symmetrize_input=False)
     return _resolved(values, jnp.asarray(jnp.inf, matrix.dtype))[0]
 
 
 def spectral_mv(matrix: Float[Array, "m m"], v: Float[Array, " m"], power: Scalar, damping: Scalar) -> Float[Array, " m"]:
     """``(matrix + damping I)^power v``; at zero damping only along directions in which the matrix is not zero."""
-    values, vectors = jnp.linalg.eigh(matrix, UPLO="U", symmetrize_input=False)
+    values, vectors = jnp.linalg.eigh(mirrored(matrix), symmetrize_input=False)
     values, kept, _ = _resolved(values, damping)
     powers = jnp.where(kept, jnp.where(kept, values + damping, 1) ** power, 0)
     return matmul(vectors, powers * matmul(vectors.T, v))

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Scalar
 from jaxfisher._examples import Batch, make_batch, map_batches, map_examples, needs_data, num_examples, sum_batches
 from jaxfisher._factors import Traced, leaf_forms, trace
 from jaxfisher._forms import Leaf, Moments, outer_moment
-from jaxfisher._linalg import matmul
+from jaxfisher._linalg import matmul, mirrored
 from jaxfisher._model import LOG_PROB, LogProb, of_one_example
 from jaxfisher._rows import Rows, ScoreRows
 from jaxfisher._tree import ParamSpec, check_function, described, dot, dtype_of, narrowed, param_spec
@@ -57,7 +57,7 @@ class Scores(abc.ABC):
 
     def gram(self) -> Float[Array, "rows rows"]:
         """``S S^T``: inner products of all pairs of scores, symmetric to the last bit."""
-        return _mirrored(self.gram_upper(jnp.ones((), self.spec.dtype)))
+        return mirrored(self.gram_upper(jnp.ones((), self.spec.dtype)))
 
     @abc.abstractmethod
     def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
@@ -158,19 +158,15 @@ class HeldScores(Scores):
         return self.spec.tree([leaf.rmv(w) for leaf in self.leaves])
 
     def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
-        leaves = self._separate()
-        cut = [leaf for leaf in leaves if not leaf.forms_gradients]
-        whole = [leaf.own_gram(factor).reshape(self.num_rows, self.num_rows) for leaf in leaves if leaf.forms_gradients]
+        pairs = _pairs(self.leaves, self.leaves)
+        cut = [(leaf, bias) for leaf, _, bias in pairs if not leaf.forms_gradients]
+        whole = [leaf.own_gram(factor).reshape(self.num_rows, -1) for leaf, _, _ in pairs if leaf.forms_gradients]
         return total([_upper(cut, factor), *whole]) if cut else total(whole)
-
-    def _separate(self) -> list[Leaf]:
-        """The leaves without the biases whose inner products come with those of their weights."""
-        return [leaf for leaf in self.leaves if leaf.layer is None or not self.leaves[leaf.layer].by_factors]
 
     def cross_gram(self, other: HeldScores, factor: Scalar) -> Float[Array, "rows others"]:
         """``(factor S) (factor S')^T`` against the rows of another block."""
-        pairs = zip(self._separate(), other._separate(), strict=True)
-        blocks = [mine.gram(theirs, mine.scale(factor)) for mine, theirs in pairs]
+        pairs = _pairs(self.leaves, other.leaves)
+        blocks = [mine.gram(theirs, mine.scale(factor), bias=bias) for mine, theirs, bias in pairs]
         return total(blocks).reshape(self.num_rows, other.num_rows)
 
     def squared_norms(self) -> Float[Array, " rows"]:
@@ -212,11 +208,6 @@ class HeldScores(Scores):
         return HeldScores(_kept_leaves(self.leaves, keep), self.weights, spec)
 
 
-def _mirrored(upper: Float[Array, "m m"]) -> Float[Array, "m m"]:
-    """The symmetric matrix with this upper triangle."""
-    return jnp.triu(upper) + jnp.triu(upper, 1).T
-
-
 def _kept_leaves(leaves: tuple[Leaf, ...], keep: tuple[bool, ...]) -> tuple[Leaf, ...]:
     """Some of the leaves; a layer that has lost its weight or its bias is no longer one."""
     place = {old: new for new, old in enumerate(k for k, flag in enumerate(keep) if flag)}
@@ -228,15 +219,33 @@ def _kept_leaves(leaves: tuple[Leaf, ...], keep: tuple[bool, ...]) -> tuple[Leaf
     )
 
 
-def _upper(leaves: Sequence[Leaf], factor: Scalar) -> Float[Array, "rows rows"]:
+def _pairs(mine: Sequence[Leaf], theirs: Sequence[Leaf]) -> list[tuple[Leaf, Leaf, bool]]:
+    """The leaves of two blocks of rows, side by side, and for each whether the bias of its layer comes along.
+
+    Such biases are left out: their inner products are those of the weights' right factors.
+    """
+    joined = {
+        a.layer
+        for a, b in zip(mine, theirs, strict=True)
+        if a.layer is not None and a.layer == b.layer and mine[a.layer].agrees(theirs[a.layer])
+    }
+    return [
+        (a, b, k in joined)
+        for k, (a, b) in enumerate(zip(mine, theirs, strict=True))
+        if a.layer is None or a.layer not in joined
+    ]
+
+
+def _upper(leaves: Sequence[tuple[Leaf, bool]], factor: Scalar) -> Float[Array, "rows rows"]:
     """Inner products of the rows of some leaves, strip by strip; only the upper triangle is worth reading."""
-    examples, rows = leaves[0].examples, leaves[0].rows
+    examples, rows = leaves[0][0].examples, leaves[0][0].rows
     size = max(-(-examples // 4), -(-256 // rows))
-    scales = [leaf.scale(factor) for leaf in leaves]
+    scales = [leaf.scale(factor) for leaf, _ in leaves]
     strips = []
     for start in range(0, examples, size):
         some, rest = slice(start, start + size), slice(start, examples)
-        strip = total([leaf.take(some).gram(leaf.take(rest), scale) for leaf, scale in zip(leaves, scales, strict=True)])
+        known = zip(leaves, scales, strict=True)
+        strip = total([leaf.take(some).gram(leaf.take(rest), scale, bias=bias) for (leaf, bias), scale in known])
         strips.append(jnp.pad(strip.reshape(strip.shape[0] * rows, -1), ((0, 0), (start * rows, 0))))
     return jnp.concatenate(strips)
 
@@ -470,7 +479,7 @@ class CenteredScores(Scores):
         return self.scores.rmv(w - self.mean_weights * jnp.sum(w))
 
     def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
-        full = _mirrored(self.scores.gram_upper(factor))
+        full = mirrored(self.scores.gram_upper(factor))
         mean = matmul(full, self.mean_weights)
         return full - (mean[:, None] + mean[None, :] - jnp.sum(self.mean_weights * mean))
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
-from jaxfisher._linalg import SolveInfo, direct_info, eigenvalues, invert, matmul, norm, refined, spectral_mv, to_unit
+from jaxfisher._linalg import SolveInfo, direct_info, eigenvalues, invert, matmul, mirrored, norm, refined, spectral_mv, to_unit
 from jaxfisher._operators.base import Operator, Provenance, nonnegative
 from jaxfisher._scores import HeldScores, JoinedScores, Scores
 from jaxfisher._tree import ParamSpec
@@ -106,7 +106,7 @@ class FromScores(Operator):
         if not scaled.short:
             x = self.spec.unravel(spectral_mv(scaled.moment(), flat, power, damping))
             return jax.tree.map(lambda leaf: leaf * (factor**-power) * factor**-power, x)
-        values, vectors = jnp.linalg.eigh(scaled.gram(), UPLO="U", symmetrize_input=False)
+        values, vectors = jnp.linalg.eigh(mirrored(scaled.gram()), symmetrize_input=False)
         eps = jnp.finfo(values.dtype).eps * values.shape[0]
         held = values > eps * jnp.max(values)
         values = jnp.where(held, values, 1)
