@@ -163,10 +163,10 @@ def map_batches(function: Callable[..., Any], data: tuple[Any, ...], batch_size:
 
     ``function`` takes a batch; pieces have ``batch_size`` examples, the last one what remains.
     """
-    full, rest = _split(data, batch_size)
-    if full is None:
+    starts, rest = _split(data, batch_size)
+    if starts is None:
         return function(*data)
-    stacked = jax.lax.map(lambda piece: function(*piece), full)
+    stacked = jax.lax.map(lambda start: function(*_piece(data, start, batch_size)), starts)
     joined = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), stacked)
     if rest is None:
         return joined
@@ -175,26 +175,31 @@ def map_batches(function: Callable[..., Any], data: tuple[Any, ...], batch_size:
 
 def sum_batches(function: Callable[..., Any], data: tuple[Any, ...], batch_size: int | None) -> Any:
     """The sum over pieces of ``function`` of each piece: one piece in memory at a time."""
-    full, rest = _split(data, batch_size)
-    if full is None:
+    starts, rest = _split(data, batch_size)
+    if starts is None:
         return function(*data)
-    first = jax.tree.map(lambda leaf: leaf[0], full)
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(lambda piece: function(*piece), first))
+    shapes = jax.eval_shape(lambda start: function(*_piece(data, start, batch_size)), starts[0])
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    def step(total: Any, piece: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(*piece)), None
+    def step(total: Any, start: Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(*_piece(data, start, batch_size))), None
 
-    total, _ = jax.lax.scan(step, zero, full)
+    total, _ = jax.lax.scan(step, zero, starts)
     return total if rest is None else jax.tree.map(jnp.add, total, function(*rest))
 
 
 def _split(data: tuple[Any, ...], batch_size: int | None) -> tuple[Any, Any]:
-    """``(whole pieces stacked, remainder)``; ``(None, None)`` where one piece holds everything."""
+    """``(where whole pieces start, remainder)``; ``(None, None)`` where one piece holds everything."""
     leaves = jax.tree.leaves(data)
     n = leaves[0].shape[0] if leaves else 1
     if not leaves or batch_size is None or batch_size >= n:
         return None, None
     count = n // batch_size
-    full = jax.tree.map(lambda leaf: leaf[: count * batch_size].reshape(count, batch_size, *leaf.shape[1:]), data)
     rest = None if count * batch_size == n else jax.tree.map(lambda leaf: leaf[count * batch_size :], data)
-    return full, rest
+    return batch_size * jnp.arange(count), rest
+
+
+def _piece(data: tuple[Any, ...], start: Array, batch_size: int | None) -> tuple[Any, ...]:
+    """``batch_size`` examples, cut out when they are needed: the data is not copied."""
+    cut: tuple[Any, ...] = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, batch_size or 1), data)
+    return cut

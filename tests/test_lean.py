@@ -1,0 +1,255 @@
+"""Compiled programs hold no per-example weight gradient, and stay below the memory they are allowed."""
+
+import functools
+import itertools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxfisher as jf
+
+WIDTHS = (64, 1024, 1024, 10)
+N = 256
+SMALLEST = N * 1024 * 10
+"""The gradients of the smallest weight for all examples; of the first weight it is 16.8 million numbers, of the second 268."""
+
+
+def shape(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+PARAMS = [(shape(i, o), shape(o)) for i, o in itertools.pairwise(WIDTHS)]
+DATA = shape(N, WIDTHS[0]), shape(N, dtype=jnp.int32)
+
+
+def model(params, x):
+    """A tanh network with a softmax."""
+    *hidden, (w, b) = params
+    for weight, bias in hidden:
+        x = jnp.tanh(x @ weight + bias)
+    return jf.Categorical(logits=x @ w + b)
+
+
+LOG_PROB = jf.log_likelihood(model)
+
+
+def mean_loss(params, x, y):
+    return -jnp.mean(jax.vmap(LOG_PROB, (None, 0, 0))(params, x, y))
+
+
+def plain_gram(params, x, y):
+    """The control: what the walkers must find."""
+    gradients = jax.vmap(jax.grad(LOG_PROB), (None, 0, 0))(params, x, y)
+    return sum(g.reshape(N, -1) @ g.reshape(N, -1).T for g in jax.tree.leaves(gradients))
+
+
+PROGRAMS = {
+    "gram": lambda params, x, y: jf.scores(LOG_PROB)(params, x, y).gram(),
+    "diagonal": lambda params, x, y: jf.scores(LOG_PROB)(params, x, y).diagonal(),
+    "natural gradient": jf.natural_grad(LOG_PROB, damping=1e-3),
+    "plain gram": plain_gram,
+}
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr and of those inside it, walked without knowing any primitive."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def largest_value(function, *args):
+    """How many numbers the largest intermediate of a function's jaxpr has."""
+    closed = jax.make_jaxpr(function)(*args)
+    return max(math.prod(var.aval.shape) for eqn in equations(closed.jaxpr) for var in eqn.outvars)
+
+
+def largest_buffer(text):
+    """How many numbers the largest array named in a compiled program has, inside fusions too."""
+    found = re.findall(r"\b(?:f|s|u|bf|pred|c)[0-9]*\[([0-9,]+)\]", text)
+    return max(math.prod(map(int, sizes.split(","))) for sizes in found)
+
+
+@functools.cache
+def compiled(name):
+    return jax.jit(PROGRAMS[name]).lower(PARAMS, *DATA).compile()
+
+
+def temporary(function, *args):
+    """The bytes of temporary buffers of the compiled function."""
+    return jax.jit(function).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_no_weight_gradient_of_every_example_is_ever_there(name):
+    sizes = largest_value(PROGRAMS[name], PARAMS, *DATA), largest_buffer(compiled(name).as_text())
+    if name == "plain gram":
+        assert min(sizes) >= N * 1024 * 1024
+    else:
+        assert max(sizes) < SMALLEST, sizes
+
+
+def test_a_natural_gradient_takes_little_more_memory_than_a_gradient():
+    plain = temporary(jax.grad(mean_loss), PARAMS, *DATA)
+    step = compiled("natural gradient").memory_analysis().temp_size_in_bytes
+    assert step < 2 * plain + 3 * N * N * 4, (step, plain)
+    assert compiled("plain gram").memory_analysis().temp_size_in_bytes > 50 * step, "the control"
+
+
+def flops(function, *args):
+    """What the compiled program computes, as XLA counts it."""
+    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+
+def exact_rows(params, x):
+    return jf.exact_fisher(model)(params, x).scores
+
+
+def test_an_exact_fisher_runs_the_model_once_an_example():
+    """Every weight is met once an example going forward, and all but the first once for each of ten rows going back."""
+    first, *rest = (math.prod(weight.shape) for weight, _ in PARAMS)
+    least = 2 * N * (first + sum(rest) + 10 * sum(rest))
+    assert least <= flops(exact_rows, PARAMS, DATA[0]) < 1.03 * least
+
+    def by_row(params, x):
+        """The control: inputs that differ between the rows, the model is run for each."""
+
+        def row(k, x):
+            logits, pull = jax.vjp(lambda p: model(p, x + k).logits, params)
+            return [b for _, b in pull(jnp.sin(k + logits))[0]]
+
+        return jax.vmap(jax.vmap(row, (0, None)), (None, 0))(jnp.arange(10, dtype=x.dtype), x)
+
+    assert flops(by_row, PARAMS, DATA[0]) > 1.5 * least
+
+
+def test_rows_of_an_exact_fisher_share_their_inputs():
+    scores = jax.eval_shape(exact_rows, PARAMS, DATA[0])
+    weights = [leaf for leaf in scores.leaves if len(leaf.shape) == 2]
+    for leaf, (size, _) in zip(weights, [weight.shape for weight, _ in PARAMS], strict=True):
+        (form,) = leaf.forms
+        assert form.left.shape == (N, 1, 1, 1, size)
+        assert form.right.shape == (N, 10, 1, 1, leaf.shape[1])
+
+
+# Memory that is bounded.
+
+
+def sequence(params, x, y):
+    """A network over 64 positions that share their weights."""
+    return jnp.sum(y * jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]))
+
+
+def image(params, x, y):
+    """Two convolutions."""
+    numbers = ("NCHW", "OIHW", "NCHW")
+    for name in ("a", "b"):
+        x = jnp.tanh(jax.lax.conv_general_dilated(x[None], params[name], (1, 1), "SAME", dimension_numbers=numbers)[0])
+    return jnp.sum(y * x)
+
+
+def normalised(params, x, y):
+    """A weight whose columns have unit length: its gradient has to be formed."""
+    w = jnp.cumsum(params["a"], axis=0)
+    return jnp.sum(y * jnp.tanh(x @ (w / jnp.linalg.norm(w, axis=0, keepdims=True))))
+
+
+BOUNDED = {
+    "sequence": (sequence, {"a": shape(32, 64), "b": shape(64, 16)}, (shape(96, 64, 32), shape(96, 64, 16)), (2**21, 2**23)),
+    "image": (
+        image,
+        {"a": shape(8, 3, 3, 3), "b": shape(12, 8, 3, 3)},
+        (shape(384, 3, 12, 12), shape(384, 12, 12, 12)),
+        (2**21, 2**23),
+    ),
+    "normalised": (normalised, {"a": shape(64, 48)}, (shape(256, 64), shape(256, 48)), (2**18, 2**20)),
+}
+
+
+def quantities(params):
+    """The products that a bound holds for; vectors are made on the spot."""
+    return {
+        "mv": lambda s, w: s.mv(jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), params)),
+        "rmv": lambda s, w: s.rmv(w),
+        "diagonal": lambda s, w: s.diagonal(),
+        "squared norms": lambda s, w: s.squared_norms(),
+    }
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_streamed_products_stay_below_the_bound(name):
+    log_prob, params, data, limits = BOUNDED[name]
+    n = data[0].shape[0]
+    explanation = jf.explain(log_prob, params, *(jnp.zeros(leaf.shape, leaf.dtype) for leaf in data))
+    assert explanation.bytes > 2 * limits[0], "the control: what is held would not fit"
+    assert ("['a']" in explanation.plain) == (name == "normalised")
+    for limit in limits:
+        for what, quantity in quantities(params).items():
+
+            def run(params, w, *data, quantity=quantity, limit=limit):
+                return quantity(jf.scores(log_prob, max_bytes=limit)(params, *data), w)
+
+            used = temporary(run, params, shape(n), *data)
+            assert used < limit, (what, limit, used)
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_streamed_gram_matrix_takes_little_more_than_the_bound(name):
+    log_prob, params, data, (limit, _) = BOUNDED[name]
+    n = data[0].shape[0]
+
+    def run(params, *data):
+        return jf.scores(log_prob, max_bytes=limit)(params, *data).gram()
+
+    used = temporary(run, params, *data)
+    # Tiles of the upper triangle, the matrix they make, and its mirror image, some of them twice.
+    assert used < limit + 10 * 4 * n * n, (limit, used)
+
+
+def test_a_batch_size_bounds_memory():
+    log_prob, params, data, _ = BOUNDED["sequence"]
+    used = []
+    for size in (4, 8, 16):
+
+        def run(params, *data, size=size):
+            return jf.scores(log_prob, batch_size=size)(params, *data).diagonal()
+
+        used.append(temporary(run, params, *data))
+    whole = temporary(lambda params, *data: jf.scores(log_prob)(params, *data).diagonal(), params, *data)
+    assert used[0] < used[1] < used[2] < whole / 3
+
+
+def test_bounds_are_checked():
+    log_prob, _, _, _ = BOUNDED["normalised"]
+    params, data = {"a": jnp.ones((64, 48))}, (jnp.ones((4, 64)), jnp.ones((4, 48)))
+    with pytest.raises(ValueError, match=r"both `batch_size` \(2\) and `max_bytes` \(100\)"):
+        jf.scores(log_prob, batch_size=2, max_bytes=100)(params, *data)
+    for wrong in (1e6, "1 GB", True):
+        with pytest.raises(TypeError, match="`max_bytes`"):
+            jf.scores(log_prob, max_bytes=wrong)(params, *data)
+    for wrong in (0, -5):
+        with pytest.raises(ValueError, match="`max_bytes`"):
+            jf.scores(log_prob, max_bytes=wrong)(params, *data)
+    for function in (jf.scores, jf.empirical_fisher, functools.partial(jf.natural_grad, damping=1.0)):
+        with pytest.raises(ValueError, match=r"`max_bytes` is 1,000, but .* [0-9,]+.*activations") as raised:
+            function(log_prob, max_bytes=1000)(params, *data)
+        needed = int(re.findall(r"take ([0-9,]+)", str(raised.value))[0].replace(",", ""))
+        assert needed > 64 * 48 * 8
+    # What the message says is enough for one example at a time, and one byte less is not.
+    made = jf.scores(log_prob, max_bytes=needed)(params, *data)
+    assert made.batch_size == 1
+    expected = np.asarray(jf.scores(log_prob)(params, *data).as_matrix())
+    np.testing.assert_allclose(made.as_matrix(), expected, rtol=0, atol=1e-13 * np.abs(expected).max())
+    with pytest.raises(ValueError, match="`max_bytes`"):
+        jf.scores(log_prob, max_bytes=needed - 1)(params, *data)
+    model = functools.partial(lambda p, x: jf.Normal(x @ p["a"], 1.0))
+    for fisher in (jf.exact_fisher, jf.sampled_fisher):
+        with pytest.raises(ValueError, match="`max_bytes`"):
+            fisher(model, max_bytes=1000)(params, *((jax.random.key(0),) if fisher is jf.sampled_fisher else ()), data[0])
