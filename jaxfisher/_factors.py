@@ -185,6 +185,8 @@ def _product(term: Term, shape: tuple[int, ...]) -> Part | None:
     if right.plain is None or any(factor.hot not in order for factor in places):
         return None
     outputs = [*outputs, *loose]
+    if isinstance(left.array, Windows):
+        inputs = [axis for axis in left.axes if axis in inputs]  # as the windows have them, which spares making them
     layout = Layout(
         shape,
         tuple(axis.size for axis in order),

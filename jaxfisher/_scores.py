@@ -314,8 +314,10 @@ class StreamedScores(Scores):
         def block(i: Array) -> HeldScores:
             return self._held(*jax.tree.map(lambda leaf: leaf[index[i]], data))
 
-        upper, lower = jnp.triu_indices(blocks)
-        tiles = jax.lax.map(lambda pair: block(pair[0]).cross_gram(block(pair[1]), factor), (upper, lower))
+        upper, lower = np.triu_indices(blocks)
+        tiles = jax.lax.map(
+            lambda pair: block(pair[0]).cross_gram(block(pair[1]), factor), (jnp.asarray(upper), jnp.asarray(lower))
+        )
         side = tiles.shape[1]
         grid = jnp.zeros((blocks, blocks, side, side), tiles.dtype)
         grid = grid.at[upper, lower].set(tiles)
