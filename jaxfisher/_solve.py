@@ -110,8 +110,8 @@ def solve(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric, solver: So
     >>> import jax.numpy as jnp, jaxfisher as jf
     >>> F = jf.exact_fisher(lambda w, x: jf.Bernoulli(logits=w * x))(0.0, jnp.array([1.0, 3.0]))
     >>> x, info = jf.solve(F, 2.5, damping=0.0)
-    >>> print(x, info.rank)
-    2.0 1
+    >>> print(f"{x:.4f}", info.rank)
+    2.0000 1
     """
     fisher = as_operator(fisher, "solve")
     if solver is None:
