@@ -90,7 +90,8 @@ def invert(matrix: Float[Array, "m m"], damping: Scalar) -> Inverse:
 
 def mirrored(upper: Float[Array, "m m"]) -> Float[Array, "m m"]:
     """The symmetric matrix with this upper triangle."""
-    return jnp.triu(upper) + jnp.triu(upper, 1).T
+    # A choice, not a sum of two triangles: fused into what made the triangle, a sum would be rounded differently in each.
+    return jnp.where(jnp.tri(upper.shape[0], dtype=bool), upper.T, upper)
 
 
 @jax.custom_jvp

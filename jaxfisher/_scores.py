@@ -56,7 +56,7 @@ class Scores(abc.ABC):
         """``S^T w``: the weighted sum of the scores, a pytree like the parameters."""
 
     def gram(self) -> Float[Array, "rows rows"]:
-        """``S S^T``: inner products of all pairs of scores, symmetric to the last bit."""
+        """``S S^T``: inner products of all pairs of scores; one triangle is the mirror image of the other."""
         return mirrored(self.gram_upper(jnp.ones((), self.spec.dtype)))
 
     @abc.abstractmethod
