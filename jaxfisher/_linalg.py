@@ -90,8 +90,11 @@ def invert(matrix: Float[Array, "m m"], damping: Scalar) -> Inverse:
 
 def mirrored(upper: Float[Array, "m m"]) -> Float[Array, "m m"]:
     """The symmetric matrix with this upper triangle."""
-    # A choice, not a sum of two triangles: fused into what made the triangle, a sum would be rounded differently in each.
-    return jnp.where(jnp.tri(upper.shape[0], dtype=bool), upper.T, upper)
+    # A choice, not a sum of two triangles: fused into what made the triangle, a sum would be rounded differently in each. The
+    # other triangle is cleared first since XLA of jax 0.10 takes minutes, or its stack, to compile a choice between a matrix
+    # and its transpose.
+    cleared = jnp.triu(upper)
+    return jnp.where(jnp.tri(upper.shape[0], k=-1, dtype=bool), cleared.T, cleared)
 
 
 @jax.custom_jvp

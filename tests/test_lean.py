@@ -3,7 +3,10 @@
 import functools
 import itertools
 import math
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -254,3 +257,14 @@ def test_bounds_are_checked():
     for fisher in (jf.exact_fisher, jf.sampled_fisher):
         with pytest.raises(ValueError, match="`max_bytes`"):
             fisher(model, max_bytes=1000)(params, *((jax.random.key(0),) if fisher is jf.sampled_fisher else ()), data[0])
+
+
+def test_a_large_gram_matrix_is_compiled():
+    """In a process of its own: a plain choice of triangles made the optimising compiler of jax 0.10 run out of stack here."""
+    program = (
+        "import jax, jax.numpy as jnp; from jaxfisher._linalg import mirrored;"
+        "print(jax.jit(mirrored).lower(jax.ShapeDtypeStruct((1024, 1024), jnp.float32)).compile() is not None)"
+    )
+    optimised = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    finished = subprocess.run([sys.executable, "-c", program], env=optimised, capture_output=True, text=True, timeout=120)
+    assert finished.stdout.strip() == "True", f"exit status {finished.returncode}: {finished.stderr[-500:]}"
