@@ -49,6 +49,7 @@ class _Machine:
         self.held: dict[int, Value] = {**program.constants, **dict(zip(program.inputs, values, strict=True))}
         self.reasons: dict[int, str] = {}
         self.wanted = self._wanted(program, wanted)
+        self.last = _shown(program)
         for equation in program.equations:
             self._step(equation)
 
@@ -178,6 +179,18 @@ def spread(program: Program, flags: Sequence[int]) -> dict[int, int]:
     return found
 
 
+_ARRANGES = frozenset({"reshape", "squeeze", "transpose", "convert_element_type", "reduce_sum"})
+
+
+def _shown(program: Program) -> set[int]:
+    """The variables that are an output but for its arrangement and for sums."""
+    found = {atom for atom in program.outputs if isinstance(atom, int)}
+    for equation in reversed(program.equations):
+        if equation.primitive.name in _ARRANGES and equation.outs[0] in found:
+            found.update(atom for atom in equation.ins[:1] if isinstance(atom, int))
+    return found
+
+
 def _union(flags: Sequence[int]) -> int:
     total = 0
     for flag in flags:
@@ -211,6 +224,13 @@ def _each(change: Callable[[Term, Mapping[str, Any]], Term | None]) -> Rule:
         return _all(change(term, equation.params) for term in value.terms) if isinstance(value, Unformed) else None
 
     return rule
+
+
+def _reduce_sum(machine: _Machine, equation: Equation) -> tuple[Term, ...] | None:
+    # Of an ordinary array only at the end: what a bias sums over positions is seen to be the cotangent of its layer.
+    if not isinstance(machine.value(equation.ins[0]), Unformed) and equation.outs[0] not in machine.last:
+        return None
+    return _all(terms.reduce_sum(term, equation.params["axes"]) for term in machine.terms(equation.ins[0]))
 
 
 def _all(made: Any) -> tuple[Term, ...] | None:
@@ -507,7 +527,12 @@ def _convolution(machine: _Machine, equation: Equation) -> tuple[Term, ...] | No
     cotangent = filters.reshape(groups, wide.size, position.size)
     factors = (
         Factor(windows, (group, position, rows, *outputs), machine.flag(equation.ins[0])),
-        Factor(cotangent, (group, wide, position), machine.flag(equation.ins[1])),
+        Factor(
+            cotangent,
+            (group, wide, position),
+            machine.flag(equation.ins[1]),
+            origin=(cotangent, right, tuple(wide if i == numbers.rhs_spec[0] else None for i in range(right.ndim))),
+        ),
     )
     dims = [dim(rows), dim(group, wide), *map(dim, outputs)]
     order = np.argsort(numbers.out_spec)
@@ -537,7 +562,7 @@ _RULES: dict[str, Rule] = {
     "transpose": _each(lambda term, params: terms.transpose(term, params["permutation"])),
     "reshape": _each(lambda term, params: terms.reshape(term, params["new_sizes"])),
     "squeeze": _each(_squeeze),
-    "reduce_sum": _each(lambda term, params: terms.reduce_sum(term, params["axes"])),
+    "reduce_sum": _reduce_sum,
     "convert_element_type": _convert,
     "real": _real,
     "imag": _imag,

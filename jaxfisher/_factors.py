@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -104,37 +104,67 @@ def _one_row(program: Program, params: chex.ArrayTree, seed: Any, example: tuple
 
 
 def _layers(leaves: list[list[Part]]) -> tuple[int | None, ...]:
-    """For every leaf the weight whose right factor is its gradient, if it is the bias of such a layer."""
-    weights: dict[int, int] = {}
+    """For every leaf the weight whose right factor, summed over positions, is its gradient: it is the bias of that layer."""
+    weights: dict[Any, int] = {}
     for k, parts in enumerate(leaves):
         for form, _, _, source in parts if len(parts) == 1 else []:
-            single = isinstance(form, Product) and form.right.shape[-2] == form.layout.groups == 1
-            # The source as it is, not repeated or summed.
-            if single and source is not None and source.size == form.layout.outputs:
-                weights.setdefault(id(source), k)
+            if isinstance(form, Formed) or source is None or form.layout.groups != 1:
+                continue
+            # Each position has its own entries of the source, which is neither repeated nor summed.
+            if source.size == form.right.shape[-2] * form.layout.outputs:
+                weights.setdefault(source.key, k)
     # One bias for each weight: a second one with the same gradient is held for itself.
-    return tuple(weights.pop(id(parts[0][3]), None) if len(parts) == 1 and _is_whole(parts[0]) else None for parts in leaves)
+    return tuple(
+        weights.pop(source.key, None) if len(parts) == 1 and source is not None and isinstance(form, Formed) else None
+        for parts in leaves
+        for form, _, _, source in [parts[0] if parts else (None, (), (), None)]
+    )
 
 
-def _is_whole(part: Part) -> bool:
-    """Whether a gradient is a value of the program as it is."""
-    form, _, _, source = part
-    return isinstance(form, Formed) and source is not None and source.size == form.value.size
+class Source(NamedTuple):
+    """A value of the program that a leaf's gradient, or its right factor, is taken from, and which of its axes stay.
+
+    Axes of length one do not count. The value is held so that its identity stays its own.
+    """
+
+    value: Array
+    axes: tuple[int, ...]
+
+    @property
+    def key(self) -> tuple[int, tuple[int, ...]]:
+        """What two sources are compared by."""
+        return id(self.value), self.axes
+
+    @property
+    def size(self) -> int:
+        """Number of entries of the value."""
+        return int(self.value.size)
 
 
-Part = tuple[Form, tuple[int, ...], tuple[int, ...], Array | None]
-"""A form of one row, without its leading axes; the flags of its arrays; where it is placed, of a leaf used in parts; and the
-gradient, or the right factor of an outer product, as the program has it."""
+def _source(factor: Factor, outputs: list[Axis]) -> Source | None:
+    """The source of a factor with these output axes; None if it lacks one of them."""
+    value, axes = factor.source
+    wanted = [axis for axis in outputs if axis.size > 1]
+    if factor.plain is None or any(axis not in axes for axis in wanted):
+        return None
+    long = [axis for axis, size in zip(axes, value.shape, strict=True) if size > 1]
+    return Source(value, tuple(long.index(axis) for axis in wanted))
+
+
+Part = tuple[Form, tuple[int, ...], tuple[int, ...], Source | None]
+"""A form of one row, without its leading axes; the flags of its arrays; where it is placed, of a leaf used in parts; and what
+of the program its gradient, or the right factor of that, is."""
 
 
 def _parts(value: Value, flag: int, why: str | None, shape: tuple[int, ...], dtype: Any) -> tuple[list[Part], str | None]:
     """The forms of one leaf's gradient in the dtype of statistics, and why some of it had to be formed."""
     found = value.terms if isinstance(value, Unformed) else (whole(value, flag, why),)
     parts: list[Part] = []
-    formed: list[tuple[Array, Factor]] = []
+    formed: list[tuple[Array, Factor, Source | None]] = []
     for term in map(fold, found):
         if len(term.factors) == 1 and term.factors[0].plain is not None:
-            formed.append((_formed(term, shape), term.factors[0]))
+            order = [axis for axes in term.dims for axis in axes]
+            formed.append((_formed(term, shape), term.factors[0], _source(term.factors[0], order)))
             why = why or term.factors[0].reason
             continue
         part = _product(term, shape)
@@ -144,8 +174,8 @@ def _parts(value: Value, flag: int, why: str | None, shape: tuple[int, ...], dty
             plain: Part = Formed(array, plain_layout(shape)), (flag,), (), None
             return [plain], "it is not a sum of products of two factors"
         parts.append(part)
-    for array, factor in formed:
-        parts.append((Formed(array, plain_layout(shape)), (factor.flags,), (), factor.plain))
+    for array, factor, source in formed:
+        parts.append((Formed(array, plain_layout(shape)), (factor.flags,), (), source))
     return _joined([(jax.tree.map(lambda x: _cast(x, dtype), form), *rest) for form, *rest in parts]), why
 
 
@@ -199,9 +229,10 @@ def _product(term: Term, shape: tuple[int, ...]) -> Part | None:
     if left.hot is not None:
         return _lookup(left, held, groups, shared, inputs, layout, (left.flags, right.flags))
     if isinstance(left.array, Windows):
-        return _convolution(left, left.array, right, held, groups, shared, inputs, layout)
+        form, flags, place, _ = _convolution(left, left.array, right, held, groups, shared, inputs, layout)
+        return form, flags, place, _source(right, outputs)
     form, flags, place, _ = _outer(_arranged(left, groups, shared, inputs), held, layout, (left.flags, right.flags), ())
-    return form, flags, place, right.plain
+    return form, flags, place, _source(right, outputs)
 
 
 def _outer(left: Array, right: Array, layout: Layout, flags: tuple[int, int], place: tuple[int, ...]) -> Part:

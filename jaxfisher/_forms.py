@@ -95,8 +95,8 @@ class Product:
         left, right = self.left, self.right
         # The factor with fewer rows meets the matrix; the other takes only a sum.
         if left.shape[0] * left.shape[1] > right.shape[0] * right.shape[1]:
-            return jnp.sum(matmul(right, v.swapaxes(1, 2)) * left, (-3, -2, -1))
-        return jnp.sum(_times(left, v) * right, (-3, -2, -1))
+            return jnp.sum(_apart(matmul(right, v.swapaxes(1, 2))) * left, (-3, -2, -1))
+        return jnp.sum(_apart(_times(left, v)) * right, (-3, -2, -1))
 
     def rmv(self, w: Float[Array, "n rows"]) -> Float[Array, "groups inputs outputs"]:
         """``sum_rows w sum_t left_t (x) right_t``."""
@@ -225,6 +225,15 @@ Made = Product | Formed
 Form = Made | Convolution
 
 
+def _apart(x: Array) -> Array:
+    """The same numbers, as something that XLA does not fuse with the product they come from.
+
+    On CPU (jax 0.10 to 0.12) a product with a vector of equal constants, fused with the sum that follows, reads memory that
+    was never written. A barrier does not keep them apart.
+    """
+    return jnp.where(x == x, x, jnp.nan)  # noqa: PLR0124
+
+
 def _sum_to(x: Array, shape: Sequence[int]) -> Array:
     """The sum over leading (n, rows) axes along which ``shape`` has length one."""
     axes = tuple(i for i in (0, 1) if shape[i] == 1 and x.shape[i] != 1)
@@ -277,7 +286,8 @@ class Scale(NamedTuple):
 class Moments(NamedTuple):
     """Second moments of the factors of a leaf, the statistics of its Kronecker approximation.
 
-    ``inputs (x) outputs`` approximates the leaf's block of ``S^T diag(omega) S``, in the order of ``layout``.
+    ``inputs (x) outputs`` approximates the leaf's block of ``S^T diag(omega) S``, in the order of ``layout``. Where the leaf
+    has a bias, the last input is the one it is the weight of, and the block is that of the layer.
     """
 
     inputs: Float[Array, "groups inputs inputs"]
@@ -295,8 +305,9 @@ class Leaf:
     """The gradients of one parameter leaf for ``examples x rows`` rows: the sum of its forms; no form at all is zero.
 
     ``why`` says why a gradient was formed although that takes more memory than its factors would. A bias whose gradient is the
-    right factor of a weight is the weight of an input that is always one: ``layer`` of the bias is the weight's place among the
-    leaves, and the weight has a ``bias``. Inner products of both then come from those of the weight's factors.
+    right factor of a weight, summed over positions, is the weight of an input that is always one: ``layer`` of the bias is the
+    weight's place among the leaves, and the weight has a ``bias``. Inner products of both then come from those of the weight's
+    factors, and its Kronecker moments are those of the inputs with that one at their end.
     """
 
     forms: tuple[Form, ...]
@@ -345,6 +356,11 @@ class Leaf:
     def forms_gradients(self) -> bool:
         """Whether inner products are taken of gradients that have to be formed for it."""
         return not self.by_factors and any(not isinstance(form, Formed) for form in self.forms)
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether it is made of dense factors in one layout, whose second moments are a Kronecker approximation."""
+        return bool(self.forms) and all(_is_dense(form) and form.layout == self.layout for form in self.forms)
 
     @property
     def _made(self) -> list[Made]:
@@ -525,8 +541,12 @@ class Leaf:
         if not self.forms:
             return jnp.zeros((), self.dtype)
         whole: Scalar = _sum([form.bound() for form in self.forms])
-        rights = [jnp.max(jnp.abs(form.right), initial=0.0) for form in self._made if isinstance(form, Product)]
-        return jnp.maximum(whole, _sum(rights)) if self.bias else whole
+        if not self.bias:
+            return whole
+        rights = [
+            form.positions * jnp.max(jnp.abs(form.right), initial=0.0) for form in self.forms if not isinstance(form, Formed)
+        ]
+        return jnp.maximum(whole, _sum(rights))
 
     def means(self, w: Float[Array, "examples rows"]) -> tuple[tuple[Array, ...], ...]:
         """The weighted means of the arrays of every form, for `shifted`; positions in a table have none."""
@@ -561,6 +581,16 @@ class Leaf:
         left = jnp.broadcast_to(form.left[:, 0, 0, 0], (self.examples, form.layout.inputs))
         return left, jnp.broadcast_to(form.right[:, :, 0, 0], (self.examples, self.rows, form.layout.outputs)), form.layout
 
+    def times(self, factor: Scalar) -> Leaf:
+        """The gradients times a number, no longer those of one layer with a bias."""
+
+        def scaled(form: Form) -> Form:
+            if isinstance(form, Formed):
+                return dataclasses.replace(form, value=form.value * factor)
+            return dataclasses.replace(form, right=form.right * factor)
+
+        return dataclasses.replace(self, forms=tuple(map(scaled, self.forms)), layer=None, bias=False)
+
     def take(self, examples: slice) -> Leaf:
         """The rows of some examples."""
         count = len(range(*examples.indices(self.examples)))
@@ -568,11 +598,10 @@ class Leaf:
         return dataclasses.replace(self, forms=forms, examples=count)
 
     def _moments(self, w: Float[Array, "examples rows"], of: Callable[[Leaf, Array], tuple[Array, Array]]) -> Moments | None:
-        layout = self.layout
-        if not self.forms or not all(_is_dense(form) and form.layout == layout for form in self.forms):
+        if not self.has_moments:
             return None
         inputs, outputs = self._pieces(of, sum_batches, w)
-        return Moments(inputs, outputs, layout)
+        return Moments(inputs, outputs, self.layout)
 
     def expanded_moments(self, w: Float[Array, "examples rows"]) -> Moments | None:
         """Kronecker moments with positions as if they were examples: ``E[1/T sum_t a_t a_t^T]`` and ``E[sum_t g_t g_t^T]``.
@@ -606,8 +635,12 @@ class Leaf:
     def _joined(self) -> tuple[Array, Array]:
         """Left and right factors of all forms, joined along the positions."""
         factors = [(form.left, form.right) for form in self._made if isinstance(form, Product)]
-        lefts = [left for left, _ in factors if not isinstance(left, Positions)]
+        lefts = [self._homogeneous(left) for left, _ in factors if not isinstance(left, Positions)]
         return _joined(lefts), _joined([right for _, right in factors])
+
+    def _homogeneous(self, left: Float[Array, "n r b t i"]) -> Float[Array, "n r b t inputs"]:
+        """Left factors with the one that the bias of the layer is the weight of."""
+        return jnp.concatenate([left, jnp.ones((*left.shape[:-1], 1), left.dtype)], -1) if self.bias else left
 
     def rotated_diagonal(self, moments: Moments, w: Float[Array, "examples rows"]) -> Float[Array, "groups inputs outputs"]:
         """``sum_rows w (Q_a^T D Q_g)^2`` in bases given as the fields of a `Moments`: the eigenvalues of EKFAC.
@@ -615,15 +648,19 @@ class Leaf:
         Reference: George et al., Fast approximate natural gradient descent in a Kronecker-factored eigenbasis (NeurIPS 2018).
         """
         inputs, outputs, layout = moments
-        shape = (layout.groups, layout.inputs, layout.outputs)
+        shape = (layout.groups, inputs.shape[-1], layout.outputs)
 
         def of(leaf: Leaf, w: Array) -> Array:
             turned = tuple(
-                Product(_times(form.left, inputs), _times(form.right, outputs), Layout(shape, shape, (0, 1, 2), *shape))
+                Product(
+                    _times(leaf._homogeneous(form.left), inputs),
+                    _times(form.right, outputs),
+                    Layout(shape, shape, (0, 1, 2), *shape),
+                )
                 for form in leaf._made
                 if isinstance(form, Product) and not isinstance(form.left, Positions)
             )
-            return dataclasses.replace(leaf, forms=turned, shape=shape).diagonal(w)
+            return dataclasses.replace(leaf, forms=turned, shape=shape, bias=False).diagonal(w)
 
         return self._pieces(of, sum_batches, w)
 

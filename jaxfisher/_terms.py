@@ -87,7 +87,8 @@ class Factor:
     """An array with named axes; with ``hot`` it holds positions along that axis, and stands for ones there and zeros elsewhere.
 
     ``flags`` says what it depends on, ``reason`` why it is a gradient formed against the library's wish, if it is one;
-    ``place`` is a position known beforehand, of a leaf cut into parts.
+    ``place`` is a position known beforehand, of a leaf cut into parts. ``origin`` is the array, the value that it is an
+    arrangement of, and what axis each dimension of that is, None for one that was merged.
     """
 
     array: Array | Windows
@@ -96,6 +97,14 @@ class Factor:
     hot: Axis | None = None
     reason: str | None = None
     place: int | None = None
+    origin: tuple[Array, Array, tuple[Axis | None, ...]] | None = None
+
+    @property
+    def source(self) -> tuple[Any, tuple[Axis | None, ...]]:
+        """The value of the program that this is an arrangement of, and what axis each of its dimensions is."""
+        if self.origin is not None and self.origin[0] is self.array:
+            return self.origin[1:]
+        return self.plain, self.axes
 
     @property
     def over(self) -> tuple[Axis, ...]:

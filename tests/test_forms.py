@@ -132,7 +132,29 @@ def convolution_factors(groups, stride, params, x, y):
     return np.reshape(left, (*shape, -1)), np.reshape(right, (*shape, -1))
 
 
+def biased_convolution(params, x, y):
+    """A convolution with a bias, which sums what the kernel shares over positions."""
+    z = jax.lax.conv_general_dilated(
+        x[None], params["k"], (1, 1), ((1, 0), (0, 0)), dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest"
+    )
+    return jnp.sum(y * jnp.sin(z + params["b"][None, None, None])[0])
+
+
+def biased_convolution_factors(params, x, y):
+    left, _ = convolution_factors(1, 1, params, x, y)
+    kernel = np.asarray(params["k"])
+    z = left @ kernel.reshape(-1, kernel.shape[-1]) + np.asarray(params["b"])
+    return left, y.reshape(z.shape) * np.cos(z)
+
+
 MOMENTS = {
+    "biased convolution": (
+        biased_convolution,
+        arrays(k=(2, 2, 2, 3), b=(3,)),
+        (N, 4, 3, 2),
+        (N, 4, 2, 3),
+        biased_convolution_factors,
+    ),
     "dense": (dense, arrays(w=(4, 3), b=(3,)), (N, 4), (N, 3), dense_factors),
     "positions": (dense, arrays(w=(4, 3), b=(3,)), (N, 6, 4), (N, 6, 3), dense_factors),
     "tied": (tied, arrays(w=(4, 3)), (N, 4), (N, 4), tied_factors),
@@ -158,18 +180,18 @@ def order_of(layout):
     return np.asarray(layout.matrix(jnp.arange(np.prod(layout.shape)).reshape(layout.shape)))
 
 
-def rotations(layout):
-    """A random orthogonal basis for each side of every group."""
+def rotations(layout, biased):
+    """A random orthogonal basis for each side of every group; a bias is one more input."""
 
     def turn(seed, size):
         return jnp.asarray(np.linalg.qr(numbers(seed, layout.groups, size, size))[0])
 
-    return _forms.Moments(turn(1, layout.inputs), turn(2, layout.outputs), layout)
+    return _forms.Moments(turn(1, layout.inputs + biased), turn(2, layout.outputs), layout)
 
 
 @functools.cache
 def moments_of(name):
-    """Held and streamed moments of a case, diagonals in random bases, the bases, and plain gradients of the weight."""
+    """Held and streamed moments of a case, diagonals in random bases, and plain gradients of the weight and the bias."""
     log_prob, params, x, y, _ = MOMENTS[name]
     x, y = jnp.asarray(numbers(3, *x)), jnp.asarray(numbers(4, *y))
     weight = "k" if "k" in params else "w"
@@ -185,14 +207,17 @@ def moments_of(name):
             assert all((moments is None) == (k != place) for k, moments in enumerate(expanded))
             assert all((moments is None) == (k != place) for k, moments in enumerate(reduced))
             layouts[how] = expanded[place].layout
+            assert scores.layers == tuple(place if name == "b" else None for name in sorted(params)), scores.layers
             assert reduced[place].layout == layouts[how]
-            basis = [rotations(layouts[how]) if k == place else None for k in range(len(params))]
+            basis = [rotations(layouts[how], "b" in params) if k == place else None for k in range(len(params))]
             made[how] = expanded[place][:2], reduced[place][:2], scores.rotated_diagonals(basis)[place]
-        return made, jax.vmap(jax.grad(log_prob), (None, 0, 0))(params, x, y)[weight]
+        gradients = jax.vmap(jax.grad(log_prob), (None, 0, 0))(params, x, y)
+        return made, (gradients[weight], gradients.get("b"))
 
     made, gradients = run(params, x, y, jnp.asarray(WEIGHTS))
     assert layouts["held"] == layouts["streamed"]
-    return made, layouts["held"], np.asarray(gradients), np.asarray(x), np.asarray(y)
+    weights, biases = (None if part is None else np.asarray(part) for part in gradients)
+    return made, layouts["held"], weights, biases, np.asarray(x), np.asarray(y)
 
 
 def in_layout(layout, left, right, shape):
@@ -217,11 +242,14 @@ def in_layout(layout, left, right, shape):
 @pytest.mark.parametrize("name", MOMENTS)
 def test_moments_equal_dense_sums(name):
     _, params, _, _, factors = MOMENTS[name]
-    made, layout, gradients, x, y = moments_of(name)
+    made, layout, gradients, biases, x, y = moments_of(name)
     left, right = in_layout(layout, *factors(params, x, y), gradients.shape[1:])
     # The factors of the loops are those of the gradients: the control of the reference itself.
     formed = np.einsum("ntbi,ntbo->nbio", left, right).reshape(N, -1)
     close(formed, gradients.reshape(N, -1)[:, order_of(layout).ravel()])
+    if biases is not None:
+        left = np.concatenate([left, np.ones_like(left[..., :1])], -1)
+        close(right.sum(1)[:, 0], biases)
     positions, groups = left.shape[1:3]
     mean, total = left.mean(1), right.sum(1)
     expected = [np.zeros((groups, z.shape[-1], z.shape[-1])) for z in (left, right, left, right)]
@@ -239,15 +267,16 @@ def test_moments_equal_dense_sums(name):
 
 @pytest.mark.parametrize("name", MOMENTS)
 def test_rotated_diagonals_are_those_of_the_exact_block(name):
-    made, layout, gradients, _, _ = moments_of(name)
-    basis = rotations(layout)
+    made, layout, gradients, biases, _, _ = moments_of(name)
+    basis = rotations(layout, biases is not None)
     order = order_of(layout)
-    expected = np.zeros(order.shape)
+    expected = np.zeros((layout.groups, layout.inputs + (biases is not None), layout.outputs))
     for b in range(layout.groups):
         rows = gradients.reshape(N, -1)[:, order[b].ravel()]
+        rows = rows if biases is None else np.hstack([rows, biases])
         turn = np.kron(np.asarray(basis.inputs[b]), np.asarray(basis.outputs[b]))
         block = rows.T @ (OMEGA[:, None] * rows)
-        expected[b] = np.diag(turn.T @ block @ turn).reshape(order.shape[1:])
+        expected[b] = np.diag(turn.T @ block @ turn).reshape(expected.shape[1:])
     for _, _, diagonal in made.values():
         close(diagonal, expected)
 
@@ -255,7 +284,8 @@ def test_rotated_diagonals_are_those_of_the_exact_block(name):
 def test_moments_of_one_outer_product_are_its_block():
     params, x, y = arrays(w=(4, 3), b=(3,)), jnp.asarray(numbers(3, 1, 4)), jnp.asarray(numbers(4, 1, 3))
     for moments in (jf.scores(dense)(params, x, y).expanded_moments()[1], jf.scores(dense)(params, x, y).reduced_moments()[1]):
-        row = plain(dense, params, (x, y))[0, 3:][order_of(moments.layout).ravel()]
+        both = plain(dense, params, (x, y))[0]
+        row = np.concatenate([both[3:][order_of(moments.layout).ravel()], both[:3]])
         close(np.kron(moments.inputs[0], moments.outputs[0]), np.outer(row, row))
 
 
@@ -263,7 +293,7 @@ def test_moments_of_an_exact_fisher_share_the_input():
     params, x = arrays(w=(4, 3), b=(3,)), numbers(3, N, 4)
     logits = x @ np.asarray(params["w"]) + np.asarray(params["b"])
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    inputs = sum(OMEGA[n] * np.outer(x[n], x[n]) for n in range(N))
+    inputs = sum(OMEGA[n] * np.outer([*x[n], 1], [*x[n], 1]) for n in range(N))
     outputs = sum(OMEGA[n] * (np.diag(p[n]) - np.outer(p[n], p[n])) for n in range(N))
 
     @jax.jit

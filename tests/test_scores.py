@@ -1,5 +1,7 @@
 """Scores against a loop of `jax.grad`, held and streamed, weighted, centred and padded."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,3 +122,19 @@ def test_streaming_bounds_every_buffer():
     assert held.output_size_in_bytes >= factors, "the control: what is held is that large"
     for quantity in (lambda s: s.diagonal(), lambda s: s.gram()):
         assert temporary(8, quantity) < 0.4 * factors + 4 * n * n * 4
+
+
+def test_products_with_constant_vectors_inside_a_jit(key):
+    """Vectors that are compiled in give what the same vectors as arguments give: XLA's CPU fusions once read garbage here."""
+    keys = jax.random.split(key, 3)
+    params = {"w": jax.random.normal(keys[0], (64, 256), jnp.float32), "v": jax.random.normal(keys[1], (256, 10), jnp.float32)}
+    model = lambda p, x: jf.Categorical(logits=jnp.tanh(x @ p["w"]) @ p["v"])  # noqa: E731
+    F = jf.exact_fisher(model)(params, jax.random.normal(keys[2], (256, 64), jnp.float32))
+    constant = lambda value: jax.tree.map(lambda leaf: jnp.full(leaf.shape, value, leaf.dtype), params)  # noqa: E731
+    for value in (0.0, 1.0):
+        expected = jax.jit(lambda S, v: (S.mv(v), S.rmv(S.mv(v))))(F.scores, constant(value))
+        inside = jax.jit(lambda S, value=value: (S.mv(constant(value)), S.rmv(S.mv(constant(value)))))(F.scores)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), inside, expected)
+        sums = jax.jit(lambda S, value=value: S.rmv(jnp.full(S.num_rows, value, jnp.float32)))(F.scores)
+        given = jax.jit(lambda S, w: S.rmv(w))(F.scores, jnp.full(F.scores.num_rows, value, jnp.float32))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3), sums, given)
