@@ -44,15 +44,28 @@ from jaxfisher._model import log_likelihood as log_likelihood
 from jaxfisher._natural import natural_grad as natural_grad
 from jaxfisher._natural import value_and_natural_grad as value_and_natural_grad
 from jaxfisher._operators.base import Operator as Operator
+from jaxfisher._operators.block import block_diagonal as block_diagonal
+from jaxfisher._operators.block import layers as layers
 from jaxfisher._operators.dense import dense as dense
 from jaxfisher._operators.diagonal import diagonal as diagonal
+from jaxfisher._operators.identity import relative_damping as relative_damping
+from jaxfisher._operators.identity import scaled_identity as scaled_identity
+from jaxfisher._operators.kronecker import eigen_kronecker as eigen_kronecker
+from jaxfisher._operators.kronecker import factored_damping as factored_damping
+from jaxfisher._operators.kronecker import kronecker as kronecker
+from jaxfisher._operators.kronecker import kronecker_reduce as kronecker_reduce
+from jaxfisher._operators.low_rank import low_rank as low_rank
+from jaxfisher._operators.low_rank import nystrom as nystrom
+from jaxfisher._operators.low_rank import partial_cholesky as partial_cholesky
 from jaxfisher._scores import Scores as Scores
 from jaxfisher._scores import scores as scores
 
 # Solving.
 from jaxfisher._solve import CG as CG
+from jaxfisher._solve import LSMR as LSMR
 from jaxfisher._solve import as_lineax as as_lineax
 from jaxfisher._solve import solve as solve
+from jaxfisher._solve import solve_path as solve_path
 
 # Optax.
 from jaxfisher._transform.natural_gradient import natural_gradient as natural_gradient

@@ -30,6 +30,8 @@ class LeafExplanation:
         bytes: what is held of it, for all rows.
         flops: of its part of the Gram matrix, a multiplication and an addition counted as two.
         why: what decided the form, or how its inner products are taken.
+        kronecker: ``yes`` if the leaf has a block of its own in `jaxfisher.kronecker`; of a bias, the weight whose block it
+            shares; else why it has none and is part of the view's ``rest``.
     """
 
     path: str
@@ -39,6 +41,7 @@ class LeafExplanation:
     bytes: int
     flops: int
     why: str
+    kronecker: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +77,22 @@ class Explanation:
         return tuple(leaf.path for leaf in self.leaves if "plain" in leaf.form)
 
     def __str__(self) -> str:
-        head = ("leaf", "shape", "held as", "T", "memory", "Gram flops", "why")
+        head = ("leaf", "shape", "held as", "T", "memory", "Gram flops", "Kronecker", "why")
         body = [
-            (leaf.path, str(leaf.shape), leaf.form, str(leaf.positions or ""), _bytes(leaf.bytes), _count(leaf.flops), leaf.why)
+            (
+                leaf.path,
+                str(leaf.shape),
+                leaf.form,
+                str(leaf.positions or ""),
+                _bytes(leaf.bytes),
+                _count(leaf.flops),
+                leaf.kronecker,
+                leaf.why,
+            )
             for leaf in self.leaves
         ]
-        total = ("total", f"{self.examples} x {self.rows} rows", "", "", _bytes(self.bytes), _count(self.flops), "")
-        plain = ("plain gradients", "", "", "", _bytes(self.plain_bytes), _count(self.plain_flops), "")
+        total = ("total", f"{self.examples} x {self.rows} rows", "", "", _bytes(self.bytes), _count(self.flops), "", "")
+        plain = ("plain gradients", "", "", "", _bytes(self.plain_bytes), _count(self.plain_flops), "", "")
         table = [head, *body, total, plain]
         widths = [max(len(row[i]) for row in table) for i in range(len(head))]
         right = (3, 4, 5)
@@ -128,7 +140,10 @@ def explain(function: Callable[..., Any], params: chex.ArrayTree, *data: Any) ->
     with of_one_example(rows.function, rows.name, params, batch.data):
         traced = trace(rows, params, batch.data)
     shapes = jax.eval_shape(lambda params, data: leaf_forms(traced, rows, params, data, batch.spec)[1], params, batch.data)
-    leaves = tuple(_explained(path, leaf) for path, leaf in zip(batch.spec.paths, shapes, strict=True))
+    leaves = tuple(
+        _explained(path, leaf, _kronecker(leaf, shapes, batch.spec.paths))
+        for path, leaf in zip(batch.spec.paths, shapes, strict=True)
+    )
     count = batch.size * traced.rows
     return Explanation(
         leaves,
@@ -154,9 +169,21 @@ def _rows(function: Callable[..., Any], params: chex.ArrayTree, data: tuple[Any,
     return ScoreRows(function) if numbers[-1] else ExactRows(function)
 
 
-def _explained(path: str, leaf: Leaf) -> LeafExplanation:
+def _explained(path: str, leaf: Leaf, kronecker: str) -> LeafExplanation:
     names = [_name(form, leaf) for form in leaf.forms] or ["zero"]
-    return LeafExplanation(path, leaf.shape, " + ".join(names), leaf.positions, leaf.bytes, _flops(leaf), _why(leaf))
+    return LeafExplanation(path, leaf.shape, " + ".join(names), leaf.positions, leaf.bytes, _flops(leaf), _why(leaf), kronecker)
+
+
+def _kronecker(leaf: Leaf, leaves: tuple[Leaf, ...], paths: tuple[str, ...]) -> str:
+    if leaf.has_moments:
+        return "yes"
+    if leaf.layer is not None and leaves[leaf.layer].has_moments:
+        return f"with {paths[leaf.layer]}"
+    if any(isinstance(form, Formed) for form in leaf.forms) or not leaf.forms:
+        return "no: no factors"
+    if any(not isinstance(form, Convolution | Formed) and isinstance(form.left, Positions) for form in leaf.forms):
+        return "no: a table"
+    return "no: factors in several layouts"
 
 
 def _name(form: Form, leaf: Leaf) -> str:

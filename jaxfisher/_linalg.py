@@ -1,9 +1,12 @@
 r"""Small dense linear algebra behind every exact route: a symmetric matrix plus damping, inverted as well as the dtype allows.
 
-One rule for all routes. With a damping above the rounding error of the matrix and a well-posed Cholesky factor: Cholesky and
-one step of refinement. Otherwise an eigendecomposition. A damping that is zero, or too small beside the matrix for its dtype to
-tell, leaves out the directions whose eigenvalues are zero to rounding: the minimum-norm solution. Which of these it was is not
+One rule for all routes. Where the Cholesky factor is well posed: Cholesky and one step of refinement. Otherwise an
+eigendecomposition. A damping that is zero, or too small beside the matrix for its dtype to tell, leaves out the directions
+whose eigenvalues are zero to rounding: the minimum-norm solution. What is zero to rounding is decided after the matrix was
+scaled to a unit diagonal, so that a parameter in other units is not taken for a null direction. Which of these it was is not
 hidden: the rank and the residual of the answer are reported.
+
+Reference: Higham, Accuracy and Stability of Numerical Algorithms (2002), theorem 10.7 (Demmel: Cholesky and unit diagonals).
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ class SolveInfo(NamedTuple):
         finite: whether every number of the answer is finite.
         rank: number of directions inverted: p, unless F is singular to rounding and the damping zero, or too small beside F for
             the dtype to tell.
+        indefinite: whether an iterative solver met a direction in which ``F + damping I`` is negative, and stopped there.
     """
 
     residual: Float[Array, ""]
@@ -38,21 +42,20 @@ class SolveInfo(NamedTuple):
     converged: Bool[Array, ""]
     finite: Bool[Array, ""]
     rank: Int[Array, ""]
+    indefinite: Bool[Array, ""]
 
 
 class Inverse(NamedTuple):
-    """A damped matrix, factored: by Cholesky where that can be trusted, else by its eigenvectors.
+    """A damped matrix, inverted: by its Cholesky factor where that can be trusted, else as a matrix.
 
     Attributes:
-        factor: the lower Cholesky factor, or the eigenvectors.
-        inverted: the inverse eigenvalues of the damped matrix, zero along directions left out; unused with Cholesky.
+        factor: the lower Cholesky factor, or the (pseudo-)inverse itself.
         by_cholesky: which of the two ``factor`` is.
         rank: number of directions inverted.
         damped: whether the damping could be told from zero; where not, this is the pseudo-inverse of the matrix.
     """
 
     factor: Float[Array, "m m"]
-    inverted: Float[Array, " m"]
     by_cholesky: Bool[Array, ""]
     rank: Int[Array, ""]
     damped: Bool[Array, ""]
@@ -62,7 +65,7 @@ class Inverse(NamedTuple):
         return jax.lax.cond(
             self.by_cholesky,
             lambda: jax.scipy.linalg.cho_solve((self.factor, True), b),
-            lambda: matmul(self.factor, self.inverted * matmul(self.factor.T, b)),
+            lambda: matmul(self.factor, b),
         )
 
 
@@ -70,31 +73,109 @@ def invert(matrix: Float[Array, "m m"], damping: Scalar) -> Inverse:
     """Factor ``matrix + damping I`` in the way that can be trusted; only that one runs. Only the upper triangle is read."""
     size, eps = matrix.shape[0], jnp.finfo(matrix.dtype).eps
     damped = matrix + damping * jnp.eye(size, dtype=matrix.dtype)
-    factor = _cholesky(damped)
-    # A pivot or a damping inside the rounding error of the matrix is noise, and so would be what is divided by it.
-    rounding = eps * jnp.max(jnp.diagonal(damped))
-    well_posed = (damping > rounding) & jnp.all(jnp.square(jnp.diagonal(factor)) > rounding)
+    factor, diagonal = _cholesky(damped), jnp.diagonal(damped)
+    told = damping > eps * jnp.max(diagonal)
+    # What a pivot is of its diagonal entry does not depend on units. With damping it may come down to the rounding error of one
+    # entry; without, to that of the whole matrix.
+    share = jnp.square(jnp.diagonal(factor)) / diagonal
+    well_posed = jnp.all(share > jnp.where(told, eps, size * eps))
 
     def by_cholesky() -> Inverse:
-        nothing = jnp.zeros(size, matrix.dtype)
-        return Inverse(factor, nothing, jnp.asarray(True), jnp.asarray(size, jnp.int32), jnp.asarray(True))
+        return Inverse(factor, jnp.asarray(True), jnp.asarray(size, jnp.int32), told)
 
     def by_eigenvectors() -> Inverse:
-        values, vectors = jnp.linalg.eigh(mirrored(matrix), symmetrize_input=False)
-        values, kept, told = _resolved(values, damping)
-        inverted = jnp.where(kept, 1 / jnp.where(kept, values + damping, 1), 0)
-        return Inverse(vectors, inverted, jnp.asarray(False), jnp.sum(kept, dtype=jnp.int32), told)
+        return Inverse(*_pseudo_inverse(mirrored(matrix), damping, told), told)
 
     return jax.lax.cond(well_posed, by_cholesky, by_eigenvectors)
 
 
+class Decomposed(NamedTuple):
+    """A matrix by its eigenvectors, inverted at one damping: what `Inverse` is, for a path of dampings."""
+
+    vectors: Float[Array, "m m"]
+    inverted: Float[Array, " m"]
+    rank: Int[Array, ""]
+    damped: Bool[Array, ""]
+
+    def apply(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
+        """``(matrix + damping I)^+ b``."""
+        return matmul(self.vectors, self.inverted * matmul(self.vectors.T, b))
+
+
+Factorise = Callable[[Float[Array, "m m"]], Callable[[Scalar], Inverse | Decomposed]]
+"""From a matrix, given by its upper triangle, to its inverse at any damping."""
+
+
+def by_invert(matrix: Float[Array, "m m"]) -> Callable[[Scalar], Inverse]:
+    """A factorisation for each damping, the way that can be trusted: `invert`."""
+    return partial(invert, matrix)
+
+
+def by_eigenvectors(matrix: Float[Array, "m m"]) -> Callable[[Scalar], Decomposed]:
+    """One eigendecomposition for all dampings. What counts as zero without damping depends on the units here."""
+    found, vectors = jnp.linalg.eigh(mirrored(matrix), symmetrize_input=False)
+
+    def at(damping: Scalar) -> Decomposed:
+        values, kept, told = _resolved(found, damping)
+        inverted = jnp.where(kept, 1 / jnp.where(kept, values + damping, 1), 0)
+        return Decomposed(vectors, inverted, jnp.sum(kept, dtype=jnp.int32), told)
+
+    return at
+
+
+def _pseudo_inverse(
+    matrix: Float[Array, "m m"], damping: Scalar, told: Bool[Array, ""]
+) -> tuple[Float[Array, "m m"], Bool[Array, ""], Int[Array, ""]]:
+    """``(matrix + damping I)^-1``, or ``matrix^+`` where no damping is told; that it is no Cholesky factor; and the rank.
+
+    Without damping the null space ``N'`` is found of ``M' = s M s`` with a unit diagonal; that of the matrix is ``s N'``. Any
+    ``G`` with ``M G M = M``, such as ``s M'^+ s``, gives ``M^+ = P G P`` with ``P`` the projection off the null space.
+    """
+    unit = jnp.where(told, 1, _unit_diagonal(matrix))
+    damping = jnp.where(told, damping, 0)
+    values, vectors = jnp.linalg.eigh(matrix * unit[:, None] * unit[None, :], symmetrize_input=False)
+    values, kept, _ = _resolved(values, damping)
+    inverted = jnp.where(kept, 1 / jnp.where(kept, values + damping, 1), 0)
+    scaled = unit[:, None] * vectors
+    null = _null_basis(scaled, kept)
+    scaled = scaled - matmul(null, matmul(null.T, scaled))
+    return matmul(scaled * inverted[None, :], scaled.T), jnp.asarray(False), jnp.sum(kept, dtype=jnp.int32)
+
+
+def _unit_diagonal(matrix: Float[Array, "m m"]) -> Float[Array, " m"]:
+    """The factors that scale a matrix to a unit diagonal; one where it is zero."""
+    variances = jnp.diagonal(matrix)
+    return jnp.where(variances > 0, jax.lax.rsqrt(jnp.where(variances > 0, variances, 1)), 1)
+
+
+def _null_basis(vectors: Float[Array, "m m"], kept: Bool[Array, " m"]) -> Float[Array, "m m"]:
+    """Orthonormal columns that span those vectors which are not kept, and then zeros."""
+    # The first columns of Q span the first columns of what was factored.
+    basis = jnp.linalg.qr(vectors[:, jnp.argsort(kept, stable=True)])[0]
+    return jnp.where(jnp.arange(kept.size)[None, :] < jnp.sum(~kept), basis, 0)
+
+
+def unit_rank(matrix: Float[Array, "m m"]) -> Int[Array, ""]:
+    """The rank of a symmetric matrix, decided after it is scaled to a unit diagonal."""
+    unit = _unit_diagonal(matrix)
+    values = jnp.linalg.eigvalsh(matrix * unit[:, None] * unit[None, :])
+    return jnp.sum(_resolved(values, jnp.zeros((), matrix.dtype))[1], dtype=jnp.int32)
+
+
+def null_vectors(matrix: Float[Array, "m m"]) -> Float[Array, "m k"]:
+    """Orthonormal columns that span the null space, decided as `unit_rank` does. Not under ``jit``: k depends on the values."""
+    unit = _unit_diagonal(matrix)
+    values, vectors = jnp.linalg.eigh(matrix * unit[:, None] * unit[None, :])
+    _, kept, _ = _resolved(values, jnp.zeros((), matrix.dtype))
+    return _null_basis(unit[:, None] * vectors, kept)[:, : int(jnp.sum(~kept))]
+
+
 def mirrored(upper: Float[Array, "m m"]) -> Float[Array, "m m"]:
     """The symmetric matrix with this upper triangle."""
-    # A choice, not a sum of two triangles: fused into what made the triangle, a sum would be rounded differently in each. The
-    # other triangle is cleared first since XLA of jax 0.10 takes minutes, or its stack, to compile a choice between a matrix
-    # and its transpose.
-    cleared = jnp.triu(upper)
-    return jnp.where(jnp.tri(upper.shape[0], k=-1, dtype=bool), cleared.T, cleared)
+    # Looked up: an entry and its mirror image are then one expression at one place, the same to the last bit whatever that is
+    # fused with. Sums of, and choices between, two triangles are not, and the latter jax 0.10 takes minutes to compile.
+    rows, columns = jnp.indices(upper.shape)
+    return upper.at[jnp.minimum(rows, columns), jnp.maximum(rows, columns)].get(mode="promise_in_bounds")
 
 
 @jax.custom_jvp
@@ -125,24 +206,35 @@ def refined(solve: Callable[[Array], Array], product: Callable[[Array], Array], 
 
 
 def _resolved(values: Float[Array, " m"], damping: Scalar) -> tuple[Float[Array, " m"], Bool[Array, " m"], Bool[Array, ""]]:
-    """Eigenvalues, zero where inside rounding error; which directions to keep; whether the damping is told from zero.
-
-    With damping, every direction is kept and the rounding error is that of one eigenvalue; without, a direction needs an
-    eigenvalue above the error of the whole decomposition, ``m eps max|value|``, the convention of `numpy.linalg.matrix_rank`.
-    """
-    eps = jnp.finfo(values.dtype).eps
+    """Eigenvalues, zero where inside rounding error; which directions to keep; whether the damping is told from zero."""
     largest = jnp.max(jnp.abs(values), initial=0.0)
-    told = damping > eps * largest
-    cut = jnp.where(told, eps, values.shape[0] * eps) * largest
-    # Written so that a NaN eigenvalue stays NaN.
-    values = jnp.where(jnp.abs(values) <= cut, 0, values)
+    values = resolved(values, damping, largest, values.shape[0])
+    told = damping > jnp.finfo(values.dtype).eps * largest
     return values, told | (values != 0), told
 
 
+def resolved(values: Float[Array, "..."], damping: Scalar, largest: Scalar, size: int) -> Float[Array, "..."]:
+    """Eigenvalues of a matrix of this size and largest eigenvalue, zero where inside rounding error.
+
+    With damping that is the rounding error of one eigenvalue; without, a direction needs an eigenvalue above the error of the
+    whole decomposition, ``size eps largest``, the convention of `numpy.linalg.matrix_rank`.
+    """
+    eps = jnp.finfo(values.dtype).eps
+    cut = jnp.where(damping > eps * largest, eps, size * eps) * largest
+    # Written so that a NaN eigenvalue stays NaN.
+    return jnp.where(jnp.abs(values) <= cut, 0, values)
+
+
 def eigenvalues(matrix: Float[Array, "m m"]) -> Float[Array, " m"]:
-    """Ascending eigenvalues of a symmetric matrix given by its upper triangle, those inside rounding error set to zero."""
+    """Ascending eigenvalues of a symmetric matrix given by its upper triangle, those inside rounding error set to zero.
+
+    A positive one counts from the rounding error of one eigenvalue on, since a damping may; a negative one, which a Fisher does
+    not have, from that of the whole decomposition on.
+    """
     values = jnp.linalg.eigvalsh(mirrored(matrix), symmetrize_input=False)
-    return _resolved(values, jnp.asarray(jnp.inf, matrix.dtype))[0]
+    values = _resolved(values, jnp.asarray(jnp.inf, matrix.dtype))[0]
+    noise = values.shape[0] * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values), initial=0.0)
+    return jnp.where((values < 0) & (values >= -noise), 0, values)
 
 
 def spectral_mv(matrix: Float[Array, "m m"], v: Float[Array, " m"], power: Scalar, damping: Scalar) -> Float[Array, " m"]:
@@ -179,4 +271,4 @@ def direct_info(
     finite = jnp.all(jnp.isfinite(x))
     small = relative <= jnp.sqrt(jnp.finfo(x.dtype).eps)
     least_norm = (damping == 0) & (rank < x.size)
-    return SolveInfo(relative, jnp.zeros((), jnp.int32), finite & (small | least_norm), finite, rank)
+    return SolveInfo(relative, jnp.zeros((), jnp.int32), finite & (small | least_norm), finite, rank, jnp.asarray(False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import chex
@@ -13,14 +12,10 @@ from jaxtyping import Array, Float, Scalar
 from jaxfisher._examples import Batch, make_batch, needs_data, sum_batches
 from jaxfisher._fisher import FisherFunction
 from jaxfisher._model import LOG_PROB, LogProb, mean_loss, of_one_example
-from jaxfisher._operators.base import Operator, Provenance, as_operator, nonnegative
+from jaxfisher._operators.base import VIEW, Operator, Provenance, View, as_operator, nonnegative
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._scores import values_and_scores
 from jaxfisher._tree import cast_like, check_function
-
-View = Callable[[Operator], Operator]
-VIEW = "operator -> operator, such as jf.diagonal"
-"""What a view is, as messages show it."""
 
 
 class NaturalGradFunction(Protocol):

@@ -29,7 +29,7 @@ from jaxfisher._forms import Leaf, Moments, outer_moment
 from jaxfisher._linalg import matmul, mirrored
 from jaxfisher._model import LOG_PROB, LogProb, of_one_example
 from jaxfisher._rows import Rows, ScoreRows
-from jaxfisher._tree import ParamSpec, check_function, described, dot, dtype_of, narrowed, param_spec
+from jaxfisher._tree import ParamSpec, check_function, described, dot, dtype_of, kept, narrowed, param_spec
 
 
 class Scores(abc.ABC):
@@ -86,7 +86,8 @@ class Scores(abc.ABC):
     def expanded_moments(self) -> tuple[Moments | None, ...]:
         r"""Second moments of each leaf's factors with positions as if they were examples; None for a leaf without factors.
 
-        ``E[1/T sum_t a_t a_t^T]`` and ``E[sum_t g_t g_t^T]``. Reference: Eschenhagen et al. (NeurIPS 2023), KFAC-expand.
+        ``E[1/T sum_t a_t a_t^T]`` and ``E[sum_t g_t g_t^T]`` with weights that sum to one, else either is multiplied by their
+        sum. A layer's bias goes with its weight. Reference: Eschenhagen et al. (NeurIPS 2023), KFAC-expand.
         """
 
     @abc.abstractmethod
@@ -103,6 +104,20 @@ class Scores(abc.ABC):
 
         Reference: George et al., Fast approximate natural gradient descent in a Kronecker-factored eigenbasis (NeurIPS 2018).
         """
+
+    @property
+    @abc.abstractmethod
+    def layers(self) -> tuple[int | None, ...]:
+        """For every leaf that is the bias of a layer, the place of the layer's weight among the leaves."""
+
+    @property
+    @abc.abstractmethod
+    def mass(self) -> Scalar:
+        """The sum of the weights of the examples."""
+
+    @abc.abstractmethod
+    def rescaled(self, factors: tuple[Scalar, ...]) -> Scores:
+        """The columns of each leaf multiplied by a number."""
 
     @abc.abstractmethod
     def as_matrix(self) -> Float[Array, "rows p"]:
@@ -148,6 +163,18 @@ class HeldScores(Scores):
 
     def _by_example(self, w: Float[Array, " rows"]) -> Float[Array, "examples rows"]:
         return w.reshape(self.leaves[0].examples, self.leaves[0].rows)
+
+    @property
+    def layers(self) -> tuple[int | None, ...]:
+        return tuple(leaf.layer for leaf in self.leaves)
+
+    @property
+    def mass(self) -> Scalar:
+        return jnp.sum(self.weights) / self.leaves[0].rows
+
+    def rescaled(self, factors: tuple[Scalar, ...]) -> HeldScores:
+        leaves = tuple(leaf.times(factor) for leaf, factor in zip(self.leaves, factors, strict=True))
+        return dataclasses.replace(self, leaves=leaves)
 
     def mv(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
         parts = [leaf.mv(x) for leaf, x in zip(self.leaves, self.spec.leaves(v, "v"), strict=True)]
@@ -252,7 +279,7 @@ def _upper(leaves: Sequence[tuple[Leaf, bool]], factor: Scalar) -> Float[Array, 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("params", "data", "weights", "shift"),
+    data_fields=("params", "data", "weights", "shift", "factors"),
     meta_fields=("rows", "spec", "batch_size", "keep"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +294,22 @@ class StreamedScores(Scores):
     batch_size: int
     keep: tuple[bool, ...]
     shift: tuple[Any, ...] | None = None
+    factors: tuple[Scalar, ...] | None = None
+
+    @property
+    def layers(self) -> tuple[int | None, ...]:
+        if self.factors is not None or self.shift is not None:
+            return (None,) * len(self.spec.paths)
+        first = jax.tree.map(lambda leaf: leaf[:1], self.data)
+        return tuple(leaf.layer for leaf in _kept_leaves(jax.eval_shape(self._leaves, *first), self.keep))
+
+    @property
+    def mass(self) -> Scalar:
+        return jnp.sum(self.weights) * num_examples(self.data, "data") / self.num_rows
+
+    def rescaled(self, factors: tuple[Scalar, ...]) -> StreamedScores:
+        old = factors if self.factors is None else tuple(a * b for a, b in zip(self.factors, factors, strict=True))
+        return dataclasses.replace(self, factors=old)
 
     def _leaves(self, *data: Any) -> tuple[Leaf, ...]:
         """The leaves of a piece of the data, as the engine gives them."""
@@ -277,7 +320,8 @@ class StreamedScores(Scores):
         leaves = self._leaves(*data)
         if self.shift is not None:
             leaves = tuple(leaf.shifted(means) for leaf, means in zip(leaves, self.shift, strict=True))
-        return HeldScores(_kept_leaves(leaves, self.keep), weights.reshape(-1), self.spec)
+        held = HeldScores(_kept_leaves(leaves, self.keep), weights.reshape(-1), self.spec)
+        return held if self.factors is None else held.rescaled(self.factors)
 
     def _by_example(self, w: Float[Array, " rows"]) -> Float[Array, "n m"]:
         return w.reshape(num_examples(self.data, "data"), -1)
@@ -369,7 +413,8 @@ class StreamedScores(Scores):
         return jnp.max(self._map(lambda held: held.bound()[None]))
 
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> StreamedScores:
-        return dataclasses.replace(self, keep=narrowed(self.keep, keep), spec=spec)
+        factors = None if self.factors is None else tuple(kept(self.factors, keep))
+        return dataclasses.replace(self, keep=narrowed(self.keep, keep), spec=spec, factors=factors)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("parts",), meta_fields=())
@@ -388,6 +433,18 @@ class JoinedScores(Scores):
     def weights(self) -> Float[Array, " rows"]:  # type: ignore[override]
         """The weights of all rows."""
         return jnp.concatenate([part.weights for part in self.parts])
+
+    @property
+    def layers(self) -> tuple[int | None, ...]:
+        return tuple(a if all(a == b for b in rest) else None for a, *rest in zip(*(p.layers for p in self.parts), strict=True))
+
+    @property
+    def mass(self) -> Scalar:
+        masses: Scalar = total([part.mass for part in self.parts])
+        return masses
+
+    def rescaled(self, factors: tuple[Scalar, ...]) -> JoinedScores:
+        return JoinedScores(tuple(part.rescaled(factors) for part in self.parts))
 
     def mv(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
         return jnp.concatenate([part.mv(v) for part in self.parts])
@@ -468,6 +525,17 @@ class CenteredScores(Scores):
     def weights(self) -> Float[Array, " rows"]:  # type: ignore[override]
         """The weights of the rows."""
         return self.scores.weights
+
+    @property
+    def layers(self) -> tuple[int | None, ...]:
+        return self.scores.layers
+
+    @property
+    def mass(self) -> Scalar:
+        return self.scores.mass
+
+    def rescaled(self, factors: tuple[Scalar, ...]) -> CenteredScores:
+        return dataclasses.replace(self, scores=self.scores.rescaled(factors))
 
     def _mean(self) -> Any:
         return self.scores.rmv(self.mean_weights)

@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
 import jax.numpy as jnp
 import lineax
+from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from jaxfisher._linalg import SolveInfo, norm
-from jaxfisher._operators.base import Operator, as_operator, nonnegative
-from jaxfisher._tree import all_finite, cast_like, described
+from jaxfisher._linalg import SolveInfo, by_eigenvectors, norm
+from jaxfisher._operators.base import Damping, Dampings, Operator, as_operator, nonnegative
+from jaxfisher._scores import Scores
+from jaxfisher._tree import all_finite, cast_like, described, dtype_of
 
 
 class Solver(Protocol):
     """``solver(fisher, v, damping) -> (x, info)``."""
 
-    def __call__(self, fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric) -> tuple[Any, SolveInfo]: ...
+    def __call__(self, fisher: Operator, v: chex.ArrayTree, damping: Any) -> tuple[Any, SolveInfo]: ...
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=("preconditioner", "start"), meta_fields=("rtol", "max_steps"))
 @dataclasses.dataclass(frozen=True)
 class CG:
-    """Conjugate gradients: for operators known by their products only.
+    r"""Preconditioned conjugate gradients: for operators known by their products only.
 
     Attributes:
-        rtol: stop when the residual is about ``rtol`` times ``|v|``, and steps about ``rtol`` times ``|x|`` (root mean
-            squares).
+        rtol: stop when ``|v - (F + damping I) x| <= rtol |v|``. The residual is made anew before that is believed.
         max_steps: give up after so many products; None means ten times the number of parameters.
+        preconditioner: an operator near F that is cheap to solve with, such as ``jf.kronecker(F)`` or ``jf.nystrom(F, 50,
+            key)``; it is inverted with the same damping, once.
+        start: a first guess of ``x``, such as the last step's solution; None for zero.
 
-    The answer is not exact: read ``info.converged`` and ``info.residual``. The right-hand side is normalised first, so the
-    stopping rule does not depend on its scale. At zero damping F must not be singular. The iteration is lineax's.
+    The answer is not exact: read ``info.converged`` and ``info.residual``. The stopping rule does not depend on the scale of
+    ``v`` or of F. If a direction is met along which ``F + damping I`` is negative, as the Hessian behind `observed_information`
+    may be, the iteration stops there with what it has and ``info.indefinite`` says so. A pytree: it crosses ``jit`` as an
+    argument.
 
-    Reference: Hestenes and Stiefel, Methods of conjugate gradients for solving linear systems (1952).
+    Reference: Hestenes and Stiefel, Methods of conjugate gradients for solving linear systems (1952); Martens, Deep learning
+    via Hessian-free optimization (ICML 2010), section 4.
 
     >>> import jax.numpy as jnp, jaxfisher as jf
     >>> F = jf.implicit_fisher(lambda w, x: jf.Bernoulli(logits=w * x))(0.0, jnp.array([1.0, 3.0]))
@@ -44,66 +54,264 @@ class CG:
 
     rtol: float = 1e-5
     max_steps: int | None = None
+    preconditioner: Operator | None = None
+    start: Any = None
 
     def __post_init__(self) -> None:
-        nonnegative("rtol", self.rtol, jnp.float32)
-        steps = self.max_steps
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-            raise ValueError(f"`max_steps` is {described(steps)}; expected a whole number of at least one, or None.")
+        _check_rule(self.rtol, self.max_steps)
+        if self.preconditioner is not None and not jax.tree_util.all_leaves([self.preconditioner]):
+            as_operator(self.preconditioner, "CG: `preconditioner`")
 
-    def __call__(self, fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric) -> tuple[Any, SolveInfo]:
+    def __call__(self, fisher: Operator, v: chex.ArrayTree, damping: Damping) -> tuple[Any, SolveInfo]:
         spec = fisher.spec
-        damping = nonnegative("damping", damping, spec.dtype)
+        known = fisher.dampings(damping)
         b = spec.ravel(v, "v")
-        # In units of its root mean square, since lineax's test adds an absolute and a relative tolerance, entry by entry.
-        size = norm(b) / spec.size**0.5
+        size = norm(b)
         size = jnp.where(size > 0, size, 1)
-        product = fisher.linearised()
+        start = None if self.start is None else spec.ravel(self.start, "start") / size
+        product = _damped(fisher, known)
+        precondition: Callable[[Array], Array] = lambda r: r  # noqa: E731
+        if self.preconditioner is not None:
+            fisher._same_parameters(self.preconditioner)
+            inverse = self.preconditioner.inverse(known)
+            precondition = lambda r: spec.ravel(inverse(spec.unravel(r))[0], "r")  # noqa: E731
+        most = 10 * spec.size if self.max_steps is None else self.max_steps
 
-        def damped(x: Any) -> Any:
-            return spec.ravel(product(spec.unravel(x)), "v") + damping * x
+        def iterate(product: Callable[[Array], Array], b: Array) -> tuple[Array, tuple[Array, Array]]:
+            x, steps, indefinite = _conjugate_gradients(product, precondition, b, start, self.rtol, most)
+            return x, (steps, indefinite)
 
-        operator = lineax.FunctionLinearOperator(
-            damped, jax.ShapeDtypeStruct(b.shape, b.dtype), lineax.positive_semidefinite_tag
-        )
-        method = lineax.CG(rtol=self.rtol, atol=self.rtol, norm=_root_mean_square, max_steps=self.max_steps)
-        solution = lineax.linear_solve(operator, b / size, method, throw=False)
-        x = solution.value
-        residual = norm(b / size - damped(x)) / jnp.maximum(norm(b / size), jnp.finfo(b.dtype).tiny)
-        steps = jnp.asarray(solution.stats["num_steps"], jnp.int32)
+        # Derivatives are those of the solution, not of the iteration.
+        x, (steps, indefinite) = jax.lax.custom_linear_solve(product, b / size, iterate, symmetric=True, has_aux=True)
+        residual = norm(b / size - product(x))
         finite = all_finite(x)
-        converged = (solution.result == lineax.RESULTS.successful) & finite
-        info = SolveInfo(residual, steps, converged, finite, jnp.asarray(spec.size, jnp.int32))
+        converged = finite & (residual <= self.rtol) & ~indefinite
+        info = SolveInfo(residual, steps, converged, finite, fisher.full_rank, indefinite)
         return cast_like(spec.unravel(x * size), v), info
 
 
-def _root_mean_square(x: chex.ArrayTree) -> chex.Numeric:
-    flat = jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(x)])
-    return norm(flat) / flat.size**0.5
+def _check_rule(rtol: float, max_steps: int | None) -> None:
+    nonnegative("rtol", rtol, jnp.float32)
+    if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1):
+        raise ValueError(f"`max_steps` is {described(max_steps)}; expected a whole number of at least one, or None.")
 
 
-def solve(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric, solver: Solver | None = None) -> tuple[Any, SolveInfo]:
+def _damped(fisher: Operator, damping: Dampings) -> Callable[[Float[Array, " p"]], Float[Array, " p"]]:
+    """``x -> (F + damping I) x`` on flat vectors."""
+    spec, product = fisher.spec, fisher.linearised()
+    by_leaf = damping if isinstance(damping, tuple) else (damping,) * len(spec.sizes)
+    entries = jnp.concatenate([jnp.broadcast_to(d, size) for d, size in zip(by_leaf, spec.sizes, strict=True)])
+    return lambda x: spec.ravel(product(spec.unravel(x)), "x") + entries * x
+
+
+class _State(NamedTuple):
+    """Where conjugate gradients are: the solution, its residual, that preconditioned, the direction and their products."""
+
+    x: Array
+    r: Array
+    p: Array
+    rz: Array
+    size: Array
+    steps: Array
+    restarts: Array
+    indefinite: Array
+
+
+RESTARTS = 3
+"""How often an iteration that thinks it has arrived, and has not, starts again from the true residual."""
+
+
+def _conjugate_gradients(
+    product: Callable[[Array], Array],
+    precondition: Callable[[Array], Array],
+    b: Float[Array, " p"],
+    start: Float[Array, " p"] | None,
+    rtol: float,
+    most: int,
+) -> tuple[Float[Array, " p"], Int[Array, ""], Bool[Array, ""]]:
+    """The solution, the number of steps, and whether a direction of negative curvature ended it."""
+    # Lineax's solver stops on a test of step and residual together, and has no word for negative curvature.
+    target = rtol * norm(b)
+
+    def begin(x: Array, r: Array, steps: Array, restarts: Array) -> _State:
+        z = precondition(r)
+        return _State(x, r, z, jnp.vdot(r, z), norm(r), steps, restarts, jnp.asarray(False))
+
+    def going(state: _State) -> Array:
+        return (state.size > target) & (state.steps < most) & (state.restarts < RESTARTS) & ~state.indefinite
+
+    def step(state: _State) -> _State:
+        q = product(state.p)
+        curvature = jnp.vdot(state.p, q)
+        rounding = 10 * jnp.finfo(b.dtype).eps * norm(state.p) * norm(q)
+        forward = curvature > 0
+        length = jnp.where(forward, state.rz / jnp.where(forward, curvature, 1), 0)
+        x, r = state.x + length * state.p, state.r - length * q
+        arrived = norm(r) <= target
+        r = jax.lax.cond(arrived, lambda: b - product(x), lambda: r)
+        z = precondition(r)
+        rz, size = jnp.vdot(r, z), norm(r)
+        # After a true residual the old directions are no longer conjugate to it; without any curvature nothing more is gained.
+        again = arrived & (size > target)
+        share = jnp.where(arrived, 0, rz / jnp.where(state.rz != 0, state.rz, 1))
+        return _State(
+            x,
+            r,
+            z + share * state.p,
+            rz,
+            size,
+            state.steps + 1,
+            jnp.where(forward, state.restarts + again.astype(jnp.int32), RESTARTS),
+            curvature < -rounding,
+        )
+
+    zero = jnp.zeros((), jnp.int32)
+    first = (jnp.zeros_like(b), b) if start is None else (start, b - product(start))
+    end = jax.lax.while_loop(going, step, begin(*first, zero, zero))
+    return end.x, end.steps, end.indefinite
+
+
+@dataclasses.dataclass(frozen=True)
+class LSMR:
+    r"""Damped least squares on scores, where ``F = X^T X`` is never used, only ``X`` and ``X^T``.
+
+    .. math:: \min_x \sum_i \omega_i (s_i^T x - e_i)^2 + \lambda |x|^2.
+
+    Its solution is ``(F + \lambda I)^{-1} S^T diag(omega) e``. It converges with the condition number of ``X``, the square root
+    of that of F, and keeps the digits that squaring would lose.
+
+    Attributes:
+        rtol: the tolerance of its tests of residual and gradient.
+        max_steps: give up after so many steps; None means ten times the smaller of rows and parameters.
+
+    As a solver of `jaxfisher.solve` it takes any ``v``, with a damping above zero; where ``v = S^T diag(omega) e`` with ``e``
+    known, as for the gradient of a mean of log-densities (``e`` is one everywhere), `least_squares` is more accurate. The
+    iteration is lineax's, on ``X`` with ``sqrt(damping) I`` below it.
+
+    Reference: Fong and Saunders, LSMR: an iterative algorithm for sparse least-squares problems (SIAM J. Sci. Comput. 2011).
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> F = jf.exact_fisher(lambda w, x: jf.Bernoulli(logits=w * x))(0.0, jnp.array([1.0, 3.0]))
+    >>> x, info = jf.solve(F, 2.5, damping=1.25, solver=jf.LSMR())
+    >>> print(x, info.converged)
+    1.0 True
+    """
+
+    rtol: float = 1e-6
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_rule(self.rtol, self.max_steps)
+
+    def __call__(self, fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric) -> tuple[Any, SolveInfo]:
+        if isinstance(damping, (int, float)) and damping == 0:
+            raise ValueError(
+                "LSMR: `damping` is 0, where a right-hand side must be known by its coordinates in the scores: "
+                "jf.LSMR().least_squares(scores, e, damping=0.0)."
+            )
+        scores = fisher.rows("LSMR")
+        strength = nonnegative("damping", damping, fisher.spec.dtype)
+        # v = X^T 0 + sqrt(damping) (v / sqrt(damping))
+        below = jax.tree.map(lambda leaf: leaf / jnp.sqrt(strength), fisher._vector(v))
+        x, info = self._run(scores, jnp.zeros(scores.num_rows, fisher.spec.dtype), below, strength)
+        rest = fisher.spec.ravel(v, "v") - _damped(fisher, strength)(fisher.spec.ravel(x, "x"))
+        size = norm(fisher.spec.ravel(v, "v"))
+        return cast_like(x, v), info._replace(residual=norm(rest) / jnp.where(size > 0, size, 1))
+
+    def least_squares(self, scores: Scores, e: Float[Array, " rows"], damping: chex.Numeric) -> tuple[Any, SolveInfo]:
+        """``(F + damping I)^-1 S^T diag(omega) e`` and a report, whose residual is that of this right-hand side."""
+        strength = nonnegative("damping", damping, scores.spec.dtype)
+        e = jnp.sqrt(scores.weights) * jnp.asarray(e).astype(scores.spec.dtype)
+        x, info = self._run(scores, e, scores.spec.zeros(), strength)
+        root = jnp.sqrt(scores.weights)
+        right = scores.spec.ravel(scores.rmv(root * e), "v")
+        left = scores.spec.ravel(scores.rmv(scores.weights * scores.mv(x)), "x") + strength * scores.spec.ravel(x, "x")
+        size = norm(right)
+        return x, info._replace(residual=norm(right - left) / jnp.where(size > 0, size, 1))
+
+    def _run(self, scores: Scores, above: Array, below: Any, damping: Scalar) -> tuple[Any, SolveInfo]:
+        # Lineax 0.1.1 starts its iteration in the default precision: where float64 is enabled, float32 vectors are widened.
+        wide, narrow = jnp.result_type(float), scores.spec.dtype
+        root, strength = jnp.sqrt(scores.weights), jnp.sqrt(damping)
+
+        def stacked(x: Any) -> tuple[Array, Any]:
+            x = _as_type(x, narrow)
+            return _as_type((root * scores.mv(x), jax.tree.map(lambda leaf: strength * leaf, x)), wide)
+
+        structure = jax.eval_shape(lambda: _as_type(scores.spec.zeros(), wide))
+        operator = lineax.FunctionLinearOperator(stacked, structure)
+        # Condition numbers are the user's business: the damping bounds them.
+        method = lineax.LSMR(rtol=self.rtol, atol=self.rtol, max_steps=self.max_steps, conlim=float("inf"))
+        solution = lineax.linear_solve(operator, _as_type((above, below), wide), method, throw=False)
+        x = _as_type(solution.value, narrow)
+        finite = all_finite(x)
+        steps = jnp.asarray(solution.stats["num_steps"], jnp.int32)
+        converged = (solution.result == lineax.RESULTS.successful) & finite
+        rank = jnp.asarray(scores.spec.size, jnp.int32)
+        return x, SolveInfo(jnp.zeros((), scores.spec.dtype), steps, converged, finite, rank, jnp.asarray(False))
+
+
+def _as_type(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+
+def solve_path(fisher: Operator, v: chex.ArrayTree, dampings: Float[Array, " k"]) -> tuple[Any, SolveInfo]:
+    r"""Solve ``(F + damping I) x = v`` for many dampings from one eigendecomposition.
+
+    Args:
+        fisher: an operator; of those held as a matrix or as scores, the smaller matrix is decomposed once, and each solution is
+            refined once against F itself.
+        v: a pytree shaped like the parameters.
+        dampings: shape ``[k]``, each ``>= 0``.
+
+    Returns:
+        ``(x, info)``, both with a leading axis of ``k``.
+
+    Raises:
+        TypeError: ``fisher`` is not an operator.
+        ValueError: ``dampings`` is not one axis of real numbers; as in `jaxfisher.solve`.
+
+    Reference: Golub and Van Loan, Matrix Computations (2013), section 6.1.4 (ridge regression by the singular values).
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> F = jf.exact_fisher(lambda w, x: jf.Bernoulli(logits=w * x))(0.0, jnp.array([1.0, 3.0]))
+    >>> print(jf.solve_path(F, 2.5, jnp.array([0.0, 1.25]))[0])
+    [2. 1.]
+    """
+    fisher = as_operator(fisher, "solve_path")
+    if jnp.ndim(dampings) != 1 or not jnp.issubdtype(dtype_of(dampings), jnp.floating):
+        raise ValueError(f"solve_path: `dampings` is {described(dampings)}; expected real numbers along one axis.")
+    dampings = jnp.asarray(dampings).astype(fisher.spec.dtype)
+    inverses = fisher.inverses(jnp.max(dampings, initial=0.0), by_eigenvectors)
+    right = fisher._vector(v)
+    x, info = jax.vmap(lambda damping: inverses(damping)(right))(dampings)
+    return cast_like(x, v), info
+
+
+def solve(fisher: Operator, v: chex.ArrayTree, damping: Damping, solver: Solver | None = None) -> tuple[Any, SolveInfo]:
     r"""Solve ``(F + damping I) x = v`` and say how it went.
 
-    Without a solver the operator takes its own cheapest exact route: elementwise for a diagonal, one p x p Cholesky factor for
-    a matrix, and for scores the smaller of p x p and n x n (push-through). Cholesky is refined once; where it cannot be trusted
-    (zero damping, or a damping below rounding) an eigendecomposition takes its place, and at zero damping a singular F gives
-    the minimum-norm solution ``F^+ v``, its rank reported.
+    Without a solver the operator takes its own cheapest exact route: elementwise for a diagonal, the factors' eigenvectors for
+    a Kronecker product, one p x p Cholesky factor for a matrix, and for scores the smaller of p x p and n x n (push-through).
+    Cholesky is refined once; where it cannot be trusted an eigendecomposition takes its place, and at zero damping a singular F
+    gives the minimum-norm solution ``F^+ v``, its rank reported. What counts as zero is decided with F scaled to a unit
+    diagonal: it does not depend on the units of the parameters.
 
     Args:
         fisher: the operator.
         v: a pytree shaped like the parameters, for instance a gradient.
-        damping: ``>= 0``, absolute, in the units of F; the same meaning in every form.
-        solver: such as `CG`; None for the exact route.
+        damping: ``>= 0``, absolute, in the units of F; the same meaning in every form. Or a pytree like the parameters with one
+            number above zero for each leaf; see also `relative_damping`.
+        solver: such as `CG`, `LSMR` or `factored_damping`; None for the exact route.
 
     Returns:
         ``(x, info)``: ``x`` like ``v``, and a `SolveInfo` with residual, iterations, converged, finite and rank. Nothing is
         raised at run time: non-finite scores give a non-finite ``x`` and ``info.finite = False``.
 
     Raises:
-        TypeError: ``fisher`` is not an operator, ``damping`` not one real number.
-        ValueError: a negative ``damping``; ``v`` not shaped like the parameters (the first bad path is named); an exact route
-            that would need a dense matrix for p above 4096.
+        TypeError: ``fisher`` is not an operator, ``damping`` not of real numbers.
+        ValueError: a negative ``damping``, or one for each leaf of another structure; ``v`` not shaped like the parameters (the
+            first bad path is named); an exact route that would need a dense matrix for p above 4096.
 
     Reference: Martens (JMLR 2020), section 6; Ren and Goldfarb (arXiv 1906.02353), section 3.
 

@@ -91,13 +91,13 @@ class ParamSpec:
 
     def mismatch(self, treedef: Any, paths: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> str | None:
         """The first way in which a pytree of this structure, paths and shapes differs from the parameters; None if none."""
-        missing = [path for path in self.paths if path not in paths]
-        extra = [path for path in paths if path not in self.paths]
-        if missing:
-            return f"it has no leaf at {missing[0]}"
-        if extra:
-            return f"it has a leaf at {extra[0]}, where the parameters have none"
         if treedef != self.treedef:
+            missing = [path for path in self.paths if path not in paths]
+            extra = [path for path in paths if path not in self.paths]
+            if missing:
+                return f"it has no leaf at {missing[0]}"
+            if extra:
+                return f"it has a leaf at {extra[0]}, where the parameters have none"
             return f"its containers differ: {treedef} against {self.treedef}"
         for path, seen, expected in zip(paths, shapes, self.shapes, strict=True):
             if seen != expected:

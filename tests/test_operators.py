@@ -1,6 +1,7 @@
 """One law suite for every form of operator, seen to fail on broken ones; sums, multiples, restriction, lineax, one trace."""
 
 import dataclasses
+import functools
 import pickle
 
 import jax
@@ -14,16 +15,80 @@ from problems import assert_close, class_sum_fisher, classifier, flat, reference
 import jaxfisher as jf
 
 LOG_PROB = jf.log_likelihood(classifier)
+MLP_DAMPING = {"hidden": {"b": 0.3, "w": 0.1}, "out": [0.05, 0.7]}
 
 
-def forms():
-    """Every form, with the dense matrix it must equal, from a loop over examples and classes."""
+def layer_factors(params, x, weights=None):
+    """Inputs (with a last one) and output cotangents of both layers by hand: ``[n, inputs]``, and ``[n, classes, outputs]``.
+
+    One row for each class, weighted by the root of its probability, so that sums over classes are expectations.
+    """
+    w1, b1 = (np.asarray(params["hidden"][k], np.float64) for k in ("w", "b"))
+    w2, b2 = (np.asarray(leaf, np.float64) for leaf in params["out"])
+    x = np.asarray(x, np.float64)
+    hidden = np.tanh(x @ w1 + b1)
+    logits = hidden @ w2 + b2
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    out = np.sqrt(p)[:, :, None] * (np.eye(p.shape[1])[None] - p[:, None, :])
+    back = (out @ w2.T) * (1 - hidden**2)[:, None, :]
+    one = np.ones((len(x), 1))
+    return (np.hstack([x, one]), back), (np.hstack([hidden, one]), out)
+
+
+def by_layer(*blocks):
+    """Blocks over (weight rows, bias row) of each layer as one matrix in the parameters' order, the first's bias first."""
+    first, second = blocks
+    turn = np.r_[12:16, 0:12]
+    full = np.zeros((31, 31))
+    full[:16, :16], full[16:, 16:] = first[np.ix_(turn, turn)], second
+    return full
+
+
+def kronecker_reference(params, x):
+    n = len(x)
+    return by_layer(*(np.kron(a.T @ a / n, np.einsum("nco,ncq->oq", g, g) / n) for a, g in layer_factors(params, x)))
+
+
+def eigen_kronecker_reference(params, x):
+    blocks = []
+    for a, g in layer_factors(params, x):
+        bases = [np.linalg.eigh(m)[1] for m in (a.T @ a / len(x), np.einsum("nco,ncq->oq", g, g) / len(x))]
+        basis = np.kron(*bases)
+        rows = np.einsum("ni,nco->ncio", a, g).reshape(-1, len(basis)) / np.sqrt(len(x))
+        blocks.append((basis * np.sum(np.square(rows @ basis), 0)) @ basis.T)
+    return by_layer(*blocks)
+
+
+def truncated(matrix, rank):
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors[:, -rank:] * values[-rank:]) @ vectors[:, -rank:].T
+
+
+def masked(matrix, *groups):
+    """A matrix with the entries between groups of places dropped."""
+    full = np.zeros_like(matrix)
+    for group in groups:
+        full[np.ix_(group, group)] = matrix[np.ix_(group, group)]
+    return full
+
+
+LEAVES = [np.r_[0:4], np.r_[4:16], np.r_[16:28], np.r_[28:31]]
+LAYERS = [np.r_[0:16], np.r_[16:31]]
+
+
+@functools.cache
+def forms(dtype=jnp.float64):
+    """Every form, with the dense matrix it must equal, from loops over examples, classes and layers in float64."""
     params, x, y, weights, rows = reference()
     empirical, exact = rows.T @ rows / len(rows), class_sum_fisher(params, x)
     omega = np.asarray(weights) / np.sum(weights)
+    wide = params, x
+    params, x, weights = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, x, weights))
     F = jf.empirical_fisher(LOG_PROB)(params, x, y)
     E = jf.exact_fisher(classifier)(params, x)
     implicit = jf.implicit_fisher(classifier)(params, x)
+    identity, kronecker = np.eye(31), kronecker_reference(*wide)
+    prior = jf.scaled_identity(E, 0.25)
     return {
         "scores, fewer rows": (F, empirical),
         "scores, more rows": (jf.exact_fisher(classifier)(params, jnp.tile(x, (2, 1))), exact),
@@ -37,7 +102,7 @@ def forms():
         "implicit": (implicit, exact),
         "implicit, streamed": (
             jf.implicit_fisher(classifier, batch_size=2)(params, x, weights=weights),
-            class_sum_fisher(params, x, omega),
+            class_sum_fisher(*wide, omega),
         ),
         "multiple of scores": (0.25 * F, 0.25 * empirical),
         "multiple of implicit": (implicit * 3.0, 3 * exact),
@@ -45,21 +110,48 @@ def forms():
         "sum of dense": (jf.dense(F) + jf.dense(E), empirical + exact),
         "sum of diagonals": (jf.diagonal(F) + jf.diagonal(E), np.diag(np.diag(empirical + exact))),
         "sum of forms": (2 * (F + implicit) + jf.diagonal(E), 2 * (empirical + exact) + np.diag(np.diag(exact))),
+        "blocks, a leaf": (jf.block_diagonal(E), masked(exact, *LEAVES)),
+        "blocks, a layer, dense": (jf.block_diagonal(E, jf.layers(E), view=jf.dense), masked(exact, *LAYERS)),
+        "blocks, a prefix": (
+            jf.block_diagonal(implicit, {"hidden": "all", "out": ["w", "all"]}),
+            masked(exact, np.r_[0:16, 28:31], np.r_[16:28]),
+        ),
+        "multiple of blocks": (0.5 * jf.block_diagonal(F), 0.5 * masked(empirical, *LEAVES)),
+        "blocks and a diagonal": (jf.block_diagonal(E) + jf.diagonal(E), masked(exact, *LEAVES) + np.diag(np.diag(exact))),
+        "kronecker": (jf.kronecker(E), kronecker),
+        "kronecker, of a multiple": (jf.kronecker(3.0 * E), 3 * kronecker),
+        "kronecker, streamed": (jf.kronecker_reduce(jf.exact_fisher(classifier, batch_size=3)(params, x)), kronecker),
+        "kronecker, of implicit": (2 * jf.kronecker(implicit), 2 * kronecker),
+        "sum of kronecker": (jf.kronecker(E) + jf.kronecker(E), 2 * kronecker),
+        "kronecker and dense": (jf.kronecker(E) + jf.dense(E), kronecker + exact),
+        "eigen-kronecker": (jf.eigen_kronecker(E), eigen_kronecker_reference(*wide)),
+        "low rank": (jf.low_rank(E, 5), truncated(exact, 5)),
+        "low rank, all": (jf.low_rank(F, 7), empirical),
+        "low rank of dense": (jf.low_rank(jf.dense(E), 9), truncated(exact, 9)),
+        "nystrom, all": (jf.nystrom(E, 20, jax.random.key(1)), exact),
+        "partial cholesky, all": (jf.partial_cholesky(E, 20), exact),
+        "identity": (prior, 0.25 * identity),
+        "prior and scores": (E + prior, exact + 0.25 * identity),
+        "prior and kronecker": (2 * (prior + jf.kronecker(E)), 2 * kronecker + 0.5 * identity),
+        "priors": ((E + prior) + (F + prior) + prior, exact + empirical + 0.75 * identity),
+        "diagonal prior": (E + jf.diagonal(E) + prior, exact + np.diag(np.diag(exact)) + 0.25 * identity),
     }
 
 
 FORMS = forms()
+EIGEN_FORMS = ("eigen-kronecker", "low rank", "nystrom", "partial cholesky")
+"""Forms of which a part, or one with leaves scaled one by one, has other eigenvectors."""
 
 
-def check_operator(F, dense, key, damping=0.1):
+def check_operator(F, dense, key, damping=0.1, eps=None, by_leaf=True):
     """Every law, against the dense float64 matrix."""
-    vectors = [F.spec.unravel(jax.random.normal(k, (F.size,), F.spec.dtype)) for k in jax.random.split(key, 2)]
+    vectors = [F.spec.unravel(jax.random.normal(k, (F.size,), F.spec.dtype)) for k in jax.random.split(key, 3)]
     identity = np.eye(len(dense))
+    dampings = F.spec.tree([0.1 + 0.05 * i for i in range(len(F.spec.paths))])
 
-    @jax.jit
     def views(F, v, w):
         both = jax.tree.map(lambda a, b: 2 * a - b, v, w)
-        return {
+        seen = {
             "mv": flat_jax(F.mv(v)),
             "linear": flat_jax(F.mv(both)) - 2 * flat_jax(F.mv(v)) + flat_jax(F.mv(w)),
             "matrix": F.as_matrix(),
@@ -69,13 +161,20 @@ def check_operator(F, dense, key, damping=0.1):
             "solve": flat_jax(F.solve(v, damping)),
             "logdet": F.logdet(damping),
             "eigenvalues": F.eigvalsh(),
-            "root": flat_jax(F.power_mv(v, -0.5, damping)),
+            "rank": F.rank(),
+            "norm": F.frobenius_norm(),
+            "twice the root": flat_jax(F.sqrt_mv(F.sqrt_mv(v, damping), damping)),
+            "inverse root": flat_jax(F.inv_sqrt_mv(v, damping)),
+            "power": flat_jax(F.power_mv(v, 1.5)),
         }
+        if by_leaf:
+            seen |= {"solve by leaf": flat_jax(F.solve(v, dampings)), "logdet by leaf": F.logdet(dampings)}
+        return seen
 
-    v = flat(vectors[0])
-    seen = views(F, *vectors)
-    close = assert_close
-    close(seen["matrix"], dense)
+    v = flat(vectors[0]).astype(np.float64)
+    seen = jax.jit(views)(F, *vectors[:2])
+    close = functools.partial(assert_close, eps=eps)
+    close(seen["matrix"], dense, factor=1e3)
     close(seen["matrix"], np.asarray(seen["matrix"]).T, factor=1)
     close(seen["mv"], dense @ v)
     close(1 + seen["linear"], np.ones(len(v)), factor=1e3)
@@ -83,21 +182,83 @@ def check_operator(F, dense, key, damping=0.1):
     close(seen["trace"], np.trace(dense))
     close(seen["quadratic"], v @ dense @ v)
     assert seen["quadratic"] >= 0, "positive semi-definite"
-    close(seen["solve"], np.linalg.solve(dense + damping * identity, v), factor=1e4)
-    close(seen["logdet"], np.linalg.slogdet(dense + damping * identity)[1], factor=1e3)
+    damped = dense + damping * identity
+    close(seen["solve"], np.linalg.solve(damped, v), factor=1e4)
+    close(seen["logdet"], np.linalg.slogdet(damped)[1], factor=1e3)
     values, basis = np.linalg.eigh(dense)
     close(seen["eigenvalues"], values)
     assert np.all(np.diff(seen["eigenvalues"]) >= 0), "ascending"
-    close(seen["root"], basis @ ((values + damping) ** -0.5 * (basis.T @ v)), factor=1e4)
+    assert np.all(seen["eigenvalues"] >= -1e3 * (eps or np.finfo(float).eps)), "positive semi-definite"
+    assert int(seen["rank"]) == np.linalg.matrix_rank(dense, hermitian=True, rtol=1e-9), "rank"
+    close(seen["norm"], np.linalg.norm(dense))
+    close(seen["twice the root"], damped @ v, factor=1e3)
+    close(seen["inverse root"], basis @ ((values + damping) ** -0.5 * (basis.T @ v)), factor=1e4)
+    close(seen["power"], basis @ (np.maximum(values, 0) ** 1.5 * (basis.T @ v)), factor=1e3)
+    if by_leaf:
+        each = np.repeat(jax.tree.leaves(dampings), F.spec.sizes)
+        close(seen["solve by leaf"], np.linalg.solve(dense + np.diag(each), v), factor=1e4)
+        close(seen["logdet by leaf"], np.linalg.slogdet(dense + np.diag(each))[1], factor=1e3)
+    return vectors, views, seen
+
+
+def check_transforms(F, vectors, views, seen, eps):
+    """Eager as jitted, and a batch of vectors as its members, from one factorisation."""
+    v, w = vectors[:2]
+    for name, value in views(F, v, w).items():
+        if name not in ("linear", "rank"):
+            assert_close(value, np.asarray(seen[name]), factor=1e4, eps=eps)
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), v, w)
+    solved = jax.jit(jax.vmap(lambda v: (F.mv(v), F.solve(v, 0.1))))(both)
+    for i, single in enumerate((v, w)):
+        member = jax.tree.map(lambda leaf, i=i: leaf[i], solved)
+        assert_close(flat(member[0]), flat(F.mv(single)), factor=100, eps=eps)
+        assert_close(flat(member[1]), flat(F.solve(single, 0.1)), factor=1e4, eps=eps)
 
 
 def flat_jax(tree):
     return jax.flatten_util.ravel_pytree(tree)[0]
 
 
+def leaf_damping(name):
+    return not name.startswith(EIGEN_FORMS)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_every_law_for_every_form(name, key):
-    check_operator(*FORMS[name], key)
+    F, dense = FORMS[name]
+    seen = check_operator(F, dense, key, by_leaf=leaf_damping(name))
+    if name in ("scores, fewer rows", "blocks, a leaf", "kronecker", "low rank", "prior and scores", "diagonal"):
+        check_transforms(F, *seen, eps=None)
+
+
+ONE_OF_EACH = (
+    "scores, fewer rows",
+    "dense",
+    "diagonal",
+    "implicit",
+    "sum of forms",
+    "blocks, a leaf",
+    "kronecker",
+    "eigen-kronecker",
+    "low rank",
+    "prior and scores",
+)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_every_law_in_float32(name, key):
+    """The same matrices from float32 parameters and data; the dense ones stay in float64."""
+    F, dense = forms(jnp.float32)[name]
+    assert F.spec.dtype == F.as_matrix().dtype == jnp.float32
+    # Their rounding and that of the arithmetic: networks lose a digit or two.
+    check_operator(F, dense, key, eps=20 * float(np.finfo(np.float32).eps), by_leaf=leaf_damping(name))
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if not leaf_damping(name)])
+def test_a_damping_for_each_leaf_is_refused_where_it_would_not_be_exact(name):
+    F, _ = FORMS[name]
+    with pytest.raises((NotImplementedError, ValueError), match="damping"):
+        F.solve(F.spec.zeros(), MLP_DAMPING)
 
 
 def broken_operators():
@@ -121,9 +282,12 @@ def broken_operators():
         "wrong diagonal": make(diagonal=lambda self: good.spec.unravel(jnp.diagonal(self.matrix) + 1e-3)),
         "wrong trace": make(trace=lambda self: 1.001 * jnp.trace(self.matrix)),
         "half the form": make(_quadratic=lambda self, v: 0.5 * type(good)._quadratic(self, v)),
-        "relative damping": make(_solve=lambda self, v, damping: type(good)._solve(self, v, damping * jnp.trace(self.matrix))),
-        "sum of eigenvalues": make(logdet=lambda self, damping: jnp.sum(self.eigvalsh() + damping)),
+        "relative damping": make(_inverse=lambda self, damping: type(good)._inverse(self, damping * jnp.trace(self.matrix))),
+        "sum of eigenvalues": make(_logdet=lambda self, damping: jnp.sum(self.eigvalsh() + damping)),
         "descending": make(eigvalsh=lambda self: type(good).eigvalsh(self)[::-1]),
+        "doubled norm": make(frobenius_norm=lambda self: 2 * jnp.linalg.norm(self.matrix)),
+        "full rank": make(rank=lambda self: self.full_rank),
+        "one damping for all leaves": make(_inverse_by_leaf=lambda self, dampings: self._inverse(dampings[0])),
         "inverse for root": make(_power_mv=lambda self, v, power, damping: type(good)._power_mv(self, v, 2 * power, damping)),
     }, dense
 
@@ -135,7 +299,14 @@ def test_the_laws_see_a_broken_operator(name, key):
         check_operator(operators[name], dense, key)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [name for name in FORMS if name.startswith(EIGEN_FORMS)])
+def test_a_part_that_has_other_eigenvectors_is_refused(name):
+    F, _ = FORMS[name]
+    with pytest.raises(ValueError, match="Restrict the Fisher first"):
+        F.restrict(tuple("b" in path for path in F.spec.paths), jax.tree.structure({"hidden": {"b": 0}}))
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if not name.startswith(EIGEN_FORMS)])
 def test_restriction_is_the_principal_submatrix(name):
     F, dense = FORMS[name]
     paths = F.spec.paths
@@ -145,8 +316,9 @@ def test_restriction_is_the_principal_submatrix(name):
     assert_close(jax.jit(lambda part: part.as_matrix())(part), dense[np.ix_(index, index)])
     v = {"hidden": {"b": jnp.ones(4), "w": jnp.ones((3, 4))}}
     assert_close(flat(jax.jit(lambda part, v: part.mv(v))(part, v)), dense[np.ix_(index, index)] @ np.ones(16))
-    again = part.restrict((True, False), jax.tree.structure({"b": 0}))
-    assert_close(flat(jax.jit(lambda part: part.diagonal())(again)), np.diag(dense)[index[:4]])
+    for keep, names, inside in (((True, False), {"b": 0}, slice(0, 4)), ((False, True), {"w": 0}, slice(4, 16))):
+        again = part.restrict(keep, jax.tree.structure(names))
+        assert_close(jax.jit(lambda part: part.as_matrix())(again), dense[np.ix_(index, index)][inside, inside])
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -11,9 +11,9 @@ import abc
 import dataclasses
 import functools
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeAlias
 
 import chex
 import jax
@@ -21,11 +21,35 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Scalar
 
-from jaxfisher._linalg import SolveInfo, direct_info, eigenvalues, invert, matmul, norm, refined, spectral_mv, to_unit
+from jaxfisher._linalg import (
+    Factorise,
+    SolveInfo,
+    by_invert,
+    direct_info,
+    eigenvalues,
+    matmul,
+    norm,
+    null_vectors,
+    refined,
+    spectral_mv,
+    to_unit,
+    unit_rank,
+)
+from jaxfisher._scores import Scores
 from jaxfisher._tree import ParamSpec, cast_like, described, dot, dtype_of
+
+Damping: TypeAlias = Any
+"""One number, or a pytree like the parameters with one number for each leaf."""
+Dampings = Scalar | tuple[Scalar, ...]
+"""The same, checked and cast: one number, or those of the leaves in order."""
 
 EXACT_LIMIT = 4096
 """Largest p for which an operator that holds no matrix makes one in order to invert it exactly."""
+
+
+View = Callable[["Operator"], "Operator"]
+VIEW = "operator -> operator, such as jf.diagonal"
+"""What a view is, as messages show it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +65,8 @@ class Provenance:
     def __str__(self) -> str:
         if self.parts:
             return " + ".join(f"({part})" for part in self.parts)
+        if not self.examples:
+            return self.kind
         words = ["scaled"] * self.scaled + ["weighted"] * self.weighted + ["mean"]
         return f"{self.kind}, {' '.join(words)} over {self.examples:,}"
 
@@ -65,7 +91,12 @@ class Operator(abc.ABC):
     form: ClassVar[str]
     """How it is held, as `repr` says it."""
     averages: ClassVar[bool] = False
-    """Whether the mean of two Fishers is the mean of what is held of them, in one shape whatever the number of examples."""
+    """Whether running means are taken of what is held, which then has one shape whatever the number of examples."""
+
+    held: ClassVar[tuple[str, ...]] = ()
+    """The fields that a running mean is taken of."""
+    takes_sums: ClassVar[int] = 0
+    """Of two terms, the one with the larger number makes the sum."""
 
     spec: ParamSpec
     provenance: Provenance
@@ -82,16 +113,12 @@ class Operator(abc.ABC):
 
     @property
     def arrays(self) -> tuple[Any, ...]:
-        """What is held, without what is known of it: the fields that are pytrees of arrays."""
-        return tuple(getattr(self, name) for name in self._array_fields())
+        """What is held, of an operator that averages, without what is known of it."""
+        return tuple(getattr(self, name) for name in self.held)
 
     def with_arrays(self, arrays: tuple[Any, ...]) -> Self:
         """The same kind of operator holding other arrays."""
-        return dataclasses.replace(self, **dict(zip(self._array_fields(), arrays, strict=True)))  # type: ignore[type-var]
-
-    def _array_fields(self) -> tuple[str, ...]:
-        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
-        return tuple(name for name in names if name not in ("spec", "provenance"))
+        return dataclasses.replace(self, **dict(zip(self.held, arrays, strict=True)))  # type: ignore[type-var]
 
     def mv(self, v: chex.ArrayTree) -> Any:
         """``F v``."""
@@ -101,23 +128,48 @@ class Operator(abc.ABC):
         """``v^T F v``: twice the KL divergence moved by a small step ``v``, in nats."""
         return self._quadratic(self._vector(v))
 
-    def solve(self, v: chex.ArrayTree, damping: chex.Numeric) -> Any:
+    def solve(self, v: chex.ArrayTree, damping: Damping) -> Any:
         """``(F + damping I)^-1 v``; the minimum-norm solution where F is singular and the damping zero.
 
-        `jaxfisher.solve` also tells how the solve went.
+        ``damping`` is one number, or a pytree like the parameters with one number a leaf. For many right-hand sides, `jax.vmap`
+        over ``v``: what does not depend on it is factored once. `jaxfisher.solve` also tells how the solve went.
         """
         return self.solve_with_info(v, damping)[0]
 
-    def solve_with_info(self, v: chex.ArrayTree, damping: chex.Numeric) -> tuple[Any, SolveInfo]:
+    def solve_with_info(self, v: chex.ArrayTree, damping: Damping) -> tuple[Any, SolveInfo]:
         """The exact solution and a report on it."""
-        x, info = self._solve(self._vector(v), nonnegative("damping", damping, self.spec.dtype))
+        x, info = self.inverse(self.dampings(damping))(self._vector(v))
         return cast_like(x, v), info
+
+    def dampings(self, damping: Damping) -> Dampings:
+        """The argument checked: one number, or those of the leaves."""
+        if is_one_damping(damping, self.spec):
+            return nonnegative("damping", damping, self.spec.dtype)
+        return tuple(nonnegative("damping", leaf, self.spec.dtype) for leaf in jax.tree.leaves(damping))
+
+    def inverse(self, damping: Dampings) -> Callable[[Any], tuple[Any, SolveInfo]]:
+        """``v -> ((F + damping I)^-1 v, info)`` on vectors in the statistics dtype; what does not depend on ``v`` is done once.
+
+        For use inside one ``jit``; what it returns is not meant to cross one.
+        """
+        return self._inverse_by_leaf(damping) if isinstance(damping, tuple) else self._inverse(damping)
 
     def power_mv(self, v: chex.ArrayTree, power: chex.Numeric, damping: chex.Numeric = 0.0) -> Any:
         """``(F + damping I)^power v``; at zero damping, only along directions in which F is not zero to rounding."""
         check_number("power", power)
         power = jnp.asarray(power, self.spec.dtype)
         return cast_like(self._power_mv(self._vector(v), power, nonnegative("damping", damping, self.spec.dtype)), v)
+
+    def sqrt_mv(self, v: chex.ArrayTree, damping: chex.Numeric = 0.0) -> Any:
+        """``(F + damping I)^(1/2) v``, the symmetric root: of white noise, noise with covariance ``F + damping I``."""
+        return self.power_mv(v, 0.5, damping)
+
+    def inv_sqrt_mv(self, v: chex.ArrayTree, damping: chex.Numeric = 0.0) -> Any:
+        """``(F + damping I)^(-1/2) v``: of white noise, noise with precision ``F + damping I``, as a Laplace posterior draws.
+
+        At zero damping only along directions in which F is not zero to rounding.
+        """
+        return self.power_mv(v, -0.5, damping)
 
     @abc.abstractmethod
     def as_matrix(self) -> Float[Array, "p p"]:
@@ -150,26 +202,86 @@ class Operator(abc.ABC):
         """The p eigenvalues of ``F``, ascending; those inside rounding error are exactly zero."""
         return eigenvalues(self._small_matrix("eigvalsh"))
 
-    def logdet(self, damping: chex.Numeric) -> Scalar:
+    def logdet(self, damping: Damping) -> Scalar:
         """``log det (F + damping I)``: minus infinity where it is singular, NaN where it is negative."""
-        return jnp.sum(jnp.log(self.eigvalsh() + nonnegative("damping", damping, self.spec.dtype)))
+        known = self.dampings(damping)
+        return self._logdet_by_leaf(known) if isinstance(known, tuple) else self._logdet(known)
+
+    def frobenius_norm(self) -> Scalar:
+        """The Frobenius norm of ``F``: the root of the sum of its squared entries, or of its squared eigenvalues."""
+        return norm(self._small_matrix("frobenius_norm").reshape(-1))
+
+    def rank(self) -> Int[Array, ""]:
+        """The number of eigenvalues that are not zero to rounding, after F is scaled to a unit diagonal."""
+        return unit_rank(self._small_matrix("rank"))
+
+    def null_space(self) -> Any:
+        """An orthonormal basis of the directions in which F is zero to rounding, stacked along a leading axis.
+
+        Such directions are not identified by the data: no prediction depends on them. How many there are is known only when F
+        is, so this does not run under ``jit``.
+        """
+        basis = null_vectors(self._small_matrix("null_space"))
+        return jax.vmap(self.spec.unravel)(basis.T)
 
     def _quadratic(self, v: Any) -> Scalar:
         return dot(v, self.linearised()(v))
 
-    def _solve(self, v: Any, damping: Scalar) -> tuple[Any, SolveInfo]:
-        x, info = solve_matrix(self._small_matrix("solve"), self.spec.ravel(v, "v"), damping)
-        return self.spec.unravel(x), info
+    def _inverse(self, damping: Scalar) -> Callable[[Any], tuple[Any, SolveInfo]]:
+        return self.inverses(damping, by_invert)(damping)
+
+    def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Callable[[Any], tuple[Any, SolveInfo]]]:
+        """`inverse` for dampings up to the largest, everything done once that depends on none of them."""
+        at = solve_matrix(self._small_matrix("solve"), largest, factorise)
+        return lambda damping: flat_inverse(self.spec, at(damping))
+
+    def _logdet(self, damping: Scalar) -> Scalar:
+        return jnp.sum(jnp.log(self.eigvalsh() + damping))
+
+    def _inverse_by_leaf(self, dampings: tuple[Scalar, ...]) -> Callable[[Any], tuple[Any, SolveInfo]]:
+        # With D the dampings, (F + D)^-1 = D^-1/2 (D^-1/2 F D^-1/2 + I)^-1 D^-1/2, and what is inside has the form of F.
+        roots = [1 / jnp.sqrt(d) for d in dampings]
+        inverse, product = self.rescaled(roots)._inverse(jnp.ones((), self.spec.dtype)), self.linearised()
+
+        def scaled(v: Any, factors: Sequence[Scalar]) -> Any:
+            return self.spec.tree([f * leaf for f, leaf in zip(factors, jax.tree.leaves(v), strict=True)])
+
+        def apply(v: Any) -> tuple[Any, SolveInfo]:
+            x, info = inverse(scaled(v, roots))
+            x = scaled(x, roots)
+            rest = jax.tree.map(lambda b, f, d: b - f - d, v, product(x), scaled(x, dampings))
+            off, b, flat = (self.spec.ravel(tree, "v") for tree in (rest, v, x))
+            return x, direct_info(off, b, flat, jnp.min(jnp.stack(dampings)), info.rank)
+
+        return apply
+
+    def _logdet_by_leaf(self, dampings: tuple[Scalar, ...]) -> Scalar:
+        inside = self.rescaled([1 / jnp.sqrt(d) for d in dampings])._logdet(jnp.ones((), self.spec.dtype))
+        return inside + sum(size * jnp.log(d) for size, d in zip(self.spec.sizes, dampings, strict=True))
+
+    def rescaled(self, factors: Sequence[Scalar]) -> Operator:
+        """``D F D`` in the same form, with one factor for each parameter leaf."""
+        raise NotImplementedError(
+            f"{self}: a damping for each leaf needs a form that can be scaled leaf by leaf; one held {self.form} cannot. "
+            "Give one number, or a view that can: jf.diagonal, jf.kronecker, jf.block_diagonal, jf.dense."
+        )
 
     def _power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
         flat = self.spec.ravel(v, "v")
         return self.spec.unravel(spectral_mv(self._small_matrix("power_mv"), flat, power, damping))
 
+    def rows(self, method: str) -> Scores:
+        """The scores that F is made of, for views of them."""
+        raise TypeError(
+            f"{method}: {self} is not held as scores, and only those have factors. Take the view of what "
+            "jf.exact_fisher, jf.empirical_fisher, jf.sampled_fisher or jf.implicit_fisher returns; of a sum, of each term."
+        )
+
     def _small_matrix(self, method: str) -> Float[Array, "p p"]:
         if self.size > EXACT_LIMIT:
             raise ValueError(
                 f"{method} of a Fisher held {self.form} would make a dense {self.size} x {self.size} matrix. "
-                "Pass solver=jf.CG(), take a view (jf.diagonal), or, if you mean it, jf.dense(F)."
+                "Pass solver=jf.CG(), take a view (jf.diagonal, jf.kronecker), or, if you mean it, jf.dense(F)."
             )
         return self.as_matrix()
 
@@ -191,11 +303,11 @@ class Operator(abc.ABC):
     def __add__(self, other: Any) -> Operator:
         if not isinstance(other, Operator):
             raise TypeError(
-                f"cannot add a Fisher and {described(other)}: expected two Fishers over the same parameters. "
-                "A multiple of the identity is `damping`, an argument of solve, logdet and natural_grad."
+                f"cannot add a Fisher and {described(other)}: expected two Fishers over the same parameters. A multiple of "
+                "the identity is jf.scaled_identity(F, c), or `damping`, an argument of solve, logdet and natural_grad."
             )
         self._same_parameters(other)
-        return self._plus(other)
+        return self._plus(other) if self.takes_sums >= other.takes_sums else other._plus(self)
 
     __radd__ = __add__
 
@@ -239,6 +351,9 @@ class Sum(Operator):
         terms = tuple(term.restrict(keep, treedef) for term in self.terms)
         return Sum(terms, self.spec.restrict(keep, treedef), self.provenance)
 
+    def rescaled(self, factors: Sequence[Scalar]) -> Sum:
+        return Sum(tuple(term.rescaled(factors) for term in self.terms), self.spec, self.provenance)
+
     def _scaled(self, factor: Any) -> Sum:
         return Sum(tuple(term._scaled(factor) for term in self.terms), self.spec, self.provenance.times())
 
@@ -281,16 +396,54 @@ def _is_real(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
-def solve_matrix(matrix: Float[Array, "p p"], v: Float[Array, " p"], damping: Scalar) -> tuple[Float[Array, " p"], SolveInfo]:
-    """``(matrix + damping I)^-1 v`` for a dense symmetric matrix, in units in which nothing overflows."""
-    factor, length = to_unit(jnp.max(jnp.abs(matrix), initial=0.0), damping), norm(v)
-    length = jnp.where(length > 0, length, 1)
-    matrix, damping, direction = matrix * factor, damping * factor, v / length
+def is_one_damping(damping: Damping, spec: ParamSpec) -> bool:
+    """Whether it is one number; if not, it must have one for each parameter leaf."""
+    leaves, treedef = jax.tree.flatten(damping)
+    if jax.tree_util.treedef_is_leaf(treedef):
+        return True
+    if treedef != spec.treedef or any(jnp.shape(leaf) != () for leaf in leaves):
+        raise ValueError(
+            f"`damping` is a pytree of structure {treedef}, leaves of shapes {[jnp.shape(leaf) for leaf in leaves]}; expected "
+            f"one number, or a pytree like the parameters, {spec.treedef}, with one number for each leaf."
+        )
+    return False
 
-    def product(x: Array) -> Array:
-        return matmul(matrix, x) + damping * x
 
-    inverse = invert(matrix, damping)
-    x = refined(inverse.apply, product, direction)
-    info = direct_info(direction - product(x), direction, x, damping, inverse.rank)
-    return x * (length * factor), info
+def solve_matrix(
+    matrix: Float[Array, "p p"], largest: Scalar, factorise: Factorise
+) -> Callable[[Scalar], Callable[[Float[Array, " p"]], tuple[Float[Array, " p"], SolveInfo]]]:
+    """``v -> (matrix + damping I)^-1 v`` of a dense symmetric matrix, for dampings up to the largest; nothing overflows."""
+    factor = to_unit(jnp.max(jnp.abs(matrix), initial=0.0), largest)
+    matrix = matrix * factor
+    inverses = factorise(matrix)
+
+    def at(damping: Scalar) -> Callable[[Array], tuple[Array, SolveInfo]]:
+        damping = damping * factor
+        inverse = inverses(damping)
+
+        def product(x: Array) -> Array:
+            return matmul(matrix, x) + damping * x
+
+        def apply(v: Array) -> tuple[Array, SolveInfo]:
+            length = norm(v)
+            length = jnp.where(length > 0, length, 1)
+            direction = v / length
+            x = refined(inverse.apply, product, direction)
+            info = direct_info(direction - product(x), direction, x, damping, inverse.rank)
+            return x * (length * factor), info
+
+        return apply
+
+    return at
+
+
+def flat_inverse(
+    spec: ParamSpec, inverse: Callable[[Float[Array, " p"]], tuple[Float[Array, " p"], SolveInfo]]
+) -> Callable[[Any], tuple[Any, SolveInfo]]:
+    """An inverse of flat vectors as one of parameter-shaped ones."""
+
+    def apply(v: Any) -> tuple[Any, SolveInfo]:
+        x, info = inverse(spec.ravel(v, "v"))
+        return spec.unravel(x), info
+
+    return apply

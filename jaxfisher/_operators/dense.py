@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._linalg import matmul
 from jaxfisher._operators.base import Operator, Provenance, as_operator
@@ -27,6 +27,7 @@ class Dense(Operator):
 
     form = "dense"
     averages = True
+    held = ("matrix",)
 
     def as_matrix(self) -> Float[Array, "p p"]:
         return self.matrix
@@ -41,6 +42,11 @@ class Dense(Operator):
         kept = [jnp.full(size, flag) for size, flag in zip(self.spec.sizes, keep, strict=True)]
         index = jnp.flatnonzero(jnp.concatenate(kept), size=sum(s for s, k in zip(self.spec.sizes, keep, strict=True) if k))
         return Dense(self.matrix[jnp.ix_(index, index)], self.spec.restrict(keep, treedef), self.provenance)
+
+    def rescaled(self, factors: Sequence[Scalar]) -> Dense:
+        parts = [jnp.broadcast_to(f, size) for f, size in zip(factors, self.spec.sizes, strict=True)]
+        by_entry = jnp.concatenate(parts).astype(self.matrix.dtype)
+        return dataclasses.replace(self, matrix=by_entry[:, None] * self.matrix * by_entry[None, :])
 
     def _scaled(self, factor: Any) -> Dense:
         return dataclasses.replace(self, matrix=factor * self.matrix, provenance=self.provenance.times())

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Scalar
+from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._linalg import SolveInfo, direct_info
 from jaxfisher._operators.base import Operator, Provenance, as_operator
+from jaxfisher._operators.spectral import Spectral
 from jaxfisher._tree import ParamSpec, kept
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("entries",), meta_fields=("spec", "provenance"))
 @dataclasses.dataclass(frozen=True, repr=False)
-class Diagonal(Operator):
+class Diagonal(Spectral):
     """A diagonal matrix, one number a parameter, held as a pytree like the parameters."""
 
     entries: Any
@@ -27,6 +27,7 @@ class Diagonal(Operator):
 
     form = "diagonal"
     averages = True
+    held = ("entries",)
 
     def as_matrix(self) -> Float[Array, "p p"]:
         return jnp.diag(self.spec.ravel(self.entries, "entries"))
@@ -34,16 +35,15 @@ class Diagonal(Operator):
     def diagonal(self) -> Any:
         return self.entries
 
-    def linearised(self) -> Callable[[Any], Any]:
-        return lambda v: jax.tree.map(jnp.multiply, self.entries, v)
-
-    def eigvalsh(self) -> Float[Array, " p"]:
-        """The entries, ascending."""
-        return jnp.sort(self.spec.ravel(self.entries, "entries"))
-
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Diagonal:
         spec = self.spec.restrict(keep, treedef)
         return Diagonal(spec.tree(list(kept(jax.tree.leaves(self.entries), keep))), spec, self.provenance)
+
+    def rescaled(self, factors: Sequence[Scalar]) -> Diagonal:
+        leaves = jax.tree.leaves(self.entries)
+        return Diagonal(
+            self.spec.tree([f * f * leaf for f, leaf in zip(factors, leaves, strict=True)]), self.spec, self.provenance
+        )
 
     def _scaled(self, factor: Any) -> Diagonal:
         return Diagonal(jax.tree.map(lambda leaf: factor * leaf, self.entries), self.spec, self.provenance.times())
@@ -54,22 +54,15 @@ class Diagonal(Operator):
             return Diagonal(entries, self.spec, self.provenance.plus(other.provenance))
         return super()._plus(other)
 
-    def _solve(self, v: Any, damping: Scalar) -> tuple[Any, SolveInfo]:
-        x = self._power_mv(v, jnp.asarray(-1, self.spec.dtype), damping)
-        residual = jax.tree.map(lambda d, x, b: b - (d + damping) * x, self.entries, x, v)
-        flat_residual, flat_v, flat_x = (self.spec.ravel(tree, "v") for tree in (residual, v, x))
-        return x, direct_info(flat_residual, flat_v, flat_x, damping, self._rank(damping))
+    def _eigenvalues(self) -> list[tuple[Array, int]]:
+        return [(leaf, 1) for leaf in jax.tree.leaves(self.entries)]
 
-    def _power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
-        def leaf(d: Array, x: Array) -> Array:
-            shifted = d + damping
-            kept = shifted != 0
-            return jnp.where(kept, x * jnp.where(kept, shifted, 1) ** power, 0)
+    def _apply(self, function: Callable[[Array], Array], v: Any) -> Any:
+        return jax.tree.map(lambda d, x: function(d) * x, self.entries, v)
 
-        return jax.tree.map(leaf, self.entries, v)
-
-    def _rank(self, damping: Scalar) -> Int[Array, ""]:
-        return jnp.sum(self.spec.ravel(self.entries, "entries") + damping != 0, dtype=jnp.int32)
+    def _resolve(self, damping: Scalar) -> Callable[[Array], Array]:
+        # Entries are known one by one: none is a rounding error of another.
+        return lambda values: values
 
 
 def diagonal(fisher: Operator) -> Diagonal:

@@ -12,7 +12,7 @@ Reference: Ren and Goldfarb, Efficient subsampled Gauss-Newton and natural gradi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
-from jaxfisher._linalg import SolveInfo, direct_info, eigenvalues, invert, matmul, mirrored, norm, refined, spectral_mv, to_unit
-from jaxfisher._operators.base import Operator, Provenance, nonnegative
+from jaxfisher._linalg import (
+    Decomposed,
+    Factorise,
+    Inverse,
+    SolveInfo,
+    direct_info,
+    eigenvalues,
+    invert,
+    matmul,
+    mirrored,
+    norm,
+    refined,
+    spectral_mv,
+    to_unit,
+    unit_rank,
+)
+from jaxfisher._operators.base import Operator, Provenance, flat_inverse
 from jaxfisher._scores import HeldScores, JoinedScores, Scores
 from jaxfisher._tree import ParamSpec
 
@@ -61,14 +76,24 @@ class FromScores(Operator):
         values, factor = self._unit_eigenvalues(jnp.zeros((), self.spec.dtype))
         return values * (1 / factor) * (1 / factor)
 
-    def logdet(self, damping: Any) -> Scalar:
-        damping = nonnegative("damping", damping, self.spec.dtype)
+    def frobenius_norm(self) -> Scalar:
+        factor = to_unit(self.scores.bound())
+        scaled = Scaled(self.scores, factor)
+        small = mirrored(scaled.gram()) if scaled.short else scaled.moment()
+        return norm(small.reshape(-1)) * (1 / factor) * (1 / factor)
+
+    def rank(self) -> Int[Array, ""]:
+        """The rank, from the smaller of the two matrices."""
+        scaled = Scaled(self.scores, to_unit(self.scores.bound()))
+        return unit_rank(mirrored(scaled.gram()) if scaled.short else scaled.moment())
+
+    def _logdet(self, damping: Scalar) -> Scalar:
         values, factor = self._unit_eigenvalues(jnp.sqrt(damping))
         return jnp.sum(jnp.log(values + damping * factor * factor)) - 2 * self.size * jnp.log(factor)
 
     def _unit_eigenvalues(self, least: Scalar) -> tuple[Float[Array, " p"], Scalar]:
         factor = to_unit(self.scores.bound(), least)
-        scaled = _Scaled(self.scores, factor)
+        scaled = Scaled(self.scores, factor)
         missing = max(self.size - self.scores.num_rows, 0)
         small = scaled.gram() if missing else scaled.moment()
         # No clamping is hidden here: X^T X cannot have a negative eigenvalue, so one that is negative is rounding.
@@ -78,6 +103,12 @@ class FromScores(Operator):
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> FromScores:
         return FromScores(self.scores.restrict(keep, self.spec.restrict(keep, treedef)), self.provenance)
 
+    def rows(self, method: str) -> Scores:
+        return self.scores
+
+    def rescaled(self, factors: Sequence[Scalar]) -> FromScores:
+        return FromScores(self.scores.rescaled(tuple(factors)), self.provenance)
+
     def _scaled(self, factor: Any) -> FromScores:
         return FromScores(self.scores.reweighted(factor), self.provenance.times())
 
@@ -86,22 +117,33 @@ class FromScores(Operator):
             return FromScores(JoinedScores((self.scores, other.scores)), self.provenance.plus(other.provenance))
         return super()._plus(other)
 
-    def _solve(self, v: Any, damping: Scalar) -> tuple[Any, SolveInfo]:
-        flat = self.spec.ravel(v, "v")
-        length = norm(flat)
-        length = jnp.where(length > 0, length, 1)
-        direction = flat / length
-        factor = to_unit(self.scores.bound(), jnp.sqrt(damping))
-        scaled, damping = _Scaled(self.scores, factor), damping * factor * factor
-        x, rank = (_by_gram if scaled.short else _by_moment)(scaled, direction, damping)
-        info = direct_info(direction - scaled.damped_product(damping)(x), direction, x, damping, rank)
-        return self.spec.unravel(x * (length * factor) * factor), info
+    def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Callable[[Any], tuple[Any, SolveInfo]]]:
+        factor = to_unit(self.scores.bound(), jnp.sqrt(largest))
+        scaled = Scaled(self.scores, factor)
+        matrices = factorise(scaled.gram() if scaled.short else scaled.moment())
+        route = _by_gram if scaled.short else _by_moment
+
+        def at(damping: Scalar) -> Callable[[Any], tuple[Any, SolveInfo]]:
+            damping = damping * factor * factor
+            solve, rank = route(scaled, damping, matrices(damping))
+
+            def apply(v: Array) -> tuple[Array, SolveInfo]:
+                length = norm(v)
+                length = jnp.where(length > 0, length, 1)
+                direction = v / length
+                x = solve(direction)
+                info = direct_info(direction - scaled.damped_product(damping)(x), direction, x, damping, rank)
+                return x * (length * factor) * factor, info
+
+            return flat_inverse(self.spec, apply)
+
+        return at
 
     def _power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
         # With X = U diag(sqrt(s)) W^T the power is damping^q on the complement of W, so
         # (F + d I)^q v = d^q v + X^T U [((s + d)^q - d^q) / s] U^T X v, the difference by expm1 so that it does not cancel.
         factor = to_unit(self.scores.bound(), jnp.sqrt(damping))
-        scaled, damping = _Scaled(self.scores, factor), damping * factor * factor
+        scaled, damping = Scaled(self.scores, factor), damping * factor * factor
         flat = self.spec.ravel(v, "v")
         if not scaled.short:
             x = self.spec.unravel(spectral_mv(scaled.moment(), flat, power, damping))
@@ -123,16 +165,17 @@ class FromScores(Operator):
         This is the natural gradient's solve: the gradient of a mean of log-densities has the coordinates one. Nothing cancels.
         """
         factor = to_unit(self.scores.bound(), jnp.sqrt(damping))
-        scaled, damping = _Scaled(self.scores, factor), damping * factor * factor
+        scaled, damping = Scaled(self.scores, factor), damping * factor * factor
         if scaled.short:
             x = _from_rows(scaled, scaled.root * e, damping)
         else:
-            x = self.spec.unravel(_by_moment(scaled, scaled.out_of_rows(scaled.root * e), damping)[0])
+            solve, _ = _by_moment(scaled, damping, invert(scaled.moment(), damping))
+            x = self.spec.unravel(solve(scaled.out_of_rows(scaled.root * e)))
         return jax.tree.map(lambda leaf: leaf * factor, x)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Scaled:
+class Scaled:
     """``X = factor diag(sqrt(omega)) S``, in units in which its squares stay in the dtype."""
 
     scores: Scores
@@ -177,7 +220,7 @@ class _Scaled:
         return lambda x: self.out_of_rows(self.into_rows(x)) + damping * x
 
 
-def _from_rows(scaled: _Scaled, e: Float[Array, " rows"], damping: Scalar) -> Any:
+def _from_rows(scaled: Scaled, e: Float[Array, " rows"], damping: Scalar) -> Any:
     """``X^T (X X^T + damping I)^-1 e``, refined once where the Gram matrix is ill-conditioned."""
     gram = scaled.gram()
     inverse = invert(gram, damping)
@@ -192,20 +235,21 @@ def _from_rows(scaled: _Scaled, e: Float[Array, " rows"], damping: Scalar) -> An
     return jax.lax.cond(lost, refine, lambda: x)
 
 
-def _by_moment(scaled: _Scaled, v: Float[Array, " p"], damping: Scalar) -> tuple[Float[Array, " p"], Int[Array, ""]]:
-    """The p x p route: the solution and the rank."""
-    inverse = invert(scaled.moment(), damping)
-    return refined(inverse.apply, scaled.damped_product(damping), v), inverse.rank
+Solve = Callable[[Float[Array, " p"]], Float[Array, " p"]]
 
 
-def _by_gram(scaled: _Scaled, v: Float[Array, " p"], damping: Scalar) -> tuple[Float[Array, " p"], Int[Array, ""]]:
+def _by_moment(scaled: Scaled, damping: Scalar, inverse: Inverse | Decomposed) -> tuple[Solve, Int[Array, ""]]:
+    """The p x p route, ``v -> (X^T X + damping I)^-1 v``, and the rank."""
+    return lambda v: refined(inverse.apply, scaled.damped_product(damping), v), inverse.rank
+
+
+def _by_gram(scaled: Scaled, damping: Scalar, inverse: Inverse | Decomposed) -> tuple[Solve, Int[Array, ""]]:
     """The rows x rows route for any ``v``, split into its part in the rows' span, ``X^T e``, and the rest; and the rank.
 
     ``v = X^T e + r`` gives ``x = X^T A e + (r - X^T A X r) / damping`` with ``A = (X X^T + damping I)^-1``, exactly, for any
     ``e``. Woodbury's identity is ``e = 0``, and cancels all the more the smaller the damping; ``e = A X v`` leaves an ``r`` in
     which little is left to cancel. Without damping, ``x = X^T A e`` is the minimum-norm solution.
     """
-    inverse = invert(scaled.gram(), damping)
 
     def split(v: Array) -> Array:
         e = inverse.apply(scaled.into_rows(v))
@@ -214,4 +258,5 @@ def _by_gram(scaled: _Scaled, v: Float[Array, " p"], damping: Scalar) -> tuple[F
         return scaled.out_of_rows(inverse.apply(e)) + jnp.where(inverse.damped, outside, 0)
 
     full = jnp.asarray(scaled.scores.spec.size, jnp.int32)
-    return refined(split, scaled.damped_product(damping), v), jnp.where(inverse.damped, full, inverse.rank)
+    rank = jnp.where(inverse.damped, full, inverse.rank)
+    return lambda v: refined(split, scaled.damped_product(damping), v), rank

@@ -3,17 +3,18 @@ r"""A Fisher held as nothing but its model and the point: ``F v = 1/n sum_i J_i^
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._examples import make_batch, map_examples, sum_batches
 from jaxfisher._model import Model, float_fields, predict, tangent
 from jaxfisher._operators.base import Operator, Provenance
+from jaxfisher._operators.dense import Dense
 from jaxfisher._rows import ExactRows
 from jaxfisher._scores import Scores, make_scores
 from jaxfisher._tree import ParamSpec, cast_like, kept, narrowed
@@ -81,7 +82,7 @@ class Implicit(Operator):
         merged = [next(rest) if flag else leaf for leaf, flag in zip(leaves, self.keep, strict=True)]
         return cast_like(jax.tree.unflatten(treedef, merged), self.params)
 
-    def _scores(self) -> Scores:
+    def rows(self, method: str) -> Scores:
         """The exact Fisher's rows, streamed: for what products cannot give in less than p of them."""
         batch = make_batch(self.params, self.inputs, None, self.batch_size or 1)
         whole = make_scores(ExactRows(self.model), self.params, batch)
@@ -90,13 +91,17 @@ class Implicit(Operator):
         return dataclasses.replace(scores, weights=jnp.repeat(self.weights, count))  # type: ignore[type-var]
 
     def as_matrix(self) -> Float[Array, "p p"]:
-        return self._scores().second_moment()
+        return self.rows("as_matrix").second_moment()
 
     def diagonal(self) -> Any:
-        return self._scores().diagonal()
+        return self.rows("diagonal").diagonal()
 
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Implicit:
         return dataclasses.replace(self, keep=narrowed(self.keep, keep), spec=self.spec.restrict(keep, treedef))
+
+    def rescaled(self, factors: Sequence[Scalar]) -> Dense:
+        # Its solves make the matrix in any case.
+        return Dense(self._small_matrix("a damping for each leaf"), self.spec, self.provenance).rescaled(factors)
 
     def _scaled(self, factor: Any) -> Implicit:
         return dataclasses.replace(self, weights=factor * self.weights, provenance=self.provenance.times())

@@ -5,8 +5,7 @@ from __future__ import annotations
 import chex
 import optax
 
-from jaxfisher._natural import View
-from jaxfisher._operators.base import check_number
+from jaxfisher._operators.base import View, check_number
 from jaxfisher._transform.scale_by_fisher import ScalarOrSchedule, scale_by_fisher
 from jaxfisher._transform.scale_to_kl import scale_to_kl
 

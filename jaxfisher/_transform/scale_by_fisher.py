@@ -14,8 +14,7 @@ import optax
 from jaxtyping import Array, Int
 
 from jaxfisher._linalg import SolveInfo
-from jaxfisher._natural import VIEW, View
-from jaxfisher._operators.base import Operator, Provenance, as_operator, check_number, nonnegative
+from jaxfisher._operators.base import VIEW, Operator, Provenance, View, as_operator, check_number, nonnegative
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._transform.curvature import fisher_for
 from jaxfisher._tree import all_finite, check_function, param_spec
@@ -130,7 +129,9 @@ def _precondition(operator: Operator, updates: Any, power: chex.Numeric, damping
     def by_spectrum() -> tuple[Any, SolveInfo]:
         result = operator.power_mv(updates, -jnp.asarray(power), damping)
         finite = all_finite(result)
-        info = SolveInfo(jnp.zeros((), operator.spec.dtype), jnp.zeros((), jnp.int32), finite, finite, operator.full_rank)
+        info = SolveInfo(
+            jnp.zeros((), operator.spec.dtype), jnp.zeros((), jnp.int32), finite, finite, operator.full_rank, jnp.asarray(False)
+        )
         return result, info
 
     if isinstance(power, numbers.Real):
@@ -164,7 +165,8 @@ def _zero_mean(params: chex.ArrayTree, view: View | None, decay: chex.Numeric | 
 
 def _no_info(params: chex.ArrayTree) -> SolveInfo:
     dtype = param_spec(params).dtype
-    return SolveInfo(jnp.zeros((), dtype), jnp.zeros((), jnp.int32), jnp.array(True), jnp.array(True), jnp.zeros((), jnp.int32))
+    zero, yes, no = jnp.zeros((), jnp.int32), jnp.array(True), jnp.array(False)
+    return SolveInfo(jnp.zeros((), dtype), zero, yes, yes, zero, no)
 
 
 _NO_MEAN = (

@@ -1,0 +1,419 @@
+r"""Kronecker-factored Fishers: the block of a layer's weight as ``A (x) G``, or with exact eigenvalues in its eigenbasis.
+
+A layer's score is ``sum_t a_t (x) g_t`` (inputs, output cotangents, over the positions that share the weight). KFAC takes the
+mean of products for the product of means. Bias and weight of a layer are one block: the bias is the weight of an input that is
+always one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Scalar
+
+from jaxfisher._forms import Layout, Moments
+from jaxfisher._linalg import Factorise, SolveInfo, direct_info, matmul, norm, resolved
+from jaxfisher._operators.base import VIEW, Operator, Provenance, View, as_operator, nonnegative
+from jaxfisher._operators.block import BlockDiagonal, part_of
+from jaxfisher._operators.dense import Dense
+from jaxfisher._operators.diagonal import diagonal
+from jaxfisher._operators.spectral import Spectral
+from jaxfisher._scores import Scores
+from jaxfisher._tree import ParamSpec, cast_like, check_function
+
+
+class _Layer(Operator):
+    """The block of one layer; its vectors are lists of a weight and perhaps a bias, in the parameters' order."""
+
+    layout: Layout
+    weight: int
+    """The place of the weight in the lists."""
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the last input is the one that the bias is the weight of."""
+        return len(self.spec.shapes) > 1
+
+    def _matrix(self, v: Any) -> Float[Array, "groups inputs outputs"]:
+        leaves = jax.tree.leaves(v)
+        matrix = self.layout.matrix(leaves[self.weight])
+        if not self.has_bias:
+            return matrix
+        return jnp.concatenate([matrix, leaves[1 - self.weight].reshape(1, 1, -1)], axis=1)
+
+    def _leaves(self, matrix: Float[Array, "groups inputs outputs"]) -> Any:
+        leaves = [self.layout.leaf(matrix[:, : self.layout.inputs])]
+        if self.has_bias:
+            bias = matrix[:, -1].reshape(self.spec.shapes[1 - self.weight])
+            leaves.insert(1 - self.weight, bias)
+        return self.spec.tree(leaves)
+
+    def _per_input(self, factors: Sequence[Scalar]) -> Float[Array, " inputs"]:
+        """A factor for each leaf as one for each input."""
+        parts = [jnp.full(self.layout.inputs, 1, self.spec.dtype) * factors[self.weight]]
+        if self.has_bias:
+            parts.append(jnp.ones(1, self.spec.dtype) * factors[1 - self.weight])
+        return jnp.concatenate(parts)
+
+    def _as_matrix(self, blocks: Float[Array, "groups size size"]) -> Float[Array, "p p"]:
+        """Dense blocks in the order of the parameters."""
+        groups, size, _ = blocks.shape
+        full = (jnp.eye(groups, dtype=blocks.dtype)[:, None, :, None] * blocks[:, :, None, :]).reshape(groups * size, -1)
+        shape = (groups, -1, self.layout.outputs)
+        order = self.spec.ravel(self._leaves(jnp.arange(groups * size).reshape(shape).astype(self.spec.dtype)), "v").astype(int)
+        return full[order][:, order]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("inputs", "outputs"),
+    meta_fields=("layout", "weight", "sharing", "spec", "provenance"),
+)
+@dataclasses.dataclass(frozen=True, repr=False)
+class Kronecker(_Layer):
+    """``A (x) G`` of one layer, both factors held; a running mean is one of the factors, as KFAC has it."""
+
+    inputs: Float[Array, "groups inputs inputs"]
+    outputs: Float[Array, "groups outputs outputs"]
+    layout: Layout
+    weight: int
+    sharing: str
+    spec: ParamSpec
+    provenance: Provenance
+
+    averages = True
+    held = ("inputs", "outputs")
+
+    @property
+    def form(self) -> str:  # type: ignore[override]
+        """Kronecker, and how positions that share the weight were counted."""
+        return f"Kronecker ({self.sharing})"
+
+    def as_matrix(self) -> Float[Array, "p p"]:
+        return self._as_matrix(jax.vmap(jnp.kron)(self.inputs, self.outputs))
+
+    def diagonal(self) -> Any:
+        inputs, outputs = (jnp.diagonal(x, axis1=1, axis2=2) for x in (self.inputs, self.outputs))
+        return self._leaves(inputs[:, :, None] * outputs[:, None, :])
+
+    def linearised(self) -> Callable[[Any], Any]:
+        return lambda v: self._leaves(matmul(matmul(self.inputs, self._matrix(v)), self.outputs))
+
+    def trace(self) -> Scalar:
+        return jnp.sum(jnp.trace(self.inputs, axis1=1, axis2=2) * jnp.trace(self.outputs, axis1=1, axis2=2))
+
+    def frobenius_norm(self) -> Scalar:
+        norms = jax.vmap(lambda a, g: norm(a.reshape(-1)) * norm(g.reshape(-1)))(self.inputs, self.outputs)
+        return norm(norms)
+
+    def eigen(self) -> EigenKronecker:
+        """The same operator by its eigenvectors, those of the factors."""
+        (a, inputs), (g, outputs) = _eigh(self.inputs), _eigh(self.outputs)
+        values = a[:, :, None] * g[:, None, :]
+        return EigenKronecker(inputs, outputs, values, self.layout, self.weight, self.spec, self.provenance)
+
+    def eigvalsh(self) -> Float[Array, " p"]:
+        return self.eigen().eigvalsh()
+
+    def rank(self) -> Any:
+        return self.eigen().rank()
+
+    def _logdet(self, damping: Scalar) -> Scalar:
+        return self.eigen()._logdet(damping)
+
+    def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Callable[[Any], tuple[Any, SolveInfo]]]:
+        return self.eigen()._inverse
+
+    def _power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
+        return self.eigen()._power_mv(v, power, damping)
+
+    def factored_inverse(self, damping: Scalar) -> Callable[[Any], Any]:
+        """``(A + pi sqrt(damping) I)^-1 V (G + sqrt(damping) / pi I)^-1``, ``pi`` balancing the factors' mean eigenvalues."""
+        a, g = (jnp.trace(x, axis1=1, axis2=2) / x.shape[-1] for x in (self.inputs, self.outputs))
+        balance = jnp.sqrt(jnp.where((a > 0) & (g > 0), a / jnp.where(g > 0, g, 1), 1))
+        parts = ((self.inputs, jnp.sqrt(damping) * balance), (self.outputs, jnp.sqrt(damping) / balance))
+        factors = [
+            jnp.linalg.cholesky(x + shift[:, None, None] * jnp.eye(x.shape[-1], dtype=x.dtype)[None]) for x, shift in parts
+        ]
+        solve = jax.vmap(lambda factor, b: jax.scipy.linalg.cho_solve((factor, True), b))
+
+        def apply(v: Any) -> Any:
+            half = solve(factors[0], self._matrix(v))
+            return self._leaves(solve(factors[1], half.swapaxes(1, 2)).swapaxes(1, 2))
+
+        return apply
+
+    def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Operator:
+        spec = self.spec.restrict(keep, treedef)
+        if all(keep):
+            return dataclasses.replace(self, spec=spec)
+        if keep[self.weight]:
+            size = self.layout.inputs
+            return dataclasses.replace(self, inputs=self.inputs[:, :size, :size], weight=0, spec=spec)
+        return Dense(self.inputs[0, -1, -1] * self.outputs[0], spec, self.provenance)
+
+    def rescaled(self, factors: Sequence[Scalar]) -> Kronecker:
+        by_input = self._per_input(factors)
+        return dataclasses.replace(self, inputs=by_input[None, :, None] * self.inputs * by_input[None, None, :])
+
+    def _scaled(self, factor: Any) -> Kronecker:
+        return dataclasses.replace(self, outputs=factor * self.outputs, provenance=self.provenance.times())
+
+
+def _eigh(x: Float[Array, "groups m m"]) -> tuple[Float[Array, "groups m"], Float[Array, "groups m m"]]:
+    """Eigenvalues, those inside rounding error zero, and eigenvectors of positive semi-definite factors."""
+    values, vectors = jnp.linalg.eigh(x)
+    largest = jnp.max(jnp.abs(values), -1, keepdims=True)
+    return resolved(values, jnp.zeros((), x.dtype), largest, x.shape[-1]), vectors
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("inputs", "outputs", "values"),
+    meta_fields=("layout", "weight", "spec", "provenance"),
+)
+@dataclasses.dataclass(frozen=True, repr=False)
+class EigenKronecker(_Layer, Spectral):
+    """``(Q_A (x) Q_G) diag(values) (Q_A (x) Q_G)^T`` of one layer, bases and eigenvalues held."""
+
+    inputs: Float[Array, "groups inputs inputs"]
+    outputs: Float[Array, "groups outputs outputs"]
+    values: Float[Array, "groups inputs outputs"]
+    layout: Layout
+    weight: int
+    spec: ParamSpec
+    provenance: Provenance
+
+    form = "eigen-Kronecker"
+
+    def _eigenvalues(self) -> list[tuple[Array, int]]:
+        return [(self.values, 1)]
+
+    def _apply(self, function: Callable[[Array], Array], v: Any) -> Any:
+        inside = matmul(matmul(self.inputs.swapaxes(1, 2), self._matrix(v)), self.outputs)
+        return self._leaves(matmul(matmul(self.inputs, function(self.values) * inside), self.outputs.swapaxes(1, 2)))
+
+    def as_matrix(self) -> Float[Array, "p p"]:
+        bases = jax.vmap(jnp.kron)(self.inputs, self.outputs)
+        full = matmul(bases * self.values.reshape(bases.shape[0], 1, -1), bases.swapaxes(1, 2))
+        return self._as_matrix(0.5 * (full + full.swapaxes(1, 2)))
+
+    def diagonal(self) -> Any:
+        squares = [jnp.square(x) for x in (self.inputs, self.outputs)]
+        return self._leaves(matmul(matmul(squares[0], self.values), squares[1].swapaxes(1, 2)))
+
+    def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Operator:
+        if all(keep):
+            return dataclasses.replace(self, spec=self.spec.restrict(keep, treedef))
+        raise ValueError(
+            f"the layer of {self.spec.paths[self.weight]} cannot be parted from its bias in eigen-Kronecker form: a part of it "
+            "has other eigenvectors. Restrict the Fisher first, and take the view of that."
+        )
+
+    def rescaled(self, factors: Sequence[Scalar]) -> EigenKronecker:
+        if self.has_bias:
+            raise NotImplementedError(
+                f"the layer of {self.spec.paths[self.weight]} has one eigenbasis for weight and bias: in eigen-Kronecker form "
+                "they cannot have a damping each. Give one number, or use jf.kronecker."
+            )
+        return dataclasses.replace(self, values=jnp.square(factors[0]) * self.values)
+
+    def _scaled(self, factor: Any) -> EigenKronecker:
+        return dataclasses.replace(self, values=factor * self.values, provenance=self.provenance.times())
+
+
+def kronecker(fisher: Operator, rest: View = diagonal) -> BlockDiagonal:
+    r"""KFAC with positions as if they were examples (*expand*): the block of each layer as a Kronecker product.
+
+    .. math:: F_\ell \approx A \otimes G, \qquad A = E\Big[\tfrac1T \sum_t a_t a_t^T\Big], \quad
+        G = E\Big[\sum_t g_t g_t^T\Big],
+
+    with ``a`` a layer's inputs (with a last one for its bias), ``g`` the derivatives of the log-density by its outputs, T the
+    positions that share the weight; E is the Fisher's mean over examples, and over outputs or draws. Exact for one example of a
+    layer without sharing, and for deep linear networks with Gaussian outputs. Any framework: layers are read off the program.
+
+    Args:
+        fisher: an operator held as scores, or implicit.
+        rest: the view of the leaves that are no dense product (scales, tables, lone biases): `jaxfisher.diagonal`, or
+            `jaxfisher.block_diagonal` for an exact block a leaf. The `repr` says how many there are, `jaxfisher.explain` why.
+
+    Returns:
+        A block-diagonal operator, one block a layer. Its running mean is one of the factors.
+
+    Raises:
+        TypeError: ``fisher`` is not an operator held as scores.
+
+    Reference: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature (ICML 2015),
+    section 3; Eschenhagen et al., Kronecker-factored approximate curvature for modern neural network architectures (NeurIPS
+    2023), section 3.2.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda p, x: jf.Normal(x @ p["w"] + p["b"], jnp.ones(2))
+    >>> F = jf.exact_fisher(model)({"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, jnp.ones((4, 3)))
+    >>> jf.kronecker(F)
+    Fisher(exact, mean over 4, params 8, block-diagonal: 1 Kronecker (expand))
+    """
+    scores = as_operator(fisher, "kronecker").rows("kronecker")
+    return _layered(fisher, scores, scores.expanded_moments(), "expand", rest)
+
+
+def kronecker_reduce(fisher: Operator, rest: View = diagonal) -> BlockDiagonal:
+    r"""KFAC with a layer's positions taken together (*reduce*), for weights shared over positions that are then averaged.
+
+    .. math:: A = E[\bar a \bar a^T], \quad \bar a = \tfrac1T \sum_t a_t, \qquad
+        G = E[\bar g \bar g^T], \quad \bar g = \sum_t g_t.
+
+    Arguments and errors are those of `jaxfisher.kronecker`, with which it agrees where nothing is shared.
+
+    Reference: Eschenhagen et al. (NeurIPS 2023), section 3.3.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda p, x: jf.Normal(jnp.mean(x @ p["w"], 0), jnp.ones(2))
+    >>> F = jf.exact_fisher(model)({"w": jnp.ones((3, 2))}, jnp.ones((4, 5, 3)))
+    >>> jf.kronecker_reduce(F)
+    Fisher(exact, mean over 4, params 6, block-diagonal: 1 Kronecker (reduce))
+    """
+    scores = as_operator(fisher, "kronecker_reduce").rows("kronecker_reduce")
+    return _layered(fisher, scores, scores.reduced_moments(), "reduce", rest)
+
+
+def _layered(fisher: Operator, scores: Scores, moments: Sequence[Moments | None], sharing: str, rest: View) -> BlockDiagonal:
+    check_function("rest", rest, VIEW)
+    mass = jnp.where(scores.mass > 0, scores.mass, 1)
+    blocks: list[Operator] = []
+    members: list[tuple[int, ...]] = []
+    for k, made in enumerate(moments):
+        if made is not None:
+            group = tuple(i for i, owner in enumerate(scores.layers) if k in (i, owner))
+            spec = _spec_of(fisher.spec, group)
+            # Both factors carry the sum of the weights, and the product is to carry it once.
+            factors = _symmetric(made.inputs / mass), _symmetric(made.outputs)
+            blocks.append(Kronecker(*factors, made.layout, group.index(k), sharing, spec, fisher.provenance))
+            members.append(group)
+    return _with_rest(fisher, blocks, members, rest)
+
+
+def _symmetric(x: Float[Array, "groups m m"]) -> Float[Array, "groups m m"]:
+    return 0.5 * (x + x.swapaxes(1, 2))
+
+
+def _spec_of(spec: ParamSpec, group: Sequence[int]) -> ParamSpec:
+    return spec.restrict(tuple(i in group for i in range(len(spec.paths))), jax.tree.structure([0] * len(group)))
+
+
+def _with_rest(fisher: Operator, blocks: list[Operator], members: list[tuple[int, ...]], rest: View) -> BlockDiagonal:
+    inside = {i for group in members for i in group}
+    others = tuple(i for i in range(len(fisher.spec.paths)) if i not in inside)
+    if others:
+        made = as_operator(rest(part_of(fisher, others)), "kronecker: `rest`")
+        if isinstance(made, BlockDiagonal):
+            blocks += made.blocks
+            members += [tuple(others[i] for i in group) for group in made.members]
+        else:
+            blocks.append(made)
+            members.append(others)
+    return BlockDiagonal(tuple(blocks), tuple(members), fisher.spec, fisher.provenance)
+
+
+def eigen_kronecker(fisher: Operator, basis: BlockDiagonal | None = None, rest: View = diagonal) -> BlockDiagonal:
+    r"""EKFAC: the eigenbasis of KFAC with the exact second moments along it as eigenvalues, from the same scores.
+
+    .. math:: F_\ell \approx (Q_A \otimes Q_G)\, \mathrm{diag}(\lambda)\, (Q_A \otimes Q_G)^T, \qquad
+        \lambda = E\big[(Q_A^T D\, Q_G)^2\big],
+
+    D being the score of the layer. Of all diagonals in that basis it is the one nearest to the block in Frobenius norm: never
+    farther than KFAC.
+
+    Args:
+        fisher: an operator held as scores, or implicit.
+        basis: a `jaxfisher.kronecker` view whose eigenvectors are used, perhaps an older one, or an eigen-Kronecker one, whose
+            are known; None makes one of ``fisher``.
+        rest: as in `jaxfisher.kronecker`.
+
+    Returns:
+        A block-diagonal operator, one block a layer. It has no running mean: bases differ from batch to batch.
+
+    Raises:
+        TypeError: ``fisher`` is not an operator held as scores, or ``basis`` is no Kronecker view.
+        ValueError: ``basis`` is over other parameters.
+
+    Reference: George et al., Fast approximate natural gradient descent in a Kronecker-factored eigenbasis (NeurIPS 2018),
+    section 3.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda p, x: jf.Normal(x @ p["w"] + p["b"], jnp.ones(2))
+    >>> F = jf.exact_fisher(model)({"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, jnp.ones((4, 3)))
+    >>> jf.eigen_kronecker(F)
+    Fisher(exact, mean over 4, params 8, block-diagonal: 1 eigen-Kronecker)
+    """
+    scores = as_operator(fisher, "eigen_kronecker").rows("eigen_kronecker")
+    if basis is None:
+        basis = kronecker(fisher, rest)
+    if not isinstance(basis, BlockDiagonal):
+        raise TypeError(f"eigen_kronecker: `basis` is {basis!r}; expected jf.kronecker(fisher) or jf.eigen_kronecker(fisher).")
+    fisher._same_parameters(basis)
+    chosen = [
+        (group, block.eigen() if isinstance(block, Kronecker) else block)
+        for group, block in zip(basis.members, basis.blocks, strict=True)
+        if isinstance(block, Kronecker | EigenKronecker)
+    ]
+    bases: list[Moments | None] = [None] * len(fisher.spec.paths)
+    for group, block in chosen:
+        bases[group[block.weight]] = Moments(block.inputs, block.outputs, block.layout)
+    exact = scores.rotated_diagonals(bases)
+    blocks: list[Operator] = []
+    for group, block in chosen:
+        values = exact[group[block.weight]]
+        assert values is not None, "a leaf with a basis has moments along it"
+        blocks.append(dataclasses.replace(block, values=values, provenance=fisher.provenance))
+    return _with_rest(fisher, blocks, [group for group, _ in chosen], rest)
+
+
+def factored_damping(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric) -> tuple[Any, SolveInfo]:
+    r"""KFAC's own, approximate damping, a solver for `jaxfisher.solve`: each factor is damped instead of the product.
+
+    .. math:: \Big(A + \pi \sqrt{\lambda} I\Big)^{-1} V \Big(G + \tfrac{\sqrt\lambda}{\pi} I\Big)^{-1}, \qquad
+        \pi^2 = \frac{\mathrm{tr} A / \dim A}{\mathrm{tr} G / \dim G}.
+
+    This is *not* ``(F + damping I)^-1``: it is the inverse of ``A (x) G`` plus the damping plus cross terms. It needs two
+    Cholesky factors a layer where the exact one needs two eigendecompositions. Blocks of other forms are damped exactly. The
+    residual in the report is that of ``(F + damping I) x = v``, and shows the difference.
+
+    Args:
+        fisher: a `jaxfisher.kronecker` view.
+        v: a pytree shaped like the parameters.
+        damping: ``> 0``.
+
+    Raises:
+        TypeError: ``fisher`` is no Kronecker view.
+
+    Reference: Martens and Grosse (ICML 2015), section 6.3.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda w, x: jf.Normal(x @ w, jnp.ones(2))
+    >>> F = jf.kronecker(jf.exact_fisher(model)(jnp.ones((1, 2)), jnp.full((1, 1), 2.0)))  # A = 4, G = I
+    >>> x, _ = jf.solve(F, jnp.ones((1, 2)), damping=1.0, solver=jf.factored_damping)
+    >>> print(x)  # 1 / ((4 + 2)(1 + 1/2)), where (F + I)^-1 is 1/5
+    [[0.11111111 0.11111111]]
+    """
+    if not isinstance(fisher, BlockDiagonal) or not any(isinstance(block, Kronecker) for block in fisher.blocks):
+        raise TypeError(f"factored_damping: {fisher} has no Kronecker factors to damp; expected jf.kronecker(fisher).")
+    damping = nonnegative("damping", damping, fisher.spec.dtype)
+    parts = fisher._split(fisher._vector(v))
+    solved = []
+    for block, part in zip(fisher.blocks, parts, strict=True):
+        if isinstance(block, Kronecker):
+            solved.append(block.factored_inverse(damping)(part))
+        else:
+            solved.append(block.inverse(damping)(part)[0])
+    x = fisher._join(solved)
+    rest = jax.tree.map(lambda b, f, y: b - f - damping * y, fisher._vector(v), fisher.linearised()(x), x)
+    off, b, flat = (fisher.spec.ravel(tree, "v") for tree in (rest, v, x))
+    info = direct_info(off, b, flat, damping, fisher.full_rank)
+    return cast_like(x, v), info._replace(converged=info.finite)

@@ -1,0 +1,211 @@
+r"""A Fisher by a few of its eigenpairs: the largest ones exactly, or sketched from products for preconditioning."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+
+from jaxfisher._linalg import matmul, mirrored, norm, to_unit
+from jaxfisher._operators.base import Operator, Provenance, as_operator
+from jaxfisher._operators.from_scores import FromScores, Scaled
+from jaxfisher._operators.spectral import Spectral
+from jaxfisher._tree import ParamSpec, described
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("vectors", "values", "floor"), meta_fields=("spec", "provenance"))
+@dataclasses.dataclass(frozen=True, repr=False)
+class LowRank(Spectral):
+    """``U diag(values) U^T + floor (I - U U^T)``: some eigenpairs, and one eigenvalue for all other directions."""
+
+    vectors: Float[Array, "p k"]
+    values: Float[Array, " k"]
+    floor: Scalar
+    spec: ParamSpec
+    provenance: Provenance
+
+    @property
+    def form(self) -> str:  # type: ignore[override]
+        """Low rank, and how many eigenpairs."""
+        return f"low rank: {self.values.shape[0]:,} eigenpairs"
+
+    def _eigenvalues(self) -> list[tuple[Array, int]]:
+        return [(self.values, 1), (self.floor[None], self.size - self.values.shape[0])]
+
+    def _apply(self, function: Callable[[Array], Array], v: Any) -> Any:
+        flat, rest = self.spec.ravel(v, "v"), function(self.floor)
+        # Vectors are orthonormal to rounding, which f(rest) may be large enough to show: what lies along them is removed twice.
+        inside = matmul(self.vectors.T, flat)
+        outside = flat - matmul(self.vectors, inside)
+        outside = outside - matmul(self.vectors, matmul(self.vectors.T, outside))
+        return self.spec.unravel(matmul(self.vectors, function(self.values) * inside) + rest * outside)
+
+    def as_matrix(self) -> Float[Array, "p p"]:
+        full = matmul(self.vectors * (self.values - self.floor)[None, :], self.vectors.T)
+        return 0.5 * (full + full.T) + self.floor * jnp.eye(self.size, dtype=full.dtype)
+
+    def diagonal(self) -> Any:
+        return self.spec.unravel(matmul(jnp.square(self.vectors), self.values - self.floor) + self.floor)
+
+    def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Operator:
+        raise ValueError(
+            f"{self}: a part of the parameters has other eigenvectors. Restrict the Fisher first, and take the view of that."
+        )
+
+    def _scaled(self, factor: Any) -> LowRank:
+        return dataclasses.replace(
+            self, values=factor * self.values, floor=factor * self.floor, provenance=self.provenance.times()
+        )
+
+
+def low_rank(fisher: Operator, rank: int) -> LowRank:
+    r"""The Fisher's largest eigenpairs, exactly; all other eigenvalues are taken for zero.
+
+    .. math:: F \approx U_k \Lambda_k U_k^T, \qquad (F + \lambda I)^{-1} v \approx U_k (\Lambda_k + \lambda)^{-1} U_k^T v +
+        \tfrac1\lambda (v - U_k U_k^T v).
+
+    From scores it takes the eigenvectors of the n x n Gram matrix where that is the smaller one, and k weighted sums of scores:
+    ``p k`` numbers are held. With all eigenpairs it is F.
+
+    Args:
+        fisher: an operator held as scores; or any other for p up to 4096, which makes its matrix.
+        rank: the number of eigenpairs, k: at least 1, at most p; of scores, at most the number of rows.
+
+    Returns:
+        A `LowRank` operator of the same kind.
+
+    Raises:
+        TypeError: ``fisher`` is not an operator.
+        ValueError: ``rank`` out of range; an operator without scores for p above 4096.
+
+    Reference: Eckart and Young, The approximation of one matrix by another of lower rank (Psychometrika 1936).
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda p, x: jf.Normal(jnp.dot(x, p), 1.0)
+    >>> F = jf.exact_fisher(model)(jnp.zeros(2), jnp.array([[2.0, 0.0], [0.0, 1.0]]))
+    >>> print(jf.low_rank(F, 1).eigvalsh())  # of 2 and 1/2
+    [0. 2.]
+    """
+    fisher = as_operator(fisher, "low_rank")
+    if isinstance(fisher, FromScores) and fisher.scores.num_rows < fisher.size:
+        _check_rank(rank, fisher.scores.num_rows, "low_rank")
+        factor = to_unit(fisher.scores.bound())
+        scaled = Scaled(fisher.scores, factor)
+        values, rows = _largest(mirrored(scaled.gram()), rank)
+        # u = X^T w / sqrt(value), and nothing where the value is zero.
+        weights = jnp.where(values > 0, jax.lax.rsqrt(jnp.where(values > 0, values, 1)), 0)
+        vectors = jax.vmap(scaled.out_of_rows, in_axes=1, out_axes=1)(rows * weights[None, :])
+        values = values * (1 / factor) * (1 / factor)
+    else:
+        _check_rank(rank, fisher.size, "low_rank")
+        values, vectors = _largest(fisher._small_matrix("low_rank"), rank)
+    return LowRank(vectors, values, jnp.zeros((), fisher.spec.dtype), fisher.spec, fisher.provenance)
+
+
+def _largest(matrix: Float[Array, "m m"], rank: int) -> tuple[Float[Array, " k"], Float[Array, "m k"]]:
+    """The largest eigenpairs of a positive semi-definite matrix; values inside rounding error are zero."""
+    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    cut = values.shape[0] * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
+    values = jnp.where(values <= cut, jnp.where(jnp.isnan(values), values, 0), values)
+    return values[-rank:], vectors[:, -rank:]
+
+
+def nystrom(fisher: Operator, rank: int, key: PRNGKeyArray) -> LowRank:
+    r"""A randomised sketch of the largest eigenpairs from ``rank`` products, made for preconditioning.
+
+    With ``Y = F Omega`` for a random orthonormal ``Omega``, ``Y (Omega^T Y)^+ Y^T`` is the best approximation of F from below
+    that ``Y`` knows of. All other eigenvalues are taken for the smallest one found, so that
+    ``jf.CG(preconditioner=jf.nystrom(F, k, key))`` is the Nystrom preconditioner; ``k`` of about twice the effective dimension
+    at the damping makes the condition number small.
+
+    Args:
+        fisher: any operator; only its products are used.
+        rank: number of products, at least 1, at most p.
+        key: a random key.
+
+    Raises:
+        TypeError: ``fisher`` is not an operator.
+        ValueError: ``rank`` out of range.
+
+    Reference: Frangella, Tropp and Udell, Randomized Nystrom preconditioning (SIAM J. Matrix Anal. Appl. 2023), algorithm 2.1
+    and equation 5.3.
+
+    >>> import jax, jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda p, x: jf.Normal(jnp.dot(x, p), 1.0)
+    >>> F = jf.implicit_fisher(model)(jnp.zeros(2), jnp.array([[2.0, 0.0], [0.0, 1.0]]))
+    >>> print(jf.nystrom(F, 2, jax.random.key(0)).trace().round(4))  # with all directions, F itself: 2 + 1/2
+    2.5
+    """
+    fisher = as_operator(fisher, "nystrom")
+    _check_rank(rank, fisher.size, "nystrom")
+    spec, product = fisher.spec, fisher.linearised()
+    sketch = jnp.linalg.qr(jax.random.normal(key, (spec.size, rank), spec.dtype))[0]
+    # In units of the image, whose size may be anything.
+    image = jax.vmap(lambda v: spec.ravel(product(spec.unravel(v)), "v"), in_axes=1, out_axes=1)(sketch)
+    size = norm(image.reshape(-1))
+    image = image / jnp.where(size > 0, size, 1)
+    shift = 10 * jnp.finfo(spec.dtype).eps * rank**0.5
+    image = image + shift * sketch
+    core = matmul(sketch.T, image)
+    root = jnp.linalg.cholesky(0.5 * (core + core.T))
+    half = jax.scipy.linalg.solve_triangular(root, image.T, lower=True).T
+    vectors, singular, _ = jnp.linalg.svd(half, full_matrices=False)
+    values = jnp.maximum(jnp.square(singular) - shift, 0) * size
+    return LowRank(vectors, values, values[-1], spec, fisher.provenance)
+
+
+def partial_cholesky(fisher: Operator, rank: int) -> LowRank:
+    r"""The first columns of a pivoted Cholesky factor, as eigenpairs, made for preconditioning.
+
+    ``F \approx L L^T`` with ``rank`` columns of F, each time the one whose diagonal is worst approximated; other eigenvalues
+    are taken for the mean of what is left of the diagonal. It needs the diagonal and ``rank`` products, and no random numbers.
+
+    Args:
+        fisher: any operator.
+        rank: number of columns, at least 1, at most p.
+
+    Raises:
+        TypeError: ``fisher`` is not an operator.
+        ValueError: ``rank`` out of range.
+
+    Reference: Harbrecht, Peters and Schneider, On the low-rank approximation by the pivoted Cholesky decomposition (Applied
+    Numerical Mathematics 2012), algorithm 1.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda p, x: jf.Normal(jnp.dot(x, p), 1.0)
+    >>> F = jf.exact_fisher(model)(jnp.zeros(2), jnp.array([[2.0, 0.0], [0.0, 1.0]]))
+    >>> print(jf.partial_cholesky(F, 1).eigvalsh())  # all that is left is the 1/2
+    [0.5 2. ]
+    """
+    fisher = as_operator(fisher, "partial_cholesky")
+    _check_rank(rank, fisher.size, "partial_cholesky")
+    spec, product = fisher.spec, fisher.linearised()
+    left = spec.ravel(fisher.diagonal(), "diagonal")
+    start = jnp.sum(left)
+
+    def column(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        factor, left = carry
+        pivot = jnp.argmax(left)
+        unit = jnp.zeros_like(left).at[pivot].set(1)
+        fresh = spec.ravel(product(spec.unravel(unit)), "v") - matmul(factor, factor[pivot])
+        # A pivot inside rounding error has nothing left to give.
+        variance = left[pivot]
+        useful = variance > spec.size * jnp.finfo(left.dtype).eps * jnp.max(start)
+        fresh = jnp.where(useful, fresh * jax.lax.rsqrt(jnp.where(useful, variance, 1)), 0)
+        left = jnp.where(useful, jnp.maximum(left - jnp.square(fresh), 0).at[pivot].set(0), left)
+        return factor.at[:, k].set(fresh), left
+
+    factor, left = jax.lax.fori_loop(0, rank, column, (jnp.zeros((spec.size, rank), spec.dtype), left))
+    vectors, singular, _ = jnp.linalg.svd(factor, full_matrices=False)
+    floor = jnp.sum(left) / max(spec.size - rank, 1)
+    return LowRank(vectors, jnp.square(singular), floor, spec, fisher.provenance)
+
+
+def _check_rank(rank: int, most: int, caller: str) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:
+        raise ValueError(f"{caller}: `rank` is {described(rank)}; expected a whole number from 1 to {most:,}.")

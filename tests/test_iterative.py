@@ -1,0 +1,207 @@
+"""Iterative solvers and paths of dampings: preconditioning, warm starts, negative curvature, least squares, derivatives."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import assert_close, classifier, flat, reference
+
+import jaxfisher as jf
+
+
+def numbers(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def linear(w, x):
+    """A log-density whose score is its datum: the Fisher is X^T X / n."""
+    return jnp.dot(x, w, precision="highest")
+
+
+@functools.cache
+def stretched(condition=1e3, n=60, p=40, dtype=jnp.float64):
+    """A Fisher with eigenvalues from 1 down to ``1 / condition``, its rows ``X`` and a right-hand side."""
+    u, v = (np.linalg.qr(numbers(seed, size, p))[0] for seed, size in ((0, n), (1, p)))
+    x = np.asarray(np.sqrt(n) * (u * np.geomspace(condition**-0.5, 1, p)) @ v.T, np.dtype(dtype))
+    return jf.empirical_fisher(linear)(jnp.zeros(p, dtype), jnp.asarray(x)), x.astype(np.float64) / np.sqrt(n)
+
+
+def solved(X, v, damping):
+    return np.linalg.solve(X.T @ X + damping * np.eye(X.shape[1]), v)
+
+
+PRECONDITIONERS = {
+    "exact": lambda F: F,
+    "diagonal": jf.diagonal,
+    "nystrom": lambda F: jf.nystrom(F, 15, jax.random.key(0)),
+    "partial cholesky": lambda F: jf.partial_cholesky(F, 15),
+    "low rank": lambda F: jf.low_rank(F, 15),
+}
+
+
+def test_preconditioners_change_the_steps_and_not_the_solution():
+    F, X = stretched()
+    v = np.cos(np.arange(40))
+    expected = solved(X, v, 1e-4)
+
+    @jax.jit
+    def run(F, v):
+        views = {"none": None, **{name: view(F) for name, view in PRECONDITIONERS.items()}}
+        return {name: jf.solve(F, v, 1e-4, solver=jf.CG(rtol=1e-9, preconditioner=P)) for name, P in views.items()}
+
+    found = run(F, jnp.asarray(v))
+    steps = {name: int(info.iterations) for name, (_, info) in found.items()}
+    for name, (x, info) in found.items():
+        assert info.converged and info.residual <= 1e-9, name
+        assert np.linalg.norm(x - expected) < 1e-5 * np.linalg.norm(expected), name
+    assert steps["exact"] <= 2, steps
+    assert max(steps[name] for name in ("nystrom", "partial cholesky", "low rank")) < 0.8 * steps["none"], steps
+
+
+def test_a_kronecker_preconditioner_and_a_warm_start():
+    params, x, _, _, _ = reference()
+
+    @jax.jit
+    def run(params, x, v):
+        F = jf.exact_fisher(classifier)(params, x)
+        cold, first = jf.solve(F, v, 0.05, solver=jf.CG(rtol=1e-10))
+        _, kronecker = jf.solve(F, v, 0.05, solver=jf.CG(rtol=1e-10, preconditioner=jf.kronecker(F)))
+        _, again = jf.solve(F, v, 0.05, solver=jf.CG(rtol=1e-9, start=cold))
+        return first, kronecker, again
+
+    v = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=float)).reshape(leaf.shape), params)
+    first, kronecker, again = run(params, x, v)
+    assert first.converged and kronecker.converged and again.converged
+    assert again.iterations == 0 and 0 < kronecker.iterations < 2 * first.iterations
+
+
+def test_a_solver_crosses_jit_as_an_argument():
+    F, X = stretched()
+    traces = []
+
+    @jax.jit
+    def run(F, v, solver):
+        traces.append(1)
+        return jf.solve(F, v, 1e-2, solver=solver)[0]
+
+    v = jnp.ones(40)
+    for scale in (1.0, 2.0):
+        solver = jf.CG(rtol=1e-10, preconditioner=jf.diagonal(scale * F), start=scale * v)
+        assert_close(run(F, v, solver), solved(X, np.ones(40), 1e-2), factor=1e7)
+    assert len(traces) == 1
+
+
+def test_negative_curvature_is_seen():
+    """The observed information of a saddle: one direction is negative."""
+    log_prob = lambda w, x: -0.5 * (w[0] ** 2 - w[1] ** 2) * x  # noqa: E731
+    H = jf.observed_information(log_prob)(jnp.zeros(2), jnp.ones(3))
+    assert_close(H.as_matrix(), np.diag([1.0, -1.0]))
+    _, info = jax.jit(lambda H, v: jf.solve(H, v, 0.1, solver=jf.CG()))(H, jnp.array([0.1, 1.0]))
+    assert info.indefinite and not info.converged
+    _, info = jax.jit(lambda H, v: jf.solve(H, v, 2.0, solver=jf.CG()))(H, jnp.array([0.1, 1.0]))
+    assert info.converged and not info.indefinite
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_the_stopping_rule_knows_no_scale(scale):
+    F, _ = stretched()
+    v = np.cos(np.arange(40))
+    run = jax.jit(lambda F, v, d: jf.solve(F, v, d, solver=jf.CG(rtol=1e-6))[1])
+    plain, scaled = run(F, jnp.asarray(v), 1e-3), run(scale * F, jnp.asarray(v / scale), 1e-3 * scale)
+    assert plain.iterations == scaled.iterations and plain.converged and scaled.converged
+
+
+def test_derivatives_are_those_of_the_solution():
+    F, X = stretched(100.0)
+    v = np.cos(np.arange(40))
+
+    def loss(v, damping):
+        return jnp.sum(jnp.sin(jf.solve(F, v, damping, solver=jf.CG(rtol=1e-12))[0]))
+
+    x = solved(X, v, 1e-2)
+    back = solved(X, np.cos(x), 1e-2)
+    by_v, by_damping = jax.jit(jax.grad(loss, (0, 1)))(jnp.asarray(v), 1e-2)
+    np.testing.assert_allclose(by_v, back, rtol=1e-7)
+    np.testing.assert_allclose(by_damping, -back @ x, rtol=1e-7)
+    many = jnp.asarray(numbers(5, 3, 40))
+    mapped = jax.jit(jax.vmap(lambda v: jf.solve(F, v, 1e-2, solver=jf.CG(rtol=1e-12))[0]))(many)
+    assert_close(mapped, np.stack([solved(X, row, 1e-2) for row in np.asarray(many)]), factor=1e7)
+
+
+def test_cg_takes_a_damping_for_each_leaf():
+    params, x, _, _, _ = reference()
+    dampings = {"hidden": {"b": 0.3, "w": 0.1}, "out": [0.05, 0.7]}
+    v = jax.tree.map(jnp.ones_like, params)
+
+    @jax.jit
+    def run(params, x, v):
+        F = jf.implicit_fisher(classifier)(params, x)
+        return jf.solve(F, v, dampings, solver=jf.CG(rtol=1e-11, preconditioner=jf.kronecker(F))), F.as_matrix()
+
+    (found, info), matrix = run(params, x, v)
+    each = np.repeat(jax.tree.leaves(dampings), [4, 12, 12, 3])
+    assert info.converged
+    assert_close(flat(found), np.linalg.solve(np.asarray(matrix) + np.diag(each), np.ones(31)), factor=1e7)
+
+
+def test_lsmr_steps_grow_with_the_root_of_the_condition_number():
+    counts = {}
+    for condition in (1e2, 1e4):
+        F, X = stretched(condition, 240, 200)
+        damping = 1 / condition
+        e = np.cos(np.arange(240))
+        run = jax.jit(lambda S, e, d: jf.LSMR(rtol=1e-8).least_squares(S, e, d))
+        x, info = run(F.scores, jnp.asarray(e), damping)
+        assert info.converged
+        expected = solved(X, X.T @ e / np.sqrt(240), damping)
+        assert np.linalg.norm(x - expected) < 1e-4 * np.linalg.norm(expected)
+        counts[condition] = int(info.iterations)
+    # A hundredfold condition number is tenfold in X; steps of steepest descent would grow a hundredfold.
+    assert counts[1e4] < 15 * counts[1e2], counts
+
+
+def test_lsmr_solves_for_any_vector_and_keeps_digits_in_float32():
+    F, X = stretched(1e4, 30, 20, jnp.float32)
+    damping = 1e-6 * float(np.mean(np.sum(X**2, 0)))
+    v = np.cos(np.arange(20))
+    x, info = jax.jit(lambda F, v: jf.solve(F, v, 0.1, solver=jf.LSMR()))(F, jnp.asarray(v, jnp.float32))
+    assert info.converged and info.residual < 1e-4
+    assert np.linalg.norm(np.asarray(x) - solved(X, v, 0.1)) < 1e-4 * np.linalg.norm(solved(X, v, 0.1))
+    e = np.cos(np.arange(30))
+    run = jax.jit(lambda S, e: jf.LSMR(rtol=1e-7, max_steps=400).least_squares(S, e, damping))
+    x, _ = run(F.scores, jnp.asarray(e, jnp.float32))
+    x = np.asarray(x, np.float64)
+    right = X.T @ e / np.sqrt(30)
+    assert np.linalg.norm(right - X.T @ (X @ x) - damping * x) < 1e-4 * np.linalg.norm(right)
+    with pytest.raises(ValueError, match="least_squares"):
+        jf.solve(F, jnp.asarray(v, jnp.float32), 0.0, solver=jf.LSMR())
+
+
+FORMS = {"scores": lambda F: F, "dense": jf.dense, "prior": lambda F: F + jf.scaled_identity(F, 1e-3), "diagonal": jf.diagonal}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("shape", [(60, 40), (25, 40)])
+def test_a_path_of_dampings(name, shape):
+    """Every solution as by itself, the minimum-norm one at zero; one eigendecomposition in the program."""
+    n, p = shape
+    rank = min(shape)
+    u, v = (np.linalg.qr(numbers(seed, size, rank))[0] for seed, size in ((0, n), (1, p)))
+    x = jnp.asarray(np.sqrt(n) * (u * np.geomspace(1e-2, 1, rank)) @ v.T)
+    F = jax.jit(lambda x: FORMS[name](jf.empirical_fisher(linear)(jnp.zeros(p), x)))(x)
+    dampings, right = np.array([0.0, 1e-6, 1e-3, 10.0]), np.cos(np.arange(p))
+    path = jax.jit(jf.solve_path)
+    found, info = path(F, jnp.asarray(right), jnp.asarray(dampings))
+    matrix = np.asarray(jax.jit(lambda F: F.as_matrix())(F))
+    for x, damping in zip(np.asarray(found), dampings, strict=True):
+        expected = np.linalg.pinv(matrix, rcond=1e-10, hermitian=True) @ right if damping == 0 else None
+        expected = np.linalg.solve(matrix + damping * np.eye(p), right) if expected is None else expected
+        assert np.linalg.norm(x - expected) < 1e-7 * np.linalg.norm(expected), damping
+    full = name in ("prior", "diagonal")
+    assert np.array_equal(info.rank, [p if full else rank, p, p, p])
+    assert np.all(info.converged) and np.all(info.finite)
+    program = path.lower(F, jnp.asarray(right), jnp.asarray(dampings)).as_text()
+    assert len(re.findall(r"custom_call @lapack_dsyevd", program)) == (name != "diagonal")
