@@ -1,0 +1,380 @@
+"""Fishers and views against other libraries: those in JAX run here, those in PyTorch by matrices stored from a run.
+
+Libraries differ in scale, and silently. No scale is fitted or undone in passing: each is a constant that says where it is from.
+The stored matrices were written by `tests/references/make.py`, whose header names the versions.
+"""
+
+import concurrent.futures
+import functools
+import importlib.metadata
+import importlib.util
+import itertools
+import multiprocessing
+import pathlib
+import warnings
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import compiled
+from problems import assert_close, classifier, flat, reference
+
+import jaxfisher as jf
+
+REFERENCES = pathlib.Path(__file__).parent / "references"
+
+RTOL = 1000 * np.finfo(np.float64).eps
+"""Of a matrix's largest entry. EKFAC takes the most, tens of eps: its eigenvectors lose eps over the gaps of the spectrum."""
+
+# Scales: theirs = SCALE * ours, and ours is a mean over examples of the outer products of scores.
+
+EXAMPLES = 6
+"""`reduction="sum"` sums over the examples where we average: times n."""
+
+SQUARE = 2.0
+"""`MSELoss` and laplax's MSE are r^2, whose second derivative is 2; that of r^2 / 2, the unit Normal's -log p, is 1."""
+
+SQUARED_GRADIENT = SQUARE**2
+"""The gradient of r^2 is 2 r where the score of a unit Normal is r, and an empirical Fisher squares it."""
+
+PER_TARGET = 1 / 2
+"""`MSELoss(reduction="mean")` divides by n times the 2 targets of an example, and we by n: the targets of one example are one
+draw of a multivariate Normal, whose log-density sums over them."""
+
+
+# ---------------------------------------------------------------------------------------------------------- PyTorch, stored
+
+
+def mlp(params, x):
+    hidden = jnp.tanh(x @ params["first"]["w"] + params["first"]["b"])
+    return hidden @ params["second"]["w"] + params["second"]["b"]
+
+
+def shared(params, x):
+    """The first layer on every position of ``x [positions, inputs]``, and their mean to the second."""
+    hidden = jnp.tanh(x @ params["first"]["w"] + params["first"]["b"][None])
+    return jnp.mean(hidden, 0) @ params["second"]["w"] + params["second"]["b"]
+
+
+def softmax(params, x):
+    return jf.Categorical(mlp(params, x))
+
+
+def shared_softmax(params, x):
+    return jf.Categorical(shared(params, x))
+
+
+def unit_normal(params, x):
+    """The Normal of nngeometry's "regression", "with identity covariance"; `MSELoss` is twice its -log p."""
+    mean = mlp(params, x)
+    return jf.Normal(mean, jnp.ones_like(mean))
+
+
+MODELS = {"softmax": softmax, "gaussian": unit_normal, "shared": shared_softmax}
+PARAMETERS = ("weight_1", "bias_1", "weight_2", "bias_2")
+
+
+@functools.cache
+def stored(problem):
+    """The arrays of a problem."""
+    with np.load(REFERENCES / f"{problem}.npz") as arrays:
+        return dict(arrays)
+
+
+def to_ours(weight_1, bias_1, weight_2, bias_2):
+    """Arrays in torch's layout as our parameters: torch has weights as ``[out, in]``, and multiplies by their transpose."""
+    return {"first": {"w": weight_1.T, "b": bias_1}, "second": {"w": weight_2.T, "b": bias_2}}
+
+
+@functools.cache
+def order(problem):
+    """Where each entry of our flat parameters is in torch's ``weight_1, bias_1, weight_2, bias_2``, each row by row."""
+    shapes = [stored(problem)[name].shape for name in PARAMETERS]
+    ends = np.cumsum([np.prod(shape) for shape in shapes])
+    places = np.split(np.arange(ends[-1]), ends[:-1])
+    return flat(to_ours(*(part.reshape(shape) for part, shape in zip(places, shapes, strict=True))))
+
+
+def theirs(problem, name):
+    """A stored matrix in the order of our parameters; a vector of a diagonal as the diagonal matrix."""
+    matrix, places = stored(problem)[name], order(problem)
+    return (np.diag(matrix) if matrix.ndim == 1 else matrix)[places][:, places]
+
+
+def exact(problem):
+    return jf.exact_fisher(MODELS[problem])
+
+
+def empirical(problem):
+    return jf.empirical_fisher(jf.log_likelihood(MODELS[problem]))
+
+
+@functools.cache
+def ours(problem, fisher, view):
+    """A view of our Fisher of a stored problem."""
+    arrays = stored(problem)
+    params = jax.tree.map(jnp.asarray, to_ours(*(arrays[name] for name in PARAMETERS)))
+    data = jnp.asarray(arrays["x"]), jnp.asarray(arrays["y"])
+    data = data[:1] if fisher is exact else data  # the exact Fisher takes no targets
+    return np.asarray(compiled(lambda params, *data: view(fisher(problem)(params, *data)).as_matrix())(params, *data))
+
+
+def blocks(fisher):
+    return jf.block_diagonal(fisher, jf.layers(fisher))
+
+
+CURVLINOPS = {
+    "ggn": (exact, jf.dense),
+    "empirical": (empirical, jf.dense),
+    "kfac_expand": (exact, jf.kronecker),
+    "kfac_reduce": (exact, jf.kronecker_reduce),
+    "kfac_empirical": (empirical, jf.kronecker),
+    "ekfac": (exact, jf.eigen_kronecker),
+}
+NNGEOMETRY = {
+    "fim": (exact, jf.dense),
+    "diagonal": (exact, jf.diagonal),
+    "block_diagonal": (exact, blocks),
+    "kfac": (exact, jf.kronecker),
+    "ekfac": (exact, jf.eigen_kronecker),
+}
+NO_SCALE = {exact: 1.0, empirical: 1.0}
+SOURCES = [
+    # `CrossEntropyLoss` is -log p, and its default reduction the mean over examples.
+    ("softmax", "curvlinops", CURVLINOPS, NO_SCALE),
+    ("shared", "curvlinops", CURVLINOPS, NO_SCALE),
+    ("gaussian", "curvlinops_mean", CURVLINOPS, {exact: SQUARE * PER_TARGET, empirical: SQUARED_GRADIENT * PER_TARGET}),
+    ("gaussian", "curvlinops_sum", CURVLINOPS, {exact: SQUARE * EXAMPLES, empirical: SQUARED_GRADIENT * EXAMPLES}),
+    # It is given distributions, "regression" being the unit Normal, and always averages over examples.
+    ("softmax", "nngeometry", NNGEOMETRY, NO_SCALE),
+    ("gaussian", "nngeometry", NNGEOMETRY, NO_SCALE),
+]
+"""Problem, source, what its matrices are of ours, and the scale of each Fisher."""
+
+CASES = [
+    pytest.param(problem, f"{source}_{name}", fisher, view, scales[fisher], id=f"{problem}-{source}_{name}")
+    for problem, source, table, scales in SOURCES
+    for name, (fisher, view) in table.items()
+]
+
+
+def distance(a, b):
+    """The largest difference, relative to the largest entry of the second."""
+    return np.max(np.abs(a - b)) / np.max(np.abs(b))
+
+
+@pytest.mark.parametrize(("problem", "name", "fisher", "view", "scale"), CASES)
+def test_stored_matrix(problem, name, fisher, view, scale):
+    assert len(stored(problem)["x"]) == EXAMPLES
+    assert distance(scale * ours(problem, fisher, view), theirs(problem, name)) < RTOL
+
+
+def test_stored_matrices_are_all_compared():
+    used = {(case.values[0], case.values[1]) for case in CASES}
+    assert used == {(problem, name) for problem in MODELS for name in stored(problem).keys() - {"x", "y", *PARAMETERS}}
+
+
+@pytest.mark.parametrize(
+    ("problem", "source", "table", "scales"), SOURCES, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_stored_matrices_differ(problem, source, table, scales):
+    """The comparison can fail: another view, or torch's own order of the parameters, is far outside the tolerance."""
+    for first, second in itertools.combinations(table, 2):
+        # One position an example, and the ways of counting positions agree.
+        if (first, second) != ("kfac_expand", "kfac_reduce") or problem == "shared":
+            assert distance(theirs(problem, f"{source}_{first}"), theirs(problem, f"{source}_{second}")) > 1e-2, (first, second)
+    for name, (fisher, view) in table.items():
+        matrix = stored(problem)[f"{source}_{name}"]
+        matrix = np.diag(matrix) if matrix.ndim == 1 else matrix
+        assert distance(scales[fisher] * ours(problem, fisher, view), matrix) > 1e-2, name
+
+
+# ------------------------------------------------------------------------------------------------------------- JAX, run here
+
+
+def neighbour(name, module=None):
+    """A library that may not be installed, or not import on this JAX."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they use what JAX has deprecated
+        try:
+            return pytest.importorskip(module or name)
+        except (ImportError, AttributeError) as error:
+            pytest.skip(f"{versions(name)} does not import: {error}")
+
+
+def versions(name):
+    return f"{name} {importlib.metadata.version(name)} on jax {jax.__version__}"
+
+
+def logits(params, x):
+    return classifier(params, x).logits
+
+
+def one_vector(params):
+    """A pytree like the parameters with no pattern that a wrong order would keep."""
+    leaves, treedef = jax.tree.flatten(params)
+    rng = np.random.default_rng(5)
+    return treedef.unflatten([jnp.asarray(rng.normal(size=leaf.shape)) for leaf in leaves])
+
+
+KFAC_JAX = pytest.mark.filterwarnings("ignore::DeprecationWarning:kfac_jax")  # names that JAX has moved
+
+
+@pytest.mark.relaxed
+@KFAC_JAX
+def test_kfac_jax_output_products():
+    """Its Fishers of output distributions, between our Jacobians: ``F v = 1/n J^T M J v``."""
+    kfac_jax = neighbour("kfac_jax")
+    params, x, *_ = reference()
+    v = one_vector(params)
+    # Of the Normal it is told the variance of our model: its default is 1/2, a squared error without the half.
+    families = [
+        (kfac_jax.CategoricalLogitsNegativeLogProbLoss, classifier),
+        (kfac_jax.MultiBernoulliNegativeLogProbLoss, lambda params, x: jf.Bernoulli(logits(params, x))),
+        (partial(kfac_jax.NormalMeanNegativeLogProbLoss, variance=4.0), lambda params, x: jf.Normal(logits(params, x), 2.0)),
+    ]
+
+    def theirs(loss, params):
+        outputs, pushed = jax.jvp(lambda params: jax.vmap(logits, (None, 0))(params, x), (params,), (v,))
+        _, pull = jax.vjp(lambda params: jax.vmap(logits, (None, 0))(params, x), params)
+        (inner,) = loss(outputs).multiply_fisher((pushed,))
+        return pull(inner / len(x))[0]
+
+    for loss, model in families:
+        ours = compiled(lambda params, model=model: jf.exact_fisher(model)(params, x).mv(v))(params)
+        assert_close(flat(ours), flat(compiled(partial(theirs, loss))(params)))
+
+
+@pytest.mark.relaxed
+@KFAC_JAX
+def test_kfac_jax_implicit_curvature():
+    """Its products with the exact Fisher and the GGN, from a loss that registers its distribution."""
+    kfac_jax = neighbour("kfac_jax")
+    params, x, y, *_ = reference()
+    v = one_vector(params)
+
+    def loss(params, batch):
+        x, y = batch
+        outputs = jax.vmap(logits, (None, 0))(params, x)
+        kfac_jax.register_softmax_cross_entropy_loss(outputs, y)
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(outputs), y[:, None], 1))
+
+    curvature = kfac_jax.ImplicitExactCurvature(loss)
+    arguments = (params, (x, y))
+    try:
+        theirs = curvature.multiply_fisher(arguments, v)
+    except ValueError as error:
+        if "too many values to unpack" not in str(error):
+            raise
+        pytest.skip(f"{versions('kfac_jax')} cannot trace a loss: Primitive.get_bind_params no longer returns what it expects")
+    exact = jf.exact_fisher(classifier)(params, x)
+    assert_close(flat(exact.mv(v)), flat(theirs))
+    assert_close(flat(exact.mv(v)), flat(curvature.multiply_ggn(arguments, v)))
+
+
+AMPLITUDE = 4
+"""NetKet's S is of log psi, and the score of p = |psi|^2 is d log p = 2 d log psi (psi real): F = 4 S."""
+
+
+def log_psi(params, spins):
+    """A restricted Boltzmann machine with real weights, psi > 0, of one configuration or of many."""
+    bias = jnp.expand_dims(params["hidden"], tuple(range(spins.ndim - 1)))
+    return spins @ params["visible"] + jnp.sum(jnp.log(jnp.cosh(spins @ params["w"] + bias)), -1)
+
+
+def log_density(params, spins):
+    """``log |psi|^2``; what normalises it is the same for all spins, and centring takes its derivative away."""
+    return 2 * log_psi(params, spins)
+
+
+SPINS, SHIFT = 3, 0.01
+
+
+def ansatz():
+    """A parameter point."""
+    rng = np.random.default_rng(6)
+    shapes = {"w": (SPINS, 2), "hidden": (2,), "visible": (SPINS,)}
+    return {name: jnp.asarray(0.5 * rng.normal(size=shape)) for name, shape in shapes.items()}
+
+
+def netket_results():
+    """Over all configurations NetKet's S and a step, and S at samples with the samples; a string if it does not import."""
+    jax.config.update("jax_enable_x64", True)
+    try:
+        import netket as nk
+    except (ImportError, AttributeError) as error:
+        return f"{versions('netket')} does not import: {error}"
+    params, tensor = ansatz(), nk.optimizer.qgt.QGTJacobianDense
+    model = {"apply_fun": lambda variables, spins: log_psi(variables["params"], spins), "variables": {"params": params}}
+    hilbert = nk.hilbert.Spin(0.5, SPINS)
+    whole = nk.vqs.FullSumState(hilbert, **model)
+    shifted = whole.quantum_geometric_tensor(tensor(mode="real", diag_shift=SHIFT))
+    sampled = nk.vqs.MCState(nk.sampler.ExactSampler(hilbert), n_samples=32, seed=1, sampler_seed=2, **model)
+    results = {
+        "spins": hilbert.all_states(),
+        "whole": whole.quantum_geometric_tensor(tensor(mode="real")).to_dense(),
+        "step": flat(shifted.solve(nk.optimizer.solver.cholesky, one_vector(params))[0]),
+        "samples": sampled.samples.reshape(-1, SPINS),
+        "sampled": sampled.quantum_geometric_tensor(tensor(mode="real")).to_dense(),
+    }
+    return {name: np.asarray(value, np.float64) for name, value in results.items()}
+
+
+@pytest.fixture(scope="module")
+def netket():
+    """NetKet's results from a process of its own: its import sets a device mesh for all of JAX, which changes array types."""
+    if importlib.util.find_spec("netket") is None:
+        pytest.skip("no module named netket")
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        results = pool.submit(netket_results).result()
+    if isinstance(results, str):
+        pytest.skip(results)
+    return results
+
+
+def covariance(params, spins, weights=None):
+    return compiled(lambda params: jf.scores(log_density, center=True)(params, spins, weights=weights).second_moment())(params)
+
+
+def test_netket_all_configurations(netket):
+    """Over the whole space both the weighted covariance of scores and the Fisher of the normalised density are 4 S."""
+    params, spins, theirs = ansatz(), jnp.asarray(netket["spins"]), AMPLITUDE * netket["whole"]
+    assert_close(covariance(params, spins, jnp.exp(log_density(params, spins))), theirs)
+
+    def normalised(params):
+        fisher = jf.exact_fisher(lambda params: jf.Categorical(log_density(params, spins)))(params)
+        # In their units: (S + shift)^-1 v = 4 (F + 4 shift)^-1 v.
+        return fisher.as_matrix(), fisher.solve(one_vector(params), AMPLITUDE * SHIFT)
+
+    density, step = compiled(normalised)(params)
+    assert_close(density, theirs)
+    condition = np.linalg.cond(theirs + AMPLITUDE * SHIFT * np.eye(len(theirs)))  # what a solve loses
+    assert_close(AMPLITUDE * flat(step), netket["step"], factor=10 * condition)
+
+
+def test_netket_samples(netket):
+    """On samples S is the covariance of the derivatives, and centred scores at the same samples have 4 S."""
+    assert_close(covariance(ansatz(), jnp.asarray(netket["samples"])), AMPLITUDE * netket["sampled"])
+
+
+@pytest.mark.relaxed
+def test_laplax_ggn():
+    """Its GGN products, which sum over the data."""
+    ggn = neighbour("laplax", "laplax.curv.ggn")
+    params, x, y, *_ = reference()
+    v = one_vector(params)
+    data = {"input": x, "target": y}
+    families = [
+        ("mse", lambda params, x: jf.Normal(logits(params, x), 1.0), SQUARE * len(x)),
+        ("cross_entropy", classifier, len(x)),
+    ]
+    for loss, model, scale in families:
+
+        def products(params, loss=loss, model=model):
+            theirs = ggn.create_ggn_mv(lambda input, params: logits(params, input), params, data, loss)
+            return jf.exact_fisher(model)(params, x).mv(v), theirs(v)
+
+        ours, theirs = compiled(products)(params)
+        assert_close(scale * flat(ours), flat(theirs))
