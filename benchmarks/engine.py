@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -386,9 +386,9 @@ def stays_below(case: str, plain: Case, ours: Case, n: int) -> Row:
     return Row(case, *words, f"{ratio:.2f} of bound", megabytes(bound), _verdict(ratio <= 1))
 
 
-def print_table(title: str, rows: Sequence[Row]) -> None:
-    """A heading and an aligned table."""
-    names = [field.name for field in dataclasses.fields(Row)]
+def print_table(title: str, rows: Sequence[Any]) -> None:
+    """A heading and an aligned table; rows are dataclasses of words, its columns their fields."""
+    names = [field.name for field in dataclasses.fields(rows[0])]
     lines = [names, *([getattr(row, name) for name in names] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
     lines.insert(1, ["-" * width for width in widths])
@@ -643,7 +643,7 @@ ALONE: dict[str, Callable[[Sizes], dict[str, Any]]] = {
 }
 
 
-def head_line(sizes: Sizes) -> str:
+def head_line(sizes: Sizes, *more: str) -> str:
     """Where and with what this runs."""
     device = jax.devices()[0]
     words = [
@@ -651,32 +651,60 @@ def head_line(sizes: Sizes) -> str:
         f"{os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}",
         f"Python {platform.python_version()}, jax {jax.__version__}, jaxfisher {jf.__version__}",
         f"OPENBLAS_NUM_THREADS={os.environ['OPENBLAS_NUM_THREADS']}",
-        f"medians (and quartiles) of {sizes.repeats} repeats in turn",
+        *more,
     ]
     return "; ".join(words) + ("; CHECK RUN: the figures mean nothing" if sizes is CHECK else "")
 
 
-def main() -> None:
-    """Measure what was asked for, or everything."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workload", nargs="*", help=", ".join(WORKLOADS))
+def workload_parser(description: str | None, workloads: Iterable[str]) -> argparse.ArgumentParser:
+    """The command line of a script with these workloads."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("workload", nargs="*", help=", ".join(workloads))
     parser.add_argument("--check", action="store_true", help="tiny shapes: shows that every line runs, nothing else")
-    parser.add_argument("--alone", choices=list(ALONE), help=argparse.SUPPRESS)
+    return parser
+
+
+def measure(
+    parser: argparse.ArgumentParser, workloads: Mapping[str, Callable[[Sizes], Sequence[Any]]], head: Callable[[Sizes], str]
+) -> None:
+    """Measure what was asked for, or everything, and print the tables."""
     given = parser.parse_args()
     sizes = CHECK if given.check else FULL
-    if given.alone:
-        print(json.dumps(ALONE[given.alone](sizes)))
-        return
-    unknown = [name for name in given.workload if name not in WORKLOADS]
+    unknown = [name for name in given.workload if name not in workloads]
     if unknown:
-        parser.error(f"no workload {unknown[0]!r}; there are {', '.join(WORKLOADS)}")
-    print(head_line(sizes))
-    for name in given.workload or WORKLOADS:
-        function = WORKLOADS[name]
+        parser.error(f"no workload {unknown[0]!r}; there are {', '.join(workloads)}")
+    print(head(sizes))
+    for name in given.workload or workloads:
+        function = workloads[name]
         rows = function(sizes)
         if sizes is CHECK:
-            rows = [dataclasses.replace(row, goal="", reached="") for row in rows]
+            rows = [dataclasses.replace(row, goal="", reached="") if hasattr(row, "goal") else row for row in rows]
         print_table(f"{name}: {str(function.__doc__).rstrip('.')}", rows)
+
+
+def quick_check(
+    parser: argparse.ArgumentParser, workloads: Mapping[str, Callable[[Sizes], Sequence[Any]]], head: Callable[[Sizes], str]
+) -> None:
+    """`measure`, a check compiled without XLA's optimisations: of scripts with many small programs, that is most of it."""
+    if parser.parse_args().check:
+        jax.config.update("jax_disable_most_optimizations", True)
+    measure(parser, workloads, head)
+
+
+def timed_head(sizes: Sizes) -> str:
+    """Where this runs, and what a time is."""
+    return head_line(sizes, f"medians (and quartiles) of {sizes.repeats} repeats in turn")
+
+
+def main() -> None:
+    """Measure what was asked for, or everything."""
+    parser = workload_parser(__doc__, WORKLOADS)
+    parser.add_argument("--alone", choices=list(ALONE), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.alone:
+        print(json.dumps(ALONE[given.alone](CHECK if given.check else FULL)))
+        return
+    measure(parser, WORKLOADS, timed_head)
 
 
 if __name__ == "__main__":
