@@ -25,6 +25,13 @@ from jaxfisher._divergence import kl_hessian as kl_hessian
 from jaxfisher._divergence import monte_carlo_kl as monte_carlo_kl
 from jaxfisher._divergence import observed_information as observed_information
 
+# Estimates with an error.
+from jaxfisher._estimate import Estimate as Estimate
+from jaxfisher._estimate import estimate_diagonal as estimate_diagonal
+from jaxfisher._estimate import estimate_logdet as estimate_logdet
+from jaxfisher._estimate import estimate_trace as estimate_trace
+from jaxfisher._estimate import spectral_density as spectral_density
+
 # The engine, looked at.
 from jaxfisher._explain import explain as explain
 

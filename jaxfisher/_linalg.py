@@ -71,14 +71,10 @@ class Inverse(NamedTuple):
 
 def invert(matrix: Float[Array, "m m"], damping: Scalar) -> Inverse:
     """Factor ``matrix + damping I`` in the way that can be trusted; only that one runs. Only the upper triangle is read."""
-    size, eps = matrix.shape[0], jnp.finfo(matrix.dtype).eps
+    size = matrix.shape[0]
     damped = matrix + damping * jnp.eye(size, dtype=matrix.dtype)
-    factor, diagonal = _cholesky(damped), jnp.diagonal(damped)
-    told = damping > eps * jnp.max(diagonal)
-    # What a pivot is of its diagonal entry does not depend on units. With damping it may come down to the rounding error of one
-    # entry; without, to that of the whole matrix.
-    share = jnp.square(jnp.diagonal(factor)) / diagonal
-    well_posed = jnp.all(share > jnp.where(told, eps, size * eps))
+    factor = _cholesky(damped)
+    well_posed, told = _trusted(factor, jnp.diagonal(damped), damping)
 
     def by_cholesky() -> Inverse:
         return Inverse(factor, jnp.asarray(True), jnp.asarray(size, jnp.int32), told)
@@ -87,6 +83,35 @@ def invert(matrix: Float[Array, "m m"], damping: Scalar) -> Inverse:
         return Inverse(*_pseudo_inverse(mirrored(matrix), damping, told), told)
 
     return jax.lax.cond(well_posed, by_cholesky, by_eigenvectors)
+
+
+def _trusted(
+    factor: Float[Array, "m m"], diagonal: Float[Array, " m"], damping: Scalar
+) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+    """Whether a Cholesky factor of a damped matrix with this diagonal is well posed; whether the damping is told from zero."""
+    eps = jnp.finfo(factor.dtype).eps
+    # Written so that a NaN is told: it must not be taken for zero.
+    told = ~(jnp.abs(damping) <= eps * jnp.max(jnp.abs(diagonal)))
+    # What a pivot is of its diagonal entry does not depend on units. With damping it may come down to the rounding error of one
+    # entry; without, to that of the whole matrix.
+    share = jnp.square(jnp.diagonal(factor)) / diagonal
+    return jnp.all(share > jnp.where(told, eps, factor.shape[0] * eps)), told
+
+
+def log_determinant(matrix: Float[Array, "m m"], damping: Scalar) -> Scalar:
+    """``log det (matrix + damping I)``, from pivots where they can be trusted: each is right to a few digits of its own.
+
+    Small eigenvalues are right only to digits of the largest. Only the upper triangle is read.
+    """
+    damped = matrix + damping * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    factor = _cholesky(damped)
+    well_posed, _ = _trusted(factor, jnp.diagonal(damped), damping)
+    by_pivots: Scalar = jax.lax.cond(
+        well_posed,
+        lambda: 2 * jnp.sum(jnp.log(jnp.diagonal(factor))),
+        lambda: jnp.sum(jnp.log(eigenvalues(matrix) + damping)),
+    )
+    return by_pivots
 
 
 class Decomposed(NamedTuple):
@@ -199,17 +224,20 @@ def refined(solve: Callable[[Array], Array], product: Callable[[Array], Array], 
     """``solve(b)`` and one step of iterative refinement against ``product``, the operator that ``solve`` inverts.
 
     Where the solve factored a rounded matrix, such as ``X X^T``, the product should be the unrounded one, by way of ``X``: that
-    also mends the rounding of the matrix, which is most of the error (a hundredfold in float32).
+    also mends the rounding of the matrix, which is most of the error (a hundredfold in float32). Where the rounded matrix is
+    too far from it for that, the step is not taken.
     """
     x = solve(b)
-    return x + solve(b - product(x))
+    rest = b - product(x)
+    better = x + solve(rest)
+    return jnp.where(norm(b - product(better)) > norm(rest), x, better)
 
 
 def _resolved(values: Float[Array, " m"], damping: Scalar) -> tuple[Float[Array, " m"], Bool[Array, " m"], Bool[Array, ""]]:
     """Eigenvalues, zero where inside rounding error; which directions to keep; whether the damping is told from zero."""
     largest = jnp.max(jnp.abs(values), initial=0.0)
     values = resolved(values, damping, largest, values.shape[0])
-    told = damping > jnp.finfo(values.dtype).eps * largest
+    told = ~(jnp.abs(damping) <= jnp.finfo(values.dtype).eps * largest)
     return values, told | (values != 0), told
 
 
@@ -220,7 +248,7 @@ def resolved(values: Float[Array, "..."], damping: Scalar, largest: Scalar, size
     whole decomposition, ``size eps largest``, the convention of `numpy.linalg.matrix_rank`.
     """
     eps = jnp.finfo(values.dtype).eps
-    cut = jnp.where(damping > eps * largest, eps, size * eps) * largest
+    cut = jnp.where(jnp.abs(damping) > eps * largest, eps, size * eps) * largest
     # Written so that a NaN eigenvalue stays NaN.
     return jnp.where(jnp.abs(values) <= cut, 0, values)
 

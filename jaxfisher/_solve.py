@@ -309,8 +309,8 @@ def solve(fisher: Operator, v: chex.ArrayTree, damping: Damping, solver: Solver 
         raised at run time: non-finite scores give a non-finite ``x`` and ``info.finite = False``.
 
     Raises:
-        TypeError: ``fisher`` is not an operator, ``damping`` not of real numbers.
-        ValueError: a negative ``damping``, or one for each leaf of another structure; ``v`` not shaped like the parameters (the
+        TypeError: ``fisher`` is not an operator, ``damping`` not of real numbers or of another structure.
+        ValueError: a negative ``damping``; ``v`` not shaped like the parameters (the
             first bad path is named); an exact route that would need a dense matrix for p above 4096.
 
     Reference: Martens (JMLR 2020), section 6; Ren and Goldfarb (arXiv 1906.02353), section 3.

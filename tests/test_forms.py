@@ -796,7 +796,7 @@ def test_explain_states_what_is_held():
 def test_explain_prints_a_table():
     text = str(jf.explain(mixed, EXPLAINED, jnp.zeros((N, 3), int), jnp.ones((N, 6))))
     lines = text.splitlines()
-    assert lines[0].split() == ["leaf", "shape", "held", "as", "T", "memory", "Gram", "flops", "why"]
+    assert lines[0].split() == ["leaf", "shape", "held", "as", "T", "memory", "Gram", "flops", "Kronecker", "why"]
     assert set(lines[1]) == {"-"}
     assert [line.split("  ")[0] for line in lines[2:]] == [
         *("['b']", "['kernel']", "['table']", "['unused']", "['w']", "total", "plain gradients")
@@ -805,6 +805,11 @@ def test_explain_prints_a_table():
     # 5 examples of w's gradient: an input of 4 and a cotangent of 6 numbers of 8 bytes.
     assert "400 B" in lines[6]
     assert "T^2 (I + O) = 10, I O = 24" in lines[6]
+    explained = {
+        leaf.path: leaf.kronecker for leaf in jf.explain(mixed, EXPLAINED, jnp.zeros((N, 3), int), jnp.ones((N, 6))).leaves
+    }
+    assert explained["['w']"] == explained["['kernel']"] == "yes"
+    assert explained["['table']"] == "no: a table" and explained["['unused']"] == "no: no factors"
 
 
 def test_explain_takes_a_model():

@@ -226,7 +226,9 @@ def leaf_damping(name):
 @pytest.mark.parametrize("name", FORMS)
 def test_every_law_for_every_form(name, key):
     F, dense = FORMS[name]
-    seen = check_operator(F, dense, key, by_leaf=leaf_damping(name))
+    # A sketch takes a shift away again, of ten times the rounding error.
+    eps = 100 * float(np.finfo(float).eps) if name.startswith("nystrom") else None
+    seen = check_operator(F, dense, key, eps=eps, by_leaf=leaf_damping(name))
     if name in ("scores, fewer rows", "blocks, a leaf", "kronecker", "low rank", "prior and scores", "diagonal"):
         check_transforms(F, *seen, eps=None)
 

@@ -12,7 +12,7 @@ import jaxfisher as jf
 
 PACKAGE = pathlib.Path(jf.__file__).parent
 PUBLIC = sorted(name for name in vars(jf) if not name.startswith("_"))
-VALUES = {"Distribution", "Operator", "Scores", "ScaleByFisherState", "SolveInfo"}
+VALUES = {"Distribution", "Estimate", "Operator", "Scores", "ScaleByFisherState", "SolveInfo"}
 """Types that users meet as results and do not make."""
 
 

@@ -438,5 +438,9 @@ def test_float32_log_determinants(relative):
     F, X = spread_fisher(jnp.float32)
     damping = relative * np.sum(X**2) / 80
     expected = np.linalg.slogdet(X.T @ X + damping * np.eye(80))[1]
-    found = jax.jit(lambda F, d: [form.logdet(d) for form in (F, jf.dense(F), jf.low_rank(F, 30))])(F, damping)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    scores, low_rank, dense = jax.jit(lambda F, d: [form.logdet(d) for form in (F, jf.low_rank(F, 30), jf.dense(F))])(
+        F, damping
+    )
+    np.testing.assert_allclose([scores, low_rank], expected, rtol=1e-4)
+    # A p x p matrix in float32 does not hold fifty zero eigenvalues to 1e-6 of the others.
+    np.testing.assert_allclose(dense, expected, rtol=1e-4 if relative > 1e-5 else 5e-3)

@@ -27,6 +27,7 @@ from jaxfisher._linalg import (
     by_invert,
     direct_info,
     eigenvalues,
+    log_determinant,
     matmul,
     norm,
     null_vectors,
@@ -236,7 +237,7 @@ class Operator(abc.ABC):
         return lambda damping: flat_inverse(self.spec, at(damping))
 
     def _logdet(self, damping: Scalar) -> Scalar:
-        return jnp.sum(jnp.log(self.eigvalsh() + damping))
+        return log_determinant(self._small_matrix("logdet"), damping)
 
     def _inverse_by_leaf(self, dampings: tuple[Scalar, ...]) -> Callable[[Any], tuple[Any, SolveInfo]]:
         # With D the dampings, (F + D)^-1 = D^-1/2 (D^-1/2 F D^-1/2 + I)^-1 D^-1/2, and what is inside has the form of F.
@@ -399,12 +400,12 @@ def _is_real(dtype: Any) -> bool:
 def is_one_damping(damping: Damping, spec: ParamSpec) -> bool:
     """Whether it is one number; if not, it must have one for each parameter leaf."""
     leaves, treedef = jax.tree.flatten(damping)
-    if jax.tree_util.treedef_is_leaf(treedef):
+    if jax.tree_util.treedef_is_leaf(treedef) or damping is None:
         return True
     if treedef != spec.treedef or any(jnp.shape(leaf) != () for leaf in leaves):
-        raise ValueError(
-            f"`damping` is a pytree of structure {treedef}, leaves of shapes {[jnp.shape(leaf) for leaf in leaves]}; expected "
-            f"one number, or a pytree like the parameters, {spec.treedef}, with one number for each leaf."
+        raise TypeError(
+            f"`damping` is {described(damping)} with leaves of shapes {[jnp.shape(leaf) for leaf in leaves]}; expected one "
+            f"number of at least zero, or a pytree like the parameters, {spec.treedef}, with one number for each leaf."
         )
     return False
 

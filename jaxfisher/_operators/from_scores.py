@@ -28,6 +28,7 @@ from jaxfisher._linalg import (
     direct_info,
     eigenvalues,
     invert,
+    log_determinant,
     matmul,
     mirrored,
     norm,
@@ -73,8 +74,12 @@ class FromScores(Operator):
 
     def eigvalsh(self) -> Float[Array, " p"]:
         """The p eigenvalues, ascending, from the smaller of the two matrices."""
-        values, factor = self._unit_eigenvalues(jnp.zeros((), self.spec.dtype))
-        return values * (1 / factor) * (1 / factor)
+        factor = to_unit(self.scores.bound())
+        scaled = Scaled(self.scores, factor)
+        small = scaled.gram() if scaled.short else scaled.moment()
+        # No clamping is hidden here: X^T X cannot have a negative eigenvalue, so one that is negative is rounding.
+        values = jnp.maximum(eigenvalues(small), 0) * (1 / factor) * (1 / factor)
+        return jnp.concatenate([jnp.zeros(self.size - small.shape[0], values.dtype), values])
 
     def frobenius_norm(self) -> Scalar:
         factor = to_unit(self.scores.bound())
@@ -88,17 +93,13 @@ class FromScores(Operator):
         return unit_rank(mirrored(scaled.gram()) if scaled.short else scaled.moment())
 
     def _logdet(self, damping: Scalar) -> Scalar:
-        values, factor = self._unit_eigenvalues(jnp.sqrt(damping))
-        return jnp.sum(jnp.log(values + damping * factor * factor)) - 2 * self.size * jnp.log(factor)
-
-    def _unit_eigenvalues(self, least: Scalar) -> tuple[Float[Array, " p"], Scalar]:
-        factor = to_unit(self.scores.bound(), least)
-        scaled = Scaled(self.scores, factor)
-        missing = max(self.size - self.scores.num_rows, 0)
-        small = scaled.gram() if missing else scaled.moment()
-        # No clamping is hidden here: X^T X cannot have a negative eigenvalue, so one that is negative is rounding.
-        values = jnp.maximum(eigenvalues(small), 0)
-        return jnp.concatenate([jnp.zeros(missing, values.dtype), values]), factor
+        factor = to_unit(self.scores.bound(), jnp.sqrt(damping))
+        scaled, damping = Scaled(self.scores, factor), damping * factor * factor
+        small = scaled.gram() if scaled.short else scaled.moment()
+        # Directions outside the rows' span have the damping for an eigenvalue.
+        missing = self.size - small.shape[0]
+        outside = missing * jnp.log(damping) if missing else 0
+        return log_determinant(small, damping) + outside - 2 * self.size * jnp.log(factor)
 
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> FromScores:
         return FromScores(self.scores.restrict(keep, self.spec.restrict(keep, treedef)), self.provenance)

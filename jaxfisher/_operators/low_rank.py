@@ -99,7 +99,8 @@ def low_rank(fisher: Operator, rank: int) -> LowRank:
         values, rows = _largest(mirrored(scaled.gram()), rank)
         # u = X^T w / sqrt(value), and nothing where the value is zero.
         weights = jnp.where(values > 0, jax.lax.rsqrt(jnp.where(values > 0, values, 1)), 0)
-        vectors = jax.vmap(scaled.out_of_rows, in_axes=1, out_axes=1)(rows * weights[None, :])
+        # One at a time: a batch of them would be a batch of all factors.
+        vectors = jax.lax.map(scaled.out_of_rows, (rows * weights[None, :]).T).T
         values = values * (1 / factor) * (1 / factor)
     else:
         _check_rank(rank, fisher.size, "low_rank")
@@ -145,8 +146,8 @@ def nystrom(fisher: Operator, rank: int, key: PRNGKeyArray) -> LowRank:
     _check_rank(rank, fisher.size, "nystrom")
     spec, product = fisher.spec, fisher.linearised()
     sketch = jnp.linalg.qr(jax.random.normal(key, (spec.size, rank), spec.dtype))[0]
-    # In units of the image, whose size may be anything.
-    image = jax.vmap(lambda v: spec.ravel(product(spec.unravel(v)), "v"), in_axes=1, out_axes=1)(sketch)
+    # One product at a time: a batch of them would be a batch of all factors. In units of the image, whose size may be anything.
+    image = jax.lax.map(lambda v: spec.ravel(product(spec.unravel(v)), "v"), sketch.T).T
     size = norm(image.reshape(-1))
     image = image / jnp.where(size > 0, size, 1)
     shift = 10 * jnp.finfo(spec.dtype).eps * rank**0.5

@@ -1,0 +1,511 @@
+r"""Estimates with an error, for a Fisher too large for exact numbers: trace, diagonal, log-determinant and eigenvalue density.
+
+All of them draw random sign vectors ``z``, for which ``E[z z^T] = I``, and see F through products ``F z`` only. Every probe
+gives one value with the right expectation (with Lanczos steps, to within the error of their quadrature); the mean over probes
+is the estimate, their spread its standard error. Probes come in tens, until the error is small enough or the probes are used
+up: which of these it was, the answer says.
+
+Random signs and Krylov spaces are matfree's, an optional extra: ``pip install 'jaxfisher[estimate]'``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import numbers
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
+
+from jaxfisher._linalg import norm
+from jaxfisher._operators.base import Damping, Operator, as_operator, nonnegative
+from jaxfisher._tree import all_finite, described, dot, dtype_of
+
+BATCH = 10
+"""How many probes are drawn between two looks at the error."""
+
+
+class Estimate(NamedTuple):
+    """A number, or a pytree of them, that was estimated from random probes.
+
+    Attributes:
+        value: the estimate.
+        standard_error: of the value over probes, in its shape: the standard deviation of one probe over the root of their
+            number. A probe is about normal only where many eigenvalues matter alike.
+        samples: the number of probes.
+        converged: whether the function's own test was met, which its docstring states.
+    """
+
+    value: Any
+    standard_error: Any
+    samples: Int[Array, ""]
+    converged: Bool[Array, ""]
+
+
+def estimate_trace(fisher: Operator, key: PRNGKeyArray, *, rtol: chex.Numeric = 0.01, max_samples: int = 1000) -> Estimate:
+    r"""The trace of F from products with random signs (Hutchinson's estimator).
+
+    .. math:: \operatorname{tr} F = E[z^T F z], \qquad \operatorname{var}(z^T F z) = 2 \sum_{i \ne j} F_{ij}^2.
+
+    A diagonal F is exact after one probe. Otherwise one probe has a relative error of about ``sqrt(2 / r)`` with
+    ``r = tr(F)^2 / |F|_F^2`` the effective number of eigenvalues, 1 where one of them dominates. `Operator.trace` is exact, at
+    the cost of one pass over the examples where F is held as scores; this one is for products that are all there is.
+
+    Args:
+        fisher: any operator; only its products are used.
+        key: a random key.
+        rtol: stop when the standard error is at most ``rtol |value|``.
+        max_samples: at most so many probes, one product each; at least 2, and used in tens.
+
+    Returns:
+        An `Estimate`: value and standard error in the units of F, in the statistics dtype. ``converged`` says that the standard
+        error is at most ``rtol |value|``. Such a stop favours probes that lie close together by chance: with ten of them an
+        error of its own of a quarter has to be expected of the standard error.
+
+    Raises:
+        TypeError: ``fisher`` is not an operator, ``key`` no random key, ``rtol`` no real number.
+        ValueError: a negative ``rtol``; ``max_samples`` not a whole number of at least 2.
+        ImportError: matfree is not installed.
+
+    Reference: Hutchinson, A stochastic estimator of the trace of the influence matrix (Communications in Statistics 1990).
+
+    >>> import jax, jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda p, x: jf.Normal(p * x, 1.0)
+    >>> F = jf.implicit_fisher(model)(jnp.zeros(2), jnp.array([[2.0, 0.0], [0.0, 1.0]]))
+    >>> estimate = jf.estimate_trace(F, jax.random.key(0))  # diagonal: 2 and 1/2
+    >>> print(estimate.value, estimate.standard_error, estimate.samples, estimate.converged)
+    2.5 0.0 10 True
+    """
+    fisher = as_operator(fisher, "estimate_trace")
+    return _hutchinson("estimate_trace", fisher, key, dot, rtol, max_samples)
+
+
+def estimate_diagonal(fisher: Operator, key: PRNGKeyArray, *, rtol: chex.Numeric = 0.01, max_samples: int = 1000) -> Estimate:
+    r"""The diagonal of F from products with random signs.
+
+    .. math:: F_{ii} = E[z_i (F z)_i], \qquad \operatorname{var}(z_i (F z)_i) = \sum_{j \ne i} F_{ij}^2.
+
+    An entry that is small beside the rest of its row is known badly, and may come out negative: read its own standard error.
+
+    Args:
+        fisher: any operator; only its products are used.
+        key: a random key.
+        rtol: stop when the norm of all standard errors is at most ``rtol`` times the norm of the diagonal.
+        max_samples: at most so many probes, one product each; at least 2, and used in tens.
+
+    Returns:
+        An `Estimate` whose value and standard error are pytrees like the parameters, in the units of F and the statistics
+        dtype. ``converged`` says that the norm of the errors is at most ``rtol`` times that of the values.
+
+    Raises:
+        TypeError: ``fisher`` is not an operator, ``key`` no random key, ``rtol`` no real number.
+        ValueError: a negative ``rtol``; ``max_samples`` not a whole number of at least 2.
+        ImportError: matfree is not installed.
+
+    Reference: Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a matrix (Applied Numerical Mathematics 2007),
+    section 2.
+
+    >>> import jax, jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda p, x: jf.Normal(p * x, 1.0)
+    >>> F = jf.implicit_fisher(model)(jnp.zeros(2), jnp.array([[2.0, 0.0], [0.0, 1.0]]))
+    >>> print(jf.estimate_diagonal(F, jax.random.key(0)).value)
+    [2.  0.5]
+    """
+    fisher = as_operator(fisher, "estimate_diagonal")
+    return _hutchinson("estimate_diagonal", fisher, key, partial(jax.tree.map, jnp.multiply), rtol, max_samples)
+
+
+def estimate_logdet(
+    fisher: Operator,
+    key: PRNGKeyArray,
+    damping: Damping,
+    *,
+    rtol: chex.Numeric = 0.01,
+    max_samples: int = 100,
+    num_matvecs: int = 30,
+) -> Estimate:
+    r"""``log det(F + damping I)`` by stochastic Lanczos quadrature, each probe between two bounds.
+
+    .. math:: \log\det(F + D) = \log\det D + E[z^T \log(I + M) z], \qquad M = D^{-1/2} F D^{-1/2}.
+
+    Two errors add up. The *standard error* is that of the mean over probes. The *quadrature error* does not go away with more
+    probes: k Lanczos steps replace ``z^T log(I + M) z`` by a sum of k terms, and how good that is depends on k alone, the more
+    steps the better; with k the number of different eigenvalues of M it is exact. It is bounded, not guessed: Gauss quadrature
+    gives an upper bound, and Gauss-Radau quadrature with a node at 0, below which no eigenvalue of M lies, a lower one. The
+    value is the mean of their midpoints; half the mean distance between them must pass the same test as the standard error.
+
+    Args:
+        fisher: any positive semi-definite operator; only its products are used.
+        key: a random key.
+        damping: above zero: one number, or a pytree like the parameters with one for each leaf.
+        rtol: stop when the standard error is at most ``rtol log det(I + M)``: relative to what F adds to ``log det D``, which
+            is known, does not depend on units and is not negative.
+        max_samples: at most so many probes, ``num_matvecs`` products each; at least 2, and used in tens.
+        num_matvecs: Lanczos steps for each probe; more than p are not taken. One probe after the other holds so many vectors.
+
+    Returns:
+        An `Estimate`, in nats and the statistics dtype. ``converged`` says that three errors are each at most
+        ``rtol log det(I + M)``: the standard error, half the mean distance between the bounds, and the mean of
+        ``eps |z| |M z|``, the size of what rounding of the products does. If it is False with probes left, the cure is more
+        steps, a wider dtype or more damping; if all were used, more of them. A direction in which F + damping I is negative
+        gives NaN where a probe finds it.
+
+    Raises:
+        TypeError: ``fisher`` is not an operator, ``key`` no random key, ``damping`` or ``rtol`` not of real numbers.
+        ValueError: a ``damping`` of zero or below, or for each leaf of another structure; a negative ``rtol``; ``max_samples``
+            not a whole number of at least 2, ``num_matvecs`` of at least 1.
+        ImportError: matfree is not installed.
+
+    Reference: Bai, Fahey and Golub, Some large-scale matrix computation problems (J. Comput. Appl. Math. 1996), for the bounds
+    and the mean; Golub, Some modified matrix eigenvalue problems (SIAM Review 1973), section 7, for the prescribed node;
+    Ubaru, Chen and Saad, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature (SIAM J. Matrix Anal. Appl. 2017).
+
+    >>> import jax, jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda p, x: jf.Normal(p * x, 1.0)
+    >>> F = jf.implicit_fisher(model)(jnp.zeros(2), jnp.array([[2.0, 0.0], [0.0, 1.0]]))
+    >>> estimate = jf.estimate_logdet(F, jax.random.key(0), 0.5)
+    >>> print(f"{estimate.value:.4f}", estimate.converged)  # log(2.5) + log(1)
+    0.9163 True
+    """
+    fisher = as_operator(fisher, "estimate_logdet")
+    spec, rtol = fisher.spec, nonnegative("rtol", rtol, fisher.spec.dtype)
+    entries = _damping_entries(fisher, damping)
+    lanczos = _lanczos("estimate_logdet", fisher, jax.lax.rsqrt(entries), num_matvecs)
+    constant = jnp.sum(jnp.log(entries))
+
+    def probe(z: Float[Array, " p"]) -> _Bounded:
+        jacobi = lanczos(z)
+        upper, lower = (_log_sum(jacobi._replace(diagonal=diagonal)) for diagonal in (jacobi.diagonal, jacobi.radau()))
+        lower = jnp.where(jacobi.exhausted, upper, lower)
+        rounding = jnp.finfo(spec.dtype).eps * jacobi.image
+        return _Bounded(*(spec.size * x for x in (0.5 * upper + 0.5 * lower, 0.5 * (upper - lower), rounding)))
+
+    def small(mean: _Bounded, error: _Bounded) -> Bool[Array, ""]:
+        return error.value <= rtol * mean.value
+
+    draw = _one_by_one("estimate_logdet", fisher, probe)
+    mean, error, samples, few = _until("estimate_logdet", draw, small, key, max_samples)
+    bounded = jnp.maximum(mean.half_distance, mean.rounding) <= rtol * mean.value
+    return Estimate(constant + mean.value, error.value, samples, few & bounded)
+
+
+def spectral_density(
+    fisher: Operator,
+    key: PRNGKeyArray,
+    points: Float[Array, " x"],
+    *,
+    width: chex.Numeric,
+    num_samples: int = 10,
+    num_matvecs: int = 30,
+) -> Estimate:
+    r"""The density of the eigenvalues of F, smoothed by a Gaussian, by stochastic Lanczos quadrature.
+
+    .. math:: \phi(x) = \frac1p \sum_{j=1}^p N(x; \lambda_j, \sigma^2) = \frac1p E[z^T N(x; F, \sigma^2) z].
+
+    It integrates to one over the real line. What k Lanczos steps do not resolve is not in the standard error: a kernel that is
+    narrow beside the range of the eigenvalues, over about k, shows the nodes of the quadrature as peaks.
+
+    Args:
+        fisher: any operator; only its products are used.
+        key: a random key.
+        points: where to evaluate it, shape ``[x]``, in the units of F.
+        width: the standard deviation of the Gaussian, above zero, in the units of F.
+        num_samples: the number of probes, at least 2, ``num_matvecs`` products each.
+        num_matvecs: Lanczos steps for each probe; more than p are not taken. One probe after the other holds so many vectors.
+
+    Returns:
+        An `Estimate` whose value and standard error have shape ``[x]``, in the statistics dtype and one over the units of F.
+        ``converged`` says that half the number of steps would give the same to within the standard error, as norms over the
+        points, and thus that ``num_matvecs`` is large enough for this width and number of probes.
+
+    Raises:
+        TypeError: ``fisher`` is not an operator, ``key`` no random key, ``width`` no real number.
+        ValueError: ``points`` not one axis of real numbers; a ``width`` of zero or below; ``num_samples`` not a whole number of
+            at least 2, ``num_matvecs`` of at least 1.
+        ImportError: matfree is not installed.
+
+    Reference: Lin, Saad and Yang, Approximating spectral densities of large matrices (SIAM Review 2016), section 3.2; Ghorbani,
+    Krishnan and Xiao, An investigation into neural net optimization via Hessian eigenvalue density (ICML 2019), section 2.
+
+    >>> import jax, jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda p, x: jf.Normal(p * x, 1.0)
+    >>> F = jf.implicit_fisher(model)(jnp.zeros(2), jnp.array([[2.0, 0.0], [0.0, 2.0]]))
+    >>> estimate = jf.spectral_density(F, jax.random.key(0), jnp.array([1.0, 2.0]), width=0.5)
+    >>> print([f"{value:.3f}" for value in estimate.value])  # both eigenvalues are 2
+    ['0.108', '0.798']
+    """
+    fisher = as_operator(fisher, "spectral_density")
+    if jnp.ndim(points) != 1 or not jnp.issubdtype(dtype_of(points), jnp.floating):
+        raise ValueError(f"spectral_density: `points` is {described(points)}; expected real numbers along one axis.")
+    _check_count("num_samples", num_samples, 2)
+    _refuse_zero("width", width, "Without a width the density is a row of spikes.")
+    width = nonnegative("width", width, fisher.spec.dtype)
+    # In units of the width: what is so small that its square is zero in this dtype is narrower than can be seen.
+    lanczos = _lanczos("spectral_density", fisher, jnp.broadcast_to(jax.lax.rsqrt(width), fisher.size), num_matvecs)
+    points = jnp.asarray(points).astype(fisher.spec.dtype) / width
+
+    def density(diagonal: Float[Array, " k"], off: Float[Array, " k-1"]) -> Float[Array, " x"]:
+        nodes, weights = _gauss(diagonal, off)
+        kernel = jnp.exp(-0.5 * jnp.square(points[:, None] - nodes[None, :])) / math.sqrt(2 * math.pi)
+        return jnp.sum(kernel * weights[None, :], axis=1)
+
+    def probe(z: Float[Array, " p"]) -> tuple[Array, Array]:
+        jacobi = lanczos(z)
+        half = (jacobi.diagonal.size + 1) // 2
+        whole = density(jacobi.diagonal, jacobi.off)
+        change = whole - density(jacobi.diagonal[:half], jacobi.off[: half - 1])
+        return whole, jnp.where(jacobi.exhausted, 0, change)
+
+    draws = _one_by_one("spectral_density", fisher, probe)(_as_key(key, "spectral_density"), num_samples)
+    running = _Running.start(draws).plus(draws)
+    (value, change), (error, _) = running.mean, running.standard_error()
+    return Estimate(value / width, error / width, running.samples, norm(change) <= norm(error))
+
+
+# --- means and their errors -----------------------------------------------------------------------------------------------
+
+
+class _Running(NamedTuple):
+    """The mean of samples met so far, and the root of the sum of their squared distances from it."""
+
+    samples: Int[Array, ""]
+    mean: Any
+    spread: Any
+
+    @staticmethod
+    def start(draws: Any) -> _Running:
+        """Before any sample; ``draws`` gives the shapes, with a leading axis of samples."""
+        zeros = jax.tree.map(lambda draw: jnp.zeros(draw.shape[1:], draw.dtype), draws)
+        return _Running(jnp.zeros((), jnp.int32), zeros, zeros)
+
+    def plus(self, draws: Any) -> _Running:
+        """With more samples, by the update of Chan, Golub and LeVeque (1983), on roots so that no square overflows."""
+        new = jax.tree.leaves(draws)[0].shape[0]
+
+        def update(mean: Array, spread: Array, draw: Array) -> tuple[Array, Array]:
+            before = self.samples.astype(mean.dtype)
+            share = new / (before + new)
+            # About the first of them: samples that are all the same have no spread, not even by rounding.
+            inside = draw[0] + jnp.mean(draw - draw[:1], axis=0)
+            shift = inside - mean
+            spread = jnp.hypot(jnp.hypot(spread, _length(draw - inside[None])), jnp.sqrt(before * share) * shift)
+            return mean + share * shift, spread
+
+        leaves, treedef = jax.tree.flatten(self.mean)
+        pairs = map(update, leaves, jax.tree.leaves(self.spread), jax.tree.leaves(draws))
+        mean, spread = (jax.tree.unflatten(treedef, side) for side in zip(*pairs, strict=True))
+        return _Running(self.samples + new, mean, spread)
+
+    def standard_error(self) -> Any:
+        """Of the mean."""
+
+        def error(spread: Array) -> Array:
+            count = self.samples.astype(spread.dtype)
+            return spread / jnp.sqrt(count * (count - 1))
+
+        return jax.tree.map(error, self.spread)
+
+
+def _length(x: Float[Array, "samples *shape"]) -> Float[Array, "*shape"]:
+    """Euclidean norm along the first axis, without overflow or underflow on the way."""
+    largest = jnp.max(jnp.abs(x), axis=0)
+    safe = jnp.where(largest > 0, largest, 1)
+    return safe * jnp.sqrt(jnp.sum(jnp.square(x / safe[None]), axis=0))
+
+
+def _until(
+    caller: str, draw: Callable[[Array, int], Any], small: Callable[[Any, Any], Array], key: Any, most: int
+) -> tuple[Any, Any, Int[Array, ""], Bool[Array, ""]]:
+    """Draw until the error of the mean is small: the mean, its error, the number of samples, and whether it is small."""
+    key = _as_key(key, caller)
+    _check_count("max_samples", most, 2)
+    new = min(BATCH, most)
+
+    def arrived(running: _Running) -> Array:
+        return small(running.mean, running.standard_error())
+
+    def going(running: _Running) -> Array:
+        more = running.samples + new <= most
+        # What is not finite will not become so.
+        return (running.samples == 0) | (more & all_finite(running.mean) & ~arrived(running))
+
+    def step(running: _Running) -> _Running:
+        return running.plus(draw(jax.random.fold_in(key, running.samples), new))
+
+    start = _Running.start(jax.eval_shape(lambda: draw(key, new)))
+    end = jax.lax.while_loop(going, step, start)
+    return end.mean, end.standard_error(), end.samples, arrived(end)
+
+
+def _hutchinson(
+    caller: str, fisher: Operator, key: Any, form: Callable[[Any, Any], Any], rtol: chex.Numeric, most: int
+) -> Estimate:
+    """The mean over sign vectors of ``form(z, F z)``, stopped by the norms of error and value."""
+    rtol, product = nonnegative("rtol", rtol, fisher.spec.dtype), fisher.linearised()
+
+    # Leaf by leaf: the product of a flat z, drawn in the same program, and a concatenated F z is compiled to wrong numbers by
+    # jaxlib 0.10.2 on a CPU.
+    def draw(key: Array, num: int) -> Any:
+        return jax.vmap(lambda z: form(z, product(z)))(_signs(caller, fisher.spec.zeros(), key, num))
+
+    def small(mean: Any, error: Any) -> Array:
+        return _tree_norm(error) <= rtol * _tree_norm(mean)
+
+    return Estimate(*_until(caller, draw, small, key, most))
+
+
+def _one_by_one(caller: str, fisher: Operator, probe: Callable[[Array], Any]) -> Callable[[Array, int], Any]:
+    """``(key, num) -> `` what the probe makes of so many flat sign vectors, one after the other: each holds many more."""
+    zeros = jnp.zeros(fisher.size, fisher.spec.dtype)
+    return lambda key, num: jax.lax.map(probe, _signs(caller, zeros, key, num))
+
+
+def _signs(caller: str, like: Any, key: Array, num: int) -> Any:
+    """``num`` pytrees of random signs, stacked."""
+    return _matfree("stochtrace", caller).sampler_signs(like, num=num)(key)
+
+
+def _tree_norm(tree: Any) -> Scalar:
+    return norm(jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(tree)]))
+
+
+# --- Lanczos quadrature ---------------------------------------------------------------------------------------------------
+
+
+class _Bounded(NamedTuple):
+    """Of one probe: the midpoint between two bounds, half their distance, and the size of rounding errors."""
+
+    value: Float[Array, ""]
+    half_distance: Float[Array, ""]
+    rounding: Float[Array, ""]
+
+
+class _Jacobi(NamedTuple):
+    """The tridiagonal matrix of k Lanczos steps from one vector, as its diagonals.
+
+    Attributes:
+        diagonal: the main diagonal.
+        off: the one beside it. Where it is zero, what comes after has no weight.
+        largest: the largest entry, a stand-in for the norm.
+        image: the length of the operator's product with the unit vector that the steps began with.
+        exhausted: whether the steps reach everything that they can from this vector; quadrature is then exact.
+    """
+
+    diagonal: Float[Array, " k"]
+    off: Float[Array, " k-1"]
+    largest: Float[Array, ""]
+    image: Float[Array, ""]
+    exhausted: Bool[Array, ""]
+
+    def radau(self) -> Float[Array, " k"]:
+        """The main diagonal with another last entry, such that the smallest node is zero.
+
+        That entry less the last pivot of Gaussian elimination. Pivots of a positive definite matrix lie between zero and the
+        diagonal, and it is only rounding that takes them out.
+        """
+
+        def pivot(last: Array, entries: tuple[Array, Array]) -> tuple[Array, None]:
+            diagonal, off = entries
+            return jnp.maximum(diagonal - off * (off / jnp.maximum(last, least)), 0), None
+
+        rounding = _rounding(self.diagonal.size, self.largest)
+        least = jnp.maximum(rounding, jnp.finfo(rounding.dtype).tiny)
+        last, _ = jax.lax.scan(pivot, self.diagonal[0], (self.diagonal[1:], self.off))
+        return self.diagonal.at[-1].add(-last)
+
+
+def _lanczos(caller: str, fisher: Operator, roots: Float[Array, " p"], num_matvecs: int) -> Callable[[Array], _Jacobi]:
+    """``z -> `` the Jacobi matrix of ``diag(roots) F diag(roots)`` and z."""
+    _check_count("num_matvecs", num_matvecs, 1)
+    spec, linear = fisher.spec, fisher.linearised()
+    steps = min(num_matvecs, spec.size)
+    # Not matfree's tridiagonal matrix, the mean of a Hessenberg matrix and its transpose. Once a Krylov space is exhausted, as
+    # it soon is for a Fisher of low rank, later vectors are not orthogonal to those before, and what then stands above the
+    # diagonal spoils the mean. Below it the end shows: as an entry that is zero to rounding, and often NaN after it.
+    decompose = _matfree("decomp", caller).hessenberg(steps, reortho="full", custom_vjp=False)
+
+    def product(v: Float[Array, " p"]) -> Float[Array, " p"]:
+        return roots * spec.ravel(linear(spec.unravel(roots * v)), "v")
+
+    def jacobi(z: Float[Array, " p"]) -> _Jacobi:
+        with jax.default_matmul_precision("highest"):
+            _, matrix, residual, _ = decompose(product, z)
+        diagonal, below = jnp.diagonal(matrix), jnp.append(jnp.diagonal(matrix, -1), norm(residual))
+        # So far: what follows the end may be of any size.
+        largest = jax.lax.cummax(jnp.maximum(jnp.abs(diagonal), below))
+        on = jnp.cumprod(below > _rounding(steps, largest)).astype(bool)
+        # The first entry stays whatever it is, so that a NaN shows.
+        reached = jnp.append(jnp.ones(1, bool), on[:-1])
+        image = jnp.hypot(diagonal[0], below[0])
+        diagonal, off = jnp.where(reached, diagonal, 0), jnp.where(on, below, 0)[:-1]
+        return _Jacobi(diagonal, off, largest[jnp.sum(on[:-1])], image, ~on[-1])
+
+    return jacobi
+
+
+def _rounding(steps: int, largest: Array) -> Array:
+    """What an eigenvalue of a Jacobi matrix with so large entries may be off by."""
+    return 10 * steps * jnp.finfo(largest.dtype).eps * largest
+
+
+def _gauss(diagonal: Float[Array, " k"], off: Float[Array, " k-1"]) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
+    """Nodes and weights of the quadrature that a Jacobi matrix stands for; the weights sum to one."""
+    matrix = jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1)
+    nodes, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    return nodes, jnp.square(vectors[0])
+
+
+def _log_sum(jacobi: _Jacobi) -> Scalar:
+    """The quadrature of ``log(1 + x)``."""
+    nodes, weights = _gauss(jacobi.diagonal, jacobi.off)
+    # Below zero by rounding; by more than that, F has a negative direction, and the logarithm may say so.
+    nodes = jnp.where((nodes < 0) & (nodes >= -_rounding(nodes.size, jacobi.largest)), 0, nodes)
+    return jnp.sum(weights * jnp.log1p(nodes))
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------------
+
+
+def _matfree(module: str, caller: str) -> Any:
+    """A module of matfree, which is an extra."""
+    try:
+        return importlib.import_module(f"matfree.{module}")
+    except ImportError as error:
+        raise ImportError(f"{caller} needs matfree, an optional extra: pip install 'jaxfisher[estimate]'.") from error
+
+
+def _damping_entries(fisher: Operator, damping: Damping) -> Float[Array, " p"]:
+    """The damping of each parameter, all above zero."""
+    known, sizes = fisher.dampings(damping), fisher.spec.sizes
+    for leaf in jax.tree.leaves(damping):
+        _refuse_zero("damping", leaf, "It is the lower bound of the spectrum; where F has its own, a small damping will do.")
+    by_leaf = known if isinstance(known, tuple) else (known,) * len(sizes)
+    return jnp.concatenate([jnp.broadcast_to(d, size) for d, size in zip(by_leaf, sizes, strict=True)])
+
+
+def _refuse_zero(name: str, value: chex.Numeric, why: str) -> None:
+    """Raise where the argument is known to be zero; the value of a JAX array is a run-time number."""
+    if isinstance(value, (numbers.Real, np.ndarray, np.generic)) and float(value) == 0:
+        raise ValueError(f"`{name}` is {value}; expected a number above zero. {why}")
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` is {described(value)}; expected a whole number of at least {least}.")
+
+
+def _as_key(key: Any, caller: str) -> PRNGKeyArray:
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == ():
+        return key
+    if dtype == jnp.uint32 and key.shape == (2,):
+        return jax.random.wrap_key_data(key)
+    raise TypeError(
+        f"{caller}: `key` is {described(key)}; expected one random key, jax.random.key(seed), as the second argument."
+    )
