@@ -193,8 +193,8 @@ class LSMR:
     >>> import jax.numpy as jnp, jaxfisher as jf
     >>> F = jf.exact_fisher(lambda w, x: jf.Bernoulli(logits=w * x))(0.0, jnp.array([1.0, 3.0]))
     >>> x, info = jf.solve(F, 2.5, damping=1.25, solver=jf.LSMR())
-    >>> print(x, info.converged)
-    1.0 True
+    >>> print(f"{x:.4f}", info.converged)
+    1.0000 True
     """
 
     rtol: float = 1e-6
@@ -275,7 +275,7 @@ def solve_path(fisher: Operator, v: chex.ArrayTree, dampings: Float[Array, " k"]
 
     >>> import jax.numpy as jnp, jaxfisher as jf
     >>> F = jf.exact_fisher(lambda w, x: jf.Bernoulli(logits=w * x))(0.0, jnp.array([1.0, 3.0]))
-    >>> print(jf.solve_path(F, 2.5, jnp.array([0.0, 1.25]))[0])
+    >>> print(jf.solve_path(F, 2.5, jnp.array([0.0, 1.25]))[0].round(4))
     [2. 1.]
     """
     fisher = as_operator(fisher, "solve_path")
