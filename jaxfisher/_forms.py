@@ -33,6 +33,24 @@ TILE = 2**22
 """How many numbers a temporary may hold before work is done in pieces (16 MiB of float32)."""
 
 
+Seal = Callable[[Array], Array]
+"""What a product with a vector goes through before it is summed: `sealed`, or `unsealed` where that cannot matter."""
+
+
+def sealed(x: Array) -> Array:
+    """The same numbers, as something that XLA does not fuse with the product they come from.
+
+    On CPU (jax 0.10 to 0.12) a product with a vector of equal constants, fused with the sum that follows, reads memory that
+    was never written. A barrier does not keep them apart.
+    """
+    return jnp.where(x == x, x, jnp.nan)  # noqa: PLR0124
+
+
+def unsealed(x: Array) -> Array:
+    """The same numbers: those of a vector that was computed, which is no constant of the program."""
+    return x
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How a leaf's dimensions are grouped: its entries in the order ``[groups, inputs, outputs]``."""
@@ -88,15 +106,15 @@ class Product:
         """How many outer products there are in all."""
         return int(self.right.size // max(1, self.right.shape[2] * self.right.shape[4]))
 
-    def mv(self, v: Float[Array, "groups inputs outputs"]) -> Float[Array, "n rows"]:
+    def mv(self, v: Float[Array, "groups inputs outputs"], seal: Seal) -> Float[Array, "n rows"]:
         """``sum_t left_t^T V right_t`` for every row."""
         if isinstance(self.left, Positions):
             return jnp.sum(v[0][self.left.indices] * self.right[:, :, 0], (-2, -1))
         left, right = self.left, self.right
         # The factor with fewer rows meets the matrix; the other takes only a sum.
         if left.shape[0] * left.shape[1] > right.shape[0] * right.shape[1]:
-            return jnp.sum(_apart(matmul(right, v.swapaxes(1, 2))) * left, (-3, -2, -1))
-        return jnp.sum(_apart(_times(left, v)) * right, (-3, -2, -1))
+            return jnp.sum(seal(matmul(right, v.swapaxes(1, 2))) * left, (-3, -2, -1))
+        return jnp.sum(seal(_times(left, v)) * right, (-3, -2, -1))
 
     def rmv(self, w: Float[Array, "n rows"]) -> Float[Array, "groups inputs outputs"]:
         """``sum_rows w sum_t left_t (x) right_t``."""
@@ -194,7 +212,7 @@ class Formed:
     value: Float[Array, "n rows ..."]
     layout: Layout
 
-    def mv(self, v: Float[Array, "groups inputs outputs"]) -> Float[Array, "n rows"]:
+    def mv(self, v: Float[Array, "groups inputs outputs"], seal: Seal) -> Float[Array, "n rows"]:
         """``D . V`` for every row."""
         return matmul(self.value.reshape(*self.value.shape[:2], -1), self.layout.leaf(v).reshape(-1))
 
@@ -223,15 +241,6 @@ class Formed:
 Made = Product | Formed
 """A form with nothing left to make."""
 Form = Made | Convolution
-
-
-def _apart(x: Array) -> Array:
-    """The same numbers, as something that XLA does not fuse with the product they come from.
-
-    On CPU (jax 0.10 to 0.12) a product with a vector of equal constants, fused with the sum that follows, reads memory that
-    was never written. A barrier does not keep them apart.
-    """
-    return jnp.where(x == x, x, jnp.nan)  # noqa: PLR0124
 
 
 def _sum_to(x: Array, shape: Sequence[int]) -> Array:
@@ -392,13 +401,13 @@ class Leaf:
         data = (*(array for array, flag in zip(arrays, varying, strict=True) if flag), *given)
         return gather(piece, data, self._at_once())
 
-    def mv(self, v: Float[Array, "..."]) -> Float[Array, "examples rows"]:
+    def mv(self, v: Float[Array, "..."], seal: Seal) -> Float[Array, "examples rows"]:
         """``D . V`` for every row."""
         if not self.forms:
             return jnp.zeros((self.examples, self.rows), self.dtype)
 
         def product(leaf: Leaf) -> Array:
-            parts = [form.mv(leaf.layout.matrix(v)) for form in leaf._made]
+            parts = [form.mv(leaf.layout.matrix(v), seal) for form in leaf._made]
             return jnp.broadcast_to(_sum(parts), (leaf.examples, leaf.rows))
 
         return self._pieces(product, map_batches)

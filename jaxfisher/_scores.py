@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._examples import Batch, make_batch, map_batches, map_examples, needs_data, num_examples, sum_batches
 from jaxfisher._factors import Traced, leaf_forms, trace
-from jaxfisher._forms import Leaf, Moments, outer_moment
+from jaxfisher._forms import Leaf, Moments, Seal, outer_moment, sealed, unsealed
 from jaxfisher._linalg import matmul, mirrored
 from jaxfisher._model import LOG_PROB, LogProb, of_one_example
 from jaxfisher._rows import Rows, ScoreRows
@@ -50,6 +50,10 @@ class Scores(abc.ABC):
     @abc.abstractmethod
     def mv(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
         """``S v``: the directional derivative of every log-density along ``v``, shape ``[rows]``."""
+
+    def mv_computed(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
+        """``S v`` of a vector that was computed in the same program, and is no constant of it: less memory may do."""
+        return self.mv(v)
 
     @abc.abstractmethod
     def rmv(self, w: Float[Array, " rows"]) -> Any:
@@ -177,7 +181,13 @@ class HeldScores(Scores):
         return dataclasses.replace(self, leaves=leaves)
 
     def mv(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
-        parts = [leaf.mv(x) for leaf, x in zip(self.leaves, self.spec.leaves(v, "v"), strict=True)]
+        return self._mv(v, sealed)
+
+    def mv_computed(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
+        return self._mv(v, unsealed)
+
+    def _mv(self, v: chex.ArrayTree, seal: Seal) -> Float[Array, " rows"]:
+        parts = [leaf.mv(x, seal) for leaf, x in zip(self.leaves, self.spec.leaves(v, "v"), strict=True)]
         return total(parts).reshape(-1)
 
     def rmv(self, w: Float[Array, " rows"]) -> Any:

@@ -193,16 +193,16 @@ class Scaled:
         return self.scores.num_rows < self.scores.spec.size
 
     def mv(self, v: Any) -> Float[Array, " rows"]:
-        """``X v`` of a vector shaped like the parameters."""
-        return self.factor * self.root * self.scores.mv(v)
+        """``X v`` of a computed vector shaped like the parameters."""
+        return self.factor * self.root * self.scores.mv_computed(v)
 
     def rmv(self, c: Float[Array, " rows"]) -> Any:
         """``X^T c``, shaped like the parameters."""
         return self.scores.rmv(self.factor * self.root * c)
 
     def into_rows(self, x: Float[Array, " p"]) -> Float[Array, " rows"]:
-        """``X x`` of a flat vector."""
-        return self.mv(self.scores.spec.unravel(x))
+        """``X x`` of any flat vector."""
+        return self.factor * self.root * self.scores.mv(self.scores.spec.unravel(x))
 
     def out_of_rows(self, c: Float[Array, " rows"]) -> Float[Array, " p"]:
         """``X^T c``, flat."""
