@@ -330,7 +330,9 @@ def _dot(machine: _Machine, equation: Equation) -> tuple[Term, ...] | None:
     for i, j in zip((*contracted[0], *batch[0]), (*contracted[1], *batch[1]), strict=True):
         axes[1][j] = axes[0][i]
     factors = tuple(
-        Factor(array, tuple(names), machine.flag(atom), reason=machine.reason(atom))
+        Factor(
+            array, tuple(names), machine.flag(atom), reason=machine.reason(atom), origin=_origin(machine, atom, array, names)
+        )
         for array, names, atom in zip(arrays, axes, (left, right), strict=True)
     )
     free = [
@@ -339,6 +341,21 @@ def _dot(machine: _Machine, equation: Equation) -> tuple[Term, ...] | None:
     ]
     dims = ([axes[0][i] for i in batch[0]], *free)
     return (Term(factors, tuple(dim(axis) for group in dims for axis in group)),)
+
+
+def _origin(
+    machine: _Machine, atom: Atom, array: Array, names: Sequence[Axis]
+) -> tuple[Array, Array, tuple[Axis | None, ...]] | None:
+    """The value that an array is an arrangement of, as `Factor.origin` has it; None if it is a value of its own."""
+    value = machine.value(atom)
+    if not isinstance(value, Unformed) or len(value.terms) != 1 or len(value.terms[0].factors) != 1:
+        return None
+    (term,) = value.terms
+    if term.factors[0].plain is None:
+        return None
+    source, axes = term.factors[0].source
+    now = {made[0]: name for made, name in zip(term.dims, names, strict=True) if len(made) == 1}
+    return array, source, tuple(None if axis is None else now.get(axis) for axis in axes)
 
 
 def _dot_after(machine: _Machine, value: Unformed, matrix: Atom, contracted: Any, side: int) -> tuple[Term, ...] | None:

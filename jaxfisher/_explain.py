@@ -216,8 +216,7 @@ def _why(leaf: Leaf) -> str:
         return "the function does not depend on it"
     if not leaf.positions:
         return "no larger than what it is made of"
-    layout, count = leaf.layout, leaf.positions
-    cost, size = count**2 * (layout.inputs + layout.outputs), layout.inputs * layout.outputs
+    cost, size = leaf.inner_cost, leaf.layout.inputs * leaf.layout.outputs
     if leaf.by_factors:
         return f"inner products of factors: T^2 (I + O) = {_count(cost)}, I O = {_count(size)}"
     return f"gradients formed tile by tile: T^2 (I + O) = {_count(cost)}, I O = {_count(size)}"

@@ -94,31 +94,48 @@ def _one_row(program: Program, params: chex.ArrayTree, seed: Any, example: tuple
         _parts(value, flag, why, shape, spec.dtype)
         for (value, flag, why), shape in zip(outputs[split:], spec.shapes, strict=True)
     ]
-    made = tuple(tuple(form for form, *_ in parts) for parts, _ in leaves)
-    flags = tuple(flag for parts, _ in leaves for _, flags, *_ in parts for flag in flags)
+    parts, layers = _with_layers([parts for parts, _ in leaves])
+    made = tuple(tuple(form for form, *_ in some) for some in parts)
+    flags = tuple(flag for some in parts for _, flags, *_ in some for flag in flags)
     arrays, treedef = jax.tree.flatten(made)
     grouped: dict[int, list[Array]] = {flag: [] for flag in (0, ROW, EXAMPLE, EXAMPLE | ROW)}
     for array, flag in zip(arrays, flags, strict=True):
         grouped[flag].append(array)
-    return grouped, _Skeleton(treedef, flags, tuple(why for _, why in leaves), _layers([parts for parts, _ in leaves])), aux
+    return grouped, _Skeleton(treedef, flags, tuple(why for _, why in leaves), layers), aux
 
 
-def _layers(leaves: list[list[Part]]) -> tuple[int | None, ...]:
-    """For every leaf the weight whose right factor, summed over positions, is its gradient: it is the bias of that layer."""
-    weights: dict[Any, int] = {}
+def _with_layers(leaves: list[list[Part]]) -> tuple[list[list[Part]], tuple[int | None, ...]]:
+    """For every leaf that is a bias, the weight it belongs to; weights turned so that their right factors are the outputs'.
+
+    A bias is a leaf whose gradient is a factor of a weight, summed over positions.
+    """
+    weights: dict[Any, tuple[int, int]] = {}
     for k, parts in enumerate(leaves):
-        for form, _, _, source in parts if len(parts) == 1 else []:
-            if isinstance(form, Formed) or source is None or form.layout.groups != 1:
+        for form, _, _, sources in parts if len(parts) == 1 else []:
+            if isinstance(form, Formed) or form.layout.groups != 1:
                 continue
-            # Each position has its own entries of the source, which is neither repeated nor summed.
-            if source.size == form.right.shape[-2] * form.layout.outputs:
-                weights.setdefault(source.key, k)
-    # One bias for each weight: a second one with the same gradient is held for itself.
-    return tuple(
-        weights.pop(source.key, None) if len(parts) == 1 and source is not None and isinstance(form, Formed) else None
-        for parts in leaves
-        for form, _, _, source in [parts[0] if parts else (None, (), (), None)]
-    )
+            for side, (source, width) in enumerate(zip(sources, (form.layout.inputs, form.layout.outputs), strict=True)):
+                # Each position has its own entries of the source, which is neither repeated nor summed.
+                if source is not None and source.size == form.right.shape[-2] * width:
+                    weights.setdefault(source.key, (k, side))
+    turned = list(leaves)
+    layers: list[int | None] = [None] * len(leaves)
+    for b, parts in enumerate(leaves):
+        for form, _, _, (_, source) in parts if len(parts) == 1 else []:
+            if not isinstance(form, Formed) or source is None or source.key not in weights:
+                continue
+            k, side = weights.pop(source.key)
+            # One bias for each weight: a second one is held for itself.
+            if k not in layers:
+                layers[b] = k
+                turned[k] = leaves[k] if side else [_turned(*leaves[k][0])]
+    return turned, tuple(layers)
+
+
+def _turned(form: Form, flags: tuple[int, ...], place: tuple[int, ...], sources: Sources) -> Part:
+    """A product with its factors the other way round."""
+    assert isinstance(form, Product) and isinstance(form.left, jax.Array)
+    return Product(form.right, form.left, form.layout.turned()), flags[::-1], place, sources[::-1]
 
 
 class Source(NamedTuple):
@@ -151,9 +168,11 @@ def _source(factor: Factor, outputs: list[Axis]) -> Source | None:
     return Source(value, tuple(long.index(axis) for axis in wanted))
 
 
-Part = tuple[Form, tuple[int, ...], tuple[int, ...], Source | None]
+Sources = tuple[Source | None, Source | None]
+_NOWHERE: Sources = (None, None)
+Part = tuple[Form, tuple[int, ...], tuple[int, ...], Sources]
 """A form of one row, without its leading axes; the flags of its arrays; where it is placed, of a leaf used in parts; and what
-of the program its gradient, or the right factor of that, is."""
+of the program its left and right factors are. The right factor of a gradient that is formed is the gradient."""
 
 
 def _parts(value: Value, flag: int, why: str | None, shape: tuple[int, ...], dtype: Any) -> tuple[list[Part], str | None]:
@@ -171,11 +190,11 @@ def _parts(value: Value, flag: int, why: str | None, shape: tuple[int, ...], dty
         if part is None:
             # The whole value is formed in the ordinary way: what remains of the terms is a product of three, say.
             array = (value.formed() if isinstance(value, Unformed) else value).astype(dtype)
-            plain: Part = Formed(array, plain_layout(shape)), (flag,), (), None
+            plain: Part = Formed(array, plain_layout(shape)), (flag,), (), _NOWHERE
             return [plain], "it is not a sum of products of two factors"
         parts.append(part)
     for array, factor, source in formed:
-        parts.append((Formed(array, plain_layout(shape)), (factor.flags,), (), source))
+        parts.append((Formed(array, plain_layout(shape)), (factor.flags,), (), (None, source)))
     return _joined([(jax.tree.map(lambda x: _cast(x, dtype), form), *rest) for form, *rest in parts]), why
 
 
@@ -230,17 +249,18 @@ def _product(term: Term, shape: tuple[int, ...]) -> Part | None:
         return _lookup(left, held, groups, shared, inputs, layout, (left.flags, right.flags))
     if isinstance(left.array, Windows):
         form, flags, place, _ = _convolution(left, left.array, right, held, groups, shared, inputs, layout)
-        return form, flags, place, _source(right, outputs)
+        return form, flags, place, (None, _source(right, outputs))
     form, flags, place, _ = _outer(_arranged(left, groups, shared, inputs), held, layout, (left.flags, right.flags), ())
-    return form, flags, place, _source(right, outputs)
+    return form, flags, place, (_source(left, inputs), _source(right, outputs))
 
 
 def _outer(left: Array, right: Array, layout: Layout, flags: tuple[int, int], place: tuple[int, ...]) -> Part:
-    """An outer product; formed if one side has length one, which makes it no larger than the other."""
-    if layout.inputs > 1 and layout.outputs > 1:
-        return Product(left, right, layout), flags, place, None
+    """An outer product; formed if one side has length one and a sum over positions makes it smaller than the other."""
+    alone = layout.groups == 1 and left.shape[-2] == 1 and layout.inputs * layout.outputs > 1
+    if alone or (layout.inputs > 1 and layout.outputs > 1):
+        return Product(left, right, layout), flags, place, _NOWHERE
     formed = layout.leaf(jnp.matmul(left.swapaxes(-1, -2), right, precision=jax.lax.Precision.HIGHEST))
-    return Formed(formed, plain_layout(layout.shape)), (flags[0] | flags[1],), (), None
+    return Formed(formed, plain_layout(layout.shape)), (flags[0] | flags[1],), (), _NOWHERE
 
 
 def _placed(
@@ -294,7 +314,7 @@ def _lookup(
     summed = jnp.einsum("st,gto->gso", same.astype(right.dtype), right, precision=jax.lax.Precision.HIGHEST)
     # Later occurrences move to row zero with nothing to add there; so does nothing twice that is not zero.
     merged = jnp.where(first[:, None], summed, 0)
-    return Product(Positions(indices, layout.inputs), merged, layout), (flags[0], flags[0] | flags[1]), (), None
+    return Product(Positions(indices, layout.inputs), merged, layout), (flags[0], flags[0] | flags[1]), (), _NOWHERE
 
 
 def _convolution(
@@ -310,7 +330,7 @@ def _convolution(
     """An image seen through windows, as long as the axes are where windows give them; else the windows themselves."""
     wanted = [axis for axis in (*groups, *shared, *inputs) if axis.size > 1]
     if wanted == [axis for axis in left.axes if axis.size > 1]:
-        return Convolution(windows, held, layout), (left.flags, right.flags), (), None
+        return Convolution(windows, held, layout), (left.flags, right.flags), (), _NOWHERE
     return _outer(_arranged(seen(left), groups, shared, inputs), held, layout, (left.flags, right.flags), ())
 
 
@@ -333,11 +353,11 @@ def _together(a: Part, b: Part) -> Part | None:
     if flags != others:
         return None
     if isinstance(one, Formed) and isinstance(two, Formed):
-        return Formed(one.value + two.value, one.layout), flags, (), None
+        return Formed(one.value + two.value, one.layout), flags, (), _NOWHERE
     if not (isinstance(one, Product) and isinstance(two, Product)) or one.layout != two.layout:
         return None
     if isinstance(one.left, Positions) or isinstance(two.left, Positions):
         return None
     apart = places and more and not set(places) & set(more) and one.right.shape == two.right.shape
     join = jnp.add if apart else lambda x, y: jnp.concatenate([x, y], axis=1)
-    return Product(join(one.left, two.left), join(one.right, two.right), one.layout), flags, (*places, *more), None
+    return Product(join(one.left, two.left), join(one.right, two.right), one.layout), flags, (*places, *more), _NOWHERE

@@ -77,6 +77,11 @@ class Layout:
         fine = fine.transpose(*range(len(lead)), *(len(lead) + i for i in back))
         return fine.reshape(*lead, *self.shape)
 
+    def turned(self) -> Layout:
+        """With inputs and outputs the other way round; of one group."""
+        split = next(k for k in range(len(self.order) + 1) if math.prod(self.axes[i] for i in self.order[:k]) == self.inputs)
+        return Layout(self.shape, self.axes, (*self.order[split:], *self.order[:split]), 1, self.outputs, self.inputs)
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=("indices",), meta_fields=("size",))
 @dataclasses.dataclass(frozen=True)
@@ -342,12 +347,16 @@ class Leaf:
     @property
     def by_factors(self) -> bool:
         """The rule of cost: whether inner products of gradients come from those of their factors."""
-        layout, count = self.layout, self.positions
-        products = all(isinstance(form, Product) and form.layout == layout for form in self.forms)
-        # Inner products of positions in a table are comparisons, which cost next to nothing.
+        products = all(isinstance(form, Product) and form.layout == self.layout for form in self.forms)
+        return products and self.inner_cost <= self.layout.inputs * self.layout.outputs
+
+    @property
+    def inner_cost(self) -> int:
+        """Products in one inner product by the factors, ``T^2 (I + O)``; formed gradients take ``I O``."""
+        # Inner products of positions in a table are comparisons, which cost next to nothing; those of single numbers, nothing.
         lookups = all(isinstance(form, Product) and isinstance(form.left, Positions) for form in self.forms)
-        width = layout.outputs + (0 if lookups else layout.inputs)
-        return products and count**2 * width < layout.inputs * layout.outputs
+        sides = (self.layout.outputs,) if lookups else (self.layout.outputs, self.layout.inputs)
+        return self.positions**2 * sum(side for side in sides if side > 1)
 
     @property
     def bytes(self) -> int:

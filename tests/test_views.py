@@ -444,3 +444,58 @@ def test_float32_log_determinants(relative):
     np.testing.assert_allclose([scores, low_rank], expected, rtol=1e-4)
     # A p x p matrix in float32 does not hold fifty zero eigenvalues to 1e-6 of the others.
     np.testing.assert_allclose(dense, expected, rtol=1e-4 if relative > 1e-5 else 5e-3)
+
+
+def test_a_weight_of_one_output_or_one_input_is_a_layer_of_its_own():
+    """The last layer of a regression has cotangents that do not depend on its inputs: there Kronecker is exact."""
+
+    def model(p, x):
+        hidden = jnp.tanh(x[None] @ p["in"] + p["b"])
+        return jf.Normal((hidden @ p["out"] + p["c"])[0], jnp.asarray(0.5))
+
+    rng = np.random.default_rng(0)
+    shapes = {"in": (1, 4), "b": (4,), "out": (4, 1), "c": (1,)}
+    params = {name: jnp.asarray(rng.standard_normal(shape)) for name, shape in shapes.items()}
+    x = jnp.asarray(rng.standard_normal(6))
+    F = jf.exact_fisher(model)(params, x)
+    K = jax.jit(jf.kronecker)(F)
+    assert repr(K).endswith("block-diagonal: 2 Kronecker (expand))"), repr(K)
+
+    hidden = np.tanh(np.asarray(x)[:, None] @ np.asarray(params["in"]) + np.asarray(params["b"]))
+    inputs = [np.column_stack([side, np.ones(6)]) for side in (np.asarray(x), hidden)]
+    back = np.asarray(params["out"])[:, 0] * (1 - hidden**2) / 0.5
+    first = np.kron(inputs[0].T @ inputs[0] / 6, back.T @ back / 6)
+    last = inputs[1].T @ inputs[1] / 6 / 0.25
+    expected = np.zeros((13, 13))
+    # In the order of the parameters: b, c, in, out.
+    b, c, w, v = np.arange(4), [4], np.arange(5, 9), np.arange(9, 13)
+    expected[np.ix_([*w, *b], [*w, *b])] = first
+    expected[np.ix_([*v, *c], [*v, *c])] = last
+    assert_close(K.as_matrix(), expected)
+    assert_close(np.asarray(F.as_matrix())[np.ix_([*v, *c], [*v, *c])], last)
+
+
+@pytest.mark.relaxed
+@pytest.mark.parametrize("sizes", [(3, 4), (1, 4), (4, 1)])
+def test_a_weight_stored_as_outputs_by_inputs_has_its_bias(sizes):
+    """Equinox holds a layer as ``weight @ x + bias``: the same Kronecker block in the other order."""
+    import equinox as eqx
+
+    layer = eqx.nn.Linear(*sizes, key=jax.random.key(0), dtype=jnp.float64)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((5, sizes[0])))
+    scores = jf.scores(lambda layer, x: jnp.sum(jnp.sin(layer(x))))(layer, x)
+    K = jf.kronecker(jf.empirical_fisher(lambda layer, x: jnp.sum(jnp.sin(layer(x))))(layer, x))
+    assert repr(K).endswith("block-diagonal: 1 Kronecker (expand))"), repr(K)
+    a = np.column_stack([x, np.ones(5)])
+    g = np.cos(np.asarray(x) @ np.asarray(layer.weight).T + np.asarray(layer.bias))
+    rows = np.einsum("no,ni->noi", g, a)
+    # The parameters are the weight, row by row, and then the bias.
+    order = np.r_[
+        (np.arange(sizes[1])[:, None] * (sizes[0] + 1) + np.arange(sizes[0])).ravel(),
+        np.arange(sizes[1]) * (sizes[0] + 1) + sizes[0],
+    ]
+    expected = np.kron(g.T @ g / 5, a.T @ a / 5)[np.ix_(order, order)]
+    assert_close(K.as_matrix(), expected)
+    rows = rows.reshape(5, -1)[:, order]
+    assert_close(scores.gram(), rows @ rows.T)
+    assert_close(scores.as_matrix(), rows)
