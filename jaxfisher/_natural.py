@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, Scalar
 from jaxfisher._examples import Batch, make_batch, needs_data, sum_batches
 from jaxfisher._fisher import FisherFunction
 from jaxfisher._model import LOG_PROB, LogProb, mean_loss, of_one_example
-from jaxfisher._operators.base import VIEW, Operator, Provenance, View, as_operator, nonnegative
+from jaxfisher._operators.base import VIEW, Damping, Operator, Provenance, View, as_operator, is_one_damping, nonnegative
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._scores import values_and_scores
+from jaxfisher._solve import Solver, check_solver, solve
 from jaxfisher._tree import cast_like, check_function
 
 
@@ -36,8 +37,9 @@ def natural_grad(
     log_prob: LogProb,
     fisher: FisherFunction | None = None,
     *,
-    damping: chex.Numeric,
+    damping: Damping,
     view: View | None = None,
+    solver: Solver | None = None,
     batch_size: int | None = None,
     max_bytes: int | None = None,
 ) -> NaturalGradFunction:
@@ -56,8 +58,9 @@ def natural_grad(
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
         fisher: ``(params, *data) -> operator``, called with all of the data; with an exact Fisher, which takes no targets,
             write ``lambda params, x, y: jf.exact_fisher(model)(params, x)``.
-        damping: ``>= 0``, absolute, in the units of F.
+        damping: ``>= 0``, absolute, in the units of F; or a pytree like the parameters with one number above zero a leaf.
         view: applied to the operator before it is inverted, such as `jaxfisher.diagonal`.
+        solver: as in `jaxfisher.solve`, such as ``jf.CG(rtol=1e-2, preconditioner=jf.kronecker)``; None for the exact route.
         batch_size: bound memory by running the model on pieces of so many examples.
         max_bytes: with ``fisher=None``, as in `jaxfisher.scores`, instead of a ``batch_size``.
 
@@ -77,7 +80,9 @@ def natural_grad(
     >>> print(0.0 - step(0.0, jnp.array([1.0, 3.0])))  # one step to the maximum-likelihood mean
     2.0
     """
-    both = value_and_natural_grad(log_prob, fisher, damping=damping, view=view, batch_size=batch_size, max_bytes=max_bytes)
+    both = value_and_natural_grad(
+        log_prob, fisher, damping=damping, view=view, solver=solver, batch_size=batch_size, max_bytes=max_bytes
+    )
 
     def direction(params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Any:
         return both(params, *data, weights=weights)[1]
@@ -89,8 +94,9 @@ def value_and_natural_grad(
     log_prob: LogProb,
     fisher: FisherFunction | None = None,
     *,
-    damping: chex.Numeric,
+    damping: Damping,
     view: View | None = None,
+    solver: Solver | None = None,
     batch_size: int | None = None,
     max_bytes: int | None = None,
 ) -> ValueAndNaturalGradFunction:
@@ -108,7 +114,9 @@ def value_and_natural_grad(
     >>> print(loss, d)  # scores 0 and -2: F = 2, gradient 1
     2.0 0.33333334
     """
-    nonnegative("damping", damping, jnp.float32)
+    for leaf in jax.tree.leaves(damping, is_leaf=lambda leaf: leaf is None):
+        nonnegative("damping", leaf, jnp.float32)
+    check_solver(solver)
     check_function("log_prob", log_prob, LOG_PROB)
     if fisher is not None:
         check_function("fisher", fisher, "(params, *data) -> operator; with an operator you already have, use jf.solve")
@@ -129,7 +137,7 @@ def value_and_natural_grad(
             values, scores = values_and_scores(log_prob, params, batch)
             operator: Any = FromScores(scores, Provenance("empirical", batch.size, batch.weighted))
             loss = -jnp.sum(scores.weights * values)
-            if view is None:
+            if view is None and solver is None and is_one_damping(damping, scores.spec):
                 ones = jnp.ones(scores.num_rows, scores.spec.dtype)
                 return loss, cast_like(
                     operator.solve_row_space(-ones, nonnegative("damping", damping, scores.spec.dtype)), params
@@ -147,7 +155,7 @@ def value_and_natural_grad(
             )
         if view is not None:
             operator = as_operator(view(operator), "natural_grad: `view`")
-        return loss, cast_like(operator.solve(gradient, damping), params)
+        return loss, cast_like(solve(operator, gradient, damping, solver)[0], params)
 
     return value_and_direction
 

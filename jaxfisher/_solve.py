@@ -14,7 +14,7 @@ import lineax
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._linalg import SolveInfo, by_eigenvectors, norm
-from jaxfisher._operators.base import Damping, Dampings, Operator, as_operator, nonnegative
+from jaxfisher._operators.base import Damping, Dampings, Operator, View, as_operator, nonnegative
 from jaxfisher._scores import Scores
 from jaxfisher._tree import all_finite, cast_like, described, dtype_of
 
@@ -34,7 +34,7 @@ class CG:
         rtol: stop when ``|v - (F + damping I) x| <= rtol |v|``. The residual is made anew before that is believed.
         max_steps: give up after so many products; None means ten times the number of parameters.
         preconditioner: an operator near F that is cheap to solve with, such as ``jf.kronecker(F)`` or ``jf.nystrom(F, 50,
-            key)``; it is inverted with the same damping, once.
+            key)``, or a view that makes one of F, such as ``jf.kronecker``; it is inverted with the same damping, once.
         start: a first guess of ``x``, such as the last step's solution; None for zero.
 
     The answer is not exact: read ``info.converged`` and ``info.residual``. The stopping rule does not depend on the scale of
@@ -54,12 +54,17 @@ class CG:
 
     rtol: float = 1e-5
     max_steps: int | None = None
-    preconditioner: Operator | None = None
+    preconditioner: Operator | View | None = None
     start: Any = None
 
     def __post_init__(self) -> None:
         _check_rule(self.rtol, self.max_steps)
-        if self.preconditioner is not None and not jax.tree_util.all_leaves([self.preconditioner]):
+        if self.preconditioner is None or isinstance(self.preconditioner, Operator | jax.tree_util.Partial):
+            return
+        if callable(self.preconditioner):
+            # A function that crosses ``jit`` as part of a pytree.
+            object.__setattr__(self, "preconditioner", jax.tree_util.Partial(self.preconditioner))
+        elif not jax.tree_util.all_leaves([self.preconditioner]):
             as_operator(self.preconditioner, "CG: `preconditioner`")
 
     def __call__(self, fisher: Operator, v: chex.ArrayTree, damping: Damping) -> tuple[Any, SolveInfo]:
@@ -71,9 +76,11 @@ class CG:
         start = None if self.start is None else spec.ravel(self.start, "start") / size
         product = _damped(fisher, known)
         precondition: Callable[[Array], Array] = lambda r: r  # noqa: E731
-        if self.preconditioner is not None:
-            fisher._same_parameters(self.preconditioner)
-            inverse = self.preconditioner.inverse(known)
+        near = self.preconditioner
+        if near is not None:
+            near = as_operator(near if isinstance(near, Operator) else near(fisher), "CG: `preconditioner`")
+            fisher._same_parameters(near)
+            inverse = near.inverse(known)
             precondition = lambda r: spec.ravel(inverse(spec.unravel(r))[0], "r")  # noqa: E731
         most = 10 * spec.size if self.max_steps is None else self.max_steps
 
@@ -322,11 +329,14 @@ def solve(fisher: Operator, v: chex.ArrayTree, damping: Damping, solver: Solver 
     2.0000 1
     """
     fisher = as_operator(fisher, "solve")
-    if solver is None:
-        return fisher.solve_with_info(v, damping)
-    if not callable(solver) or isinstance(solver, type):
+    check_solver(solver)
+    return fisher.solve_with_info(v, damping) if solver is None else solver(fisher, v, damping)
+
+
+def check_solver(solver: Any) -> None:
+    """Raise `TypeError` unless it is None or a solver."""
+    if solver is not None and (not callable(solver) or isinstance(solver, type)):
         raise TypeError(f"`solver` is {solver!r}; expected None or a solver such as jf.CG(), with its brackets.")
-    return solver(fisher, v, damping)
 
 
 def as_lineax(fisher: Operator) -> lineax.AbstractLinearOperator:

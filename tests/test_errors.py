@@ -169,7 +169,7 @@ MISTAKES = [
         "integer key",
         lambda: jf.sampled_fisher(model)(PARAMS, 0, X),
         TypeError,
-        ["`key` is 0", "jax.random.key", "second argument"],
+        ["`key` is 0", "jax.random.key", "(params, key, *inputs)"],
     ),
     ("data as key", lambda: jf.sampled_fisher(model)(PARAMS, X), TypeError, ["`key`", "(5, 3)", "jax.random.key"]),
     (
@@ -237,7 +237,7 @@ MISTAKES = [
             ("boolean", True, TypeError, "True"),
         ]
         for where, argument, call in [
-            ("natural_grad", "damping", lambda d: jf.natural_grad(log_prob, damping=d)),
+            ("natural_grad", "damping", lambda d: jf.natural_grad(log_prob, damping=d)(PARAMS, X, Y)),
             ("solve", "damping", lambda d: fisher().solve(GRADIENT, d)),
             ("CG", "damping", lambda d: jf.solve(fisher(), GRADIENT, d, solver=jf.CG())),
             ("logdet", "damping", lambda d: fisher().logdet(d)),
@@ -401,7 +401,7 @@ MISTAKES = [
             ("exact_fisher", lambda **k: jf.exact_fisher(model, **k), "num_samples"),
             ("its function", lambda **k: exact(PARAMS, X, **k), "wieghts"),
             ("sampled_fisher", lambda **k: jf.sampled_fisher(model, **k), "samples"),
-            ("natural_grad", lambda **k: jf.natural_grad(log_prob, damping=0.1, **k), "solver"),
+            ("natural_grad", lambda **k: jf.natural_grad(log_prob, damping=0.1, **k), "rtol"),
             ("solve", lambda **k: jf.solve(None, None, 0.1, **k), "rtol"),
             ("scale_by_fisher", lambda **k: jf.scale_by_fisher(0.1, **k), "eps"),
             ("scale_to_kl", lambda **k: jf.scale_to_kl(0.1, **k), "max_kl"),

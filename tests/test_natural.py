@@ -123,3 +123,16 @@ def test_one_trace_for_two_steps():
     step = jax.jit(chex.assert_max_traces(jf.natural_grad(LOG_PROB, exact, damping=0.1), n=1))
     for _ in range(2):
         params = jax.tree.map(lambda p, d: p - d, params, step(params, x, y))
+
+
+@pytest.mark.parametrize("fisher", [None, lambda p, x, y: jf.exact_fisher(classifier)(p, x)], ids=["empirical", "exact"])
+def test_with_a_solver_and_with_a_damping_for_each_leaf(fisher):
+    params, x, y, _, rows = reference()
+    dense = rows.T @ rows / len(rows) if fisher is None else class_sum_fisher(params, x)
+    gradient = -np.mean(rows, axis=0)
+    direction = lambda **given: jax.jit(jf.natural_grad(LOG_PROB, fisher, **given))(params, x, y)  # noqa: E731
+    by_cg = direction(damping=0.1, solver=jf.CG(rtol=1e-12, preconditioner=jf.kronecker))
+    np.testing.assert_allclose(flat(by_cg), np.linalg.solve(dense + 0.1 * np.eye(31), gradient), rtol=1e-8, atol=1e-10)
+    dampings = {"hidden": {"b": 0.3, "w": 0.1}, "out": [0.05, 0.7]}
+    each = np.repeat(jax.tree.leaves(dampings), [4, 12, 12, 3])
+    assert_close(flat(direction(damping=dampings)), np.linalg.solve(dense + np.diag(each), gradient), factor=1e4)
