@@ -4,20 +4,6 @@ Data flows one way: a model of one example, its scores, a Fisher operator, a sol
 """
 
 # Distributions: what a model may predict.
-from jaxfisher._distributions.base import Distribution as Distribution
-from jaxfisher._distributions.bernoulli import Bernoulli as Bernoulli
-from jaxfisher._distributions.beta import Beta as Beta
-from jaxfisher._distributions.categorical import Categorical as Categorical
-from jaxfisher._distributions.dirichlet import Dirichlet as Dirichlet
-from jaxfisher._distributions.exponential import Exponential as Exponential
-from jaxfisher._distributions.gamma import Gamma as Gamma
-from jaxfisher._distributions.laplace import Laplace as Laplace
-from jaxfisher._distributions.multivariate_normal import MultivariateNormal as MultivariateNormal
-from jaxfisher._distributions.negative_binomial import NegativeBinomial as NegativeBinomial
-from jaxfisher._distributions.normal import Normal as Normal
-from jaxfisher._distributions.poisson import Poisson as Poisson
-from jaxfisher._distributions.student_t import StudentT as StudentT
-
 # Divergences, and the two Hessians.
 from jaxfisher._divergence import kl as kl
 from jaxfisher._divergence import kl_divergence as kl_divergence
@@ -75,7 +61,13 @@ from jaxfisher._solve import solve as solve
 from jaxfisher._solve import solve_path as solve_path
 
 # Optax.
+from jaxfisher._transform.adapt_damping import AdaptDampingState as AdaptDampingState
+from jaxfisher._transform.adapt_damping import adapt_damping as adapt_damping
+from jaxfisher._transform.backtrack_kl import BacktrackKLState as BacktrackKLState
+from jaxfisher._transform.backtrack_kl import backtrack_kl as backtrack_kl
 from jaxfisher._transform.natural_gradient import natural_gradient as natural_gradient
+from jaxfisher._transform.quadratic_model import QuadraticModelState as QuadraticModelState
+from jaxfisher._transform.quadratic_model import quadratic_model as quadratic_model
 from jaxfisher._transform.scale_by_fisher import ScaleByFisherState as ScaleByFisherState
 from jaxfisher._transform.scale_by_fisher import scale_by_fisher as scale_by_fisher
 from jaxfisher._transform.scale_to_kl import scale_to_kl as scale_to_kl

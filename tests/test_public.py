@@ -11,8 +11,11 @@ import pytest
 import jaxfisher as jf
 
 PACKAGE = pathlib.Path(jf.__file__).parent
-PUBLIC = sorted(name for name in vars(jf) if not name.startswith("_"))
-VALUES = {"Distribution", "Estimate", "Operator", "Scores", "ScaleByFisherState", "SolveInfo"}
+PUBLIC = sorted(name for name, value in vars(jf).items() if not name.startswith("_") and not inspect.ismodule(value))
+VALUES = {
+    *("AdaptDampingState", "BacktrackKLState", "QuadraticModelState", "ScaleByFisherState"),
+    *("Distribution", "Estimate", "Operator", "Scores", "SolveInfo"),
+}
 """Types that users meet as results and do not make."""
 
 

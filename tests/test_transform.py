@@ -136,6 +136,104 @@ def test_the_running_mean_is_a_debiased_average_of_views(problem, view):
         assert_close(flat(updates), damped(mean, gradient), factor=1e4)
 
 
+def test_the_running_mean_of_factors_is_the_kronecker_view_of_their_means(problem):
+    """KFAC's own average: of each factor, not of their product."""
+    params, gradient, fisher, _ = problem
+    opt = jf.scale_by_fisher(0.1, view=jf.kronecker, decay=0.8, like=like)
+    state = opt.init(params)
+    step = jax.jit(lambda s, f: opt.update(gradient, s, params, fisher=f))
+    blocks = jax.jit(jf.kronecker)(fisher).blocks
+    for t, scale in enumerate((1.0, 3.0), start=1):
+        updates, state = step(state, scale * fisher)
+        weights = np.array([0.2 * 0.8 ** (t - k) for k in range(1, t + 1)]) / (1 - 0.8**t)
+        # A multiple of a Fisher is held by the outputs' factor.
+        mean = np.dot(weights, [1.0, 3.0][:t])
+        expected = [np.linalg.inv(mean * np.asarray(block.as_matrix()) + 0.1 * np.eye(block.size)) for block in blocks]
+        parts = [flat([gradient["hidden"]["b"], gradient["hidden"]["w"]]), flat(gradient["out"])]
+        assert_close(flat(updates), np.concatenate([a @ g for a, g in zip(expected, parts, strict=True)]), factor=1e4)
+
+
+@pytest.mark.parametrize("view", [None, jf.dense, jf.kronecker])
+def test_in_between_refreshes_the_fisher_is_not_made(problem, view):
+    params, gradient, _, _ = problem
+    _, x, _, _, _ = reference()
+    opt = jf.scale_by_fisher(0.1, view=view, update_every=3, like=like)
+    state = opt.init(params)
+
+    def step(scale, state):
+        return opt.update(gradient, state, params, fisher=lambda: jf.exact_fisher(classifier)(params, scale * x))
+
+    def counted(jaxpr):
+        """Occurrences of the model's own tanh outside of branches, and in each branch."""
+        outside = str([eqn for eqn in jaxpr.eqns if eqn.primitive.name != "cond"]).count("tanh")
+        branches = [eqn.params["branches"] for eqn in jaxpr.eqns if eqn.primitive.name == "cond"]
+        return outside, [[str(branch).count("tanh") > 0 for branch in some] for some in branches]
+
+    outside, branches = counted(jax.make_jaxpr(step)(1.0, state).jaxpr)
+    assert outside == 0
+    assert branches[0] == [False, True]
+    assert not any(map(any, branches[1:]))
+
+    made = jax.jit(step)
+    whole = {
+        None: lambda f: f.as_matrix(),
+        jf.dense: lambda f: f.as_matrix(),
+        jf.kronecker: lambda f: jf.kronecker(f).as_matrix(),
+    }
+    at = jax.jit(lambda scale: whole[view](jf.exact_fisher(classifier)(params, scale * x)))
+    for count, scale in enumerate((1.0, 2.0, 0.3, 1.5, 4.0)):
+        updates, state = made(scale, state)
+        used = np.asarray(at(1.0 if count < 3 else 1.5))
+        assert_close(flat(updates), damped(used, gradient), factor=1e5)
+
+
+def test_momentum_is_spring(problem):
+    """Against its formula in the space of examples, in numpy, from the loop's scores."""
+    params, _, _, _ = problem
+    _, x, y, _, rows = reference()
+    fisher = jf.empirical_fisher(LOG_PROB)(params, x, y)
+    n, mu, damping = len(rows), 0.9, 1e-3
+    scores = rows / np.sqrt(n)
+    gradient = params_like(-rows.mean(0), params)
+    opt = jf.scale_by_fisher(damping, momentum=mu)
+    state, previous = opt.init(params), np.zeros(31)
+    step = jax.jit(lambda s: opt.update(gradient, s, params, fisher=fisher))
+    for _ in range(4):
+        updates, state = step(state)
+        e = -np.ones(n) / np.sqrt(n)
+        inside = np.linalg.solve(scores @ scores.T + damping * np.eye(n), e - mu * scores @ previous)
+        previous = scores.T @ inside + mu * previous
+        assert_close(flat(updates), previous, factor=1e6)
+
+
+def params_like(vector, params):
+    return jax.flatten_util.ravel_pytree(params)[1](jnp.asarray(vector))
+
+
+def test_an_iterative_solver_preconditioned_by_a_view(problem):
+    _, gradient, _, dense = problem
+    solver = jf.CG(rtol=1e-11, preconditioner=jf.kronecker)
+    updates, state = one_update(jf.scale_by_fisher(0.1, solver=solver), problem)
+    np.testing.assert_allclose(flat(updates), damped(dense, gradient), rtol=1e-8)
+    assert 0 < state.info.iterations < 31
+
+
+def test_a_damping_given_at_the_update_is_the_one(problem):
+    _, gradient, _, dense = problem
+    updates, _ = one_update(jf.scale_by_fisher(0.1), problem, damping=2.0)
+    assert_close(flat(updates), damped(dense, gradient, 2.0), factor=1e4)
+
+
+def test_a_fisher_unlike_the_one_promised_is_named(problem):
+    params, gradient, fisher, _ = problem
+    opt = jf.scale_by_fisher(0.1, update_every=2, like=fisher)
+    with pytest.raises(ValueError, match=r"holds arrays of shapes .* those of `like` have"):
+        opt.update(gradient, opt.init(params), fisher=fisher + fisher)
+    with pytest.raises(TypeError, match="kronecker") as caught:
+        jf.scale_by_fisher(0.1, view=jf.kronecker, decay=0.9).init(params)
+    assert any("`like`" in note for note in caught.value.__notes__)
+
+
 def test_scale_to_kl_caps_the_quadratic_form(problem):
     params, gradient, fisher, dense = problem
     g = flat(gradient)
@@ -176,10 +274,18 @@ def test_it_solves_a_linear_regression_in_one_step(key):
 
 # --- as a citizen ----------------------------------------------------------------------------------------------------------
 
+
+def like():
+    params, x, *_ = reference()
+    return jf.exact_fisher(classifier)(params, x)
+
+
 OPTIMISERS = {
     "scale_by_fisher": lambda: jf.scale_by_fisher(0.1),
     "diagonal with decay": lambda: jf.scale_by_fisher(0.1, view=jf.diagonal, power=0.5, decay=0.9),
     "dense with decay": lambda: jf.scale_by_fisher(0.1, view=jf.dense, decay=0.9),
+    "kronecker at times": lambda: jf.scale_by_fisher(0.1, view=jf.kronecker, decay=0.9, update_every=2, like=like),
+    "spring": lambda: jf.scale_by_fisher(0.1, momentum=0.9),
     "scale_to_kl": lambda: jf.scale_to_kl(1e-3),
     "natural_gradient": lambda: jf.natural_gradient(0.5, 0.1, radius=1e-2),
 }
@@ -251,14 +357,19 @@ def test_inject_hyperparams(name, problem):
         "scale_by_fisher": (jf.scale_by_fisher, {"damping": 0.1}),
         "diagonal with decay": (jf.scale_by_fisher, {"damping": 0.1, "view": jf.diagonal, "power": 0.5, "decay": 0.9}),
         "dense with decay": (jf.scale_by_fisher, {"damping": 0.1, "view": jf.dense, "decay": 0.9}),
+        "kronecker at times": (
+            jf.scale_by_fisher,
+            {"damping": 0.1, "view": jf.kronecker, "decay": 0.9, "update_every": 2, "like": like},
+        ),
+        "spring": (jf.scale_by_fisher, {"damping": 0.1, "momentum": 0.9}),
         "scale_to_kl": (jf.scale_to_kl, {"radius": 1e-3}),
         "natural_gradient": (jf.natural_gradient, {"learning_rate": 0.5, "damping": 0.1, "radius": 1e-2}),
     }[name]
-    static = () if make[0] is jf.scale_to_kl else ("view",)
+    static = {jf.scale_to_kl: (), jf.natural_gradient: ("view",), jf.scale_by_fisher: ("view", "solver", "like")}[make[0]]
     injected = optax.inject_hyperparams(make[0], static_args=static)(**make[1])
     state = injected.init(params)
     step = jax.jit(lambda s: injected.update(gradient, s, params, fisher=fisher))
-    updates, state = step(state)
+    updates, _ = step(state)
     assert_close(flat(updates), flat(one_update(OPTIMISERS[name](), problem)[0]), factor=1e4)
     knob = "radius" if name == "scale_to_kl" else "damping"
     state.hyperparams[knob] = jnp.asarray(1e-5 if knob == "radius" else 10.0)

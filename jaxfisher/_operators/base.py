@@ -121,6 +121,10 @@ class Operator(abc.ABC):
         """The same kind of operator holding other arrays."""
         return dataclasses.replace(self, **dict(zip(self.held, arrays, strict=True)))  # type: ignore[type-var]
 
+    def factorised(self) -> Operator:
+        """The same operator held so that solves with it, at any damping, take products only, where its form has such a form."""
+        return self
+
     def mv(self, v: chex.ArrayTree) -> Any:
         """``F v``."""
         return cast_like(self.linearised()(self._vector(v)), v)

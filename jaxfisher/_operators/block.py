@@ -47,6 +47,9 @@ class BlockDiagonal(Operator):
     def with_arrays(self, arrays: tuple[Any, ...]) -> BlockDiagonal:
         return self._with(block.with_arrays(part) for block, part in zip(self.blocks, arrays, strict=True))
 
+    def factorised(self) -> BlockDiagonal:
+        return self._with(block.factorised() for block in self.blocks)
+
     def _split(self, v: Any) -> list[list[Array]]:
         leaves = jax.tree.leaves(v)
         return [[leaves[i] for i in group] for group in self.members]

@@ -112,26 +112,26 @@ class Kronecker(_Layer):
         norms = jax.vmap(lambda a, g: norm(a.reshape(-1)) * norm(g.reshape(-1)))(self.inputs, self.outputs)
         return norm(norms)
 
-    def eigen(self) -> EigenKronecker:
-        """The same operator by its eigenvectors, those of the factors."""
+    def factorised(self) -> EigenKronecker:
+        """By its eigenvectors, those of the factors."""
         (a, inputs), (g, outputs) = _eigh(self.inputs), _eigh(self.outputs)
         values = a[:, :, None] * g[:, None, :]
         return EigenKronecker(inputs, outputs, values, self.layout, self.weight, self.spec, self.provenance)
 
     def eigvalsh(self) -> Float[Array, " p"]:
-        return self.eigen().eigvalsh()
+        return self.factorised().eigvalsh()
 
     def rank(self) -> Any:
-        return self.eigen().rank()
+        return self.factorised().rank()
 
     def _logdet(self, damping: Scalar) -> Scalar:
-        return self.eigen()._logdet(damping)
+        return self.factorised()._logdet(damping)
 
     def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Callable[[Any], tuple[Any, SolveInfo]]]:
-        return self.eigen()._inverse
+        return self.factorised()._inverse
 
     def _power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
-        return self.eigen()._power_mv(v, power, damping)
+        return self.factorised()._power_mv(v, power, damping)
 
     def factored_inverse(self, damping: Scalar) -> Callable[[Any], Any]:
         """``(A + pi sqrt(damping) I)^-1 V (G + sqrt(damping) / pi I)^-1``, ``pi`` balancing the factors' mean eigenvalues."""
@@ -359,7 +359,7 @@ def eigen_kronecker(fisher: Operator, basis: BlockDiagonal | None = None, rest: 
         raise TypeError(f"eigen_kronecker: `basis` is {basis!r}; expected jf.kronecker(fisher) or jf.eigen_kronecker(fisher).")
     fisher._same_parameters(basis)
     chosen = [
-        (group, block.eigen() if isinstance(block, Kronecker) else block)
+        (group, block.factorised() if isinstance(block, Kronecker) else block)
         for group, block in zip(basis.members, basis.blocks, strict=True)
         if isinstance(block, Kronecker | EigenKronecker)
     ]

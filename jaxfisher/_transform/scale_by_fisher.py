@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import chex
@@ -16,24 +17,29 @@ from jaxtyping import Array, Int
 from jaxfisher._linalg import SolveInfo
 from jaxfisher._operators.base import VIEW, Operator, Provenance, View, as_operator, check_number, nonnegative
 from jaxfisher._operators.diagonal import Diagonal
+from jaxfisher._solve import Solver, check_solver, solve
 from jaxfisher._transform.curvature import fisher_for
-from jaxfisher._tree import all_finite, check_function, param_spec
+from jaxfisher._tree import all_finite, cast_like, check_function, param_spec
 
 ScalarOrSchedule: TypeAlias = float | Array | Callable[[Array], Any]
 """A number, or a function of the update count that gives one."""
 
 
 class ScaleByFisherState(NamedTuple):
-    """State of `scale_by_fisher`.
+    """State of `scale_by_fisher`: arrays only.
 
     Attributes:
         count: updates made so far, int32.
         mean: with ``decay``, the arrays of the running mean of the view, not yet debiased; else empty.
+        held: with ``update_every`` above one, the arrays of the operator in use between refreshes; else empty.
+        previous: with ``momentum``, the last result; else empty.
         info: how the last solve went; to read, not to write.
     """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # Optax's name; it hides tuple.count
     mean: Any
+    held: tuple[Array, ...]
+    previous: Any
     info: SolveInfo
 
 
@@ -42,11 +48,15 @@ def scale_by_fisher(
     *,
     view: View | None = None,
     power: chex.Numeric = 1.0,
+    solver: Solver | None = None,
     decay: chex.Numeric | None = None,
+    update_every: chex.Numeric | None = None,
+    momentum: chex.Numeric | None = None,
+    like: Operator | Callable[[], Operator] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiply updates by ``(F + damping I)^-power``, with ``F`` given at each update as ``fisher=``.
 
-    .. math:: u = (F_t + \lambda I)^{-q}\, g, \qquad
+    .. math:: u_t = (F_t + \lambda I)^{-q}\, g_t, \qquad
         F_t = \frac{1}{1 - \beta^t} \sum_{k \le t} (1 - \beta)\, \beta^{t - k}\, \mathrm{view}(F_k) \text{ with decay } \beta,
         \text{ else } \mathrm{view}(F_t).
 
@@ -55,30 +65,45 @@ def scale_by_fisher(
         opt = optax.chain(jf.scale_by_fisher(damping=1e-3), optax.scale_by_learning_rate(1.0))
         updates, state = opt.update(grads, state, params, fisher=jf.exact_fisher(model)(params, x))
 
+    With ``momentum`` :math:`\mu` it is SPRING, the solution nearest to what is left of the last one,
+
+    .. math:: u_t = \arg\min_u \tfrac12 u^T F_t u - g_t^T u + \tfrac\lambda2 |u - \mu u_{t-1}|^2
+        = \mu u_{t-1} + (F_t + \lambda I)^{-1} (g_t - \mu F_t u_{t-1}).
+
+    For F held as scores this is ``mu u + S^T (S S^T + damping I)^-1 (e - mu S u)`` where ``g = S^T e``: the same in the space
+    of examples, which the solve takes by itself where it is the smaller.
+
     With ``view=jf.diagonal, power=0.5, decay=beta`` and the empirical Fisher of batches of one it is
     ``optax.scale_by_rms(beta, eps=damping, eps_in_sqrt=True, bias_correction=True)``: the running mean is debiased and the
     damping is added before the power. With larger batches the two differ, since the square of a mean gradient is not the mean
     of squared gradients.
 
     Args:
-        damping: ``>= 0``, absolute, in the units of F, or a schedule of it (a function of the update count).
-        view: applied to the operator: `jaxfisher.diagonal`, `jaxfisher.dense`; None for the operator as it comes.
+        damping: ``>= 0``, absolute, in the units of F; or a schedule of it (a function of the update count). An update that is
+            given ``damping=``, as by `jaxfisher.adapt_damping`, takes that.
+        view: applied to the operator, such as `jaxfisher.kronecker`; None for the operator as it comes.
         power: ``q``. 1 is the natural gradient; others need an eigendecomposition, except on the diagonal, where 0.5 gives
             the family of RMSprop and Adam.
+        solver: as in `jaxfisher.solve`, such as ``jf.CG(rtol=1e-2, preconditioner=jf.kronecker)``; None for the exact route.
         decay: ``beta`` in ``[0, 1)`` of a running mean of the view, which must be one whose shape does not depend on n.
+        update_every: make the operator (and count it into the mean) only at every so-many-th update; None for each. Give
+            ``fisher`` as a function of no arguments: it is not run in between.
+        momentum: ``mu`` in ``[0, 1)``; amplifies a constant gradient by at most ``1 / (1 - mu)``. With ``power=1`` only.
+        like: an operator such as ``fisher=`` will be, or a function that makes one, never run: it gives the state its shape.
+            Needed with ``update_every`` or ``decay``, except for the views `jaxfisher.diagonal` and `jaxfisher.dense`.
 
     Returns:
         A gradient transformation whose ``update`` takes ``fisher=``, an operator or a function of no arguments that returns
         one. The updates are not negated. `optax.tree.get(state, "info")` tells how the solve went. Under
-        `optax.inject_hyperparams` name ``view`` in ``static_args``.
+        `optax.inject_hyperparams` name ``view``, ``solver`` and ``like`` in ``static_args``.
 
     Raises:
-        ValueError: a negative damping, a decay outside ``[0, 1)``, a decay without a view; (at update) ``fisher=`` is missing,
-            or not over the parameters of the updates.
+        ValueError: a negative damping, a decay or momentum outside ``[0, 1)``, a decay without a view, a missing ``like``; (at
+            update) ``fisher=`` is missing, not over the parameters of the updates, or not of the shapes of ``like``.
         TypeError: (at update) ``fisher=`` is no operator.
 
     Reference: Martens (JMLR 2020), section 6 (damping) and 11 (Adam as a diagonal empirical Fisher); Kingma and Ba (2015),
-        section 3.
+        section 3; Goldshlager, Abrahamsen and Lin (J. Comput. Phys. 2024), equation 17 (SPRING).
 
     >>> import jax.numpy as jnp, jaxfisher as jf
     >>> opt = jf.scale_by_fisher(damping=0.0)
@@ -87,15 +112,19 @@ def scale_by_fisher(
     >>> print(updates)
     4.0
     """
-    if not callable(damping):
-        nonnegative("damping", damping, jnp.float32)
-    if view is not None:
-        check_function("view", view, VIEW)
-    check_number("power", power)
-    _check_decay(decay, view)
+    usual = damping
+    _check_arguments(damping, view, power, solver, decay, update_every, momentum)
+
+    def viewed(fisher: Operator) -> Operator:
+        return fisher if view is None else as_operator(view(fisher), "scale_by_fisher: `view`")
 
     def init(params: chex.ArrayTree) -> ScaleByFisherState:
-        return ScaleByFisherState(jnp.zeros((), jnp.int32), _zero_mean(params, view, decay), _no_info(params))
+        dtype = param_spec(params).dtype
+        zeros = partial(_zeros, dtype=dtype)
+        mean = zeros(_averaging(_shape_of_view(params, like, viewed)).arrays) if decay is not None else ()
+        held = zeros(_held_arrays(_shape_of_view(params, like, viewed))) if update_every is not None else ()
+        previous = () if momentum is None else jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), params)
+        return ScaleByFisherState(jnp.zeros((), jnp.int32), mean, held, previous, _no_info(params))
 
     def update(
         updates: Any,
@@ -103,28 +132,50 @@ def scale_by_fisher(
         params: Any = None,
         *,
         fisher: Operator | Callable[[], Operator] | None = None,
+        damping: chex.Numeric | None = None,
         **extra_args: Any,
     ) -> tuple[Any, ScaleByFisherState]:
         del params, extra_args
         if not jax.tree.leaves(updates):
             return updates, state
-        operator = fisher_for(updates, fisher, "scale_by_fisher")
-        if view is not None:
-            operator = as_operator(view(operator), "scale_by_fisher: `view`")
+
+        def fresh(refresh: Int[Array, ""]) -> tuple[Operator, Any]:
+            return _running_mean(viewed(fisher_for(updates, fisher, "scale_by_fisher")), state.mean, refresh, decay)
+
+        if update_every is not None:
+            operator, mean, held = _refreshed(fresh, state, update_every)
+        else:
+            (operator, mean), held = fresh(state.count), ()
+        strength = (usual(state.count) if callable(usual) else usual) if damping is None else damping
+        previous = None if momentum is None else (momentum, state.previous)
+        result, info = _precondition(operator, updates, power, strength, solver, previous)
+        kept = () if momentum is None else result
+        info = jax.tree.map(lambda a, b: a.astype(b.dtype), info, state.info)
         count = optax.safe_increment(state.count)
-        operator, mean = _running_mean(operator, state.mean, count, decay)
-        strength = damping(state.count) if callable(damping) else damping
-        result, info = _precondition(operator, updates, power, strength)
-        return result, ScaleByFisherState(count, mean, jax.tree.map(lambda a, b: a.astype(b.dtype), info, state.info))
+        return cast_like(result, updates), ScaleByFisherState(count, mean, held, kept, info)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _precondition(operator: Operator, updates: Any, power: chex.Numeric, damping: chex.Numeric) -> tuple[Any, SolveInfo]:
-    """``(F + damping I)^-power`` times the updates, with a report."""
+def _precondition(
+    operator: Operator,
+    updates: Any,
+    power: chex.Numeric,
+    damping: chex.Numeric,
+    solver: Solver | None,
+    previous: tuple[chex.Numeric, Any] | None,
+) -> tuple[Any, SolveInfo]:
+    """``(F + damping I)^-power`` times the updates in the statistics dtype, with a report."""
+    updates = operator.spec.tree(operator.spec.leaves(updates, "updates"))
 
     def by_solve() -> tuple[Any, SolveInfo]:
-        return operator.solve_with_info(updates, damping)
+        if previous is None:
+            return solve(operator, updates, damping, solver)
+        mu, last = previous
+        kept = jax.tree.map(lambda leaf: jnp.asarray(mu, leaf.dtype) * leaf, last)
+        # Solving for the rest, and not for g + damping mu u, keeps what is outside the rows' span out of the solve.
+        rest, info = solve(operator, jax.tree.map(jnp.subtract, updates, operator.mv(kept)), damping, solver)
+        return jax.tree.map(jnp.add, kept, rest), info
 
     def by_spectrum() -> tuple[Any, SolveInfo]:
         result = operator.power_mv(updates, -jnp.asarray(power), damping)
@@ -137,30 +188,79 @@ def _precondition(operator: Operator, updates: Any, power: chex.Numeric, damping
     if isinstance(power, numbers.Real):
         return by_solve() if power == 1 else by_spectrum()
     # Under `optax.inject_hyperparams` the power is an array like every number, and one is still its most likely value.
+    if previous is not None or solver is not None:
+        result, info = by_solve()
+        return jax.tree.map(lambda leaf: jnp.where(jnp.asarray(power) == 1, leaf, jnp.nan), result), info
     return jax.lax.cond(jnp.asarray(power) == 1, by_solve, by_spectrum)
 
 
-def _running_mean(operator: Operator, mean: Any, count: Int[Array, ""], decay: chex.Numeric | None) -> tuple[Operator, Any]:
-    """The debiased running mean as an operator, and the mean to keep."""
+def _refreshed(
+    fresh: Callable[[Int[Array, ""]], tuple[Operator, Any]], state: ScaleByFisherState, every: chex.Numeric
+) -> tuple[Operator, Any, tuple[Array, ...]]:
+    """The operator in use: made anew if this update is one of those; the running mean, and the operator's arrays."""
+    every = jnp.asarray(every, jnp.int32)
+
+    def made() -> tuple[tuple[Array, ...], Any]:
+        operator, mean = fresh(state.count // every)
+        return tuple(jax.tree.leaves(operator.factorised())), mean
+
+    # The structure, found without running anything: an update in between must not pay for it.
+    shape = jax.eval_shape(lambda: fresh(state.count)[0].factorised())
+    leaves, treedef = jax.tree.flatten(shape)
+    if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in state.held]:
+        seen, expected = ([leaf.shape for leaf in arrays] for arrays in (leaves, state.held))
+        raise ValueError(
+            f"scale_by_fisher: `fisher`, {shape}, holds arrays of shapes {seen}; those of `like` have {expected}. "
+            "Give `like` an operator of the same model and number of examples."
+        )
+    held, mean = jax.lax.cond(state.count % every == 0, made, lambda: (state.held, state.mean))
+    return jax.tree.unflatten(treedef, held), mean, held
+
+
+def _running_mean(operator: Operator, mean: Any, before: Int[Array, ""], decay: chex.Numeric | None) -> tuple[Operator, Any]:
+    """The debiased running mean as an operator, and the mean to keep; ``before`` tells how many went into it."""
     if decay is None:
         return operator, mean
-    if not operator.averages:
-        raise ValueError(_NO_MEAN.format(form=operator.form))
     beta = jnp.asarray(decay, operator.spec.dtype)
-    mean = jax.tree.map(lambda old, new: beta * old + (1 - beta) * new, mean, operator.arrays)
-    debias = 1 - beta ** count.astype(beta.dtype)
+    mean = jax.tree.map(lambda old, new: beta * old + (1 - beta) * new, mean, _averaging(operator).arrays)
+    debias = 1 - beta ** (before + 1).astype(beta.dtype)
     return operator.with_arrays(jax.tree.map(lambda leaf: leaf / debias, mean)), mean
 
 
-def _zero_mean(params: chex.ArrayTree, view: View | None, decay: chex.Numeric | None) -> Any:
-    """Zeros of the arrays that the view of an operator over these parameters holds."""
-    if decay is None or view is None:
-        return ()
-    spec = param_spec(params)
-    nothing = as_operator(view(Diagonal(spec.zeros(), spec, Provenance("zero", 0))), "scale_by_fisher: `view`")
-    if not nothing.averages:
-        raise ValueError(_NO_MEAN.format(form=nothing.form))
-    return nothing.arrays
+def _averaging(operator: Operator) -> Operator:
+    if not operator.averages:
+        raise ValueError(_NO_MEAN.format(form=operator.form))
+    return operator
+
+
+def _shape_of_view(params: chex.ArrayTree, like: Any, viewed: Callable[[Operator], Operator]) -> Operator:
+    """The view of an operator over these parameters, its arrays without values."""
+
+    def make() -> Operator:
+        if like is None:
+            spec = param_spec(params)
+            return viewed(Diagonal(spec.zeros(), spec, Provenance("zero", 0)))
+        operator = like() if callable(like) and not isinstance(like, Operator) else like
+        # Optax looks for the places of parameters in a state by `init` of a pytree without any.
+        return viewed(fisher_for(params, operator, "scale_by_fisher: `like`") if jax.tree.leaves(params) else operator)
+
+    try:
+        return jax.eval_shape(make)
+    except TypeError as error:
+        if like is None:
+            error.add_note("scale_by_fisher: the view of a Fisher held otherwise has its shape from `like`; pass one.")
+        raise
+
+
+def _held_arrays(operator: Operator) -> tuple[Array, ...]:
+    """The arrays of what is solved with between refreshes."""
+    return tuple(jax.tree.leaves(jax.eval_shape(operator.factorised)))
+
+
+def _zeros(tree: Any, dtype: Any) -> Any:
+    """Zeros in the shapes of a tree; its numbers in the statistics dtype of the parameters."""
+    floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype if floating(leaf) else leaf.dtype), tree)
 
 
 def _no_info(params: chex.ArrayTree) -> SolveInfo:
@@ -171,15 +271,38 @@ def _no_info(params: chex.ArrayTree) -> SolveInfo:
 
 _NO_MEAN = (
     "scale_by_fisher: `decay` averages a view whose shape does not depend on the number of examples; one held {form} is not. "
-    "Pass view=jf.diagonal or view=jf.dense."
+    "Pass view=jf.diagonal, view=jf.kronecker or view=jf.dense."
 )
 
 
-def _check_decay(decay: chex.Numeric | None, view: View | None) -> None:
-    if decay is None:
-        return
-    check_number("decay", decay, "one real number in [0, 1)")
-    if isinstance(decay, (numbers.Real, np.ndarray, np.generic)) and not 0 <= float(decay) < 1:
-        raise ValueError(f"scale_by_fisher: `decay` is {decay}; expected a number in [0, 1), the weight of the past.")
-    if view is None:
+def _check_arguments(damping: Any, view: Any, power: Any, solver: Any, decay: Any, update_every: Any, momentum: Any) -> None:
+    if not callable(damping):
+        nonnegative("damping", damping, jnp.float32)
+    if view is not None:
+        check_function("view", view, VIEW)
+    check_number("power", power)
+    check_solver(solver)
+    for name, value in (("decay", decay), ("momentum", momentum)):
+        check_number(name, 0.0 if value is None else value, "one real number in [0, 1)")
+        if isinstance(value, _KNOWN) and not 0 <= float(value) < 1:
+            raise ValueError(f"scale_by_fisher: `{name}` is {value}; expected a number in [0, 1), the weight of the past.")
+    if decay is not None and view is None:
         raise ValueError(_NO_MEAN.format(form="as it comes (view=None)"))
+    _check_together(power, solver, momentum)
+    check_number("update_every", 1 if update_every is None else update_every, "a whole number of at least one")
+    if isinstance(update_every, _KNOWN) and not (float(update_every) >= 1 and float(update_every).is_integer()):
+        raise ValueError(f"scale_by_fisher: `update_every` is {update_every}; expected a whole number of at least one.")
+
+
+_KNOWN = (numbers.Real, np.ndarray, np.generic)
+"""Numbers whose value can be looked at without waiting for a device."""
+
+
+def _check_together(power: chex.Numeric, solver: Solver | None, momentum: chex.Numeric | None) -> None:
+    if isinstance(power, numbers.Real) and power != 1:
+        for name, value in (("solver", solver), ("momentum", momentum)):
+            if value is not None:
+                raise ValueError(
+                    f"scale_by_fisher: `{name}` is given with power={power}; expected power=1, the only one that is a solve. "
+                    f"Leave out `{name}`, or the power."
+                )

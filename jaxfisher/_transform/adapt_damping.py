@@ -1,0 +1,142 @@
+"""Levenberg and Marquardt's rule: damping follows how well the loss was predicted, and steps that raise it are not taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from jaxfisher._operators.base import Operator, check_number, nonnegative
+from jaxfisher._transform.backtrack_kl import needed
+from jaxfisher._transform.curvature import fisher_for
+from jaxfisher._tree import described, dot
+
+
+class AdaptDampingState(NamedTuple):
+    """State of `adapt_damping`.
+
+    Attributes:
+        inner: the state of the transformation inside, as of the last step that was taken.
+        damping: the damping of the next step.
+        ratio: of the last step, the loss's actual decrease over the predicted one; one before the first.
+        accepted: whether the last step was taken.
+    """
+
+    inner: Any
+    damping: Float[Array, ""]
+    ratio: Float[Array, ""]
+    accepted: Bool[Array, ""]
+
+
+def adapt_damping(
+    inner: optax.GradientTransformation,
+    damping: chex.Numeric,
+    *,
+    factor: chex.Numeric = 2.0,
+    lower: chex.Numeric = 0.25,
+    upper: chex.Numeric = 0.75,
+    least: chex.Numeric = 1e-8,
+    most: chex.Numeric = 1e8,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Run ``inner`` with a damping that rises where the quadratic model promised too much and falls where it can be trusted.
+
+    .. math:: \rho = \frac{L(\theta) - L(\theta + u)}{-(g^T u + \frac12 u^T F u)}, \qquad
+        \lambda \leftarrow \begin{cases} \lambda / c & \rho > \text{upper} \\ c \lambda & \rho < \text{lower} \end{cases}
+
+    with ``c`` the ``factor``. A step after which the loss is not lower, or not finite, is not taken: the updates are zero, the
+    inner state stays as it was, and the damping rises by ``c^2``. So with a fixed batch the loss never goes up; with
+    minibatches it is each batch's own loss that does not. Wrap the whole chain, learning rate included::
+
+        opt = jf.adapt_damping(jf.natural_gradient(learning_rate=1.0, damping=0.1), damping=0.1)
+        updates, state = opt.update(grads, state, params, fisher=F, value=value, value_fn=lambda new: loss(new, x, y))
+
+    Args:
+        inner: a transformation with a `scale_by_fisher` inside, whose own damping is replaced by the state's.
+        damping: the first lambda, above zero.
+        factor: ``c > 1``.
+        lower: below this ratio the damping rises.
+        upper: above this ratio it falls.
+        least: the damping does not go below this.
+        most: nor above this.
+
+    Returns:
+        A gradient transformation whose ``update`` takes ``params`` and, by keyword, ``fisher``, ``value_fn`` (parameters to the
+        loss) and, if known, ``value``, the loss at ``params``. What comes in must be the gradient itself.
+
+    Raises:
+        ValueError: numbers out of order; (at update) ``params``, ``fisher`` or ``value_fn`` is missing.
+        TypeError: ``inner`` is no gradient transformation.
+
+    Reference: Marquardt (J. SIAM 1963); More, The Levenberg-Marquardt algorithm (1978); Martens (JMLR 2020), section 6.5.
+
+    >>> import jax, jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda mu: jf.Normal(mu, 1.0)
+    >>> opt = jf.adapt_damping(jf.natural_gradient(1.0, 0.1), damping=1.0)
+    >>> loss = lambda mu: 0.5 * (mu - 3.0) ** 2
+    >>> F = jf.exact_fisher(model)(0.0)
+    >>> updates, state = opt.update(jax.grad(loss)(0.0), opt.init(0.0), 0.0, fisher=F, value_fn=loss)
+    >>> print(updates, state.ratio, state.damping)  # the loss is its quadratic model
+    1.5 1.0 0.5
+    """
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(f"adapt_damping: `inner` is {described(inner)}; expected a gradient transformation, such as a chain.")
+    for name, value in (("damping", damping), ("least", least), ("most", most)):
+        nonnegative(name, value, jnp.float32)
+    for name, value in (("factor", factor), ("lower", lower), ("upper", upper)):
+        check_number(name, value)
+    _check_order(damping, factor, lower, upper, least, most)
+    chain = optax.with_extra_args_support(inner)
+
+    def init(params: chex.ArrayTree) -> AdaptDampingState:
+        one = jnp.ones((), jnp.float32)
+        return AdaptDampingState(chain.init(params), one * damping, one, jnp.asarray(True))
+
+    def update(
+        updates: Any,
+        state: AdaptDampingState,
+        params: Any = None,
+        *,
+        fisher: Operator | Callable[[], Operator] | None = None,
+        value: chex.Numeric | None = None,
+        value_fn: Callable[[Any], chex.Numeric] | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, AdaptDampingState]:
+        if params is None:
+            raise ValueError("adapt_damping: `update` needs the parameters. Pass them, opt.update(grads, state, params, ...).")
+        if not jax.tree.leaves(updates):
+            return updates, state
+        loss = needed("value_fn", value_fn, "from parameters to the loss", "adapt_damping")
+        start = jnp.asarray(loss(params) if value is None else value)
+        given = {"fisher": fisher, "value": start, "value_fn": value_fn, "damping": state.damping, **extra_args}
+        step, after = chain.update(updates, state.inner, params, **given)
+        operator = fisher_for(updates, fisher, "adapt_damping")
+        g, u = (operator.spec.tree(operator.spec.leaves(tree, "updates")) for tree in (updates, step))
+        predicted = -(dot(g, u) + 0.5 * operator.quadratic(u))
+        actual = start - loss(optax.apply_updates(params, step))
+        # Comparisons with a NaN are false: such a step is not taken. Where nothing was promised, nothing was broken.
+        accepted = actual > 0
+        ratio = jnp.where(predicted > 0, actual / jnp.where(predicted > 0, predicted, 1), 0).astype(jnp.float32)
+        grow = jnp.where(accepted, jnp.where(ratio > upper, 1 / factor, jnp.where(ratio < lower, factor, 1)), factor**2)
+        next_damping = jnp.clip(state.damping * grow, least, most).astype(jnp.float32)
+        step = jax.tree.map(lambda leaf: jnp.where(accepted, leaf, 0), step)
+        kept = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), after, state.inner)
+        return step, AdaptDampingState(kept, next_damping, ratio, accepted)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_order(*numbers: chex.Numeric) -> None:
+    """Raise `ValueError` where numbers that are known are out of order."""
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        return
+    damping, factor, lower, upper, least, most = numbers
+    if not (factor > 1 and lower < upper and 0 < least <= damping <= most):
+        raise ValueError(
+            f"adapt_damping: damping {damping}, factor {factor}, lower {lower}, upper {upper}, least {least}, most {most}; "
+            "expected factor > 1, lower < upper and 0 < least <= damping <= most."
+        )

@@ -1,0 +1,118 @@
+"""The trust region on the actual divergence: a step is halved until the predictions stay near and the loss goes down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Scalar
+
+from jaxfisher._operators.base import nonnegative
+from jaxfisher._tree import described
+
+
+class BacktrackKLState(NamedTuple):
+    """State of `backtrack_kl`; to read, not to write.
+
+    Attributes:
+        halvings: how often the last step was halved.
+        accepted: whether any length of it was taken; where not, the parameters stay.
+        moved: the KL divergence of the step taken, in nats per example; zero where none was.
+    """
+
+    halvings: Int[Array, ""]
+    accepted: Bool[Array, ""]
+    moved: Float[Array, ""]
+
+
+def backtrack_kl(radius: chex.Numeric, max_halvings: chex.Numeric = 10) -> optax.GradientTransformationExtraArgs:
+    r"""Halve a step until the KL divergence it moves the predictions by is at most ``radius`` and the loss goes down.
+
+    .. math:: u \leftarrow 2^{-k} u \quad \text{with the least } k \le K \text{ such that } KL(\theta \| \theta + 2^{-k} u)
+        \le \text{radius}, \quad L(\theta + 2^{-k} u) < L(\theta); \qquad u \leftarrow 0 \text{ if there is none}.
+
+    Where `scale_to_kl` trusts the quadratic form this looks at the divergence itself, as trust-region policy optimisation does.
+    Place it last: what comes in is the step as it would be applied, learning rate and sign included::
+
+        opt = optax.chain(jf.natural_gradient(1.0, damping=1e-3, radius=0.01), jf.backtrack_kl(0.01))
+        updates, state = opt.update(grads, state, params, fisher=F, value=value,
+            value_fn=lambda new: loss(new, x, y), kl_fn=lambda new: jf.kl(model)(params, new, x))
+
+    Args:
+        radius: ``>= 0``, in nats per example.
+        max_halvings: K, after which the step is given up.
+
+    Returns:
+        A gradient transformation whose ``update`` takes ``params`` and, by keyword, ``value_fn`` (parameters to the loss),
+        ``kl_fn`` (new parameters to the mean KL divergence from the old) and, if known, ``value``, the loss at ``params``. A
+        step, loss or divergence that is not finite is never taken.
+
+    Raises:
+        ValueError: a negative radius; (at update) ``params``, ``value_fn`` or ``kl_fn`` is missing.
+
+    Reference: Schulman et al., Trust region policy optimization (ICML 2015), appendix C.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda mu: jf.Normal(mu, 1.0)  # KL(0, u) = u^2 / 2
+    >>> opt = jf.backtrack_kl(radius=0.5)
+    >>> loss = lambda mu: (mu - 3.0) ** 2
+    >>> updates, state = opt.update(3.0, opt.init(0.0), 0.0, value_fn=loss, kl_fn=lambda mu: jf.kl(model)(0.0, mu))
+    >>> print(updates, state.halvings)  # 3 and 1.5 are too far
+    0.75 2
+    """
+    nonnegative("radius", radius, jnp.float32)
+    nonnegative("max_halvings", max_halvings, jnp.int32)
+
+    def init(params: chex.ArrayTree) -> BacktrackKLState:
+        del params
+        return BacktrackKLState(jnp.zeros((), jnp.int32), jnp.asarray(True), jnp.zeros((), jnp.float32))
+
+    def update(
+        updates: Any,
+        state: BacktrackKLState,
+        params: Any = None,
+        *,
+        value: chex.Numeric | None = None,
+        value_fn: Callable[[Any], chex.Numeric] | None = None,
+        kl_fn: Callable[[Any], chex.Numeric] | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, BacktrackKLState]:
+        del state, extra_args
+        if params is None:
+            raise ValueError("backtrack_kl: `update` needs the parameters. Pass them, opt.update(grads, state, params, ...).")
+        loss = needed("value_fn", value_fn, "from parameters to the loss", "backtrack_kl")
+        divergence = needed("kl_fn", kl_fn, "such as lambda new: jf.kl(model)(params, new, x)", "backtrack_kl")
+        start = jnp.asarray(loss(params) if value is None else value)
+
+        def tried(halvings: Int[Array, ""]) -> tuple[Array, Bool[Array, ""], Scalar]:
+            new = optax.apply_updates(params, scaled(updates, jnp.exp2(-halvings.astype(jnp.float32))))
+            moved = jnp.asarray(divergence(new))
+            # Comparisons with a NaN are false: it is not taken.
+            return halvings, (moved <= radius) & (loss(new) < start), moved.astype(jnp.float32)
+
+        end = jax.lax.while_loop(
+            lambda at: ~at[1] & (at[0] < max_halvings), lambda at: tried(at[0] + 1), tried(jnp.zeros((), jnp.int32))
+        )
+        halvings, accepted, moved = end
+        step = jax.tree.map(lambda leaf: jnp.where(accepted, leaf, 0), scaled(updates, jnp.exp2(-halvings.astype(jnp.float32))))
+        return step, BacktrackKLState(halvings, accepted, jnp.where(accepted, moved, 0))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scaled(updates: Any, factor: chex.Numeric) -> Any:
+    """The updates times a number, in their own dtypes."""
+    return jax.tree.map(lambda leaf: leaf * jnp.asarray(factor).astype(jnp.result_type(leaf)), updates)
+
+
+def needed(name: str, function: Callable[[Any], Any] | None, meaning: str, caller: str) -> Callable[[Any], Any]:
+    """A function given by keyword, or an error that says how to give it."""
+    if function is None:
+        raise ValueError(f"{caller}: `update` needs `{name}`, a function {meaning}. Pass it by keyword to opt.update.")
+    if not callable(function):
+        raise TypeError(f"{caller}: `{name}` is {described(function)}; expected a function {meaning}.")
+    return function

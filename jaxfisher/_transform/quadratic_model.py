@@ -1,0 +1,109 @@
+"""Learning rate and momentum from the quadratic model along the new direction and the last step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from jaxfisher._linalg import invert
+from jaxfisher._operators.base import Operator, nonnegative
+from jaxfisher._transform.curvature import fisher_for
+from jaxfisher._transform.scale_by_fisher import ScalarOrSchedule
+from jaxfisher._tree import cast_like, dot, param_spec
+
+
+class QuadraticModelState(NamedTuple):
+    """State of `quadratic_model`.
+
+    Attributes:
+        count: updates made so far, int32.
+        step: the last step, in the statistics dtype.
+        learning_rate: alpha of the last step.
+        momentum: mu of the last step.
+    """
+
+    count: Array  # type: ignore[assignment]
+    step: Any
+    learning_rate: Float[Array, ""]
+    momentum: Float[Array, ""]
+
+
+def quadratic_model(damping: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+    r"""Take the step ``-alpha d + mu v`` that minimises the damped quadratic model, with ``v`` the last step.
+
+    .. math:: \min_{\alpha, \mu}\; g^T s + \tfrac12 s^T (F + \lambda I) s, \qquad s = -\alpha d + \mu v.
+
+    ``d`` is what comes in, the direction of a `scale_by_fisher` whose view may be an approximation; F is the Fisher as it is
+    given, so the length of the step is right whatever the view. It needs one product with F for each of ``d`` and ``v``. It
+    takes the place of a learning rate, and its updates are negated::
+
+        opt = optax.chain(jf.scale_by_fisher(1e-3, view=jf.kronecker), jf.quadratic_model(1e-3))
+        updates, state = opt.update(grads, state, params, fisher=F, grad=grads)
+
+    Args:
+        damping: lambda ``>= 0``, as in `scale_by_fisher`; an update that is given ``damping=`` takes that.
+
+    Returns:
+        A gradient transformation whose ``update`` takes by keyword ``fisher`` and ``grad``, the gradient before it was
+        preconditioned.
+
+    Raises:
+        ValueError: a negative damping; (at update) ``fisher`` or ``grad`` is missing.
+
+    Reference: Martens and Grosse (ICML 2015), section 7.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> F = jf.exact_fisher(lambda mu: jf.Normal(mu, 2.0))(0.0)  # 1/4
+    >>> opt = jf.quadratic_model(damping=0.0)
+    >>> updates, state = opt.update(1.0, opt.init(0.0), fisher=F, grad=1.0)
+    >>> print(updates, state.learning_rate)  # the minimum of s + s^2 / 8
+    -4.0 4.0
+    """
+    usual = damping
+    if not callable(usual):
+        nonnegative("damping", usual, jnp.float32)
+
+    def init(params: chex.ArrayTree) -> QuadraticModelState:
+        dtype = param_spec(params).dtype
+        step = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), params)
+        return QuadraticModelState(jnp.zeros((), jnp.int32), step, jnp.zeros((), dtype), jnp.zeros((), dtype))
+
+    def update(
+        updates: Any,
+        state: QuadraticModelState,
+        params: Any = None,
+        *,
+        fisher: Operator | Callable[[], Operator] | None = None,
+        grad: Any = None,
+        damping: chex.Numeric | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, QuadraticModelState]:
+        del params, extra_args
+        if not jax.tree.leaves(updates):
+            return updates, state
+        if grad is None:
+            raise ValueError("quadratic_model: `update` needs `grad`, the gradient itself. Pass it by keyword to opt.update.")
+        operator = fisher_for(updates, fisher, "quadratic_model")
+        strength = (usual(state.count) if callable(usual) else usual) if damping is None else damping
+        g, d = (operator.spec.tree(operator.spec.leaves(tree, name)) for tree, name in ((grad, "grad"), (updates, "updates")))
+        rates = _minimum(operator, g, jax.tree.map(jnp.negative, d), state.step, jnp.asarray(strength, operator.spec.dtype))
+        step = jax.tree.map(lambda d, v: rates[1] * v - rates[0] * d, d, state.step)
+        return cast_like(step, updates), QuadraticModelState(optax.safe_increment(state.count), step, rates[0], rates[1])
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _minimum(operator: Operator, g: Any, d: Any, v: Any, damping: Array) -> Float[Array, " 2"]:
+    """The coefficients of ``d`` and ``v`` at the minimum; of two parallel directions, those of least norm."""
+    product = operator.linearised()
+    columns = (d, v)
+    images = [jax.tree.map(lambda a, b: a + damping * b, product(x), x) for x in columns]
+    matrix = jnp.stack([jnp.stack([dot(x, image) for image in images]) for x in columns])
+    slopes = jnp.stack([dot(g, x) for x in columns])
+    return -invert(matrix, jnp.zeros((), matrix.dtype)).apply(slopes)

@@ -1,0 +1,214 @@
+"""Steps that are held back: the actual divergence, Levenberg and Marquardt's damping, rates from the quadratic model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import assert_close, class_sum_fisher, classifier, flat, reference
+
+import jaxfisher as jf
+
+LOG_PROB = jf.log_likelihood(classifier)
+
+
+def loss(params, x, y):
+    return -jnp.mean(jax.vmap(LOG_PROB, (None, 0, 0))(params, x, y))
+
+
+def log_probs(params, x):
+    """The classifier by hand, in numpy."""
+    hidden = np.tanh(np.asarray(x) @ np.asarray(params["hidden"]["w"]) + np.asarray(params["hidden"]["b"]))
+    logits = hidden @ np.asarray(params["out"][0]) + np.asarray(params["out"][1])
+    return logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))
+
+
+def divergence(old, new, x):
+    p, q = log_probs(old, x), log_probs(new, x)
+    return np.mean(np.sum(np.exp(p) * (p - q), axis=1))
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """``(params, x, y, gradient, exact Fisher, the same dense)``."""
+    params, x, y, _, _ = reference()
+    gradient = jax.jit(jax.grad(loss))(params, x, y)
+    return params, x, y, gradient, jf.exact_fisher(classifier)(params, x), class_sum_fisher(params, x)
+
+
+def searched(opt, problem, updates, value_fn=None):
+    params, x, y, *_ = problem
+    value_fn = value_fn or (lambda new: loss(new, x, y))
+    kl_fn = lambda new: jf.kl(classifier)(params, new, x)  # noqa: E731
+    step = jax.jit(lambda u: opt.update(u, opt.init(params), params, value_fn=value_fn, kl_fn=kl_fn))
+    return step(updates)
+
+
+# --- backtrack_kl ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("radius", [1e-4, 1e-2, 1.0])
+def test_the_longest_half_inside_the_ball_that_lowers_the_loss_is_taken(problem, radius):
+    params, x, y, gradient, _, _ = problem
+    long = jax.tree.map(lambda g: -64.0 * g, gradient)
+    step, state = searched(jf.backtrack_kl(radius, max_halvings=30), problem, long)
+
+    def allowed(k):
+        new = jax.tree.map(lambda p, u: np.asarray(p) + 0.5**k * np.asarray(u), params, long)
+        picked = lambda p: -np.mean(log_probs(p, x)[np.arange(len(y)), np.asarray(y)])  # noqa: E731
+        return divergence(params, new, x) <= radius and picked(new) < picked(params)
+
+    k = next(k for k in range(31) if allowed(k))
+    assert k > 0, "the full step must be too long for this to say anything"
+    assert state.halvings == k and state.accepted
+    assert_close(flat(step), flat(long) * 0.5**k)
+    new = jax.tree.map(lambda p, u: np.asarray(p) + np.asarray(u), params, step)
+    np.testing.assert_allclose(state.moved, divergence(params, new, x), rtol=1e-5)
+
+
+def test_a_step_that_only_climbs_or_is_not_finite_is_not_taken(problem):
+    _, x, y, gradient, _, _ = problem
+    opt = jf.backtrack_kl(1e3, max_halvings=6)
+    for bad in (
+        gradient,
+        jax.tree.map(lambda g: g * jnp.nan, gradient),
+        jax.tree.map(lambda g: -jnp.inf * jnp.sign(g), gradient),
+    ):
+        step, state = searched(opt, problem, bad)
+        assert np.all(flat(step) == 0)
+        assert not state.accepted and state.halvings == 6 and state.moved == 0
+    down = jax.tree.map(jnp.negative, gradient)
+    nowhere = lambda new: loss(new, x, y) * jnp.nan  # noqa: E731
+    assert np.all(flat(searched(opt, problem, down, nowhere)[0]) == 0)
+
+
+# --- adapt_damping -----------------------------------------------------------------------------------------------------------
+
+
+def adapted(opt, problem, state=None, gradient=None, params=None):
+    first, x, y, whole, fisher, _ = problem
+    params = first if params is None else params
+    gradient = whole if gradient is None else gradient
+    state = opt.init(first) if state is None else state
+    value_fn = lambda new: loss(new, x, y)  # noqa: E731
+    return jax.jit(lambda g, s, p: opt.update(g, s, p, fisher=fisher, value_fn=value_fn))(gradient, state, params)
+
+
+@pytest.mark.parametrize("damping", [0.03, 0.3, 10.0])
+def test_the_ratio_is_the_actual_over_the_predicted_decrease(problem, damping):
+    params, x, y, gradient, _, dense = problem
+    opt = jf.adapt_damping(jf.natural_gradient(1.0, 0.5), damping, lower=0.25, upper=0.75, factor=3.0)
+    step, state = adapted(opt, problem)
+    g, u = flat(gradient), flat(step)
+    assert_close(u, -np.linalg.solve(dense + damping * np.eye(31), g), factor=1e5, eps=1.2e-7 * damping)
+    new = jax.tree.map(lambda p, u: np.asarray(p) + np.asarray(u), params, step)
+    picked = lambda p: -np.mean(log_probs(p, x)[np.arange(len(y)), np.asarray(y)])  # noqa: E731
+    ratio = (picked(params) - picked(new)) / -(g @ u + 0.5 * u @ dense @ u)
+    np.testing.assert_allclose(state.ratio, ratio, rtol=1e-4)
+    expected = damping * (1 / 3 if ratio > 0.75 else 3 if ratio < 0.25 else 1)
+    np.testing.assert_allclose(state.damping, expected, rtol=1e-6)
+    assert state.accepted
+
+
+def test_a_bad_step_leaves_everything_but_the_damping(problem):
+    """A rate of fifty climbs; a NaN gradient is nothing to follow. Inner states stay, the damping rises, and steps shorten."""
+    params, x, y, gradient, _, _ = problem
+    inner = optax.chain(jf.natural_gradient(50.0, 0.1, view=jf.dense, decay=0.9), optax.trace(0.9))
+    opt = jf.adapt_damping(inner, 0.1)
+    start = opt.init(params)
+    step, state = adapted(opt, problem, start)
+    assert not state.accepted and np.all(flat(step) == 0)
+    np.testing.assert_allclose(state.damping, 0.4, rtol=1e-6)
+    for new, old in zip(jax.tree.leaves(state.inner), jax.tree.leaves(start.inner), strict=True):
+        np.testing.assert_array_equal(new, old)
+    values = [float(loss(params, x, y))]
+    for _ in range(12):
+        step, state = adapted(opt, problem, state, jax.grad(loss)(params, x, y), params)
+        params = optax.apply_updates(params, step)
+        values.append(float(loss(params, x, y)))
+    assert np.all(np.diff(values) <= 0) and values[-1] < values[0], values
+    _, spoiled = adapted(opt, problem, state, jax.tree.map(lambda g: g * jnp.nan, gradient), params)
+    assert not spoiled.accepted
+    for new, old in zip(jax.tree.leaves(spoiled.inner), jax.tree.leaves(state.inner), strict=True):
+        np.testing.assert_array_equal(new, old)
+
+
+# --- quadratic_model ---------------------------------------------------------------------------------------------------------
+
+
+def test_rates_minimise_the_quadratic_model(problem):
+    params, _, _, gradient, fisher, dense = problem
+    opt = optax.chain(jf.scale_by_fisher(0.1, view=jf.diagonal), jf.quadratic_model(0.02))
+    step = jax.jit(lambda g, s: opt.update(g, s, params, fisher=fisher, grad=g))
+    state, last, matrix = opt.init(params), np.zeros(31), dense + 0.02 * np.eye(31)
+    for k in range(3):
+        g = jax.tree.map(lambda leaf, k=k: leaf * jnp.cos(k + jnp.arange(leaf.size).reshape(leaf.shape)), gradient)
+        updates, state = step(g, state)
+        d = flat(g) / (np.diag(dense) + 0.1)
+        plane = np.stack([-d, last], axis=1)[:, : 1 + (k > 0)]
+        rates = np.linalg.solve(plane.T @ matrix @ plane, -plane.T @ flat(g))
+        last = plane @ rates
+        assert_close(flat(updates), last, factor=1e5)
+        assert_close(optax.tree.get(state, "learning_rate"), rates[0], factor=1e5)
+        assert_close(optax.tree.get(state, "momentum"), rates[1] if k else 0.0, factor=1e5)
+
+
+def test_after_an_exact_direction_the_rate_is_one(problem):
+    """Where the view is F itself the direction is the minimum already, and the last step adds nothing."""
+    params, _, _, gradient, fisher, _ = problem
+    opt = optax.chain(jf.scale_by_fisher(0.1), jf.quadratic_model(0.1))
+    step = jax.jit(lambda g, s: opt.update(g, s, params, fisher=fisher, grad=g))
+    state = opt.init(params)
+    for scale in (1.0, 2.0):
+        g = jax.tree.map(lambda leaf, scale=scale: leaf + scale * jnp.sin(jnp.arange(leaf.size).reshape(leaf.shape)), gradient)
+        _, state = step(g, state)
+        np.testing.assert_allclose(optax.tree.get(state, "learning_rate"), 1.0, rtol=1e-9)
+        np.testing.assert_allclose(optax.tree.get(state, "momentum"), 0.0, atol=1e-9)
+
+
+# --- what is missing or wrong ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "match"),
+    [
+        (lambda: jf.backtrack_kl(1.0), {"value_fn": jnp.sum}, "backtrack_kl: `update` needs `kl_fn`"),
+        (lambda: jf.backtrack_kl(1.0), {"kl_fn": jnp.sum}, "backtrack_kl: `update` needs `value_fn`"),
+        (lambda: jf.adapt_damping(optax.sgd(1.0), 1.0), {}, "adapt_damping: `update` needs `value_fn`"),
+        (lambda: jf.adapt_damping(optax.sgd(1.0), 1.0), {"value_fn": jnp.sum}, "adapt_damping: `update` needs the curvature"),
+        (lambda: jf.quadratic_model(1.0), {}, "quadratic_model: `update` needs `grad`"),
+        (lambda: jf.quadratic_model(1.0), {"grad": jnp.ones(2)}, "quadratic_model: `update` needs the curvature"),
+    ],
+)
+def test_what_an_update_lacks_is_named(make, given, match):
+    opt = make()
+    with pytest.raises(ValueError, match=match):
+        opt.update(jnp.ones(2), opt.init(jnp.ones(2)), jnp.ones(2), **given)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda: jf.backtrack_kl(-1.0), ValueError, "`radius` is -1.0"),
+        (lambda: jf.backtrack_kl(1.0, max_halvings=-1), ValueError, "`max_halvings` is -1"),
+        (lambda: jf.adapt_damping("sgd", 1.0), TypeError, "`inner` is 'sgd'; expected a gradient transformation"),
+        (lambda: jf.adapt_damping(optax.sgd(1.0), -1.0), ValueError, "`damping` is -1.0"),
+        (lambda: jf.adapt_damping(optax.sgd(1.0), 1.0, factor=0.5), ValueError, "factor 0.5.*expected factor > 1"),
+        (lambda: jf.adapt_damping(optax.sgd(1.0), 1.0, least=2.0), ValueError, "least 2.0.*least <= damping"),
+        (lambda: jf.quadratic_model(-1.0), ValueError, "`damping` is -1.0"),
+        (lambda: jf.scale_by_fisher(1.0, momentum=1.0), ValueError, r"`momentum` is 1.0; expected a number in \[0, 1\)"),
+        (lambda: jf.scale_by_fisher(1.0, momentum=0.5, power=0.5), ValueError, "`momentum` is given with power=0.5"),
+        (lambda: jf.scale_by_fisher(1.0, solver=jf.CG(), power=0.5), ValueError, "`solver` is given with power=0.5"),
+        (lambda: jf.scale_by_fisher(1.0, update_every=0), ValueError, "`update_every` is 0"),
+        (lambda: jf.scale_by_fisher(1.0, update_every=1.5), ValueError, "`update_every` is 1.5"),
+    ],
+)
+def test_wrong_arguments_are_named(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+def test_parameters_are_needed():
+    for opt, given in ((jf.backtrack_kl(1.0), {}), (jf.adapt_damping(optax.sgd(1.0), 1.0), {"value_fn": jnp.sum})):
+        with pytest.raises(ValueError, match="params"):
+            opt.update(jnp.ones(2), opt.init(jnp.ones(2)), **given)
