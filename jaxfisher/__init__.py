@@ -4,6 +4,26 @@ Data flows one way: a model of one example, its scores, a Fisher operator, a sol
 """
 
 # Distributions: what a model may predict.
+# Looking: a verdict on a model, a spectrum.
+from jaxfisher._check import FisherCheck as FisherCheck
+from jaxfisher._check import check_fisher as check_fisher
+from jaxfisher._diagnostics import Spectrum as Spectrum
+from jaxfisher._diagnostics import effective_dimension as effective_dimension
+from jaxfisher._diagnostics import spectrum as spectrum
+from jaxfisher._distributions.base import Distribution as Distribution
+from jaxfisher._distributions.bernoulli import Bernoulli as Bernoulli
+from jaxfisher._distributions.beta import Beta as Beta
+from jaxfisher._distributions.categorical import Categorical as Categorical
+from jaxfisher._distributions.dirichlet import Dirichlet as Dirichlet
+from jaxfisher._distributions.exponential import Exponential as Exponential
+from jaxfisher._distributions.gamma import Gamma as Gamma
+from jaxfisher._distributions.laplace import Laplace as Laplace
+from jaxfisher._distributions.multivariate_normal import MultivariateNormal as MultivariateNormal
+from jaxfisher._distributions.negative_binomial import NegativeBinomial as NegativeBinomial
+from jaxfisher._distributions.normal import Normal as Normal
+from jaxfisher._distributions.poisson import Poisson as Poisson
+from jaxfisher._distributions.student_t import StudentT as StudentT
+
 # Divergences, and the two Hessians.
 from jaxfisher._divergence import kl as kl
 from jaxfisher._divergence import kl_divergence as kl_divergence

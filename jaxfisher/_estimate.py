@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
 
 from jaxfisher._linalg import norm
 from jaxfisher._operators.base import Damping, Operator, as_operator, nonnegative
-from jaxfisher._tree import all_finite, described, dot, dtype_of
+from jaxfisher._tree import all_finite, as_key, described, dot, dtype_of
 
 BATCH = 10
 """How many probes are drawn between two looks at the error."""
@@ -262,7 +262,7 @@ def spectral_density(
         change = whole - density(jacobi.diagonal[:half], jacobi.off[: half - 1])
         return whole, jnp.where(jacobi.exhausted, 0, change)
 
-    draws = _one_by_one("spectral_density", fisher, probe)(_as_key(key, "spectral_density"), num_samples)
+    draws = _one_by_one("spectral_density", fisher, probe)(as_key(key, "spectral_density"), num_samples)
     running = _Running.start(draws).plus(draws)
     (value, change), (error, _) = running.mean, running.standard_error()
     return Estimate(value / width, error / width, running.samples, norm(change) <= norm(error))
@@ -323,7 +323,7 @@ def _until(
     caller: str, draw: Callable[[Array, int], Any], small: Callable[[Any, Any], Array], key: Any, most: int
 ) -> tuple[Any, Any, Int[Array, ""], Bool[Array, ""]]:
     """Draw until the error of the mean is small: the mean, its error, the number of samples, and whether it is small."""
-    key = _as_key(key, caller)
+    key = as_key(key, caller)
     _check_count("max_samples", most, 2)
     new = min(BATCH, most)
 
@@ -498,14 +498,3 @@ def _refuse_zero(name: str, value: chex.Numeric, why: str) -> None:
 def _check_count(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"`{name}` is {described(value)}; expected a whole number of at least {least}.")
-
-
-def _as_key(key: Any, caller: str) -> PRNGKeyArray:
-    dtype = getattr(key, "dtype", None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == ():
-        return key
-    if dtype == jnp.uint32 and key.shape == (2,):
-        return jax.random.wrap_key_data(key)
-    raise TypeError(
-        f"{caller}: `key` is {described(key)}; expected one random key, jax.random.key(seed), as the second argument."
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any, Protocol
 
 import chex
@@ -18,7 +17,7 @@ from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.implicit import Implicit
 from jaxfisher._rows import ExactRows, Rows, SampledRows, ScoreRows
 from jaxfisher._scores import make_scores
-from jaxfisher._tree import check_function, described
+from jaxfisher._tree import as_key, check_function
 
 
 class FisherFunction(Protocol):
@@ -149,7 +148,7 @@ def sampled_fisher(
     kind = f"sampled, {num_samples} draw{'s' if num_samples > 1 else ''}"
 
     def fisher_of(params: chex.ArrayTree, key: PRNGKeyArray, /, *inputs: Any, weights: Any = None) -> Operator:
-        key = _as_key(key)
+        key = as_key(key, "sampled_fisher(model)(params, key, *inputs)")
         batch = make_batch(params, inputs, weights, batch_size, max_bytes)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch.size))
         batch = dataclasses.replace(batch, data=(keys, *batch.data))
@@ -211,18 +210,13 @@ def _from_rows(kind: str, rows: Rows, params: chex.ArrayTree, batch: Batch) -> O
 
 def _exact_kind(model: Model, params: chex.ArrayTree, batch: Batch) -> str:
     """``exact``, with the source of the output metric where that is not a closed form; checks what the model returns."""
+    sources = []
+
+    def look(*args: Any) -> tuple[()]:
+        # Inside the trace: to tell its source, another library's distribution may have to be computed with.
+        sources.append(predict(model, *args).fisher_source)
+        return ()
+
     with of_one_example(model, "model", params, batch.data):
-        predicted = jax.eval_shape(partial(predict, model), params, *shape_of_one(batch.data))
-    return "exact" if predicted.fisher_source == "closed form" else f"exact, output metric from {predicted.fisher_source}"
-
-
-def _as_key(key: Any) -> PRNGKeyArray:
-    dtype = getattr(key, "dtype", None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == ():
-        return key
-    if dtype == jnp.uint32 and key.shape == (2,):
-        return jax.random.wrap_key_data(key)
-    raise TypeError(
-        f"`key` is {described(key)}; expected one random key, jax.random.key(seed), as the second argument: "
-        "sampled_fisher(model)(params, key, *inputs)."
-    )
+        jax.eval_shape(look, params, *shape_of_one(batch.data))
+    return "exact" if sources[-1] == "closed form" else f"exact, output metric from {sources[-1]}"

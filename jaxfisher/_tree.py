@@ -15,7 +15,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,3 +192,13 @@ def dot(a: chex.ArrayTree, b: chex.ArrayTree) -> Scalar:
 def all_finite(tree: chex.ArrayTree) -> Scalar:
     """Whether every number of the tree is finite."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def as_key(key: Any, caller: str) -> PRNGKeyArray:
+    """A random key of either kind as a typed one, or a `TypeError`."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == ():
+        return key
+    if dtype == jnp.uint32 and key.shape == (2,):
+        return jax.random.wrap_key_data(key)
+    raise TypeError(f"{caller}: `key` is {described(key)}; expected one random key, jax.random.key(seed).")

@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(jf.__file__).parent
 PUBLIC = sorted(name for name, value in vars(jf).items() if not name.startswith("_") and not inspect.ismodule(value))
 VALUES = {
     *("AdaptDampingState", "BacktrackKLState", "QuadraticModelState", "ScaleByFisherState"),
-    *("Distribution", "Estimate", "Operator", "Scores", "SolveInfo"),
+    *("Distribution", "Estimate", "FisherCheck", "Operator", "Scores", "SolveInfo", "Spectrum"),
 }
 """Types that users meet as results and do not make."""
 

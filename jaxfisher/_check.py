@@ -1,0 +1,381 @@
+"""A verdict on a model: whether its divergence, its log-density and its Fisher belong together, at given parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+
+from jaxfisher._divergence import kl
+from jaxfisher._examples import Batch, make_batch, map_examples, shape_of_one
+from jaxfisher._fisher import exact_fisher
+from jaxfisher._model import MODEL, Model, float_fields, log_likelihood, of_one_example, predict, tangent
+from jaxfisher._scores import scores
+from jaxfisher._tree import as_key, cast_like, check_function, described, dot
+
+LENGTHS = 0.5 ** np.arange(1, 13)
+"""Lengths of the displacements, in standard deviations of one draw: halved from one half on."""
+POINTS = 4
+"""At how many parameter points, one rounding apart, a number is computed to see what rounding does to it."""
+SAFETY = 4
+"""What a range of four is multiplied by, and a typical rounding error, before a number outside is called wrong."""
+Z = 5
+"""Standard errors: one false alarm in two million normal numbers."""
+RARE = 15
+"""How often an outcome is expected among draws before its absence is as improbable: minus the logarithm of that."""
+
+
+DRAWS = 1024
+"""How many draws are made together, where there are not more examples."""
+
+
+class Check(NamedTuple):
+    """One thing that must hold.
+
+    Attributes:
+        name: what is measured.
+        value: over random directions, the number that is furthest off for its tolerance.
+        expected: what it should be.
+        tolerance: how far off it may be by rounding, by the remainder of a limit, or by chance.
+        passed: whether it is within; None where nothing could be told.
+    """
+
+    name: str
+    value: float
+    expected: float
+    tolerance: float
+    passed: bool | None
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class FisherCheck:
+    """A verdict on the Fisher of a model at its parameters; ``print`` it for a table.
+
+    Attributes:
+        checks: one entry for each thing that must hold.
+        reason: what the failures together point to; empty where there are none.
+        notes: why something could not be told.
+        lengths: of the displacements t d, in units in which ``d^T F d = 1``.
+        quotients: ``KL(theta || theta + t d) / (1/2 t^2 d^T F d)``, shape ``[directions, lengths]``; empty without a KL.
+    """
+
+    checks: tuple[Check, ...]
+    reason: str
+    notes: tuple[str, ...]
+    lengths: np.ndarray
+    quotients: np.ndarray
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed."""
+        return not self.failed
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """The names of the checks that failed."""
+        return tuple(check.name for check in self.checks if check.passed is False)
+
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """The names of the checks of which nothing could be told."""
+        return tuple(check.name for check in self.checks if check.passed is None)
+
+    def __str__(self) -> str:
+        said = {True: "ok", False: "FAILED", None: "not told"}
+        lines = [f"{'check':36}{'found':>12}{'expected':>10}{'within':>10}"]
+        lines += [f"{c.name:36}{c.value:>12.6g}{c.expected:>10.3g}{c.tolerance:>10.2g}  {said[c.passed]}" for c in self.checks]
+        agrees = "passed: Fisher, KL, density and draws agree" + ", as far as could be told" * bool(self.notes)
+        verdict = agrees if self.passed else f"FAILED: {self.reason}"
+        return "\n".join([*lines, verdict, *(f"note: {note}" for note in self.notes)])
+
+    def __repr__(self) -> str:
+        return "FisherCheck(passed)" if self.passed else f"FisherCheck(failed: {'; '.join(self.failed)})"
+
+
+ZERO, QUOTIENT, HESSIAN, MEAN, SQUARE = (
+    "KL(theta || theta), nats",
+    "KL / (1/2 t^2 d^T F d) as t -> 0",
+    "d^T (Hessian of KL) d / d^T F d",
+    "E[score . d] = 0, standard errors",
+    "E[(score . d)^2] / d^T F d",
+)
+
+
+def check_fisher(
+    model: Model, params: chex.ArrayTree, *inputs: Any, key: PRNGKeyArray, num_directions: int = 4, num_draws: int = 16384
+) -> FisherCheck:
+    r"""Whether the exact Fisher of a model is the Fisher of its KL divergence, of its log-density and of its draws.
+
+    Along random directions d, with ``d^T F d = 1``:
+
+    .. math:: KL(\theta \| \theta) = 0, \quad \frac{KL(\theta \| \theta + t d)}{\frac12 t^2 d^T F d} = 1 + O(t), \quad
+        \frac{d^T \nabla_q^2 KL(\theta \| q)|_\theta\, d}{d^T F d} = 1, \quad E[s] = 0, \quad
+        \frac{E[(s \cdot d)^2]}{d^T F d} = 1.
+
+    The first three are exact up to rounding and, of the quotient, the remainder of the KL: both are measured, by numbers one
+    rounding apart and by halving t. The last two are means over draws, to some ten percent; they alone tell a wrong KL from a
+    wrong Fisher. In each leaf d is random with the leaf's mean Fisher diagonal as its precision, so that the units of one do
+    not hide another. What holds along some directions need not along all: for more, use other keys. What could not be told,
+    such as the scores of a saturated prediction, is no failure and is said.
+
+    Args:
+        model: ``(params, *inputs) -> distribution`` of ONE example.
+        params: the parameters, any pytree.
+        *inputs: arrays with a leading axis of n examples.
+        key: a random key, for directions and draws.
+        num_directions: how many directions.
+        num_draws: how many draws from the model in all, at least one for each example.
+
+    Returns:
+        A `FisherCheck`; ``print`` it for a table, test ``.passed``. For four directions it costs some 200 KL divergences of the
+        batch, the scores of the draws and one compilation. A foreign distribution without a KL is checked by draws alone.
+
+    Raises:
+        TypeError: a model that returns no distribution, a parameter that is not a real floating array; a key that is not one;
+            called under ``jit``, where there are no numbers to judge.
+        ValueError: arrays of different lengths; a count that is not a whole number of at least one.
+
+    Reference: Amari, Information Geometry and Its Applications (2016), section 1.3, for the limit; Lehmann and Casella, Theory
+    of Point Estimation (1998), lemma 2.5.3, for the score.
+
+    >>> import jax, jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda w, x: jf.Poisson(log_rate=w * x)
+    >>> verdict = jf.check_fisher(model, 0.5, jnp.array([1.0, -2.0]), key=jax.random.key(0))
+    >>> verdict
+    FisherCheck(passed)
+    """
+    check_function("model", model, MODEL)
+    keys = jax.random.split(as_key(key, "check_fisher"), 3)
+    for name, count in (("num_directions", num_directions), ("num_draws", num_draws)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"`{name}` is {described(count)}; expected a whole number of at least 1.")
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, inputs))):
+        raise TypeError(
+            "check_fisher returns a verdict on numbers, and there are none under jit, vmap or grad. Call it outside."
+        )
+    batch = make_batch(params, inputs, None)
+    sources: list[str] = []
+
+    def look(params: Any, *example: Any) -> tuple[Any, Any]:
+        predicted = predict(model, params, *example)
+        sources.append(predicted.fisher_source)
+        return float_fields(predicted), predicted.fisher_noise()
+
+    with of_one_example(model, "model", params, batch.data):
+        fields, metric_noise = jax.eval_shape(look, params, *shape_of_one(batch.data))
+    # The coarsest arithmetic on the way: rounding errors are of its size.
+    dtypes = (*batch.spec.dtypes, *(field.dtype for field in fields))
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+
+    has_kl = _has_kl(model, params, batch)
+
+    @jax.jit
+    def measure(params: Any, noise: Any, nudges: Any, keys: Array) -> tuple[_Measured, Array, Array]:
+        measured = jax.lax.map(lambda nudge: _measure(model, batch, has_kl, _nudged(params, nudge), noise), nudges)
+        directions = jax.tree.map(lambda leaf: leaf[0], measured.directions)
+        return measured, *_draws(model, batch, params, directions, keys)
+
+    # Random numbers outside: their programs serve the next model too.
+    size, dtype = batch.spec.size, batch.spec.dtype
+    noise = jax.random.normal(keys[0], (num_directions, size), dtype)
+    nudges = 2 * eps * jax.random.rademacher(keys[1], (POINTS, size), dtype).at[0].set(0)
+    # Few examples are drawn for many times at once.
+    together = batch.size * max(1, min(num_draws, DRAWS) // batch.size)
+    draw_keys = jax.random.split(keys[2], (-(-num_draws // together), together))
+    found = measure(params, *map(jax.vmap(batch.spec.unravel), (noise, nudges)), draw_keys)
+    measured, along, log_probs = jax.tree.map(partial(np.asarray, dtype=float), found)
+    rounding = SAFETY * math.sqrt(batch.spec.size + batch.size) * eps
+    from_samples = metric_noise.size if "samples" in sources[-1] else math.inf
+    # Numbers that are not finite are told below, by the checks.
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        exact = _exact_checks(measured, batch.size, rounding, np.mean(np.abs(log_probs))) if has_kl else ()
+        checks = (*exact, *_sampled_checks(along, from_samples))
+    notes: tuple[str, ...] = () if has_kl else ("the distribution has no KL divergence: checked by draws alone",)
+    if any(check.passed is None for check in checks):
+        notes += (
+            "not told: rounding or the remainder is too large, kinks too near, or what matters too rare among num_draws draws",
+        )
+    return FisherCheck(checks, _reason(checks), notes, LENGTHS, measured.quotients[0])
+
+
+class _Measured(NamedTuple):
+    """At one point: unit directions, and what is measured along them."""
+
+    directions: Any
+    zero: Float[Array, ""]
+    fields: Float[Array, ""]
+    quotients: Float[Array, "directions lengths"]
+    hessians: Float[Array, " directions"]
+
+
+def _nudged(params: chex.ArrayTree, nudge: Any) -> Any:
+    """The parameters, each multiplied by one plus its nudge."""
+    return cast_like(jax.tree.map(lambda leaf, change: leaf * (1 + change), _wide(params, nudge), nudge), params)
+
+
+def _wide(params: chex.ArrayTree, like: Any) -> Any:
+    return cast_like(jax.tree.map(jnp.asarray, params), like)
+
+
+def _measure(model: Model, batch: Batch, has_kl: bool, params: chex.ArrayTree, noise: Any) -> _Measured:
+    """Along the noise made unit directions: the KL over its quadratic at every length, and the ratio of second derivatives."""
+    fisher = exact_fisher(model)(params, *batch.data)
+    means = jax.tree.map(jnp.mean, fisher.diagonal())
+    largest = jnp.max(jnp.stack(jax.tree.leaves(means)))
+    precisions = jax.tree.map(lambda mean: jnp.where(mean > 0, mean, largest), means)
+    directions = jax.tree.map(lambda leaf, precision: leaf / jnp.sqrt(precision), noise, precisions)
+    lengths = jnp.sqrt(jax.vmap(fisher.quadratic)(directions))
+    directions = jax.vmap(lambda v, length: jax.tree.map(lambda leaf: leaf / length, v))(directions, lengths)
+    divergence = lambda q: kl(model)(params, q, *batch.data)  # noqa: E731
+
+    def quotient(v: Any, t: Scalar) -> Scalar:
+        moved = cast_like(jax.tree.map(lambda leaf, x: leaf + t * x, _wide(params, v), v), params)
+        # Rounded, and so is the displacement: the quadratic is that of the displacement in truth.
+        moved = jax.lax.optimization_barrier(moved)
+        step = jax.tree.map(jnp.subtract, _wide(moved, v), _wide(params, v))
+        return divergence(moved) / (0.5 * fisher.quadratic(step))
+
+    def along(v: Any) -> tuple[Array, Scalar]:
+        _, product = jax.jvp(jax.grad(divergence), (params,), (cast_like(v, params),))
+        ts = jnp.asarray(LENGTHS, batch.spec.dtype)
+        return jax.lax.map(partial(quotient, v), ts), dot(v, _wide(product, v))
+
+    def rounded_kl(params: Any, *example: Any) -> Scalar:
+        """The KL to the same prediction with fields one rounding away."""
+        predicted = predict(model, params, *example)
+        values = [field * (1 + 2 * jnp.finfo(field.dtype).eps) for field in float_fields(predicted)]
+        return jnp.sum(predicted.kl(tangent(predicted, values)))
+
+    if not has_kl:
+        return _Measured(directions, *(jnp.zeros(0),) * 4)
+    rounded = jnp.mean(map_examples(rounded_kl, params, batch.data))
+    return _Measured(directions, divergence(params), rounded, *jax.lax.map(along, directions))
+
+
+def _has_kl(model: Model, params: chex.ArrayTree, batch: Batch) -> bool:
+    try:
+        jax.eval_shape(lambda p: kl(model)(p, p, *batch.data), params)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _draws(
+    model: Model, batch: Batch, params: chex.ArrayTree, directions: Any, keys: PRNGKeyArray
+) -> tuple[Float[Array, "draws directions"], Float[Array, " draws"]]:
+    """Of a draw for each key, the scores along the directions and the log-density; a row of keys is a multiple of n long."""
+    log_prob, source = log_likelihood(model), jnp.arange(keys.shape[1]) % batch.size
+    inputs = jax.tree.map(lambda leaf: leaf[source], batch.data)
+
+    def once(keys: PRNGKeyArray) -> tuple[Array, Array]:
+        targets = map_examples(lambda p, key, *example: predict(model, p, *example).sample(key), params, (keys, *inputs))
+        drawn = scores(log_prob)(params, *inputs, targets)
+        return jax.vmap(drawn.mv)(directions).T, map_examples(log_prob, params, (*inputs, targets))
+
+    along, log_probs = jax.lax.map(once, keys)
+    return along.reshape(-1, along.shape[-1]), log_probs.reshape(-1)
+
+
+def _exact_checks(measured: Any, examples: int, rounding: float, log_prob: float) -> tuple[Check, ...]:
+    """What holds without chance; arrays have a leading axis of points, the first of which is the one asked for."""
+
+    def scatter(values: np.ndarray) -> np.ndarray:
+        """What rounding does to numbers of every direction."""
+        return SAFETY * np.max(np.ptp(values, axis=0), axis=0)
+
+    # q(t) = 1 + O(t), so 2 q(t/2) - q(t) is off by O(t^2) where the model is smooth, and by O(t) still where it has kinks, as a
+    # network of relus has: the slope of q over the last four lengths, times t, bounds both. Taken where rounding and t are
+    # least together. Rounding shows in parameters one rounding apart; and in fields, which lose t digits of a displacement.
+    quotients, lengths = measured.quotients, LENGTHS[3:]
+    limits = (2 * quotients[..., 1:] - quotients[..., :-1])[..., 2:]
+    last, four = limits[0], np.lib.stride_tricks.sliding_window_view(quotients[0], 4, axis=-1)
+    slopes = np.abs(four - last[..., None]) / np.lib.stride_tricks.sliding_window_view(LENGTHS, 4)
+    noise = scatter(limits) + rounding + SAFETY * np.sqrt(2 * np.max(np.abs(measured.fields))) / lengths
+    cost = np.where(np.isfinite(last), np.nan_to_num(noise, nan=np.inf) + lengths, np.inf)
+    best = np.argmin(cost, axis=-1)[:, None]
+    found = (last, np.max(slopes, axis=-1) * 2 * lengths + noise)
+    limit, within = (np.take_along_axis(x, best, axis=-1)[:, 0] for x in found)
+    # A power of t is no limit: no length was short enough for the series. Its values differ by a good part of their size.
+    settled = within < 0.25 * np.abs(limit)
+    # Nor is it told whether a few examples lie nearer to a kink than the shortest length, if by derivatives all is well.
+    hessian = _check(HESSIAN, measured.hessians[0], 1, np.full(len(limit), scatter(measured.hessians) + rounding))
+    settled &= ~((np.abs(limit - 1) > within) & (np.abs(limit - 1) < min(SAFETY / examples, 0.1)) & bool(hessian.passed))
+    # A KL is a difference of two mean log-densities, with rounding errors of their size.
+    return (
+        _check(ZERO, measured.zero, 0, np.full(measured.zero.shape, rounding * (1 + log_prob))),
+        _check(QUOTIENT, limit, 1, np.where(settled, within, np.inf), settled),
+        hessian,
+    )
+
+
+def _sampled_checks(along: Float[np.ndarray, "draws directions"], behind: float) -> tuple[Check, ...]:
+    """What holds on average over draws, where a Fisher that is true has a variance of one along every direction.
+
+    ``behind`` is the number of samples that the Fisher itself is made of.
+    """
+    count, total, squares = len(along), np.sum(along, axis=0), np.square(along)
+    second = np.mean(squares, axis=0)
+    # The variance is one, or what is seen of it if that is more: a rare outcome drawn by chance is no failure.
+    z = total / np.sqrt(count * np.maximum(second, 1))
+    # By the standard error, and by outcomes of which there are so few that it is none.
+    spread = np.std(squares, axis=0)
+    within = Z * spread * math.sqrt(1 / count + 1 / behind) + RARE * np.maximum(np.max(squares, axis=0), 1) / count
+    # Scores that average to zero by the Fisher's variance, but not by their own, lack outcomes too rare to be drawn.
+    missed = (np.abs(total) > Z * np.sqrt(count * second)) & (np.abs(z) <= Z)
+    return (
+        _check(MEAN, z, 0, np.full(len(z), float(Z))),
+        _check(SQUARE, second, 1, np.where(missed, np.inf, within), ~missed & (within < 1)),
+    )
+
+
+def _check(name: str, values: np.ndarray, expected: float, within: np.ndarray, told: Any = True) -> Check:
+    """A check of numbers along directions; not passed where one is off, and None where of one it is not told."""
+    off = np.abs(values - expected)
+    right = off <= within
+    told = np.broadcast_to(told, right.shape)
+    passed = None if np.all(right) and not np.all(told) else bool(np.all(right))
+    # Wrong before not told before right; a tolerance may be zero.
+    rank = np.where(right, np.where(told, off / np.where(within > 0, within, 1), 2), np.inf)
+    worst = int(np.argmax(rank))
+    return Check(name, float(values[worst]), expected, float(within[worst]), passed)
+
+
+def _reason(checks: tuple[Check, ...]) -> str:
+    """What the failures together point to."""
+    passed = {check.name: check.passed for check in checks}
+    wrong = {name for name, right in passed.items() if right is False}
+    if any(check.name in wrong and not math.isfinite(check.value) for check in checks):
+        return (
+            "a number is not finite: predictions are not, or d^T F d is zero along a random direction, where they are constant"
+        )
+    if ZERO in wrong:
+        return (
+            "two calls of the model at the same parameters differ (it is not a pure function of them: hidden state, random "
+            "numbers without a key), or `kl` of a distribution and itself is not zero"
+        )
+    found = []
+    if HESSIAN in wrong and not passed[QUOTIENT]:
+        by_draws = {
+            True: "`kl` is wrong: the Fisher agrees with the scores of draws, and the KL does not",
+            False: "the closed-form Fisher (`fisher_sqrt_mv`) is wrong: it agrees neither with the KL nor with draws",
+            None: "`kl` or the closed-form Fisher is wrong",
+        }
+        found.append(by_draws[None if MEAN in wrong else passed[SQUARE]])
+    elif QUOTIENT in wrong:
+        found.append("derivatives do not see what the parameters do: a stop_gradient, a rounding, a custom derivative rule")
+    elif HESSIAN in wrong:
+        found.append(
+            "the second derivative of `kl` is not that of its values: a stop_gradient or a custom derivative rule in it"
+        )
+    elif SQUARE in wrong and MEAN not in wrong:
+        found.append("`log_prob` or `sample` is not that of the KL and the Fisher, which agree with each other")
+    if MEAN in wrong:
+        found.append("`log_prob` lacks a normalisation that depends on the parameters, or `sample` draws from another law")
+    return "; and ".join(found)
