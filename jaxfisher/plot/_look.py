@@ -1,0 +1,92 @@
+"""What the figures share: the axes to draw on, how curves are told apart, and checks of what is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+
+from jaxfisher._tree import described
+
+BLACK, ORANGE, SKY, GREEN, VERMILION, BLUE, PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7",
+)  # fmt: skip
+"""Okabe and Ito's colours, without the yellow, which is lost on white."""
+
+# Neighbours in the list differ in lightness too, for print in grey.
+_COLOURS = (BLACK, VERMILION, SKY, BLUE, ORANGE, GREEN, PURPLE)
+INSIDE = 4
+"""Most entries of a legend that is put inside the axes."""
+COLUMN = 20
+"""Most entries of one column of it."""
+
+_DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1)), (0, (4, 1, 1, 1, 1, 1)), (0, (1, 1)))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def look(k: int) -> dict[str, Any]:
+    """Colour, dash and marker of curve ``k``: no two of the first 49 share both colour and dash."""
+    count = len(_COLOURS)
+    return {"color": _COLOURS[k % count], "linestyle": _DASHES[(k + k // count) % count], "marker": _MARKERS[k % count]}
+
+
+def axes_or_new(ax: Axes | None) -> Axes:
+    """``ax``, or the axes of a new figure."""
+    if ax is None:
+        return plt.subplots(layout="constrained")[1]
+    if not isinstance(ax, Axes):
+        hint = " Give one of its entries." if isinstance(ax, np.ndarray) else ""
+        raise TypeError(f"`ax` is {described(ax)}; expected a matplotlib Axes, or None for a new figure.{hint}")
+    return ax
+
+
+def light_grid(ax: Axes) -> None:
+    """Grid lines under everything else."""
+    ax.grid(True, color="0.9", linewidth=0.6)
+    ax.set_axisbelow(True)
+
+
+def legend(ax: Axes) -> None:
+    """A legend inside where there is room for it; beside the axes where many entries would cover the curves."""
+    entries = len(ax.get_legend_handles_labels()[1])
+    if entries <= INSIDE:
+        ax.legend(handlelength=3)
+    else:
+        columns = -(-entries // COLUMN)
+        ax.legend(
+            loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, ncols=columns, fontsize="small", handlelength=3.5
+        )
+
+
+def numbers(name: str, value: Any, ndim: int) -> Float[np.ndarray, "..."]:
+    """``value`` as a float64 array with so many axes and at least one number; it may hold what is not finite."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "iuf" and not _is_wide_float(array):
+        raise TypeError(f"`{name}` is {described(value)}; expected an array of real numbers with {ndim} axes.")
+    if array.ndim != ndim or not array.size:
+        raise ValueError(f"`{name}` has shape {array.shape}; expected at least one number, in an array with {ndim} axes.")
+    return array.astype(np.float64)
+
+
+def _is_wide_float(array: np.ndarray) -> bool:
+    # bfloat16 and its like are no kind of NumPy's own, but know how to become float64.
+    return array.dtype.kind == "V" and np.can_cast(array.dtype, np.float64)
+
+
+def named(name: str, value: Any, entry: str) -> Mapping[str, Any]:
+    """``value`` if it is a mapping with at least one entry."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"`{name}` is {described(value)}; expected a mapping from the name of each to {entry}.")
+    if not value:
+        raise ValueError(f"`{name}` has no entries; expected at least one, from a name to {entry}.")
+    return value
+
+
+def counted(label: str, drawn: np.ndarray, why: str) -> str:
+    """The label, with how many numbers are not drawn and why, where there are any."""
+    lost = int(np.sum(~drawn))
+    return f"{label} ({lost} of {drawn.size} not drawn:\n{why})" if lost else label

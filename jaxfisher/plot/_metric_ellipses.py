@@ -1,0 +1,142 @@
+"""The Fisher as a metric: small KL balls over the plane of a two-parameter family."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+from matplotlib.axes import Axes
+from matplotlib.patches import Ellipse
+
+from jaxfisher._fisher import exact_fisher
+from jaxfisher._model import MODEL, Model
+from jaxfisher._operators.base import check_number
+from jaxfisher._tree import ParamSpec, check_function, param_spec
+from jaxfisher.plot._look import BLACK, SKY, axes_or_new, light_grid
+
+
+def metric_ellipses(
+    model: Model,
+    points: chex.ArrayTree,
+    radius: float,
+    *inputs: Any,
+    weights: Float[Array, " n"] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    r"""The KL balls of a two-parameter family, to second order: an ellipse at every point of the parameter plane.
+
+    .. math:: \{\theta + d : \tfrac12 d^T F(\theta)\, d = c\}, \qquad KL(\theta \,\|\, \theta + d) = \tfrac12 d^T F(\theta)\, d
+        + O(|d|^3),
+
+    with F the exact Fisher, a mean over the inputs. The half-axes are ``sqrt(2 c / lambda_k)`` along the eigenvectors of F:
+    where an ellipse is long, predictions change little with the parameters.
+
+    Args:
+        model: ``(params, *inputs) -> distribution`` of ONE example.
+        points: parameters with a leading axis of m points, such as an array ``[m, 2]`` or
+            ``{"loc": [m], "log_scale": [m]}``: two numbers a point. The first, in `jax.flatten_util.ravel_pytree` order, is on
+            the horizontal axis. A family of more parameters is cut to two by closing over the others.
+        radius: c, in nats.
+        *inputs: what the model takes besides the parameters, with a leading axis of n examples; none for a family without.
+        weights: of the examples, shape ``[n]``.
+        ax: the axes to draw on; None makes a figure.
+
+    Returns:
+        The axes, with m `matplotlib.patches.Ellipse` in the order of the points.
+
+    Raises:
+        ValueError: other than two numbers a point, leaves of different lengths, a radius that is not positive, a Fisher that is
+            singular or not finite at a point.
+        TypeError: a model that returns no distribution, points that are not real floating arrays, an ``ax`` that is no Axes.
+
+    Reference: Amari, Information Geometry and Its Applications (2016), section 1.3.
+
+    >>> import jax.numpy as jnp, matplotlib, jaxfisher as jf
+    >>> matplotlib.use("Agg")
+    >>> from jaxfisher import plot
+    >>> model = lambda p: jf.Normal(p["loc"], jnp.exp(p["log_scale"]))  # F = diag(exp(-2 log_scale), 2)
+    >>> points = {"loc": jnp.array([0.0, 3.0]), "log_scale": jnp.array([0.0, jnp.log(2.0)])}
+    >>> ax = plot.metric_ellipses(model, points, 0.5)
+    >>> [round(ellipse.get_width(), 3) for ellipse in ax.patches]  # along loc: twice the scale, as 2 c is one
+    [2.0, 4.0]
+    """
+    check_function("model", model, MODEL)
+    _check_radius(radius)
+    spec = _plane(points)
+    centres = np.concatenate([np.asarray(leaf, np.float64).reshape(len(leaf), -1) for leaf in jax.tree.leaves(points)], axis=1)
+
+    @jax.jit
+    def fishers(points: chex.ArrayTree, inputs: Any, weights: Array | None) -> Array:
+        return jax.vmap(lambda params: exact_fisher(model)(params, *inputs, weights=weights).as_matrix())(points)
+
+    matrices = np.asarray(fishers(points, inputs, weights))
+    ellipses = [_ellipse(centre, matrix, float(radius)) for centre, matrix in zip(centres, matrices, strict=True)]
+    ax = axes_or_new(ax)
+    for ellipse in ellipses:
+        ax.add_patch(ellipse)
+    ax.plot(*centres.T, linestyle="none", marker=".", markersize=3, color=BLACK)
+    ax.autoscale_view()
+    light_grid(ax)
+    across, up = _labels(spec)
+    ax.set(xlabel=across, ylabel=up)
+    ax.set_title(rf"$\frac{{1}}{{2}}\, d^T F(\theta)\, d$ = {float(radius):g} nats", fontsize="medium")
+    return ax
+
+
+def _check_radius(radius: Any) -> None:
+    check_number("radius", radius, "one positive number of nats")
+    if not 0 < float(radius) < math.inf:
+        raise ValueError(f"`radius` is {radius}; expected one positive number of nats, such as 0.05.")
+
+
+def _plane(points: chex.ArrayTree) -> ParamSpec:
+    """The spec of the points, which have a common leading axis and two numbers each."""
+    spec = param_spec(points)
+    for path, shape in zip(spec.paths, spec.shapes, strict=True):
+        if not shape or shape[0] != (spec.shapes[0] or (0,))[0] or not shape[0]:
+            raise ValueError(
+                f"`points` at {path} has shape {shape}, and at {spec.paths[0]} {spec.shapes[0]}; expected parameters with a "
+                "leading axis of points, of the same length in every leaf."
+            )
+    numbers = sum(math.prod(shape[1:]) for shape in spec.shapes)
+    if numbers != 2:
+        raise ValueError(
+            f"`points` has {numbers} numbers a point (shapes {dict(zip(spec.paths, spec.shapes, strict=True))}, points first); "
+            "expected two. Close over the other parameters in the model, and give points of the two that are left."
+        )
+    return spec
+
+
+def _labels(spec: ParamSpec) -> list[str]:
+    """A name for each of the two numbers: the leaf's path, with an index where a leaf holds both."""
+    if len(spec.paths) == 2:
+        return list(spec.paths)
+    both = [path for path, shape in zip(spec.paths, spec.shapes, strict=True) if math.prod(shape[1:]) == 2]
+    return [f"{both[0]}[{index}]" for index in range(2)]
+
+
+def _ellipse(centre: Float[np.ndarray, "2"], matrix: Float[np.ndarray, "2 2"], radius: float) -> Ellipse:
+    where = f"at the point ({centre[0]:g}, {centre[1]:g})"
+    if not np.all(np.isfinite(matrix)):
+        raise ValueError(
+            f"the Fisher {where} is not finite: {matrix.tolist()}. Leave out of `points` what is outside the family's "
+            "parameter space, or parametrise it so that every number is allowed (the log of a scale)."
+        )
+    eps, matrix = np.finfo(matrix.dtype).eps, matrix.astype(np.float64)
+    scale = matrix[0, 0] * matrix[1, 1]
+    # The determinant against the product of the diagonal, so that the units of the parameters do not decide.
+    if scale - matrix[0, 1] ** 2 <= 8 * eps * scale:
+        raise ValueError(
+            f"the Fisher {where} is singular: {matrix.tolist()}. Its ellipse has no end. Leave the point out of `points`, or "
+            "give inputs that tell the two parameters apart."
+        )
+    values, vectors = np.linalg.eigh(matrix)
+    width, height = 2 * np.sqrt(2 * radius / values)
+    angle = math.degrees(math.atan2(vectors[1, 0], vectors[0, 0]))
+    return Ellipse(
+        (centre[0], centre[1]), float(width), float(height), angle=angle, facecolor=f"{SKY}59", edgecolor=BLACK, linewidth=0.9
+    )
