@@ -47,13 +47,19 @@ class Scores(abc.ABC):
         """Number of rows: the examples, times the rows each contributes."""
         return self.weights.shape[0]
 
-    @abc.abstractmethod
     def mv(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
         """``S v``: the directional derivative of every log-density along ``v``, shape ``[rows]``."""
+        return self._mv(v, sealed)
 
     def mv_computed(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
-        """``S v`` of a vector that was computed in the same program, and is no constant of it: less memory may do."""
-        return self.mv(v)
+        """``S v`` of a vector that was computed in the same program, and is no constant of it.
+
+        Less memory may do, and `jax.linear_transpose` takes it.
+        """
+        return self._mv(v, unsealed)
+
+    @abc.abstractmethod
+    def _mv(self, v: chex.ArrayTree, seal: Seal) -> Float[Array, " rows"]: ...
 
     @abc.abstractmethod
     def rmv(self, w: Float[Array, " rows"]) -> Any:
@@ -179,12 +185,6 @@ class HeldScores(Scores):
     def rescaled(self, factors: tuple[Scalar, ...]) -> HeldScores:
         leaves = tuple(leaf.times(factor) for leaf, factor in zip(self.leaves, factors, strict=True))
         return dataclasses.replace(self, leaves=leaves)
-
-    def mv(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
-        return self._mv(v, sealed)
-
-    def mv_computed(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
-        return self._mv(v, unsealed)
 
     def _mv(self, v: chex.ArrayTree, seal: Seal) -> Float[Array, " rows"]:
         parts = [leaf.mv(x, seal) for leaf, x in zip(self.leaves, self.spec.leaves(v, "v"), strict=True)]
@@ -348,8 +348,8 @@ class StreamedScores(Scores):
         """The sum over pieces of ``function`` of their held rows."""
         return sum_batches(lambda *piece: function(self._held(*piece)), self._weighted_data(), self.batch_size)
 
-    def mv(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
-        return self._map(lambda held: held.mv(v))
+    def _mv(self, v: chex.ArrayTree, seal: Seal) -> Float[Array, " rows"]:
+        return self._map(lambda held: held._mv(v, seal))
 
     def rmv(self, w: Float[Array, " rows"]) -> Any:
         def piece(w: Array, *data: Any) -> Any:
@@ -456,8 +456,8 @@ class JoinedScores(Scores):
     def rescaled(self, factors: tuple[Scalar, ...]) -> JoinedScores:
         return JoinedScores(tuple(part.rescaled(factors) for part in self.parts))
 
-    def mv(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
-        return jnp.concatenate([part.mv(v) for part in self.parts])
+    def _mv(self, v: chex.ArrayTree, seal: Seal) -> Float[Array, " rows"]:
+        return jnp.concatenate([part._mv(v, seal) for part in self.parts])
 
     def rmv(self, w: Float[Array, " rows"]) -> Any:
         ends = np.cumsum([part.num_rows for part in self.parts])[:-1]
@@ -550,8 +550,8 @@ class CenteredScores(Scores):
     def _mean(self) -> Any:
         return self.scores.rmv(self.mean_weights)
 
-    def mv(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
-        product = self.scores.mv(v)
+    def _mv(self, v: chex.ArrayTree, seal: Seal) -> Float[Array, " rows"]:
+        product = self.scores._mv(v, seal)
         return product - jnp.sum(self.mean_weights * product)
 
     def rmv(self, w: Float[Array, " rows"]) -> Any:

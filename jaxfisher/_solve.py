@@ -243,7 +243,7 @@ class LSMR:
 
         def stacked(x: Any) -> tuple[Array, Any]:
             x = _as_type(x, narrow)
-            return _as_type((root * scores.mv(x), jax.tree.map(lambda leaf: strength * leaf, x)), wide)
+            return _as_type((root * scores.mv_computed(x), jax.tree.map(lambda leaf: strength * leaf, x)), wide)
 
         structure = jax.eval_shape(lambda: _as_type(scores.spec.zeros(), wide))
         operator = lineax.FunctionLinearOperator(stacked, structure)

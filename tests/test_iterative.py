@@ -205,3 +205,16 @@ def test_a_path_of_dampings(name, shape):
     assert np.all(info.converged) and np.all(info.finite)
     program = path.lower(F, jnp.asarray(right), jnp.asarray(dampings)).as_text()
     assert len(re.findall(r"custom_call @lapack_dsyevd", program)) == (name != "diagonal")
+
+
+@pytest.mark.parametrize(("center", "batch_size"), [(False, None), (True, None), (True, 3)])
+def test_lsmr_on_the_scores_of_a_network(center, batch_size):
+    """Held as factors, centred and in pieces: the iteration transposes the product with each."""
+    params, x, y, _, rows = reference()
+    scores = jf.scores(jf.log_likelihood(classifier), center=center, batch_size=batch_size)(params, x, y)
+    e = np.cos(np.arange(len(rows)))
+    found, info = jax.jit(lambda S, e: jf.LSMR(rtol=1e-12).least_squares(S, e, 0.1))(scores, jnp.asarray(e))
+    rows = (rows - rows.mean(0) if center else rows) / np.sqrt(len(rows))
+    assert info.converged
+    expected = np.linalg.solve(rows.T @ rows + 0.1 * np.eye(31), rows.T @ e / np.sqrt(len(rows)))
+    np.testing.assert_allclose(flat(found), expected, rtol=1e-8, atol=1e-10)
