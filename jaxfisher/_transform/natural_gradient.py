@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import chex
 import optax
 
-from jaxfisher._operators.base import View, check_number
+from jaxfisher._operators.base import Operator, View, check_number
+from jaxfisher._solve import Solver
 from jaxfisher._transform.scale_by_fisher import ScalarOrSchedule, scale_by_fisher
 from jaxfisher._transform.scale_to_kl import scale_to_kl
 
@@ -15,22 +18,28 @@ def natural_gradient(
     damping: ScalarOrSchedule,
     *,
     view: View | None = None,
+    solver: Solver | None = None,
     decay: chex.Numeric | None = None,
+    update_every: chex.Numeric | None = None,
+    like: Operator | Callable[[], Operator] | None = None,
     radius: chex.Numeric | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Natural-gradient descent: precondition, take the learning rate, and stay inside a KL ball if asked.
 
     .. math:: \theta \leftarrow \theta - \alpha\, (F + \lambda I)^{-1} \nabla L.
 
-    It is ``chain(scale_by_fisher(damping, view=view, decay=decay), scale_by_learning_rate(learning_rate),
-    scale_to_kl(radius))``, the last only with a ``radius``. Give ``update`` the gradient of the *mean* negative log-likelihood
+    It is ``chain(scale_by_fisher(damping, view=view, ...), scale_by_learning_rate(learning_rate), scale_to_kl(radius))``, the
+    last only with a ``radius``. Give ``update`` the gradient of the *mean* negative log-likelihood
     and the Fisher, a mean as well.
 
     Args:
         learning_rate: alpha, a number or a schedule. One is Fisher scoring.
         damping: lambda ``>= 0``, absolute, a number or a schedule.
-        view: as in `scale_by_fisher`.
-        decay: as in `scale_by_fisher`.
+        view: as in `scale_by_fisher`, and so are ``solver``, ``decay``, ``update_every`` and ``like``.
+        solver: see ``view``.
+        decay: see ``view``.
+        update_every: see ``view``.
+        like: see ``view``.
         radius: as in `scale_to_kl`, in nats per example; None for no trust region.
 
     Returns:
@@ -51,7 +60,8 @@ def natural_gradient(
     """
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate, "one real number, or a schedule")
-    steps = [scale_by_fisher(damping, view=view, decay=decay), optax.scale_by_learning_rate(learning_rate)]
+    given = {"solver": solver, "decay": decay, "update_every": update_every, "like": like}
+    steps = [scale_by_fisher(damping, view=view, **given), optax.scale_by_learning_rate(learning_rate)]  # type: ignore[arg-type]
     if radius is not None:
         steps.append(scale_to_kl(radius))
     return optax.chain(*steps)
