@@ -91,5 +91,6 @@ from jaxfisher._transform.quadratic_model import quadratic_model as quadratic_mo
 from jaxfisher._transform.scale_by_fisher import ScaleByFisherState as ScaleByFisherState
 from jaxfisher._transform.scale_by_fisher import scale_by_fisher as scale_by_fisher
 from jaxfisher._transform.scale_to_kl import scale_to_kl as scale_to_kl
+from jaxfisher._transform.training_step import training_step as training_step
 
 __version__ = "0.1.0"

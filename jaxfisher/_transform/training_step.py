@@ -1,0 +1,98 @@
+"""Value, gradient, curvature and update in one call."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import chex
+import jax
+import optax
+from jaxtyping import Array, Float, Scalar
+
+from jaxfisher._divergence import kl
+from jaxfisher._examples import make_batch, needs_data
+from jaxfisher._fisher import FisherFunction, exact_fisher
+from jaxfisher._model import MODEL, Model, log_likelihood, mean_loss, of_one_example
+from jaxfisher._tree import check_function, described
+
+
+class TrainingStep(Protocol):
+    """``(params, state, *inputs, target, weights=None) -> (params, state, loss)``."""
+
+    def __call__(
+        self, params: chex.ArrayTree, state: Any, /, *data: Any, weights: Float[Array, " n"] | None = None
+    ) -> tuple[Any, Any, Scalar]: ...
+
+
+def training_step(model: Model, optimiser: optax.GradientTransformation, fisher: FisherFunction | None = None) -> TrainingStep:
+    r"""One step of maximum likelihood with any optimiser of this library, or of Optax, given everything it may ask for.
+
+    .. math:: L = -\frac1n \sum_i \log p_\theta(y_i \mid x_i), \qquad \theta \leftarrow \theta + u(\nabla L, F, L, KL).
+
+    It is what one would write by hand::
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = optimiser.update(grads, state, params, value=value, grad=grads, fisher=lambda: F(params, x),
+            value_fn=lambda new: loss(new), kl_fn=lambda new: jf.kl(model)(params, new, x))
+        params = optax.apply_updates(params, updates)
+
+    so one step takes `natural_gradient`, `adapt_damping`, `backtrack_kl`, a chain of them, or Adam. What the optimiser does not
+    call is not computed. Jit it, or scan it.
+
+    Args:
+        model: ``(params, *inputs) -> distribution`` of ONE example.
+        optimiser: a gradient transformation.
+        fisher: ``(params, *inputs) -> operator`` of the batch; None for `jaxfisher.exact_fisher` of the model.
+
+    Returns:
+        A function ``(params, state, *inputs, target, weights=None)`` to ``(params, state, loss)``, the loss in nats, a mean
+        over the batch, at the parameters given.
+
+    Raises:
+        TypeError: an argument is not what it should be; (when called) as in `jaxfisher.log_likelihood`.
+        ValueError: (when called) arrays of different lengths.
+
+    Reference: Amari (Neural Computation 1998), section 2.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> opt = jf.natural_gradient(learning_rate=1.0, damping=0.0)
+    >>> step = jf.training_step(lambda mu, x: jf.Normal(mu * x, 2.0), opt)
+    >>> mu, state, loss = step(0.0, opt.init(0.0), jnp.array([1.0, 2.0]), jnp.array([3.0, 6.0]))
+    >>> print(mu)  # least squares in one step
+    3.0
+    """
+    check_function("model", model, MODEL)
+    if not isinstance(optimiser, optax.GradientTransformation):
+        raise TypeError(f"training_step: `optimiser` is {described(optimiser)}; expected a gradient transformation.")
+    if fisher is not None:
+        check_function("fisher", fisher, "(params, *inputs) -> operator")
+    log_prob = log_likelihood(model)
+    curvature = exact_fisher(model) if fisher is None else fisher
+    divergence = kl(model)
+    update = optax.with_extra_args_support(optimiser).update
+
+    def step(
+        params: chex.ArrayTree, state: Any, /, *data: Any, weights: Float[Array, " n"] | None = None
+    ) -> tuple[Any, Any, Scalar]:
+        needs_data(data, "training_step")
+        batch, inputs = make_batch(params, data, weights), data[:-1]
+        given = {} if weights is None else {"weights": weights}
+
+        def loss(params: chex.ArrayTree) -> Scalar:
+            return mean_loss(log_prob, params, batch.data, batch.weights)
+
+        with of_one_example(log_prob, "model", params, batch.data):
+            value, grads = jax.value_and_grad(loss)(params)
+        updates, state = update(
+            grads,
+            state,
+            params,
+            value=value,
+            grad=grads,
+            value_fn=loss,
+            kl_fn=lambda new: divergence(params, new, *inputs, **given),
+            fisher=lambda: curvature(params, *inputs, **given),
+        )
+        return optax.apply_updates(params, updates), state, value
+
+    return step

@@ -1,0 +1,168 @@
+"""Training loops that people have: one step for every optimiser, and a run that is killed and resumed."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import assert_close, class_sum_fisher, classifier, flat, reference
+
+import jaxfisher as jf
+
+LOG_PROB = jf.log_likelihood(classifier)
+
+
+def loss(params, x, y):
+    return -jnp.mean(jax.vmap(LOG_PROB, (None, 0, 0))(params, x, y))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_step_is_the_one_written_by_hand(weighted):
+    params, x, y, weights, rows = reference()
+    omega = np.asarray(weights) / np.sum(weights) if weighted else np.full(len(rows), 1 / len(rows))
+    given = {"weights": weights} if weighted else {}
+    opt = jf.natural_gradient(0.5, 0.1)
+    new, _, value = jax.jit(jf.training_step(classifier, opt))(params, opt.init(params), x, y, **given)
+    dense = class_sum_fisher(params, x, omega)
+    assert_close(value, -omega @ np.asarray(jax.vmap(LOG_PROB, (None, 0, 0))(params, x, y)))
+    assert_close(flat(new), flat(params) + 0.5 * np.linalg.solve(dense + 0.1 * np.eye(31), omega @ rows), factor=1e4)
+
+
+def test_a_fisher_of_one_s_own_and_an_optimiser_that_takes_none():
+    params, x, y, _, rows = reference()
+    opt = optax.sgd(0.3)
+    new, _, _ = jax.jit(jf.training_step(classifier, opt))(params, opt.init(params), x, y)
+    assert_close(flat(new), flat(params) + 0.3 * rows.mean(0))
+    opt = jf.natural_gradient(1.0, 0.1)
+    diagonal = lambda params, x: jf.diagonal(jf.exact_fisher(classifier)(params, x))  # noqa: E731
+    new, _, _ = jax.jit(jf.training_step(classifier, opt, diagonal))(params, opt.init(params), x, y)
+    expected = rows.mean(0) / (np.diag(class_sum_fisher(params, x)) + 0.1)
+    assert_close(flat(new), flat(params) + expected, factor=1e4)
+
+
+SAFE = {
+    "adapt_damping": lambda rate: jf.adapt_damping(jf.natural_gradient(rate, 0.0), damping=1e-8),
+    "backtrack_kl": lambda rate: optax.chain(jf.natural_gradient(rate, 0.0), jf.backtrack_kl(1.0)),
+    "both": lambda rate: jf.adapt_damping(
+        optax.chain(jf.scale_by_fisher(0.0), jf.quadratic_model(0.0), optax.scale(rate), jf.backtrack_kl(0.1)), damping=1e-8
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAFE)
+@pytest.mark.parametrize("batch", ["whole", "one class", "NaN"])
+def test_a_safe_chain_never_ends_above_its_start(name, batch):
+    """A rate of fifty, no damping, a batch of one class or with a NaN in it."""
+    params, x, y, _, _ = reference()
+    if batch == "one class":
+        y = jnp.zeros_like(y)
+    data = (x.at[0, 0].set(jnp.nan), y) if batch == "NaN" else (x, y)
+    opt = SAFE[name](50.0)
+    step, new, state = jax.jit(jf.training_step(classifier, opt)), params, opt.init(params)
+    values = []
+    for _ in range(4):
+        values.append(float(loss(new, x, y)))
+        new, state, _ = step(new, state, *data)
+    values.append(float(loss(new, x, y)))
+    assert np.all(np.isfinite(flat(new)))
+    assert np.all(np.diff(values) <= 0), values
+    if batch == "NaN":
+        assert_close(flat(new), flat(params), factor=0)
+
+
+def test_no_step_of_a_policy_leaves_the_kl_ball():
+    """A linear policy on the pole's dynamics, its KL radius kept at every update though the rate is absurd."""
+    key, radius = jax.random.key(0), 0.01
+
+    def policy(params, observation):
+        return jf.Bernoulli(logits=observation @ params["w"] + params["b"])
+
+    def dynamics(state, push):
+        """The cart and pole of Barto, Sutton and Anderson (1983), by Euler's rule: position, speed, angle, its speed."""
+        _, speed, angle, spin = state
+        force = jnp.where(push, 10.0, -10.0)
+        swing = (force + 0.05 * spin**2 * jnp.sin(angle)) / 1.1
+        turning = (9.8 * jnp.sin(angle) - jnp.cos(angle) * swing) / (0.5 * (4 / 3 - 0.1 * jnp.cos(angle) ** 2 / 1.1))
+        pull = swing - 0.05 * turning * jnp.cos(angle) / 1.1
+        return state + 0.02 * jnp.stack([speed, pull, spin, turning])
+
+    def episode(params, key):
+        def tick(carry, key):
+            state, alive = carry
+            push = policy(params, state).sample(key)
+            new = dynamics(state, push)
+            up = alive & (jnp.abs(new[0]) < 2.4) & (jnp.abs(new[2]) < 0.2095)
+            return (jnp.where(up, new, state), up), (state, push, alive)
+
+        start = jax.random.uniform(key, (4,), minval=-0.05, maxval=0.05)
+        return jax.lax.scan(tick, (start, jnp.asarray(True)), jax.random.split(key, 120))[1]
+
+    opt = optax.chain(jf.natural_gradient(50.0, 1e-3, radius=radius), jf.backtrack_kl(radius))
+
+    @jax.jit
+    def update(params, state, key):
+        seen, pushes, alive = jax.vmap(lambda key: episode(params, key))(jax.random.split(key, 16))
+        rest = jnp.cumsum(alive[:, ::-1], axis=1)[:, ::-1].astype(seen.dtype)
+        counted = alive.astype(seen.dtype)
+        mean = jnp.sum(rest * counted) / jnp.sum(counted)
+        gain = (rest - mean) * counted
+        flat_seen, flat_pushes, weights = seen.reshape(-1, 4), pushes.reshape(-1), counted.reshape(-1)
+
+        def log_probs(params):
+            return jax.vmap(lambda o, a: policy(params, o).log_prob(a))(flat_seen, flat_pushes)
+
+        old = jax.lax.stop_gradient(log_probs(params))
+
+        def surrogate(new):
+            return -jnp.sum(jnp.exp(log_probs(new) - old) * gain.reshape(-1)) / jnp.sum(weights)
+
+        value, grads = jax.value_and_grad(surrogate)(params)
+        divergence = lambda new: jf.kl(policy)(params, new, flat_seen, weights=weights)  # noqa: E731
+        fisher = jf.exact_fisher(policy)(params, flat_seen, weights=weights)
+        updates, state = opt.update(grads, state, params, fisher=fisher, value=value, value_fn=surrogate, kl_fn=divergence)
+        new = optax.apply_updates(params, updates)
+        logits = [flat_seen @ p["w"] + p["b"] for p in (params, new)]
+        p = jax.nn.sigmoid(logits[0])
+        by_hand = p * (logits[0] - logits[1]) + jax.nn.softplus(logits[1]) - jax.nn.softplus(logits[0])
+        return new, state, jnp.sum(weights * by_hand) / jnp.sum(weights), jnp.mean(jnp.sum(alive, axis=1))
+
+    params = {"w": jnp.zeros(4), "b": jnp.zeros(())}
+    state, moved, length = opt.init(params), [], []
+    for k in jax.random.split(key, 25):
+        params, state, kl, steps = update(params, state, k)
+        moved.append(float(kl))
+        length.append(float(steps))
+    assert max(moved) <= radius * (1 + 1e-6), moved
+    assert min(moved) >= 0 and np.median(moved) > radius / 8
+    assert np.mean(length[-5:]) > 2 * np.mean(length[:2]), length
+
+
+RUN = pathlib.Path(__file__).with_name("resumable.py")
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+    """Killed with SIGKILL while it trains, started again from its last checkpoint: the end is that of a run left alone."""
+
+    def start(folder):
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        return subprocess.Popen([sys.executable, str(RUN), str(folder)], env=environment, stdout=subprocess.PIPE, text=True)
+
+    whole = start(tmp_path / "whole")
+    killed = start(tmp_path / "killed")
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "killed").glob("[0-9]*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, "it was to be killed before its end"
+    resumed = start(tmp_path / "killed")
+    ends = [run.communicate(timeout=120)[0].split() for run in (whole, resumed)]
+    assert int(ends[0][0]) == 0 and int(ends[1][0]) > 0, f"first steps: {ends[0][0]}, {ends[1][0]}"
+    assert ends[0][1:] == ends[1][1:] and len(ends[0]) > 30
