@@ -85,6 +85,7 @@ from jaxfisher._transform.adapt_damping import AdaptDampingState as AdaptDamping
 from jaxfisher._transform.adapt_damping import adapt_damping as adapt_damping
 from jaxfisher._transform.backtrack_kl import BacktrackKLState as BacktrackKLState
 from jaxfisher._transform.backtrack_kl import backtrack_kl as backtrack_kl
+from jaxfisher._transform.kfac import kfac as kfac
 from jaxfisher._transform.natural_gradient import natural_gradient as natural_gradient
 from jaxfisher._transform.quadratic_model import QuadraticModelState as QuadraticModelState
 from jaxfisher._transform.quadratic_model import quadratic_model as quadratic_model
