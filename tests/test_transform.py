@@ -290,16 +290,37 @@ OPTIMISERS = {
     "natural_gradient": lambda: jf.natural_gradient(0.5, 0.1, radius=1e-2),
 }
 every = pytest.mark.parametrize("name", OPTIMISERS)
+LOOKING = {
+    "backtrack_kl": lambda: optax.chain(jf.natural_gradient(4.0, 0.1), jf.backtrack_kl(1e-2)),
+    "adapt_damping": lambda: jf.adapt_damping(jf.natural_gradient(1.0, 0.1), 0.1),
+    "quadratic_model": lambda: optax.chain(jf.scale_by_fisher(0.1, view=jf.diagonal), jf.quadratic_model(0.1)),
+    "kfac": lambda: jf.kfac(like),
+}
+"""Those that look at the loss, the divergence or the gradient itself."""
 
 
-@every
+def built(name):
+    return (OPTIMISERS | LOOKING)[name]()
+
+
+def seen(params, gradient):
+    """What `LOOKING` look at; the others let it pass."""
+    _, x, y, _, _ = reference()
+    return {
+        "grad": gradient,
+        "value_fn": lambda new: loss(new, x, y),
+        "kl_fn": lambda new: jf.kl(classifier)(params, new, x),
+    }
+
+
+@pytest.mark.parametrize("name", OPTIMISERS | LOOKING)
 def test_the_protocol(name, problem):
     """Extra arguments pass, structures and dtypes are stable, inputs live on, the same inputs give the same bits."""
     params, gradient, fisher, _ = problem
-    opt = OPTIMISERS[name]()
+    opt = built(name)
     assert isinstance(opt, optax.GradientTransformationExtraArgs)
     state = opt.init(params)
-    step = jax.jit(lambda g, s, p, f: opt.update(g, s, p, fisher=f, something_else=1))
+    step = jax.jit(lambda g, s, p, f: opt.update(g, s, p, fisher=f, something_else=1, **seen(p, g)))
     updates, after = step(gradient, state, params, fisher)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, gradient)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
@@ -309,15 +330,16 @@ def test_the_protocol(name, problem):
     optax.tree.map_params(opt, lambda leaf: leaf, after)
 
 
-@every
+@pytest.mark.parametrize("name", OPTIMISERS | LOOKING)
 def test_scan_equals_a_loop_and_traces_once(name, problem):
     params, gradient, fisher, _ = problem
-    opt = OPTIMISERS[name]()
+    opt = built(name)
     traces = []
 
     def step(carry, scale):
         traces.append(1)
-        updates, state = opt.update(jax.tree.map(lambda g: scale * g, gradient), carry[1], carry[0], fisher=fisher)
+        given = jax.tree.map(lambda g: scale * g, gradient)
+        updates, state = opt.update(given, carry[1], carry[0], fisher=fisher, **seen(carry[0], given))
         return (optax.apply_updates(carry[0], updates), state), flat_norm(updates)
 
     scales = jnp.array([1.0, -0.5, 2.0])
