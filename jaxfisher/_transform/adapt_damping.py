@@ -56,7 +56,8 @@ def adapt_damping(
         updates, state = opt.update(grads, state, params, fisher=F, value=value, value_fn=lambda new: loss(new, x, y))
 
     Args:
-        inner: a transformation with a `scale_by_fisher` inside, whose own damping is replaced by the state's.
+        inner: a transformation with a `scale_by_fisher` inside, whose own damping is replaced by the state's. It is given the
+            operator itself, which the ratio needs at every update: ``update_every`` saves the view, not the Fisher.
         damping: the first lambda, above zero.
         factor: ``c > 1``.
         lower: below this ratio the damping rises.
@@ -112,9 +113,10 @@ def adapt_damping(
             return updates, state
         loss = needed("value_fn", value_fn, "from parameters to the loss", "adapt_damping")
         start = jnp.asarray(loss(params) if value is None else value)
-        given = {"fisher": fisher, "value": start, "value_fn": value_fn, "damping": state.damping, **extra_args}
-        step, after = chain.update(updates, state.inner, params, **given)
+        # Made once here, where it is needed at every update, and not again by everything inside.
         operator = fisher_for(updates, fisher, "adapt_damping")
+        given = {"fisher": operator, "value": start, "value_fn": value_fn, "damping": state.damping, **extra_args}
+        step, after = chain.update(updates, state.inner, params, **given)
         g, u = (operator.spec.tree(operator.spec.leaves(tree, "updates")) for tree in (updates, step))
         predicted = -(dot(g, u) + 0.5 * operator.quadratic(u))
         actual = start - loss(optax.apply_updates(params, step))
