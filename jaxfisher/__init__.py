@@ -3,13 +3,14 @@
 Data flows one way: a model of one example, its scores, a Fisher operator, a solve, an update.
 """
 
-# Distributions: what a model may predict.
 # Looking: a verdict on a model, a spectrum.
 from jaxfisher._check import FisherCheck as FisherCheck
 from jaxfisher._check import check_fisher as check_fisher
 from jaxfisher._diagnostics import Spectrum as Spectrum
 from jaxfisher._diagnostics import effective_dimension as effective_dimension
 from jaxfisher._diagnostics import spectrum as spectrum
+
+# Distributions: what a model may predict.
 from jaxfisher._distributions.base import Distribution as Distribution
 from jaxfisher._distributions.bernoulli import Bernoulli as Bernoulli
 from jaxfisher._distributions.beta import Beta as Beta

@@ -9,7 +9,7 @@ for a `Product` (b are groups, t the T positions that share the weight), or ``D`
 is no larger than what it is made of, or could not be cut. A leaf used in several places is the sum of several forms.
 
 A rule of cost decides for each leaf: inner products of gradients come from inner products of factors where
-``T^2 (I + O) < I O``, else from gradients formed tile by tile.
+``T^2 (I + O) <= I O``, else from gradients formed tile by tile.
 """
 
 from __future__ import annotations

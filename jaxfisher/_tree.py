@@ -183,6 +183,16 @@ def cast_like(tree: Any, like: chex.ArrayTree) -> Any:
     return jax.tree.map(lambda leaf, target: leaf.astype(jnp.result_type(target)), tree, like)
 
 
+def scaled(tree: chex.ArrayTree, factor: chex.Numeric) -> Any:
+    """``factor * tree``, leaves in their own dtypes."""
+    return jax.tree.map(lambda leaf: leaf * jnp.asarray(factor).astype(jnp.result_type(leaf)), tree)
+
+
+def select(flag: Scalar, tree: chex.ArrayTree, other: chex.ArrayTree) -> Any:
+    """``tree`` if the flag is set, else ``other``; a number of the one not taken, NaN say, leaves no trace."""
+    return jax.tree.map(lambda a, b: jnp.where(flag, a, b), tree, other)
+
+
 def dot(a: chex.ArrayTree, b: chex.ArrayTree) -> Scalar:
     """The inner product of two vectors."""
     products = jax.tree.map(lambda x, y: jnp.vdot(x, y, precision=jax.lax.Precision.HIGHEST), a, b)

@@ -12,9 +12,8 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from jaxfisher._operators.base import Operator, check_number, nonnegative
-from jaxfisher._transform.backtrack_kl import needed
-from jaxfisher._transform.curvature import fisher_for
-from jaxfisher._tree import described, dot
+from jaxfisher._transform.given import check_params, fisher_for, function_for
+from jaxfisher._tree import described, dot, select
 
 
 class AdaptDampingState(NamedTuple):
@@ -107,17 +106,16 @@ def adapt_damping(
         value_fn: Callable[[Any], chex.Numeric] | None = None,
         **extra_args: Any,
     ) -> tuple[Any, AdaptDampingState]:
-        if params is None:
-            raise ValueError("adapt_damping: `update` needs the parameters. Pass them, opt.update(grads, state, params, ...).")
+        check_params(params, "adapt_damping")
         if not jax.tree.leaves(updates):
             return updates, state
-        loss = needed("value_fn", value_fn, "from parameters to the loss", "adapt_damping")
+        loss = function_for("value_fn", value_fn, "from parameters to the loss", "adapt_damping")
         start = jnp.asarray(loss(params) if value is None else value)
         # Made once here, where it is needed at every update, and not again by everything inside.
         operator = fisher_for(updates, fisher, "adapt_damping")
         given = {"fisher": operator, "value": start, "value_fn": value_fn, "damping": state.damping, **extra_args}
         step, after = chain.update(updates, state.inner, params, **given)
-        g, u = (operator.spec.tree(operator.spec.leaves(tree, "updates")) for tree in (updates, step))
+        g, u = operator._vector(updates), operator._vector(step)
         predicted = -(dot(g, u) + 0.5 * operator.quadratic(u))
         actual = start - loss(optax.apply_updates(params, step))
         # Comparisons with a NaN are false: such a step is not taken. Where nothing was promised, nothing was broken.
@@ -125,9 +123,8 @@ def adapt_damping(
         ratio = jnp.where(predicted > 0, actual / jnp.where(predicted > 0, predicted, 1), 0).astype(jnp.float32)
         grow = jnp.where(accepted, jnp.where(ratio > upper, 1 / factor, jnp.where(ratio < lower, factor, 1)), factor**2)
         next_damping = jnp.clip(state.damping * grow, least, most).astype(jnp.float32)
-        step = jax.tree.map(lambda leaf: jnp.where(accepted, leaf, 0), step)
-        kept = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), after, state.inner)
-        return step, AdaptDampingState(kept, next_damping, ratio, accepted)
+        taken = select(accepted, step, jax.tree.map(jnp.zeros_like, step))
+        return taken, AdaptDampingState(select(accepted, after, state.inner), next_damping, ratio, accepted)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -12,7 +12,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._operators.base import nonnegative
-from jaxfisher._tree import described
+from jaxfisher._transform.given import check_params, function_for
+from jaxfisher._tree import scaled, select
 
 
 class BacktrackKLState(NamedTuple):
@@ -82,14 +83,16 @@ def backtrack_kl(radius: chex.Numeric, max_halvings: chex.Numeric = 10) -> optax
         **extra_args: Any,
     ) -> tuple[Any, BacktrackKLState]:
         del state, extra_args
-        if params is None:
-            raise ValueError("backtrack_kl: `update` needs the parameters. Pass them, opt.update(grads, state, params, ...).")
-        loss = needed("value_fn", value_fn, "from parameters to the loss", "backtrack_kl")
-        divergence = needed("kl_fn", kl_fn, "such as lambda new: jf.kl(model)(params, new, x)", "backtrack_kl")
+        check_params(params, "backtrack_kl")
+        loss = function_for("value_fn", value_fn, "from parameters to the loss", "backtrack_kl")
+        divergence = function_for("kl_fn", kl_fn, "such as lambda new: jf.kl(model)(params, new, x)", "backtrack_kl")
         start = jnp.asarray(loss(params) if value is None else value)
 
+        def at_length(halvings: Int[Array, ""]) -> Any:
+            return scaled(updates, jnp.exp2(-halvings.astype(jnp.float32)))
+
         def tried(halvings: Int[Array, ""]) -> tuple[Array, Bool[Array, ""], Scalar]:
-            new = optax.apply_updates(params, scaled(updates, jnp.exp2(-halvings.astype(jnp.float32))))
+            new = optax.apply_updates(params, at_length(halvings))
             moved = jnp.asarray(divergence(new))
             # Comparisons with a NaN are false: it is not taken.
             return halvings, (moved <= radius) & (loss(new) < start), moved.astype(jnp.float32)
@@ -98,21 +101,7 @@ def backtrack_kl(radius: chex.Numeric, max_halvings: chex.Numeric = 10) -> optax
             lambda at: ~at[1] & (at[0] < max_halvings), lambda at: tried(at[0] + 1), tried(jnp.zeros((), jnp.int32))
         )
         halvings, accepted, moved = end
-        step = jax.tree.map(lambda leaf: jnp.where(accepted, leaf, 0), scaled(updates, jnp.exp2(-halvings.astype(jnp.float32))))
+        step = select(accepted, at_length(halvings), jax.tree.map(jnp.zeros_like, updates))
         return step, BacktrackKLState(halvings, accepted, jnp.where(accepted, moved, 0))
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def scaled(updates: Any, factor: chex.Numeric) -> Any:
-    """The updates times a number, in their own dtypes."""
-    return jax.tree.map(lambda leaf: leaf * jnp.asarray(factor).astype(jnp.result_type(leaf)), updates)
-
-
-def needed(name: str, function: Callable[[Any], Any] | None, meaning: str, caller: str) -> Callable[[Any], Any]:
-    """A function given by keyword, or an error that says how to give it."""
-    if function is None:
-        raise ValueError(f"{caller}: `update` needs `{name}`, a function {meaning}. Pass it by keyword to opt.update.")
-    if not callable(function):
-        raise TypeError(f"{caller}: `{name}` is {described(function)}; expected a function {meaning}.")
-    return function

@@ -9,7 +9,8 @@ import optax
 
 from jaxfisher._operators.base import Operator, View, check_number
 from jaxfisher._solve import Solver
-from jaxfisher._transform.scale_by_fisher import ScalarOrSchedule, scale_by_fisher
+from jaxfisher._transform.given import ScalarOrSchedule
+from jaxfisher._transform.scale_by_fisher import scale_by_fisher
 from jaxfisher._transform.scale_to_kl import scale_to_kl
 
 

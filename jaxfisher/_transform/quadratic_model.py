@@ -13,8 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxfisher._linalg import invert
 from jaxfisher._operators.base import Operator, nonnegative
-from jaxfisher._transform.curvature import fisher_for
-from jaxfisher._transform.scale_by_fisher import ScalarOrSchedule
+from jaxfisher._transform.given import ScalarOrSchedule, damping_for, fisher_for
 from jaxfisher._tree import cast_like, dot, param_spec
 
 
@@ -90,8 +89,8 @@ def quadratic_model(damping: ScalarOrSchedule) -> optax.GradientTransformationEx
         if grad is None:
             raise ValueError("quadratic_model: `update` needs `grad`, the gradient itself. Pass it by keyword to opt.update.")
         operator = fisher_for(updates, fisher, "quadratic_model")
-        strength = (usual(state.count) if callable(usual) else usual) if damping is None else damping
-        g, d = (operator.spec.tree(operator.spec.leaves(tree, name)) for tree, name in ((grad, "grad"), (updates, "updates")))
+        strength = damping_for(damping, usual, state.count)
+        g, d = operator.spec.tree(operator.spec.leaves(grad, "grad")), operator._vector(updates)
         rates = _minimum(operator, g, jax.tree.map(jnp.negative, d), state.step, jnp.asarray(strength, operator.spec.dtype))
         step = jax.tree.map(lambda d, v: rates[1] * v - rates[0] * d, d, state.step)
         return cast_like(step, updates), QuadraticModelState(optax.safe_increment(state.count), step, rates[0], rates[1])

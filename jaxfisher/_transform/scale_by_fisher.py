@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -18,11 +18,8 @@ from jaxfisher._linalg import SolveInfo
 from jaxfisher._operators.base import VIEW, Operator, Provenance, View, as_operator, check_number, nonnegative
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._solve import Solver, check_solver, solve
-from jaxfisher._transform.curvature import fisher_for
-from jaxfisher._tree import all_finite, cast_like, check_function, param_spec
-
-ScalarOrSchedule: TypeAlias = float | Array | Callable[[Array], Any]
-"""A number, or a function of the update count that gives one."""
+from jaxfisher._transform.given import ScalarOrSchedule, damping_for, fisher_for
+from jaxfisher._tree import all_finite, cast_like, check_function, param_spec, scaled
 
 
 class ScaleByFisherState(NamedTuple):
@@ -146,7 +143,7 @@ def scale_by_fisher(
             operator, mean, held = _refreshed(fresh, state, update_every)
         else:
             (operator, mean), held = fresh(state.count), ()
-        strength = (usual(state.count) if callable(usual) else usual) if damping is None else damping
+        strength = damping_for(damping, usual, state.count)
         previous = None if momentum is None else (momentum, state.previous)
         result, info = _precondition(operator, updates, power, strength, solver, previous)
         kept = () if momentum is None else result
@@ -166,13 +163,13 @@ def _precondition(
     previous: tuple[chex.Numeric, Any] | None,
 ) -> tuple[Any, SolveInfo]:
     """``(F + damping I)^-power`` times the updates in the statistics dtype, with a report."""
-    updates = operator.spec.tree(operator.spec.leaves(updates, "updates"))
+    updates = operator._vector(updates)
 
     def by_solve() -> tuple[Any, SolveInfo]:
         if previous is None:
             return solve(operator, updates, damping, solver)
         mu, last = previous
-        kept = jax.tree.map(lambda leaf: jnp.asarray(mu, leaf.dtype) * leaf, last)
+        kept = scaled(last, mu)
         # Solving for the rest, and not for g + damping mu u, keeps what is outside the rows' span out of the solve.
         rest, info = solve(operator, jax.tree.map(jnp.subtract, updates, operator.mv(kept)), damping, solver)
         return jax.tree.map(jnp.add, kept, rest), info

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxfisher._operators.base import Operator, nonnegative
-from jaxfisher._transform.curvature import fisher_for
+from jaxfisher._transform.given import fisher_for
+from jaxfisher._tree import scaled
 
 
 def scale_to_kl(radius: chex.Numeric) -> optax.GradientTransformationExtraArgs:
@@ -62,6 +63,6 @@ def scale_to_kl(radius: chex.Numeric) -> optax.GradientTransformationExtraArgs:
         moved = 0.5 * fisher_for(updates, fisher, "scale_to_kl").quadratic(updates)
         inside = moved <= radius
         factor = jnp.where(inside, 1, jnp.sqrt(radius / jnp.where(inside, 1, moved)))
-        return jax.tree.map(lambda leaf: leaf * factor.astype(jnp.result_type(leaf)), updates), state
+        return scaled(updates, factor), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

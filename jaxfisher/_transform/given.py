@@ -1,16 +1,21 @@
-"""The curvature an update is given: an operator or a function that makes one, over the parameters the update is for."""
+"""What an update is given by keyword, checked: the curvature over the parameters the update is for, functions, a damping."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
+import chex
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from jaxfisher._operators.base import Operator, as_operator
-from jaxfisher._tree import path_names
+from jaxfisher._tree import described, path_names
+
+ScalarOrSchedule: TypeAlias = float | Array | Callable[[Array], Any]
+"""A number, or a function of the update count that gives one."""
 
 
 def fisher_for(updates: Any, fisher: Operator | Callable[[], Operator] | None, caller: str) -> Operator:
@@ -51,3 +56,25 @@ def _needs_no_arguments(fisher: Callable[[], Operator], caller: str) -> None:
             f"{caller}: `fisher` is a function that needs arguments ({error}); expected an operator, or a function of none. "
             "Call it with the parameters and the data: fisher=jf.exact_fisher(model)(params, x), or put `lambda:` before that."
         ) from error
+
+
+def damping_for(given: chex.Numeric | None, usual: ScalarOrSchedule, count: Int[Array, ""]) -> Any:
+    """The damping of one update: the one it is given, else the optimiser's own, a number or a schedule."""
+    if given is not None:
+        return given
+    return usual(count) if callable(usual) else usual
+
+
+def function_for(name: str, function: Callable[[Any], Any] | None, meaning: str, caller: str) -> Callable[[Any], Any]:
+    """A function given by keyword, or an error that says how to give it."""
+    if function is None:
+        raise ValueError(f"{caller}: `update` needs `{name}`, a function {meaning}. Pass it by keyword to opt.update.")
+    if not callable(function):
+        raise TypeError(f"{caller}: `{name}` is {described(function)}; expected a function {meaning}.")
+    return function
+
+
+def check_params(params: Any, caller: str) -> None:
+    """Raise `ValueError` where an update that looks at the parameters is given none."""
+    if params is None:
+        raise ValueError(f"{caller}: `update` needs the parameters. Pass them, opt.update(grads, state, params, ...).")
