@@ -31,6 +31,12 @@ def classifier(params, x):
     return jf.Categorical(logits=hidden @ w + b)
 
 
+def mean_loss(params, x, y):
+    """The classifier's mean negative log-likelihood, by JAX alone."""
+    log_prob = jf.log_likelihood(classifier)
+    return -jnp.mean(jax.vmap(log_prob, (None, 0, 0))(params, x, y))
+
+
 def data(key, n=N, dtype=jnp.float64):
     """Inputs ``[n, INPUTS]`` and class labels ``[n]``."""
     keys = jax.random.split(key, 2)

@@ -1,13 +1,12 @@
 """Spectra and effective dimensions against numpy in float64; the verdict against closed forms, and on models that are wrong."""
 
-import importlib
 import re
-import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from others import library
 
 import jaxfisher as jf
 from jaxfisher._distributions.base import family
@@ -252,16 +251,6 @@ def test_models_that_are_wrong_fail_where_they_are(name, key):
 # --- distributions of other libraries -------------------------------------------------------------------------------------
 
 
-def load(module):
-    """Another library, or a visible skip where it does not import on this JAX."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return importlib.import_module(module)
-        except (ImportError, AttributeError) as error:
-            pytest.skip(f"{module} does not import here: {error}")
-
-
 foreign = [
     pytest.mark.relaxed,
     pytest.mark.filterwarnings("ignore::DeprecationWarning:(tensorflow_probability|distrax|numpyro)"),
@@ -271,7 +260,7 @@ foreign = [
 
 @pytest.mark.parametrize("wrong", [False, True])
 def test_a_foreign_metric_is_the_hessian_of_a_kl_and_only_draws_can_judge_it(wrong, key):
-    distrax = load("distrax")
+    distrax = library("distrax")
 
     class Gumbel(distrax.Gumbel):
         def kl_divergence(self, other, **kwargs):
@@ -286,7 +275,7 @@ def test_a_foreign_metric_is_the_hessian_of_a_kl_and_only_draws_can_judge_it(wro
 
 
 def test_a_foreign_distribution_without_a_kl_is_checked_by_draws_alone(key):
-    nd = load("numpyro.distributions")
+    nd = library("numpyro.distributions")
     verdict = jf.check_fisher(lambda a: nd.LogNormal(a[0], jnp.exp(a[1])), jnp.array([0.7, 0.3]), key=key)
     assert verdict.passed and len(verdict.checks) == 2 and verdict.quotients.size == 0
     assert "has no KL divergence" in str(verdict)

@@ -1,8 +1,6 @@
 """Distributions: every law for every family, and what single families promise beyond them."""
 
 import dataclasses
-import importlib
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +18,7 @@ from laws import (
     expected_hessian,
     scores,
 )
+from others import library
 
 import jaxfisher as jf
 from jaxfisher._distributions.base import Distribution, family
@@ -183,16 +182,6 @@ ELSEWHERE = [
     (jf.MultivariateNormal, NUMPYRO, lambda lib, loc, tril: lib.MultivariateNormal(loc, scale_tril=jnp.tril(tril)), True),
     (jf.MultivariateNormal, DISTRAX, lambda lib, loc, tril: lib.MultivariateNormalTri(loc, jnp.tril(tril)), True),
 ]
-
-
-def library(name):
-    """The other library, or a visible skip: distrax needs TFP, which not every JAX here can import."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return importlib.import_module(name)
-        except (ImportError, AttributeError) as error:
-            pytest.skip(f"{name} does not import here: {error}")
 
 
 @pytest.mark.relaxed

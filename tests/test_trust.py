@@ -6,14 +6,9 @@ import numpy as np
 import optax
 import pytest
 from problems import assert_close, class_sum_fisher, classifier, flat, reference
+from problems import mean_loss as loss
 
 import jaxfisher as jf
-
-LOG_PROB = jf.log_likelihood(classifier)
-
-
-def loss(params, x, y):
-    return -jnp.mean(jax.vmap(LOG_PROB, (None, 0, 0))(params, x, y))
 
 
 def log_probs(params, x):
