@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import lineax
-from jaxtyping import Array, Bool, Float, Int, Scalar
+from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._linalg import SolveInfo, by_eigenvectors, norm
 from jaxfisher._operators.base import Damping, Dampings, Operator, View, as_operator, nonnegative
@@ -84,13 +84,13 @@ class CG:
             precondition = lambda r: spec.ravel(inverse(spec.unravel(r))[0], "r")  # noqa: E731
         most = 10 * spec.size if self.max_steps is None else self.max_steps
 
-        def iterate(product: Callable[[Array], Array], b: Array) -> tuple[Array, tuple[Array, Array]]:
-            x, steps, indefinite = _conjugate_gradients(product, precondition, b, start, self.rtol, most)
-            return x, (steps, indefinite)
+        def iterate(product: Callable[[Array], Array], b: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+            end = _conjugate_gradients(product, precondition, b, start, self.rtol, most)
+            return end.x, (end.r, end.steps, end.indefinite)
 
         # Derivatives are those of the solution, not of the iteration.
-        x, (steps, indefinite) = jax.lax.custom_linear_solve(product, b / size, iterate, symmetric=True, has_aux=True)
-        residual = norm(b / size - product(x))
+        x, (rest, steps, indefinite) = jax.lax.custom_linear_solve(product, b / size, iterate, symmetric=True, has_aux=True)
+        residual = norm(rest)
         finite = all_finite(x)
         converged = finite & (residual <= self.rtol) & ~indefinite
         info = SolveInfo(residual, steps, converged, finite, fisher.full_rank, indefinite)
@@ -111,21 +111,22 @@ def _damped(fisher: Operator, damping: Dampings) -> Callable[[Float[Array, " p"]
     return lambda x: spec.ravel(product(spec.unravel(x)), "x") + entries * x
 
 
+RESTARTS = 3
+"""How often an iteration that thinks it has arrived, and has not, starts again from the true residual."""
+
+
 class _State(NamedTuple):
-    """Where conjugate gradients are: the solution, its residual, that preconditioned, the direction and their products."""
+    """Where conjugate gradients are: solution, residual and its size, direction, ``r^T M r`` of the step before."""
 
     x: Array
     r: Array
+    size: Array
     p: Array
     rz: Array
-    size: Array
     steps: Array
     restarts: Array
+    going: Array
     indefinite: Array
-
-
-RESTARTS = 3
-"""How often an iteration that thinks it has arrived, and has not, starts again from the true residual."""
 
 
 def _conjugate_gradients(
@@ -135,47 +136,36 @@ def _conjugate_gradients(
     start: Float[Array, " p"] | None,
     rtol: float,
     most: int,
-) -> tuple[Float[Array, " p"], Int[Array, ""], Bool[Array, ""]]:
-    """The solution, the number of steps, and whether a direction of negative curvature ended it."""
+) -> _State:
+    """Where the iteration ends; the residual there is ``b - product(x)``, not a recursion."""
     # Lineax's solver stops on a test of step and residual together, and has no word for negative curvature.
     target = rtol * norm(b)
 
-    def begin(x: Array, r: Array, steps: Array, restarts: Array) -> _State:
-        z = precondition(r)
-        return _State(x, r, z, jnp.vdot(r, z), norm(r), steps, restarts, jnp.asarray(False))
-
-    def going(state: _State) -> Array:
-        return (state.size > target) & (state.steps < most) & (state.restarts < RESTARTS) & ~state.indefinite
-
     def step(state: _State) -> _State:
-        q = product(state.p)
-        curvature = jnp.vdot(state.p, q)
-        rounding = 10 * jnp.finfo(b.dtype).eps * norm(state.p) * norm(q)
+        z = precondition(state.r)
+        rz = jnp.vdot(state.r, z)
+        # Zero before the first step and after a true residual, to which the old directions are not conjugate.
+        share = jnp.where(state.rz != 0, rz / jnp.where(state.rz != 0, state.rz, 1), 0)
+        p = z + share * state.p
+        q = product(p)
+        curvature = jnp.vdot(p, q)
+        # Without any curvature nothing more is gained.
         forward = curvature > 0
-        length = jnp.where(forward, state.rz / jnp.where(forward, curvature, 1), 0)
-        x, r = state.x + length * state.p, state.r - length * q
-        arrived = norm(r) <= target
-        r = jax.lax.cond(arrived, lambda: b - product(x), lambda: r)
-        z = precondition(r)
-        rz, size = jnp.vdot(r, z), norm(r)
-        # After a true residual the old directions are no longer conjugate to it; without any curvature nothing more is gained.
+        length = jnp.where(forward, rz / jnp.where(forward, curvature, 1), 0)
+        x, r = state.x + length * p, state.r - length * q
+        arrived, last = norm(r) <= target, (state.steps + 1 >= most) | ~forward
+        r = jax.lax.cond(arrived | last, lambda: b - product(x), lambda: r)
+        size = norm(r)
         again = arrived & (size > target)
-        share = jnp.where(arrived, 0, rz / jnp.where(state.rz != 0, state.rz, 1))
-        return _State(
-            x,
-            r,
-            z + share * state.p,
-            rz,
-            size,
-            state.steps + 1,
-            jnp.where(forward, state.restarts + again.astype(jnp.int32), RESTARTS),
-            curvature < -rounding,
-        )
+        restarts = state.restarts + again.astype(jnp.int32)
+        going = (size > target) & ~last & (restarts < RESTARTS)
+        rounding = 10 * jnp.finfo(b.dtype).eps * norm(p) * norm(q)
+        return _State(x, r, size, p, jnp.where(again, 0, rz), state.steps + 1, restarts, going, curvature < -rounding)
 
-    zero = jnp.zeros((), jnp.int32)
-    first = (jnp.zeros_like(b), b) if start is None else (start, b - product(start))
-    end = jax.lax.while_loop(going, step, begin(*first, zero, zero))
-    return end.x, end.steps, end.indefinite
+    x, r = (jnp.zeros_like(b), b) if start is None else (start, b - product(start))
+    zero, size = jnp.zeros((), jnp.int32), norm(r)
+    begin = _State(x, r, size, jnp.zeros_like(b), jnp.zeros((), b.dtype), zero, zero, size > target, jnp.asarray(False))
+    return jax.lax.while_loop(lambda state: state.going, step, begin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +194,7 @@ class LSMR:
     1.0000 True
     """
 
-    rtol: float = 1e-6
+    rtol: float = 1e-7
     max_steps: int | None = None
 
     def __post_init__(self) -> None:
@@ -267,7 +257,7 @@ def solve_path(fisher: Operator, v: chex.ArrayTree, dampings: Float[Array, " k"]
 
     Args:
         fisher: an operator; of those held as a matrix or as scores, the smaller matrix is decomposed once, and each solution is
-            refined once against F itself.
+            refined against F itself.
         v: a pytree shaped like the parameters.
         dampings: shape ``[k]``, each ``>= 0``.
 
@@ -300,9 +290,9 @@ def solve(fisher: Operator, v: chex.ArrayTree, damping: Damping, solver: Solver 
 
     Without a solver the operator takes its own cheapest exact route: elementwise for a diagonal, the factors' eigenvectors for
     a Kronecker product, one p x p Cholesky factor for a matrix, and for scores the smaller of p x p and n x n (push-through).
-    Cholesky is refined once; where it cannot be trusted an eigendecomposition takes its place, and at zero damping a singular F
-    gives the minimum-norm solution ``F^+ v``, its rank reported. What counts as zero is decided with F scaled to a unit
-    diagonal: it does not depend on the units of the parameters.
+    Solutions are refined against F; where Cholesky cannot be trusted an eigendecomposition takes its place, and at zero damping
+    a singular F gives the minimum-norm solution ``F^+ v``, its rank reported. What counts as zero is decided with F scaled to a
+    unit diagonal: it does not depend on the units of the parameters.
 
     Args:
         fisher: the operator.

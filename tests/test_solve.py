@@ -48,6 +48,28 @@ def test_float32_residual(shape, relative_damping, key):
         np.testing.assert_allclose(info.residual, residual, atol=3e-5)
 
 
+@pytest.mark.parametrize("shape", [(100, 400), (400, 100)])
+@pytest.mark.parametrize("epsilons", [3.0, 10.0])
+def test_a_damping_at_the_rounding_of_the_matrix(shape, epsilons, key):
+    """A damping of a few eps of the largest eigenvalue, singular values over [1e-4, 1]: no factorisation in float32 solves it.
+
+    What it gives is near enough to be mended against the scores, which are not squared.
+    """
+    n, p = shape
+    F, X = fisher_with(np.geomspace(1e-4, 1, min(shape)), n, p, key)
+    damping = epsilons * float(jnp.finfo(jnp.float32).eps)
+    v = (X.T @ np.cos(np.arange(n))).astype(np.float32)
+
+    def both(F, v, damping):
+        path, reports = jf.solve_path(F, v, damping[None])
+        return jf.solve(F, v, damping), (path[0], jax.tree.map(lambda leaf: leaf[0], reports))
+
+    for x, info in jax.jit(both)(F, jnp.asarray(v), jnp.float32(damping)):
+        x = np.asarray(x, np.float64)
+        residual = np.linalg.norm(v - X.T @ (X @ x) - damping * x) / np.linalg.norm(v)
+        assert residual < 1e-4 and info.converged and info.rank == p, (residual, info)
+
+
 def test_float32_natural_gradient_keeps_its_digits(key):
     """Solved in the space of examples, nothing cancels: 1e-5 relative at a damping where the plain p-side loses everything."""
     n, p = 30, 80

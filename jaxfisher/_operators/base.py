@@ -430,12 +430,8 @@ def solve_matrix(
             return matmul(matrix, x) + damping * x
 
         def apply(v: Array) -> tuple[Array, SolveInfo]:
-            length = norm(v)
-            length = jnp.where(length > 0, length, 1)
-            direction = v / length
-            x = refined(inverse.apply, product, direction)
-            info = direct_info(direction - product(x), direction, x, damping, inverse.rank)
-            return x * (length * factor), info
+            x, rest = refined(inverse.apply, product, v)
+            return x * factor, direct_info(rest, v, x, damping, inverse.rank)
 
         return apply
 

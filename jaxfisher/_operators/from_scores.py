@@ -129,12 +129,8 @@ class FromScores(Operator):
             solve, rank = route(scaled, damping, matrices(damping))
 
             def apply(v: Array) -> tuple[Array, SolveInfo]:
-                length = norm(v)
-                length = jnp.where(length > 0, length, 1)
-                direction = v / length
-                x = solve(direction)
-                info = direct_info(direction - scaled.damped_product(damping)(x), direction, x, damping, rank)
-                return x * (length * factor) * factor, info
+                x, rest = refined(solve, scaled.damped_product(damping), v)
+                return x * factor * factor, direct_info(rest, v, x, damping, rank)
 
             return flat_inverse(self.spec, apply)
 
@@ -170,8 +166,8 @@ class FromScores(Operator):
         if scaled.short:
             x = _from_rows(scaled, scaled.root * e, damping)
         else:
-            solve, _ = _by_moment(scaled, damping, invert(scaled.moment(), damping))
-            x = self.spec.unravel(solve(scaled.out_of_rows(scaled.root * e)))
+            solve = invert(scaled.moment(), damping).apply
+            x = self.spec.unravel(refined(solve, scaled.damped_product(damping), scaled.out_of_rows(scaled.root * e))[0])
         return jax.tree.map(lambda leaf: leaf * factor, x)
 
 
@@ -229,6 +225,7 @@ def _from_rows(scaled: Scaled, e: Float[Array, " rows"], damping: Scalar) -> Any
     x = scaled.rmv(c)
 
     def refine() -> Any:
+        # Adding to x instead of c would lose less in the last product, and hold one more vector of the parameters' size.
         return scaled.rmv(c + inverse.apply(e - (scaled.mv(x) + damping * c)))
 
     # A well-conditioned Gram matrix loses three digits at most, and mending them takes most of another gradient.
@@ -241,7 +238,7 @@ Solve = Callable[[Float[Array, " p"]], Float[Array, " p"]]
 
 def _by_moment(scaled: Scaled, damping: Scalar, inverse: Inverse | Decomposed) -> tuple[Solve, Int[Array, ""]]:
     """The p x p route, ``v -> (X^T X + damping I)^-1 v``, and the rank."""
-    return lambda v: refined(inverse.apply, scaled.damped_product(damping), v), inverse.rank
+    return inverse.apply, inverse.rank
 
 
 def _by_gram(scaled: Scaled, damping: Scalar, inverse: Inverse | Decomposed) -> tuple[Solve, Int[Array, ""]]:
@@ -260,4 +257,4 @@ def _by_gram(scaled: Scaled, damping: Scalar, inverse: Inverse | Decomposed) -> 
 
     full = jnp.asarray(scaled.scores.spec.size, jnp.int32)
     rank = jnp.where(inverse.damped, full, inverse.rank)
-    return lambda v: refined(split, scaled.damped_product(damping), v), rank
+    return split, rank
