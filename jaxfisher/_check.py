@@ -156,7 +156,7 @@ def check_fisher(
     for name, count in (("num_directions", num_directions), ("num_draws", num_draws)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"`{name}` is {described(count)}; expected a whole number of at least 1.")
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, inputs))):
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, inputs, key))):
         raise TypeError(
             "check_fisher returns a verdict on numbers, and there are none under jit, vmap or grad. Call it outside."
         )

@@ -157,9 +157,16 @@ class _Machine:
         arrays = [count for value, count in varying if not isinstance(value, Unformed)]
         unformed = [value for value, _ in varying if isinstance(value, Unformed)]
         if name in _BUILDS:
-            held = arrays + [sum(f.size for term in value.terms for f in term.factors if f.flags) for value in unformed]
+            held = arrays + [sum(map(_numbers, value.terms)) for value in unformed]
             return size > 2 * (sum(held) if name == "concatenate" else max(held, default=0))
         return size > max(arrays, default=0) and any(value.is_large for value in unformed)
+
+
+def _numbers(term: Term) -> int:
+    """How many numbers that vary a term is made of: those of its factors, or, where a sum was not taken yet, its own."""
+    factors = [factor for factor in term.factors if factor.flags]
+    own = {axis for axes in term.dims for axis in axes} & {axis for factor in factors for axis in factor.axes}
+    return min(sum(factor.size for factor in factors), math.prod(axis.size for axis in own))
 
 
 _CONTROL = frozenset({"scan", "while", "cond"})

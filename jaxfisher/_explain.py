@@ -115,7 +115,8 @@ def explain(function: Callable[..., Any], params: chex.ArrayTree, *data: Any) ->
     Args:
         function: ``log_prob(params, *example) -> scalar`` or ``model(params, *inputs) -> distribution``, of ONE example.
         params: the parameters, any pytree.
-        *data: as for `jaxfisher.scores` or `jaxfisher.exact_fisher`; arrays with a leading axis of n examples.
+        *data: as for `jaxfisher.scores` or `jaxfisher.exact_fisher`; arrays with a leading axis of n examples. Any array here and
+            in ``params`` may be a `jax.ShapeDtypeStruct`.
 
     Returns:
         An `Explanation`: a table when printed, and a value to test on, for instance ``assert not explanation.plain``.
@@ -135,6 +136,20 @@ def explain(function: Callable[..., Any], params: chex.ArrayTree, *data: Any) ->
     ('outer product', 101632, 1003520)
     """
     check_function("function", function, "log_prob(params, *example) -> scalar or model(params, *inputs) -> distribution")
+    leaves, treedef = jax.tree.flatten((params, data))
+    shapes = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
+    found = []
+
+    def run(arrays: dict[int, Any]) -> tuple[()]:
+        params, data = jax.tree.unflatten(treedef, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+        found.append(_explanation(function, params, data))
+        return ()
+
+    jax.eval_shape(run, shapes)
+    return found[-1]
+
+
+def _explanation(function: Callable[..., Any], params: chex.ArrayTree, data: tuple[Any, ...]) -> Explanation:
     batch = make_batch(params, data, None)
     rows = _rows(function, params, batch.data)
     with of_one_example(rows.function, rows.name, params, batch.data):

@@ -342,6 +342,15 @@ def _weight_norm():
     return log_prob, _weights(direction=(3, 4), size=(4,), out=(4, 2)), (_inputs(3), _targets(2))
 
 
+@_row("out", plain="direction")
+def _weight_norm_of_vectors():
+    def log_prob(p, x, y):
+        unit = p["direction"] / jnp.linalg.norm(p["direction"], axis=0)[None]
+        return _gaussian(jnp.tanh(x @ unit) @ p["out"], y)
+
+    return log_prob, _weights(direction=(6, 8), out=(8, 2)), (_inputs(6), _targets(2))
+
+
 @_row("out", plain="w")
 def _masked_weight():
     mask = np.tril(np.ones((6, 6)))

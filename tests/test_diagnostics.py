@@ -302,6 +302,8 @@ def test_errors_of_check_fisher(key):
         jf.check_fisher(model, 0.4, key=key, num_draws=True)
     with pytest.raises(TypeError, match="none under jit"):
         jax.jit(lambda a: jf.check_fisher(model, a, key=key).checks[0].value)(0.4)
+    with pytest.raises(TypeError, match="none under jit"):
+        jax.jit(lambda key: jf.check_fisher(model, 0.4, key=key).checks[0].value)(key)
     with pytest.raises(TypeError, match="Expected a distribution"):
         jf.check_fisher(lambda a: a, 0.4, key=key)
     with pytest.raises(TypeError, match="`model` is 1"):

@@ -789,8 +789,8 @@ def test_explain_states_what_is_held():
     # 2 T^2 n^2 (I + O) for inner products of factors; nothing is computed, so nothing but shapes is needed.
     assert by_path["['w']"].flops == 2 * N * N * (4 + 6)
     assert by_path["['unused']"].why == "the function does not depend on it"
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), EXPLAINED)
-    assert jf.explain(mixed, shapes, tokens, y) == explanation
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (EXPLAINED, tokens, y))
+    assert jf.explain(mixed, *shapes) == jf.explain(mixed, EXPLAINED, *shapes[1:]) == explanation
 
 
 def test_explain_prints_a_table():
