@@ -1,0 +1,74 @@
+"""Training steps with the data spread over eight devices against the same steps on one; run by `test_sharding`.
+
+Prints a line of JSON for each optimiser and kind of mesh: the largest difference, and the sizes of what all devices gather.
+"""
+
+import json
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxfisher as jf
+
+EXAMPLES = 32
+
+
+def model(params, x):
+    return jf.Categorical(logits=jnp.tanh(x @ params["a"] + params["b"]) @ params["c"])
+
+
+def problem():
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "a": 0.3 * jax.random.normal(keys[0], (6, 8)),
+        "b": jnp.zeros(8),
+        "c": 0.3 * jax.random.normal(keys[1], (8, 3)),
+    }
+    return params, jax.random.normal(keys[2], (EXAMPLES, 6)), jax.random.randint(keys[3], (EXAMPLES,), 0, 3)
+
+
+def optimisers(params, x):
+    # The exact Fisher has more rows than parameters, the empirical one fewer.
+    # `training_step` gives a Fisher the inputs only.
+    empirical = lambda params, x: jf.empirical_fisher(lambda params, x: model(params, x).log_prob(0))(params, x)  # noqa: E731
+    return {
+        "exact": (jf.natural_gradient(1.0, 1e-2, radius=0.1), None),
+        "empirical": (jf.natural_gradient(1.0, 1e-2), empirical),
+        "diagonal": (jf.natural_gradient(1.0, 1e-2, view=jf.diagonal), None),
+        "kfac": (jf.kfac(lambda: jf.exact_fisher(model)(params, x)), None),
+    }
+
+
+def gathered(text):
+    """The sizes of the arrays that a program gathers on every device."""
+    shapes = re.findall(r"\w+\[([\d,]*)\]\S* all-gather\(", text)
+    return [math.prod(int(size) for size in shape.split(",") if size) for shape in shapes]
+
+
+def main():
+    jax.config.update("jax_enable_x64", True)
+    params, x, y = problem()
+    for name, (opt, fisher) in optimisers(params, x).items():
+        step, state = jf.training_step(model, opt, fisher), opt.init(params)
+        one = jax.jit(step)(params, state, x, y)
+        for kind in (AxisType.Auto, AxisType.Explicit):
+            if kind == AxisType.Explicit and name != "exact":
+                continue
+            mesh = jax.make_mesh((8,), ("examples",), axis_types=(kind,))
+            with jax.set_mesh(mesh):
+                everywhere, apart = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("examples",)))
+                given = (*jax.device_put((params, state), everywhere), *jax.device_put((x, y), apart))
+                spread = step if kind == AxisType.Auto else jax.sharding.auto_axes(step, out_sharding=PartitionSpec())
+                program = jax.jit(spread).lower(*given).compile()
+                many = program(*given)
+            pairs = zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True)
+            off = max(float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)))) for a, b in pairs)
+            print(json.dumps({"name": name, "kind": kind.name, "off": off, "gathered": gathered(program.as_text())}))
+
+
+if __name__ == "__main__":
+    main()
