@@ -115,8 +115,8 @@ def explain(function: Callable[..., Any], params: chex.ArrayTree, *data: Any) ->
     Args:
         function: ``log_prob(params, *example) -> scalar`` or ``model(params, *inputs) -> distribution``, of ONE example.
         params: the parameters, any pytree.
-        *data: as for `jaxfisher.scores` or `jaxfisher.exact_fisher`; arrays with a leading axis of n examples. Any array here and
-            in ``params`` may be a `jax.ShapeDtypeStruct`.
+        *data: as for `jaxfisher.scores` or `jaxfisher.exact_fisher`; arrays with a leading axis of n examples. Any array here
+            and in ``params`` may be a `jax.ShapeDtypeStruct`.
 
     Returns:
         An `Explanation`: a table when printed, and a value to test on, for instance ``assert not explanation.plain``.

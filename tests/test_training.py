@@ -49,15 +49,18 @@ def like():
     return jf.exact_fisher(classifier)(params, x)
 
 
-def test_the_first_step_of_kfac_by_hand():
+@pytest.mark.parametrize("damping", [0.1, 1e-7])
+def test_the_first_step_of_kfac_by_hand(damping):
     """The direction from the factors, its length from the Fisher itself, the damping from what became of the loss."""
     params, x, y, _, rows = reference()
-    opt = jf.kfac(like, damping=0.1)
+    opt = jf.kfac(like, damping=damping)
     new, state, value = jax.jit(jf.training_step(classifier, opt))(params, opt.init(params), x, y)
     g, dense = -rows.mean(0), class_sum_fisher(params, x)
     factors = np.asarray(jf.kronecker(like()).as_matrix())
-    d = np.linalg.solve(factors + 0.1 * np.eye(31), g)
-    rate = (g @ d) / (d @ (dense + 0.1 * np.eye(31)) @ d)
+    light = max(damping / 100, 1e-4 * np.trace(factors) / 31)
+    assert (light > damping / 100) == (damping < 0.1), "both cases"
+    d = np.linalg.solve(factors + light * np.eye(31), g)
+    rate = (g @ d) / (d @ (dense + damping * np.eye(31)) @ d)
     assert_close(optax.tree.get(state, "learning_rate"), rate, factor=1e5, eps=1.2e-7)
     np.testing.assert_allclose(flat(new), flat(params) - rate * d, rtol=1e-6)
     u = -rate * d

@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
+import jax.numpy as jnp
 import optax
+from jaxtyping import Scalar
 
+from jaxfisher._linalg import SolveInfo
 from jaxfisher._operators.base import Operator, View
+from jaxfisher._operators.identity import relative_damping
 from jaxfisher._operators.kronecker import kronecker
+from jaxfisher._solve import solve
 from jaxfisher._transform.adapt_damping import adapt_damping
 from jaxfisher._transform.quadratic_model import quadratic_model
 from jaxfisher._transform.scale_by_fisher import scale_by_fisher
+
+SHARE = 1e-2
+"""The damping of the direction in dampings of the length: the best of a few powers of ten on four tasks."""
+LEAST = 1e-4
+"""And the least of it, in mean eigenvalues of what is inverted."""
 
 
 def kfac(
     like: Operator | Callable[[], Operator],
     *,
     damping: chex.Numeric = 1e-2,
-    view: View = kronecker,
+    view: View | None = kronecker,
     decay: chex.Numeric | None = 0.95,
     update_every: chex.Numeric | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Natural gradients with Kronecker factors, and nothing to tune: learning rate, momentum and damping find themselves.
 
-    .. math:: d = (\overline{A \otimes G} + \lambda I)^{-1} g, \qquad u = -\alpha d + \mu u_{-1}, \qquad
-        \alpha, \mu = \arg\min\; g^T u + \tfrac12 u^T (F + \lambda I) u.
+    .. math:: d = (K + \gamma I)^{-1} g, \quad \gamma = \max\Big(\frac{\lambda}{100}, \frac{\mathrm{tr} K}{10^4 p}\Big), \qquad
+        u = -\alpha d + \mu u_{-1}, \quad \alpha, \mu = \arg\min\; g^T u + \tfrac12 u^T (F + \lambda I) u.
 
-    It is ``chain(scale_by_fisher(damping, view=view, decay=decay, like=like), quadratic_model(damping))`` inside an
-    `adapt_damping`: the direction from a running mean of the factors, the length from the Fisher of the batch itself, the
-    damping from the ratio of the loss's actual decrease to the predicted one; a step that raises the batch's loss is not taken.
-    Give it the exact or a sampled
-    Fisher, never the empirical one::
+    It is ``chain(scale_by_fisher(view=view, decay=decay, like=like), quadratic_model(damping))`` inside an `adapt_damping`: the
+    direction from K, a running mean of the factors, the length from the Fisher F of the batch itself, the damping from the
+    ratio of the loss's actual decrease to the predicted one; a step that raises the batch's loss is not taken. The ratio judges
+    the model that gives the length, not K: so lambda damps the length, and the direction is damped by a share of it, and by no
+    less than a share of the mean eigenvalue, where lambda goes to zero. Give it the exact or a sampled Fisher, never the
+    empirical one::
 
         opt = jf.kfac(like=lambda: jf.exact_fisher(model)(params, x))
         step = jax.jit(jf.training_step(model, opt))
@@ -63,5 +75,11 @@ def kfac(
     >>> print(jnp.max(jnp.abs(w - y)) < 0.2, state.accepted)  # the first of a few steps
     True True
     """
-    direction = scale_by_fisher(damping, view=view, decay=decay, update_every=update_every, like=like)
+    direction = scale_by_fisher(damping, view=view, solver=_lightly, decay=decay, update_every=update_every, like=like)
     return adapt_damping(optax.chain(direction, quadratic_model(damping)), damping)
+
+
+def _lightly(fisher: Operator, v: Any, damping: Scalar) -> tuple[Any, SolveInfo]:
+    """The exact solve at the damping of a direction whose length will be damped by ``damping``."""
+    least = relative_damping(fisher, LEAST)
+    return solve(fisher, v, jnp.maximum(SHARE * damping.astype(least.dtype), least))
