@@ -92,14 +92,14 @@ class _Machine:
 
     def output(self, atom: Atom) -> tuple[Value, int, str | None]:
         value = self.value(atom)
-        return (value if isinstance(value, Unformed) else jnp.asarray(value)), self.flag(atom), self.reason(atom)
+        return (value if isinstance(value, Unformed) else _array(value)), self.flag(atom), self.reason(atom)
 
     def terms(self, atom: Atom) -> tuple[Term, ...]:
         """The value as a sum of terms; an ordinary array is a term of one factor."""
         value = self.value(atom)
         if isinstance(value, Unformed):
             return value.terms
-        return (terms.whole(jnp.asarray(value), self.flag(atom), self.reason(atom)),)
+        return (terms.whole(_array(value), self.flag(atom), self.reason(atom)),)
 
     def _step(self, equation: Equation) -> None:
         wanted = [out in self.wanted for out in equation.outs]
@@ -196,6 +196,14 @@ def _shown(program: Program) -> set[int]:
         if equation.primitive.name in _ARRANGES and equation.outs[0] in found:
             found.update(atom for atom in equation.ins[:1] if isinstance(atom, int))
     return found
+
+
+def _array(value: Any) -> Array:
+    """The value as an array; one that is an array as the same object, by which a bias is known to have its layer's cotangent.
+
+    On a mesh, `jnp.asarray` of JAX 0.10.0 makes another object.
+    """
+    return value if isinstance(value, jax.Array) else jnp.asarray(value)
 
 
 def _union(flags: Sequence[int]) -> int:
