@@ -59,8 +59,8 @@ def kl_divergence(p: Any, q: Any) -> Float[Array, "*batch"]:
 def kl(model: Model) -> KLFunction:
     r"""The mean KL divergence between what a model predicts at two parameter values.
 
-    .. math:: KL(\theta_p \,\|\, \theta_q) = \frac1n \sum_i KL(p_{\theta_p}(\cdot \mid x_i) \,\|\, p_{\theta_q}(\cdot \mid
-    x_i)).
+    .. math:: KL(\theta_p \,\|\, \theta_q) = \frac1n \sum_i
+        KL(p_{\theta_p}(\cdot \mid x_i) \,\|\, p_{\theta_q}(\cdot \mid x_i)).
 
     Parts of one target (the batch axes of a predicted distribution) are independent, so their divergences are summed. As a
     function of ``params_q`` it has value and gradient zero at ``params_p``, and there its Hessian is the exact Fisher.
@@ -105,8 +105,8 @@ def kl(model: Model) -> KLFunction:
 def monte_carlo_kl(log_prob: LogProb) -> Callable[..., Scalar]:
     r"""The KL divergence of any two densities of a family, from samples or quadrature nodes.
 
-    .. math:: KL(\theta_p \,\|\, \theta_q) \approx \sum_i w_i\,[\log p_{\theta_p}(x_i) - \log p_{\theta_q}(x_i)] \Big/ \sum_i
-    w_i.
+    .. math:: KL(\theta_p \,\|\, \theta_q) \approx \sum_i w_i\,[\log p_{\theta_p}(x_i) - \log p_{\theta_q}(x_i)]
+        \Big/ \sum_i w_i.
 
     With samples from ``p`` it is unbiased, with a standard error of ``std(log p - log q) / sqrt(n)``; one estimate may be
     negative. With nodes and weights of a quadrature rule *for expectations under p* it is that rule's answer. Only ``params_q``

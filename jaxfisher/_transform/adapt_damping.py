@@ -49,7 +49,8 @@ def adapt_damping(
 
     with ``c`` the ``factor``. A step after which the loss is not lower, or not finite, is not taken: the updates are zero, the
     inner state stays as it was, and the damping rises by ``c^2``. So with a fixed batch the loss never goes up; with
-    minibatches it is each batch's own loss that does not. Wrap the whole chain, learning rate included::
+    minibatches it is each batch's own loss that does not. Where a step makes its own data stale, as in reinforcement learning,
+    that loss says little: chain a `backtrack_kl` inside. Wrap the whole chain, learning rate included::
 
         opt = jf.adapt_damping(jf.natural_gradient(learning_rate=1.0, damping=0.1), damping=0.1)
         updates, state = opt.update(grads, state, params, fisher=F, value=value, value_fn=lambda new: loss(new, x, y))
