@@ -1,0 +1,128 @@
+"""What CONTRIBUTING.md says of adding things, done once with a toy of each from outside the package."""
+
+import math
+
+import catalogue
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import scipy.stats
+from families import Case
+from laws import check_family
+from models import compiled
+from problems import assert_close, classifier, data, flat, mean_loss, mlp_params
+
+import jaxfisher as jf
+from jaxfisher import _cut, _terms
+from jaxfisher._distributions.base import Distribution, family
+from jaxfisher._distributions.excess import exp_excess
+from jaxfisher._operators.base import Operator
+from jaxfisher._transform.given import fisher_for
+
+# --- a distribution ----------------------------------------------------------------------------------------------------------
+
+
+@family
+class HalfNormal(Distribution):
+    """The absolute value of a normal variable of mean zero and scale ``exp(log_scale)``."""
+
+    log_scale: jax.Array
+
+    field_ndims = (0,)
+    event_ndim = 0
+
+    @property
+    def mean(self):
+        return math.sqrt(2 / math.pi) * jnp.exp(self.log_scale)
+
+    def log_prob(self, x):
+        size = jnp.asarray(x).astype(self.log_scale.dtype)
+        inside = 0.5 * math.log(2 / math.pi) - self.log_scale - 0.5 * jnp.square(size * jnp.exp(-self.log_scale))
+        return jnp.where(size < 0, -jnp.inf, inside)
+
+    def sample(self, key, shape=()):
+        size = shape + self.batch_shape
+        noise = jax.random.normal(key, size, self.log_scale.dtype)
+        return jnp.abs(noise) * jnp.broadcast_to(jnp.exp(self.log_scale), size)
+
+    def kl(self, other):
+        other = self._same_family(other)
+        return 0.5 * exp_excess(2 * (self.log_scale - other.log_scale))
+
+    def fisher_sqrt_mv(self, u):
+        return self._make(math.sqrt(2) * u.log_scale)
+
+
+def test_a_distribution(key):
+    """A row gives it every law: density, divergence, Fisher by three routes, dtypes, draws."""
+    rule = lambda: oracle.half_line(0.0, scale=math.exp(0.4))  # noqa: E731
+    case = Case("HalfNormal", HalfNormal, (0.4,), (-0.3,), rule, lambda s: scipy.stats.halfnorm(scale=np.exp(s)), outside=(-1,))
+    check_family(case, key)
+
+
+# --- a rule of the engine ----------------------------------------------------------------------------------------------------
+
+
+def test_a_rule(monkeypatch):
+    """The catalogue's invented primitive doubles and reverses. With a rule for it the weight behind it is held as factors."""
+    row = catalogue.row("invented_primitive_on_a_weight")
+    explained = lambda: jf.explain(row.log_prob, row.params, *row.data)  # noqa: E731
+    assert explained().plain == ("['w']",)
+
+    def doubled_and_reversed(term, params):
+        last = len(term.dims) - 1
+        size = math.prod(axis.size for axis in term.dims[last])
+        reversed_ = _terms.along(term, last, lambda array, axis: jnp.flip(array, axis), size)
+        return None if reversed_ is None else _terms.scale(reversed_, jnp.asarray(2.0, jnp.float32))
+
+    monkeypatch.setitem(_cut._RULES, "invented", _cut._each(doubled_and_reversed))
+    monkeypatch.setitem(_cut._TAKES, "invented", slice(1))
+    assert not explained().plain and explained().leaves[-1].form == "outer product"
+    moment = compiled(lambda params, *data: jf.scores(row.log_prob)(params, *data).second_moment())(row.params, *row.data)
+    rows = compiled(jax.vmap(jax.grad(row.log_prob), (None, *(0 for _ in row.data))))(row.params, *row.data)
+    dense = np.stack([flat(jax.tree.map(lambda leaf, i=i: leaf[i], rows)) for i in range(len(row.data[0]))])
+    assert_close(moment, dense.T @ dense / len(dense))
+
+
+# --- a view, and a transformation --------------------------------------------------------------------------------------------
+
+
+def softened(fisher: Operator) -> Operator:
+    """Half of the Fisher and half of its diagonal."""
+    return 0.5 * jf.dense(fisher) + 0.5 * jf.diagonal(fisher)
+
+
+def scale_by_sharpness() -> optax.GradientTransformationExtraArgs:
+    """Divides by the mean eigenvalue."""
+
+    def update(updates, state, params=None, *, fisher=None, **extra_args):
+        mean = fisher_for(updates, fisher, "scale_by_sharpness").trace() / sum(leaf.size for leaf in jax.tree.leaves(updates))
+        return jax.tree.map(lambda leaf: leaf / mean, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def test_a_view_and_a_transformation(key):
+    """A function from operator to operator is a view; what takes ``fisher=`` chains with the rest, and may be masked."""
+    params, (x, y) = mlp_params(key), data(key)
+    gradient = compiled(jax.grad(mean_loss))(params, x, y)
+
+    @compiled
+    def step(params, x):
+        F = jf.exact_fisher(classifier)(params, x)
+        opt = optax.chain(jf.scale_by_fisher(0.1, view=softened), scale_by_sharpness())
+        masked = optax.masked(scale_by_sharpness(), {"hidden": True, "out": False})
+        updates, _ = opt.update(gradient, opt.init(params), params, fisher=F)
+        return F.as_matrix(), updates, masked.update(gradient, masked.init(params), params, fisher=F)[0]
+
+    dense, updates, masked = step(params, x)
+    dense = np.asarray(dense)
+    half = 0.5 * dense + 0.5 * np.diag(np.diag(dense))
+    expected = np.linalg.solve(half + 0.1 * np.eye(len(dense)), flat(gradient)) / (np.trace(dense) / len(dense))
+    assert_close(flat(updates), expected, factor=1e4)
+    hidden = flat(gradient["hidden"]) / np.mean(np.diag(dense)[: len(flat(gradient["hidden"]))])
+    assert_close(flat(masked["hidden"]), hidden)
+    chex.assert_trees_all_equal(masked["out"], gradient["out"])
