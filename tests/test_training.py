@@ -68,6 +68,25 @@ def test_the_first_step_of_kfac_by_hand(damping):
     np.testing.assert_allclose(state.ratio, ratio, rtol=1e-5)
 
 
+def test_the_direction_of_kfac_by_a_solver():
+    """It is given the operator and the damping of the direction; the length fits whatever comes out."""
+    params, x, y, _, rows = reference()
+    seen = []
+
+    def steepest(fisher, v, damping):
+        seen.append(fisher.form)
+        return jax.tree.map(lambda leaf: leaf / damping, v), jf.solve(fisher, v, damping)[1]
+
+    opt = jf.kfac(like, damping=0.1, solver=steepest)
+    new, state, _ = jax.jit(jf.training_step(classifier, opt))(params, opt.init(params), x, y)
+    g, dense = -rows.mean(0), class_sum_fisher(params, x)
+    rate = (g @ g) / (g @ (dense + 0.1 * np.eye(31)) @ g)
+    np.testing.assert_allclose(flat(new), flat(params) - rate * g, rtol=1e-6)
+    light = max(1e-3, 1e-4 * np.trace(np.asarray(jf.kronecker(like()).as_matrix())) / 31)
+    assert_close(optax.tree.get(state, "learning_rate"), rate * light, factor=1e5, eps=1.2e-7)
+    assert all("Kronecker" in form for form in seen)
+
+
 def test_kfac_fits_without_tuning():
     """Seven examples can be told apart: the loss falls a hundredfold in thirty steps, and never rises."""
     params, x, y, _, _ = reference()
