@@ -131,6 +131,33 @@ def test_a_bad_step_leaves_everything_but_the_damping(problem):
 # --- quadratic_model ---------------------------------------------------------------------------------------------------------
 
 
+def test_around_a_partition_the_ratio_is_of_all_that_moved(problem):
+    """One part by the dense solve with its own Fisher, the other by gradient descent; the model is of both."""
+    params, x, y, gradient, fisher, dense = problem
+    labels = {"hidden": "natural", "out": "sgd"}
+    inner = optax.partition({"natural": jf.natural_gradient(1.0, 0.25), "sgd": optax.sgd(0.1)}, labels)
+    opt = jf.adapt_damping(inner, 0.25)
+    value_fn = lambda new: loss(new, x, y)  # noqa: E731
+    updates, state = jax.jit(lambda s: opt.update(gradient, s, params, fisher=fisher, value_fn=value_fn))(opt.init(params))
+    g, k = flat(gradient), 16  # the hidden layer comes first in ravel order
+    u = np.concatenate([-np.linalg.solve(dense[:k, :k] + 0.25 * np.eye(k), g[:k]), -0.1 * g[k:]])
+    assert_close(flat(updates), u, factor=1e4)
+    actual = loss(params, x, y) - loss(optax.apply_updates(params, updates), x, y)
+    np.testing.assert_allclose(state.ratio, actual / -(g @ u + 0.5 * u @ dense @ u), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adapt_damping", "backtrack_kl"])
+def test_inside_a_mask_what_looks_at_the_loss_says_where_it_belongs(name, problem):
+    params, x, y, gradient, fisher, _ = problem
+    opt = {"adapt_damping": jf.adapt_damping(optax.sgd(0.1), 0.1), "backtrack_kl": jf.backtrack_kl(0.1)}[name]
+    masked = optax.masked(opt, {"hidden": True, "out": False})
+    given = {"fisher": fisher, "value_fn": lambda new: loss(new, x, y), "kl_fn": lambda new: jf.kl(classifier)(params, new, x)}
+    with pytest.raises(
+        ValueError, match=f"{name}: inside optax.masked.*a part of the parameters.*adapt_damping around.*backtrack_kl behind"
+    ):
+        masked.update(gradient, masked.init(params), params, **given)
+
+
 def test_rates_minimise_the_quadratic_model(problem):
     params, _, _, gradient, fisher, dense = problem
     opt = optax.chain(jf.scale_by_fisher(0.1, view=jf.diagonal), jf.quadratic_model(0.02))

@@ -95,7 +95,7 @@ def adapt_damping(
 
     def init(params: chex.ArrayTree) -> AdaptDampingState:
         one = jnp.ones((), jnp.float32)
-        return AdaptDampingState(chain.init(params), one * damping, one, jnp.asarray(True))
+        return AdaptDampingState(chain.init(params), jnp.asarray(damping, jnp.float32), one, jnp.asarray(True))
 
     def update(
         updates: Any,
@@ -114,16 +114,24 @@ def adapt_damping(
         start = jnp.asarray(loss(params) if value is None else value)
         # Made once here, where it is needed at every update, and not again by everything inside.
         operator = fisher_for(updates, fisher, "adapt_damping")
-        given = {"fisher": operator, "value": start, "value_fn": value_fn, "damping": state.damping, **extra_args}
+        # The gradient is what comes in: under `optax.MultiSteps` it is a mean, and one given by keyword is not.
+        given = extra_args | {
+            "grad": updates,
+            "fisher": operator,
+            "value": start,
+            "value_fn": value_fn,
+            "damping": state.damping,
+        }
         step, after = chain.update(updates, state.inner, params, **given)
         g, u = operator._vector(updates), operator._vector(step)
         predicted = -(dot(g, u) + 0.5 * operator.quadratic(u))
-        actual = start - loss(optax.apply_updates(params, step))
+        actual = (start - loss(optax.apply_updates(params, step))).astype(operator.spec.dtype)
         # Comparisons with a NaN are false: such a step is not taken. Where nothing was promised, nothing was broken.
         accepted = actual > 0
         ratio = jnp.where(predicted > 0, actual / jnp.where(predicted > 0, predicted, 1), 0).astype(jnp.float32)
-        grow = jnp.where(accepted, jnp.where(ratio > upper, 1 / factor, jnp.where(ratio < lower, factor, 1)), factor**2)
-        next_damping = jnp.clip(state.damping * grow, least, most).astype(jnp.float32)
+        c, low, high, floor, ceiling = (jnp.asarray(x, jnp.float32) for x in (factor, lower, upper, least, most))
+        grow = jnp.where(accepted, jnp.where(ratio > high, 1 / c, jnp.where(ratio < low, c, 1)), c**2)
+        next_damping = jnp.clip(state.damping * grow, floor, ceiling)
         taken = select(accepted, step, jax.tree.map(jnp.zeros_like, step))
         return taken, AdaptDampingState(select(accepted, after, state.inner), next_damping, ratio, accepted)
 

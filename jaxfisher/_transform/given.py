@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Int
 
 from jaxfisher._operators.base import Operator, as_operator
@@ -75,6 +76,12 @@ def function_for(name: str, function: Callable[[Any], Any] | None, meaning: str,
 
 
 def check_params(params: Any, caller: str) -> None:
-    """Raise `ValueError` where an update that looks at the parameters is given none."""
+    """Raise `ValueError` where an update that looks at the loss is given no parameters, or a part of them."""
     if params is None:
         raise ValueError(f"{caller}: `update` needs the parameters. Pass them, opt.update(grads, state, params, ...).")
+    masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
+    if any(map(masked, jax.tree.leaves(params, is_leaf=masked))):
+        raise ValueError(
+            f"{caller}: inside optax.masked or optax.partition it sees only a part of the parameters, and the loss is a "
+            "function of all. Put jf.adapt_damping around the masked transformation, jf.backtrack_kl behind it in optax.chain."
+        )

@@ -45,6 +45,9 @@ def quadratic_model(damping: ScalarOrSchedule) -> optax.GradientTransformationEx
         opt = optax.chain(jf.scale_by_fisher(1e-3, view=jf.kronecker), jf.quadratic_model(1e-3))
         updates, state = opt.update(grads, state, params, fisher=F, grad=grads)
 
+    Inside `optax.MultiSteps` what comes in is a mean over mini-steps, and ``grad`` must be that mean; `adapt_damping` around it
+    sees to that.
+
     Args:
         damping: lambda ``>= 0``, as in `scale_by_fisher`; an update that is given ``damping=`` takes that.
 
