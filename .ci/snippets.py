@@ -1,19 +1,49 @@
-"""Run every Python block of the Markdown files named, each file's blocks in order in one namespace."""
+"""Run every Python block of Markdown files, and hold the text block that follows one to what it printed.
 
+    python .ci/snippets.py [--write] FILE_OR_FOLDER ...
+
+A file's blocks run in order in one namespace; of a folder, those of every page in it. With ``--write`` the text blocks are
+made: one after each block that printed something.
+"""
+
+import contextlib
+import io
+import os
 import pathlib
 import re
 import sys
+import time
 
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# Nearly all the time of these blocks is XLA compiling programs that run once.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-for name in sys.argv[1:]:
-    text = pathlib.Path(name).read_text()
+BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
+
+
+def run(path: pathlib.Path, write: bool) -> int:
+    """Run the blocks of one file; how many there are."""
+    text = path.read_text()
     namespace: dict[str, object] = {}
-    blocks = list(BLOCK.finditer(text))
-    for block in blocks:
+
+    def run_block(block: re.Match[str]) -> str:
         line = text.count("\n", 0, block.start(1))
-        # Blank lines in front keep the line numbers of a traceback those of the file.
-        exec(compile("\n" * line + block.group(1), name, "exec"), namespace)
-    if not blocks:
-        sys.exit(f"{name}: no Python blocks found")
-    print(f"{name}: {len(blocks)} Python blocks ran")
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            # Blank lines in front keep the line numbers of a traceback those of the file.
+            exec(compile("\n" * line + block[1], str(path), "exec"), namespace)
+        said = "".join(f"{row.rstrip()}\n" for row in out.getvalue().splitlines())
+        if not write and block[2] is not None and said != block[2]:
+            sys.exit(f"{path}, line {line}: the block printed\n{said}but the page says\n{block[2]}")
+        return f"```python\n{block[1]}```" + (f"\n\n```text\n{said}```" if said else "")
+
+    made, count = BLOCK.subn(run_block, text)
+    if write and made != text:
+        path.write_text(made)
+    return count
+
+
+given = [pathlib.Path(name) for name in sys.argv[1:] if name != "--write"]
+for page in [page for path in given for page in (sorted(path.rglob("*.md")) if path.is_dir() else [path])]:
+    start = time.process_time()
+    if count := run(page, "--write" in sys.argv):
+        print(f"{page}: {count} Python blocks ran, {time.process_time() - start:.0f} s of CPU", flush=True)

@@ -45,7 +45,8 @@ def quadratic_model(damping: ScalarOrSchedule) -> optax.GradientTransformationEx
         opt = optax.chain(jf.scale_by_fisher(1e-3, view=jf.kronecker), jf.quadratic_model(1e-3))
         updates, state = opt.update(grads, state, params, fisher=F, grad=grads)
 
-    Inside `optax.MultiSteps` what comes in is a mean over mini-steps, and ``grad`` must be that mean; `adapt_damping` around it
+    On mini-batches a small damping that does not adapt trusts the model of one batch too far, and the loss may grow: put
+    `adapt_damping` around the chain. Inside `optax.MultiSteps` what comes in is a mean over mini-steps, and ``grad`` must be that mean; `adapt_damping` around it
     sees to that.
 
     Args:
