@@ -46,8 +46,8 @@ def quadratic_model(damping: ScalarOrSchedule) -> optax.GradientTransformationEx
         updates, state = opt.update(grads, state, params, fisher=F, grad=grads)
 
     On mini-batches a small damping that does not adapt trusts the model of one batch too far, and the loss may grow: put
-    `adapt_damping` around the chain. Inside `optax.MultiSteps` what comes in is a mean over mini-steps, and ``grad`` must be that mean; `adapt_damping` around it
-    sees to that.
+    `adapt_damping` around the chain. Inside `optax.MultiSteps` what comes in is a mean over mini-steps, and ``grad`` must be
+    that mean; `adapt_damping` around the chain sees to that too.
 
     Args:
         damping: lambda ``>= 0``, as in `scale_by_fisher`; an update that is given ``damping=`` takes that.
