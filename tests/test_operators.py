@@ -254,6 +254,46 @@ def test_every_law_in_float32(name, key):
     check_operator(F, dense, key, eps=20 * float(np.finfo(np.float32).eps), by_leaf=leaf_damping(name))
 
 
+BODIES = {
+    "a bare vector": (lambda w, x: x @ w, jnp.array([0.3, -0.2, 0.5])),
+    "scalars in a tuple": (lambda p, x: p[0] * x[0] + jnp.tanh(p[1] * x[1]), (jnp.array(0.5), jnp.array(-1.0))),
+    "nested, with nothing in places": (
+        lambda p, x: jnp.tanh(x @ p[0][0]) @ p[1]["v"] + p[1]["c"],
+        (
+            [jnp.array([[0.3, -0.1], [0.2, 0.4], [-0.5, 0.6]])],
+            {"c": jnp.array(0.1), "none": None, "v": jnp.array([1.0, -2.0])},
+            (),
+        ),
+    ),
+    # Its scores are whole numbers, so what comes of them is exact to float32, in which statistics are kept.
+    "bfloat16": (lambda w, x: x @ w, jnp.array([0.3, -0.2, 0.5], jnp.bfloat16)),
+}
+"""Functions of parameters of every shape and of three numbers: the means of a normal whose scale is 1/2."""
+VIEWS = {
+    "scores": lambda F: F,
+    "dense": jf.dense,
+    "blocks": jf.block_diagonal,
+    "low rank": lambda F: jf.low_rank(F, min(F.size, 5)),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("body", BODIES)
+def test_every_law_for_every_shape(body, view, key):
+    mean, params = BODIES[body]
+    dtype = jax.tree.leaves(params)[0].dtype
+    x = jnp.array([[1, -2, 0], [3, 1, 2], [0, 1, -1], [2, 2, 1], [-1, 0, 3]], dtype)
+    F = VIEWS[view](jf.exact_fisher(lambda p, x: jf.Normal(mean(p, x), jnp.asarray(0.5, dtype)))(params, x))
+    exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (params, x))
+    rows = np.stack([flat(jax.jacfwd(mean)(exact[0], row)) for row in exact[1]])
+    dense = 4 * rows.T @ rows / 5
+    if view == "blocks":
+        dense = masked(dense, *np.split(np.arange(F.size), np.cumsum(F.spec.sizes)[:-1]))
+    statistics = jnp.float32 if dtype == jnp.bfloat16 else dtype
+    assert F.spec.dtype == F.as_matrix().dtype == statistics
+    check_operator(F, dense, key, eps=20 * float(np.finfo(statistics).eps), by_leaf=view != "low rank")
+
+
 @pytest.mark.parametrize("name", [name for name in FORMS if not leaf_damping(name)])
 def test_a_damping_for_each_leaf_is_refused_where_it_would_not_be_exact(name):
     F, _ = FORMS[name]
