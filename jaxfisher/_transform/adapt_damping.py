@@ -67,7 +67,8 @@ def adapt_damping(
 
     Returns:
         A gradient transformation whose ``update`` takes ``params`` and, by keyword, ``fisher``, ``value_fn`` (parameters to the
-        loss) and, if known, ``value``, the loss at ``params``. What comes in must be the gradient itself.
+        loss) and, if known, ``value``, the loss at ``params``. What comes in must be the gradient itself, and the chain
+        is given it as ``grad``.
 
     Raises:
         ValueError: numbers out of order; (at update) ``params``, ``fisher`` or ``value_fn`` is missing.

@@ -60,7 +60,7 @@ def kfac(
         update_every: as in `scale_by_fisher`.
 
     Returns:
-        A gradient transformation whose ``update`` takes ``params`` and, by keyword, ``fisher``, ``grad``, ``value_fn`` and
+        A gradient transformation whose ``update`` takes ``params`` and, by keyword, ``fisher``, ``value_fn`` and, if known,
         ``value``: what `jaxfisher.training_step` gives. Its updates are negated. Read `optax.tree.get` of its state:
         ``learning_rate``, ``momentum``, ``ratio``, ``accepted``.
 
