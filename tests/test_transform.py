@@ -1,5 +1,6 @@
 """The Optax side: against dense solves, against Optax's own diagonal family, and as a good citizen of every wrapper."""
 
+import functools
 import inspect
 
 import chex
@@ -332,24 +333,30 @@ OPTIMISERS = {
 every = pytest.mark.parametrize("name", OPTIMISERS)
 
 
+@functools.cache
 def built(name, which=0):
     make, kept, numbers = OPTIMISERS[name]
     return make(**kept, **{number: values[which] for number, values in numbers.items()})
 
 
-def updated(opt, state, problem, mean=None):
-    """One update, given all that any of `OPTIMISERS` looks at: the others let it pass."""
-    params, gradient, fisher, *_ = problem
-    mean = gradient if mean is None else mean
+@functools.cache
+def stepping(opt):
+    """Its update, given all that any of `OPTIMISERS` looks at: the others let it pass."""
     _, x, y, _, _ = reference()
-    x = x.astype(gradient["hidden"]["w"].dtype)
 
     @jax.jit
     def step(g, s, p, f, mean):
-        given = {"value_fn": lambda new: loss(new, x, y), "kl_fn": lambda new: jf.kl(classifier)(p, new, x)}
+        inputs = x.astype(p["hidden"]["w"].dtype)
+        given = {"value_fn": lambda new: loss(new, inputs, y), "kl_fn": lambda new: jf.kl(classifier)(p, new, inputs)}
         return opt.update(g, s, p, fisher=f, grad=mean, something_else=1, **given)
 
-    return step(gradient, state, params, fisher, mean)
+    return step
+
+
+def updated(opt, state, problem, mean=None):
+    """One update; ``mean`` is the gradient that is given by keyword, where that is another."""
+    params, gradient, fisher, *_ = problem
+    return stepping(opt)(gradient, state, params, fisher, gradient if mean is None else mean)
 
 
 @every
@@ -443,6 +450,83 @@ def test_multi_steps(name, problem):
     expected, after = updated(built(name), built(name).init(params), problem)
     # MultiSteps accumulates in float32.
     chex.assert_trees_all_close((updates, state.inner_opt_state), (expected, after), rtol=1e-5, atol=1e-6)
+
+
+PARTS = {"hidden": True, "out": [False, False]}
+
+
+@pytest.mark.parametrize("form", ["scores", "streamed", "implicit", "dense", "diagonal", "sum"])
+def test_masked_and_partition_solve_with_the_sub_fisher(form, problem):
+    params, gradient, fisher, dense = problem
+    _, x, _, _, _ = reference()
+    fisher = {
+        "scores": fisher,
+        "streamed": jf.exact_fisher(classifier, batch_size=3)(params, x),
+        "implicit": jf.implicit_fisher(classifier)(params, x),
+        "dense": jf.dense(fisher),
+        "diagonal": jf.diagonal(fisher),
+        "sum": fisher + jf.diagonal(fisher),
+    }[form]
+    whole = {"diagonal": np.diag(np.diag(dense)), "sum": dense + np.diag(np.diag(dense))}.get(form, dense)
+    k = 16  # the hidden layer comes first in ravel order
+    expected = damped(whole[:k, :k], gradient["hidden"])
+    labels = {"hidden": "natural", "out": ["sgd", "sgd"]}
+    for opt in (
+        optax.masked(jf.scale_by_fisher(0.1), PARTS),
+        optax.partition({"natural": jf.scale_by_fisher(0.1), "sgd": optax.sgd(0.1)}, labels),
+        optax.partition({"natural": jf.scale_by_fisher(0.1), "sgd": optax.sgd(0.1)}, lambda params: labels),
+    ):
+        updates, _ = one_update(opt, (params, gradient, fisher, None))
+        assert_close(flat(updates["hidden"]), expected, factor=1e4)
+    assert_close(flat(updates["out"]), -0.1 * flat(gradient["out"]))
+
+
+def test_empty_groups_and_none_leaves_pass(problem):
+    params, gradient, fisher, _ = problem
+    nothing = jax.tree.map(lambda _: False, params)
+    for opt in (jf.scale_by_fisher(0.1), jf.scale_by_fisher(0.1, view=jf.diagonal, decay=0.5), jf.scale_to_kl(1.0)):
+        updates, _ = one_update(optax.masked(opt, nothing), problem)
+        chex.assert_trees_all_equal(updates, gradient)
+    with_none = {"w": jnp.ones(2), "absent": None}
+    fisher = jf.exact_fisher(lambda p: jf.Normal(p["w"], 2.0))(with_none)
+    updates, _ = one_update(jf.scale_by_fisher(0.0), (with_none, with_none, fisher, None))
+    assert updates["absent"] is None
+    assert_close(updates["w"], [4.0, 4.0])
+
+
+def test_in_a_chain_with_clipping_decay_and_schedules(problem):
+    params, gradient, fisher, dense = problem
+    opt = optax.chain(
+        optax.clip_by_global_norm(1e-2),
+        jf.scale_by_fisher(0.1),
+        optax.add_decayed_weights(1e-3),
+        optax.scale_by_learning_rate(optax.linear_schedule(1.0, 0.0, 4)),
+    )
+    updates, state = one_update(opt, problem)
+    g = flat(gradient) * 1e-2 / np.linalg.norm(flat(gradient))
+    assert_close(flat(updates), -(np.linalg.solve(dense + 0.1 * np.eye(31), g) + 1e-3 * flat(params)), factor=1e4)
+    updates, _ = jax.jit(lambda s: opt.update(gradient, s, params, fisher=fisher))(state)
+    assert_close(flat(updates), -0.75 * (np.linalg.solve(dense + 0.1 * np.eye(31), g) + 1e-3 * flat(params)), factor=1e4)
+    named = optax.named_chain(("fisher", jf.scale_by_fisher(0.1)), ("rate", optax.scale_by_learning_rate(1.0)))
+    assert optax.tree.get(one_update(named, problem)[1], "info").converged
+
+
+def test_apply_if_finite_keeps_the_parameters_safe(problem):
+    """Around the chain it stops a bad batch's gradient; behind `scale_by_fisher`, a Fisher that is not finite."""
+    params, gradient, fisher, _ = problem
+    _, x, y, _, _ = reference()
+    bad_x = x.at[0].set(jnp.nan)
+    bad_fisher = jf.exact_fisher(classifier)(params, bad_x)
+    bad_gradient = jax.grad(loss)(params, bad_x, y)
+    around = optax.apply_if_finite(jf.natural_gradient(1.0, 0.1), max_consecutive_errors=3)
+    behind = optax.chain(jf.scale_by_fisher(0.1), optax.apply_if_finite(optax.sgd(1.0), max_consecutive_errors=3))
+    for opt, spoiled in ((around, bad_gradient), (behind, gradient)):
+        start = opt.init(params)
+        updates, after = one_update(opt, (params, spoiled, bad_fisher, None))
+        assert np.all(flat(updates) == 0) and optax.tree.get(after, "total_notfinite") == 1
+        if opt is around:
+            chex.assert_trees_all_equal(after.inner_state, start.inner_state)
+        assert np.any(flat(one_update(opt, (params, gradient, fisher, None))[0]) != 0)
 
 
 def test_a_line_search_after_it(problem):
