@@ -271,7 +271,6 @@ BODIES = {
 """Functions of parameters of every shape and of three numbers: the means of a normal whose scale is 1/2."""
 VIEWS = {
     "scores": lambda F: F,
-    "dense": jf.dense,
     "blocks": jf.block_diagonal,
     "low rank": lambda F: jf.low_rank(F, min(F.size, 5)),
 }
