@@ -128,9 +128,6 @@ def test_a_bad_step_leaves_everything_but_the_damping(problem):
         np.testing.assert_array_equal(new, old)
 
 
-# --- quadratic_model ---------------------------------------------------------------------------------------------------------
-
-
 def test_around_a_partition_the_ratio_is_of_all_that_moved(problem):
     """One part by the dense solve with its own Fisher, the other by gradient descent; the model is of both."""
     params, x, y, gradient, fisher, dense = problem
@@ -156,6 +153,9 @@ def test_inside_a_mask_what_looks_at_the_loss_says_where_it_belongs(name, proble
         ValueError, match=f"{name}: inside optax.masked.*a part of the parameters.*adapt_damping around.*backtrack_kl behind"
     ):
         masked.update(gradient, masked.init(params), params, **given)
+
+
+# --- quadratic_model ---------------------------------------------------------------------------------------------------------
 
 
 def test_rates_minimise_the_quadratic_model(problem):
