@@ -235,17 +235,17 @@ def directions(sizes: Sizes) -> list[Cost]:
         solver = jf.CG(rtol=1e-2, max_steps=100)
         return jf.solve(fisher, plain_gradient(mlp_log_prob)(params, x, y), damping, solver)
 
-    step, rows = jax.jit(direction), []
+    gradient = compiled(plain_gradient(mlp_log_prob), start, *batches[0])
+    program = compiled(direction, start, *batches[0], jnp.asarray(1.0)).program
+    rows = []
     for damping in map(jnp.asarray, (1.0, 0.3, 0.1)):
         params, entries = start, []
         for k in range(steps[-1] + 1):
-            batch = batches[k % len(batches)]
-            d, info = step(params, *batch, damping)
+            case = Case(program, (params, *batches[k % len(batches)], damping))
+            d, info = case()
             if k in steps:
-                what = f"damping {damping:g}, after {k} steps: {info.iterations} iterations"
-                entries.append(Entry(what, compiled(direction, params, *batch, damping)))
+                entries.append(Entry(f"damping {damping:g}, after {k} steps: {info.iterations} iterations", case))
             params = jax.tree.map(jnp.subtract, params, d)
-        gradient = compiled(plain_gradient(mlp_log_prob), start, *batches[0])
         rows += table(shape_name(sizes.small, n), gradient, entries, sizes.repeats)
     return rows
 
