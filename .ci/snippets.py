@@ -42,8 +42,11 @@ def run(path: pathlib.Path, write: bool) -> int:
     return count
 
 
-given = [pathlib.Path(name) for name in sys.argv[1:] if name != "--write"]
-for page in [page for path in given for page in (sorted(path.rglob("*.md")) if path.is_dir() else [path])]:
-    start = time.process_time()
-    if count := run(page, "--write" in sys.argv):
-        print(f"{page}: {count} Python blocks ran, {time.process_time() - start:.0f} s of CPU", flush=True)
+for given in [pathlib.Path(name) for name in sys.argv[1:] if name != "--write"]:
+    for page in sorted(given.rglob("*.md")) if given.is_dir() else [given]:
+        start = time.process_time()
+        count = run(page, "--write" in sys.argv)
+        if count:
+            print(f"{page}: {count} Python blocks ran, {time.process_time() - start:.0f} s of CPU", flush=True)
+        elif page == given:
+            sys.exit(f"{page}: no Python blocks found")
