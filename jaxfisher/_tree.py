@@ -178,6 +178,11 @@ def _check_leaf(path: str, leaf: Any) -> None:
         )
 
 
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype itself, or float32 for a narrower one."""
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
 def cast_like(tree: Any, like: chex.ArrayTree) -> Any:
     """``tree`` with the leaf dtypes of ``like``."""
     return jax.tree.map(lambda leaf, target: leaf.astype(jnp.result_type(target)), tree, like)

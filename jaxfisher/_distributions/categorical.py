@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxfisher._distributions.base import Distribution, family
 from jaxfisher._distributions.excess import exp_excess
+from jaxfisher._tree import at_least_float32
 
 
 @family
@@ -69,7 +70,13 @@ class Categorical(Distribution):
         return (picked * jnp.where(known, 1, jnp.nan).astype(picked.dtype))[..., 0]
 
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Int[Array, "*shape_and_batch"]:
-        return jax.random.categorical(key, self.logits, axis=-1, shape=shape + self.batch_shape).astype(jnp.int32)
+        # By the cumulative probabilities: one random number a draw, where `jax.random.categorical` takes one for each class.
+        logits = self.logits.astype(at_least_float32(self.logits.dtype))
+        below = jnp.cumsum(jax.nn.softmax(logits, axis=-1), axis=-1)
+        u = jax.random.uniform(key, shape + self.batch_shape, below.dtype)
+        # u is below one, and so what is looked for below the last: of a class without probability nothing is drawn.
+        below = jnp.broadcast_to(below, u.shape + below.shape[-1:])
+        return jnp.sum(below <= u[..., None] * below[..., -1:], axis=-1, dtype=jnp.int32)
 
     def kl(self, other: Categorical) -> Float[Array, "*batch"]:
         """``sum_c p_c (log p_c - log q_c)``; classes with ``p_c = 0`` contribute zero.

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 from jaxfisher._distributions.base import Distribution
 from jaxfisher._distributions.libraries import LIBRARIES, Library, library_of, translate
 from jaxfisher._linalg import matmul
+from jaxfisher._tree import at_least_float32
 
 _NUM_SAMPLES = 1024
 _SAMPLE_SEED = 20261123
@@ -299,7 +300,7 @@ def _psd_root(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
     The diagonal is scaled to one first: what is rounding is then the same for fields in any units.
     """
     dtype = matrix.dtype
-    matrix = matrix.astype(jnp.promote_types(dtype, jnp.float32))  # there is no eigh below float32
+    matrix = matrix.astype(at_least_float32(dtype))  # there is no eigh below float32
     diagonal = jnp.diagonal(matrix)
     scale = jnp.where(diagonal > 0, jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1)), 1)
     values, vectors = jnp.linalg.eigh(matrix / scale[:, None] / scale[None, :])
