@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,20 @@ class SolveInfo(NamedTuple):
     indefinite: Bool[Array, ""]
 
 
+class Solved(NamedTuple):
+    """What an exact route finds of ``(F + damping I) x = v``; `direct_info` makes the report of it.
+
+    Attributes:
+        x: the solution.
+        rest: ``v - (F + damping I) x``.
+        rank: number of directions inverted.
+    """
+
+    x: Any
+    rest: Any
+    rank: Int[Array, ""]
+
+
 class Inverse(NamedTuple):
     """A damped matrix, inverted: by its Cholesky factor where that can be trusted, else as a matrix.
 
@@ -73,7 +87,7 @@ def invert(matrix: Float[Array, "m m"], damping: Scalar) -> Inverse:
     """Factor ``matrix + damping I`` in the way that can be trusted; only that one runs. Only the upper triangle is read."""
     size = matrix.shape[0]
     damped = matrix + damping * jnp.eye(size, dtype=matrix.dtype)
-    factor = _cholesky(damped)
+    factor = cholesky(damped)
     well_posed, told = _trusted(factor, jnp.diagonal(damped), damping)
 
     def by_cholesky() -> Inverse:
@@ -104,7 +118,7 @@ def log_determinant(matrix: Float[Array, "m m"], damping: Scalar) -> Scalar:
     Small eigenvalues are right only to digits of the largest. Only the upper triangle is read.
     """
     damped = matrix + damping * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
-    factor = _cholesky(damped)
+    factor = cholesky(damped)
     well_posed, _ = _trusted(factor, jnp.diagonal(damped), damping)
     by_pivots: Scalar = jax.lax.cond(
         well_posed,
@@ -217,7 +231,7 @@ def mirrored(upper: Float[Array, "m m"]) -> Float[Array, "m m"]:
 
 
 @jax.custom_jvp
-def _cholesky(upper: Float[Array, "m m"]) -> Float[Array, "m m"]:
+def cholesky(upper: Float[Array, "m m"]) -> Float[Array, "m m"]:
     """The lower Cholesky factor of the symmetric matrix with this upper triangle.
 
     LAPACK wants columns, and the lower triangle of the transpose is the upper one: no copy is made.
@@ -225,7 +239,7 @@ def _cholesky(upper: Float[Array, "m m"]) -> Float[Array, "m m"]:
     return jax.lax.linalg.cholesky(upper.T, symmetrize_input=False)
 
 
-@_cholesky.defjvp
+@cholesky.defjvp
 def _cholesky_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     # JAX's rule reads both triangles of the tangent.
     whole, change = mirrored(primals[0]), mirrored(tangents[0])
@@ -350,11 +364,12 @@ def norm(x: Float[Array, " m"]) -> Scalar:
 
 
 def direct_info(
-    residual: Float[Array, " p"], v: Float[Array, " p"], x: Float[Array, " p"], damping: Scalar, rank: Int[Array, ""]
+    rest: Float[Array, " p"], v: Float[Array, " p"], x: Float[Array, " p"], damping: Scalar, rank: Int[Array, ""]
 ) -> SolveInfo:
-    """The report of a direct route, from its residual vector."""
-    size = norm(v)
-    relative = norm(residual) / jnp.where(size > 0, size, 1)
+    """The report of a direct route, from the flat vectors of a `Solved`."""
+    # Both norms at once: sums over long vectors are what compiles slowly.
+    left, size = jax.vmap(norm)(jnp.stack([rest, v]))
+    relative = left / jnp.where(size > 0, size, 1)
     finite = jnp.all(jnp.isfinite(x))
     small = relative <= jnp.sqrt(jnp.finfo(x.dtype).eps)
     least_norm = (damping == 0) & (rank < x.size)

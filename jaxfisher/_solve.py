@@ -81,7 +81,7 @@ class CG:
             near = as_operator(near if isinstance(near, Operator) else near(fisher), "CG: `preconditioner`")
             fisher._same_parameters(near)
             inverse = near.inverse(known)
-            precondition = lambda r: spec.ravel(inverse(spec.unravel(r))[0], "r")  # noqa: E731
+            precondition = lambda r: spec.ravel(inverse(spec.unravel(r)).x, "r")  # noqa: E731
         most = 10 * spec.size if self.max_steps is None else self.max_steps
 
         def iterate(product: Callable[[Array], Array], b: Array) -> tuple[Array, tuple[Array, Array, Array]]:
@@ -281,7 +281,7 @@ def solve_path(fisher: Operator, v: chex.ArrayTree, dampings: Float[Array, " k"]
     dampings = jnp.asarray(dampings).astype(fisher.spec.dtype)
     inverses = fisher.inverses(jnp.max(dampings, initial=0.0), by_eigenvectors)
     right = fisher._vector(v)
-    x, info = jax.vmap(lambda damping: inverses(damping)(right))(dampings)
+    x, info = jax.vmap(lambda damping: fisher.report(inverses(damping), right, damping))(dampings)
     return cast_like(x, v), info
 
 

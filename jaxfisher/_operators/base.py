@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, Scalar
 
 from jaxfisher._linalg import (
     Factorise,
+    Solved,
     SolveInfo,
     by_invert,
     direct_info,
@@ -43,6 +44,11 @@ Damping: TypeAlias = Any
 """One number, or a pytree like the parameters with one number for each leaf."""
 Dampings = Scalar | tuple[Scalar, ...]
 """The same, checked and cast: one number, or those of the leaves in order."""
+
+Inverted = Callable[[Any], Solved]
+"""``(F + damping I)^-1`` on vectors of the statistics dtype."""
+FlatInverted = Callable[[Float[Array, " p"]], Solved]
+"""The same on flat ones."""
 
 EXACT_LIMIT = 4096
 """Largest p for which an operator that holds no matrix makes one in order to invert it exactly."""
@@ -143,8 +149,16 @@ class Operator(abc.ABC):
 
     def solve_with_info(self, v: chex.ArrayTree, damping: Damping) -> tuple[Any, SolveInfo]:
         """The exact solution and a report on it."""
-        x, info = self.inverse(self.dampings(damping))(self._vector(v))
+        known = self.dampings(damping)
+        x, info = self.report(self.inverse(known), self._vector(v), known)
         return cast_like(x, v), info
+
+    def report(self, inverse: Inverted, v: Any, damping: Dampings) -> tuple[Any, SolveInfo]:
+        """What an `inverse` finds for ``v``, and the report on it."""
+        x, rest, rank = inverse(v)
+        off, b, flat = (self.spec.ravel(tree, "v") for tree in (rest, v, x))
+        least = jnp.min(jnp.stack(damping)) if isinstance(damping, tuple) else damping
+        return x, direct_info(off, b, flat, least, rank)
 
     def dampings(self, damping: Damping) -> Dampings:
         """The argument checked: one number, or those of the leaves."""
@@ -152,8 +166,8 @@ class Operator(abc.ABC):
             return nonnegative("damping", damping, self.spec.dtype)
         return tuple(nonnegative("damping", leaf, self.spec.dtype) for leaf in jax.tree.leaves(damping))
 
-    def inverse(self, damping: Dampings) -> Callable[[Any], tuple[Any, SolveInfo]]:
-        """``v -> ((F + damping I)^-1 v, info)`` on vectors in the statistics dtype; what does not depend on ``v`` is done once.
+    def inverse(self, damping: Dampings) -> Inverted:
+        """``v -> (F + damping I)^-1 v`` on vectors in the statistics dtype; what does not depend on ``v`` is done once.
 
         For use inside one ``jit``; what it returns is not meant to cross one.
         """
@@ -232,10 +246,10 @@ class Operator(abc.ABC):
     def _quadratic(self, v: Any) -> Scalar:
         return dot(v, self.linearised()(v))
 
-    def _inverse(self, damping: Scalar) -> Callable[[Any], tuple[Any, SolveInfo]]:
+    def _inverse(self, damping: Scalar) -> Inverted:
         return self.inverses(damping, by_invert)(damping)
 
-    def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Callable[[Any], tuple[Any, SolveInfo]]]:
+    def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
         """`inverse` for dampings up to the largest, everything done once that depends on none of them."""
         at = solve_matrix(self._small_matrix("solve"), largest, factorise)
         return lambda damping: flat_inverse(self.spec, at(damping))
@@ -243,7 +257,7 @@ class Operator(abc.ABC):
     def _logdet(self, damping: Scalar) -> Scalar:
         return log_determinant(self._small_matrix("logdet"), damping)
 
-    def _inverse_by_leaf(self, dampings: tuple[Scalar, ...]) -> Callable[[Any], tuple[Any, SolveInfo]]:
+    def _inverse_by_leaf(self, dampings: tuple[Scalar, ...]) -> Inverted:
         # With D the dampings, (F + D)^-1 = D^-1/2 (D^-1/2 F D^-1/2 + I)^-1 D^-1/2, and what is inside has the form of F.
         roots = [1 / jnp.sqrt(d) for d in dampings]
         inverse, product = self.rescaled(roots)._inverse(jnp.ones((), self.spec.dtype)), self.linearised()
@@ -251,12 +265,11 @@ class Operator(abc.ABC):
         def scaled(v: Any, factors: Sequence[Scalar]) -> Any:
             return self.spec.tree([f * leaf for f, leaf in zip(factors, jax.tree.leaves(v), strict=True)])
 
-        def apply(v: Any) -> tuple[Any, SolveInfo]:
-            x, info = inverse(scaled(v, roots))
-            x = scaled(x, roots)
+        def apply(v: Any) -> Solved:
+            found = inverse(scaled(v, roots))
+            x = scaled(found.x, roots)
             rest = jax.tree.map(lambda b, f, d: b - f - d, v, product(x), scaled(x, dampings))
-            off, b, flat = (self.spec.ravel(tree, "v") for tree in (rest, v, x))
-            return x, direct_info(off, b, flat, jnp.min(jnp.stack(dampings)), info.rank)
+            return Solved(x, rest, found.rank)
 
         return apply
 
@@ -414,37 +427,33 @@ def is_one_damping(damping: Damping, spec: ParamSpec) -> bool:
     return False
 
 
-def solve_matrix(
-    matrix: Float[Array, "p p"], largest: Scalar, factorise: Factorise
-) -> Callable[[Scalar], Callable[[Float[Array, " p"]], tuple[Float[Array, " p"], SolveInfo]]]:
+def solve_matrix(matrix: Float[Array, "p p"], largest: Scalar, factorise: Factorise) -> Callable[[Scalar], FlatInverted]:
     """``v -> (matrix + damping I)^-1 v`` of a dense symmetric matrix, for dampings up to the largest; nothing overflows."""
     factor = to_unit(jnp.max(jnp.abs(matrix), initial=0.0), largest)
     matrix = matrix * factor
     inverses = factorise(matrix)
 
-    def at(damping: Scalar) -> Callable[[Array], tuple[Array, SolveInfo]]:
+    def at(damping: Scalar) -> FlatInverted:
         damping = damping * factor
         inverse = inverses(damping)
 
         def product(x: Array) -> Array:
             return matmul(matrix, x) + damping * x
 
-        def apply(v: Array) -> tuple[Array, SolveInfo]:
+        def apply(v: Array) -> Solved:
             x, rest = refined(inverse.apply, product, v)
-            return x * factor, direct_info(rest, v, x, damping, inverse.rank)
+            return Solved(x * factor, rest, inverse.rank)
 
         return apply
 
     return at
 
 
-def flat_inverse(
-    spec: ParamSpec, inverse: Callable[[Float[Array, " p"]], tuple[Float[Array, " p"], SolveInfo]]
-) -> Callable[[Any], tuple[Any, SolveInfo]]:
+def flat_inverse(spec: ParamSpec, inverse: FlatInverted) -> Inverted:
     """An inverse of flat vectors as one of parameter-shaped ones."""
 
-    def apply(v: Any) -> tuple[Any, SolveInfo]:
-        x, info = inverse(spec.ravel(v, "v"))
-        return spec.unravel(x), info
+    def apply(v: Any) -> Solved:
+        x, rest, rank = inverse(spec.ravel(v, "v"))
+        return Solved(spec.unravel(x), spec.unravel(rest), rank)
 
     return apply

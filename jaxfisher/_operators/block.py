@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
-from jaxfisher._linalg import Factorise, SolveInfo, norm
-from jaxfisher._operators.base import VIEW, Dampings, Operator, Provenance, View, as_operator
+from jaxfisher._linalg import Factorise, Solved, norm
+from jaxfisher._operators.base import VIEW, Dampings, Inverted, Operator, Provenance, View, as_operator
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._tree import ParamSpec, check_function, path_names
 
@@ -122,19 +122,19 @@ class BlockDiagonal(Operator):
     def _quadratic(self, v: Any) -> Scalar:
         return _total([block._quadratic(part) for block, part in zip(self.blocks, self._split(v), strict=True)])
 
-    def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Callable[[Any], tuple[Any, SolveInfo]]]:
+    def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
         blocks = [block.inverses(largest, factorise) for block in self.blocks]
         return lambda damping: self._inverse_of_blocks([block(damping) for block in blocks])
 
-    def _inverse_by_leaf(self, dampings: tuple[Scalar, ...]) -> Callable[[Any], tuple[Any, SolveInfo]]:
+    def _inverse_by_leaf(self, dampings: tuple[Scalar, ...]) -> Inverted:
         pairs = zip(self.blocks, self._by_group(dampings), strict=True)
         return self._inverse_of_blocks([block.inverse(part) for block, part in pairs])
 
     def _inverse_of_blocks(self, inverses: Sequence[Inverted]) -> Inverted:
-        def apply(v: Any) -> tuple[Any, SolveInfo]:
-            parts = self._split(v)
-            solved = [inverse(part) for inverse, part in zip(inverses, parts, strict=True)]
-            return self._join([x for x, _ in solved]), _together(parts, [info for _, info in solved])
+        def apply(v: Any) -> Solved:
+            solved = [inverse(part) for inverse, part in zip(inverses, self._split(v), strict=True)]
+            x, rest = (self._join([getattr(part, name) for part in solved]) for name in ("x", "rest"))
+            return Solved(x, rest, _total([part.rank for part in solved]))
 
         return apply
 
@@ -155,9 +155,6 @@ class BlockDiagonal(Operator):
         return self._join([block._power_mv(part, power, damping) for block, part in pairs])
 
 
-Inverted = Callable[[Any], tuple[Any, SolveInfo]]
-
-
 def _total(parts: Sequence[Any]) -> Any:
     return sum(parts[1:], start=parts[0])
 
@@ -165,25 +162,6 @@ def _total(parts: Sequence[Any]) -> Any:
 def _listed(count: int) -> Any:
     """The structure of a block's vectors."""
     return jax.tree.structure([0] * count)
-
-
-def _together(parts: Sequence[list[Array]], infos: Sequence[SolveInfo]) -> SolveInfo:
-    """One report of the solves of all blocks."""
-    sizes = jnp.stack([norm(jnp.concatenate([leaf.reshape(-1) for leaf in part])) for part in parts])
-    whole = norm(sizes)
-    rests = norm(jnp.stack([info.residual for info in infos]) * sizes)
-
-    def every(flags: list[Array]) -> Array:
-        return jnp.all(jnp.stack(flags))
-
-    return SolveInfo(
-        rests / jnp.where(whole > 0, whole, 1),
-        jnp.max(jnp.stack([info.iterations for info in infos])),
-        every([info.converged for info in infos]),
-        every([info.finite for info in infos]),
-        _total([info.rank for info in infos]),
-        ~every([~info.indefinite for info in infos]),
-    )
 
 
 def part_of(fisher: Operator, group: Sequence[int]) -> Operator:

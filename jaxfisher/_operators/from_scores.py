@@ -24,8 +24,7 @@ from jaxfisher._linalg import (
     Decomposed,
     Factorise,
     Inverse,
-    SolveInfo,
-    direct_info,
+    Solved,
     eigenvalues,
     invert,
     log_determinant,
@@ -37,7 +36,7 @@ from jaxfisher._linalg import (
     to_unit,
     unit_rank,
 )
-from jaxfisher._operators.base import Operator, Provenance, flat_inverse
+from jaxfisher._operators.base import Inverted, Operator, Provenance, flat_inverse
 from jaxfisher._scores import HeldScores, JoinedScores, Scores
 from jaxfisher._tree import ParamSpec
 
@@ -118,19 +117,19 @@ class FromScores(Operator):
             return FromScores(JoinedScores((self.scores, other.scores)), self.provenance.plus(other.provenance))
         return super()._plus(other)
 
-    def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Callable[[Any], tuple[Any, SolveInfo]]]:
+    def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
         factor = to_unit(self.scores.bound(), jnp.sqrt(largest))
         scaled = Scaled(self.scores, factor)
         matrices = factorise(scaled.gram() if scaled.short else scaled.moment())
         route = _by_gram if scaled.short else _by_moment
 
-        def at(damping: Scalar) -> Callable[[Any], tuple[Any, SolveInfo]]:
+        def at(damping: Scalar) -> Inverted:
             damping = damping * factor * factor
             solve, rank = route(scaled, damping, matrices(damping))
 
-            def apply(v: Array) -> tuple[Array, SolveInfo]:
+            def apply(v: Array) -> Solved:
                 x, rest = refined(solve, scaled.damped_product(damping), v)
-                return x * factor * factor, direct_info(rest, v, x, damping, rank)
+                return Solved(x * factor * factor, rest, rank)
 
             return flat_inverse(self.spec, apply)
 

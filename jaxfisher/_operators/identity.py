@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._linalg import Factorise, SolveInfo
-from jaxfisher._operators.base import Operator, Provenance, nonnegative
+from jaxfisher._linalg import Factorise
+from jaxfisher._operators.base import Inverted, Operator, Provenance, nonnegative
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._operators.spectral import Spectral
 from jaxfisher._tree import ParamSpec, param_spec
@@ -121,11 +121,11 @@ class Shifted(Operator):
             return Shifted(self.base._plus(other.base), self.shift + other.shift, provenance)
         return Shifted(self.base._plus(other), self.shift, provenance)
 
-    def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Callable[[Any], tuple[Any, SolveInfo]]]:
+    def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
         base = self.base.inverses(largest + self.shift, factorise)
         return lambda damping: base(damping + self.shift)
 
-    def _inverse_by_leaf(self, dampings: tuple[Scalar, ...]) -> Callable[[Any], tuple[Any, SolveInfo]]:
+    def _inverse_by_leaf(self, dampings: tuple[Scalar, ...]) -> Inverted:
         return self.base._inverse_by_leaf(tuple(damping + self.shift for damping in dampings))
 
     def _logdet(self, damping: Scalar) -> Scalar:

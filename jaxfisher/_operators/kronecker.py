@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._forms import Layout, Moments
-from jaxfisher._linalg import Factorise, SolveInfo, direct_info, matmul, norm, resolved
-from jaxfisher._operators.base import VIEW, Operator, Provenance, View, as_operator, nonnegative
+from jaxfisher._linalg import Factorise, Solved, SolveInfo, cholesky, matmul, norm, resolved
+from jaxfisher._operators.base import VIEW, Inverted, Operator, Provenance, View, as_operator, nonnegative
 from jaxfisher._operators.block import BlockDiagonal, part_of
 from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.diagonal import diagonal
@@ -99,14 +99,14 @@ class Kronecker(_Layer):
         return self._as_matrix(jax.vmap(jnp.kron)(self.inputs, self.outputs))
 
     def diagonal(self) -> Any:
-        inputs, outputs = (jnp.diagonal(x, axis1=1, axis2=2) for x in (self.inputs, self.outputs))
+        inputs, outputs = _diagonals(self.inputs), _diagonals(self.outputs)
         return self._leaves(inputs[:, :, None] * outputs[:, None, :])
 
     def linearised(self) -> Callable[[Any], Any]:
         return lambda v: self._leaves(matmul(matmul(self.inputs, self._matrix(v)), self.outputs))
 
     def trace(self) -> Scalar:
-        return jnp.sum(jnp.trace(self.inputs, axis1=1, axis2=2) * jnp.trace(self.outputs, axis1=1, axis2=2))
+        return jnp.sum(jnp.sum(_diagonals(self.inputs), 1) * jnp.sum(_diagonals(self.outputs), 1))
 
     def frobenius_norm(self) -> Scalar:
         norms = jax.vmap(lambda a, g: norm(a.reshape(-1)) * norm(g.reshape(-1)))(self.inputs, self.outputs)
@@ -127,25 +127,37 @@ class Kronecker(_Layer):
     def _logdet(self, damping: Scalar) -> Scalar:
         return self.factorised()._logdet(damping)
 
-    def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Callable[[Any], tuple[Any, SolveInfo]]]:
-        return self.factorised()._inverse
+    def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
+        inverse, product = self.factorised(), self.linearised()
+
+        def at(damping: Scalar) -> Inverted:
+            rank = inverse.rank_at(damping)
+
+            def apply(v: Any) -> Solved:
+                x = inverse._power_mv(v, jnp.asarray(-1, self.spec.dtype), damping)
+                return Solved(x, jax.tree.map(lambda b, f, y: b - f - damping * y, v, product(x), x), rank)
+
+            return apply
+
+        return at
 
     def _power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
         return self.factorised()._power_mv(v, power, damping)
 
     def factored_inverse(self, damping: Scalar) -> Callable[[Any], Any]:
         """``(A + pi sqrt(damping) I)^-1 V (G + sqrt(damping) / pi I)^-1``, ``pi`` balancing the factors' mean eigenvalues."""
-        a, g = (jnp.trace(x, axis1=1, axis2=2) / x.shape[-1] for x in (self.inputs, self.outputs))
+        a, g = (jnp.mean(_diagonals(x), 1) for x in (self.inputs, self.outputs))
         balance = jnp.sqrt(jnp.where((a > 0) & (g > 0), a / jnp.where(g > 0, g, 1), 1))
         parts = ((self.inputs, jnp.sqrt(damping) * balance), (self.outputs, jnp.sqrt(damping) / balance))
-        factors = [
-            jnp.linalg.cholesky(x + shift[:, None, None] * jnp.eye(x.shape[-1], dtype=x.dtype)[None]) for x, shift in parts
-        ]
-        solve = jax.vmap(lambda factor, b: jax.scipy.linalg.cho_solve((factor, True), b))
+        a, g = (jax.vmap(lambda x, s: cholesky(x + s * jnp.eye(len(x), dtype=x.dtype)))(*part) for part in parts)
+        solve = partial(jax.lax.linalg.triangular_solve, lower=True)
 
         def apply(v: Any) -> Any:
-            half = solve(factors[0], self._matrix(v))
-            return self._leaves(solve(factors[1], half.swapaxes(1, 2)).swapaxes(1, 2))
+            # LAPACK has matrices by columns: of the transpose no copy is made.
+            x = self._matrix(v).swapaxes(1, 2)
+            x = solve(g, solve(g, x, left_side=True), left_side=True, transpose_a=True)
+            x = solve(a, solve(a, x, left_side=False, transpose_a=True), left_side=False)
+            return self._leaves(x.swapaxes(1, 2))
 
         return apply
 
@@ -166,9 +178,14 @@ class Kronecker(_Layer):
         return dataclasses.replace(self, outputs=factor * self.outputs, provenance=self.provenance.times())
 
 
+def _diagonals(x: Float[Array, "groups m m"]) -> Float[Array, "groups m"]:
+    # As a slice with a stride, which compiles in half the time of a masked sum.
+    return x.reshape(x.shape[0], -1)[:, :: x.shape[-1] + 1]
+
+
 def _eigh(x: Float[Array, "groups m m"]) -> tuple[Float[Array, "groups m"], Float[Array, "groups m m"]]:
     """Eigenvalues, those inside rounding error zero, and eigenvectors of positive semi-definite factors."""
-    values, vectors = jnp.linalg.eigh(x)
+    values, vectors = jnp.linalg.eigh(x, symmetrize_input=False)
     largest = jnp.max(jnp.abs(values), -1, keepdims=True)
     return resolved(values, jnp.zeros((), x.dtype), largest, x.shape[-1]), vectors
 
@@ -405,15 +422,20 @@ def factored_damping(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric)
     if not isinstance(fisher, BlockDiagonal) or not any(isinstance(block, Kronecker) for block in fisher.blocks):
         raise TypeError(f"factored_damping: {fisher} has no Kronecker factors to damp; expected jf.kronecker(fisher).")
     damping = nonnegative("damping", damping, fisher.spec.dtype)
-    parts = fisher._split(fisher._vector(v))
-    solved = []
-    for block, part in zip(fisher.blocks, parts, strict=True):
-        if isinstance(block, Kronecker):
-            solved.append(block.factored_inverse(damping)(part))
-        else:
-            solved.append(block.inverse(damping)(part)[0])
-    x = fisher._join(solved)
-    rest = jax.tree.map(lambda b, f, y: b - f - damping * y, fisher._vector(v), fisher.linearised()(x), x)
-    off, b, flat = (fisher.spec.ravel(tree, "v") for tree in (rest, v, x))
-    info = direct_info(off, b, flat, damping, fisher.full_rank)
+    blocks = [
+        block.factored_inverse(damping) if isinstance(block, Kronecker) else partial(_solution, block.inverse(damping))
+        for block in fisher.blocks
+    ]
+    product = fisher.linearised()
+
+    def inverse(v: Any) -> Solved:
+        x = fisher._join([block(part) for block, part in zip(blocks, fisher._split(v), strict=True)])
+        rest = jax.tree.map(lambda b, f, y: b - f - damping * y, v, product(x), x)
+        return Solved(x, rest, fisher.full_rank)
+
+    x, info = fisher.report(inverse, fisher._vector(v), damping)
     return cast_like(x, v), info._replace(converged=info.finite)
+
+
+def _solution(inverse: Inverted, v: Any) -> Any:
+    return inverse(v).x

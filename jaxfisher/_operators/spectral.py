@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
-from jaxfisher._linalg import Factorise, SolveInfo, direct_info, norm, resolved
-from jaxfisher._operators.base import Operator
+from jaxfisher._linalg import Factorise, Solved, norm, resolved
+from jaxfisher._operators.base import Inverted, Operator
 
 
 class Spectral(Operator):
@@ -63,18 +63,21 @@ class Spectral(Operator):
         parts = [count * jnp.sum(flags(values), dtype=jnp.int32) for values, count in self._eigenvalues()]
         return sum(parts[1:], start=parts[0])
 
-    def _inverse(self, damping: Scalar) -> Callable[[Any], tuple[Any, SolveInfo]]:
-        rank = self._count(lambda values: self._resolve(damping)(values) + damping != 0)
+    def rank_at(self, damping: Scalar) -> Int[Array, ""]:
+        """The rank of ``F + damping I``."""
+        resolve = self._resolve(damping)
+        return self._count(lambda values: resolve(values) + damping != 0)
 
-        def apply(v: Any) -> tuple[Any, SolveInfo]:
+    def _inverse(self, damping: Scalar) -> Inverted:
+        rank = self.rank_at(damping)
+
+        def apply(v: Any) -> Solved:
             x = self._power_mv(v, jnp.asarray(-1, self.spec.dtype), damping)
-            rest = jax.tree.map(jnp.subtract, v, self._apply(lambda values: values + damping, x))
-            off, b, flat = (self.spec.ravel(tree, "v") for tree in (rest, v, x))
-            return x, direct_info(off, b, flat, damping, rank)
+            return Solved(x, jax.tree.map(jnp.subtract, v, self._apply(lambda values: values + damping, x)), rank)
 
         return apply
 
-    def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Callable[[Any], tuple[Any, SolveInfo]]]:
+    def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
         return self._inverse
 
     def _power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
