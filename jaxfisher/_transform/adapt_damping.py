@@ -9,11 +9,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._operators.base import Operator, check_number, nonnegative
 from jaxfisher._transform.given import check_params, fisher_for, function_for
-from jaxfisher._tree import described, dot, select
+from jaxfisher._tree import described, dot
 
 
 class AdaptDampingState(NamedTuple):
@@ -85,8 +85,35 @@ def adapt_damping(
     >>> print(updates, state.ratio, state.damping)  # the loss is its quadratic model
     1.5 1.0 0.5
     """
+    return adapting(inner, damping, Rule(factor, lower, upper, least, most), _decrease)
+
+
+class Rule(NamedTuple):
+    """When the damping changes, by how much, and within which bounds: the numbers of `adapt_damping`."""
+
+    factor: chex.Numeric = 2.0
+    lower: chex.Numeric = 0.25
+    upper: chex.Numeric = 0.75
+    least: chex.Numeric = 1e-8
+    most: chex.Numeric = 1e8
+
+
+def _decrease(operator: Operator, g: Any, u: Any, after: Any) -> Scalar:
+    """What the quadratic model promises of any step."""
+    del after
+    return -(dot(g, u) + 0.5 * operator.quadratic(u))
+
+
+def adapting(
+    inner: optax.GradientTransformation,
+    damping: chex.Numeric,
+    rule: Rule,
+    decrease: Callable[[Operator, Any, Any, Any], Scalar],
+) -> optax.GradientTransformationExtraArgs:
+    """`adapt_damping` by what ``decrease(operator, gradient, step, inner state after it)`` says was promised."""
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(f"adapt_damping: `inner` is {described(inner)}; expected a gradient transformation, such as a chain.")
+    factor, lower, upper, least, most = rule
     for name, value in (("damping", damping), ("least", least), ("most", most)):
         nonnegative(name, value, jnp.float32)
     for name, value in (("factor", factor), ("lower", lower), ("upper", upper)):
@@ -125,7 +152,7 @@ def adapt_damping(
         }
         step, after = chain.update(updates, state.inner, params, **given)
         g, u = operator._vector(updates), operator._vector(step)
-        predicted = -(dot(g, u) + 0.5 * operator.quadratic(u))
+        predicted = decrease(operator, g, u, after)
         actual = (start - loss(optax.apply_updates(params, step))).astype(operator.spec.dtype)
         # Comparisons with a NaN are false: such a step is not taken. Where nothing was promised, nothing was broken.
         accepted = actual > 0
@@ -133,8 +160,9 @@ def adapt_damping(
         c, low, high, floor, ceiling = (jnp.asarray(x, jnp.float32) for x in (factor, lower, upper, least, most))
         grow = jnp.where(accepted, jnp.where(ratio > high, 1 / c, jnp.where(ratio < low, c, 1)), c**2)
         next_damping = jnp.clip(state.damping * grow, floor, ceiling)
-        taken = select(accepted, step, jax.tree.map(jnp.zeros_like, step))
-        return taken, AdaptDampingState(select(accepted, after, state.inner), next_damping, ratio, accepted)
+        nothing = jax.tree.map(jnp.zeros_like, step)
+        taken, kept = jax.lax.cond(accepted, lambda: (step, after), lambda: (nothing, state.inner))
+        return taken, AdaptDampingState(kept, next_damping, ratio, accepted)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

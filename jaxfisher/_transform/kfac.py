@@ -13,9 +13,9 @@ from jaxtyping import Scalar
 from jaxfisher._linalg import SolveInfo
 from jaxfisher._operators.base import Operator, View
 from jaxfisher._operators.identity import relative_damping
-from jaxfisher._operators.kronecker import kronecker
+from jaxfisher._operators.kronecker import factored_damping, kronecker
 from jaxfisher._solve import Solver, check_solver, solve
-from jaxfisher._transform.adapt_damping import adapt_damping
+from jaxfisher._transform.adapt_damping import Rule, adapting
 from jaxfisher._transform.quadratic_model import quadratic_model
 from jaxfisher._transform.scale_by_fisher import scale_by_fisher
 
@@ -62,7 +62,8 @@ def kfac(
     Returns:
         A gradient transformation whose ``update`` takes ``params`` and, by keyword, ``fisher``, ``value_fn`` and, if known,
         ``value``: what `jaxfisher.training_step` gives. Its updates are negated. Read `optax.tree.get` of its state:
-        ``learning_rate``, ``momentum``, ``ratio``, ``accepted``.
+        ``learning_rate``, ``momentum``, ``ratio``, ``accepted``; and ``info`` of the direction, whose residual is NaN, for "not
+        computed", unless a ``solver`` has it anyway.
 
     Raises:
         ValueError: as in `adapt_damping` and `scale_by_fisher`.
@@ -84,7 +85,18 @@ def kfac(
     def lightly(fisher: Operator, v: Any, damping: Scalar) -> tuple[Any, SolveInfo]:
         # Of a direction whose length will be damped by ``damping``.
         least = relative_damping(fisher, LEAST)
-        return solve(fisher, v, jnp.maximum(SHARE * damping.astype(least.dtype), least), solver)
+        x, info = solve(fisher, v, jnp.maximum(SHARE * damping.astype(least.dtype), least), solver)
+        if solver is None or solver is factored_damping:
+            # What is left of v takes as long to find as x, and the loss judges the step: it is not computed.
+            info = info._replace(residual=jnp.full_like(info.residual, jnp.nan), converged=info.finite)
+        return x, info
 
     direction = scale_by_fisher(damping, view=view, solver=lightly, decay=decay, update_every=update_every, like=like)
-    return adapt_damping(optax.chain(direction, quadratic_model(damping)), damping)
+    # That model knows what it promised: one product with the Fisher less.
+    return adapting(optax.chain(direction, quadratic_model(damping)), damping, Rule(), _promised)
+
+
+def _promised(operator: Operator, g: Any, u: Any, after: Any) -> Scalar:
+    """The decrease by the quadratic model inside, which gave the step its length."""
+    del operator, g, u
+    return -after[1].change

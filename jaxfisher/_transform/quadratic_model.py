@@ -9,12 +9,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._linalg import invert
+from jaxfisher._linalg import matmul
 from jaxfisher._operators.base import Operator, nonnegative
 from jaxfisher._transform.given import ScalarOrSchedule, damping_for, fisher_for
-from jaxfisher._tree import cast_like, dot, param_spec
+from jaxfisher._tree import cast_like, param_spec
 
 
 class QuadraticModelState(NamedTuple):
@@ -25,12 +25,14 @@ class QuadraticModelState(NamedTuple):
         step: the last step, in the statistics dtype.
         learning_rate: alpha of the last step.
         momentum: mu of the last step.
+        change: of the loss by the last step, as the model without damping predicts it, in nats.
     """
 
     count: Array  # type: ignore[assignment]
     step: Any
     learning_rate: Float[Array, ""]
     momentum: Float[Array, ""]
+    change: Float[Array, ""]
 
 
 def quadratic_model(damping: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
@@ -75,7 +77,7 @@ def quadratic_model(damping: ScalarOrSchedule) -> optax.GradientTransformationEx
     def init(params: chex.ArrayTree) -> QuadraticModelState:
         dtype = param_spec(params).dtype
         step = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), params)
-        return QuadraticModelState(jnp.zeros((), jnp.int32), step, jnp.zeros((), dtype), jnp.zeros((), dtype))
+        return QuadraticModelState(jnp.zeros((), jnp.int32), step, *jnp.zeros((3,), dtype))
 
     def update(
         updates: Any,
@@ -95,18 +97,40 @@ def quadratic_model(damping: ScalarOrSchedule) -> optax.GradientTransformationEx
         operator = fisher_for(updates, fisher, "quadratic_model")
         strength = damping_for(damping, usual, state.count)
         g, d = operator.spec.tree(operator.spec.leaves(grad, "grad")), operator._vector(updates)
-        rates = _minimum(operator, g, jax.tree.map(jnp.negative, d), state.step, jnp.asarray(strength, operator.spec.dtype))
-        step = jax.tree.map(lambda d, v: rates[1] * v - rates[0] * d, d, state.step)
-        return cast_like(step, updates), QuadraticModelState(optax.safe_increment(state.count), step, rates[0], rates[1])
+        columns = jax.tree.map(lambda d, v: jnp.stack([-d, v]), d, state.step)
+        (alpha, mu), change = _minimum(operator, g, columns, jnp.asarray(strength, operator.spec.dtype))
+        step = jax.tree.map(lambda d, v: mu * v - alpha * d, d, state.step)
+        return cast_like(step, updates), QuadraticModelState(optax.safe_increment(state.count), step, alpha, mu, change)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _minimum(operator: Operator, g: Any, d: Any, v: Any, damping: Array) -> Float[Array, " 2"]:
-    """The coefficients of ``d`` and ``v`` at the minimum; of two parallel directions, those of least norm."""
-    product = operator.linearised()
-    columns = (d, v)
-    images = [jax.tree.map(lambda a, b: a + damping * b, product(x), x) for x in columns]
-    matrix = jnp.stack([jnp.stack([dot(x, image) for image in images]) for x in columns])
-    slopes = jnp.stack([dot(g, x) for x in columns])
-    return -invert(matrix, jnp.zeros((), matrix.dtype)).apply(slopes)
+def _minimum(operator: Operator, g: Any, columns: Any, damping: Scalar) -> tuple[tuple[Scalar, Scalar], Scalar]:
+    """The coefficients of two directions, stacked, at the minimum of the damped model; and the change without damping there.
+
+    The second direction counts as far as it leaves the first, which it may not do at all.
+    """
+    images = jax.vmap(operator.linearised())(columns)
+    curvature, lengths = _products(columns, images), _products(columns, columns)
+    slopes = _products(columns, jax.tree.map(lambda leaf: leaf[None], g))[:, 0]
+    damped = curvature + damping * lengths
+    along = _over(damped[0, 1], damped[0, 0])
+    own = damped[1, 1] - along * damped[0, 1]
+    # What is left of parallel directions is rounding.
+    own = jnp.where(own <= 100 * jnp.finfo(own.dtype).eps * damped[1, 1], 0, own)
+    second = -_over(slopes[1] - along * slopes[0], own)
+    first = -_over(slopes[0], damped[0, 0]) - along * second
+    rates = jnp.stack([first, second])
+    return (first, second), rates @ slopes + 0.5 * rates @ curvature @ rates
+
+
+def _products(a: Any, b: Any) -> Float[Array, "k m"]:
+    """Inner products of stacked vectors."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    parts = [matmul(x.reshape(len(x), -1), y.reshape(len(y), -1).T) for x, y in pairs]
+    return sum(parts[1:], start=parts[0])
+
+
+def _over(a: Scalar, b: Scalar) -> Scalar:
+    """``a / b``, zero where ``b`` is not positive; a NaN stays one."""
+    return jnp.where(b <= 0, 0, a / jnp.where(b <= 0, 1, b))
