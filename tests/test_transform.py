@@ -416,7 +416,8 @@ def test_parameters_in_any_dtype(name, problem):
 @every
 def test_inject_hyperparams(name, problem):
     """Every number becomes a traced array that can be changed between steps."""
-    params, *_ = problem
+    params, gradient, fisher, *rest = problem
+    other = (params, gradient, 2.0 * fisher, *rest)
     make, kept, numbers = OPTIMISERS[name]
     static = [name for name in ("view", "solver", "like") if name in inspect.signature(make).parameters]
     injected = optax.inject_hyperparams(make, static_args=static)(**kept, **{k: v[0] for k, v in numbers.items()})
@@ -427,10 +428,10 @@ def test_inject_hyperparams(name, problem):
     first, after = updated(built(name), built(name).init(params), problem)
     close((updates, state.inner_state), (first, after))
     state.hyperparams.update({k: jnp.asarray(v[1], state.hyperparams[k].dtype) for k, v in numbers.items()})
-    updates, state = updated(injected, state, problem)
-    second = updated(built(name, 1), after, problem)
+    updates, state = updated(injected, state, other)
+    second = updated(built(name, 1), after, other)
     close((updates, state.inner_state), second)
-    unlike = jax.tree.map(lambda a, b: jnp.any(a != b), second, updated(built(name), after, problem))
+    unlike = jax.tree.map(lambda a, b: jnp.any(a != b), second, updated(built(name), after, other))
     assert any(jax.tree.leaves(unlike)), "the other numbers matter"
 
 

@@ -215,13 +215,14 @@ def _refreshed(
 
 
 def _running_mean(operator: Operator, mean: Any, before: Int[Array, ""], decay: chex.Numeric | None) -> tuple[Operator, Any]:
-    """The debiased running mean as an operator, and the mean to keep; ``before`` tells how many went into it."""
+    """The debiased running mean as an operator, and as it is kept; ``before`` tells how many went into it."""
     if decay is None:
         return operator, mean
     beta = jnp.asarray(decay, operator.spec.dtype)
-    mean = jax.tree.map(lambda old, new: beta * old + (1 - beta) * new, mean, _averaging(operator).arrays)
-    debias = 1 - beta ** (before + 1).astype(beta.dtype)
-    return operator.with_arrays(jax.tree.map(lambda leaf: leaf / debias, mean)), mean
+    # What is debiased stays so: the newest has the weight that it has in a mean of as many as there are.
+    share = (1 - beta) / (1 - beta ** (before + 1).astype(beta.dtype))
+    mean = jax.tree.map(lambda old, new: old + share * (new - old), mean, _averaging(operator).arrays)
+    return operator.with_arrays(mean), mean
 
 
 def _averaging(operator: Operator) -> Operator:
