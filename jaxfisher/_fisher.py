@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxfisher._examples import Batch, make_batch, needs_data, shape_of_one
 from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example, predict
-from jaxfisher._operators.base import Operator, Provenance
+from jaxfisher._operators.base import Operator, Provenance, as_operator
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.implicit import Implicit
 from jaxfisher._rows import ExactRows, Rows, SampledRows, ScoreRows
 from jaxfisher._scores import make_scores
-from jaxfisher._tree import as_key, check_function
+from jaxfisher._tree import ParamSpec, as_key, check_function
 
 
 class FisherFunction(Protocol):
@@ -165,25 +165,42 @@ class SampledFisher(Protocol):
     ) -> Operator: ...
 
 
-def implicit_fisher(model: Model, *, batch_size: int | None = None) -> FisherFunction:
+class ImplicitFisher(Protocol):
+    """``fisher(params, *inputs, weights=None, views_of=None) -> Operator``."""
+
+    def __call__(
+        self,
+        params: chex.ArrayTree,
+        /,
+        *inputs: Any,
+        weights: Float[Array, " n"] | None = None,
+        views_of: Operator | None = None,
+    ) -> Operator: ...
+
+
+def implicit_fisher(model: Model, *, batch_size: int | None = None) -> ImplicitFisher:
     r"""The exact Fisher as products only: one jvp, the output metric, one vjp, and nothing of size n x p or p x p held.
 
     .. math:: F v = \frac1n \sum_i J_i^T M_i (J_i v).
 
     The operator holds the parameters, the inputs and (static) the model; give the same model object each time, since another
     one means another trace. ``diagonal`` and ``trace`` are exact, from rows made ``batch_size`` examples at a time; ``solve``
-    without ``solver=jf.CG()`` makes the matrix, up to p = 4096.
+    without ``solver=jf.CG()`` makes the matrix, up to p = 4096. Its views (`jaxfisher.kronecker` and the others) are taken of
+    the exact rows, a row for each field of the distribution; where those are many, as in a language model, have them taken of
+    a cheaper operator and keep the exact products: ``fisher(params, x, views_of=jf.sampled_fisher(model)(params, key, x))``.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
         batch_size: run the model on pieces of so many examples, which bounds the activations held.
 
     Returns:
-        A function ``(params, *inputs, weights=None)`` that returns an operator.
+        A function ``(params, *inputs, weights=None, views_of=None)`` that returns an operator. ``views_of`` is an operator over
+        the same parameters, of which views are taken in place of this one.
 
     Raises:
-        ValueError: (when called) arrays of different lengths, weights of another shape.
-        TypeError: (when called) a model that returns no distribution, a parameter that is not a real floating array.
+        ValueError: (when called) arrays of different lengths, weights of another shape, ``views_of`` over other parameters.
+        TypeError: (when called) a model that returns no distribution, a parameter that is not a real floating array,
+            ``views_of`` that is no operator.
 
     Reference: Schraudolph, Fast curvature matrix-vector products (Neural Computation 2002), section 4.
 
@@ -194,14 +211,32 @@ def implicit_fisher(model: Model, *, batch_size: int | None = None) -> FisherFun
     """
     check_function("model", model, MODEL)
 
-    def fisher_of(params: chex.ArrayTree, /, *inputs: Any, weights: Float[Array, " n"] | None = None) -> Operator:
+    def fisher_of(
+        params: chex.ArrayTree,
+        /,
+        *inputs: Any,
+        weights: Float[Array, " n"] | None = None,
+        views_of: Operator | None = None,
+    ) -> Operator:
         batch = make_batch(params, inputs, weights, batch_size)
         kind = _exact_kind(model, params, batch)
+        if views_of is not None:
+            _check_same(as_operator(views_of, "implicit_fisher: `views_of`"), batch.spec)
         keep = (True,) * len(batch.spec.paths)
         provenance = Provenance(kind, batch.size, batch.weighted)
-        return Implicit(model, params, batch.data, batch.weights, batch_size, keep, batch.spec, provenance)
+        return Implicit(model, params, batch.data, batch.weights, batch_size, keep, batch.spec, provenance, views_of)
 
     return fisher_of
+
+
+def _check_same(views_of: Operator, spec: ParamSpec) -> None:
+    other = views_of.spec
+    if other != spec:
+        where = spec.mismatch(other.treedef, other.paths, other.shapes)
+        raise ValueError(
+            f"implicit_fisher: `views_of` is {views_of}, over other parameters: "
+            f"{where or f'the dtypes are {other.dtypes}, not {spec.dtypes}'}. Make both at the same parameters."
+        )
 
 
 def _from_rows(kind: str, rows: Rows, params: chex.ArrayTree, batch: Batch) -> Operator:

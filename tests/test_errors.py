@@ -217,6 +217,18 @@ MISTAKES = [
     ("model, no function", lambda: jf.exact_fisher(None), TypeError, ["`model` is None", "(params, *inputs)"]),
     ("model, array", lambda: jf.exact_fisher(lambda p, x: x @ p["w"])(PARAMS, X), TypeError, ["shape ()", "jf.Normal"]),
     ("model, tuple", lambda: jf.implicit_fisher(lambda p, x: (x, x))(PARAMS, X), TypeError, ["a tuple", "distribution"]),
+    (
+        "views of a function",
+        lambda: jf.implicit_fisher(line)(1.0, X[:, 0], views_of=jf.exact_fisher(line)),
+        TypeError,
+        ["`views_of`", "Call the function"],
+    ),
+    (
+        "views of another",
+        lambda: jf.implicit_fisher(line)(1.0, X[:, 0], views_of=exact(PARAMS, X)),
+        ValueError,
+        ["`views_of`", "other parameters", "no leaf at params"],
+    ),
     ("model, None", lambda: jf.kl(lambda p, x: None)(PARAMS, PARAMS, X), TypeError, ["None", "missing `return`"]),
     ("model, class", lambda: jf.sampled_fisher(lambda p, x: jf.Normal)(PARAMS, KEY, X), TypeError, ["class Normal itself"]),
     ("target (n, 1)", lambda: empirical(PARAMS, X, Y[:, None]), ValueError, ["target", "(1,)", "Normal", "()", "reshape"]),

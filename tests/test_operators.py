@@ -104,6 +104,7 @@ def forms(dtype=jnp.float64):
             jf.implicit_fisher(classifier, batch_size=2)(params, x, weights=weights),
             class_sum_fisher(*wide, omega),
         ),
+        "implicit, views of another": (jf.implicit_fisher(classifier)(params, x, views_of=F), exact),
         "multiple of scores": (0.25 * F, 0.25 * empirical),
         "multiple of implicit": (implicit * 3.0, 3 * exact),
         "sum of scores": (F + E, empirical + exact),

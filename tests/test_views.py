@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from problems import assert_close, classifier, flat, reference
+from problems import assert_close, class_sum_fisher, classifier, flat, reference
 
 import jaxfisher as jf
 
@@ -215,6 +215,29 @@ def test_leaves_without_kronecker_structure_are_an_exact_diagonal_or_exact_block
     assert "1 Kronecker (expand), 1 diagonal" in repr(diagonal)
     assert "1 Kronecker (expand), 3 exact as scores" in repr(blocks)
     assert repr(streamed) == repr(diagonal)
+
+
+def test_views_of_an_implicit_fisher_may_be_of_another(key):
+    """Products are the exact Fisher's, views the drawn one's: also of multiples and of a part."""
+    params, x, _, _, _ = reference()
+    drawn = jf.sampled_fisher(classifier, num_samples=2)(params, key, x)
+    F = jf.implicit_fisher(classifier)(params, x, views_of=drawn)
+    v = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
+    exact = class_sum_fisher(params, x)
+    assert_close(flat((2 * F).mv(v)), 2 * exact @ flat(v))
+    assert_close(F.trace(), np.trace(exact))
+    assert np.linalg.norm(drawn.as_matrix() - exact) > 0.1 * np.linalg.norm(exact), "the control: they differ"
+    views = (jf.dense, jf.diagonal, jf.block_diagonal, jf.kronecker, jf.kronecker_reduce, jf.eigen_kronecker)
+    views += tuple(functools.partial(view, rank=3) for view in (jf.low_rank, jf.partial_cholesky))
+    views += (functools.partial(jf.nystrom, rank=3, key=key),)
+    keep = (True, False, True, False)
+    part = jax.tree.structure([0, 0])
+    for view in views:
+        assert_close(view(F).as_matrix(), view(drawn).as_matrix())
+        assert_close(view(3 * F).as_matrix(), 3 * np.asarray(view(drawn).as_matrix()), factor=1e3)
+        assert_close(view(F.restrict(keep, part)).as_matrix(), view(drawn.restrict(keep, part)).as_matrix())
+    assert jf.layers(F) == jf.layers(drawn)
+    assert repr(F).endswith("implicit, products only; views of sampled, 2 draws, mean over 7)")
 
 
 def test_views_of_what_holds_no_scores_are_refused():

@@ -127,6 +127,11 @@ class Operator(abc.ABC):
         """The same kind of operator holding other arrays."""
         return dataclasses.replace(self, **dict(zip(self.held, arrays, strict=True)))  # type: ignore[type-var]
 
+    @property
+    def viewed(self) -> Operator:
+        """What views of it are taken of."""
+        return self
+
     def factorised(self) -> Operator:
         """The same operator held so that solves with it, at any damping, take products only, where its form has such a form."""
         return self

@@ -205,7 +205,7 @@ def block_diagonal(fisher: Operator, groups: chex.ArrayTree | None = None, view:
     [[1. 0.]
      [0. 5.]]
     """
-    fisher = as_operator(fisher, "block_diagonal")
+    fisher = as_operator(fisher, "block_diagonal").viewed
     if view is not None:
         check_function("view", view, VIEW)
     checked = (lambda part: part) if view is None else (lambda part: as_operator(view(part), "block_diagonal: `view`"))
@@ -254,7 +254,7 @@ def layers(fisher: Operator) -> Any:
     >>> jf.layers(F)
     {'b': "['w']", 'w': "['w']"}
     """
-    fisher = as_operator(fisher, "layers")
+    fisher = as_operator(fisher, "layers").viewed
     owners = fisher.rows("layers").layers
     paths = fisher.spec.paths
     return fisher.spec.tree([paths[i if owner is None else owner] for i, owner in enumerate(owners)])  # type: ignore[misc]

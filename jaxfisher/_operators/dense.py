@@ -79,5 +79,5 @@ def dense(fisher: Operator) -> Dense:
     >>> jf.dense(jf.empirical_fisher(log_prob)(0.0, jnp.array([1.0, -2.0])))
     Fisher(empirical, mean over 2, params 1, dense)
     """
-    fisher = as_operator(fisher, "dense")
+    fisher = as_operator(fisher, "dense").viewed
     return Dense(fisher.as_matrix(), fisher.spec, fisher.provenance)

@@ -88,5 +88,5 @@ def diagonal(fisher: Operator) -> Diagonal:
     >>> print(jf.diagonal(jf.empirical_fisher(log_prob)(0.0, jnp.array([1.0, -2.0]))).diagonal())
     2.5
     """
-    fisher = as_operator(fisher, "diagonal")
+    fisher = as_operator(fisher, "diagonal").viewed
     return Diagonal(fisher.diagonal(), fisher.spec, fisher.provenance)

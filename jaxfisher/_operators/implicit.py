@@ -22,14 +22,15 @@ from jaxfisher._tree import ParamSpec, cast_like, kept, narrowed
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("params", "inputs", "weights"),
+    data_fields=("params", "inputs", "weights", "views_of"),
     meta_fields=("model", "batch_size", "keep", "spec", "provenance"),
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class Implicit(Operator):
     """The exact Fisher as products; the model is static, so a second trace comes only with another model.
 
-    ``keep`` marks the parameter leaves the operator acts on: all of them, or the part an optimiser was given.
+    ``keep`` marks the parameter leaves the operator acts on: all of them, or the part an optimiser was given. ``views_of`` is
+    what views are taken of, where that is not this operator.
     """
 
     model: Model
@@ -40,8 +41,16 @@ class Implicit(Operator):
     keep: tuple[bool, ...]
     spec: ParamSpec
     provenance: Provenance
+    views_of: Operator | None = None
 
-    form = "implicit, products only"
+    @property
+    def form(self) -> str:  # type: ignore[override]
+        """Products only, and what is looked at in their stead by views."""
+        return "implicit, products only" + ("" if self.views_of is None else f"; views of {self.views_of.provenance}")
+
+    @property
+    def viewed(self) -> Operator:
+        return self if self.views_of is None else self.views_of
 
     def linearised(self) -> Callable[[Any], Any]:
         if self.batch_size is not None and self.batch_size < self.weights.shape[0]:
@@ -97,11 +106,16 @@ class Implicit(Operator):
         return self.rows("diagonal").diagonal()
 
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Implicit:
-        return dataclasses.replace(self, keep=narrowed(self.keep, keep), spec=self.spec.restrict(keep, treedef))
+        part = dataclasses.replace(self, keep=narrowed(self.keep, keep), spec=self.spec.restrict(keep, treedef))
+        return part._looked_at(lambda views_of: views_of.restrict(keep, treedef))
 
     def rescaled(self, factors: Sequence[Scalar]) -> Dense:
         # Its solves make the matrix in any case.
         return Dense(self._small_matrix("a damping for each leaf"), self.spec, self.provenance).rescaled(factors)
 
     def _scaled(self, factor: Any) -> Implicit:
-        return dataclasses.replace(self, weights=factor * self.weights, provenance=self.provenance.times())
+        multiple = dataclasses.replace(self, weights=factor * self.weights, provenance=self.provenance.times())
+        return multiple._looked_at(lambda views_of: views_of._scaled(factor))
+
+    def _looked_at(self, change: Callable[[Operator], Operator]) -> Implicit:
+        return self if self.views_of is None else dataclasses.replace(self, views_of=change(self.views_of))

@@ -276,7 +276,8 @@ def kronecker(fisher: Operator, rest: View = diagonal) -> BlockDiagonal:
     >>> jf.kronecker(F)
     Fisher(exact, mean over 4, params 8, block-diagonal: 1 Kronecker (expand))
     """
-    scores = as_operator(fisher, "kronecker").rows("kronecker")
+    fisher = as_operator(fisher, "kronecker").viewed
+    scores = fisher.rows("kronecker")
     return _layered(fisher, scores, scores.expanded_moments(), "expand", rest)
 
 
@@ -296,7 +297,8 @@ def kronecker_reduce(fisher: Operator, rest: View = diagonal) -> BlockDiagonal:
     >>> jf.kronecker_reduce(F)
     Fisher(exact, mean over 4, params 6, block-diagonal: 1 Kronecker (reduce))
     """
-    scores = as_operator(fisher, "kronecker_reduce").rows("kronecker_reduce")
+    fisher = as_operator(fisher, "kronecker_reduce").viewed
+    scores = fisher.rows("kronecker_reduce")
     return _layered(fisher, scores, scores.reduced_moments(), "reduce", rest)
 
 
@@ -369,7 +371,8 @@ def eigen_kronecker(fisher: Operator, basis: BlockDiagonal | None = None, rest: 
     >>> jf.eigen_kronecker(F)
     Fisher(exact, mean over 4, params 8, block-diagonal: 1 eigen-Kronecker)
     """
-    scores = as_operator(fisher, "eigen_kronecker").rows("eigen_kronecker")
+    fisher = as_operator(fisher, "eigen_kronecker").viewed
+    scores = fisher.rows("eigen_kronecker")
     if basis is None:
         basis = kronecker(fisher, rest)
     if not isinstance(basis, BlockDiagonal):

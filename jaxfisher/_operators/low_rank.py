@@ -91,7 +91,7 @@ def low_rank(fisher: Operator, rank: int) -> LowRank:
     >>> print(jf.low_rank(F, 1).eigvalsh().round(4))  # of 2 and 1/2
     [0. 2.]
     """
-    fisher = as_operator(fisher, "low_rank")
+    fisher = as_operator(fisher, "low_rank").viewed
     if isinstance(fisher, FromScores) and fisher.scores.num_rows < fisher.size:
         _check_rank(rank, fisher.scores.num_rows, "low_rank")
         factor = to_unit(fisher.scores.bound())
@@ -142,7 +142,7 @@ def nystrom(fisher: Operator, rank: int, key: PRNGKeyArray) -> LowRank:
     >>> print(jf.nystrom(F, 2, jax.random.key(0)).trace().round(4))  # with all directions, F itself: 2 + 1/2
     2.5
     """
-    fisher = as_operator(fisher, "nystrom")
+    fisher = as_operator(fisher, "nystrom").viewed
     _check_rank(rank, fisher.size, "nystrom")
     spec, product = fisher.spec, fisher.linearised()
     sketch = jnp.linalg.qr(jax.random.normal(key, (spec.size, rank), spec.dtype))[0]
@@ -183,7 +183,7 @@ def partial_cholesky(fisher: Operator, rank: int) -> LowRank:
     >>> print(jf.partial_cholesky(F, 1).eigvalsh().round(4))  # all that is left is the 1/2
     [0.5 2. ]
     """
-    fisher = as_operator(fisher, "partial_cholesky")
+    fisher = as_operator(fisher, "partial_cholesky").viewed
     _check_rank(rank, fisher.size, "partial_cholesky")
     spec, product = fisher.spec, fisher.linearised()
     left = spec.ravel(fisher.diagonal(), "diagonal")
