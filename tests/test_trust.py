@@ -173,6 +173,23 @@ def test_rates_minimise_the_quadratic_model(problem):
         assert_close(flat(updates), last, factor=1e5)
         assert_close(optax.tree.get(state, "learning_rate"), rates[0], factor=1e5)
         assert_close(optax.tree.get(state, "momentum"), rates[1] if k else 0.0, factor=1e5)
+        assert_close(optax.tree.get(state, "change"), flat(g) @ last + 0.5 * last @ dense @ last, factor=1e5)
+
+
+def test_a_direction_along_the_last_step_is_taken_alone(problem):
+    """Two parallel directions have no unique rates; a direction of nothing but zeros has none at all."""
+    params, _, _, gradient, fisher, dense = problem
+    opt = jf.quadratic_model(0.02)
+    step = jax.jit(lambda d, s: opt.update(d, s, params, fisher=fisher, grad=gradient))
+    first, state = step(gradient, opt.init(params))
+    again, state = step(jax.tree.map(lambda leaf: -3 * leaf, gradient), state)
+    g = flat(gradient)
+    assert_close(flat(first), -g * (g @ g) / (g @ (dense + 0.02 * np.eye(31)) @ g), factor=1e5)
+    assert_close(flat(again), flat(first), factor=1e5)
+    assert state.momentum == 0
+    last, state = step(jax.tree.map(jnp.zeros_like, gradient), state)
+    assert_close(flat(last), flat(first), factor=1e5)
+    assert state.learning_rate == 0
 
 
 def test_after_an_exact_direction_the_rate_is_one(problem):
