@@ -77,7 +77,7 @@ def quadratic_model(damping: ScalarOrSchedule) -> optax.GradientTransformationEx
     def init(params: chex.ArrayTree) -> QuadraticModelState:
         dtype = param_spec(params).dtype
         step = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), params)
-        return QuadraticModelState(jnp.zeros((), jnp.int32), step, *jnp.zeros((3,), dtype))
+        return QuadraticModelState(jnp.zeros((), jnp.int32), step, *(jnp.zeros((), dtype) for _ in range(3)))
 
     def update(
         updates: Any,
@@ -121,7 +121,7 @@ def _minimum(operator: Operator, g: Any, columns: Any, damping: Scalar) -> tuple
     second = -_over(slopes[1] - along * slopes[0], own)
     first = -_over(slopes[0], damped[0, 0]) - along * second
     rates = jnp.stack([first, second])
-    return (first, second), rates @ slopes + 0.5 * rates @ curvature @ rates
+    return (first, second), matmul(rates, slopes + 0.5 * matmul(curvature, rates))
 
 
 def _products(a: Any, b: Any) -> Float[Array, "k m"]:

@@ -262,9 +262,15 @@ def _zeros(tree: Any, dtype: Any) -> Any:
 
 
 def _no_info(params: chex.ArrayTree) -> SolveInfo:
-    dtype = param_spec(params).dtype
-    zero, yes, no = jnp.zeros((), jnp.int32), jnp.array(True), jnp.array(False)
-    return SolveInfo(jnp.zeros((), dtype), zero, yes, yes, zero, no)
+    # Each is an array of its own: one that occurs twice could not be donated.
+    return SolveInfo(
+        residual=jnp.zeros((), param_spec(params).dtype),
+        iterations=jnp.zeros((), jnp.int32),
+        converged=jnp.array(True),
+        finite=jnp.array(True),
+        rank=jnp.zeros((), jnp.int32),
+        indefinite=jnp.array(False),
+    )
 
 
 _NO_MEAN = (
