@@ -187,6 +187,17 @@ def test_in_between_refreshes_the_fisher_is_not_made(problem, view):
         assert_close(flat(updates), damped(used, gradient), factor=1e5)
 
 
+def test_in_between_refreshes_factors_can_be_damped(problem):
+    """They are held by their eigenvectors then; the factored damping is the same."""
+    params, gradient, fisher, _ = problem
+    opt = jf.scale_by_fisher(0.1, view=jf.kronecker, solver=jf.factored_damping, update_every=2, like=like)
+    step = jax.jit(lambda c, s: opt.update(gradient, s, params, fisher=c * fisher))
+    state = opt.init(params)
+    for given, used in ((1.0, 1.0), (5.0, 1.0), (3.0, 3.0)):
+        updates, state = step(given, state)
+        assert_close(flat(updates), flat(jf.factored_damping(jf.kronecker(used * fisher), gradient, 0.1)[0]), factor=1e4)
+
+
 def test_momentum_is_spring(problem):
     """Against its formula in the space of examples, in numpy, from the loop's scores."""
     params, _, _, _ = problem

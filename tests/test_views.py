@@ -166,8 +166,12 @@ def test_factored_damping_is_another_thing_and_says_so():
     off = flat(v) - np.asarray(K.as_matrix()) @ flat(found) - damping * flat(found)
     np.testing.assert_allclose(info.residual, np.linalg.norm(off) / np.linalg.norm(flat(v)), rtol=1e-8)
     assert info.residual > 0.05
-    with pytest.raises(TypeError, match=r"jf\.kronecker"):
-        jf.factored_damping(jf.dense(K), v, damping)
+    held, again = jax.jit(lambda K, v: jf.solve(K.factorised(), v, damping, solver=jf.factored_damping))(K, v)
+    assert_close(flat(held), flat(found), factor=1e4)  # by eigenvectors, as between refreshes
+    np.testing.assert_allclose(again.residual, info.residual, rtol=1e-8)
+    for other in (jf.dense(K), jf.eigen_kronecker(jf.exact_fisher(classifier)(params, x))):
+        with pytest.raises(TypeError, match=r"jf\.kronecker"):
+            jf.factored_damping(other, v, damping)
 
 
 def test_relative_damping_is_a_share_of_the_mean_eigenvalue():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import chex
 import jax
@@ -116,7 +116,7 @@ class Kronecker(_Layer):
         """By its eigenvectors, those of the factors."""
         (a, inputs), (g, outputs) = _eigh(self.inputs), _eigh(self.outputs)
         values = a[:, :, None] * g[:, None, :]
-        return EigenKronecker(inputs, outputs, values, self.layout, self.weight, self.spec, self.provenance)
+        return EigenKronecker(inputs, outputs, values, self.layout, self.weight, True, self.spec, self.provenance)
 
     def eigvalsh(self) -> Float[Array, " p"]:
         return self.factorised().eigvalsh()
@@ -146,9 +146,8 @@ class Kronecker(_Layer):
 
     def factored_inverse(self, damping: Scalar) -> Callable[[Any], Any]:
         """``(A + pi sqrt(damping) I)^-1 V (G + sqrt(damping) / pi I)^-1``, ``pi`` balancing the factors' mean eigenvalues."""
-        a, g = (jnp.mean(_diagonals(x), 1) for x in (self.inputs, self.outputs))
-        balance = jnp.sqrt(jnp.where((a > 0) & (g > 0), a / jnp.where(g > 0, g, 1), 1))
-        parts = ((self.inputs, jnp.sqrt(damping) * balance), (self.outputs, jnp.sqrt(damping) / balance))
+        shifts = _shifts(jnp.mean(_diagonals(self.inputs), 1), jnp.mean(_diagonals(self.outputs), 1), damping)
+        parts = zip((self.inputs, self.outputs), shifts, strict=True)
         a, g = (jax.vmap(lambda x, s: cholesky(x + s * jnp.eye(len(x), dtype=x.dtype)))(*part) for part in parts)
         solve = partial(jax.lax.linalg.triangular_solve, lower=True)
 
@@ -178,6 +177,14 @@ class Kronecker(_Layer):
         return dataclasses.replace(self, outputs=factor * self.outputs, provenance=self.provenance.times())
 
 
+def _shifts(
+    a: Float[Array, " groups"], g: Float[Array, " groups"], damping: Scalar
+) -> tuple[Float[Array, " groups"], Float[Array, " groups"]]:
+    """What is added to each factor, from their mean eigenvalues."""
+    balance = jnp.sqrt(jnp.where((a > 0) & (g > 0), a / jnp.where(g > 0, g, 1), 1))
+    return jnp.sqrt(damping) * balance, jnp.sqrt(damping) / balance
+
+
 def _diagonals(x: Float[Array, "groups m m"]) -> Float[Array, "groups m"]:
     # As a slice with a stride, which compiles in half the time of a masked sum.
     return x.reshape(x.shape[0], -1)[:, :: x.shape[-1] + 1]
@@ -193,17 +200,21 @@ def _eigh(x: Float[Array, "groups m m"]) -> tuple[Float[Array, "groups m"], Floa
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("inputs", "outputs", "values"),
-    meta_fields=("layout", "weight", "spec", "provenance"),
+    meta_fields=("layout", "weight", "separable", "spec", "provenance"),
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class EigenKronecker(_Layer, Spectral):
-    """``(Q_A (x) Q_G) diag(values) (Q_A (x) Q_G)^T`` of one layer, bases and eigenvalues held."""
+    """``(Q_A (x) Q_G) diag(values) (Q_A (x) Q_G)^T`` of one layer, bases and eigenvalues held.
+
+    ``separable`` says that the values are products of one for the input and one for the output: that it is a `Kronecker`.
+    """
 
     inputs: Float[Array, "groups inputs inputs"]
     outputs: Float[Array, "groups outputs outputs"]
     values: Float[Array, "groups inputs outputs"]
     layout: Layout
     weight: int
+    separable: bool
     spec: ParamSpec
     provenance: Provenance
 
@@ -215,6 +226,16 @@ class EigenKronecker(_Layer, Spectral):
     def _apply(self, function: Callable[[Array], Array], v: Any) -> Any:
         inside = matmul(matmul(self.inputs.swapaxes(1, 2), self._matrix(v)), self.outputs)
         return self._leaves(matmul(matmul(self.inputs, function(self.values) * inside), self.outputs.swapaxes(1, 2)))
+
+    def factored_inverse(self, damping: Scalar) -> Callable[[Any], Any]:
+        """That of the `Kronecker` that it is."""
+        # Up to a number, and how it is shared between the factors does not matter.
+        a, g = jnp.mean(self.values, 2), jnp.mean(self.values, 1)
+        whole = jnp.mean(a, 1)[:, None]
+        g = jnp.where(whole > 0, g / jnp.where(whole > 0, whole, 1), 0)
+        shifts = _shifts(jnp.mean(a, 1), jnp.mean(g, 1), damping)
+        inverted = 1 / ((a + shifts[0][:, None])[:, :, None] * (g + shifts[1][:, None])[:, None, :])
+        return partial(self._apply, lambda _: inverted)
 
     def as_matrix(self) -> Float[Array, "p p"]:
         bases = jax.vmap(jnp.kron)(self.inputs, self.outputs)
@@ -239,6 +260,7 @@ class EigenKronecker(_Layer, Spectral):
                 f"the layer of {self.spec.paths[self.weight]} has one eigenbasis for weight and bias: in eigen-Kronecker form "
                 "they cannot have a damping each. Give one number, or use jf.kronecker."
             )
+        # Inputs of a layer without a bias are all scaled alike: what was separable still is.
         return dataclasses.replace(self, values=jnp.square(factors[0]) * self.values)
 
     def _scaled(self, factor: Any) -> EigenKronecker:
@@ -391,7 +413,7 @@ def eigen_kronecker(fisher: Operator, basis: BlockDiagonal | None = None, rest: 
     for group, block in chosen:
         values = exact[group[block.weight]]
         assert values is not None, "a leaf with a basis has moments along it"
-        blocks.append(dataclasses.replace(block, values=values, provenance=fisher.provenance))
+        blocks.append(dataclasses.replace(block, values=values, separable=False, provenance=fisher.provenance))
     return _with_rest(fisher, blocks, [group for group, _ in chosen], rest)
 
 
@@ -422,11 +444,11 @@ def factored_damping(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric)
     >>> print(x.round(4)[0])  # 1 / ((2 + sqrt(2)) (1 + 1 / sqrt(2))), where (F + I)^-1 is 1/3
     [0.1716 0.1716]
     """
-    if not isinstance(fisher, BlockDiagonal) or not any(isinstance(block, Kronecker) for block in fisher.blocks):
+    if not isinstance(fisher, BlockDiagonal) or not any(map(_is_kronecker, fisher.blocks)):
         raise TypeError(f"factored_damping: {fisher} has no Kronecker factors to damp; expected jf.kronecker(fisher).")
     damping = nonnegative("damping", damping, fisher.spec.dtype)
     blocks = [
-        block.factored_inverse(damping) if isinstance(block, Kronecker) else partial(_solution, block.inverse(damping))
+        block.factored_inverse(damping) if _is_kronecker(block) else partial(_solution, block.inverse(damping))
         for block in fisher.blocks
     ]
     product = fisher.linearised()
@@ -438,6 +460,10 @@ def factored_damping(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric)
 
     x, info = fisher.report(inverse, fisher._vector(v), damping)
     return cast_like(x, v), info._replace(converged=info.finite)
+
+
+def _is_kronecker(block: Operator) -> TypeGuard[Kronecker | EigenKronecker]:
+    return isinstance(block, Kronecker) or (isinstance(block, EigenKronecker) and block.separable)
 
 
 def _solution(inverse: Inverted, v: Any) -> Any:
