@@ -91,11 +91,11 @@ def adapt_damping(
 class Rule(NamedTuple):
     """When the damping changes, by how much, and within which bounds: the numbers of `adapt_damping`."""
 
-    factor: chex.Numeric = 2.0
-    lower: chex.Numeric = 0.25
-    upper: chex.Numeric = 0.75
-    least: chex.Numeric = 1e-8
-    most: chex.Numeric = 1e8
+    factor: chex.Numeric
+    lower: chex.Numeric
+    upper: chex.Numeric
+    least: chex.Numeric
+    most: chex.Numeric
 
 
 def _decrease(operator: Operator, g: Any, u: Any, after: Any) -> Scalar:

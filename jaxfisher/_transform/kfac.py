@@ -23,6 +23,8 @@ SHARE = 1e-2
 """The damping of the direction in dampings of the length: the best of a few powers of ten on four tasks."""
 LEAST = 1e-4
 """And the least of it, in mean eigenvalues of what is inverted."""
+RULE = Rule(factor=2.0, lower=0.25, upper=0.75, least=1e-8, most=1e8)
+"""Of the damping, as `adapt_damping` has it unless told otherwise."""
 
 
 def kfac(
@@ -93,7 +95,7 @@ def kfac(
 
     direction = scale_by_fisher(damping, view=view, solver=lightly, decay=decay, update_every=update_every, like=like)
     # That model knows what it promised: one product with the Fisher less.
-    return adapting(optax.chain(direction, quadratic_model(damping)), damping, Rule(), _promised)
+    return adapting(optax.chain(direction, quadratic_model(damping)), damping, RULE, _promised)
 
 
 def _promised(operator: Operator, g: Any, u: Any, after: Any) -> Scalar:
