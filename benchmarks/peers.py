@@ -102,10 +102,10 @@ def exact(task: Task, key: jax.Array) -> Callable[..., jf.Operator]:
     return jf.exact_fisher(task.model)
 
 
-def sampled(task: Task, key: jax.Array) -> Callable[..., jf.Operator]:
-    """From targets drawn from the model, one an example, anew at every step."""
-    fisher = jf.sampled_fisher(task.model)
-    return lambda params, *inputs: fisher(params, key, *inputs)
+def drawn(task: Task, key: jax.Array) -> Callable[..., jf.Operator]:
+    """Exact products, and views of targets drawn from the model, one an example, anew at every step."""
+    products, sampled = jf.implicit_fisher(task.model), jf.sampled_fisher(task.model)
+    return lambda params, *inputs: products(params, *inputs, views_of=sampled(params, key, *inputs))
 
 
 def natural(
@@ -238,9 +238,9 @@ def somax(damping: float, task: Task) -> Trainer:
 def entries() -> Iterator[Entry]:
     """Ours first."""
     yield Entry("jf.kfac", "", natural(jf.kfac, exact))
-    yield Entry("jf.kfac, sampled", "", natural(jf.kfac, sampled))
+    yield Entry("jf.kfac, drawn", "", natural(jf.kfac, drawn))
     factored = functools.partial(jf.kfac, solver=jf.factored_damping)
-    yield Entry("jf.kfac, sampled, factored", "", natural(factored, sampled))
+    yield Entry("jf.kfac, drawn, factored", "", natural(factored, drawn))
     ekfac = functools.partial(jf.kfac, view=jf.eigen_kronecker, decay=None)
     yield Entry("jf.kfac, EKFAC", "", natural(ekfac, exact))
     yield Entry("jf.kfac, every 3rd", "", natural(functools.partial(jf.kfac, update_every=3), exact))
