@@ -45,8 +45,8 @@ def kfac(
     direction from K, a running mean of the factors, the length from the Fisher F of the batch itself, the damping from the
     ratio of the loss's actual decrease to the predicted one; a step that raises the batch's loss is not taken. The ratio judges
     the model that gives the length, not K: so lambda damps the length, and the direction is damped by a share of it, and by no
-    less than a share of the mean eigenvalue, where lambda goes to zero. Give it the exact or a sampled Fisher, never the
-    empirical one::
+    less than a share of the mean eigenvalue, where lambda goes to zero. Give it the exact Fisher, or, where outputs are many,
+    `jaxfisher.implicit_fisher` with ``views_of`` a sampled one; never the empirical one::
 
         opt = jf.kfac(like=lambda: jf.exact_fisher(model)(params, x))
         step = jax.jit(jf.training_step(model, opt))
