@@ -63,17 +63,17 @@ class Spectral(Operator):
         parts = [count * jnp.sum(flags(values), dtype=jnp.int32) for values, count in self._eigenvalues()]
         return sum(parts[1:], start=parts[0])
 
-    def rank_at(self, damping: Scalar) -> Int[Array, ""]:
-        """The rank of ``F + damping I``."""
-        resolve = self._resolve(damping)
-        return self._count(lambda values: resolve(values) + damping != 0)
-
     def _inverse(self, damping: Scalar) -> Inverted:
-        rank = self.rank_at(damping)
+        return self.inverse_of(self.linearised(), damping)
+
+    def inverse_of(self, product: Callable[[Any], Any], damping: Scalar) -> Inverted:
+        """Of ``product``, which these are the eigenvectors of."""
+        resolve = self._resolve(damping)
+        rank = self._count(lambda values: resolve(values) + damping != 0)
 
         def apply(v: Any) -> Solved:
             x = self._power_mv(v, jnp.asarray(-1, self.spec.dtype), damping)
-            return Solved(x, jax.tree.map(jnp.subtract, v, self._apply(lambda values: values + damping, x)), rank)
+            return Solved(x, jax.tree.map(lambda b, f, y: b - f - damping * y, v, product(x), x), rank)
 
         return apply
 
