@@ -9,9 +9,9 @@ from typing import Any
 import chex
 import jax
 
+from jaxfisher._engine.factors import leaf_forms, trace
+from jaxfisher._engine.forms import Convolution, Form, Formed, Leaf, Positions
 from jaxfisher._examples import make_batch, shape_of_one
-from jaxfisher._factors import leaf_forms, trace
-from jaxfisher._forms import Convolution, Form, Formed, Leaf, Positions
 from jaxfisher._model import of_one_example
 from jaxfisher._rows import ExactRows, Rows, ScoreRows
 from jaxfisher._tree import check_function

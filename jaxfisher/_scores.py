@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Scalar
 
+from jaxfisher._engine.factors import Traced, leaf_forms, trace
+from jaxfisher._engine.forms import Leaf, Moments, Seal, outer_moment, sealed, unsealed
 from jaxfisher._examples import Batch, make_batch, map_batches, map_examples, needs_data, num_examples, sum_batches
-from jaxfisher._factors import Traced, leaf_forms, trace
-from jaxfisher._forms import Leaf, Moments, Seal, outer_moment, sealed, unsealed
 from jaxfisher._linalg import matmul, mirrored
 from jaxfisher._model import LOG_PROB, LogProb, of_one_example
 from jaxfisher._rows import Rows, ScoreRows

@@ -16,9 +16,10 @@ from models import compiled
 from problems import assert_close, classifier, data, flat, mean_loss, mlp_params
 
 import jaxfisher as jf
-from jaxfisher import _cut, _terms
 from jaxfisher._distributions.base import Distribution, family
 from jaxfisher._distributions.excess import exp_excess
+from jaxfisher._engine import cut as _cut
+from jaxfisher._engine import terms as _terms
 from jaxfisher._operators.base import Operator
 from jaxfisher._transform.given import fisher_for
 

@@ -9,7 +9,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import jaxfisher as jf
-from jaxfisher import _forms
+from jaxfisher._engine import forms as _forms
 
 N = 5
 WEIGHTS = np.array([0.4, 1.0, 2.5, 0.7, 1.6])

@@ -22,9 +22,9 @@ import numpy as np
 from jax.extend.core import Literal
 from jaxtyping import Array
 
-from jaxfisher import _terms as terms
-from jaxfisher._program import Atom, Equation, Program
-from jaxfisher._terms import Axis, Factor, Term, Unformed, Windows, dim
+from jaxfisher._engine import terms
+from jaxfisher._engine.program import Atom, Equation, Program
+from jaxfisher._engine.terms import Axis, Factor, Term, Unformed, Windows, dim
 
 EXAMPLE, ROW = 1, 2
 """Flags: a value depends on the example; on the row among the example's rows."""

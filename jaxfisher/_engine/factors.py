@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxfisher._cut import EXAMPLE, ROW, Value, run
+from jaxfisher._engine.cut import EXAMPLE, ROW, Value, run
+from jaxfisher._engine.forms import Convolution, Form, Formed, Layout, Leaf, Positions, Product, plain_layout
+from jaxfisher._engine.program import Program, flatten
+from jaxfisher._engine.terms import Axis, Factor, Term, Unformed, Windows, fold, seen, whole
 from jaxfisher._examples import num_examples, shape_of_one
-from jaxfisher._forms import Convolution, Form, Formed, Layout, Leaf, Positions, Product, plain_layout
-from jaxfisher._program import Program, flatten
 from jaxfisher._rows import Rows
-from jaxfisher._terms import Axis, Factor, Term, Unformed, Windows, fold, seen, whole
 from jaxfisher._tree import ParamSpec
 
 

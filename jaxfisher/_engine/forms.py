@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Scalar
 
+from jaxfisher._engine.terms import Windows
 from jaxfisher._examples import map_batches, sum_batches
 from jaxfisher._linalg import matmul, to_unit
-from jaxfisher._terms import Windows
 
 TILE = 2**22
 """How many numbers a temporary may hold before work is done in pieces (16 MiB of float32)."""
