@@ -9,9 +9,10 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
-from jaxfisher._tree import ParamSpec, described, dtype_of, param_spec, path_names
+from jaxfisher._tree import ParamSpec, at_least_float32, described, dtype_of, param_spec, path_names
 
 
 def num_examples(data: tuple[Any, ...], name: str) -> int:
@@ -77,15 +78,23 @@ def needs_data(data: tuple[Any, ...], function: str, call: str = "(params, *data
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Checked examples: the parameters' spec, the data as arrays, weights that sum to one, and what bounds memory."""
+    """Checked examples: the parameters' spec, the data as arrays, weights that sum to one, and what bounds memory.
+
+    ``live`` tells the examples from padding; it is None where no weights were given, and nothing is padding.
+    """
 
     spec: ParamSpec
     size: int
     data: tuple[Any, ...]
     weights: Float[Array, " n"]
-    weighted: bool
+    live: Bool[Array, " n"] | None
     batch_size: int | None
     max_bytes: int | None
+
+    @property
+    def weighted(self) -> bool:
+        """Whether weights were given."""
+        return self.live is not None
 
 
 def make_batch(
@@ -93,7 +102,8 @@ def make_batch(
 ) -> Batch:
     """Check what every function of a batch is given, and normalise the weights: ``w_i / sum w``, or ``1 / n`` each.
 
-    A weight of zero is padding: the example is replaced by a real one, so that no number made of it can leak.
+    A weight of zero is padding: the example is replaced by a real one, so that no number made of it can leak. Its rows of
+    scores are zero, which is for those to see to who make them.
     """
     check_batch_size(batch_size)
     check_max_bytes(batch_size, max_bytes)
@@ -103,9 +113,18 @@ def make_batch(
     data = _as_arrays(data, "data")
     n = num_examples(data, "data")
     if weights is None:
-        return Batch(spec, n, data, jnp.full(n, 1 / n, spec.dtype), False, batch_size, max_bytes)
+        return Batch(spec, n, data, jnp.full(n, 1 / n, spec.dtype), None, batch_size, max_bytes)
+    weights = _checked_weights(weights, n)
+    omega = _normalised(weights).astype(spec.dtype)
+    live = omega != 0
+    return Batch(spec, n, _filled(data, omega, live), omega, live, batch_size, max_bytes)
+
+
+def _checked_weights(weights: Any, n: int) -> Float[Array, " n"]:
+    """The weights as an array of floating numbers, one for each example; refused where they are known to be no weights."""
     if not isinstance(weights, (list, tuple)):
         _check_numbers("`weights`", weights)
+    _check_known(weights)
     weights = jnp.asarray(weights)
     if weights.shape != (n,):
         raise ValueError(
@@ -113,12 +132,61 @@ def make_batch(
         )
     if jnp.issubdtype(weights.dtype, jnp.complexfloating):
         raise TypeError(f"`weights` is complex ({weights.dtype}). Pass real, non-negative weights.")
-    weights = weights.astype(spec.dtype)
-    # Dividing by the largest first keeps the sum in range for weights near the ends of the dtype.
-    weights = weights / jnp.max(weights)
-    source = jnp.where(weights != 0, jnp.arange(n), jnp.argmax(weights))
-    data = jax.tree.map(lambda leaf: leaf[source], data)
-    return Batch(spec, n, data, weights / jnp.sum(weights), True, batch_size, max_bytes)
+    if not jnp.issubdtype(weights.dtype, jnp.floating):
+        return weights.astype(jnp.result_type(float))
+    return weights.astype(at_least_float32(weights.dtype))
+
+
+def _check_known(weights: Any) -> None:
+    """Raise `ValueError` where weights are no weights and their values are known; those of a trace are not, and give NaN."""
+    for leaf in jax.tree.leaves(weights):
+        if isinstance(leaf, jax.core.Tracer) or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+            return
+    values = np.asarray(weights)
+    if values.size == 0 or values.dtype.kind not in "biuf":
+        return
+    wrong = np.flatnonzero(~(values >= 0) | (values == np.inf))
+    if wrong.size:
+        raise ValueError(
+            f"`weights` is {values.reshape(-1)[wrong[0]]} at entry {wrong[0]}; expected finite numbers of at least zero, which "
+            "say how often an example counts. A factor that may be negative, such as an advantage, belongs to the loss: "
+            "multiply the log-density by it in your own function, and give the Fisher no weights."
+        )
+    if not np.any(values > 0):
+        raise ValueError("`weights` are all zero; expected at least one positive weight, since the mean divides by their sum.")
+
+
+def _normalised(weights: Float[Array, " n"]) -> Float[Array, " n"]:
+    """``w_i / sum w``, to the last digits at any scale of the weights; NaN where they are no weights."""
+    info = jnp.finfo(weights.dtype)
+    tiny = float(info.tiny)
+    # XLA's CPU takes numbers below `tiny` for zero. Their digits are read as an integer, in units of `2^-nmant tiny`.
+    bits = jax.lax.bitcast_convert_type(weights, jnp.uint32 if info.bits == 32 else jnp.uint64)
+    digits = jnp.where(bits < (1 << info.nmant), bits, 0).astype(weights.dtype)
+    # A quotient of a quotient would be compiled to one by a product, which overflows. A product with a reciprocal is not.
+    unit = 1 / jnp.clip(jnp.max(weights), tiny, 0.25 / tiny)
+    near_one = jnp.where(digits > 0, digits * (tiny * unit) * float(info.eps), weights * unit)
+    near_one = jnp.where((weights >= 0) & (weights < jnp.inf), near_one, jnp.nan)
+    return near_one * (1 / jnp.sum(near_one))
+
+
+def _filled(data: tuple[Any, ...], weights: Float[Array, " n"], live: Bool[Array, " n"]) -> tuple[Any, ...]:
+    """The data with a real example, the one with the largest weight, in the place of padding."""
+    chosen = jnp.arange(weights.size) == jnp.argmax(weights)
+
+    def among_examples(flags: Bool[Array, " n"], leaf: Array) -> Bool[Array, "n ..."]:
+        return flags.reshape(-1, *(1,) * (leaf.ndim - 1))
+
+    def filled(leaf: Array) -> Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(filled(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        # A sum over one: looking the example up would gather data that is spread over devices.
+        alone = jnp.where(among_examples(chosen, leaf), leaf, jnp.zeros((), leaf.dtype))
+        real = jnp.any(alone, axis=0) if leaf.dtype == bool else jnp.sum(alone, axis=0, dtype=leaf.dtype)
+        return jnp.where(among_examples(live, leaf), leaf, real[None])
+
+    made: tuple[Any, ...] = jax.tree.map(filled, data)
+    return made
 
 
 def check_batch_size(batch_size: int | None) -> None:

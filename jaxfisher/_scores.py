@@ -21,7 +21,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._engine.factors import Traced, leaf_forms, trace
 from jaxfisher._engine.forms import Leaf, Moments, Seal, outer_moment, sealed, unsealed
@@ -289,12 +289,15 @@ def _upper(leaves: Sequence[tuple[Leaf, bool]], factor: Scalar) -> Float[Array, 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("params", "data", "weights", "shift", "factors"),
+    data_fields=("params", "data", "weights", "live", "shift", "factors"),
     meta_fields=("rows", "spec", "batch_size", "keep"),
 )
 @dataclasses.dataclass(frozen=True)
 class StreamedScores(Scores):
-    """Scores made again, ``batch_size`` examples at a time, whenever they are needed."""
+    """Scores made again, ``batch_size`` examples at a time, whenever they are needed.
+
+    ``live`` tells the examples from padding; None where nothing is padding.
+    """
 
     rows: Rows
     params: Any
@@ -303,6 +306,7 @@ class StreamedScores(Scores):
     spec: ParamSpec
     batch_size: int
     keep: tuple[bool, ...]
+    live: Bool[Array, " n"] | None = None
     shift: tuple[Any, ...] | None = None
     factors: tuple[Scalar, ...] | None = None
 
@@ -326,8 +330,8 @@ class StreamedScores(Scores):
         traced = trace(self.rows, self.params, data)
         return leaf_forms(traced, self.rows, self.params, data, param_spec(self.params))[1]
 
-    def _held(self, weights: Float[Array, "n m"], *data: Any) -> HeldScores:
-        leaves = self._leaves(*data)
+    def _held(self, weights: Float[Array, "n m"], live: Bool[Array, " n"] | None, *data: Any) -> HeldScores:
+        leaves = _masked(self._leaves(*data), live)
         if self.shift is not None:
             leaves = tuple(leaf.shifted(means) for leaf, means in zip(leaves, self.shift, strict=True))
         held = HeldScores(_kept_leaves(leaves, self.keep), weights.reshape(-1), self.spec)
@@ -337,7 +341,7 @@ class StreamedScores(Scores):
         return w.reshape(num_examples(self.data, "data"), -1)
 
     def _weighted_data(self) -> tuple[Any, ...]:
-        return (self._by_example(self.weights), *self.data)
+        return (self._by_example(self.weights), self.live, *self.data)
 
     def _map(self, function: Callable[[HeldScores], Array]) -> Array:
         """``function`` of the held rows of each piece, joined along its leading axis."""
@@ -412,7 +416,7 @@ class StreamedScores(Scores):
 
     def centered(self) -> Scores:
         # Any constant near the mean will do for the shift: that of the first examples.
-        weights, *first = jax.tree.map(lambda leaf: leaf[: self.batch_size], self._weighted_data())
+        weights, _, *first = jax.tree.map(lambda leaf: leaf[: self.batch_size], self._weighted_data())
         shift = tuple(leaf.means(jnp.ones_like(weights)) for leaf in self._leaves(*first))
         return CenteredScores(dataclasses.replace(self, shift=shift), self.weights)
 
@@ -517,7 +521,7 @@ _UNCENTRED = (
 @partial(jax.tree_util.register_dataclass, data_fields=("scores", "mean_weights"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class CenteredScores(Scores):
-    r"""``Q S`` with ``Q = I - 1 omega^T``: every row less the weighted mean row.
+    r"""``Q S`` with ``Q = diag(live) (I - 1 omega^T)``: every row less the weighted mean row, and zero where it is padding.
 
     The projection acts on rows, so the factors of ``S`` stay. A mean that dominates the scores must be taken out of the
     factors first (`shifted`), or the difference is lost in rounding.
@@ -547,25 +551,32 @@ class CenteredScores(Scores):
     def rescaled(self, factors: tuple[Scalar, ...]) -> CenteredScores:
         return dataclasses.replace(self, scores=self.scores.rescaled(factors))
 
+    @property
+    def _live(self) -> Bool[Array, " rows"]:
+        """Which rows are those of examples: padding has no weight in the mean, and nothing to take it from."""
+        return self.mean_weights != 0
+
     def _mean(self) -> Any:
         return self.scores.rmv(self.mean_weights)
 
     def _mv(self, v: chex.ArrayTree, seal: Seal) -> Float[Array, " rows"]:
         product = self.scores._mv(v, seal)
-        return product - jnp.sum(self.mean_weights * product)
+        return jnp.where(self._live, product - jnp.sum(self.mean_weights * product), 0)
 
     def rmv(self, w: Float[Array, " rows"]) -> Any:
-        w = self._row_numbers(w)
+        w = jnp.where(self._live, self._row_numbers(w), 0)
         return self.scores.rmv(w - self.mean_weights * jnp.sum(w))
 
     def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
         full = mirrored(self.scores.gram_upper(factor))
         mean = matmul(full, self.mean_weights)
-        return full - (mean[:, None] + mean[None, :] - jnp.sum(self.mean_weights * mean))
+        centred = full - (mean[:, None] + mean[None, :] - jnp.sum(self.mean_weights * mean))
+        return jnp.where(self._live[:, None] & self._live[None, :], centred, 0)
 
     def squared_norms(self) -> Float[Array, " rows"]:
         mean = self._mean()
-        return self.scores.squared_norms() - 2 * self.scores.mv(mean) + dot(mean, mean)
+        norms = self.scores.squared_norms() - 2 * self.scores.mv(mean) + dot(mean, mean)
+        return jnp.where(self._live, norms, 0)
 
     def diagonal(self) -> Any:
         # sum w (s - c)^2 = sum w s^2 - c (2 sum w s - c sum w).
@@ -589,7 +600,8 @@ class CenteredScores(Scores):
         raise NotImplementedError(_UNCENTRED)
 
     def as_matrix(self) -> Float[Array, "rows p"]:
-        return self.scores.as_matrix() - self.spec.ravel(self._mean(), "mean")[None, :]
+        centred = self.scores.as_matrix() - self.spec.ravel(self._mean(), "mean")[None, :]
+        return jnp.where(self._live[:, None], centred, 0)
 
     def bound(self) -> Scalar:
         return 2 * self.scores.bound()
@@ -639,9 +651,14 @@ def _values_and_scores(rows: Rows, params: chex.ArrayTree, batch: Batch) -> tupl
     batch_size = _batch_size(traced, rows, params, batch)
     if batch_size is None or batch_size >= batch.size:
         aux, leaves = leaf_forms(traced, rows, params, batch.data, batch.spec)
-        return (aux[0] if aux else None), HeldScores(leaves, weights, batch.spec)
+        return (aux[0] if aux else None), HeldScores(_masked(leaves, batch.live), weights, batch.spec)
     keep = (True,) * len(batch.spec.paths)
-    return None, StreamedScores(rows, params, batch.data, weights, batch.spec, batch_size, keep)
+    return None, StreamedScores(rows, params, batch.data, weights, batch.spec, batch_size, keep, batch.live)
+
+
+def _masked(leaves: tuple[Leaf, ...], live: Bool[Array, " n"] | None) -> tuple[Leaf, ...]:
+    """The leaves with rows of zeros for padding."""
+    return leaves if live is None else tuple(leaf.masked(live) for leaf in leaves)
 
 
 PLAIN_BYTES = 2**30
@@ -686,11 +703,12 @@ def scores(
 
     Returns:
         A function of the parameters and the data, every array of which has a leading axis of n examples; ``weights``, shape
-        ``[n]``, turn means into ``sum w_i (.) / sum w_i``, and a weight of zero is padding.
+        ``[n]``, turn means into ``sum w_i (.) / sum w_i``, and a weight of zero is padding: a row of zeros, whatever the data.
 
     Raises:
         ValueError: (when called) arrays of different lengths, a non-scalar ``log_prob``, one that is a batch mean, weights of
-            another shape, a ``batch_size`` below one, a ``max_bytes`` that one example exceeds.
+            another shape, or known to be negative, not finite or all zero; a ``batch_size`` below one, a ``max_bytes`` that
+            one example exceeds. Weights whose values are not known when it is traced, and that are such, give NaN.
         TypeError: (when called) a parameter that is not a real floating array.
 
     Reference: Amari, Natural gradient works efficiently in learning (Neural Computation 1998), section 2.

@@ -129,6 +129,21 @@ MISTAKES = [
     ("no inputs", lambda: exact(PARAMS), TypeError, ["missing 1 required", "`model`", "parameters alone"]),
     ("weights' shape", lambda: exact(PARAMS, X, weights=np.ones((5, 1))), ValueError, ["`weights`", "(5, 1)", "(5,)"]),
     ("complex weights", lambda: exact(PARAMS, X, weights=np.ones(5, complex)), TypeError, ["`weights`", "complex", "real"]),
+    *[
+        (f"weights {name}", lambda w=w: exact(PARAMS, X, weights=w), ValueError, ["`weights`", *words])
+        for name, w, words in [
+            (
+                "negative",
+                np.array([1.0, 0.0, -0.5, 2.0, -1.0]),
+                ["-0.5 at entry 2", "at least zero", "advantage", "log-density"],
+            ),
+            ("negative, a list", [1, 0, -1, 2, 3], ["-1 at entry 2", "at least zero"]),
+            ("negative, on a device", jnp.array([1.0, 0.0, -0.5, 2.0, -1.0]), ["-0.5 at entry 2"]),
+            ("infinite", np.array([1.0, np.inf, 1.0, 1.0, 1.0]), ["inf at entry 1", "finite"]),
+            ("NaN", np.array([1.0, 1.0, 1.0, np.nan, 1.0]), ["nan at entry 3", "finite"]),
+            ("all zero", np.zeros(5, bool), ["all zero", "at least one positive"]),
+        ]
+    ],
     ("a string as weights", lambda: exact(PARAMS, X, weights="a"), TypeError, ["`weights`", "'a'", "array of numbers"]),
     # Settings.
     *[

@@ -35,9 +35,8 @@ def test_every_quantity_equals_the_loop(batch_size, key):
             made.as_matrix(),
         )
 
-    # A weight of zero is padding: the row is a real example's, and its weight keeps it out of every mean.
-    padded = rows.copy()
-    padded[1] = rows[int(np.argmax(np.asarray(weights)))]
+    # A weight of zero is padding, and a row of zeros.
+    padded = rows * (np.asarray(weights) > 0)[:, None]
     mv, rmv, gram, norms, diagonal, moment, matrix = everything(params, x, y, weights)
     assert_close(matrix, padded)
     assert_close(mv, padded @ flat(v))

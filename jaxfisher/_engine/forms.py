@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._engine.terms import Windows
 from jaxfisher._examples import map_batches, sum_batches
@@ -615,6 +615,20 @@ class Leaf:
             return dataclasses.replace(form, right=form.right * factor)
 
         return dataclasses.replace(self, forms=tuple(map(scaled, self.forms)), layer=None, bias=False)
+
+    def masked(self, live: Bool[Array, " examples"]) -> Leaf:
+        """The same gradients, exactly zero for the examples that are not live."""
+
+        def zeroed(array: Array) -> Array:
+            return jnp.where(live.reshape(-1, *(1,) * (array.ndim - 1)), array, 0)
+
+        def held(form: Form) -> Form:
+            if isinstance(form, Formed):
+                return dataclasses.replace(form, value=zeroed(form.value))
+            # The right factor, since that of a layer's weight is the gradient of its bias as well.
+            return dataclasses.replace(form, right=zeroed(form.right))
+
+        return dataclasses.replace(self, forms=tuple(map(held, self.forms)))
 
     def take(self, examples: slice) -> Leaf:
         """The rows of some examples."""

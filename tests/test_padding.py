@@ -1,0 +1,174 @@
+"""A weight of zero is padding: rows of zeros whatever the data there is, in every way that scores are held."""
+
+import catalogue
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from problems import assert_close, class_sum_fisher, classifier, data, flat, loop_scores, mlp_params
+
+import jaxfisher as jf
+
+WEIGHTS = np.array([0.0, 0.5, 1.0, 0.0, 3.0, 0.25, 0.0])
+"""Of five examples and three places of padding, the first and the last among them."""
+LIVE = WEIGHTS > 0
+OMEGA = WEIGHTS / WEIGHTS.sum()
+
+# One model for every form that a leaf can be held in.
+FORMS = ["conv_2d", "tied_autoencoder", "embedding", "rnn_scan", "masked_weight", "frozen_leaf"]
+CASES = [
+    *[("mlp", batch_size, center) for batch_size in (None, 3) for center in (False, True)],
+    *[(name, None, False) for name in FORMS],
+]
+
+
+def padded(leaf):
+    """The examples among padding of NaN, or of a number that is no class and no place in a table."""
+    leaf = np.asarray(leaf)
+    rubbish = np.nan if np.issubdtype(leaf.dtype, np.floating) else 10**6
+    whole = np.full((len(WEIGHTS), *leaf.shape[1:]), rubbish, leaf.dtype)
+    whole[LIVE] = leaf[: LIVE.sum()]
+    return jnp.asarray(whole)
+
+
+def quantities(made, v, w):
+    """Everything that scores give."""
+    return {
+        "as_matrix": made.as_matrix(),
+        "mv": made.mv(v),
+        "rmv": ravel_pytree(made.rmv(w))[0],
+        "gram": made.gram(),
+        "squared_norms": made.squared_norms(),
+        "diagonal": ravel_pytree(made.diagonal())[0],
+        "second_moment": made.second_moment(),
+    }
+
+
+def expected_of(rows, v, w):
+    """The same in NumPy, from the rows."""
+    return {
+        "as_matrix": rows,
+        "mv": rows @ v,
+        "rmv": rows.T @ w,
+        "gram": rows @ rows.T,
+        "squared_norms": np.sum(rows**2, 1),
+        "diagonal": OMEGA @ rows**2,
+        "second_moment": rows.T @ (OMEGA[:, None] * rows),
+    }
+
+
+def check(made, rows, params):
+    """The quantities of scores are those of the rows, and what is padding is zero to the last bit."""
+    w = np.linspace(-1.0, 2.0, len(WEIGHTS))
+    v = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), params)
+    found = jax.jit(lambda made, v, w: quantities(made, v, w))(made, v, jnp.asarray(w))
+    for name, value in expected_of(rows, flat(v), w).items():
+        assert_close(found[name], value, factor=1e4)
+    for name in ("as_matrix", "mv", "gram", "squared_norms"):
+        assert not np.any(np.asarray(found[name])[~LIVE]), name
+
+
+@pytest.mark.parametrize(("name", "batch_size", "center"), CASES)
+def test_padding_is_rows_of_zeros(name, batch_size, center):
+    row = catalogue.row(name)
+    rows = np.zeros((len(WEIGHTS), ravel_pytree(row.params)[0].size))
+    rows[LIVE] = loop_scores(row.log_prob, row.params, *jax.tree.map(lambda leaf: leaf[: LIVE.sum()], row.data))
+    if center:
+        rows = LIVE[:, None] * (rows - OMEGA @ rows)
+    function = jf.scores(row.log_prob, center=center, batch_size=batch_size)
+    made = jax.jit(lambda *args: function(*args, weights=jnp.asarray(WEIGHTS)))(row.params, *jax.tree.map(padded, row.data))
+    check(made, rows, row.params)
+
+
+def classified():
+    """The classifier of `problems`, its parameters, and its data with padding."""
+    params = mlp_params(jax.random.key(3))
+    x, y = data(jax.random.key(4))
+    return params, x[: LIVE.sum()], y[: LIVE.sum()], padded(x), padded(y)
+
+
+def test_padding_in_a_sum_of_fishers():
+    params, x, y, padded_x, padded_y = classified()
+    log_prob = jf.log_likelihood(classifier)
+    rows = np.zeros((len(WEIGHTS), flat(params).size))
+    rows[LIVE] = loop_scores(log_prob, params, x, y)
+
+    @jax.jit
+    def joined(params, x, y):
+        fisher = jf.empirical_fisher(log_prob)(params, x, y, weights=WEIGHTS)
+        both = (fisher + 2.0 * fisher).scores
+        return both.as_matrix(), both.squared_norms(), both.centered().as_matrix()
+
+    matrix, norms, centred = joined(params, padded_x, padded_y)
+    assert_close(matrix, np.concatenate([rows, rows]))
+    assert_close(norms, np.tile(np.sum(rows**2, 1), 2))
+    assert_close(centred, np.concatenate([LIVE[:, None] * (rows - 3 * OMEGA @ rows)] * 2))
+
+
+def test_padding_in_an_exact_and_in_a_sampled_fisher():
+    """The Fisher is that of the examples alone, and the rows of padding, several for each of its places, are zero."""
+    params, x, _, padded_x, _ = classified()
+
+    @jax.jit
+    def matrices(params, x):
+        exact = jf.exact_fisher(classifier)(params, x, weights=WEIGHTS)
+        sampled = jf.sampled_fisher(classifier, 2, batch_size=2)(params, jax.random.key(0), x, weights=WEIGHTS)
+        return exact.as_matrix(), exact.scores.as_matrix(), sampled.scores.as_matrix()
+
+    fisher, *scores = matrices(params, padded_x)
+    assert_close(fisher, class_sum_fisher(params, x, WEIGHTS[LIVE]))
+    for rows in scores:
+        rows = np.asarray(rows).reshape(len(WEIGHTS), -1)
+        assert not np.any(rows[~LIVE]) and np.all(np.any(rows[LIVE], axis=1))
+
+
+def test_a_clipped_sum_does_not_see_padding():
+    """What is made of rows without their weights, as clipping for privacy does, is that of the examples alone."""
+    params, x, y, padded_x, padded_y = classified()
+    log_prob = jf.log_likelihood(classifier)
+    rows = loop_scores(log_prob, params, x, y)
+
+    @jax.jit
+    def clipped(params, x, y):
+        made = jf.scores(log_prob)(params, x, y, weights=WEIGHTS)
+        return ravel_pytree(made.rmv(1 / jnp.maximum(1.0, jnp.sqrt(made.squared_norms()) / 0.3)))[0]
+
+    norms = np.linalg.norm(rows, axis=1)
+    assert_close(clipped(params, padded_x, padded_y), (1 / np.maximum(1.0, norms / 0.3)) @ rows)
+
+
+def test_padding_of_random_keys():
+    """An example may hold a random key, for dropout say."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    model = lambda p, x, key: jf.Normal(p * x * jax.random.uniform(key, (), x.dtype), 1.0)  # noqa: E731
+    x = jnp.array([1.0, 2.0, jnp.nan])
+    trace = jf.exact_fisher(model)(jnp.ones(()), x, keys, weights=np.array([1.0, 1.0, 0.0])).trace()
+    slopes = [x[i] * jax.random.uniform(keys[i], (), x.dtype) for i in range(2)]
+    assert_close(trace, np.mean(np.square(slopes)))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_weights_have_no_scale(dtype, compiled):
+    """Means to the last digits at any scale of the weights, down to numbers that XLA's CPU takes for zero."""
+    info = np.finfo(dtype)
+    shape = np.random.default_rng(0).uniform(0.5, 1.0, 50)
+    x = shape[::-1].astype(dtype)
+    mean = jf.exact_fisher(lambda theta, x: jf.Normal(theta * x, jnp.ones((), dtype)))
+    trace = lambda weights: mean(dtype(1), x, weights=weights).trace()  # noqa: E731
+    for scale in (info.max, 1e30, 1.0, 1e-30, 2 * info.tiny, info.tiny, 1e-3 * info.tiny):
+        weights = (shape * scale).astype(dtype)
+        omega = weights.astype(np.longdouble) / np.sum(weights.astype(np.longdouble))
+        found = (jax.jit(trace) if compiled else trace)(weights)
+        expected = np.sum(omega * x.astype(np.longdouble) ** 2)
+        np.testing.assert_allclose(float(found), float(expected), rtol=20 * info.eps)
+
+
+def test_weights_that_are_none_give_nan_where_their_values_are_not_known():
+    trace = jax.jit(
+        lambda weights: jf.exact_fisher(lambda theta, x: jf.Normal(theta * x, 1.0))(1.0, np.ones(2), weights=weights).trace()
+    )
+    for weights in ([-1.0, 2.0], [0.0, 0.0], [np.nan, 1.0], [np.inf, 1.0]):
+        assert np.isnan(trace(jnp.array(weights))), weights
+    assert trace(jnp.array([0.0, 2.0])) == 1
