@@ -10,7 +10,7 @@ import chex
 import jax
 
 from jaxfisher._engine.factors import leaf_forms, trace
-from jaxfisher._engine.forms import Convolution, Form, Formed, Leaf, Positions
+from jaxfisher._engine.forms import Form, Formed, Leaf, Lookup, Product
 from jaxfisher._examples import make_batch, shape_of_one
 from jaxfisher._model import of_one_example
 from jaxfisher._rows import ExactRows, Rows, ScoreRows
@@ -196,19 +196,17 @@ def _kronecker(leaf: Leaf, leaves: tuple[Leaf, ...], paths: tuple[str, ...]) -> 
         return f"with {paths[leaf.layer]}"
     if any(isinstance(form, Formed) for form in leaf.forms) or not leaf.forms:
         return "no: no factors"
-    if any(not isinstance(form, Convolution | Formed) and isinstance(form.left, Positions) for form in leaf.forms):
+    if any(isinstance(form, Lookup) for form in leaf.forms):
         return "no: a table"
     return "no: factors in several layouts"
 
 
 def _name(form: Form, leaf: Leaf) -> str:
-    if isinstance(form, Formed):
-        return "plain" if leaf.why is not None else "elementwise"
-    if isinstance(form, Convolution):
-        return "convolution"
-    if isinstance(form.left, Positions):
-        return "embedding"
-    return "outer product" if form.positions == 1 else f"sum of {form.positions} outer products"
+    if isinstance(form, Formed) and leaf.why is not None:
+        return "plain"
+    if isinstance(form, Product) and form.positions > 1:
+        return f"sum of {form.positions} outer products"
+    return form.name
 
 
 def _flops(leaf: Leaf) -> int:
@@ -217,10 +215,9 @@ def _flops(leaf: Leaf) -> int:
     layout, count, rows = leaf.layout, leaf.positions, leaf.examples * leaf.rows
     size = layout.groups * layout.inputs * layout.outputs
     if leaf.by_factors:
-        factors = [(form.left, form.right) for form in leaf.forms if not isinstance(form, (Formed, Convolution))]
-        lefts = sum(0 if isinstance(left, Positions) else left.size * left.size // left.shape[-1] for left, _ in factors)
-        rights = sum(right.size * right.size // right.shape[-1] for _, right in factors)
-        return int(2 * (lefts + rights))
+        factors = [form.right for form in leaf.forms if isinstance(form, Product | Lookup)]
+        factors += [form.left for form in leaf.forms if isinstance(form, Product)]
+        return int(2 * sum(factor.size * factor.size // factor.shape[-1] for factor in factors))
     return int(2 * rows * rows * size + 2 * rows * count * size)
 
 

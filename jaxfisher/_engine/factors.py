@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxfisher._engine.cut import EXAMPLE, ROW, Value, run
-from jaxfisher._engine.forms import Convolution, Form, Formed, Layout, Leaf, Positions, Product, plain_layout
+from jaxfisher._engine.forms import Convolution, Form, Formed, Layout, Leaf, Lookup, Product, plain_layout
 from jaxfisher._engine.program import Program, flatten
 from jaxfisher._engine.terms import Axis, Factor, Term, Unformed, Windows, fold, seen, whole
 from jaxfisher._examples import num_examples, shape_of_one
@@ -134,7 +134,7 @@ def _with_layers(leaves: list[list[Part]]) -> tuple[list[list[Part]], tuple[int 
 
 def _turned(form: Form, flags: tuple[int, ...], place: tuple[int, ...], sources: Sources) -> Part:
     """A product with its factors the other way round."""
-    assert isinstance(form, Product) and isinstance(form.left, jax.Array)
+    assert isinstance(form, Product)
     return Product(form.right, form.left, form.layout.turned()), flags[::-1], place, sources[::-1]
 
 
@@ -228,7 +228,7 @@ def _product(term: Term, shape: tuple[int, ...]) -> Part | None:
     put = [factor.hot for factor in places if factor.hot is not None]
     loose = [axis for axis in order if not any(axis in factor.over for factor in rest) and axis not in put]
     shared = [axis for axis in first.over if axis in second.over and axis not in order]
-    # The left factor is the one with the leaf's first dimension, so that uses of a leaf agree on it; positions are always left.
+    # The left factor is the one with the leaf's first dimension, so that uses of a leaf agree on it; a lookup is always left.
     swap = second.plain is None or (first.plain is not None and _before(own[1], own[0], order))
     left, right, inputs, outputs = (second, first, own[1], own[0]) if swap else (first, second, own[0], own[1])
     if right.plain is None or any(factor.hot not in order for factor in places):
@@ -314,7 +314,7 @@ def _lookup(
     summed = jnp.einsum("st,gto->gso", same.astype(right.dtype), right, precision=jax.lax.Precision.HIGHEST)
     # Later occurrences move to row zero with nothing to add there; so does nothing twice that is not zero.
     merged = jnp.where(first[:, None], summed, 0)
-    return Product(Positions(indices, layout.inputs), merged, layout), (flags[0], flags[0] | flags[1]), (), _NOWHERE
+    return Lookup(indices, merged, layout), (flags[0], flags[0] | flags[1]), (), _NOWHERE
 
 
 def _convolution(
@@ -355,8 +355,6 @@ def _together(a: Part, b: Part) -> Part | None:
     if isinstance(one, Formed) and isinstance(two, Formed):
         return Formed(one.value + two.value, one.layout), flags, (), _NOWHERE
     if not (isinstance(one, Product) and isinstance(two, Product)) or one.layout != two.layout:
-        return None
-    if isinstance(one.left, Positions) or isinstance(two.left, Positions):
         return None
     apart = places and more and not set(places) & set(more) and one.right.shape == two.right.shape
     join = jnp.add if apart else lambda x, y: jnp.concatenate([x, y], axis=1)

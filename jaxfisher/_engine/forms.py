@@ -15,6 +15,7 @@ A rule of cost decides for each leaf: inner products of gradients come from inne
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Scalar
+from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._engine.terms import Windows
 from jaxfisher._examples import map_batches, sum_batches
@@ -83,38 +84,24 @@ class Layout:
         return Layout(self.shape, self.axes, (*self.order[split:], *self.order[:split]), 1, self.outputs, self.inputs)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("indices",), meta_fields=("size",))
-@dataclasses.dataclass(frozen=True)
-class Positions:
-    """Left factors that are one at ``indices [n, rows, T]`` and zero elsewhere: rows of a table. No row has one twice."""
-
-    indices: Array
-    size: int
-
-
 @partial(jax.tree_util.register_dataclass, data_fields=("left", "right"), meta_fields=("layout",))
 @dataclasses.dataclass(frozen=True)
 class Product:
     """Gradients ``sum_t left_t (x) right_t``, with ``left [n, rows, groups, T, inputs]`` and ``right [..., T, outputs]``."""
 
-    left: Array | Positions
+    left: Float[Array, "n rows groups T inputs"]
     right: Float[Array, "n rows groups T outputs"]
     layout: Layout
+
+    name = "outer product"
 
     @property
     def positions(self) -> int:
         """How many outer products are summed, T."""
         return int(self.right.shape[3])
 
-    @property
-    def count(self) -> int:
-        """How many outer products there are in all."""
-        return int(self.right.size // max(1, self.right.shape[2] * self.right.shape[4]))
-
     def mv(self, v: Float[Array, "groups inputs outputs"], seal: Seal) -> Float[Array, "n rows"]:
         """``sum_t left_t^T V right_t`` for every row."""
-        if isinstance(self.left, Positions):
-            return jnp.sum(v[0][self.left.indices] * self.right[:, :, 0], (-2, -1))
         left, right = self.left, self.right
         # The factor with fewer rows meets the matrix; the other takes only a sum.
         if left.shape[0] * left.shape[1] > right.shape[0] * right.shape[1]:
@@ -123,11 +110,6 @@ class Product:
 
     def rmv(self, w: Float[Array, "n rows"]) -> Float[Array, "groups inputs outputs"]:
         """``sum_rows w sum_t left_t (x) right_t``."""
-        if isinstance(self.left, Positions):
-            updates = _weighted(w, self.right, self.left.indices.shape)[:, :, 0]
-            updates = jnp.broadcast_to(updates, (*self.left.indices.shape, updates.shape[-1]))
-            table = jnp.zeros((self.left.size, self.layout.outputs), updates.dtype)
-            return table.at[self.left.indices].add(updates)[None]
         left, right = self.left, self.right
         if left.shape[0] * left.shape[1] > right.shape[0] * right.shape[1]:
             left = _weighted(w, left, right.shape)
@@ -138,49 +120,90 @@ class Product:
 
     def gradient(self) -> Float[Array, "n rows groups inputs outputs"]:
         """The gradients themselves."""
-        if isinstance(self.left, Positions):
-            hot = jax.nn.one_hot(self.left.indices, self.left.size, dtype=self.right.dtype, axis=-1)
-            return matmul(hot[:, :, None].swapaxes(-1, -2), self.right)
         return matmul(self.left.swapaxes(-1, -2), self.right)
 
     def columns(self, start: Array, size: int) -> Product:
         """The same for some of the inputs only."""
-        if isinstance(self.left, Positions):
-            local = self.left.indices - start.astype(self.left.indices.dtype)
-            inside = (local >= 0) & (local < size)
-            right = jnp.where(inside[:, :, None, :, None], self.right, 0)
-            left: Any = Positions(jnp.where(inside, local, 0), size)
-        else:
-            left, right = jax.lax.dynamic_slice_in_dim(self.left, start, size, 4), self.right
-        return Product(left, right, dataclasses.replace(self.layout, inputs=size))
-
-    def inner(self, other: Product, scale: Scale, *, bias: bool) -> Float[Array, "n rows n2 rows2"]:
-        """Inner products of ``scale.factor`` times the gradients of two blocks of rows, from those of their factors.
-
-        With a ``bias``, of the gradients of a layer whose last input is one.
-        """
-        # One side of each product is scaled before and its result after: what is squared stays near one, and nothing large
-        # is copied.
-        right = _inner(self.right * scale.right, other.right) * scale.right
-        left = _inner_left(self.left, other.left, scale.left)
-        return jnp.sum((left + jnp.square(scale.left) if bias else left) * right, (0, 3, 6))
+        left = jax.lax.dynamic_slice_in_dim(self.left, start, size, 4)
+        return Product(left, self.right, dataclasses.replace(self.layout, inputs=size))
 
     def squared(self) -> Float[Array, "n rows"]:
         """``|D|^2`` of every row, from inner products of its own factors."""
-        if isinstance(self.left, Positions):
-            return jnp.sum(jnp.square(self.right), (-3, -2, -1))
         own = [matmul(factor, factor.swapaxes(-1, -2)) for factor in (self.left, self.right)]
         return jnp.sum(own[0] * own[1], (-3, -2, -1))
 
     def squares(self) -> Product:
-        """The product whose gradients are the entrywise squares; exact where positions do not overlap."""
-        left = self.left if isinstance(self.left, Positions) else jnp.square(self.left)
-        return dataclasses.replace(self, left=left, right=jnp.square(self.right))
+        """The product whose gradients are the entrywise squares; exact where T is one."""
+        return dataclasses.replace(self, left=jnp.square(self.left), right=jnp.square(self.right))
 
     def bound(self) -> Scalar:
         """The product of the largest factors in absolute value, times T."""
-        right = self.positions * jnp.max(jnp.abs(self.right), initial=0.0)
-        return right if isinstance(self.left, Positions) else right * jnp.max(jnp.abs(self.left), initial=0.0)
+        left, right = (jnp.max(jnp.abs(factor), initial=0.0) for factor in (self.left, self.right))
+        return self.positions * right * left
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("indices", "right"), meta_fields=("layout",))
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """Gradients of a table whose rows are looked up: ``right_t`` in the row ``indices [n, rows, T]``, of one group.
+
+    The row of an index is one of the layout's inputs. An index that is there twice in one row has been made one: the other
+    occurrences have a ``right`` of zero.
+    """
+
+    indices: Int[Array, "n rows T"]
+    right: Float[Array, "n rows 1 T outputs"]
+    layout: Layout
+
+    name = "embedding"
+
+    @property
+    def positions(self) -> int:
+        """How many rows of the table are looked up, T."""
+        return int(self.right.shape[3])
+
+    def mv(self, v: Float[Array, "1 inputs outputs"], seal: Seal) -> Float[Array, "n rows"]:
+        """``sum_t V[indices_t] . right_t`` for every row."""
+        return jnp.sum(v[0][self.indices] * self.right[:, :, 0], (-2, -1))
+
+    def rmv(self, w: Float[Array, "n rows"]) -> Float[Array, "1 inputs outputs"]:
+        """The table to whose rows ``w right_t`` is added."""
+        updates = _weighted(w, self.right, self.indices.shape)[:, :, 0]
+        updates = jnp.broadcast_to(updates, (*self.indices.shape, updates.shape[-1]))
+        table = jnp.zeros((self.layout.inputs, self.layout.outputs), updates.dtype)
+        return table.at[self.indices].add(updates)[None]
+
+    def gradient(self) -> Float[Array, "n rows 1 inputs outputs"]:
+        """The gradients themselves."""
+        hot = jax.nn.one_hot(self.indices, self.layout.inputs, dtype=self.right.dtype, axis=-1)
+        return matmul(hot[:, :, None].swapaxes(-1, -2), self.right)
+
+    def columns(self, start: Array, size: int) -> Lookup:
+        """The same for some rows of the table only."""
+        local = self.indices - start.astype(self.indices.dtype)
+        inside = (local >= 0) & (local < size)
+        right = jnp.where(inside[:, :, None, :, None], self.right, 0)
+        return Lookup(jnp.where(inside, local, 0), right, dataclasses.replace(self.layout, inputs=size))
+
+    def squared(self) -> Float[Array, "n rows"]:
+        """``|D|^2`` of every row: no row of the table has two terms."""
+        return jnp.sum(jnp.square(self.right), (-3, -2, -1))
+
+    def squares(self) -> Lookup:
+        """The lookup whose gradients are the entrywise squares."""
+        return dataclasses.replace(self, right=jnp.square(self.right))
+
+    def same(self, other: Lookup) -> Bool[Array, "1 n rows T m rows2 T2"]:
+        """Where the indices of two blocks of rows are the same."""
+        return (self.indices[:, :, :, None, None, None] == other.indices[None, None, None])[None]
+
+    def picked(self, left: Float[Array, "m rows2 1 T2 inputs"]) -> Float[Array, "1 m rows2 T2 n rows T"]:
+        """The entries of left factors at the indices."""
+        return left[:, :, 0][..., self.indices][None]
+
+    def bound(self) -> Scalar:
+        """The largest entry in absolute value, times T."""
+        return self.positions * jnp.max(jnp.abs(self.right), initial=0.0)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("windows", "right"), meta_fields=("layout",))
@@ -191,6 +214,8 @@ class Convolution:
     windows: Windows
     right: Float[Array, "n rows groups T outputs"]
     layout: Layout
+
+    name = "convolution"
 
     @property
     def positions(self) -> int:
@@ -215,6 +240,8 @@ class Formed:
 
     value: Float[Array, "n rows ..."]
     layout: Layout
+
+    name = "elementwise"
 
     def mv(self, v: Float[Array, "groups inputs outputs"], seal: Seal) -> Float[Array, "n rows"]:
         """``D . V`` for every row."""
@@ -242,7 +269,9 @@ class Formed:
         return jnp.max(jnp.abs(self.value), initial=0.0)
 
 
-Made = Product | Formed
+Factored = Product | Lookup
+"""A form whose inner products come from those of its factors."""
+Made = Factored | Formed
 """A form with nothing left to make."""
 Form = Made | Convolution
 
@@ -285,16 +314,27 @@ def _inner(x: Float[Array, "n r b t i"], y: Float[Array, "m q b s i"]) -> Float[
     return matmul(x, y.swapaxes(1, 2)).reshape(shape)
 
 
-def _inner_left(x: Array | Positions, y: Array | Positions, scale: Scalar) -> Float[Array, "b n r t m q s"]:
-    """Inner products of left factors times ``scale``; positions in a table are not scaled, but ones and zeros as they are."""
-    if isinstance(x, Positions) and isinstance(y, Positions):
-        same = x.indices[:, :, :, None, None, None] == y.indices[None, None, None]
-        return same[None].astype(scale.dtype)
-    if isinstance(x, Positions) and not isinstance(y, Positions):
-        return jnp.moveaxis((y * scale)[:, :, 0][..., x.indices], (0, 1, 2), (3, 4, 5))[None] * scale
-    if isinstance(y, Positions) and not isinstance(x, Positions):
-        return (x * scale)[:, :, 0][..., y.indices][None] * scale
-    return _inner(x * scale, y) * scale  # type: ignore[operator, arg-type]
+def _inner_left(one: Factored, two: Factored, scale: Scalar) -> Float[Array, "b n r t m q s"]:
+    """Inner products of left factors times ``scale``; rows of a table are not scaled, but ones and zeros as they are."""
+    if isinstance(one, Lookup):
+        if isinstance(two, Lookup):
+            return one.same(two).astype(scale.dtype)
+        return jnp.moveaxis(one.picked(two.left * scale), (1, 2, 3), (4, 5, 6)) * scale
+    if isinstance(two, Lookup):
+        return two.picked(one.left * scale) * scale
+    return _inner(one.left * scale, two.left) * scale
+
+
+def _inner_factored(one: Factored, two: Factored, scale: Scale, *, bias: bool) -> Float[Array, "n r m q"]:
+    """Inner products of ``scale.factor`` times the gradients of two blocks of rows, from those of their factors.
+
+    With a ``bias``, of the gradients of a layer whose last input is one.
+    """
+    # One side of each product is scaled before and its result after: what is squared stays near one, and nothing large is
+    # copied.
+    right = _inner(one.right * scale.right, two.right) * scale.right
+    left = _inner_left(one, two, scale.left)
+    return jnp.sum((left + jnp.square(scale.left) if bias else left) * right, (0, 3, 6))
 
 
 class Scale(NamedTuple):
@@ -354,14 +394,14 @@ class Leaf:
     @property
     def by_factors(self) -> bool:
         """The rule of cost: whether inner products of gradients come from those of their factors."""
-        products = all(isinstance(form, Product) and form.layout == self.layout for form in self.forms)
-        return products and self.inner_cost <= self.layout.inputs * self.layout.outputs
+        factored = all(isinstance(form, Factored) and form.layout == self.layout for form in self.forms)
+        return factored and self.inner_cost <= self.layout.inputs * self.layout.outputs
 
     @property
     def inner_cost(self) -> int:
         """Products in one inner product by the factors, ``T^2 (I + O)``; formed gradients take ``I O``."""
-        # Inner products of positions in a table are comparisons, which cost next to nothing; those of single numbers, nothing.
-        lookups = all(isinstance(form, Product) and isinstance(form.left, Positions) for form in self.forms)
+        # Inner products of rows of a table are comparisons, which cost next to nothing; those of single numbers, nothing.
+        lookups = all(isinstance(form, Lookup) for form in self.forms)
         sides = (self.layout.outputs,) if lookups else (self.layout.outputs, self.layout.inputs)
         return self.positions**2 * sum(side for side in sides if side > 1)
 
@@ -391,6 +431,10 @@ class Leaf:
     def _made(self) -> list[Made]:
         """The forms, of a leaf whose windows have been made."""
         return [form for form in self.forms if not isinstance(form, Convolution)]
+
+    @property
+    def _factored(self) -> list[Factored]:
+        return [form for form in self.forms if isinstance(form, Factored)]
 
     def _common(self) -> Leaf:
         """Every form in the one layout: those that have another are formed."""
@@ -480,7 +524,7 @@ class Leaf:
 
     def scale(self, factor: Scalar) -> Scale:
         """How to multiply gradients by ``factor`` so that left factors are at most one."""
-        dense = [form.left for form in self.forms if isinstance(form, Product) and not isinstance(form.left, Positions)]
+        dense = [form.left for form in self.forms if isinstance(form, Product)]
         if not dense or not self.by_factors or len(dense) < len(self.forms):
             return Scale(jnp.ones((), self.dtype), factor)
         unit = to_unit(*(jnp.max(jnp.abs(left), initial=0.0) for left in dense))
@@ -514,8 +558,8 @@ class Leaf:
         return jnp.broadcast_to(blocks, (self.examples, self.rows, self.examples, self.rows))
 
     def _inner(self, other: Leaf, scale: Scale, *, bias: bool) -> Array:
-        counts = [[form.count for form in leaf._made if isinstance(form, Product)] for leaf in (self, other)]
-        size = max(counts[0]) * max(counts[1]) * self.layout.groups
+        counts = [max(math.prod(x.right.shape[k] for k in (0, 1, 3)) for x in leaf._factored) for leaf in (self, other)]
+        size = counts[0] * counts[1] * self.layout.groups
         if size <= TILE or self.examples == 1 or self.positions == 1:
             return self._few(other, scale, bias=bias)
         few = max(1, TILE * self.examples // size)
@@ -528,8 +572,8 @@ class Leaf:
         return map_batches(some, tuple(arrays), few)
 
     def _few(self, other: Leaf, scale: Scale, *, bias: bool) -> Array:
-        pairs = [(p, q) for p in self._made for q in other._made if isinstance(p, Product) and isinstance(q, Product)]
-        return _sum([p.inner(q, scale, bias=bias) for p, q in pairs])
+        pairs = itertools.product(self._factored, other._factored)
+        return _sum([_inner_factored(one, two, scale, bias=bias) for one, two in pairs])
 
     def squared_norms(self) -> Float[Array, "examples rows"]:
         """``|D|^2`` of every row."""
@@ -537,7 +581,7 @@ class Leaf:
         if not self.forms:
             return jnp.zeros(shape, self.dtype)
         (form, *more) = self.forms
-        if not more and isinstance(form, Product) and (self.by_factors or isinstance(form.left, Positions)):
+        if not more and (isinstance(form, Lookup) or (isinstance(form, Product) and self.by_factors)):
             return jnp.broadcast_to(form.squared(), shape)
         squares = self._by_columns(lambda d: jnp.sum(jnp.square(d), (2, 3, 4)))
         return jnp.broadcast_to(jnp.sum(squares, 0), shape)
@@ -547,7 +591,7 @@ class Leaf:
         if not self.forms:
             return jnp.zeros(self.shape, self.dtype)
         (form, *more) = self.forms
-        if not more and isinstance(form, Product) and (form.positions == 1 or isinstance(form.left, Positions)):
+        if not more and (isinstance(form, Lookup) or (isinstance(form, Product) and form.positions == 1)):
             return form.layout.leaf(form.squares().rmv(w))
         leaf = self._ready()
         layout = leaf.layout
@@ -574,7 +618,7 @@ class Leaf:
         return jnp.maximum(whole, _sum(rights))
 
     def means(self, w: Float[Array, "examples rows"]) -> tuple[tuple[Array, ...], ...]:
-        """The weighted means of the arrays of every form, for `shifted`; positions in a table have none."""
+        """The weighted means of the arrays of every form, for `shifted`; indices have none."""
         return tuple(
             tuple(_mean(array, w) for array in jax.tree.leaves(form) if jnp.issubdtype(array.dtype, jnp.floating))
             for form in self.forms
@@ -599,7 +643,7 @@ class Leaf:
             right = jnp.broadcast_to(form.value, (self.examples, self.rows, *self.shape))
             layout = Layout(self.shape, self.shape, tuple(range(len(self.shape))), 1, 1, math.prod(self.shape))
             return jnp.ones((self.examples, 1), self.dtype), right.reshape(self.examples, self.rows, -1), layout
-        if not isinstance(form, Product) or isinstance(form.left, Positions) or form.positions * form.layout.groups != 1:
+        if not isinstance(form, Product) or form.positions * form.layout.groups != 1:
             return None
         if form.left.shape[1] != 1:
             return None
@@ -673,9 +717,8 @@ class Leaf:
 
     def _joined(self) -> tuple[Array, Array]:
         """Left and right factors of all forms, joined along the positions."""
-        factors = [(form.left, form.right) for form in self._made if isinstance(form, Product)]
-        lefts = [self._homogeneous(left) for left, _ in factors if not isinstance(left, Positions)]
-        return _joined(lefts), _joined([right for _, right in factors])
+        products = [form for form in self.forms if isinstance(form, Product)]
+        return _joined([self._homogeneous(form.left) for form in products]), _joined([form.right for form in products])
 
     def _homogeneous(self, left: Float[Array, "n r b t i"]) -> Float[Array, "n r b t inputs"]:
         """Left factors with the one that the bias of the layer is the weight of."""
@@ -696,8 +739,8 @@ class Leaf:
                     _times(form.right, outputs),
                     Layout(shape, shape, (0, 1, 2), *shape),
                 )
-                for form in leaf._made
-                if isinstance(form, Product) and not isinstance(form.left, Positions)
+                for form in leaf.forms
+                if isinstance(form, Product)
             )
             return dataclasses.replace(leaf, forms=turned, shape=shape, bias=False).diagonal(w)
 
@@ -710,7 +753,7 @@ def _joined(factors: Sequence[Array]) -> Float[Array, "n r b t i"]:
 
 
 def _is_dense(form: Form) -> bool:
-    return isinstance(form, Convolution) or (isinstance(form, Product) and not isinstance(form.left, Positions))
+    return isinstance(form, Convolution | Product)
 
 
 def _second_moment(x: Float[Array, "n r b t i"], w: Float[Array, "n r"]) -> Float[Array, "b i i"]:
@@ -733,7 +776,7 @@ def _shifted(form: Form, means: tuple[Array, ...]) -> tuple[Form, ...]:
         constant = dataclasses.replace(form.windows, image=means[0])
         moving = dataclasses.replace(form.windows, image=form.windows.image - means[0])
         return Convolution(moving, form.right, form.layout), Convolution(constant, form.right - means[1], form.layout)
-    if isinstance(form.left, Positions):
+    if isinstance(form, Lookup):
         return (form,)
     return (
         dataclasses.replace(form, left=form.left - means[0]),
