@@ -216,8 +216,22 @@ def check_max_bytes(batch_size: int | None, max_bytes: int | None) -> None:
 
 
 def shape_of_one(data: Any) -> Any:
-    """Shapes and dtypes of one example of ``data``."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], jnp.result_type(leaf)), data)
+    """Shapes and dtypes of one example of ``data``, and the axes of a mesh over which they vary under ``shard_map``."""
+    return jax.eval_shape(lambda data: jax.tree.map(lambda leaf: leaf[0], data), data)
+
+
+def varying_like(params: Any, data: Any) -> Any:
+    """The parameters, under ``shard_map`` as varying as the data are.
+
+    A gradient in parameters that do not vary would be summed over the devices, and a row belongs to one example on one device.
+    """
+    axes = frozenset[str]().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(data)))
+
+    def spread(leaf: Any) -> Any:
+        missing = tuple(sorted(axes - jax.typeof(leaf).manual_axis_type.varying))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(spread, params) if axes else params
 
 
 def map_examples(function: Any, params: chex.ArrayTree, data: tuple[Any, ...]) -> Any:

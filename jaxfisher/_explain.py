@@ -9,8 +9,7 @@ from typing import Any
 import chex
 import jax
 
-from jaxfisher._engine.factors import leaf_forms, trace
-from jaxfisher._engine.forms import Form, Formed, Leaf, Lookup, Product
+from jaxfisher._engine import Form, Formed, Leaf, Lookup, Product, leaf_forms, trace
 from jaxfisher._examples import make_batch, shape_of_one
 from jaxfisher._model import of_one_example
 from jaxfisher._rows import ExactRows, Rows, ScoreRows

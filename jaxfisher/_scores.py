@@ -23,8 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Scalar
 
-from jaxfisher._engine.factors import Traced, leaf_forms, trace
-from jaxfisher._engine.forms import Leaf, Moments, Seal, outer_moment, sealed, unsealed
+from jaxfisher._engine import Leaf, Moments, Seal, Traced, leaf_forms, outer_moment, sealed, trace, unsealed
 from jaxfisher._examples import Batch, make_batch, map_batches, map_examples, needs_data, num_examples, sum_batches
 from jaxfisher._linalg import matmul, mirrored
 from jaxfisher._model import LOG_PROB, LogProb, of_one_example

@@ -18,8 +18,7 @@ from problems import assert_close, classifier, data, flat, mean_loss, mlp_params
 import jaxfisher as jf
 from jaxfisher._distributions.base import Distribution, family
 from jaxfisher._distributions.excess import exp_excess
-from jaxfisher._engine import cut as _cut
-from jaxfisher._engine import terms as _terms
+from jaxfisher._engine import rules, terms
 from jaxfisher._operators.base import Operator
 from jaxfisher._transform.given import fisher_for
 
@@ -76,11 +75,10 @@ def test_a_rule(monkeypatch):
     def doubled_and_reversed(term, params):
         last = len(term.dims) - 1
         size = math.prod(axis.size for axis in term.dims[last])
-        reversed_ = _terms.along(term, last, lambda array, axis: jnp.flip(array, axis), size)
-        return None if reversed_ is None else _terms.scale(reversed_, jnp.asarray(2.0, jnp.float32))
+        reversed_ = terms.along(term, last, lambda array, axis: jnp.flip(array, axis), size)
+        return None if reversed_ is None else terms.scale(reversed_, 2)
 
-    monkeypatch.setitem(_cut._RULES, "invented", _cut._each(doubled_and_reversed))
-    monkeypatch.setitem(_cut._TAKES, "invented", slice(1))
+    monkeypatch.setitem(rules.RULES, "invented", rules.Rule("invented", rules.each(doubled_and_reversed)))
     assert not explained().plain and explained().leaves[-1].form == "outer product"
     moment = compiled(lambda params, *data: jf.scores(row.log_prob)(params, *data).second_moment())(row.params, *row.data)
     rows = compiled(jax.vmap(jax.grad(row.log_prob), (None, *(0 for _ in row.data))))(row.params, *row.data)

@@ -1,1 +1,49 @@
-"""The engine: from a gradient's program to the factors of every example's gradient."""
+"""The engine: from a gradient's program to the factors of every example's gradient.
+
+The gradient of a weight is, for one example, a sum of outer products. The engine reads the gradient's own jaxpr and stops it
+one operation short of those products. The files, in the order in which a gradient passes through them:
+
+- `program`: the jaxpr as a flat list of equations.
+- `terms`, `windows`: products that are not formed.
+- `rules`: what each primitive does to terms.
+- `machine`, `loops`: running a program by the rules; `reasons`: why a gradient was formed all the same.
+- `parts`, `layers`: from terms to the forms of a leaf; a bias joined to its weight.
+- `assembly`: all of this, over examples and rows.
+- `forms`: what a leaf's gradients are held in, and every quantity from that.
+
+Nothing outside this folder imports a file inside it, only the names below. ``docs/engine.md`` tells the whole story.
+"""
+
+from jaxfisher._engine.assembly import Traced, leaf_forms, trace
+from jaxfisher._engine.forms import (
+    Convolution,
+    Form,
+    Formed,
+    Layout,
+    Leaf,
+    Lookup,
+    Moments,
+    Product,
+    Seal,
+    outer_moment,
+    sealed,
+    unsealed,
+)
+
+__all__ = [
+    "Convolution",
+    "Form",
+    "Formed",
+    "Layout",
+    "Leaf",
+    "Lookup",
+    "Moments",
+    "Product",
+    "Seal",
+    "Traced",
+    "leaf_forms",
+    "outer_moment",
+    "sealed",
+    "trace",
+    "unsealed",
+]

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from jaxfisher._engine.terms import Windows
+from jaxfisher._engine.windows import Windows
 from jaxfisher._examples import map_batches, sum_batches
 from jaxfisher._linalg import matmul, to_unit
 

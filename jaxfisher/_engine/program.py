@@ -57,6 +57,21 @@ class Equation:
         return _shape(self.source.outvars[0])
 
     @property
+    def result_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of all results."""
+        return [_shape(var) for var in self.source.outvars]
+
+    @property
+    def dtypes(self) -> list[Any]:
+        """The dtypes of the operands."""
+        return [dtype_of(var) for var in self.source.invars]
+
+    @property
+    def result_dtypes(self) -> list[Any]:
+        """The dtypes of all results."""
+        return [dtype_of(var) for var in self.source.outvars]
+
+    @property
     def loop(self) -> tuple[int, int]:
         """Of a scan: how many operands are constants, and how many are carried.
 
@@ -108,6 +123,11 @@ class Program:
 
 def _shape(var: Any) -> tuple[int, ...]:
     return tuple(getattr(var.aval, "shape", ()))
+
+
+def dtype_of(var: Any) -> Any:
+    """The dtype of a variable, or of a constant written into the program."""
+    return getattr(var.aval, "dtype", None)
 
 
 def flatten(closed: ClosedJaxpr) -> Program:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+
+from jaxfisher._engine.windows import Windows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,67 +29,30 @@ class Axis:
     size: int
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("image",),
-    meta_fields=("outputs", "offsets", "strides", "dilations", "row_groups", "depth_groups"),
-)
-@dataclasses.dataclass(frozen=True, eq=False)
-class Windows:
-    """An image seen through the window of a convolution; `array` makes the windows, which take many times the image's memory.
+class Origin(NamedTuple):
+    """A value of the program that a factor's ``array`` holds in another arrangement, entry for entry.
 
-    ``image`` has axes ``[rows, depth, *spatial]`` and is already padded and dilated. Output ``p`` at offset ``k`` of the window
-    reads ``p * stride + k * dilation`` along each spatial axis. Groups cut the rows or the depth.
+    ``axes`` says which axis of the factor each dimension of the value is, or None for a dimension that was merged into another.
     """
 
-    image: Array
-    outputs: tuple[int, ...]
-    offsets: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
-    row_groups: int
-    depth_groups: int
-
-    @property
-    def size(self) -> int:
-        """How many numbers `array` gives for one row."""
-        rows, depth = self.image.shape[-2 - len(self.outputs) : -len(self.outputs)]
-        return rows * depth * math.prod(self.outputs) * math.prod(self.offsets) // max(self.row_groups, self.depth_groups)
-
-    def array(self) -> Array:
-        """The windows, ``[groups, depth * offsets, rows, *outputs]``."""
-        x = self.image
-        for axis in range(len(self.outputs)):
-            # Every step replaces one spatial axis by two, (output, offset), appended at the end.
-            x = _window(x, 2, self.outputs[axis], self.offsets[axis], self.strides[axis], self.dilations[axis])
-        count = len(self.outputs)
-        rows, depth = x.shape[:2]
-        x = x.reshape(self.row_groups, rows // self.row_groups, self.depth_groups, depth // self.depth_groups, *x.shape[2:])
-        outputs, offsets = [4 + 2 * k for k in range(count)], [5 + 2 * k for k in range(count)]
-        x = x.transpose(0, 2, 3, *offsets, 1, *outputs)
-        groups = self.row_groups * self.depth_groups
-        return x.reshape(groups, -1, rows // self.row_groups, *self.outputs)
-
-
-def _window(x: Array, axis: int, outputs: int, offsets: int, stride: int, dilation: int) -> Array:
-    """Replace ``axis`` by two at the end, ``[outputs, offsets]``, with a slice for each entry of the shorter one."""
-    if outputs <= offsets:
-        starts, step, length = [p * stride for p in range(outputs)], dilation, offsets
-    else:
-        starts, step, length = [k * dilation for k in range(offsets)], stride, outputs
-    cuts = [
-        jnp.moveaxis(jax.lax.slice_in_dim(x, start, start + step * (length - 1) + 1, step, axis), axis, -1) for start in starts
-    ]
-    return jnp.stack(cuts, axis=-2 if outputs <= offsets else -1)
+    array: Array
+    value: Array
+    axes: tuple[Axis | None, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factor:
-    """An array with named axes; with ``hot`` it holds positions along that axis, and stands for ones there and zeros elsewhere.
+    """An array with named axes.
 
-    ``flags`` says what it depends on, ``reason`` why it is a gradient formed against the library's wish, if it is one;
-    ``place`` is a position known beforehand, of a leaf cut into parts. ``origin`` is the array, the value that it is an
-    arrangement of, and what axis each dimension of that is, None for one that was merged.
+    Attributes:
+        array: the numbers; with ``hot``, positions along that axis.
+        axes: the names of the array's axes.
+        flags: what the factor depends on.
+        hot: an axis along which the factor is one at the positions that the array holds, and zero elsewhere.
+        reason: why this gradient had to be formed, where it had to.
+        place: the position along ``hot`` where it is known beforehand, because a leaf was cut into parts.
+        origin: the value of the program behind an array that was arranged anew. Whatever changes the numbers makes another
+            array, and the origin counts no longer.
     """
 
     array: Array | Windows
@@ -97,13 +61,13 @@ class Factor:
     hot: Axis | None = None
     reason: str | None = None
     place: int | None = None
-    origin: tuple[Array, Array, tuple[Axis | None, ...]] | None = None
+    origin: Origin | None = None
 
     @property
-    def source(self) -> tuple[Any, tuple[Axis | None, ...]]:
-        """The value of the program that this is an arrangement of, and what axis each of its dimensions is."""
-        if self.origin is not None and self.origin[0] is self.array:
-            return self.origin[1:]
+    def source(self) -> tuple[Array | None, tuple[Axis | None, ...]]:
+        """The value of the program that the factor holds, and which of the factor's axes each of its dimensions is."""
+        if self.origin is not None and self.origin.array is self.array:
+            return self.origin.value, self.origin.axes
         return self.plain, self.axes
 
     @property
@@ -113,7 +77,7 @@ class Factor:
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """How many numbers the factor holds."""
         return math.prod(axis.size for axis in self.axes)
 
     @property
@@ -242,19 +206,34 @@ def reduce_sum(term: Term, axes: Sequence[int]) -> Term | None:
     gone = [axis for i in axes for axis in term.dims[i]]
     repeats = math.prod(axis.size for axis in gone if not any(axis in factor.over for factor in term.factors))
     kept = Term(term.factors, tuple(axes_ for i, axes_ in enumerate(term.dims) if i not in axes))
-    return kept if repeats == 1 else scale(kept, jnp.asarray(repeats, jnp.float32))
+    return kept if repeats == 1 else scale(kept, repeats)
 
 
-def scale(term: Term, number: Array, flags: int = 0) -> Term | None:
-    """The product with a scalar, taken into the smallest factor."""
+def scale(term: Term, number: Array | complex, flags: int = 0) -> Term | None:
+    """The product with a scalar, taken into the smallest factor. A Python number takes the factor's precision."""
     sizes = [math.prod(a.size for a in f.axes) if f.plain is not None else math.inf for f in term.factors]
     if not sizes or min(sizes) == math.inf:
         return None
     index = sizes.index(min(sizes))
     factor = term.factors[index]
-    array = _product(jnp.asarray(factor.plain), number)
+    array = _product(jnp.asarray(factor.plain), _number(number, jnp.asarray(factor.plain).dtype))
     scaled = dataclasses.replace(factor, array=array, flags=factor.flags | flags)
     return dataclasses.replace(term, factors=(*term.factors[:index], scaled, *term.factors[index + 1 :]))
+
+
+def _number(number: Array | complex, like: Any) -> Array:
+    """A number as an array; a Python number in the precision of ``like``, complex where the number is."""
+    if not isinstance(number, int | float | complex):
+        return jnp.asarray(number)
+    return jnp.asarray(number, _wider(like, jnp.complex64) if isinstance(number, complex) else like)
+
+
+def entrywise(term: Term, change: Callable[[Array], Array]) -> Term | None:
+    """A function of each entry of the value, linear or not: of one factor, with nothing summed, it is that of the factor."""
+    if len(term.factors) != 1 or term.factors[0].plain is None or _contracted(term):
+        return None
+    (factor,) = term.factors
+    return dataclasses.replace(term, factors=(dataclasses.replace(factor, array=change(jnp.asarray(factor.plain))),))
 
 
 def along(term: Term, index: int, change: Callable[[Array, int], Array], size: int) -> Term | None:
@@ -295,33 +274,43 @@ def multiply(left: Term, right: Term) -> Term | None:
     """The elementwise product, where at most two factors are left after those over fewer axes are taken into others."""
     if left.is_product and right.is_product:
         return None
-    product = left.is_product or right.is_product
-    matched = _matched(left, right)
-    if matched is None:
-        return None
-    left, right = matched
-    names = {id(r): axis for d, e in zip(left.dims, right.dims, strict=True) for axis, r in zip(d, e, strict=False)}
-    # A dimension of length one meets any length.
-    dims = tuple(d or e for d, e in zip(left.dims, right.dims, strict=True))
-    renamed = tuple(
-        dataclasses.replace(
-            factor,
-            axes=tuple(names.get(id(axis), axis) for axis in factor.axes),
-            hot=None if factor.hot is None else names.get(id(factor.hot), factor.hot),
-        )
-        for factor in right.factors
-    )
     # Summing over a shared axis after multiplying is not multiplying after summing: both may not contract.
     if _contracted(left) and _contracted(right):
         return None
-    folded = fold(Term((*left.factors, *renamed), dims))
+    product = left.is_product or right.is_product
+    # The same value may come from both sides in different arrangements: only what the dimensions say makes axes one.
+    matched = _matched(left, _renamed(right, {}))
+    if matched is None:
+        return None
+    left, right = matched
+    names = {r: axis for d, e in zip(left.dims, right.dims, strict=True) for axis, r in zip(d, e, strict=False)}
+    right = _renamed(right, names)
+    # A dimension of length one meets any length.
+    dims = tuple(d or e for d, e in zip(left.dims, right.dims, strict=True))
+    folded = fold(Term((*left.factors, *right.factors), dims))
     # One factor over everything is the product formed; three are more than an outer product.
     return folded if len(folded.factors) == 2 or (len(folded.factors) == 1 and not product) else None
 
 
+def _renamed(term: Term, names: Mapping[Axis, Axis]) -> Term:
+    """The term with these names for its axes, and new ones for the others."""
+    new: dict[Axis, Axis] = dict(names)
+
+    def name(axis: Axis) -> Axis:
+        return new.setdefault(axis, Axis(axis.size))
+
+    factors = tuple(
+        dataclasses.replace(
+            factor, axes=tuple(map(name, factor.axes)), hot=None if factor.hot is None else name(factor.hot), origin=None
+        )
+        for factor in term.factors
+    )
+    return Term(factors, tuple(tuple(map(name, axes)) for axes in term.dims))
+
+
 def _contracted(term: Term) -> bool:
-    kept = {id(axis) for dim in term.dims for axis in dim}
-    return any(id(axis) not in kept for factor in term.factors for axis in factor.over if axis.size > 1)
+    kept = {axis for axes in term.dims for axis in axes}
+    return any(axis not in kept for factor in term.factors for axis in factor.over if axis.size > 1)
 
 
 def _matched(left: Term, right: Term) -> tuple[Term, Term] | None:
@@ -379,9 +368,14 @@ def _foldable(factors: Sequence[Factor]) -> tuple[Factor, Factor] | None:
 
 def _product(a: Array, b: Array) -> Array:
     """``a * b`` in the wider dtype: casts on the way to a gradient are put off, so factors may differ in theirs."""
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.promote_types(a.dtype, b.dtype)
+    dtype = _wider(a.dtype, b.dtype)
     return a.astype(dtype) * b.astype(dtype)
+
+
+def _wider(a: Any, b: Any) -> Any:
+    """The dtype that holds both."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(a, b)
 
 
 def _aligned(array: Array, axes: tuple[Axis, ...], onto: tuple[Axis, ...]) -> Array:
@@ -404,7 +398,9 @@ def contract(term: Term, dims: Sequence[int], matrix: Array, over: Sequence[int]
     rest = tuple(axis for axis in host.axes if axis not in gone)
     new = tuple(Axis(size) for i, size in enumerate(matrix.shape) if i not in over)
     numbers: Any = (([host.axes.index(axis) for axis in gone], list(over)), ([], []))
-    array = jax.lax.dot_general(held, matrix.astype(held.dtype), numbers, precision=jax.lax.Precision.HIGHEST)
+    # In the wider of both dtypes: cast to the factor's, a complex matrix would lose its imaginary part.
+    wide = _wider(held.dtype, matrix.dtype)
+    array = jax.lax.dot_general(held.astype(wide), matrix.astype(wide), numbers, precision=jax.lax.Precision.HIGHEST)
     factor = dataclasses.replace(host, array=array, axes=(*rest, *new), flags=host.flags | flags)
     factors = tuple(factor if f is host else f for f in term.factors)
     kept = tuple(dim for i, dim in enumerate(term.dims) if i not in dims)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._engine.forms import Layout, Moments
+from jaxfisher._engine import Layout, Moments
 from jaxfisher._linalg import Factorise, Solved, SolveInfo, cholesky, matmul, norm, resolved
 from jaxfisher._operators.base import VIEW, Inverted, Operator, Provenance, View, as_operator, nonnegative
 from jaxfisher._operators.block import BlockDiagonal, part_of

@@ -1,0 +1,119 @@
+r"""Assembly: from a row function to leaf forms. Trace it on one example, run its program unformed on all examples and rows.
+
+Nothing here is done twice: what does not depend on the row of an example (the forward pass, the input factors) is computed
+once for the example, and what depends on neither once for all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial, reduce
+from operator import or_
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxfisher._engine.forms import Leaf
+from jaxfisher._engine.layers import with_layers
+from jaxfisher._engine.loops import spread
+from jaxfisher._engine.machine import run
+from jaxfisher._engine.parts import leaf_parts
+from jaxfisher._engine.program import Program, flatten
+from jaxfisher._engine.rules import EXAMPLE, ROW
+from jaxfisher._engine.terms import Unformed
+from jaxfisher._examples import num_examples, shape_of_one, varying_like
+from jaxfisher._rows import Rows
+from jaxfisher._tree import ParamSpec
+
+_DEPENDENCES = (0, ROW, EXAMPLE, EXAMPLE | ROW)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Traced:
+    """The program of one row, how many rows an example has, and what the seeds that tell them apart depend on."""
+
+    program: Program
+    rows: int
+    seed_flags: int
+
+
+def trace(rows: Rows, params: chex.ArrayTree, data: tuple[Any, ...]) -> Traced:
+    """The program ``(params, seed, *example) -> (aux, *gradients)`` of a row function."""
+    one = shape_of_one(data)
+    params = varying_like(params, data)
+    seeds, shapes = jax.make_jaxpr(rows.seeds, return_shape=True)(params, *one)
+    closed = jax.make_jaxpr(lambda *args: rows.row(*args))(params, _shape_of_one_seed(shapes), *one)
+    return Traced(flatten(closed), jax.tree.leaves(shapes)[0].shape[0], ROW | _example_flag(flatten(seeds), params))
+
+
+def _shape_of_one_seed(seeds: Any) -> Any:
+    return jax.eval_shape(lambda seeds: jax.tree.map(lambda leaf: leaf[0], seeds), seeds)
+
+
+def _example_flag(program: Program, params: chex.ArrayTree) -> int:
+    """Whether seeds ``(params, *example) -> seeds`` depend on the example, as the draws of each example's own key do."""
+    count = len(jax.tree.leaves(params))
+    found = spread(program, [0 if i < count else EXAMPLE for i in range(len(program.inputs))])
+    return reduce(or_, (found[atom] for atom in program.outputs if isinstance(atom, int)), 0)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("treedef", "flags", "whys", "weights"))
+@dataclasses.dataclass(frozen=True)
+class _Skeleton:
+    """What is known of the factors without their numbers: it comes out of ``vmap`` beside them."""
+
+    treedef: Any
+    flags: tuple[int, ...]
+    whys: tuple[str | None, ...]
+    weights: tuple[int | None, ...]
+
+
+def leaf_forms(
+    traced: Traced, rows: Rows, params: chex.ArrayTree, data: tuple[Any, ...], spec: ParamSpec
+) -> tuple[tuple[Array, ...], tuple[Leaf, ...]]:
+    """The row function's auxiliary output for every example, and the forms of every parameter leaf."""
+    examples = num_examples(data, "data")
+    params = varying_like(params, data)
+
+    def one_row(seed: Any, *example: Any) -> Any:
+        return _one_row(traced, params, seed, example, spec)
+
+    def one_example(*example: Any) -> Any:
+        seeds = rows.seeds(params, *example)
+        axes = {flag: 0 if flag & ROW else None for flag in _DEPENDENCES}
+        return jax.vmap(one_row, (0, *(None for _ in example)), (axes, None, None))(seeds, *example)
+
+    axes = {flag: 0 if flag & EXAMPLE else None for flag in _DEPENDENCES}
+    arrays, skeleton, aux = jax.vmap(one_example, 0, (axes, None, 0), axis_size=examples)(*data)
+    streams = {flag: iter(arrays[flag]) for flag in _DEPENDENCES}
+    full = [_with_axes(next(streams[flag]), flag) for flag in skeleton.flags]
+    forms = jax.tree.unflatten(skeleton.treedef, full)
+    biased = [k in skeleton.weights for k in range(len(forms))]
+    known = zip(forms, spec.shapes, skeleton.whys, skeleton.weights, biased, strict=True)
+    return aux, tuple(Leaf(parts, shape, spec.dtype, examples, traced.rows, *rest) for parts, shape, *rest in known)
+
+
+def _with_axes(array: Array, flag: int) -> Array:
+    """With leading axes (examples, rows), of length one where the array does not depend on them."""
+    missing = [axis for axis, bit in ((0, EXAMPLE), (1, ROW)) if not flag & bit]
+    return jnp.expand_dims(array, missing)
+
+
+def _one_row(traced: Traced, params: chex.ArrayTree, seed: Any, example: tuple[Any, ...], spec: ParamSpec) -> Any:
+    """The factors of one row by what they depend on, their skeleton, and the auxiliary output."""
+    dependences = ((params, 0), (seed, traced.seed_flags), (example, EXAMPLE))
+    given = [(jnp.asarray(leaf), flag) for tree, flag in dependences for leaf in jax.tree.leaves(tree)]
+    outputs = run(traced.program, [leaf for leaf, _ in given], [flag for _, flag in given])
+    split = len(outputs) - len(spec.shapes)
+    aux = tuple(output.value.formed() if isinstance(output.value, Unformed) else output.value for output in outputs[:split])
+    leaves = [leaf_parts(output, shape, spec.dtype) for output, shape in zip(outputs[split:], spec.shapes, strict=True)]
+    layers = with_layers([leaf.parts for leaf in leaves])
+    arrays, treedef = jax.tree.flatten(tuple(tuple(part.form for part in parts) for parts in layers.leaves))
+    flags = tuple(flag for parts in layers.leaves for part in parts for flag in part.flags)
+    grouped: dict[int, list[Array]] = {flag: [] for flag in _DEPENDENCES}
+    for array, flag in zip(arrays, flags, strict=True):
+        grouped[flag].append(array)
+    return grouped, _Skeleton(treedef, flags, tuple(leaf.why for leaf in leaves), layers.weights), aux

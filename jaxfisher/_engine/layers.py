@@ -1,0 +1,59 @@
+"""Layers: a bias joined to its weight.
+
+The gradient of a bias is the cotangent of its layer, summed over positions, and the cotangent is the right factor of the
+weight's gradient: the bias is the weight of an input that is always one. A join is proven or it is not made. The proof is that
+both are arrangements, entry for entry, of one value of the program, with the same axes kept and all others summed over. A
+scale, a repetition or another sum on the way makes another value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxfisher._engine.forms import Formed, Product
+from jaxfisher._engine.parts import Part
+
+
+class Layers(NamedTuple):
+    """The parts of all leaves, and for every leaf that is a bias the place of its weight among the leaves."""
+
+    leaves: tuple[tuple[Part, ...], ...]
+    weights: tuple[int | None, ...]
+
+
+def with_layers(leaves: Sequence[tuple[Part, ...]]) -> Layers:
+    """Find the weight of every bias; weights are turned so that their right factors are those of the outputs."""
+    known = _weights(leaves)
+    turned = list(leaves)
+    weights: list[int | None] = [None] * len(leaves)
+    for b, parts in enumerate(leaves):
+        source = parts[0].gradient if len(parts) == 1 else None
+        if source is None or source.key not in known:
+            continue
+        k, is_right = known.pop(source.key)
+        # One bias for each weight: a second one is held for itself.
+        if k not in weights:
+            weights[b] = k
+            turned[k] = leaves[k] if is_right else (_turned(leaves[k][0]),)
+    return Layers(tuple(turned), tuple(weights))
+
+
+def _weights(leaves: Sequence[tuple[Part, ...]]) -> dict[object, tuple[int, bool]]:
+    """Values that are a factor of one weight, its place among the leaves, and whether the value is its right factor."""
+    found: dict[object, tuple[int, bool]] = {}
+    for k, parts in enumerate(leaves):
+        if len(parts) != 1 or isinstance(parts[0].form, Formed) or parts[0].form.layout.groups != 1:
+            continue
+        for source, is_right in ((parts[0].left, False), (parts[0].right, True)):
+            if source is not None:
+                found.setdefault(source.key, (k, is_right))
+    return found
+
+
+def _turned(part: Part) -> Part:
+    """A product with its factors the other way round."""
+    form = part.form
+    assert isinstance(form, Product)
+    turned = Product(form.right, form.left, form.layout.turned())
+    return Part(turned, part.flags[::-1], part.place, part.right, part.left)

@@ -1,0 +1,187 @@
+r"""Loops: a ``scan`` whose body forms products, run again without forming them.
+
+A gradient summed over the steps in the loop's carry, ``carry + product``, leaves the carry and is summed afterwards, which
+makes the steps positions. A gradient that is one of the loop's stacked outputs has the steps as an axis of its own. The factors
+come out of the loop stacked over the steps. ``while`` and ``cond`` stay as they are: gradients made in them are formed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from operator import or_
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+from jaxtyping import Array
+
+from jaxfisher._engine.program import Atom, Equation, Program
+from jaxfisher._engine.rules import Operand, Terms, Value
+from jaxfisher._engine.terms import Axis, Factor, Term, Unformed, dim
+from jaxfisher._engine.windows import Windows
+
+Run = Callable[[Program, Sequence[Any], Sequence[int], Sequence[bool]], Sequence[Any]]
+"""How a program is run unformed: `machine.run`, which in turn runs the loops it meets here."""
+
+
+def spread(program: Program, flags: Sequence[int]) -> dict[int, int]:
+    """What every variable depends on, given what the inputs do."""
+    found = {**dict.fromkeys(program.constants, 0), **dict(zip(program.inputs, flags, strict=True))}
+    for equation in program.equations:
+        given = [found[atom] if isinstance(atom, int) else 0 for atom in equation.ins]
+        if equation.body is not None:
+            found.update(zip(equation.outs, _flags_around(equation, given).outs, strict=True))
+        else:
+            found.update(dict.fromkeys(equation.outs, reduce(or_, given, 0)))
+    return found
+
+
+class _Flags(NamedTuple):
+    """What the inputs and the outputs of a loop's body depend on, once nothing changes any more around the loop."""
+
+    ins: list[int]
+    outs: list[int]
+
+
+def _flags_around(equation: Equation, given: Sequence[int]) -> _Flags:
+    body, (consts, carries) = equation.body, equation.loop
+    assert body is not None
+    inner = list(given)
+    while True:
+        found = spread(body, inner)
+        outs = [found[atom] if isinstance(atom, int) else 0 for atom in body.outputs]
+        grown = [a | b for a, b in zip(inner[consts : consts + carries], outs[:carries], strict=True)]
+        if grown == inner[consts : consts + carries]:
+            # A carry that no step changes keeps what it started with.
+            return _Flags(inner, [*grown, *outs[carries:]])
+        inner[consts : consts + carries] = grown
+
+
+def run_loop(
+    equation: Equation, operands: Sequence[Operand], wanted: Sequence[bool], run: Run
+) -> tuple[Sequence[Value] | None, Sequence[str | None]]:
+    """The results of a scan, unformed where its body makes products; None for all of them where it makes none.
+
+    Beside them, why a result had to be formed inside the body.
+    """
+    body, (consts, carries) = equation.body, equation.loop
+    assert body is not None
+    sums = {k for k in range(carries) if wanted[k] and _only_added_to(body, body.inputs[consts + k], body.outputs[k])}
+    asked = [want and (k >= carries or k in sums) for k, want in enumerate(wanted)]
+    if not any(asked) or not equation.params["length"]:
+        return None, ()
+    loop = _Loop(equation, body, operands, sums, asked, run)
+    found = loop.shapes()
+    lazy = [ask and isinstance(value, Unformed) and value.is_product for ask, (value, *_) in zip(asked, found, strict=True)]
+    return (loop.run_all(lazy) if any(lazy) else None), [why for _, _, why in found]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Loop:
+    """A scan being run: ``sums`` are the carries that are only added to, ``asked`` the results worth leaving unformed."""
+
+    equation: Equation
+    body: Program
+    operands: Sequence[Operand]
+    sums: set[int]
+    asked: list[bool]
+    run: Run
+
+    def _given(self) -> tuple[list[Array], list[Array], list[Array]]:
+        """Constants, the first carry and what is scanned over."""
+        given = [operand.array() for operand in self.operands]
+        consts, carries = self.equation.loop
+        return given[:consts], given[consts : consts + carries], given[consts + carries :]
+
+    def _once(self, carry: Sequence[Array], xs: Sequence[Array]) -> Sequence[Any]:
+        """One step, its products unformed. A sum starts anew: what the body adds to nothing is what it adds."""
+        flags = _flags_around(self.equation, [operand.flags for operand in self.operands]).ins
+        own = [_nothing(x) if k in self.sums else x for k, x in enumerate(carry)]
+        return self.run(self.body, [*self._given()[0], *own, *xs], flags, self.asked)
+
+    def shapes(self) -> Sequence[Any]:
+        """The results of a step without their numbers."""
+        found: list[Any] = []
+
+        def step(carry: Any, xs: Any) -> tuple[()]:
+            found[:] = self._once(carry, xs)
+            return ()
+
+        _, carry, xs = self._given()
+        jax.eval_shape(lambda carry, xs: step(carry, [x[0] for x in xs]), carry, xs)
+        return found
+
+    def run_all(self, lazy: Sequence[bool]) -> list[Value]:
+        """All steps; results that are ``lazy`` come as factors."""
+        skeletons: dict[int, Terms] = {}
+
+        def step(carry: Sequence[Array], xs: Sequence[Array]) -> tuple[list[Array], list[Any]]:
+            new, stacked = list(carry), list[Any]()
+            for k, (value, *_) in enumerate(self._once(carry, xs)):
+                if lazy[k] and isinstance(value, Unformed):
+                    skeletons[k] = value.terms
+                    stacked.append([[_array_of(factor) for factor in term.factors] for term in value.terms])
+                    continue
+                array = value.formed() if isinstance(value, Unformed) else value
+                if k >= len(new):
+                    stacked.append(array)
+                else:
+                    new[k] = new[k] + array if k in self.sums else array
+            return new, stacked
+
+        params = self.equation.params
+        _, carry, xs = self._given()
+        last, ys = jax.lax.scan(step, carry, xs, length=params["length"], reverse=params["reverse"], unroll=params["unroll"])
+        stacks = iter(ys)
+        results: list[Value] = []
+        for k in range(len(self.equation.outs)):
+            if lazy[k]:
+                made = _stacked(skeletons[k], next(stacks), params["length"], summed=k in self.sums)
+                start = self.operands[self.equation.loop[0] + k].terms() if k in self.sums else ()
+                results.append(Unformed((*start, *made), partial(self._formed, k)))
+            else:
+                results.append(last[k] if k < len(carry) else next(stacks))
+        return results
+
+    def _formed(self, k: int) -> Array:
+        """One result of the scan as it stands in the program."""
+        formed: Array = self.equation.bind([operand.array() for operand in self.operands])[k]
+        return formed
+
+
+def _nothing(like: Array) -> Unformed:
+    """Zero, as a sum of no terms."""
+    return Unformed((), lambda: jnp.zeros_like(like))
+
+
+def _only_added_to(body: Program, carry: int, out: Atom) -> bool:
+    """Whether all that a body does with a carry is to add to it, as often as it likes."""
+    while carry != out:
+        uses = [equation for equation in body.equations if carry in equation.ins]
+        if len(uses) != 1 or uses[0].primitive.name not in ("add", "add_any") or uses[0].ins[0] == uses[0].ins[1]:
+            return False
+        if carry in body.outputs or any(isinstance(atom, Literal) for atom in uses[0].ins):
+            return False
+        carry = uses[0].outs[0]
+    return body.outputs.count(carry) == 1
+
+
+def _array_of(factor: Factor) -> Array:
+    return factor.array.image if isinstance(factor.array, Windows) else factor.array
+
+
+def _stacked(found: Terms, stacks: Any, length: int, *, summed: bool) -> Terms:
+    """The terms of all steps as one, the steps being an axis of every factor; of the value too, unless it is summed over."""
+    made = []
+    for term, arrays in zip(found, stacks, strict=True):
+        steps = Axis(length)
+        factors = []
+        for factor, array in zip(term.factors, arrays, strict=True):
+            if isinstance(factor.array, Windows):
+                array = jax.vmap(lambda image, w=factor.array: dataclasses.replace(w, image=image).array())(array)
+            factors.append(dataclasses.replace(factor, array=array, axes=(steps, *factor.axes), origin=None))
+        made.append(Term(tuple(factors), term.dims if summed else (dim(steps), *term.dims)))
+    return tuple(made)

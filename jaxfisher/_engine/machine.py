@@ -1,0 +1,144 @@
+r"""The machine: runs a gradient's program, cut one operation short of the gradients of the weights.
+
+The gradient of a weight that enters a ``dot_general`` ends, in the gradient's own jaxpr, in an outer product ``a (x) g`` (a sum
+of T of them where the weight is shared over T positions). `run` runs the program up to there: it marks the values that do
+nothing but become some parameter's gradient, leaves those that are products unformed, and applies the rules to them. What no
+rule covers is formed as usual, and the machine notes why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.extend.core import Literal
+
+from jaxfisher._engine import reasons
+from jaxfisher._engine.loops import run_loop, spread
+from jaxfisher._engine.program import Atom, Equation, Program, dtype_of
+from jaxfisher._engine.rules import RULES, Operand, Value
+from jaxfisher._engine.terms import Unformed, whole
+
+
+class Output(NamedTuple):
+    """One output of a program: its value, what it depends on, and, if it is a gradient that had to be formed, why."""
+
+    value: Value
+    flags: int
+    reason: str | None
+
+
+def run(program: Program, values: Sequence[Any], flags: Sequence[int], wanted: Sequence[bool] | None = None) -> list[Output]:
+    """Run a program, leaving its outputs unformed where rules allow; the inputs' flags are given.
+
+    Outputs that are not ``wanted`` unformed are formed as they come.
+    """
+    return _Machine(program, values, flags, wanted or [True] * len(program.outputs)).outputs
+
+
+class _Machine:
+    """One run of a program: what each variable holds, what it depends on, and why it was formed."""
+
+    def __init__(self, program: Program, values: Sequence[Any], flags: Sequence[int], wanted: Sequence[bool]) -> None:
+        self.flags = spread(program, flags)
+        self.held: dict[int, Value] = {**program.constants, **dict(zip(program.inputs, values, strict=True))}
+        self.reasons: dict[int, str] = {}
+        self.wanted = self._wanted(program, wanted)
+        self.shown = _shown(program)
+        for equation in program.equations:
+            self._step(equation)
+        self.outputs = [self._output(atom) for atom in program.outputs]
+
+    def _wanted(self, program: Program, wanted: Sequence[bool]) -> set[int]:
+        """The variables that become an output by operations with rules: those worth leaving unformed."""
+        found = {atom for atom, flag in zip(program.outputs, wanted, strict=True) if flag and isinstance(atom, int)}
+        for equation in reversed(program.equations):
+            if not found.isdisjoint(equation.outs):
+                found.update(atom for atom in self._taken(equation) if isinstance(atom, int))
+        return found
+
+    def _taken(self, equation: Equation) -> Sequence[Atom]:
+        """The operands that are taken unformed."""
+        if equation.body is not None:
+            consts, carries = equation.loop
+            return equation.ins[consts : consts + carries]
+        if equation.primitive.name in RULES:
+            rule = RULES[equation.primitive.name]
+            return [equation.ins[k] for k in rule.takes(equation, [self._flag(atom) for atom in equation.ins])]
+        # No rule: left unformed all the same, so that forming it here is seen and said.
+        return reasons.as_large(equation)
+
+    def _flag(self, atom: Atom) -> int:
+        return 0 if isinstance(atom, Literal) else self.flags[atom]
+
+    def _operand(self, atom: Atom) -> Operand:
+        if isinstance(atom, Literal):
+            number: Any = np.asarray(atom.val, dtype_of(atom))
+            return Operand(number, 0, is_zero=number.ndim == 0 and bool(number == 0))
+        return Operand(self.held[atom], self.flags[atom], self.reasons.get(atom))
+
+    def _output(self, atom: Atom) -> Output:
+        operand = self._operand(atom)
+        value = operand.value if isinstance(operand.value, Unformed) else operand.array()
+        return Output(value, operand.flags, operand.reason)
+
+    def _step(self, equation: Equation) -> None:
+        operands = [self._operand(atom) for atom in equation.ins]
+        wanted = [out in self.wanted for out in equation.outs]
+        results = self._unformed(equation, operands, wanted) if any(wanted) else None
+        if results is None:
+            results = equation.bind([operand.array() for operand in operands])
+            if any(wanted) and (why := reasons.why_formed(equation, operands)) is not None:
+                self.reasons.update((out, why) for out in equation.outs)
+        self.held.update(zip(equation.outs, results, strict=True))
+
+    def _unformed(self, equation: Equation, operands: list[Operand], wanted: Sequence[bool]) -> Sequence[Value] | None:
+        """What the rules make of an equation; None where it has to be run."""
+        if equation.body is not None:
+            results, why = run_loop(equation, operands, wanted, run)
+            self.reasons.update((out, said) for out, said in zip(equation.outs, why, strict=False) if said is not None)
+            return results
+        rule = RULES.get(equation.primitive.name)
+        if rule is None:
+            return None
+        if rule.arranges and equation.outs[0] in self.shown:
+            operands = [_laid_open(operands[0]), *operands[1:]]
+        made = rule(equation, operands)
+        if made is None:
+            return None
+        formed = _Once(equation, operands)
+        return [Unformed(terms, partial(formed.result, k)) for k, terms in enumerate(made)]
+
+
+class _Once:
+    """An equation run on formed operands when one of its results is first asked for."""
+
+    def __init__(self, equation: Equation, operands: Sequence[Operand]) -> None:
+        self._equation, self._operands, self._results = equation, operands, list[Any]()
+
+    def result(self, k: int) -> Any:
+        """One of its results."""
+        if not self._results:
+            self._results = self._equation.bind([operand.array() for operand in self._operands])
+        return self._results[k]
+
+
+def _laid_open(operand: Operand) -> Operand:
+    """An ordinary array as a term of one factor, so that the factor is still known to be the array when it was arranged."""
+    if operand.unformed is not None:
+        return operand
+    array = operand.array()
+    value = Unformed((whole(array, operand.flags, operand.reason),), lambda: array)
+    return Operand(value, operand.flags, operand.reason)
+
+
+def _shown(program: Program) -> set[int]:
+    """The variables that are an output but for arrangements and sums."""
+    found = {atom for atom in program.outputs if isinstance(atom, int)}
+    for equation in reversed(program.equations):
+        rule = RULES.get(equation.primitive.name)
+        if rule is not None and rule.arranges and equation.outs[0] in found:
+            found.update(atom for atom in equation.ins[:1] if isinstance(atom, int))
+    return found

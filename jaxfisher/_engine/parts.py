@@ -1,0 +1,299 @@
+"""Parts: from the terms of one leaf's gradient to the forms that it is held in.
+
+A term of two factors becomes a `Product`, a `Lookup` or a `Convolution`, a term of one factor a `Formed` gradient, and so does
+whatever is neither. Everything here is about one row of one example: the leading axes come from ``vmap``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxfisher._engine.forms import Convolution, Form, Formed, Layout, Lookup, Product, plain_layout
+from jaxfisher._engine.machine import Output
+from jaxfisher._engine.terms import Axis, Factor, Term, Unformed, fold, seen, whole
+from jaxfisher._engine.windows import Windows
+
+
+class Source(NamedTuple):
+    """A value of the program, and which of its axes stay where the others are summed over. Axes of length one do not count.
+
+    The value is held so that its identity stays its own.
+    """
+
+    value: Array
+    axes: tuple[int, ...]
+
+    @property
+    def key(self) -> tuple[int, tuple[int, ...]]:
+        """What two sources are compared by."""
+        return id(self.value), self.axes
+
+
+class Part(NamedTuple):
+    """One form of a leaf, of one row, without its leading axes.
+
+    Attributes:
+        form: the form.
+        flags: what each of its arrays depends on.
+        place: where it is among the parts of a leaf that is used in parts.
+        left: the value that the left factors are, entry for entry, at every position its own.
+        right: likewise for the right factors.
+        gradient: the value that a formed gradient is the sum of.
+    """
+
+    form: Form
+    flags: tuple[int, ...]
+    place: tuple[int, ...] = ()
+    left: Source | None = None
+    right: Source | None = None
+    gradient: Source | None = None
+
+
+class LeafParts(NamedTuple):
+    """The parts of one leaf, and why some of its gradient had to be formed."""
+
+    parts: tuple[Part, ...]
+    why: str | None
+
+
+def leaf_parts(output: Output, shape: tuple[int, ...], dtype: Any) -> LeafParts:
+    """The forms of one leaf's gradient, in the dtype of statistics."""
+    value, why = output.value, output.reason
+    found = value.terms if isinstance(value, Unformed) else (whole(value, output.flags, why),)
+    products: list[Part] = []
+    formed: list[Part] = []
+    for term in map(fold, found):
+        if len(term.factors) == 1 and term.factors[0].plain is not None:
+            formed.append(_formed(term, shape))
+            why = why or term.factors[0].reason
+            continue
+        part = _product(term, shape)
+        if part is None:
+            # The whole value is formed in the ordinary way: what remains of the terms is a product of three, say.
+            array = value.formed() if isinstance(value, Unformed) else value
+            plain = Part(Formed(array.astype(dtype), plain_layout(shape)), (output.flags,))
+            return LeafParts((plain,), "it is not a sum of products of two factors")
+        products.append(part)
+    cast = [part._replace(form=jax.tree.map(lambda x: _cast(x, dtype), part.form)) for part in (*products, *formed)]
+    return LeafParts(_joined(cast), why)
+
+
+def _cast(array: Array, dtype: Any) -> Array:
+    """An array of numbers in the dtype of statistics; positions stay integers."""
+    return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+
+def _formed(term: Term, shape: tuple[int, ...]) -> Part:
+    """A term of one factor."""
+    (factor,) = term.factors
+    order = [axis for axes in term.dims for axis in axes]
+    gone = [i for i, axis in enumerate(factor.axes) if axis not in order]
+    axes = [axis for axis in factor.axes if axis in order]
+    array = jnp.sum(jnp.asarray(factor.plain), gone)
+    array = array.transpose([axes.index(axis) for axis in order if axis in axes])
+    array = array.reshape([axis.size if axis in axes else 1 for axis in order])
+    array = jnp.broadcast_to(array, [axis.size for axis in order]).reshape(shape)
+    source = _source(factor, order) if all(axis in axes for axis in order) else None
+    return Part(Formed(array, plain_layout(shape)), (factor.flags,), gradient=source)
+
+
+def _source(factor: Factor, kept: Sequence[Axis]) -> Source | None:
+    """The source of a factor of which these axes are kept; None if the value does not have one of them to itself."""
+    value, axes = factor.source
+    wanted = [axis for axis in kept if axis.size > 1]
+    if value is None or any(axis not in axes for axis in wanted):
+        return None
+    long = [axis for axis, size in zip(axes, value.shape, strict=True) if size > 1]
+    return Source(value, tuple(long.index(axis) for axis in wanted))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Pair:
+    """A product of two factors, its axes sorted by what they are in the leaf.
+
+    ``places`` are the axes along which the leaf is used in parts, at ``positions`` known beforehand; ``groups`` are axes of the
+    leaf that both factors have, ``shared`` the positions that are summed over.
+    """
+
+    left: Factor
+    right: Factor
+    places: tuple[Axis, ...]
+    positions: tuple[int, ...]
+    groups: tuple[Axis, ...]
+    shared: tuple[Axis, ...]
+    inputs: tuple[Axis, ...]
+    outputs: tuple[Axis, ...]
+    shape: tuple[int, ...]
+    order: tuple[Axis, ...]
+
+    @property
+    def layout(self) -> Layout:
+        """How the leaf's dimensions are grouped."""
+        sides = ((*self.places, *self.groups), self.inputs, self.outputs)
+        return Layout(
+            self.shape,
+            tuple(axis.size for axis in self.order),
+            tuple(self.order.index(axis) for side in sides for axis in side),
+            *(math.prod(axis.size for axis in side) for side in sides),
+        )
+
+    @property
+    def flags(self) -> tuple[int, int]:
+        """What the factors depend on."""
+        return self.left.flags, self.right.flags
+
+    def left_array(self) -> Array:
+        """The left factors, ``[groups, T, inputs]``."""
+        return _arranged(seen(self.left), self.groups, self.shared, self.inputs)
+
+    def right_array(self) -> Array:
+        """The right factors, ``[groups, T, outputs]``."""
+        return _arranged(self.right, self.groups, self.shared, self.outputs)
+
+    def source(self, factor: Factor, kept: Sequence[Axis]) -> Source | None:
+        """The source of one factor, if the factor has every position of the product, and sums over nothing else."""
+        own = {axis for axis in factor.axes if axis.size > 1}
+        return _source(factor, kept) if own == {axis for axis in (*kept, *self.shared) if axis.size > 1} else None
+
+
+def _product(term: Term, shape: tuple[int, ...]) -> Part | None:
+    """A term of two factors, and perhaps places, as a part; None if it is anything else."""
+    pair = _sorted(term, shape)
+    if pair is None:
+        return None
+    if pair.places:
+        return _placed(pair)
+    if pair.left.hot is not None:
+        return _lookup(pair)
+    if isinstance(pair.left.array, Windows):
+        return _convolution(pair, pair.left.array)
+    return _outer(pair, pair.left_array(), pair.right_array())
+
+
+def _sorted(term: Term, shape: tuple[int, ...]) -> _Pair | None:
+    """The term as a pair of factors; None if it has another number of them, or two that hold no ordinary array."""
+    placed = [factor for factor in term.factors if factor.place is not None]
+    rest = [factor for factor in term.factors if factor.place is None]
+    if len(rest) != 2:
+        return None
+    order = tuple(axis for axes in term.dims for axis in axes)
+    first, second = rest
+    groups = tuple(axis for axis in order if axis in first.over and axis in second.over)
+    own = [tuple(axis for axis in order if axis in factor.over and axis not in groups) for factor in rest]
+    put = tuple(factor.hot for factor in placed if factor.hot is not None)
+    loose = tuple(axis for axis in order if not any(axis in factor.over for factor in rest) and axis not in put)
+    shared = tuple(axis for axis in first.over if axis in second.over and axis not in order)
+    # The left factor is the one with the leaf's first dimension, so that uses of a leaf agree on it; a lookup is always left.
+    swap = second.plain is None or (first.plain is not None and _before(own[1], own[0], order))
+    left, right, inputs, outputs = (second, first, own[1], own[0]) if swap else (first, second, own[0], own[1])
+    if right.plain is None or any(axis not in order for axis in put):
+        return None
+    if isinstance(left.array, Windows):
+        inputs = tuple(axis for axis in left.axes if axis in inputs)  # as the windows have them, which spares making them
+    places = tuple(factor.place or 0 for factor in placed)
+    return _Pair(left, right, put, places, groups, shared, inputs, (*outputs, *loose), shape, order)
+
+
+def _before(a: Sequence[Axis], b: Sequence[Axis], order: Sequence[Axis]) -> bool:
+    return bool(a) and (not b or order.index(a[0]) < order.index(b[0]))
+
+
+def _arranged(factor: Factor, *groups: Sequence[Axis]) -> Array:
+    """The factor's array with its axes in three groups, each merged; axes in none of them are summed over."""
+    kept = [axis for group in groups for axis in group]
+    array = jnp.sum(jnp.asarray(factor.plain), [i for i, axis in enumerate(factor.axes) if axis not in kept])
+    axes = [axis for axis in factor.axes if axis in kept]
+    array = array.transpose([axes.index(axis) for axis in kept if axis in axes])
+    array = jnp.broadcast_to(array.reshape([a.size if a in axes else 1 for a in kept]), [a.size for a in kept])
+    return array.reshape([math.prod(axis.size for axis in group) for group in groups])
+
+
+def _outer(pair: _Pair, left: Array, right: Array, place: tuple[int, ...] = ()) -> Part:
+    """An outer product; formed if one side has length one and a sum over positions makes it smaller than the other."""
+    layout = pair.layout
+    alone = layout.groups == 1 and left.shape[-2] == 1 and layout.inputs * layout.outputs > 1
+    if alone or (layout.inputs > 1 and layout.outputs > 1):
+        sources = (pair.source(pair.left, pair.inputs), pair.source(pair.right, pair.outputs))
+        return Part(Product(left, right, layout), pair.flags, place, *sources)
+    formed = layout.leaf(jnp.matmul(left.swapaxes(-1, -2), right, precision=jax.lax.Precision.HIGHEST))
+    return Part(Formed(formed, plain_layout(layout.shape)), (pair.left.flags | pair.right.flags,))
+
+
+def _placed(pair: _Pair) -> Part | None:
+    """A product that is one part of a leaf, such as one layer's weight in a stack of them: a group among empty ones."""
+    if pair.left.hot is not None:
+        return None
+    index, empty = 0, math.prod(axis.size for axis in pair.places)
+    for position, axis in zip(pair.positions, pair.places, strict=True):
+        index = index * axis.size + position
+    left, right = (_among_zeros(array, index, empty) for array in (pair.left_array(), pair.right_array()))
+    return _outer(pair, left, right, (index,))
+
+
+def _among_zeros(array: Array, index: int, count: int) -> Array:
+    """The array's groups as one of so many blocks of groups, the others being zero."""
+    size = array.shape[0]
+    zeros = jnp.zeros((count * size, *array.shape[1:]), array.dtype)
+    return zeros.at[index * size : (index + 1) * size].set(array)
+
+
+def _lookup(pair: _Pair) -> Part | None:
+    """Rows of a table. A row looked up twice is made one, so that squares need no cross terms."""
+    left, right = pair.left, pair.right_array()
+    assert not isinstance(left.array, Windows)
+    if pair.groups or pair.inputs != (left.hot,) or any(axis not in pair.shared for axis in left.axes if axis.size > 1):
+        return None
+    axes = [axis for axis in left.axes if axis in pair.shared]
+    indices = left.array.reshape([axis.size for axis in axes])
+    indices = indices.transpose([axes.index(axis) for axis in pair.shared]).reshape(-1)
+    same = indices[:, None] == indices[None, :]
+    first = ~jnp.any(jnp.tril(same, -1), axis=1)
+    summed = jnp.einsum("st,gto->gso", same.astype(right.dtype), right, precision=jax.lax.Precision.HIGHEST)
+    # A later occurrence of a row has nothing to add.
+    merged = jnp.where(first[:, None], summed, jnp.zeros((), right.dtype))
+    flags = (left.flags, left.flags | pair.right.flags)
+    return Part(Lookup(indices, merged, pair.layout), flags)
+
+
+def _convolution(pair: _Pair, windows: Windows) -> Part:
+    """An image seen through windows, as long as the axes are where windows give them; else the windows themselves."""
+    wanted = [axis for axis in (*pair.groups, *pair.shared, *pair.inputs) if axis.size > 1]
+    if wanted != [axis for axis in pair.left.axes if axis.size > 1]:
+        return _outer(pair, pair.left_array(), pair.right_array())
+    source = pair.source(pair.right, pair.outputs)
+    return Part(Convolution(windows, pair.right_array(), pair.layout), pair.flags, right=source)
+
+
+def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """Parts of one leaf put together where they can be: uses with one layout are positions, formed gradients add up."""
+    made: list[Part] = []
+    for part in parts:
+        for i, other in enumerate(made):
+            together = _together(other, part)
+            if together is not None:
+                made[i] = together
+                break
+        else:
+            made.append(part)
+    return tuple(made)
+
+
+def _together(a: Part, b: Part) -> Part | None:
+    one, two = a.form, b.form
+    if a.flags != b.flags:
+        return None
+    if isinstance(one, Formed) and isinstance(two, Formed):
+        return Part(Formed(one.value + two.value, one.layout), a.flags)
+    if not (isinstance(one, Product) and isinstance(two, Product)) or one.layout != two.layout:
+        return None
+    apart = a.place and b.place and not set(a.place) & set(b.place) and one.right.shape == two.right.shape
+    join = jnp.add if apart else lambda x, y: jnp.concatenate([x, y], axis=1)
+    form = Product(join(one.left, two.left), join(one.right, two.right), one.layout)
+    return Part(form, a.flags, (*a.place, *b.place))

@@ -1,0 +1,57 @@
+"""Why a gradient was formed: what `jaxfisher.explain` says of a leaf whose products no rule takes further."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from jaxfisher._engine.program import Atom, Equation
+from jaxfisher._engine.rules import RULES, Operand
+from jaxfisher._engine.terms import Term
+
+_CONTROL = frozenset({"scan", "while", "cond"})
+_FILLS = frozenset({"scatter", "scatter-mul"})
+"""Operations without a rule that may build a gradient out of less than half as many numbers."""
+
+
+def as_large(equation: Equation) -> Sequence[Atom]:
+    """The operands as large as the result: what an operation without a rule may have made the result of."""
+    size = math.prod(equation.shape)
+    return [atom for atom, shape in zip(equation.ins, equation.shapes, strict=True) if math.prod(shape) == size]
+
+
+def why_formed(equation: Equation, operands: Sequence[Operand]) -> str | None:
+    """Why a gradient was formed here, if it takes more than what the program has anyway."""
+    size = math.prod(equation.shape)
+    # What a contraction was made of no longer matters, nor does it where a gradient of this size is there anyway.
+    free = equation.primitive.name == "dot_general" or any(
+        operand.flags and not operand.reason and operand.unformed is None and math.prod(shape) >= size
+        for operand, shape in zip(operands, equation.shapes, strict=True)
+    )
+    before = None if free else next((operand.reason for operand in operands if operand.reason), None)
+    if before is None and _costs(equation, operands):
+        return f"no rule takes the outer product through `{equation.primitive.name}`"
+    return before
+
+
+def _costs(equation: Equation, operands: Sequence[Operand]) -> bool:
+    """Whether forming a gradient here makes something larger than what the program has anyway."""
+    name, size = equation.primitive.name, math.prod(equation.shape)
+    if not any(operand.flags for operand in operands):
+        return False
+    if name in _CONTROL:
+        return True
+    varying = [(operand, math.prod(s)) for operand, s in zip(operands, equation.shapes, strict=True) if operand.flags]
+    arrays = [count for operand, count in varying if operand.unformed is None]
+    unformed = [operand.unformed for operand, _ in varying if operand.unformed is not None]
+    if name in _FILLS or (name in RULES and RULES[name].builds):
+        held = arrays + [sum(map(_numbers, value.terms)) for value in unformed]
+        return size > 2 * (sum(held) if name == "concatenate" else max(held, default=0))
+    return size > max(arrays, default=0) and any(value.is_large for value in unformed)
+
+
+def _numbers(term: Term) -> int:
+    """How many numbers that vary a term is made of: those of its factors, or, where a sum was not taken yet, its own."""
+    factors = [factor for factor in term.factors if factor.flags]
+    own = {axis for axes in term.dims for axis in axes} & {axis for factor in factors for axis in factor.axes}
+    return min(sum(factor.size for factor in factors), math.prod(axis.size for axis in own))

@@ -1,0 +1,516 @@
+r"""The rules: what each primitive that a weight's gradient passes through does to products that are not formed.
+
+One `Rule` is one record: the primitive, the operands that it takes unformed, when it holds, and what it does to the terms. The
+table `RULES` is all that the engine knows of primitives. A primitive without a rule, or an equation for which its rule does not
+hold, means that the value is formed in the ordinary way, which is always right. The law of every record, checked by
+``tests/test_rules.py``: *the terms after the rule, formed, are the primitive of the formed operands.*
+
+A rule must be linear over the reals in what it takes unformed; `holds_everywhere` keeps the dtypes out for which none is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxfisher._engine import terms
+from jaxfisher._engine.program import Equation
+from jaxfisher._engine.terms import Axis, Factor, Origin, Term, Unformed, dim
+from jaxfisher._engine.windows import Windows
+
+EXAMPLE, ROW = 1, 2
+"""Flags: a value depends on the example; on the row among the example's rows."""
+
+Value = Array | Unformed
+Terms = tuple[Term, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operand:
+    """One operand of an equation.
+
+    Attributes:
+        value: the array, or a sum of terms that stands for it.
+        flags: what it depends on.
+        reason: why a gradient in it had to be formed, where one had to.
+        is_zero: whether it is a zero written into the program.
+    """
+
+    value: Value
+    flags: int
+    reason: str | None = None
+    is_zero: bool = False
+
+    @property
+    def unformed(self) -> Unformed | None:
+        """The value if it is not formed."""
+        return self.value if isinstance(self.value, Unformed) else None
+
+    def array(self) -> Array:
+        """The value, formed."""
+        array: Array = self.value.formed() if isinstance(self.value, Unformed) else as_array(self.value)
+        return array
+
+    def terms(self) -> Terms:
+        """The value as a sum of terms; an ordinary array is a term of one factor."""
+        return self.value.terms if isinstance(self.value, Unformed) else (terms.whole(self.array(), self.flags, self.reason),)
+
+
+def as_array(value: Any) -> Any:
+    """The value as an array; one that is an array as the same object, by which a bias is known to have its layer's cotangent.
+
+    On a mesh, `jnp.asarray` of JAX 0.10.0 makes another object.
+    """
+    return value if isinstance(value, jax.Array | np.ndarray) else jnp.asarray(value)
+
+
+Apply = Callable[[Equation, Sequence[Operand]], Sequence[Terms] | None]
+"""From an equation and its operands to the terms of each result; None where it has to be formed."""
+
+
+def _first(equation: Equation, flags: Sequence[int]) -> Sequence[int]:
+    return (0,)
+
+
+def _all_operands(equation: Equation, flags: Sequence[int]) -> Sequence[int]:
+    return range(len(equation.ins))
+
+
+def _none(equation: Equation, flags: Sequence[int]) -> Sequence[int]:
+    return ()
+
+
+def _always(equation: Equation) -> bool:
+    return True
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rule:
+    """What the engine knows of one primitive.
+
+    Attributes:
+        primitive: its name.
+        apply: what it does to terms.
+        takes: the operands that it takes unformed, by their places; given what each operand depends on.
+        holds: for which equations, beyond what `holds_everywhere` asks of all: dtypes, ranks, axes, flags.
+        builds: whether it may build a value out of less than half as many numbers, so that forming the value costs memory.
+        arranges: whether it only arranges or adds up the entries of one operand. At the end of a program such a rule takes
+            ordinary arrays too, so that the gradient of a bias is seen to be the cotangent of its layer.
+    """
+
+    primitive: str
+    apply: Apply
+    takes: Callable[[Equation, Sequence[int]], Sequence[int]] = _first
+    holds: Callable[[Equation], bool] = _always
+    builds: bool = False
+    arranges: bool = False
+
+    def __call__(self, equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
+        """The terms of each result, or None where the equation has to be run on formed operands."""
+        if not (holds_everywhere(equation) and self.holds(equation)):
+            return None
+        made = self.apply(equation, operands)
+        if made is None or not all(map(_fits, made, equation.result_shapes)):
+            return None
+        return made
+
+
+NUMBERS = frozenset(
+    np.dtype(name) for name in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64, jnp.complex64, jnp.complex128)
+)
+"""The dtypes between which a cast is linear, up to rounding. Casts to integers, booleans and the narrow floats are steps."""
+
+
+def holds_everywhere(equation: Equation) -> bool:
+    """What every rule asks: numbers with a linear arithmetic, and no empty arrays, which have no products to leave unformed."""
+    results = all(dtype in NUMBERS for dtype in equation.result_dtypes)
+    return results and equation.dtypes[0] in NUMBERS and all(0 not in s for s in (*equation.shapes, *equation.result_shapes))
+
+
+def _fits(made: Terms, shape: tuple[int, ...]) -> bool:
+    return all(tuple(math.prod(axis.size for axis in axes) for axes in term.dims) == shape for term in made)
+
+
+def _every(made: Any) -> Terms | None:
+    """The terms, or None if one could not be made."""
+    found = tuple(made)
+    return None if any(term is None for term in found) else found
+
+
+def _results(made: Terms | None) -> Sequence[Terms] | None:
+    return None if made is None else (made,)
+
+
+def each(change: Callable[[Term, Mapping[str, Any]], Term | None]) -> Apply:
+    """A rule that acts on each term of the first operand, where that is unformed: a linear map of it alone."""
+
+    def apply(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
+        value = operands[0].unformed
+        return None if value is None else _results(_every(change(term, equation.params) for term in value.terms))
+
+    return apply
+
+
+# Sums and casts.
+
+
+def _cast(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
+    # Casts are put off: the factors are cast, once, when they are held.
+    wide = np.issubdtype(equation.result_dtypes[0], np.complexfloating)
+    return (operands[0].terms(),) if wide and operands[0].unformed is not None else _real(equation, operands)
+
+
+def _real(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
+    value = operands[0].unformed
+    return None if value is None else _real_parts(value.terms)
+
+
+def _imag(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
+    value = operands[0].unformed
+    turned = None if value is None else _every(terms.scale(term, -1j) for term in value.terms)
+    return None if turned is None else _real_parts(turned)
+
+
+def _real_parts(found: Terms) -> Sequence[Terms] | None:
+    parts = [terms.real(term) for term in found]
+    return None if any(part is None for part in parts) else (tuple(term for part in parts for term in part or ()),)
+
+
+def _add(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
+    values = [operand.unformed for operand in operands]
+    if not any(value is not None and (value.is_product or not value.terms) for value in values):
+        return None
+    if any(operand.unformed is None and operand.flags for operand in operands):
+        return None  # a gradient of this size is there anyway
+    return ((*operands[0].terms(), *operands[1].terms()),)
+
+
+def _same_shapes(equation: Equation) -> bool:
+    return equation.shapes[0] == equation.shapes[1] == equation.shape
+
+
+# Products. Their operands have the same rank, and a dimension of length one meets any length; or one operand is a number.
+
+
+def _same_ranks(equation: Equation) -> bool:
+    return all(len(shape) == len(equation.shape) for shape in equation.shapes)
+
+
+def _multiply(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
+    for value, number, shape in zip(operands, operands[::-1], equation.shapes[::-1], strict=True):
+        if value.unformed is not None and not shape:
+            return _results(_every(terms.scale(term, number.array(), number.flags) for term in value.terms()))
+    if all(operand.unformed is None for operand in operands) or not _same_ranks(equation):
+        return None
+    return _results(_smaller(terms.multiply(a, b) for a in operands[0].terms() for b in operands[1].terms()))
+
+
+def _smaller(made: Any) -> Terms | None:
+    """The terms, if all could be made and hold fewer numbers than the value."""
+    found = _every(made)
+    return found if found is not None and all(term.is_smaller for term in found) else None
+
+
+def _divide(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
+    value, by = operands
+    if value.unformed is None:
+        return None
+    if not equation.shapes[1]:
+        return _results(_every(terms.scale(term, 1 / by.array(), by.flags) for term in value.terms()))
+    if not _same_ranks(equation):
+        return None
+    # An inverse is not linear: of a divisor that is a sum, only the formed one has an inverse.
+    parts = by.terms()
+    inverse = terms.entrywise(parts[0], lambda x: 1 / x) if len(parts) == 1 else None
+    if inverse is None:
+        inverse = terms.whole(1 / by.array(), by.flags, by.reason)
+    return _results(_every(terms.multiply(term, inverse) for term in value.terms()))
+
+
+def _varying(equation: Equation, flags: Sequence[int]) -> Sequence[int]:
+    # A map that is the same for every example, such as a second weight, keeps the other operand's outer product.
+    varying = [k for k, flag in enumerate(flags) if flag & EXAMPLE]
+    return varying if len(varying) == 1 else ()
+
+
+def _dot(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
+    (contracted, batch), (left, right) = equation.params["dimension_numbers"], operands
+    for unformed, matrix, side in ((left, right, 0), (right, left, 1)):
+        if unformed.unformed is not None and unformed.unformed.is_product and not matrix.flags and not batch[0]:
+            return _results(_dot_after(unformed.terms(), matrix, contracted, side))
+    sizes = [math.prod(shape) for shape in (*equation.shapes, equation.shape)]
+    if not (left.flags and right.flags) and (contracted[0] or sizes[2] <= max(sizes[:2])):
+        return None  # an ordinary linear map, nothing to leave unformed
+    arrays = left.array(), right.array()
+    axes = [[Axis(size) for size in array.shape] for array in arrays]
+    for i, j in zip((*contracted[0], *batch[0]), (*contracted[1], *batch[1]), strict=True):
+        axes[1][j] = axes[0][i]
+    factors = tuple(
+        Factor(array, tuple(names), operand.flags, reason=operand.reason, origin=_origin(operand, array, names))
+        for array, names, operand in zip(arrays, axes, operands, strict=True)
+    )
+    free = [
+        [names[i] for i in range(len(names)) if i not in contracted[side] and i not in batch[side]]
+        for side, names in enumerate(axes)
+    ]
+    dims = ([axes[0][i] for i in batch[0]], *free)
+    return ((Term(factors, tuple(dim(axis) for group in dims for axis in group)),),)
+
+
+def _origin(operand: Operand, array: Array, names: Sequence[Axis]) -> Origin | None:
+    """The value that an array is an arrangement of; None if it is a value of its own."""
+    value = operand.unformed
+    if value is None or len(value.terms) != 1 or len(value.terms[0].factors) != 1:
+        return None
+    (term,) = value.terms
+    source, axes = term.factors[0].source
+    if source is None:
+        return None
+    now = {made[0]: name for made, name in zip(term.dims, names, strict=True) if len(made) == 1}
+    return Origin(array, source, tuple(None if axis is None else now.get(axis) for axis in axes))
+
+
+def _dot_after(found: Terms, matrix: Operand, contracted: Any, side: int) -> Terms | None:
+    """An unformed product times a matrix that is the same for every example."""
+    array = matrix.array()
+    made = [terms.contract(term, contracted[side], array, contracted[1 - side], matrix.flags) for term in found]
+    if side == 1:
+        # The matrix came first, and so do its dimensions.
+        rest = array.ndim - len(contracted[0])
+        made = [t and terms.transpose(t, (*range(len(t.dims) - rest, len(t.dims)), *range(len(t.dims) - rest))) for t in made]
+    return _every(made)
+
+
+def _real_convolution(equation: Equation) -> bool:
+    return not any(np.issubdtype(dtype, np.complexfloating) for dtype in equation.dtypes)
+
+
+def _convolution(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
+    """A kernel's gradient is the input, seen through windows as wide as the output, times the output's cotangent."""
+    params = equation.params
+    numbers = params["dimension_numbers"]
+    left, right = (operand.array() for operand in operands)
+    image, filters = left.transpose(numbers.lhs_spec), right.transpose(numbers.rhs_spec)
+    config = [(0, 0, 0), (0, 0, 0)]
+    for (low, high), dilation in zip(params["padding"], params["lhs_dilation"], strict=True):
+        config.append((int(low), int(high), int(dilation) - 1))
+    image = jax.lax.pad(image, jnp.zeros((), image.dtype), config)
+    row_groups, depth_groups = params["batch_group_count"], params["feature_group_count"]
+    groups, offsets = row_groups * depth_groups, filters.shape[2:]
+    out = tuple(equation.shape[i] for i in numbers.out_spec)
+    windows = Windows(
+        image, out[2:], offsets, tuple(params["window_strides"]), tuple(params["rhs_dilation"]), row_groups, depth_groups
+    )
+    group, position = Axis(groups), Axis(filters.shape[1] * math.prod(offsets))
+    rows, outputs = Axis(image.shape[0] // row_groups), tuple(Axis(size) for size in out[2:])
+    wide = Axis(filters.shape[0] // groups)
+    cotangent = filters.reshape(groups, wide.size, position.size)
+    channels = tuple(wide if i == numbers.rhs_spec[0] else None for i in range(right.ndim))
+    factors = (
+        Factor(windows, (group, position, rows, *outputs), operands[0].flags),
+        Factor(cotangent, (group, wide, position), operands[1].flags, origin=Origin(cotangent, right, channels)),
+    )
+    dims = [dim(rows), dim(group, wide), *map(dim, outputs)]
+    order = np.argsort(numbers.out_spec)
+    return ((Term(factors, tuple(dims[i] for i in order)),),)
+
+
+# Rows of tables.
+
+
+def _adds_whole_rows(equation: Equation) -> bool:
+    """The transpose of a lookup ``table[indices]`` along one axis."""
+    numbers, shape, updates = equation.params["dimension_numbers"], equation.shapes[0], equation.shapes[2]
+    along, window = tuple(numbers.scatter_dims_to_operand_dims), tuple(numbers.update_window_dims)
+    if len(along) != 1 or tuple(numbers.inserted_window_dims) != along or numbers.operand_batching_dims:
+        return False
+    rows = tuple(updates[i] for i in window) == tuple(size for i, size in enumerate(shape) if i != along[0])
+    # Of single numbers nothing is saved by keeping them apart.
+    return rows and any(updates[i] > 1 for i in window)
+
+
+def _scatter_add(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
+    numbers, shape = equation.params["dimension_numbers"], equation.shapes[0]
+    (along,), window = numbers.scatter_dims_to_operand_dims, tuple(numbers.update_window_dims)
+    indices, updates = operands[1].array()[..., 0], operands[2].array()
+    updates = updates.transpose(*(i for i in range(updates.ndim) if i not in window), *window)
+    size = shape[along]
+    if equation.params["mode"] == jax.lax.GatherScatterMode.CLIP:
+        indices = jnp.clip(indices, 0, size - 1)
+    else:
+        inside = (indices >= 0) & (indices < size)
+        updates = jnp.where(inside.reshape(*inside.shape, *(1 for _ in window)), updates, jnp.zeros((), updates.dtype))
+        indices = jnp.where(inside, indices, jnp.zeros((), indices.dtype))
+    # An update whose index is out of range is dropped: updates depend on what the indices depend on.
+    added = Operand(updates, operands[1].flags | operands[2].flags, operands[2].reason)
+    return ((*operands[0].terms(), _rows(shape, along, Operand(indices, operands[1].flags), added)),)
+
+
+def _rows(shape: Sequence[int], along: int, indices: Operand, updates: Operand) -> Term:
+    """Positions along one axis of a table times what is added there, ``updates [*indices.shape, *rest]``."""
+    positions, hot = tuple(Axis(size) for size in indices.array().shape), Axis(shape[along])
+    rest = tuple(Axis(size) for i, size in enumerate(shape) if i != along)
+    factors = (
+        Factor(indices.array(), positions, indices.flags, hot=hot),
+        Factor(updates.array(), (*positions, *rest), updates.flags, reason=updates.reason),
+    )
+    return Term(factors, tuple(map(dim, (*rest[:along], hot, *rest[along:]))))
+
+
+def _updates_one_row(equation: Equation) -> bool:
+    shape, update = equation.shapes[:2]
+    partly = [i for i, size in enumerate(shape) if update[i] != size]
+    return len(partly) == 1 and update[partly[0]] == 1 and math.prod(update) > 1
+
+
+def _update_slice(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
+    """One row of a table of zeros: the transpose of a lookup ``table[i]``."""
+    table, shape = operands[0].unformed, equation.shapes[0]
+    if table is None or table.terms:
+        return None
+    (along,) = (i for i, size in enumerate(shape) if equation.shapes[1][i] != size)
+    start = operands[2 + along]
+    index = dataclasses.replace(start, value=jnp.clip(start.array(), 0, shape[along] - 1))
+    update = dataclasses.replace(operands[1], value=jnp.squeeze(operands[1].array(), along))
+    return ((_rows(shape, along, index, update),),)
+
+
+# Arrangements.
+
+
+def _broadcast(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
+    if operands[0].is_zero:
+        return ((),)
+    shape, dimensions = equation.params["shape"], equation.params["broadcast_dimensions"]
+    return (tuple(terms.broadcast(term, shape, dimensions) for term in operands[0].terms()),)
+
+
+def _whole_order(equation: Equation) -> bool:
+    return equation.params["dimensions"] is None
+
+
+def _pad(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
+    value, config = operands[0], equation.params["padding_config"]
+    if not operands[1].is_zero:
+        return None
+    if value.unformed is not None:
+        return _results(_padded(value.terms(), config))
+    # A few rows of a table, at positions known beforehand.
+    changed = [i for i, entry in enumerate(config) if entry != (0, 0, 0)]
+    shape, whole = equation.shapes[0], equation.shape
+    if len(changed) != 1 or 2 * math.prod(shape) > math.prod(whole) or any(config[changed[0]][k] < 0 for k in (0, 1)):
+        return None
+    (along,) = changed
+    if shape[along] == math.prod(shape):
+        return None  # single numbers: nothing is saved by keeping them apart
+    low, _, inside = config[along]
+    indices = Operand(jnp.asarray(int(low) + (int(inside) + 1) * np.arange(shape[along]), jnp.int32), 0)
+    rows = dataclasses.replace(value, value=jnp.moveaxis(value.array(), along, 0))
+    return ((_rows(whole, along, indices, rows),),)
+
+
+def _padded(found: Terms, config: Sequence[tuple[int, int, int]]) -> Terms | None:
+    for i, (low, high, inside) in enumerate(config):
+        if (low, high, inside) != (0, 0, 0):
+            made = _every(_padded_one(term, i, int(low), int(high), int(inside)) for term in found)
+            if made is None:
+                return None
+            found = made
+    return found
+
+
+def _padded_one(term: Term, index: int, low: int, high: int, inside: int) -> Term | None:
+    old = math.prod(axis.size for axis in term.dims[index])
+    size = low + high + old + max(old - 1, 0) * inside
+    if old == 1 and low >= 0 and high >= 0:
+        return terms.place(term, index, low, size)
+
+    def change(array: Array, axis: int) -> Array:
+        config = [(0, 0, 0)] * array.ndim
+        config[axis] = (low, high, inside)
+        return jax.lax.pad(array, jnp.zeros((), array.dtype), config)
+
+    return terms.along(term, index, change, size)
+
+
+def _concatenate(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
+    if not any(operand.unformed is not None and operand.unformed.is_product for operand in operands):
+        return None
+    axis, start = equation.params["dimension"], 0
+    found: list[Term] = []
+    for operand, shape in zip(operands, equation.shapes, strict=True):
+        config = [(0, 0, 0)] * len(shape)
+        config[axis] = (start, equation.shape[axis] - start - shape[axis], 0)
+        start += shape[axis]
+        padded = _padded(operand.terms(), config)
+        if padded is None:
+            return None
+        found += padded
+    return (tuple(found),)
+
+
+def _split(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
+    value = operands[0].unformed
+    if value is None:
+        return None
+    axis, start = equation.params["axis"], 0
+    results: list[Terms] = []
+    for size in equation.params["sizes"]:
+        cut = partial(_cut_out, start=start, stop=start + size)
+        made = _every(terms.along(term, axis, cut, size) for term in value.terms)
+        if made is None:
+            return None
+        results.append(made)
+        start += size
+    return results
+
+
+def _cut_out(array: Array, axis: int, *, start: int, stop: int) -> Array:
+    return jax.lax.slice_in_dim(array, start, stop, axis=axis)
+
+
+def _reverse(term: Term, params: Mapping[str, Any]) -> Term | None:
+    for i in params["dimensions"]:
+        if not term.dims[i]:
+            continue
+        made = terms.along(term, i, lambda array, axis: jnp.flip(array, axis), math.prod(a.size for a in term.dims[i]))
+        if made is None:
+            return None
+        term = made
+    return term
+
+
+RULES: dict[str, Rule] = {
+    rule.primitive: rule
+    for rule in (
+        Rule("dot_general", _dot, takes=_varying),
+        Rule("conv_general_dilated", _convolution, takes=_none, holds=_real_convolution),
+        Rule("scatter-add", _scatter_add, holds=_adds_whole_rows, builds=True),
+        Rule("dynamic_update_slice", _update_slice, holds=_updates_one_row, builds=True),
+        Rule("broadcast_in_dim", _broadcast),
+        Rule("add_any", _add, takes=_all_operands, holds=_same_shapes),
+        Rule("mul", _multiply, takes=_all_operands, builds=True),
+        Rule("div", _divide, takes=_all_operands),
+        Rule("neg", each(lambda term, _: terms.scale(term, -1))),
+        Rule("transpose", each(lambda term, params: terms.transpose(term, params["permutation"])), arranges=True),
+        Rule("reshape", each(lambda term, params: terms.reshape(term, params["new_sizes"])), holds=_whole_order, arranges=True),
+        Rule("reduce_sum", each(lambda term, params: terms.reduce_sum(term, params["axes"])), arranges=True),
+        Rule("convert_element_type", _cast, arranges=True),
+        Rule("real", _real),
+        Rule("imag", _imag),
+        Rule("pad", _pad, builds=True),
+        Rule("concatenate", _concatenate, takes=_all_operands, builds=True),
+        Rule("split", _split),
+        Rule("rev", each(_reverse)),
+        Rule("sharding_constraint", each(lambda term, _: term)),
+    )
+}
+"""The rules by the names of their primitives. Loops have a file of their own, `loops`."""
