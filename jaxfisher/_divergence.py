@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._distributions.foreign import as_distribution
-from jaxfisher._examples import make_batch, map_examples, needs_data
+from jaxfisher._examples import make_batch, map_examples, needs_data, varying_like
 from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, mean_loss, of_one_example, predict, scalar
 from jaxfisher._operators.base import Provenance
 from jaxfisher._operators.dense import Dense
@@ -185,6 +185,7 @@ def kl_hessian(model: Model) -> HessianFunction:
 
     def hessian_of(params: chex.ArrayTree, /, *inputs: Any, weights: Float[Array, " n"] | None = None) -> Dense:
         batch = make_batch(params, inputs, weights, None)
+        params = varying_like(params, batch.data)
         matrix = _hessian(lambda q: divergence(params, q, *inputs, weights=weights), params, batch.spec)
         return Dense(matrix, batch.spec, Provenance("KL Hessian", batch.size, batch.weighted))
 
@@ -222,6 +223,7 @@ def observed_information(log_prob: LogProb) -> HessianFunction:
         batch = make_batch(params, data, weights, None)
 
         with of_one_example(log_prob, "log_prob", params, batch.data):
+            params = varying_like(params, batch.data)
             matrix = _hessian(lambda p: mean_loss(log_prob, p, batch.data, batch.weights), params, batch.spec)
         return Dense(matrix, batch.spec, Provenance("observed information", batch.size, batch.weighted))
 

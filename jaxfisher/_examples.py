@@ -261,7 +261,7 @@ def sum_batches(function: Callable[..., Any], data: tuple[Any, ...], batch_size:
     if starts is None:
         return function(*data)
     shapes = jax.eval_shape(lambda start: function(*_piece(data, start, batch_size)), starts[0])
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    zero = varying_like(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), data)
 
     def step(total: Any, start: Array) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, function(*_piece(data, start, batch_size))), None

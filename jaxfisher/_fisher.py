@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxfisher._examples import Batch, make_batch, needs_data, shape_of_one
+from jaxfisher._examples import Batch, make_batch, needs_data, shape_of_one, varying_like
 from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example, predict
 from jaxfisher._operators.base import Operator, Provenance, as_operator
 from jaxfisher._operators.from_scores import FromScores
@@ -224,6 +224,7 @@ def implicit_fisher(model: Model, *, batch_size: int | None = None) -> ImplicitF
             _check_same(as_operator(views_of, "implicit_fisher: `views_of`"), batch.spec)
         keep = (True,) * len(batch.spec.paths)
         provenance = Provenance(kind, batch.size, batch.weighted)
+        params = varying_like(params, batch.data)
         return Implicit(model, params, batch.data, batch.weights, batch_size, keep, batch.spec, provenance, views_of)
 
     return fisher_of

@@ -18,7 +18,9 @@ from problems import assert_close, classifier, data, flat, mean_loss, mlp_params
 import jaxfisher as jf
 from jaxfisher._distributions.base import Distribution, family
 from jaxfisher._distributions.excess import exp_excess
-from jaxfisher._engine import rules, terms
+from jaxfisher._engine import terms
+from jaxfisher._engine.rule import Rule, each
+from jaxfisher._engine.rules import RULES
 from jaxfisher._operators.base import Operator
 from jaxfisher._transform.given import fisher_for
 
@@ -78,7 +80,7 @@ def test_a_rule(monkeypatch):
         reversed_ = terms.along(term, last, lambda array, axis: jnp.flip(array, axis), size)
         return None if reversed_ is None else terms.scale(reversed_, 2)
 
-    monkeypatch.setitem(rules.RULES, "invented", rules.Rule("invented", rules.each(doubled_and_reversed)))
+    monkeypatch.setitem(RULES, "invented", Rule("invented", each(doubled_and_reversed)))
     assert not explained().plain and explained().leaves[-1].form == "outer product"
     moment = compiled(lambda params, *data: jf.scores(row.log_prob)(params, *data).second_moment())(row.params, *row.data)
     rows = compiled(jax.vmap(jax.grad(row.log_prob), (None, *(0 for _ in row.data))))(row.params, *row.data)

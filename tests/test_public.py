@@ -50,10 +50,11 @@ def imports():
     """``file -> the package's files it imports``, at any depth of the syntax tree."""
     graph = {}
     for path in PACKAGE.rglob("*.py"):
-        names = [node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
-        graph[".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)] = {
-            n for n in names if n.startswith("jaxfisher.")
-        }
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        file = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        graph[file] = {name for name in names if name.startswith("jaxfisher.")}
     return graph
 
 
@@ -64,6 +65,14 @@ def test_imports_have_no_cycle():
         leaves = {name for name, needs in graph.items() if not needs & graph.keys()}
         assert leaves, f"a cycle among {sorted(graph)}"
         graph = {name: needs for name, needs in graph.items() if name not in leaves}
+
+
+def test_nothing_outside_a_room_imports_a_file_inside_the_engine():
+    """The engine is used by the few names that its folder gives."""
+    for file, needs in imports().items():
+        if not file.startswith("jaxfisher._engine"):
+            inside = [name for name in needs if name.startswith("jaxfisher._engine.")]
+            assert not inside, f"{file} imports {inside}; take it from jaxfisher._engine"
 
 
 def test_only_documented_jax():

@@ -19,7 +19,8 @@ from jaxfisher._engine import parts, rules, terms
 from jaxfisher._engine.forms import Leaf
 from jaxfisher._engine.machine import Output
 from jaxfisher._engine.program import flatten
-from jaxfisher._engine.rules import EXAMPLE, RULES, Operand
+from jaxfisher._engine.rule import EXAMPLE, Operand
+from jaxfisher._engine.rules import RULES
 from jaxfisher._engine.terms import Axis, Factor, Term, Unformed, dim
 from jaxfisher._engine.windows import Windows
 
@@ -433,7 +434,7 @@ def test_the_law_sees_a_matrix_cast_to_the_dtype_of_a_factor(monkeypatch):
         narrow = [f.array.dtype for f in term.factors if any(axis in f.over for axis in gone)]
         return contract(term, dims, as_dtype(np.asarray(matrix), narrow[0]) if narrow else matrix, over, flags)
 
-    monkeypatch.setattr(rules.terms, "contract", broken)
+    monkeypatch.setattr(rules, "contract", broken)
     with pytest.raises(AssertionError, match="off by"):
         for seed in range(10 * CASES):
             check(RULES["dot_general"], "dot_general", seed)

@@ -5,7 +5,7 @@ one operation short of those products. The files, in the order in which a gradie
 
 - `program`: the jaxpr as a flat list of equations.
 - `terms`, `windows`: products that are not formed.
-- `rules`: what each primitive does to terms.
+- `rule`, `rules`: what a rule is, and what each primitive does to terms.
 - `machine`, `loops`: running a program by the rules; `reasons`: why a gradient was formed all the same.
 - `parts`, `layers`: from terms to the forms of a leaf; a bias joined to its weight.
 - `assembly`: all of this, over examples and rows.

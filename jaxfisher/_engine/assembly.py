@@ -22,7 +22,7 @@ from jaxfisher._engine.loops import spread
 from jaxfisher._engine.machine import run
 from jaxfisher._engine.parts import leaf_parts
 from jaxfisher._engine.program import Program, flatten
-from jaxfisher._engine.rules import EXAMPLE, ROW
+from jaxfisher._engine.rule import EXAMPLE, ROW
 from jaxfisher._engine.terms import Unformed
 from jaxfisher._examples import num_examples, shape_of_one, varying_like
 from jaxfisher._rows import Rows

@@ -19,7 +19,7 @@ from jax.extend.core import Literal
 from jaxtyping import Array
 
 from jaxfisher._engine.program import Atom, Equation, Program
-from jaxfisher._engine.rules import Operand, Terms, Value
+from jaxfisher._engine.rule import Operand, Terms, Value
 from jaxfisher._engine.terms import Axis, Factor, Term, Unformed, dim
 from jaxfisher._engine.windows import Windows
 

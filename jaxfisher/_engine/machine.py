@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend.core import Literal
 
-from jaxfisher._engine import reasons
 from jaxfisher._engine.loops import run_loop, spread
 from jaxfisher._engine.program import Atom, Equation, Program, dtype_of
-from jaxfisher._engine.rules import RULES, Operand, Value
+from jaxfisher._engine.reasons import as_large, why_formed
+from jaxfisher._engine.rule import Operand, Value
+from jaxfisher._engine.rules import RULES
 from jaxfisher._engine.terms import Unformed, whole
 
 
@@ -68,7 +69,7 @@ class _Machine:
             rule = RULES[equation.primitive.name]
             return [equation.ins[k] for k in rule.takes(equation, [self._flag(atom) for atom in equation.ins])]
         # No rule: left unformed all the same, so that forming it here is seen and said.
-        return reasons.as_large(equation)
+        return as_large(equation)
 
     def _flag(self, atom: Atom) -> int:
         return 0 if isinstance(atom, Literal) else self.flags[atom]
@@ -90,7 +91,7 @@ class _Machine:
         results = self._unformed(equation, operands, wanted) if any(wanted) else None
         if results is None:
             results = equation.bind([operand.array() for operand in operands])
-            if any(wanted) and (why := reasons.why_formed(equation, operands)) is not None:
+            if any(wanted) and (why := why_formed(equation, operands)) is not None:
                 self.reasons.update((out, why) for out in equation.outs)
         self.held.update(zip(equation.outs, results, strict=True))
 

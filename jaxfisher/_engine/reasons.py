@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 
 from jaxfisher._engine.program import Atom, Equation
-from jaxfisher._engine.rules import RULES, Operand
+from jaxfisher._engine.rule import Operand
+from jaxfisher._engine.rules import RULES
 from jaxfisher._engine.terms import Term
 
 _CONTROL = frozenset({"scan", "while", "cond"})

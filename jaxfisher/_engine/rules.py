@@ -1,18 +1,14 @@
-r"""The rules: what each primitive that a weight's gradient passes through does to products that are not formed.
+"""The rules: what each primitive that a weight's gradient passes through does to products that are not formed.
 
-One `Rule` is one record: the primitive, the operands that it takes unformed, when it holds, and what it does to the terms. The
-table `RULES` is all that the engine knows of primitives. A primitive without a rule, or an equation for which its rule does not
-hold, means that the value is formed in the ordinary way, which is always right. The law of every record, checked by
-``tests/test_rules.py``: *the terms after the rule, formed, are the primitive of the formed operands.*
-
-A rule must be linear over the reals in what it takes unformed; `holds_everywhere` keeps the dtypes out for which none is.
+The table `RULES` at the end is all that the engine knows of primitives. Where a primitive has no rule, the value is formed in
+the ordinary way. Loops have a file of their own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,143 +17,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxfisher._engine import terms
 from jaxfisher._engine.program import Equation
-from jaxfisher._engine.terms import Axis, Factor, Origin, Term, Unformed, dim
-from jaxfisher._engine.windows import Windows
-
-EXAMPLE, ROW = 1, 2
-"""Flags: a value depends on the example; on the row among the example's rows."""
-
-Value = Array | Unformed
-Terms = tuple[Term, ...]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Operand:
-    """One operand of an equation.
-
-    Attributes:
-        value: the array, or a sum of terms that stands for it.
-        flags: what it depends on.
-        reason: why a gradient in it had to be formed, where one had to.
-        is_zero: whether it is a zero written into the program.
-    """
-
-    value: Value
-    flags: int
-    reason: str | None = None
-    is_zero: bool = False
-
-    @property
-    def unformed(self) -> Unformed | None:
-        """The value if it is not formed."""
-        return self.value if isinstance(self.value, Unformed) else None
-
-    def array(self) -> Array:
-        """The value, formed."""
-        array: Array = self.value.formed() if isinstance(self.value, Unformed) else as_array(self.value)
-        return array
-
-    def terms(self) -> Terms:
-        """The value as a sum of terms; an ordinary array is a term of one factor."""
-        return self.value.terms if isinstance(self.value, Unformed) else (terms.whole(self.array(), self.flags, self.reason),)
-
-
-def as_array(value: Any) -> Any:
-    """The value as an array; one that is an array as the same object, by which a bias is known to have its layer's cotangent.
-
-    On a mesh, `jnp.asarray` of JAX 0.10.0 makes another object.
-    """
-    return value if isinstance(value, jax.Array | np.ndarray) else jnp.asarray(value)
-
-
-Apply = Callable[[Equation, Sequence[Operand]], Sequence[Terms] | None]
-"""From an equation and its operands to the terms of each result; None where it has to be formed."""
-
-
-def _first(equation: Equation, flags: Sequence[int]) -> Sequence[int]:
-    return (0,)
-
-
-def _all_operands(equation: Equation, flags: Sequence[int]) -> Sequence[int]:
-    return range(len(equation.ins))
-
-
-def _none(equation: Equation, flags: Sequence[int]) -> Sequence[int]:
-    return ()
-
-
-def _always(equation: Equation) -> bool:
-    return True
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Rule:
-    """What the engine knows of one primitive.
-
-    Attributes:
-        primitive: its name.
-        apply: what it does to terms.
-        takes: the operands that it takes unformed, by their places; given what each operand depends on.
-        holds: for which equations, beyond what `holds_everywhere` asks of all: dtypes, ranks, axes, flags.
-        builds: whether it may build a value out of less than half as many numbers, so that forming the value costs memory.
-        arranges: whether it only arranges or adds up the entries of one operand. At the end of a program such a rule takes
-            ordinary arrays too, so that the gradient of a bias is seen to be the cotangent of its layer.
-    """
-
-    primitive: str
-    apply: Apply
-    takes: Callable[[Equation, Sequence[int]], Sequence[int]] = _first
-    holds: Callable[[Equation], bool] = _always
-    builds: bool = False
-    arranges: bool = False
-
-    def __call__(self, equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
-        """The terms of each result, or None where the equation has to be run on formed operands."""
-        if not (holds_everywhere(equation) and self.holds(equation)):
-            return None
-        made = self.apply(equation, operands)
-        if made is None or not all(map(_fits, made, equation.result_shapes)):
-            return None
-        return made
-
-
-NUMBERS = frozenset(
-    np.dtype(name) for name in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64, jnp.complex64, jnp.complex128)
+from jaxfisher._engine.rule import EXAMPLE, Operand, Rule, Terms, all_operands, each, every, nothing, one_result
+from jaxfisher._engine.terms import (
+    Axis,
+    Factor,
+    Origin,
+    Term,
+    along,
+    broadcast,
+    contract,
+    dim,
+    entrywise,
+    multiply,
+    place,
+    real,
+    reduce_sum,
+    reshape,
+    scale,
+    transpose,
+    whole,
 )
-"""The dtypes between which a cast is linear, up to rounding. Casts to integers, booleans and the narrow floats are steps."""
-
-
-def holds_everywhere(equation: Equation) -> bool:
-    """What every rule asks: numbers with a linear arithmetic, and no empty arrays, which have no products to leave unformed."""
-    results = all(dtype in NUMBERS for dtype in equation.result_dtypes)
-    return results and equation.dtypes[0] in NUMBERS and all(0 not in s for s in (*equation.shapes, *equation.result_shapes))
-
-
-def _fits(made: Terms, shape: tuple[int, ...]) -> bool:
-    return all(tuple(math.prod(axis.size for axis in axes) for axes in term.dims) == shape for term in made)
-
-
-def _every(made: Any) -> Terms | None:
-    """The terms, or None if one could not be made."""
-    found = tuple(made)
-    return None if any(term is None for term in found) else found
-
-
-def _results(made: Terms | None) -> Sequence[Terms] | None:
-    return None if made is None else (made,)
-
-
-def each(change: Callable[[Term, Mapping[str, Any]], Term | None]) -> Apply:
-    """A rule that acts on each term of the first operand, where that is unformed: a linear map of it alone."""
-
-    def apply(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
-        value = operands[0].unformed
-        return None if value is None else _results(_every(change(term, equation.params) for term in value.terms))
-
-    return apply
-
+from jaxfisher._engine.windows import Windows
 
 # Sums and casts.
 
@@ -175,12 +56,12 @@ def _real(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | 
 
 def _imag(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
     value = operands[0].unformed
-    turned = None if value is None else _every(terms.scale(term, -1j) for term in value.terms)
+    turned = None if value is None else every(scale(term, -1j) for term in value.terms)
     return None if turned is None else _real_parts(turned)
 
 
 def _real_parts(found: Terms) -> Sequence[Terms] | None:
-    parts = [terms.real(term) for term in found]
+    parts = [real(term) for term in found]
     return None if any(part is None for part in parts) else (tuple(term for part in parts for term in part or ()),)
 
 
@@ -207,15 +88,15 @@ def _same_ranks(equation: Equation) -> bool:
 def _multiply(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
     for value, number, shape in zip(operands, operands[::-1], equation.shapes[::-1], strict=True):
         if value.unformed is not None and not shape:
-            return _results(_every(terms.scale(term, number.array(), number.flags) for term in value.terms()))
+            return one_result(every(scale(term, number.array(), number.flags) for term in value.terms()))
     if all(operand.unformed is None for operand in operands) or not _same_ranks(equation):
         return None
-    return _results(_smaller(terms.multiply(a, b) for a in operands[0].terms() for b in operands[1].terms()))
+    return one_result(_smaller(multiply(a, b) for a in operands[0].terms() for b in operands[1].terms()))
 
 
 def _smaller(made: Any) -> Terms | None:
     """The terms, if all could be made and hold fewer numbers than the value."""
-    found = _every(made)
+    found = every(made)
     return found if found is not None and all(term.is_smaller for term in found) else None
 
 
@@ -224,15 +105,15 @@ def _divide(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] 
     if value.unformed is None:
         return None
     if not equation.shapes[1]:
-        return _results(_every(terms.scale(term, 1 / by.array(), by.flags) for term in value.terms()))
+        return one_result(every(scale(term, 1 / by.array(), by.flags) for term in value.terms()))
     if not _same_ranks(equation):
         return None
     # An inverse is not linear: of a divisor that is a sum, only the formed one has an inverse.
     parts = by.terms()
-    inverse = terms.entrywise(parts[0], lambda x: 1 / x) if len(parts) == 1 else None
+    inverse = entrywise(parts[0], lambda x: 1 / x) if len(parts) == 1 else None
     if inverse is None:
-        inverse = terms.whole(1 / by.array(), by.flags, by.reason)
-    return _results(_every(terms.multiply(term, inverse) for term in value.terms()))
+        inverse = whole(1 / by.array(), by.flags, by.reason)
+    return one_result(every(multiply(term, inverse) for term in value.terms()))
 
 
 def _varying(equation: Equation, flags: Sequence[int]) -> Sequence[int]:
@@ -245,7 +126,7 @@ def _dot(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | N
     (contracted, batch), (left, right) = equation.params["dimension_numbers"], operands
     for unformed, matrix, side in ((left, right, 0), (right, left, 1)):
         if unformed.unformed is not None and unformed.unformed.is_product and not matrix.flags and not batch[0]:
-            return _results(_dot_after(unformed.terms(), matrix, contracted, side))
+            return one_result(_dot_after(unformed.terms(), matrix, contracted, side))
     sizes = [math.prod(shape) for shape in (*equation.shapes, equation.shape)]
     if not (left.flags and right.flags) and (contracted[0] or sizes[2] <= max(sizes[:2])):
         return None  # an ordinary linear map, nothing to leave unformed
@@ -281,12 +162,12 @@ def _origin(operand: Operand, array: Array, names: Sequence[Axis]) -> Origin | N
 def _dot_after(found: Terms, matrix: Operand, contracted: Any, side: int) -> Terms | None:
     """An unformed product times a matrix that is the same for every example."""
     array = matrix.array()
-    made = [terms.contract(term, contracted[side], array, contracted[1 - side], matrix.flags) for term in found]
+    made = [contract(term, contracted[side], array, contracted[1 - side], matrix.flags) for term in found]
     if side == 1:
         # The matrix came first, and so do its dimensions.
         rest = array.ndim - len(contracted[0])
-        made = [t and terms.transpose(t, (*range(len(t.dims) - rest, len(t.dims)), *range(len(t.dims) - rest))) for t in made]
-    return _every(made)
+        made = [t and transpose(t, (*range(len(t.dims) - rest, len(t.dims)), *range(len(t.dims) - rest))) for t in made]
+    return every(made)
 
 
 def _real_convolution(equation: Equation) -> bool:
@@ -390,7 +271,7 @@ def _broadcast(equation: Equation, operands: Sequence[Operand]) -> Sequence[Term
     if operands[0].is_zero:
         return ((),)
     shape, dimensions = equation.params["shape"], equation.params["broadcast_dimensions"]
-    return (tuple(terms.broadcast(term, shape, dimensions) for term in operands[0].terms()),)
+    return (tuple(broadcast(term, shape, dimensions) for term in operands[0].terms()),)
 
 
 def _whole_order(equation: Equation) -> bool:
@@ -402,7 +283,7 @@ def _pad(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | N
     if not operands[1].is_zero:
         return None
     if value.unformed is not None:
-        return _results(_padded(value.terms(), config))
+        return one_result(_padded(value.terms(), config))
     # A few rows of a table, at positions known beforehand.
     changed = [i for i, entry in enumerate(config) if entry != (0, 0, 0)]
     shape, whole = equation.shapes[0], equation.shape
@@ -420,7 +301,7 @@ def _pad(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | N
 def _padded(found: Terms, config: Sequence[tuple[int, int, int]]) -> Terms | None:
     for i, (low, high, inside) in enumerate(config):
         if (low, high, inside) != (0, 0, 0):
-            made = _every(_padded_one(term, i, int(low), int(high), int(inside)) for term in found)
+            made = every(_padded_one(term, i, int(low), int(high), int(inside)) for term in found)
             if made is None:
                 return None
             found = made
@@ -431,14 +312,14 @@ def _padded_one(term: Term, index: int, low: int, high: int, inside: int) -> Ter
     old = math.prod(axis.size for axis in term.dims[index])
     size = low + high + old + max(old - 1, 0) * inside
     if old == 1 and low >= 0 and high >= 0:
-        return terms.place(term, index, low, size)
+        return place(term, index, low, size)
 
     def change(array: Array, axis: int) -> Array:
         config = [(0, 0, 0)] * array.ndim
         config[axis] = (low, high, inside)
         return jax.lax.pad(array, jnp.zeros((), array.dtype), config)
 
-    return terms.along(term, index, change, size)
+    return along(term, index, change, size)
 
 
 def _concatenate(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
@@ -465,7 +346,7 @@ def _split(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] |
     results: list[Terms] = []
     for size in equation.params["sizes"]:
         cut = partial(_cut_out, start=start, stop=start + size)
-        made = _every(terms.along(term, axis, cut, size) for term in value.terms)
+        made = every(along(term, axis, cut, size) for term in value.terms)
         if made is None:
             return None
         results.append(made)
@@ -481,7 +362,7 @@ def _reverse(term: Term, params: Mapping[str, Any]) -> Term | None:
     for i in params["dimensions"]:
         if not term.dims[i]:
             continue
-        made = terms.along(term, i, lambda array, axis: jnp.flip(array, axis), math.prod(a.size for a in term.dims[i]))
+        made = along(term, i, lambda array, axis: jnp.flip(array, axis), math.prod(a.size for a in term.dims[i]))
         if made is None:
             return None
         term = made
@@ -492,22 +373,22 @@ RULES: dict[str, Rule] = {
     rule.primitive: rule
     for rule in (
         Rule("dot_general", _dot, takes=_varying),
-        Rule("conv_general_dilated", _convolution, takes=_none, holds=_real_convolution),
+        Rule("conv_general_dilated", _convolution, takes=nothing, holds=_real_convolution),
         Rule("scatter-add", _scatter_add, holds=_adds_whole_rows, builds=True),
         Rule("dynamic_update_slice", _update_slice, holds=_updates_one_row, builds=True),
         Rule("broadcast_in_dim", _broadcast),
-        Rule("add_any", _add, takes=_all_operands, holds=_same_shapes),
-        Rule("mul", _multiply, takes=_all_operands, builds=True),
-        Rule("div", _divide, takes=_all_operands),
-        Rule("neg", each(lambda term, _: terms.scale(term, -1))),
-        Rule("transpose", each(lambda term, params: terms.transpose(term, params["permutation"])), arranges=True),
-        Rule("reshape", each(lambda term, params: terms.reshape(term, params["new_sizes"])), holds=_whole_order, arranges=True),
-        Rule("reduce_sum", each(lambda term, params: terms.reduce_sum(term, params["axes"])), arranges=True),
+        Rule("add_any", _add, takes=all_operands, holds=_same_shapes),
+        Rule("mul", _multiply, takes=all_operands, builds=True),
+        Rule("div", _divide, takes=all_operands),
+        Rule("neg", each(lambda term, _: scale(term, -1))),
+        Rule("transpose", each(lambda term, params: transpose(term, params["permutation"])), arranges=True),
+        Rule("reshape", each(lambda term, params: reshape(term, params["new_sizes"])), holds=_whole_order, arranges=True),
+        Rule("reduce_sum", each(lambda term, params: reduce_sum(term, params["axes"])), arranges=True),
         Rule("convert_element_type", _cast, arranges=True),
         Rule("real", _real),
         Rule("imag", _imag),
         Rule("pad", _pad, builds=True),
-        Rule("concatenate", _concatenate, takes=_all_operands, builds=True),
+        Rule("concatenate", _concatenate, takes=all_operands, builds=True),
         Rule("split", _split),
         Rule("rev", each(_reverse)),
         Rule("sharding_constraint", each(lambda term, _: term)),

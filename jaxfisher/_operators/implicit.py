@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._examples import make_batch, map_examples, sum_batches
+from jaxfisher._examples import make_batch, map_examples, sum_batches, varying_like
 from jaxfisher._model import Model, float_fields, predict, tangent
 from jaxfisher._operators.base import Operator, Provenance
 from jaxfisher._operators.dense import Dense
@@ -74,6 +74,7 @@ class Implicit(Operator):
             return [weight.astype(leaf.dtype) * leaf for leaf in pushed]
 
         def product(v: Any) -> Any:
+            v = varying_like(v, inputs)
             (pulled,) = backward(jax.vmap(weighted_metric)(predicted, forward(v), weights))
             return pulled
 

@@ -1,0 +1,154 @@
+r"""What a rule of the engine is: one record for one primitive.
+
+A rule is linear over the reals in the operands that it takes unformed. `holds_everywhere` keeps out the dtypes for which no
+rule is. Whatever a rule does not know, it declines, and the value is formed in the ordinary way, which is always right. The law
+of every record, checked by ``tests/test_rules.py``: *the terms that a rule gives, formed, are the
+primitive of the formed operands.*
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxfisher._engine.program import Equation
+from jaxfisher._engine.terms import Term, Unformed, whole
+
+EXAMPLE, ROW = 1, 2
+"""Flags: a value depends on the example; on the row among the example's rows."""
+
+Value = Array | Unformed
+Terms = tuple[Term, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operand:
+    """One operand of an equation.
+
+    Attributes:
+        value: the array, or a sum of terms that stands for it.
+        flags: what it depends on.
+        reason: why a gradient in it had to be formed, where one had to.
+        is_zero: whether it is a zero written into the program.
+    """
+
+    value: Value
+    flags: int
+    reason: str | None = None
+    is_zero: bool = False
+
+    @property
+    def unformed(self) -> Unformed | None:
+        """The value if it is not formed."""
+        return self.value if isinstance(self.value, Unformed) else None
+
+    def array(self) -> Array:
+        """The value, formed."""
+        array: Array = self.value.formed() if isinstance(self.value, Unformed) else as_array(self.value)
+        return array
+
+    def terms(self) -> Terms:
+        """The value as a sum of terms; an ordinary array is a term of one factor."""
+        return self.value.terms if isinstance(self.value, Unformed) else (whole(self.array(), self.flags, self.reason),)
+
+
+def as_array(value: Any) -> Any:
+    """The value as an array; one that is an array as the same object, by which a bias is known to have its layer's cotangent.
+
+    On a mesh, `jnp.asarray` of JAX 0.10.0 makes another object.
+    """
+    return value if isinstance(value, jax.Array | np.ndarray) else jnp.asarray(value)
+
+
+Apply = Callable[[Equation, Sequence[Operand]], Sequence[Terms] | None]
+"""From an equation and its operands to the terms of each result; None where it has to be formed."""
+
+
+def _first(equation: Equation, flags: Sequence[int]) -> Sequence[int]:
+    return (0,)
+
+
+def all_operands(equation: Equation, flags: Sequence[int]) -> Sequence[int]:
+    return range(len(equation.ins))
+
+
+def nothing(equation: Equation, flags: Sequence[int]) -> Sequence[int]:
+    return ()
+
+
+def _always(equation: Equation) -> bool:
+    return True
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rule:
+    """What the engine knows of one primitive.
+
+    Attributes:
+        primitive: its name.
+        apply: what it does to terms.
+        takes: the operands that it takes unformed, by their places; given what each operand depends on.
+        holds: for which equations, beyond what `holds_everywhere` asks of all: dtypes, ranks, axes, flags.
+        builds: whether it may build a value out of less than half as many numbers, so that forming the value costs memory.
+        arranges: whether it only arranges or adds up the entries of one operand. At the end of a program such a rule takes
+            ordinary arrays too, so that the gradient of a bias is seen to be the cotangent of its layer.
+    """
+
+    primitive: str
+    apply: Apply
+    takes: Callable[[Equation, Sequence[int]], Sequence[int]] = _first
+    holds: Callable[[Equation], bool] = _always
+    builds: bool = False
+    arranges: bool = False
+
+    def __call__(self, equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
+        """The terms of each result, or None where the equation has to be run on formed operands."""
+        if not (holds_everywhere(equation) and self.holds(equation)):
+            return None
+        made = self.apply(equation, operands)
+        if made is None or not all(map(_fits, made, equation.result_shapes)):
+            return None
+        return made
+
+
+NUMBERS = frozenset(
+    np.dtype(name) for name in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64, jnp.complex64, jnp.complex128)
+)
+"""The dtypes between which a cast is linear, up to rounding. Casts to integers, booleans and the narrow floats are steps."""
+
+
+def holds_everywhere(equation: Equation) -> bool:
+    """What every rule asks: numbers with a linear arithmetic, and no empty arrays, which have no products to leave unformed."""
+    results = all(dtype in NUMBERS for dtype in equation.result_dtypes)
+    return results and equation.dtypes[0] in NUMBERS and all(0 not in s for s in (*equation.shapes, *equation.result_shapes))
+
+
+def _fits(made: Terms, shape: tuple[int, ...]) -> bool:
+    return all(tuple(math.prod(axis.size for axis in axes) for axes in term.dims) == shape for term in made)
+
+
+def every(made: Any) -> Terms | None:
+    """The terms, or None if one could not be made."""
+    found = tuple(made)
+    return None if any(term is None for term in found) else found
+
+
+def one_result(made: Terms | None) -> Sequence[Terms] | None:
+    return None if made is None else (made,)
+
+
+def each(change: Callable[[Term, Mapping[str, Any]], Term | None]) -> Apply:
+    """A rule that acts on each term of the first operand, where that is unformed: a linear map of it alone."""
+
+    def apply(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
+        value = operands[0].unformed
+        return None if value is None else one_result(every(change(term, equation.params) for term in value.terms))
+
+    return apply
