@@ -526,3 +526,16 @@ def test_a_weight_stored_as_outputs_by_inputs_has_its_bias(sizes):
     rows = rows.reshape(5, -1)[:, order]
     assert_close(scores.gram(), rows @ rows.T)
     assert_close(scores.as_matrix(), rows)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_factored_damping_of_singular_factors(dtype):
+    """Without damping it is refused; with one that is known at run time to be zero it is finite, and says what it is worth."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4)), dtype)
+    model = lambda w, x: jf.Normal(x @ w, jnp.ones(3, dtype) * jnp.array([1, 1, 0], dtype) + 1)  # noqa: E731
+    K = jf.kronecker(jf.exact_fisher(model)(jnp.ones((4, 3), dtype), x))
+    v = jnp.ones((4, 3), dtype)
+    with pytest.raises(ValueError, match=r"`damping` is 0, without which factors may be singular"):
+        jf.solve(K, v, 0.0, solver=jf.factored_damping)
+    found, info = jax.jit(lambda K, v, d: jf.solve(K, v, d, solver=jf.factored_damping))(K, v, 0.0)
+    assert np.all(np.isfinite(found)) and info.finite and not info.converged

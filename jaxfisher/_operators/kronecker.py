@@ -8,6 +8,7 @@ always one.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeGuard
@@ -15,6 +16,7 @@ from typing import Any, TypeGuard
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._engine import Layout, Moments
@@ -136,7 +138,8 @@ class Kronecker(_Layer):
 
     def factored_inverse(self, damping: Scalar) -> Callable[[Any], Any]:
         """``(A + pi sqrt(damping) I)^-1 V (G + sqrt(damping) / pi I)^-1``, ``pi`` balancing the factors' mean eigenvalues."""
-        shifts = _shifts(jnp.mean(_diagonals(self.inputs), 1), jnp.mean(_diagonals(self.outputs), 1), damping)
+        sizes = self.inputs.shape[-1], self.outputs.shape[-1]
+        shifts = _shifts(jnp.mean(_diagonals(self.inputs), 1), jnp.mean(_diagonals(self.outputs), 1), damping, sizes)
         parts = zip((self.inputs, self.outputs), shifts, strict=True)
         a, g = (jax.vmap(lambda x, s: cholesky(x + s * jnp.eye(len(x), dtype=x.dtype)))(*part) for part in parts)
         solve = partial(jax.lax.linalg.triangular_solve, lower=True)
@@ -168,11 +171,14 @@ class Kronecker(_Layer):
 
 
 def _shifts(
-    a: Float[Array, " groups"], g: Float[Array, " groups"], damping: Scalar
+    a: Float[Array, " groups"], g: Float[Array, " groups"], damping: Scalar, sizes: tuple[int, int]
 ) -> tuple[Float[Array, " groups"], Float[Array, " groups"]]:
-    """What is added to each factor, from their mean eigenvalues."""
+    """What is added to each factor, from their mean eigenvalues and sizes: at least what keeps a singular one invertible."""
     balance = jnp.sqrt(jnp.where((a > 0) & (g > 0), a / jnp.where(g > 0, g, 1), 1))
-    return jnp.sqrt(damping) * balance, jnp.sqrt(damping) / balance
+    shifts = jnp.sqrt(damping) * balance, jnp.sqrt(damping) / balance
+    rounding = [10 * size * jnp.finfo(mean.dtype).eps * mean for mean, size in zip((a, g), sizes, strict=True)]
+    held = [jnp.maximum(shift, least) for shift, least in zip(shifts, rounding, strict=True)]
+    return jnp.where(held[0] > 0, held[0], 1), jnp.where(held[1] > 0, held[1], 1)
 
 
 def _diagonals(x: Float[Array, "groups m m"]) -> Float[Array, "groups m"]:
@@ -223,7 +229,7 @@ class EigenKronecker(_Layer, Spectral):
         a, g = jnp.mean(self.values, 2), jnp.mean(self.values, 1)
         whole = jnp.mean(a, 1)[:, None]
         g = jnp.where(whole > 0, g / jnp.where(whole > 0, whole, 1), 0)
-        shifts = _shifts(jnp.mean(a, 1), jnp.mean(g, 1), damping)
+        shifts = _shifts(jnp.mean(a, 1), jnp.mean(g, 1), damping, (a.shape[1], g.shape[1]))
         inverted = 1 / ((a + shifts[0][:, None])[:, :, None] * (g + shifts[1][:, None])[:, None, :])
         return partial(self._apply, lambda _: inverted)
 
@@ -415,15 +421,17 @@ def factored_damping(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric)
 
     This is *not* ``(F + damping I)^-1``: it is the inverse of ``A (x) G`` plus the damping plus cross terms. It needs two
     Cholesky factors a layer where the exact one needs two eigendecompositions. Blocks of other forms are damped exactly. The
-    residual in the report is that of ``(F + damping I) x = v``, and shows the difference.
+    residual in the report is that of ``(F + damping I) x = v``, and shows the difference: ``converged`` is that of an exact
+    solve, and rarely true.
 
     Args:
         fisher: a `jaxfisher.kronecker` view.
         v: a pytree shaped like the parameters.
-        damping: ``> 0``.
+        damping: ``> 0``. One that is too small for the dtype to tell counts as the least that can be told.
 
     Raises:
         TypeError: ``fisher`` is no Kronecker view.
+        ValueError: a ``damping`` of zero or below.
 
     Reference: Martens and Grosse (ICML 2015), section 6.3.
 
@@ -436,6 +444,11 @@ def factored_damping(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric)
     """
     if not isinstance(fisher, BlockDiagonal) or not any(map(_is_kronecker, fisher.blocks)):
         raise TypeError(f"factored_damping: {fisher} has no Kronecker factors to damp; expected jf.kronecker(fisher).")
+    if isinstance(damping, (numbers.Real, np.ndarray, np.generic)) and float(damping) == 0:
+        raise ValueError(
+            "factored_damping: `damping` is 0, without which factors may be singular. Give a number above zero, or leave the "
+            "solver out: jf.solve(F, v, 0.0) is then exact."
+        )
     damping = nonnegative("damping", damping, fisher.spec.dtype)
     blocks = [
         block.factored_inverse(damping) if _is_kronecker(block) else partial(_solution, block.inverse(damping))
@@ -449,7 +462,7 @@ def factored_damping(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric)
         return Solved(x, rest, fisher.full_rank)
 
     x, info = fisher.report(inverse, fisher._vector(v), damping)
-    return cast_like(x, v), info._replace(converged=info.finite)
+    return cast_like(x, v), info
 
 
 def _is_kronecker(block: Operator) -> TypeGuard[Kronecker | EigenKronecker]:
