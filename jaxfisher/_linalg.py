@@ -356,6 +356,13 @@ def to_unit(*sizes: Scalar) -> Scalar:
     return jnp.where(largest > jnp.finfo(largest.dtype).tiny, 1 / largest, 1)
 
 
+def power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The power of two next below each number above zero: a product with it rounds nothing. No derivative goes through it."""
+    x = jax.lax.stop_gradient(x)
+    # Twice the mantissa is in [1, 2), and the quotient exact.
+    return x / (2 * jnp.frexp(x)[0])
+
+
 def norm(x: Float[Array, " m"]) -> Scalar:
     """Euclidean norm, without overflow or underflow on the way."""
     largest = jnp.max(jnp.abs(x), initial=0.0)

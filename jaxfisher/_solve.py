@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import lineax
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._linalg import SolveInfo, by_eigenvectors, norm
+from jaxfisher._linalg import SolveInfo, by_eigenvectors, norm, power_of_two, to_unit
 from jaxfisher._operators.base import Damping, Dampings, Operator, View, as_operator, nonnegative
 from jaxfisher._scores import Scores
 from jaxfisher._tree import all_finite, cast_like, described, dtype_of
@@ -73,28 +73,40 @@ class CG:
         b = spec.ravel(v, "v")
         size = norm(b)
         size = jnp.where(size > 0, size, 1)
-        start = None if self.start is None else spec.ravel(self.start, "start") / size
-        product = _damped(fisher, known)
+        exact = _damped(fisher, known)
+        # F may be of a size whose products leave the dtype: the iteration solves (s F s) y = b / |b|, and x = |b| s^2 y.
+        s = power_of_two(to_unit(fisher.root_size(exact), jnp.sqrt(jnp.max(_entries(fisher, known)))))
+        product: Callable[[Array], Array] = lambda y: s * exact(s * y)  # noqa: E731
+        to_x: Callable[[Array], Array] = lambda y: y * s * size * s  # noqa: E731
+        # Products, since XLA divides by a product, which may leave the dtype.
+        to_y: Callable[[Array], Array] = lambda x: x * (1 / s) * (1 / size) * (1 / s)  # noqa: E731
+        start = None if self.start is None else to_y(spec.ravel(self.start, "start"))
         precondition: Callable[[Array], Array] = lambda r: r  # noqa: E731
         near = self.preconditioner
         if near is not None:
             near = as_operator(near if isinstance(near, Operator) else near(fisher), "CG: `preconditioner`")
             fisher._same_parameters(near)
             inverse = near.inverse(known)
-            precondition = lambda r: spec.ravel(inverse(spec.unravel(r)).x, "r")  # noqa: E731
+            precondition = lambda r: spec.ravel(inverse(spec.unravel(r / s)).x, "r") / s  # noqa: E731
         most = 10 * spec.size if self.max_steps is None else self.max_steps
 
+        def settled(y: Array) -> Array:
+            # What underflows on the way to x is no longer part of the solution.
+            return to_y(to_x(y))
+
         def iterate(product: Callable[[Array], Array], b: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-            end = _conjugate_gradients(product, precondition, b, start, self.rtol, most)
+            end = _conjugate_gradients(product, precondition, settled, b, start, self.rtol, most)
             return end.x, (end.r, end.steps, end.indefinite)
 
         # Derivatives are those of the solution, not of the iteration.
-        x, (rest, steps, indefinite) = jax.lax.custom_linear_solve(product, b / size, iterate, symmetric=True, has_aux=True)
+        y, (rest, steps, indefinite) = jax.lax.custom_linear_solve(product, b / size, iterate, symmetric=True, has_aux=True)
         residual = norm(rest)
+        # An iteration over what is not finite stops with what it had, which may look like an answer.
+        x = to_x(jnp.where(jnp.isfinite(residual), y, jnp.nan))
         finite = all_finite(x)
         converged = finite & (residual <= self.rtol) & ~indefinite
         info = SolveInfo(residual, steps, converged, finite, fisher.full_rank, indefinite)
-        return cast_like(spec.unravel(x * size), v), info
+        return cast_like(spec.unravel(x), v), info
 
 
 def _check_rule(rtol: float, max_steps: int | None) -> None:
@@ -105,10 +117,15 @@ def _check_rule(rtol: float, max_steps: int | None) -> None:
 
 def _damped(fisher: Operator, damping: Dampings) -> Callable[[Float[Array, " p"]], Float[Array, " p"]]:
     """``x -> (F + damping I) x`` on flat vectors."""
-    spec, product = fisher.spec, fisher.linearised()
-    by_leaf = damping if isinstance(damping, tuple) else (damping,) * len(spec.sizes)
-    entries = jnp.concatenate([jnp.broadcast_to(d, size) for d, size in zip(by_leaf, spec.sizes, strict=True)])
+    spec, product, entries = fisher.spec, fisher.linearised(), _entries(fisher, damping)
     return lambda x: spec.ravel(product(spec.unravel(x)), "x") + entries * x
+
+
+def _entries(fisher: Operator, damping: Dampings) -> Float[Array, " p"]:
+    """The damping of each parameter."""
+    sizes = fisher.spec.sizes
+    by_leaf = damping if isinstance(damping, tuple) else (damping,) * len(sizes)
+    return jnp.concatenate([jnp.broadcast_to(d, size) for d, size in zip(by_leaf, sizes, strict=True)])
 
 
 RESTARTS = 3
@@ -116,13 +133,18 @@ RESTARTS = 3
 
 
 class _State(NamedTuple):
-    """Where conjugate gradients are: solution, residual and its size, direction, ``r^T M r`` of the step before."""
+    """Where conjugate gradients are: solution, residual and its size, direction, ``r^T M r`` of the step before.
+
+    ``best`` is the solution with the smallest residual so far, whose size is ``least``.
+    """
 
     x: Array
     r: Array
     size: Array
     p: Array
     rz: Array
+    best: Array
+    least: Array
     steps: Array
     restarts: Array
     going: Array
@@ -132,14 +154,19 @@ class _State(NamedTuple):
 def _conjugate_gradients(
     product: Callable[[Array], Array],
     precondition: Callable[[Array], Array],
+    settled: Callable[[Array], Array],
     b: Float[Array, " p"],
     start: Float[Array, " p"] | None,
     rtol: float,
     most: int,
 ) -> _State:
-    """Where the iteration ends; the residual there is ``b - product(x)``, not a recursion."""
+    """Where the iteration ends; the residual there is ``b - product(settled(x))``, not a recursion.
+
+    Where part of ``b`` is out of reach, the iteration comes near, and then goes off along the null space: what it gives is the
+    best that it had.
+    """
     # Lineax's solver stops on a test of step and residual together, and has no word for negative curvature.
-    target = rtol * norm(b)
+    target, eps = rtol * norm(b), jnp.finfo(b.dtype).eps
 
     def step(state: _State) -> _State:
         z = precondition(state.r)
@@ -153,18 +180,26 @@ def _conjugate_gradients(
         forward = curvature > 0
         length = jnp.where(forward, rz / jnp.where(forward, curvature, 1), 0)
         x, r = state.x + length * p, state.r - length * q
-        arrived, last = norm(r) <= target, (state.steps + 1 >= most) | ~forward
-        r = jax.lax.cond(arrived | last, lambda: b - product(x), lambda: r)
+        size = norm(r)
+        best, least = jnp.where(size < state.least, x, state.best), jnp.minimum(size, state.least)
+        # No oscillation of the residual is so large.
+        gone = eps**0.75 * size > least
+        x = jnp.where(gone, best, x)
+        arrived, last = size <= target, (state.steps + 1 >= most) | ~forward | gone
+        r = jax.lax.cond(arrived | last, lambda: b - product(settled(x)), lambda: r)
         size = norm(r)
         again = arrived & (size > target)
         restarts = state.restarts + again.astype(jnp.int32)
         going = (size > target) & ~last & (restarts < RESTARTS)
-        rounding = 10 * jnp.finfo(b.dtype).eps * norm(p) * norm(q)
-        return _State(x, r, size, p, jnp.where(again, 0, rz), state.steps + 1, restarts, going, curvature < -rounding)
+        indefinite = curvature < -10 * eps * norm(p) * norm(q)
+        rz = jnp.where(again, 0, rz)
+        return _State(x, r, size, p, rz, best, least, state.steps + 1, restarts, going, indefinite)
 
     x, r = (jnp.zeros_like(b), b) if start is None else (start, b - product(start))
     zero, size = jnp.zeros((), jnp.int32), norm(r)
-    begin = _State(x, r, size, jnp.zeros_like(b), jnp.zeros((), b.dtype), zero, zero, size > target, jnp.asarray(False))
+    begin = _State(
+        x, r, size, jnp.zeros_like(b), jnp.zeros((), b.dtype), x, size, zero, zero, size > target, jnp.asarray(False)
+    )
     return jax.lax.while_loop(lambda state: state.going, step, begin)
 
 
@@ -178,8 +213,12 @@ class LSMR:
     of that of F, and keeps the digits that squaring would lose.
 
     Attributes:
-        rtol: the tolerance of its tests of residual and gradient.
+        rtol: the tolerance of its tests of residual and gradient, which are relative to the sizes of X and of the right-hand
+            side, whatever these are.
         max_steps: give up after so many steps; None means ten times the smaller of rows and parameters.
+
+    ``info.converged`` says that one of its tests was met, and that the residual of the solution, made anew, is at most
+    ``100 rtol`` or the root of the dtype's eps: both are relative to ``v``, which may be small beside what it is made of.
 
     As a solver of `jaxfisher.solve` it takes any ``v``, with a damping above zero; where ``v = S^T diag(omega) e`` with ``e``
     known, as for the gradient of a mean of log-densities (``e`` is one everywhere), `least_squares` is more accurate. The
@@ -208,44 +247,55 @@ class LSMR:
             )
         scores = fisher.rows("LSMR")
         strength = nonnegative("damping", damping, fisher.spec.dtype)
+        right = fisher.spec.ravel(v, "v")
+        size = norm(right)
+        size = jnp.where(size > 0, size, 1)
         # v = X^T 0 + sqrt(damping) (v / sqrt(damping))
-        below = jax.tree.map(lambda leaf: leaf / jnp.sqrt(strength), fisher._vector(v))
-        x, info = self._run(scores, jnp.zeros(scores.num_rows, fisher.spec.dtype), below, strength)
-        rest = fisher.spec.ravel(v, "v") - _damped(fisher, strength)(fisher.spec.ravel(x, "x"))
-        size = norm(fisher.spec.ravel(v, "v"))
-        return cast_like(x, v), info._replace(residual=norm(rest) / jnp.where(size > 0, size, 1))
+        below = fisher.spec.unravel(right / size / jnp.sqrt(strength))
+        x, steps, stopped = self._run(scores, jnp.zeros(scores.num_rows, fisher.spec.dtype), below, strength)
+        x = fisher.spec.ravel(x, "x")
+        rest = right / size - _damped(fisher, strength)(x)
+        return cast_like(fisher.spec.unravel(x * size), v), self._info(x * size, norm(rest), steps, stopped)
 
     def least_squares(self, scores: Scores, e: Float[Array, " rows"], damping: chex.Numeric) -> tuple[Any, SolveInfo]:
         """``(F + damping I)^-1 S^T diag(omega) e`` and a report, whose residual is that of this right-hand side."""
-        strength = nonnegative("damping", damping, scores.spec.dtype)
-        e = jnp.sqrt(scores.weights) * jnp.asarray(e).astype(scores.spec.dtype)
-        x, info = self._run(scores, e, scores.spec.zeros(), strength)
+        strength, spec = nonnegative("damping", damping, scores.spec.dtype), scores.spec
         root = jnp.sqrt(scores.weights)
-        right = scores.spec.ravel(scores.rmv(root * e), "v")
-        left = scores.spec.ravel(scores.rmv(scores.weights * scores.mv(x)), "x") + strength * scores.spec.ravel(x, "x")
+        e = root * jnp.asarray(e).astype(spec.dtype)
+        x, steps, stopped = self._run(scores, e, spec.zeros(), strength)
+        right = spec.ravel(scores.rmv(root * e), "v")
+        left = spec.ravel(scores.rmv(scores.weights * scores.mv(x)), "x") + strength * spec.ravel(x, "x")
         size = norm(right)
-        return x, info._replace(residual=norm(right - left) / jnp.where(size > 0, size, 1))
+        residual = norm(right - left) / jnp.where(size > 0, size, 1)
+        return x, self._info(spec.ravel(x, "x"), residual, steps, stopped)
 
-    def _run(self, scores: Scores, above: Array, below: Any, damping: Scalar) -> tuple[Any, SolveInfo]:
+    def _run(self, scores: Scores, above: Array, below: Any, damping: Scalar) -> tuple[Any, Array, Array]:
+        """The solution, the number of steps, and whether a test of lineax's stopped them."""
         # Lineax 0.1.1 starts its iteration in the default precision: where float64 is enabled, float32 vectors are widened.
         wide, narrow = jnp.result_type(float), scores.spec.dtype
         root, strength = jnp.sqrt(scores.weights), jnp.sqrt(damping)
+        # Its tests are relative to the right-hand side in part only: they see one of unit length, and an operator of unit size.
+        size = norm(jnp.concatenate([above, scores.spec.ravel(below, "below")]))
+        size = jnp.where(size > 0, size, 1)
+        unit = power_of_two(to_unit(scores.bound(), strength))
 
         def stacked(x: Any) -> tuple[Array, Any]:
-            x = _as_type(x, narrow)
+            x = jax.tree.map(lambda leaf: unit * leaf, _as_type(x, narrow))
             return _as_type((root * scores.mv_computed(x), jax.tree.map(lambda leaf: strength * leaf, x)), wide)
 
         structure = jax.eval_shape(lambda: _as_type(scores.spec.zeros(), wide))
         operator = lineax.FunctionLinearOperator(stacked, structure)
         # Condition numbers are the user's business: the damping bounds them.
         method = lineax.LSMR(rtol=self.rtol, atol=self.rtol, max_steps=self.max_steps, conlim=float("inf"))
-        solution = lineax.linear_solve(operator, _as_type((above, below), wide), method, throw=False)
-        x = _as_type(solution.value, narrow)
+        right = jax.tree.map(lambda leaf: leaf / size, (above, below))
+        solution = lineax.linear_solve(operator, _as_type(right, wide), method, throw=False)
+        x = jax.tree.map(lambda leaf: leaf * unit * size, _as_type(solution.value, narrow))
+        return x, jnp.asarray(solution.stats["num_steps"], jnp.int32), solution.result == lineax.RESULTS.successful
+
+    def _info(self, x: Array, residual: Scalar, steps: Array, stopped: Array) -> SolveInfo:
         finite = all_finite(x)
-        steps = jnp.asarray(solution.stats["num_steps"], jnp.int32)
-        converged = (solution.result == lineax.RESULTS.successful) & finite
-        rank = jnp.asarray(scores.spec.size, jnp.int32)
-        return x, SolveInfo(jnp.zeros((), scores.spec.dtype), steps, converged, finite, rank, jnp.asarray(False))
+        converged = stopped & finite & (residual <= jnp.maximum(100 * self.rtol, jnp.finfo(x.dtype).eps ** 0.5))
+        return SolveInfo(residual, steps, converged, finite, jnp.asarray(x.size, jnp.int32), jnp.asarray(False))
 
 
 def _as_type(tree: Any, dtype: Any) -> Any:

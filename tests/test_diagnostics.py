@@ -110,7 +110,7 @@ def test_spectral_errors():
         jf.effective_dimension(jnp.eye(2), 0.1)
     with pytest.raises(TypeError, match="spectrum: expected a Fisher operator"):
         jf.spectrum(jnp.eye(2))
-    with pytest.raises(ValueError, match=r"`damping` is -1\.0; expected a number of at least zero"):
+    with pytest.raises(ValueError, match=r"`damping` is -1\.0; expected a finite number of at least zero"):
         jf.effective_dimension(F, -1.0)
     with pytest.raises(TypeError, match="`damping` is an array of shape"):
         jf.effective_dimension(F, jnp.ones(2))

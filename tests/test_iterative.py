@@ -218,3 +218,93 @@ def test_lsmr_on_the_scores_of_a_network(center, batch_size):
     assert info.converged
     expected = np.linalg.solve(rows.T @ rows + 0.1 * np.eye(31), rows.T @ e / np.sqrt(len(rows)))
     np.testing.assert_allclose(flat(found), expected, rtol=1e-8, atol=1e-10)
+
+
+SOLVERS = {
+    "cg": jf.CG(rtol=1e-5),
+    "cg, by its diagonal": jf.CG(rtol=1e-5, preconditioner=jf.diagonal),
+    "lsmr": jf.LSMR(),
+}
+
+
+@functools.cache
+def solved_at_scales(name, form, dtype):
+    """One program for all scales: ``(X, v, damping) -> (x, info)`` with a leading axis."""
+
+    def one(problem):
+        X, v, damping = problem
+        if form == "implicit":
+            F = jf.implicit_fisher(lambda w, x: jf.Normal(jnp.dot(x, w, precision="highest"), jnp.ones((), dtype)))
+        else:
+            F = jf.empirical_fisher(linear)
+        return jf.solve(F(jnp.zeros(X.shape[1], dtype), X), v, damping, solver=SOLVERS[name])
+
+    return jax.jit(lambda *problems: jax.lax.map(one, problems))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize(
+    ("name", "form"), [("cg", "scores"), ("cg", "implicit"), ("cg, by its diagonal", "scores"), ("lsmr", "scores")]
+)
+def test_iterations_know_no_scale(name, form, dtype):
+    """Scores from 1e-15 to 1e21, whose squares leave float32, and right-hand sides from 1e-30 to 1e30: always the same x."""
+    x = numbers(3, 12, 5)
+    damping, v = 0.05, x.T @ numbers(4, 12)
+    expected = np.linalg.solve(x.T @ x / 12 + damping * np.eye(5), v)
+    exponents = [(0, 0), (0, -95), (0, 95), (-15, -60), (15, 60), (60, 60)]
+    # Beyond are neither dampings of that size nor preconditioners, which hold squares of scores.
+    exponents += [(-49, -60), (69, 69)] * (name == "cg")
+    scales = np.array([(2.0**s, 2.0**b) for s, b in exponents])
+    data = [np.stack([x * s for s, _ in scales]), np.stack([v * b for _, b in scales]), damping * scales[:, 0] ** 2]
+    data[2] = np.where(data[2] < np.finfo(dtype).max, data[2], 0)
+    found, info = solved_at_scales(name, form, dtype)(*(jnp.asarray(array, dtype) for array in data))
+    assert np.all(info.converged) and np.all(info.finite)
+    exact = np.linalg.solve(x.T @ x / 12, v)
+    for y, (s, b), d in zip(np.asarray(found, np.float64), scales, data[2], strict=True):
+        right = (expected if d else exact) * b / s / s
+        assert np.linalg.norm(y - right) < 1e-3 * np.linalg.norm(right), (s, b)
+
+
+def test_a_solution_that_is_too_small_for_the_dtype_is_none():
+    x, v = numbers(3, 12, 5) * 1e16, numbers(6, 5) * 1e-28
+    found, info = solved_at_scales("cg", "scores", jnp.float32)(
+        jnp.asarray(x[None], jnp.float32), jnp.asarray(v[None], jnp.float32), jnp.zeros(1, jnp.float32)
+    )
+    assert np.all(found == 0) and abs(info.residual - 1) < 1e-6 and not info.converged
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_iterations_over_nan_give_nan(name):
+    x = numbers(3, 12, 5)
+    x[2, 3] = np.nan
+    found, info = solved_at_scales(name, "scores", jnp.float32)(
+        jnp.asarray(x[None], jnp.float32), jnp.ones((1, 5), jnp.float32), jnp.full(1, 0.1, jnp.float32)
+    )
+    assert np.all(np.isnan(found)) and not info.finite and not info.converged
+
+
+@pytest.mark.parametrize("name", ["nystrom", "partial cholesky", "diagonal"])
+def test_cg_stays_where_it_was_best(name):
+    """Part of the right-hand side is out of reach, and there is no damping: the iteration would go off along the null space."""
+    x = jnp.asarray(numbers(3, 80, 50) * (np.arange(50) < 7))
+    v = numbers(6, 50)
+    view = {"nystrom": lambda F: jf.nystrom(F, 1, jax.random.key(0)), "partial cholesky": lambda F: jf.partial_cholesky(F, 5)}
+
+    @jax.jit
+    def run(x, v):
+        F = jf.empirical_fisher(linear)(jnp.zeros(50), x)
+        return jf.solve(F, v, 0.0, solver=jf.CG(preconditioner=view.get(name, jf.diagonal)))
+
+    _, info = run(x, jnp.asarray(v))
+    assert info.finite and not info.converged
+    assert np.linalg.norm(v[7:]) / np.linalg.norm(v) <= info.residual <= 1
+
+
+def test_a_damping_is_a_finite_number():
+    F, _ = stretched()
+    for solver in (None, jf.CG(), jf.LSMR()):
+        with pytest.raises(ValueError, match=r"`damping` is inf; expected a finite number"):
+            jf.solve(F, jnp.ones(40), np.inf, solver=solver)
+        # One that is known only at run time is not refused, and its answer is not taken for one.
+        _, info = jax.jit(lambda F, v, d, solver=solver: jf.solve(F, v, d, solver=solver))(F, jnp.ones(40), jnp.inf)
+        assert not info.converged and not info.finite

@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import math
 import numbers
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -248,6 +249,16 @@ class Operator(abc.ABC):
         basis = null_vectors(self._small_matrix("null_space"))
         return jax.vmap(self.spec.unravel)(basis.T)
 
+    def root_size(self, product: Callable[[Float[Array, " p"]], Float[Array, " p"]]) -> Scalar:
+        """The order of magnitude of the root of the largest eigenvalue; zero where it cannot be told.
+
+        ``product`` is that with F on flat vectors, perhaps damped.
+        """
+        # A vector so small that the product is finite also where F itself is beyond the dtype.
+        small = 2.0**-40
+        trial = jnp.cos(jnp.arange(self.size, dtype=self.spec.dtype)) * (small / self.size**0.5)
+        return jnp.sqrt(norm(product(trial))) * small**-0.5
+
     def _quadratic(self, v: Any) -> Scalar:
         return dot(v, self.linearised()(v))
 
@@ -403,8 +414,8 @@ def nonnegative(name: str, value: chex.Numeric, dtype: Any) -> Scalar:
     """The argument as a scalar of this dtype; refused where it is no real number or known to be negative."""
     check_number(name, value, "one real number of at least zero")
     # The value of a JAX array is a run-time number: to look at it would wait for the device.
-    if isinstance(value, (numbers.Real, np.ndarray, np.generic)) and not float(value) >= 0:
-        raise ValueError(f"`{name}` is {value}; expected a number of at least zero.")
+    if isinstance(value, (numbers.Real, np.ndarray, np.generic)) and not 0 <= float(value) < math.inf:
+        raise ValueError(f"`{name}` is {value}; expected a finite number of at least zero.")
     return jnp.asarray(value, dtype)
 
 

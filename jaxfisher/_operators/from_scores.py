@@ -71,6 +71,9 @@ class FromScores(Operator):
     def _quadratic(self, v: Any) -> Scalar:
         return jnp.sum(self.scores.weights * jnp.square(self.scores.mv(v)))
 
+    def root_size(self, product: Callable[[Float[Array, " p"]], Float[Array, " p"]]) -> Scalar:
+        return self.scores.bound()
+
     def eigvalsh(self) -> Float[Array, " p"]:
         """The p eigenvalues, ascending, from the smaller of the two matrices."""
         factor = to_unit(self.scores.bound())
