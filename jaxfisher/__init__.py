@@ -3,14 +3,7 @@
 Data flows one way: a model of one example, its scores, a Fisher operator, a solve, an update.
 """
 
-# Looking: a verdict on a model, a spectrum.
-from jaxfisher._check import FisherCheck as FisherCheck
-from jaxfisher._check import check_fisher as check_fisher
-from jaxfisher._diagnostics import Spectrum as Spectrum
-from jaxfisher._diagnostics import effective_dimension as effective_dimension
-from jaxfisher._diagnostics import spectrum as spectrum
-
-# Distributions: what a model may predict.
+# Distributions: what a model predicts for one example.
 from jaxfisher._distributions.base import Distribution as Distribution
 from jaxfisher._distributions.bernoulli import Bernoulli as Bernoulli
 from jaxfisher._distributions.beta import Beta as Beta
@@ -25,6 +18,9 @@ from jaxfisher._distributions.normal import Normal as Normal
 from jaxfisher._distributions.poisson import Poisson as Poisson
 from jaxfisher._distributions.student_t import StudentT as StudentT
 
+# Models: from a distribution to a log-density.
+from jaxfisher._model import log_likelihood as log_likelihood
+
 # Divergences, and the two Hessians.
 from jaxfisher._divergence import kl as kl
 from jaxfisher._divergence import kl_divergence as kl_divergence
@@ -32,14 +28,9 @@ from jaxfisher._divergence import kl_hessian as kl_hessian
 from jaxfisher._divergence import monte_carlo_kl as monte_carlo_kl
 from jaxfisher._divergence import observed_information as observed_information
 
-# Estimates with an error.
-from jaxfisher._estimate import Estimate as Estimate
-from jaxfisher._estimate import estimate_diagonal as estimate_diagonal
-from jaxfisher._estimate import estimate_logdet as estimate_logdet
-from jaxfisher._estimate import estimate_trace as estimate_trace
-from jaxfisher._estimate import spectral_density as spectral_density
-
-# The engine, looked at.
+# Scores, and what the engine made of them.
+from jaxfisher._scores import Scores as Scores
+from jaxfisher._scores import scores as scores
 from jaxfisher._explain import explain as explain
 
 # Fishers.
@@ -48,15 +39,7 @@ from jaxfisher._fisher import exact_fisher as exact_fisher
 from jaxfisher._fisher import implicit_fisher as implicit_fisher
 from jaxfisher._fisher import sampled_fisher as sampled_fisher
 
-# Operators and views.
-from jaxfisher._linalg import SolveInfo as SolveInfo
-
-# Models and scores.
-from jaxfisher._model import log_likelihood as log_likelihood
-
-# Natural gradients.
-from jaxfisher._natural import natural_grad as natural_grad
-from jaxfisher._natural import value_and_natural_grad as value_and_natural_grad
+# Operators, and their views.
 from jaxfisher._operators.base import Operator as Operator
 from jaxfisher._operators.block import block_diagonal as block_diagonal
 from jaxfisher._operators.block import layers as layers
@@ -71,8 +54,6 @@ from jaxfisher._operators.kronecker import kronecker_reduce as kronecker_reduce
 from jaxfisher._operators.low_rank import low_rank as low_rank
 from jaxfisher._operators.low_rank import nystrom as nystrom
 from jaxfisher._operators.low_rank import partial_cholesky as partial_cholesky
-from jaxfisher._scores import Scores as Scores
-from jaxfisher._scores import scores as scores
 
 # Solving.
 from jaxfisher._solve import CG as CG
@@ -80,6 +61,11 @@ from jaxfisher._solve import LSMR as LSMR
 from jaxfisher._solve import as_lineax as as_lineax
 from jaxfisher._solve import solve as solve
 from jaxfisher._solve import solve_path as solve_path
+from jaxfisher._linalg import SolveInfo as SolveInfo
+
+# Natural gradients in place of `jax.grad`.
+from jaxfisher._natural import natural_grad as natural_grad
+from jaxfisher._natural import value_and_natural_grad as value_and_natural_grad
 
 # Optax.
 from jaxfisher._transform.adapt_damping import AdaptDampingState as AdaptDampingState
@@ -94,5 +80,17 @@ from jaxfisher._transform.scale_by_fisher import ScaleByFisherState as ScaleByFi
 from jaxfisher._transform.scale_by_fisher import scale_by_fisher as scale_by_fisher
 from jaxfisher._transform.scale_to_kl import scale_to_kl as scale_to_kl
 from jaxfisher._transform.training_step import training_step as training_step
+
+# Looking: a verdict on a model, a spectrum, estimates with an error.
+from jaxfisher._check import FisherCheck as FisherCheck
+from jaxfisher._check import check_fisher as check_fisher
+from jaxfisher._diagnostics import Spectrum as Spectrum
+from jaxfisher._diagnostics import effective_dimension as effective_dimension
+from jaxfisher._diagnostics import spectrum as spectrum
+from jaxfisher._estimate import Estimate as Estimate
+from jaxfisher._estimate import estimate_diagonal as estimate_diagonal
+from jaxfisher._estimate import estimate_logdet as estimate_logdet
+from jaxfisher._estimate import estimate_trace as estimate_trace
+from jaxfisher._estimate import spectral_density as spectral_density
 
 __version__ = "0.1.0"

@@ -1,10 +1,16 @@
 """What holds for every test: float64 available, no silent promotion, one fixed key, and compiling kept cheap."""
 
 import os
+import pathlib
 
 # Nearly all the time of the suite is XLA compiling programs that run once. CI runs the suite both ways: set this to 0 for the
 # optimised programs that users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# What was compiled once is kept for the next run on this machine; CI compiles everything anew. `rm -r .jax_cache` forgets it.
+if "CI" not in os.environ:
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest

@@ -58,6 +58,30 @@ def imports():
     return graph
 
 
+ROOMS = {
+    "Distributions": "_distributions",
+    "Models": "_model",
+    "Divergences": "_divergence",
+    "Scores": "_scores _explain",
+    "Fishers": "_fisher",
+    "Operators": "_operators",
+    "Solving": "_solve _linalg",
+    "Natural gradients": "_natural",
+    "Optax": "_transform",
+    "Looking": "_check _diagnostics _estimate",
+}
+"""The headings of the public names by their first words, in reading order, and the rooms whose names stand under each."""
+
+
+def test_public_names_stand_under_true_headings():
+    _, *blocks = (PACKAGE / "__init__.py").read_text().split("\n# ")
+    heads = [block.split("\n")[0] for block in blocks]
+    assert [next((room for room in ROOMS if head.startswith(room)), head) for head in heads] == list(ROOMS)
+    for head, block, rooms in zip(heads, blocks, ROOMS.values(), strict=True):
+        found = {node.module.split(".")[1] for node in ast.walk(ast.parse("# " + block)) if isinstance(node, ast.ImportFrom)}
+        assert found == set(rooms.split()), head
+
+
 def test_imports_have_no_cycle():
     graph = imports()
     assert len(graph) > 30
