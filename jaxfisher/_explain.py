@@ -9,7 +9,7 @@ from typing import Any
 import chex
 import jax
 
-from jaxfisher._engine import Form, Formed, Leaf, Lookup, Product, leaf_forms, trace
+from jaxfisher._engine import Leaf, by_factors, gram_flops, has_moments, inner_cost, leaf_forms, trace
 from jaxfisher._examples import make_batch, shape_of_one
 from jaxfisher._model import of_one_example
 from jaxfisher._rows import ExactRows, Rows, ScoreRows
@@ -184,40 +184,22 @@ def _rows(function: Callable[..., Any], params: chex.ArrayTree, data: tuple[Any,
 
 
 def _explained(path: str, leaf: Leaf, kronecker: str) -> LeafExplanation:
-    names = [_name(form, leaf) for form in leaf.forms] or ["zero"]
-    return LeafExplanation(path, leaf.shape, " + ".join(names), leaf.positions, leaf.bytes, _flops(leaf), _why(leaf), kronecker)
+    # A form with no factors is one against the library's wish where the leaf says why.
+    names = ["plain" if leaf.why is not None and not form.positions else form.name for form in leaf.forms] or ["zero"]
+    return LeafExplanation(
+        path, leaf.shape, " + ".join(names), leaf.positions, leaf.bytes, gram_flops(leaf), _why(leaf), kronecker
+    )
 
 
 def _kronecker(leaf: Leaf, leaves: tuple[Leaf, ...], paths: tuple[str, ...]) -> str:
-    if leaf.has_moments:
+    if has_moments(leaf):
         return "yes"
-    if leaf.layer is not None and leaves[leaf.layer].has_moments:
+    if leaf.layer is not None and has_moments(leaves[leaf.layer]):
         return f"with {paths[leaf.layer]}"
-    if any(isinstance(form, Formed) for form in leaf.forms) or not leaf.forms:
-        return "no: no factors"
-    if any(isinstance(form, Lookup) for form in leaf.forms):
-        return "no: a table"
-    return "no: factors in several layouts"
-
-
-def _name(form: Form, leaf: Leaf) -> str:
-    if isinstance(form, Formed) and leaf.why is not None:
-        return "plain"
-    if isinstance(form, Product) and form.positions > 1:
-        return f"sum of {form.positions} outer products"
-    return form.name
-
-
-def _flops(leaf: Leaf) -> int:
-    if not leaf.forms:
-        return 0
-    layout, count, rows = leaf.layout, leaf.positions, leaf.examples * leaf.rows
-    size = layout.groups * layout.inputs * layout.outputs
-    if leaf.by_factors:
-        factors = [form.right for form in leaf.forms if isinstance(form, Product | Lookup)]
-        factors += [form.left for form in leaf.forms if isinstance(form, Product)]
-        return int(2 * sum(factor.size * factor.size // factor.shape[-1] for factor in factors))
-    return int(2 * rows * rows * size + 2 * rows * count * size)
+    reasons = [form.unfactored for form in leaf.forms if form.unfactored]
+    if leaf.forms and not reasons:
+        return "no: factors in several layouts"
+    return f"no: {' and '.join(dict.fromkeys(reasons)) or 'no factors'}"
 
 
 def _why(leaf: Leaf) -> str:
@@ -227,10 +209,9 @@ def _why(leaf: Leaf) -> str:
         return "the function does not depend on it"
     if not leaf.positions:
         return "no larger than what it is made of"
-    cost, size = leaf.inner_cost, leaf.layout.inputs * leaf.layout.outputs
-    if leaf.by_factors:
-        return f"inner products of factors: T^2 (I + O) = {_count(cost)}, I O = {_count(size)}"
-    return f"gradients formed tile by tile: T^2 (I + O) = {_count(cost)}, I O = {_count(size)}"
+    how = "inner products of factors" if by_factors(leaf) else "gradients formed tile by tile"
+    size = leaf.layout.inputs * leaf.layout.outputs
+    return f"{how}: T^2 (I + O) = {_count(inner_cost(leaf))}, I O = {_count(size)}"
 
 
 def _bytes(count: int) -> str:

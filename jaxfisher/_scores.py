@@ -23,7 +23,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Scalar
 
-from jaxfisher._engine import Leaf, Moments, Seal, Traced, leaf_forms, outer_moment, sealed, trace, unsealed
+from jaxfisher._engine import (
+    Leaf,
+    Moments,
+    Seal,
+    Traced,
+    cross_gram,
+    diagonal,
+    expanded_moments,
+    gram_upper,
+    leaf_forms,
+    outer,
+    outer_moment,
+    reduced_moments,
+    rotated_diagonal,
+    sealed,
+    squared_norms,
+    trace,
+    unsealed,
+    working,
+)
 from jaxfisher._examples import Batch, make_batch, map_batches, map_examples, needs_data, num_examples, sum_batches
 from jaxfisher._linalg import matmul, mirrored
 from jaxfisher._model import LOG_PROB, LogProb, of_one_example
@@ -194,40 +213,35 @@ class HeldScores(Scores):
         return self.spec.tree([leaf.rmv(w) for leaf in self.leaves])
 
     def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
-        pairs = _pairs(self.leaves, self.leaves)
-        cut = [(leaf, bias) for leaf, _, bias in pairs if not leaf.forms_gradients]
-        whole = [leaf.own_gram(factor).reshape(self.num_rows, -1) for leaf, _, _ in pairs if leaf.forms_gradients]
-        return total([_upper(cut, factor), *whole]) if cut else total(whole)
+        return gram_upper(self.leaves, factor)
 
     def cross_gram(self, other: HeldScores, factor: Scalar) -> Float[Array, "rows others"]:
         """``(factor S) (factor S')^T`` against the rows of another block."""
-        pairs = _pairs(self.leaves, other.leaves)
-        blocks = [mine.gram(theirs, mine.scale(factor), bias=bias) for mine, theirs, bias in pairs]
-        return total(blocks).reshape(self.num_rows, other.num_rows)
+        return cross_gram(self.leaves, other.leaves, factor)
 
     def squared_norms(self) -> Float[Array, " rows"]:
-        return total([leaf.squared_norms() for leaf in self.leaves]).reshape(-1)
+        return total([squared_norms(leaf) for leaf in self.leaves]).reshape(-1)
 
     def diagonal(self) -> Any:
-        return self.spec.tree([leaf.diagonal(self._omega) for leaf in self.leaves])
+        return self.spec.tree([diagonal(leaf, self._omega) for leaf in self.leaves])
 
     def scaled_moment(self, factor: Scalar) -> Float[Array, "p p"]:
-        outer = [leaf.outer() for leaf in self.leaves]
-        if self.leaves[0].rows > 1 and all(part is not None for part in outer):
-            return outer_moment([part for part in outer if part is not None], self._omega, factor)
+        parts = [outer(leaf) for leaf in self.leaves]
+        if self.leaves[0].rows > 1 and all(part is not None for part in parts):
+            return outer_moment([part for part in parts if part is not None], self._omega, factor)
         matrix = factor * self.as_matrix()
         full = matmul((self.weights[:, None] * matrix).T, matrix)
         return 0.5 * (full + full.T)
 
     def expanded_moments(self) -> tuple[Moments | None, ...]:
-        return tuple(leaf.expanded_moments(self._omega) for leaf in self.leaves)
+        return tuple(expanded_moments(leaf, self._omega) for leaf in self.leaves)
 
     def reduced_moments(self) -> tuple[Moments | None, ...]:
-        return tuple(leaf.reduced_moments(self._omega) for leaf in self.leaves)
+        return tuple(reduced_moments(leaf, self._omega) for leaf in self.leaves)
 
     def rotated_diagonals(self, bases: Sequence[Moments | None]) -> tuple[Array | None, ...]:
         pairs = zip(self.leaves, bases, strict=True)
-        return tuple(None if basis is None else leaf.rotated_diagonal(basis, self._omega) for leaf, basis in pairs)
+        return tuple(None if basis is None else rotated_diagonal(leaf, basis, self._omega) for leaf, basis in pairs)
 
     def centered(self) -> Scores:
         means = [leaf.means(self._omega) for leaf in self.leaves]
@@ -253,37 +267,6 @@ def _kept_leaves(leaves: tuple[Leaf, ...], keep: tuple[bool, ...]) -> tuple[Leaf
         for k, leaf in enumerate(leaves)
         if keep[k]
     )
-
-
-def _pairs(mine: Sequence[Leaf], theirs: Sequence[Leaf]) -> list[tuple[Leaf, Leaf, bool]]:
-    """The leaves of two blocks of rows, side by side, and for each whether the bias of its layer comes along.
-
-    Such biases are left out: their inner products are those of the weights' right factors.
-    """
-    joined = {
-        a.layer
-        for a, b in zip(mine, theirs, strict=True)
-        if a.layer is not None and a.layer == b.layer and mine[a.layer].agrees(theirs[a.layer])
-    }
-    return [
-        (a, b, k in joined)
-        for k, (a, b) in enumerate(zip(mine, theirs, strict=True))
-        if a.layer is None or a.layer not in joined
-    ]
-
-
-def _upper(leaves: Sequence[tuple[Leaf, bool]], factor: Scalar) -> Float[Array, "rows rows"]:
-    """Inner products of the rows of some leaves, strip by strip; only the upper triangle is worth reading."""
-    examples, rows = leaves[0][0].examples, leaves[0][0].rows
-    size = max(-(-examples // 4), -(-256 // rows))
-    scales = [leaf.scale(factor) for leaf, _ in leaves]
-    strips = []
-    for start in range(0, examples, size):
-        some, rest = slice(start, start + size), slice(start, examples)
-        known = zip(leaves, scales, strict=True)
-        strip = total([leaf.take(some).gram(leaf.take(rest), scale, bias=bias) for (leaf, bias), scale in known])
-        strips.append(jnp.pad(strip.reshape(strip.shape[0] * rows, -1), ((0, 0), (start * rows, 0))))
-    return jnp.concatenate(strips)
 
 
 @partial(
@@ -676,8 +659,8 @@ def _batch_size(traced: Traced, rows: Rows, params: chex.ArrayTree, batch: Batch
         limit = PLAIN_BYTES
     first = jax.tree.map(lambda leaf: leaf[:1], batch.data)
     one = jax.eval_shape(lambda data: leaf_forms(traced, rows, params, data, batch.spec)[1], first)
-    working = max(leaf.working for leaf in one)
-    taken = sum(leaf.bytes for leaf in one) + batch.spec.dtype.itemsize * (traced.rows * traced.program.size + working)
+    beside = max(working(leaf) for leaf in one)
+    taken = sum(leaf.bytes for leaf in one) + batch.spec.dtype.itemsize * (traced.rows * traced.program.size + beside)
     if taken > limit:
         raise ValueError(
             f"`max_bytes` is {limit:,}, but the scores of one example take {taken:,}: its activations, what is held of its "

@@ -9,7 +9,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import jaxfisher as jf
-from jaxfisher._engine import forms as _forms
+from jaxfisher._engine import Moments
+from jaxfisher._engine.forms import arrays as _arrays
 
 N = 5
 WEIGHTS = np.array([0.4, 1.0, 2.5, 0.7, 1.6])
@@ -186,7 +187,7 @@ def rotations(layout, biased):
     def turn(seed, size):
         return jnp.asarray(np.linalg.qr(numbers(seed, layout.groups, size, size))[0])
 
-    return _forms.Moments(turn(1, layout.inputs + biased), turn(2, layout.outputs), layout)
+    return Moments(turn(1, layout.inputs + biased), turn(2, layout.outputs), layout)
 
 
 @functools.cache
@@ -427,7 +428,7 @@ def test_work_in_tiles_changes_nothing(name, monkeypatch):
 
     loops = []
     for size in (37, 300):
-        monkeypatch.setattr(_forms, "TILE", size)
+        monkeypatch.setattr(_arrays, "TILE", size)
         lowered = jax.jit(lambda *args: quantities(*args)).lower(params, data, jnp.asarray(WEIGHTS))
         loops.append(lowered.as_text().count("stablehlo.while"))
         for actual, dense_value in zip(lowered.compile()(params, data, jnp.asarray(WEIGHTS)), expected, strict=True):
@@ -490,7 +491,7 @@ EXACT = {
 @pytest.mark.parametrize("name", EXACT)
 def test_second_moment_of_an_exact_fisher_is_the_dense_sum(name, monkeypatch):
     model, params, reference = EXACT[name]
-    monkeypatch.setattr(_forms, "TILE", 100)  # sums over examples in pieces
+    monkeypatch.setattr(_arrays, "TILE", 100)  # sums over examples in pieces
     x = jnp.asarray(numbers(3, N, 4))
 
     @jax.jit

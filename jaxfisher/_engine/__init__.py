@@ -9,41 +9,57 @@ one operation short of those products. The files, in the order in which a gradie
 - `machine`, `loops`: running a program by the rules; `reasons`: why a gradient was formed all the same.
 - `parts`, `layers`: from terms to the forms of a leaf; a bias joined to its weight.
 - `assembly`: all of this, over examples and rows.
-- `forms`: what a leaf's gradients are held in, and every quantity from that.
+- `forms`: what a leaf's gradients are held in, one form a file, and every quantity from that.
 
 Nothing outside this folder imports a file inside it, only the names below. ``docs/engine.md`` tells the whole story.
 """
 
 from jaxfisher._engine.assembly import Traced, leaf_forms, trace
 from jaxfisher._engine.forms import (
-    Convolution,
-    Form,
-    Formed,
     Layout,
     Leaf,
-    Lookup,
     Moments,
-    Product,
     Seal,
+    by_factors,
+    cross_gram,
+    diagonal,
+    expanded_moments,
+    gram_flops,
+    gram_upper,
+    has_moments,
+    inner_cost,
+    outer,
     outer_moment,
+    reduced_moments,
+    rotated_diagonal,
     sealed,
+    squared_norms,
     unsealed,
+    working,
 )
 
 __all__ = [
-    "Convolution",
-    "Form",
-    "Formed",
     "Layout",
     "Leaf",
-    "Lookup",
     "Moments",
-    "Product",
     "Seal",
     "Traced",
+    "by_factors",
+    "cross_gram",
+    "diagonal",
+    "expanded_moments",
+    "gram_flops",
+    "gram_upper",
+    "has_moments",
+    "inner_cost",
     "leaf_forms",
+    "outer",
     "outer_moment",
+    "reduced_moments",
+    "rotated_diagonal",
     "sealed",
+    "squared_norms",
     "trace",
     "unsealed",
+    "working",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxfisher._engine.forms import Formed, Product
+from jaxfisher._engine.forms import Product
 from jaxfisher._engine.parts import Part
 
 
@@ -43,7 +43,8 @@ def _weights(leaves: Sequence[tuple[Part, ...]]) -> dict[object, tuple[int, bool
     """Values that are a factor of one weight, its place among the leaves, and whether the value is its right factor."""
     found: dict[object, tuple[int, bool]] = {}
     for k, parts in enumerate(leaves):
-        if len(parts) != 1 or isinstance(parts[0].form, Formed) or parts[0].form.layout.groups != 1:
+        layout = parts[0].form.layout if len(parts) == 1 else None
+        if layout is None or layout.groups != 1:
             continue
         for source, is_right in ((parts[0].left, False), (parts[0].right, True)):
             if source is not None:

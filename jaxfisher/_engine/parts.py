@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxfisher._engine.forms import Convolution, Form, Formed, Layout, Lookup, Product, plain_layout
+from jaxfisher._engine.forms import Convolution, Form, Formed, Layout, Lookup, Product
 from jaxfisher._engine.machine import Output
 from jaxfisher._engine.terms import Axis, Factor, Term, Unformed, fold, seen, whole
 from jaxfisher._engine.windows import Windows
@@ -78,7 +78,7 @@ def leaf_parts(output: Output, shape: tuple[int, ...], dtype: Any) -> LeafParts:
         if part is None:
             # The whole value is formed in the ordinary way: what remains of the terms is a product of three, say.
             array = value.formed() if isinstance(value, Unformed) else value
-            plain = Part(Formed(array.astype(dtype), plain_layout(shape)), (output.flags,))
+            plain = Part(Formed(array.astype(dtype)), (output.flags,))
             return LeafParts((plain,), "it is not a sum of products of two factors")
         products.append(part)
     cast = [part._replace(form=jax.tree.map(lambda x: _cast(x, dtype), part.form)) for part in (*products, *formed)]
@@ -101,7 +101,7 @@ def _formed(term: Term, shape: tuple[int, ...]) -> Part:
     array = array.reshape([axis.size if axis in axes else 1 for axis in order])
     array = jnp.broadcast_to(array, [axis.size for axis in order]).reshape(shape)
     source = _source(factor, order) if all(axis in axes for axis in order) else None
-    return Part(Formed(array, plain_layout(shape)), (factor.flags,), gradient=source)
+    return Part(Formed(array), (factor.flags,), gradient=source)
 
 
 def _source(factor: Factor, kept: Sequence[Axis]) -> Source | None:
@@ -223,7 +223,7 @@ def _outer(pair: _Pair, left: Array, right: Array, place: tuple[int, ...] = ()) 
         sources = (pair.source(pair.left, pair.inputs), pair.source(pair.right, pair.outputs))
         return Part(Product(left, right, layout), pair.flags, place, *sources)
     formed = layout.leaf(jnp.matmul(left.swapaxes(-1, -2), right, precision=jax.lax.Precision.HIGHEST))
-    return Part(Formed(formed, plain_layout(layout.shape)), (pair.left.flags | pair.right.flags,))
+    return Part(Formed(formed), (pair.left.flags | pair.right.flags,))
 
 
 def _placed(pair: _Pair) -> Part | None:
@@ -290,7 +290,7 @@ def _together(a: Part, b: Part) -> Part | None:
     if a.flags != b.flags:
         return None
     if isinstance(one, Formed) and isinstance(two, Formed):
-        return Part(Formed(one.value + two.value, one.layout), a.flags)
+        return Part(Formed(one.value + two.value), a.flags)
     if not (isinstance(one, Product) and isinstance(two, Product)) or one.layout != two.layout:
         return None
     apart = a.place and b.place and not set(a.place) & set(b.place) and one.right.shape == two.right.shape

@@ -1,0 +1,53 @@
+r"""Leaf forms: how the gradients of one parameter leaf are held for all rows, and what can be computed from that.
+
+With ``D`` the gradient of a leaf, a row has
+
+.. math:: D_{bio} = \sum_t a_{bti}\, g_{bto}
+
+(b are groups, t the T positions that share the weight) as a `Product`; a `Lookup` is one whose ``a`` are rows of the identity,
+a `Convolution` one whose ``a`` are an image seen through windows, and a `Formed` gradient is held as it is. A `Leaf` is the sum
+of its forms.
+"""
+
+from jaxfisher._engine.forms.arrays import Seal, sealed, unsealed
+from jaxfisher._engine.forms.convolution import Convolution
+from jaxfisher._engine.forms.cost import by_factors, gram_flops, inner_cost, working
+from jaxfisher._engine.forms.form import Form
+from jaxfisher._engine.forms.formed import Formed
+from jaxfisher._engine.forms.gram import cross_gram, gram_upper
+from jaxfisher._engine.forms.layout import Layout, plain_layout
+from jaxfisher._engine.forms.leaf import Leaf
+from jaxfisher._engine.forms.lookup import Lookup
+from jaxfisher._engine.forms.moments import Moments, expanded_moments, has_moments, reduced_moments, rotated_diagonal
+from jaxfisher._engine.forms.outer import outer, outer_moment
+from jaxfisher._engine.forms.product import Product
+from jaxfisher._engine.forms.squares import diagonal, squared_norms
+
+__all__ = [
+    "Convolution",
+    "Form",
+    "Formed",
+    "Layout",
+    "Leaf",
+    "Lookup",
+    "Moments",
+    "Product",
+    "Seal",
+    "by_factors",
+    "cross_gram",
+    "diagonal",
+    "expanded_moments",
+    "gram_flops",
+    "gram_upper",
+    "has_moments",
+    "inner_cost",
+    "outer",
+    "outer_moment",
+    "plain_layout",
+    "reduced_moments",
+    "rotated_diagonal",
+    "sealed",
+    "squared_norms",
+    "unsealed",
+    "working",
+]

@@ -1,0 +1,105 @@
+"""Sums and products of arrays that have leading axes for examples and for the rows of an example.
+
+Factors have axes ``[n, rows, groups, T, size]``. An axis of length one among the first two says that the array does not depend
+on the example, or on its row, and is used once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxfisher._linalg import matmul
+
+TILE = 2**22
+"""How many numbers a temporary may hold before work is done in pieces (16 MiB of float32)."""
+
+
+def room() -> int:
+    """`TILE`, as it is when it is asked for."""
+    return TILE
+
+
+def few(size: float) -> int:
+    """How many things of this size to work on at a time, at least one."""
+    return max(1, int(room() // size))
+
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+Seal = Callable[[Array], Array]
+"""What a product with a vector goes through before it is summed: `sealed`, or `unsealed` where that cannot matter."""
+
+
+def sealed(x: Array) -> Array:
+    """The same numbers, as something that XLA does not fuse with the product they come from.
+
+    On CPU (jax 0.10 to 0.12) a product with a vector of equal constants, fused with the sum that follows, reads memory that
+    was never written. A barrier does not keep them apart.
+    """
+    return jnp.where(x == x, x, jnp.nan)  # noqa: PLR0124
+
+
+def unsealed(x: Array) -> Array:
+    """The same numbers: those of a vector that was computed, which is no constant of the program."""
+    return x
+
+
+def total(parts: Sequence[Any]) -> Any:
+    """The sum of arrays, at least one."""
+    return sum(parts[1:], start=parts[0])
+
+
+def sum_to(x: Array, shape: Sequence[int]) -> Array:
+    """The sum over leading (n, rows) axes along which ``shape`` has length one."""
+    axes = tuple(i for i in (0, 1) if shape[i] == 1 and x.shape[i] != 1)
+    return jnp.sum(x, axes, keepdims=True) if axes else x
+
+
+def weighted(w: Float[Array, "n r"], x: Float[Array, "n r b t o"], shape: Sequence[int]) -> Array:
+    """The sum of ``w x`` over leading (n, rows) axes along which ``shape`` has length one."""
+    if shape[1] == 1 and shape[0] == x.shape[0] == w.shape[0] and x.shape[1] == w.shape[1] > 1:
+        # As a product of matrices: XLA's CPU backend takes a hundred times as long for a sum along a middle axis.
+        return jnp.einsum("nr,nrbto->nbto", w, x, precision=HIGHEST)[:, None]
+    return sum_to(w[:, :, None, None, None] * x, shape)
+
+
+def mean(array: Array, w: Float[Array, "n r"]) -> Array:
+    """The weighted mean over examples and rows, with axes of length one for them."""
+    weight = sum_to(w, array.shape[:2])
+    weight = jnp.broadcast_to(weight / jnp.sum(weight), array.shape[:2])
+    return jnp.einsum("nr,nr...->...", weight, array, precision=HIGHEST)[None, None]
+
+
+def masked(array: Array, live: Bool[Array, " n"]) -> Array:
+    """An array, zero for the examples that are not live."""
+    return jnp.where(live.reshape(-1, *(1,) * (array.ndim - 1)), array, 0)
+
+
+def times(x: Float[Array, "n r b t i"], matrix: Float[Array, "b i o"]) -> Float[Array, "n r b t o"]:
+    """Every factor times the matrix of its group."""
+    if matrix.shape[0] == 1:
+        return matmul(x.reshape(-1, x.shape[-1]), matrix[0]).reshape(*x.shape[:-1], matrix.shape[-1])
+    return jnp.einsum("nrbti,bio->nrbto", x, matrix, precision=HIGHEST)
+
+
+def contracted(left: Float[Array, "n r b t i"], right: Float[Array, "n r b t o"]) -> Float[Array, "b i o"]:
+    """``sum left (x) right`` over rows and positions; one of two factors with axes of length one has been summed already."""
+    shape = jnp.broadcast_shapes(left.shape[:4], right.shape[:4])
+    left, right = (jnp.broadcast_to(x, (*shape, x.shape[-1])) for x in (left, right))
+    if shape[2] == 1:
+        return matmul(left.reshape(-1, left.shape[-1]).T, right.reshape(-1, right.shape[-1]))[None]
+    return jnp.einsum("nrbti,nrbto->bio", left, right, precision=HIGHEST)
+
+
+def inner(x: Float[Array, "n r b t i"], y: Float[Array, "m q b s i"]) -> Float[Array, "b n r t m q s"]:
+    """Inner products over the last axis of all pairs of rows and positions, group by group."""
+    shape = (x.shape[2], *x.shape[:2], x.shape[3], *y.shape[:2], y.shape[3])
+    if shape[0] == 1:
+        return matmul(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]).T).reshape(shape)
+    x, y = (z.transpose(2, 0, 1, 3, 4).reshape(z.shape[2], -1, z.shape[-1]) for z in (x, y))
+    return matmul(x, y.swapaxes(1, 2)).reshape(shape)

@@ -1,0 +1,64 @@
+"""Kernels of convolutions: products whose left factors are made when they are needed, a few examples at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Scalar
+
+from jaxfisher._engine.forms.arrays import mean
+from jaxfisher._engine.forms.layout import Layout
+from jaxfisher._engine.forms.product import Product
+from jaxfisher._engine.windows import Windows
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("windows", "right"), meta_fields=("layout",))
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """A product whose left factors are an image seen through windows; the image is held, which takes less memory by far."""
+
+    windows: Windows
+    right: Float[Array, "n rows groups T outputs"]
+    layout: Layout
+
+    name = "convolution"
+    unfactored = ""
+
+    @property
+    def positions(self) -> int:
+        """How many outer products are summed, T."""
+        return int(self.right.shape[3])
+
+    @property
+    def making(self) -> int:
+        """The numbers in the windows of one example."""
+        return self.windows.size * int(self.right.shape[1])
+
+    def made(self) -> Product:
+        """The product, with the windows made."""
+        left = jax.vmap(jax.vmap(Windows.array))(self.windows)
+        return Product(left.reshape(*left.shape[:4], -1), self.right, self.layout)
+
+    def bound(self, *, bias: bool) -> Scalar:
+        """As that of a product, from the image's largest entry."""
+        largest, right = (jnp.max(jnp.abs(x), initial=0.0) for x in (self.windows.image, self.right))
+        return self.positions * right * (jnp.maximum(largest, 1) if bias else largest)
+
+    def means(self, w: Float[Array, "n rows"]) -> tuple[Array, ...]:
+        """Those of the images and of the right factors."""
+        return mean(self.windows.image, w), mean(self.right, w)
+
+    def shifted(self, means: tuple[Array, ...]) -> tuple[Convolution, ...]:
+        """Two convolutions: of deviations of images, and of right factors with a constant image."""
+        image, right = means
+        moving = dataclasses.replace(self.windows, image=self.windows.image - image)
+        constant = dataclasses.replace(self.windows, image=image)
+        return Convolution(moving, self.right, self.layout), Convolution(constant, self.right - right, self.layout)
+
+    def changed(self, change: Callable[[Array], Array]) -> Convolution:
+        """With other right factors."""
+        return dataclasses.replace(self, right=change(self.right))

@@ -1,0 +1,72 @@
+"""Gradients held as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Scalar
+
+from jaxfisher._engine.forms.arrays import Seal, mean, sum_to
+from jaxfisher._engine.forms.layout import Layout
+from jaxfisher._linalg import matmul
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class Formed:
+    """Gradients that are no larger than what they are made of, or could not be cut."""
+
+    value: Float[Array, "n rows *shape"]
+
+    name = "elementwise"
+    unfactored = "no factors"
+    layout = None
+    positions = 0
+    making = 0
+
+    def made(self) -> Formed:
+        """Itself."""
+        return self
+
+    def mv(self, v: Float[Array, "*shape"], seal: Seal) -> Float[Array, "n rows"]:
+        """``D . V`` for every row."""
+        return matmul(self.value.reshape(*self.value.shape[:2], -1), v.reshape(-1))
+
+    def rmv(self, w: Float[Array, "n rows"]) -> Float[Array, "*shape"]:
+        """``sum_rows w D``."""
+        lead, shape = self.value.shape[:2], self.value.shape[2:]
+        w = sum_to(w, lead).reshape(-1)
+        return matmul(w, self.value.reshape(w.size, math.prod(shape))).reshape(shape)
+
+    def gradient(self) -> Float[Array, "n rows *shape"]:
+        """The gradients."""
+        return self.value
+
+    def matrices(self, layout: Layout) -> Float[Array, "n rows groups inputs outputs"]:
+        """The gradients as matrices of any layout."""
+        return layout.matrix(self.value)
+
+    def columns(self, layout: Layout, start: Array, size: int) -> Float[Array, "n rows groups size outputs"]:
+        """Some inputs of the gradients in a layout."""
+        return jax.lax.dynamic_slice_in_dim(layout.matrix(self.value), start, size, 3)
+
+    def bound(self, *, bias: bool) -> Scalar:
+        """The largest entry in absolute value."""
+        return jnp.max(jnp.abs(self.value), initial=0.0)
+
+    def means(self, w: Float[Array, "n rows"]) -> tuple[Array, ...]:
+        """That of the gradients."""
+        return (mean(self.value, w),)
+
+    def shifted(self, means: tuple[Array, ...]) -> tuple[Formed, ...]:
+        """The gradients less a constant."""
+        return (Formed(self.value - means[0]),)
+
+    def changed(self, change: Callable[[Array], Array]) -> Formed:
+        """With other gradients."""
+        return Formed(change(self.value))

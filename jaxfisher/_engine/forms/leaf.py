@@ -1,0 +1,161 @@
+"""One parameter leaf: its gradients for all rows, as the sum of their forms."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Scalar
+
+from jaxfisher._engine.forms.arrays import Seal, few, masked, total
+from jaxfisher._engine.forms.form import Form, Made
+from jaxfisher._engine.forms.formed import Formed
+from jaxfisher._engine.forms.layout import Layout, plain_layout
+from jaxfisher._examples import map_batches, sum_batches
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("forms",),
+    meta_fields=("shape", "dtype", "examples", "rows", "why", "layer", "bias"),
+)
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """The gradients of one parameter leaf for ``examples x rows`` rows: the sum of its forms; no form at all is zero.
+
+    ``why`` says why a gradient was formed although that takes more memory than its factors would. A bias whose gradient is the
+    right factor of a weight, summed over positions, is the weight of an input that is always one: ``layer`` of the bias is the
+    weight's place among the leaves, and the weight has a ``bias``. Inner products of both then come from those of the weight's
+    factors, and its Kronecker moments are those of the inputs with that one at their end.
+    """
+
+    forms: tuple[Form, ...]
+    shape: tuple[int, ...]
+    dtype: Any
+    examples: int
+    rows: int
+    why: str | None = None
+    layer: int | None = None
+    bias: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        """The one layout of all forms that have one; if they differ in theirs, that of a column."""
+        layouts = {form.layout for form in self.forms if form.layout is not None}
+        return layouts.pop() if len(layouts) == 1 else plain_layout(self.shape)
+
+    @property
+    def positions(self) -> int:
+        """The number T of outer products an example contributes."""
+        return sum(form.positions for form in self.forms)
+
+    @property
+    def made(self) -> tuple[Made, ...]:
+        """The forms that products are taken with."""
+        return tuple(form.made() for form in self.forms)
+
+    def mv(self, v: Float[Array, "*shape"], seal: Seal) -> Float[Array, "examples rows"]:
+        """``D . V`` for every row."""
+        if not self.forms:
+            return jnp.zeros((self.examples, self.rows), self.dtype)
+
+        def product(leaf: Leaf) -> Array:
+            return jnp.broadcast_to(total([form.mv(v, seal) for form in leaf.made]), (leaf.examples, leaf.rows))
+
+        return self.in_pieces(product, map_batches)
+
+    def rmv(self, w: Float[Array, "examples rows"]) -> Float[Array, "*shape"]:
+        """``sum_rows w D``."""
+        if not self.forms:
+            return jnp.zeros(self.shape, self.dtype)
+        return self.in_pieces(lambda leaf, w: total([form.rmv(w) for form in leaf.made]), sum_batches, w)
+
+    def gradient(self) -> Float[Array, "examples rows *shape"]:
+        """The gradients themselves."""
+        if not self.forms:
+            return jnp.zeros((self.examples, self.rows, *self.shape), self.dtype)
+
+        def formed(leaf: Leaf) -> Array:
+            return jnp.broadcast_to(total([form.gradient() for form in leaf.made]), (leaf.examples, leaf.rows, *self.shape))
+
+        return self.in_pieces(formed, map_batches)
+
+    def in_pieces(self, function: Callable[..., Any], gather: Callable[..., Any], *given: Array) -> Any:
+        """``function`` of the leaf with its forms made, and of what is given for each example.
+
+        All examples at once, or as many at a time as the windows of convolutions allow, and ``gather`` puts together.
+        """
+        flat, treedef = jax.tree.flatten(self.forms)
+        varying = [array.shape[0] == self.examples for array in flat]
+
+        def piece(*data: Array) -> Any:
+            mine, rest = iter(data), iter(array for array, flag in zip(flat, varying, strict=True) if not flag)
+            forms = jax.tree.unflatten(treedef, [next(mine) if flag else next(rest) for flag in varying])
+            examples = data[0].shape[0] if data else self.examples
+            made = tuple(form.made() for form in forms)
+            return function(dataclasses.replace(self, forms=made, examples=examples), *mine)
+
+        data = (*(array for array, flag in zip(flat, varying, strict=True) if flag), *given)
+        making = sum(form.making for form in self.forms)
+        return gather(piece, data, few(making) if making else None)
+
+    def sliceable(self) -> Leaf:
+        """With forms whose columns can be taken in the one layout: others are formed.
+
+        A kernel's gradients are smaller than the windows: those are made for some examples at a time only.
+        """
+        if any(form.making for form in self.forms):
+            return self.formed()
+        forms = tuple(form if form.layout in (None, self.layout) else Formed(form.made().gradient()) for form in self.forms)
+        return dataclasses.replace(self, forms=forms)
+
+    def formed(self) -> Leaf:
+        """With the gradients formed."""
+        return dataclasses.replace(self, forms=(Formed(self.gradient()),))
+
+    def bound(self) -> Scalar:
+        """A bound on the entries of ``D``, of their order of magnitude; with those of the bias of the layer."""
+        if not self.forms:
+            return jnp.zeros((), self.dtype)
+        whole: Scalar = total([form.bound(bias=self.bias) for form in self.forms])
+        return whole
+
+    def means(self, w: Float[Array, "examples rows"]) -> tuple[tuple[Array, ...], ...]:
+        """The weighted means of what every form holds, for `shifted`."""
+        return tuple(form.means(w) for form in self.forms)
+
+    def shifted(self, means: tuple[tuple[Array, ...], ...]) -> Leaf:
+        """The gradients less a constant, which is near their mean if the means are near those of what is held."""
+        forms = [part for form, mean in zip(self.forms, means, strict=True) for part in form.shifted(mean)]
+        return dataclasses.replace(self, forms=tuple(forms), layer=None, bias=False)
+
+    def times(self, factor: Scalar) -> Leaf:
+        """The gradients times a number, no longer those of one layer with a bias."""
+        forms = tuple(form.changed(lambda array: array * factor) for form in self.forms)
+        return dataclasses.replace(self, forms=forms, layer=None, bias=False)
+
+    def masked(self, live: Bool[Array, " examples"]) -> Leaf:
+        """The same gradients, exactly zero for the examples that are not live."""
+        # Those of right factors, since that of a layer's weight is the gradient of its bias as well.
+        return dataclasses.replace(self, forms=tuple(form.changed(lambda array: masked(array, live)) for form in self.forms))
+
+    def take(self, examples: slice) -> Leaf:
+        """The rows of some examples."""
+        count = len(range(*examples.indices(self.examples)))
+        forms = jax.tree.map(lambda x: x[examples] if x.shape[0] == self.examples else x, self.forms)
+        return dataclasses.replace(self, forms=forms, examples=count)
+
+    @property
+    def bytes(self) -> int:
+        """What is held."""
+        return int(sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(self.forms)))
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return math.prod(self.shape)

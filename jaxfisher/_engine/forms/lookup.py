@@ -1,0 +1,106 @@
+"""Rows looked up in a table: embeddings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Scalar
+
+from jaxfisher._engine.forms.arrays import Seal, weighted
+from jaxfisher._engine.forms.layout import Layout
+from jaxfisher._linalg import matmul
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("indices", "right"), meta_fields=("layout",))
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """Gradients of a table whose rows are looked up: ``right_t`` in the row ``indices [n, rows, T]``, of one group.
+
+    The row of an index is one of the layout's inputs. An index that is there twice in one row has been made one: the other
+    occurrences have a ``right`` of zero.
+    """
+
+    indices: Int[Array, "n rows T"]
+    right: Float[Array, "n rows 1 T outputs"]
+    layout: Layout
+
+    name = "embedding"
+    unfactored = "a table"
+    making = 0
+
+    @property
+    def positions(self) -> int:
+        """How many rows of the table are looked up, T."""
+        return int(self.right.shape[3])
+
+    def made(self) -> Lookup:
+        """Itself."""
+        return self
+
+    def mv(self, v: Float[Array, "*shape"], seal: Seal) -> Float[Array, "n rows"]:
+        """``sum_t V[indices_t] . right_t`` for every row."""
+        return jnp.sum(self.layout.matrix(v)[0][self.indices] * self.right[:, :, 0], (-2, -1))
+
+    def rmv(self, w: Float[Array, "n rows"]) -> Float[Array, "*shape"]:
+        """The table to whose rows ``w right_t`` is added."""
+        updates = weighted(w, self.right, self.indices.shape)[:, :, 0]
+        updates = jnp.broadcast_to(updates, (*self.indices.shape, updates.shape[-1]))
+        table = jnp.zeros((self.layout.inputs, self.layout.outputs), updates.dtype)
+        return self.layout.leaf(table.at[self.indices].add(updates)[None])
+
+    def gradient(self) -> Float[Array, "n rows *shape"]:
+        """The gradients themselves."""
+        return self.layout.leaf(self.matrices(self.layout))
+
+    def matrices(self, layout: Layout) -> Float[Array, "n rows 1 inputs outputs"]:
+        """The gradients as matrices of its layout."""
+        return _tables(self.indices, self.right, self.layout.inputs)
+
+    def columns(self, layout: Layout, start: Array, size: int) -> Float[Array, "n rows 1 size outputs"]:
+        """Some rows of the table only."""
+        local = self.indices - start.astype(self.indices.dtype)
+        inside = (local >= 0) & (local < size)
+        right = jnp.where(inside[:, :, None, :, None], self.right, 0)
+        return _tables(jnp.where(inside, local, 0), right, size)
+
+    def squared(self) -> Float[Array, "n rows"]:
+        """``|D|^2`` of every row: no row of the table has two terms."""
+        return jnp.sum(jnp.square(self.right), (-3, -2, -1))
+
+    def squares(self) -> Lookup:
+        """The lookup whose gradients are the entrywise squares."""
+        return dataclasses.replace(self, right=jnp.square(self.right))
+
+    def same(self, other: Lookup) -> Bool[Array, "1 n rows T m rows2 T2"]:
+        """Where the indices of two blocks of rows are the same: the inner products of their left factors."""
+        return (self.indices[:, :, :, None, None, None] == other.indices[None, None, None])[None]
+
+    def picked(self, left: Float[Array, "m rows2 1 T2 inputs"]) -> Float[Array, "1 m rows2 T2 n rows T"]:
+        """The entries of left factors at the indices: their inner products with its own."""
+        return left[:, :, 0][..., self.indices][None]
+
+    def bound(self, *, bias: bool) -> Scalar:
+        """The largest entry in absolute value, times T."""
+        return self.positions * jnp.max(jnp.abs(self.right), initial=0.0)
+
+    def means(self, w: Float[Array, "n rows"]) -> tuple[Array, ...]:
+        """None: no index is near the mean of others."""
+        return ()
+
+    def shifted(self, means: tuple[Array, ...]) -> tuple[Lookup, ...]:
+        """Itself: tables are sparse, and their mean does not dominate."""
+        return (self,)
+
+    def changed(self, change: Callable[[Array], Array]) -> Lookup:
+        """With other right factors."""
+        return dataclasses.replace(self, right=change(self.right))
+
+
+def _tables(indices: Array, right: Array, size: int) -> Float[Array, "n rows 1 size outputs"]:
+    """Tables of this size that have right factors in the rows of their indices."""
+    hot = jax.nn.one_hot(indices, size, dtype=right.dtype, axis=-1)
+    return matmul(hot[:, :, None].swapaxes(-1, -2), right)

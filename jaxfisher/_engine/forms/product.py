@@ -1,0 +1,100 @@
+"""Sums of outer products: what the gradient of a weight is that meets its inputs in a product of matrices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Scalar
+
+from jaxfisher._engine.forms.arrays import Seal, contracted, mean, sum_to, times, weighted
+from jaxfisher._engine.forms.layout import Layout
+from jaxfisher._linalg import matmul
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("left", "right"), meta_fields=("layout",))
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Gradients ``sum_t left_t (x) right_t``, group by group: inputs and cotangents at the T positions that share a weight."""
+
+    left: Float[Array, "n rows groups T inputs"]
+    right: Float[Array, "n rows groups T outputs"]
+    layout: Layout
+
+    unfactored = ""
+    making = 0
+
+    @property
+    def name(self) -> str:
+        """An outer product, or how many."""
+        return "outer product" if self.positions == 1 else f"sum of {self.positions} outer products"
+
+    @property
+    def positions(self) -> int:
+        """How many outer products are summed, T."""
+        return int(self.right.shape[3])
+
+    def made(self) -> Product:
+        """Itself."""
+        return self
+
+    def mv(self, v: Float[Array, "*shape"], seal: Seal) -> Float[Array, "n rows"]:
+        """``sum_t left_t^T V right_t`` for every row."""
+        matrix, left, right = self.layout.matrix(v), self.left, self.right
+        # The factor with fewer rows meets the matrix; the other takes only a sum.
+        if left.shape[0] * left.shape[1] > right.shape[0] * right.shape[1]:
+            return jnp.sum(seal(matmul(right, matrix.swapaxes(1, 2))) * left, (-3, -2, -1))
+        return jnp.sum(seal(times(left, matrix)) * right, (-3, -2, -1))
+
+    def rmv(self, w: Float[Array, "n rows"]) -> Float[Array, "*shape"]:
+        """``sum_rows w sum_t left_t (x) right_t``."""
+        left, right = self.left, self.right
+        if left.shape[0] * left.shape[1] > right.shape[0] * right.shape[1]:
+            left = weighted(w, left, right.shape)
+        else:
+            right = weighted(w, right, left.shape)
+        return self.layout.leaf(contracted(sum_to(left, right.shape), sum_to(right, left.shape)))
+
+    def gradient(self) -> Float[Array, "n rows *shape"]:
+        """The gradients themselves."""
+        return self.layout.leaf(self.matrices(self.layout))
+
+    def matrices(self, layout: Layout) -> Float[Array, "n rows groups inputs outputs"]:
+        """The gradients as matrices of its layout."""
+        return matmul(self.left.swapaxes(-1, -2), self.right)
+
+    def columns(self, layout: Layout, start: Array, size: int) -> Float[Array, "n rows groups size outputs"]:
+        """Some inputs of the gradients, of these inputs' factors."""
+        left = jax.lax.dynamic_slice_in_dim(self.left, start, size, 4)
+        return matmul(left.swapaxes(-1, -2), self.right)
+
+    def squared(self) -> Float[Array, "n rows"]:
+        """``|D|^2`` of every row, from inner products of its own factors."""
+        own = [matmul(factor, factor.swapaxes(-1, -2)) for factor in (self.left, self.right)]
+        return jnp.sum(own[0] * own[1], (-3, -2, -1))
+
+    def squares(self) -> Product:
+        """The product whose gradients are the entrywise squares; exact where T is one."""
+        return dataclasses.replace(self, left=jnp.square(self.left), right=jnp.square(self.right))
+
+    def bound(self, *, bias: bool) -> Scalar:
+        """The product of the largest factors in absolute value, times T."""
+        left, right = (jnp.max(jnp.abs(factor), initial=0.0) for factor in (self.left, self.right))
+        return self.positions * right * (jnp.maximum(left, 1) if bias else left)
+
+    def means(self, w: Float[Array, "n rows"]) -> tuple[Array, ...]:
+        """Those of both factors."""
+        return mean(self.left, w), mean(self.right, w)
+
+    def shifted(self, means: tuple[Array, ...]) -> tuple[Product, ...]:
+        """Two products: of deviations of left factors, and of right ones with a constant."""
+        left, right = means
+        moving = dataclasses.replace(self, left=self.left - left)
+        return moving, Product(left, self.right - right, self.layout)
+
+    def changed(self, change: Callable[[Array], Array]) -> Product:
+        """With other right factors."""
+        return dataclasses.replace(self, right=change(self.right))

@@ -1,0 +1,126 @@
+"""Leaves of every form against their dense gradients: no models, only random factors."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import leaves
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from leaves import ROWS, N
+
+from jaxfisher._scores import JoinedScores
+
+OMEGA = np.random.default_rng(1).uniform(0.1, 1, N * ROWS)
+OMEGA = OMEGA / OMEGA.sum()
+
+
+def close(actual, expected, size, what):
+    """Within a hundred roundings of ``size``, entry by entry: what the absolute values of the terms add up to."""
+    actual = np.asarray(actual)
+    assert actual.shape == expected.shape, what
+    info = np.finfo(actual.dtype)
+    excess = np.abs(np.asarray(actual, np.float64) - expected) - 100 * (info.eps * size + float(info.tiny))
+    # Written so that a NaN is too much.
+    assert np.all(excess <= 0), f"{what}: {np.max(excess)} too far, of {np.max(size)}"
+
+
+@functools.cache
+def vectors(size, count):
+    """A vector of parameters and one of rows."""
+    rng = np.random.default_rng(2)
+    return rng.standard_normal(size), rng.standard_normal(count)
+
+
+def asked(scores, v, w):
+    """Everything that scores are asked for."""
+    return {
+        "as_matrix": scores.as_matrix(),
+        "mv": scores.mv(scores.spec.unravel(v)),
+        "rmv": ravel_pytree(scores.rmv(w))[0],
+        "gram": scores.gram(),
+        "squared_norms": scores.squared_norms(),
+        "diagonal": ravel_pytree(scores.diagonal())[0],
+    }
+
+
+def dense(rows, v, w):
+    """The same of dense rows."""
+    return {
+        "as_matrix": rows,
+        "mv": rows @ v,
+        "rmv": rows.T @ w,
+        "gram": rows @ rows.T,
+        "squared_norms": np.sum(rows**2, 1),
+        "diagonal": np.resize(OMEGA, len(rows)) @ rows**2,
+    }
+
+
+def given(scores, dtype):
+    """A vector of parameters and one of rows in a dtype."""
+    return (jnp.asarray(x, dtype) for x in vectors(scores.spec.size, scores.num_rows))
+
+
+@functools.cache
+def answers(dtype):
+    """What every case gives, by one compiled program."""
+
+    @jax.jit
+    def run(held):
+        all_scores = {name: leaves.scores_of(made, jnp.asarray(OMEGA, dtype)) for name, made in held.items()}
+        return {name: asked(scores, *given(scores, dtype)) for name, scores in all_scores.items()}
+
+    return run({name: case.leaves for name, case in leaves.cases(dtype).items()})
+
+
+def check(made, rows, sizes, what):
+    """Every quantity against that of dense rows."""
+    v, w = vectors(rows.shape[1], rows.shape[0])
+    expected, terms = dense(rows, v, w), dense(sizes, np.abs(v), np.abs(w))
+    # Products of factors round by the lengths of both rows, however their entries meet.
+    lengths = np.linalg.norm(sizes, axis=1)
+    terms["gram"] = lengths[:, None] * lengths[None, :]
+    for name, value in made.items():
+        close(value, expected[name], terms[name], f"{what}: {name}")
+
+
+@pytest.mark.parametrize("name", leaves.cases(np.float64))
+def test_every_quantity_is_that_of_the_dense_gradients(name):
+    case = leaves.cases(np.float64)[name]
+    check(answers(np.float64)[name], case.rows, case.sizes, name)
+
+
+@functools.cache
+def answers_of_two_blocks():
+    """The rows of pairs of cases, one block after the other, and their dense gradients."""
+    rng = np.random.default_rng(3)
+    layout = leaves.layout_of(rng, 1, 6, 4)
+    kinds = {
+        "product": leaves.leaf(np.float64, leaves.product(rng, np.float64, layout)),
+        "product of the rows": leaves.leaf(np.float64, leaves.product(rng, np.float64, layout, 1, leaves.OWN, leaves.OF_ROW)),
+        "positions": leaves.leaf(np.float64, leaves.product(rng, np.float64, layout, 3)),
+        "turned": leaves.leaf(np.float64, leaves.product(rng, np.float64, layout.turned())),
+        "lookup": leaves.leaf(np.float64, leaves.lookup(rng, np.float64, layout, 2)),
+        "formed": leaves.leaf(np.float64, leaves.formed(rng, np.float64, layout.shape)),
+    }
+    blocks = {(a, b): (kinds[a], kinds[b]) for a in kinds for b in kinds if a < b}
+    layers = [leaves.layer(np.float64, leaves.product(rng, np.float64, layout)) for _ in range(2)]
+    apart = leaves.leaf(np.float64, leaves.formed(rng, np.float64, (4,)))
+    blocks["layer", "layer"] = tuple(layers)
+    blocks["layer", "no layer"] = layers[0], leaves.beside(kinds["product"], apart)
+    blocks["layer", "nothing to join"] = layers[0], leaves.beside(kinds["formed"], apart)
+
+    @jax.jit
+    def run(held):
+        weights = jnp.asarray(OMEGA)
+        joined = {name: JoinedScores(tuple(leaves.scores_of(part, weights) for part in parts)) for name, parts in held.items()}
+        return {name: asked(scores, *given(scores, np.float64)) for name, scores in joined.items()}
+
+    return run({name: [case.leaves for case in cases] for name, cases in blocks.items()}), blocks
+
+
+def test_two_blocks_of_rows_are_those_of_both():
+    made, blocks = answers_of_two_blocks()
+    for name, cases in blocks.items():
+        check(made[name], *(np.vstack([getattr(case, part) for case in cases]) for part in ("rows", "sizes")), name)
