@@ -2,7 +2,8 @@
 
 None of the three is imported here: an object tells by its class where it comes from, and its own methods do the work. What has
 an exact counterpart among our families becomes that family, and so has our closed-form Fisher; the rest is wrapped in
-`Foreign`, whose Fisher comes from its library's KL, or from samples. ``fisher_source`` says which.
+`Foreign`, whose Fisher comes from a sum over its outcomes, from its library's KL, or from samples. ``fisher_source`` says
+which.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from jaxfisher._distributions.base import Distribution
-from jaxfisher._distributions.libraries import LIBRARIES, Library, library_of, translate
+from jaxfisher._distributions.excess import exp_excess
+from jaxfisher._distributions.libraries import LIBRARIES, Library, independent, library_of, translate
+from jaxfisher._distributions.outcomes import Outcomes, outcomes_of
 from jaxfisher._linalg import matmul
 from jaxfisher._tree import at_least_float32
 
@@ -58,7 +61,12 @@ def as_distribution(obj: Any) -> Distribution:
     if library is None:
         raise TypeError(f"Expected a distribution, got {_seen(obj)}. {_EXPECTED}")
     translated = translate(obj)
-    return _wrap(obj, library) if translated is None else translated
+    if translated is not None:
+        return translated
+    # A product of independent distributions is what our batch means, so that what is inside says it all.
+    _check_parts(obj, library)
+    inside = independent(obj)
+    return _wrap(obj, library) if inside is None else as_distribution(inside)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +77,7 @@ class _Form:
     name: str
     treedef: Any
     is_float: tuple[bool, ...]
+    outcomes: Outcomes | None
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("fields", "carried"), meta_fields=("form",))
@@ -80,12 +89,17 @@ class Foreign(Distribution):
     carried along and have no tangent (``float0``, as everywhere in JAX). Density, draws, mean and KL are the library's own,
     with its batch axes. The Fisher is in the fields, summed over the batch:
 
-    .. math:: F = \nabla^2_{q} \mathrm{KL}(p \,\|\, q)\big|_{q = p} \quad\text{or}\quad
-        F \approx \tfrac1N \sum_{n} s_n s_n^T, \quad s_n = \nabla \log p(x_n), \; x_n \sim p, \; N = 1024.
+    .. math:: F = \sum_{x} p(x)\, s(x) s(x)^T, \quad s = \nabla \log p, \quad\text{or}\quad
+        F = \nabla^2_{q} \mathrm{KL}(p \,\|\, q)\big|_{q = p} \quad\text{or}\quad
+        F \approx \tfrac1N \sum_{n} s(x_n) s(x_n)^T, \; x_n \sim p, \; N = 1024.
 
-    The first (``fisher_source == "Hessian of the KL"``) needs a KL rule that reads every field the density reads. Some do not:
+    The first is taken where the outcomes are finitely many, at most 4096, and known when the model is traced
+    (``fisher_source == "sum over 4 outcomes"``), as in NumPyro's ``OrderedLogistic``; the KL is then such a sum as well. A
+    ``Binomial`` whose number of trials is data is none of these.
+
+    The second (``"Hessian of the KL"``) needs a KL rule that reads every field the density reads. Some do not:
     distrax gives two transformed distributions the KL of their bases, whatever the parameters of their bijectors.
-    Where the rule is missing or blind, the second is taken (``"1024 samples"``), with one fixed random key, the same for every
+    Where the rule is missing or blind, the third is taken (``"1024 samples"``), with one fixed random key, the same for every
     example: a relative error of the order of 3 % in each entry, and rank at most 1024.
 
     The square root of the Hessian is by eigenvalues, after scaling its diagonal to one; those below ``eps * size``
@@ -133,6 +147,8 @@ class Foreign(Distribution):
 
     @property
     def fisher_source(self) -> str:
+        if self.form.outcomes is not None:
+            return f"sum over {len(self.form.outcomes)} outcomes"
         return _FROM_KL if self._kl_gap(self) is None else _FROM_SAMPLES
 
     def log_prob(self, x: Shaped[Array, "*batch_and_event"]) -> Float[Array, "*batch"]:
@@ -144,12 +160,14 @@ class Foreign(Distribution):
         return draws
 
     def kl(self, other: Foreign) -> Float[Array, "*batch"]:
-        """The KL of the other library.
+        """The KL as a sum over the outcomes where they are known, else that of the other library.
 
         Raises:
             NotImplementedError: it has none for this pair, or one that does not read all fields the density reads.
         """
         other = self._same_family(other)
+        if self.form.outcomes is not None and self.form.outcomes == other.form.outcomes:
+            return self._kl_by_outcomes(other)
         gap = self._kl_gap(other)
         if gap is not None:
             raise NotImplementedError(
@@ -159,9 +177,8 @@ class Foreign(Distribution):
         return value
 
     def fisher_noise(self) -> Float[Array, " columns"]:
-        """Zeros of shape ``(fields,)`` for a Hessian, ``(1024,)`` for samples."""
-        flat, _ = ravel_pytree(self.fields)
-        return jnp.zeros(flat.size if self.fisher_source == _FROM_KL else _NUM_SAMPLES, flat.dtype)
+        """Zeros, one for each column of the root: the fields or as many outcomes, the fields for a Hessian, or 1024."""
+        return jnp.zeros(jax.eval_shape(self._root).shape[1], ravel_pytree(self.fields)[0].dtype)
 
     def fisher_sqrt_mv(self, u: Float[Array, " columns"]) -> Foreign:
         return self._tangent(matmul(self._root(), u))
@@ -207,7 +224,41 @@ class Foreign(Distribution):
         return f"the rule of {self.form.library} does not read {len(needed - used)} of the fields that its density reads."
 
     def _root(self) -> Float[Array, "fields columns"]:
+        if self.form.outcomes is not None:
+            return self._root_of_outcomes(self.form.outcomes)
         return self._root_of_kl() if self.fisher_source == _FROM_KL else self._root_of_scores()
+
+    def _log_probs(self, outcomes: Outcomes) -> Float[Array, "outcomes *batch"]:
+        """The log-probability of every outcome, one for each member of the batch."""
+        draw = jax.eval_shape(self.sample, jax.random.key(0))
+        values = jnp.asarray(outcomes.values, draw.dtype)
+        whole = values.reshape(len(outcomes), *(1,) * len(self.batch_shape), *self.event_shape)
+        return jax.vmap(self.log_prob)(jnp.broadcast_to(whole, (len(outcomes), *draw.shape)))
+
+    def _root_of_outcomes(self, outcomes: Outcomes) -> Float[Array, "fields columns"]:
+        """``sqrt(p(x)) s(x)`` of every outcome; of many of them a triangle with the same square."""
+        flat, unravel = ravel_pytree(self.fields)
+        wide = at_least_float32(flat.dtype)
+
+        def log_probs(flat: Array) -> Array:
+            return dataclasses.replace(self, fields=unravel(flat))._log_probs(outcomes).reshape(-1)
+
+        shares = jnp.exp(0.5 * log_probs(flat).astype(wide))[:, None]
+        # The score of what does not happen may be anything.
+        rows = jnp.where(shares > 0, shares * jax.jacrev(log_probs)(flat).astype(wide), 0)
+        return (rows if rows.shape[0] <= flat.size else jnp.linalg.qr(rows, mode="r")).T.astype(flat.dtype)
+
+    def _kl_by_outcomes(self, other: Foreign) -> Float[Array, "*batch"]:
+        """``sum q - p - p log(q/p)``, of which no term is negative: near equality nothing cancels."""
+        assert self.form.outcomes is not None
+        mine, theirs = self._log_probs(self.form.outcomes), other._log_probs(self.form.outcomes)
+        happens = mine > -jnp.inf
+        log_p = jnp.where(happens, mine, 0)
+        gap = jnp.where(happens, theirs - log_p, 0)
+        near = gap <= 1
+        p, q = jnp.exp(log_p), jnp.exp(theirs)
+        terms = jnp.where(near, p * exp_excess(jnp.where(near, gap, 0)), q - p * (1 + gap))
+        return jnp.sum(jnp.where(happens, terms, q), axis=0)
 
     def _root_of_kl(self) -> Float[Array, "fields fields"]:
         flat, unravel = ravel_pytree(self.fields)
@@ -240,13 +291,6 @@ def _wrap(obj: Any, library: str) -> Foreign:
         if not isinstance(shape, dict) and all(isinstance(size, int) for size in shape):
             continue
         raise TypeError(f"{library}'s {name} is over several targets: its batch or event shape is {shape}. {_EXPECTED}")
-    for part in reversed([*_parts(obj)]):  # inner ones first: they are the cause
-        # distrax does this to what it takes from TFP: their derivatives would be zero without a word.
-        if not jax.tree.leaves(part):
-            raise TypeError(
-                f"{library}'s {name} cannot be used: {type(part).__name__} in it has no leaves as a pytree, so its parameters "
-                f"cannot be differentiated. Build it from the distributions of one library. {_EXPECTED}"
-            )
     leaves, treedef = jax.tree.flatten(obj)
     for leaf in leaves:
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float):
@@ -259,7 +303,18 @@ def _wrap(obj: Any, library: str) -> Foreign:
     is_float = tuple(bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating)) for leaf in leaves)
     fields = tuple(jnp.asarray(leaf) for leaf, yes in zip(leaves, is_float, strict=True) if yes)
     carried = tuple(jnp.asarray(leaf) for leaf, yes in zip(leaves, is_float, strict=True) if not yes)
-    return Foreign(fields, carried, _Form(library, name, treedef, is_float))
+    return Foreign(fields, carried, _Form(library, name, treedef, is_float, outcomes_of(obj, library)))
+
+
+def _check_parts(obj: Any, library: str) -> None:
+    """Raise `TypeError` where a distribution inside another has lost its parameters."""
+    for part in reversed([*_parts(obj)]):  # inner ones first: they are the cause
+        # distrax does this to what it takes from TFP: their derivatives would be zero without a word.
+        if not jax.tree.leaves(part):
+            raise TypeError(
+                f"{library}'s {type(obj).__name__} cannot be used: {type(part).__name__} in it has no leaves as a pytree, so "
+                f"its parameters cannot be differentiated. Build it from the distributions of one library. {_EXPECTED}"
+            )
 
 
 def _parts(obj: Any) -> Iterator[Any]:

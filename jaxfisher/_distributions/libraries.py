@@ -63,6 +63,13 @@ def translate(obj: Any) -> Distribution | None:
     return None
 
 
+def independent(obj: Any) -> Any:
+    """The distribution of the parts where an object is a product of independent ones along some axes; else None."""
+    if type(obj).__name__ != "Independent":
+        return None
+    return obj.base_dist if library_of(type(obj)) == "NumPyro" else obj.distribution
+
+
 # --- parameters as we have them ---
 
 
@@ -81,11 +88,6 @@ def _given(parameters: dict[str, Any], direct: str, other: str, convert: Callabl
     """The parameter ``direct`` where the user gave it, else computed from ``other``."""
     value = parameters[direct]
     return convert(parameters[other]) if value is None else value
-
-
-def _independent(base: Any) -> Distribution | None:
-    """A product of independent distributions is what our batch means, so the base says it all."""
-    return translate(base)
 
 
 def _expanded(obj: Any) -> Distribution | None:
@@ -145,7 +147,6 @@ _DISTRAX: dict[str, Callable[[Any], Distribution | None]] = {
     "MultivariateNormalTri": _distrax_mvn_tri,
     "MultivariateNormalDiag": lambda d: MultivariateNormal(d.loc, _positive(_diagonal(d.scale_diag))),
     "MultivariateNormalFullCovariance": lambda d: MultivariateNormal(d.loc, jnp.linalg.cholesky(d.covariance_matrix)),
-    "Independent": lambda d: _independent(d.distribution),
 }
 
 _NUMPYRO: dict[str, Callable[[Any], Distribution | None]] = {
@@ -166,7 +167,6 @@ _NUMPYRO: dict[str, Callable[[Any], Distribution | None]] = {
     "NegativeBinomial2": lambda d: _gamma_poisson(d.concentration, _log(d.rate)),
     "NegativeBinomialLogits": lambda d: _gamma_poisson(d.total_count, -d.logits),
     "NegativeBinomialProbs": lambda d: _gamma_poisson(d.total_count, -_logit(d.probs)),
-    "Independent": lambda d: _independent(d.base_dist),
     "ExpandedDistribution": _expanded,
 }
 
@@ -186,7 +186,6 @@ _TFP: dict[str, Callable[[Any], Distribution | None]] = {
     "MultivariateNormalDiag": _tfp_mvn,
     "MultivariateNormalFullCovariance": _tfp_mvn,
     "NegativeBinomial": lambda d: _gamma_poisson(d.total_count, -_given(d.parameters, "logits", "probs", _logit)),
-    "Independent": lambda d: _independent(d.distribution),
 }
 
 LIBRARIES: dict[str, Library] = {
