@@ -61,7 +61,7 @@ from jaxfisher._solve import LSMR as LSMR
 from jaxfisher._solve import as_lineax as as_lineax
 from jaxfisher._solve import solve as solve
 from jaxfisher._solve import solve_path as solve_path
-from jaxfisher._linalg import SolveInfo as SolveInfo
+from jaxfisher._inverse import SolveInfo as SolveInfo
 
 # Natural gradients in place of `jax.grad`.
 from jaxfisher._natural import natural_grad as natural_grad

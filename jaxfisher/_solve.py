@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import lineax
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._linalg import SolveInfo, by_eigenvectors, norm, power_of_two, to_unit
+from jaxfisher._inverse import SolveInfo, by_eigenvectors
+from jaxfisher._linalg import norm, power_of_two, to_unit
 from jaxfisher._operators.base import Damping, Dampings, Operator, View, as_operator, nonnegative
 from jaxfisher._scores import Scores
 from jaxfisher._tree import all_finite, cast_like, described, dtype_of

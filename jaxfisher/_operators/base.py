@@ -22,22 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Scalar
 
-from jaxfisher._linalg import (
-    Factorise,
-    Solved,
-    SolveInfo,
-    by_invert,
-    direct_info,
-    eigenvalues,
-    log_determinant,
-    matmul,
-    norm,
-    null_vectors,
-    refined,
-    spectral_mv,
-    to_unit,
-    unit_rank,
-)
+from jaxfisher._inverse import Factorise, Solved, SolveInfo, by_invert, direct_info, log_determinant, refined
+from jaxfisher._linalg import eigenvalues, matmul, norm, null_vectors, spectral_mv, to_unit, unit_rank
 from jaxfisher._scores import Scores
 from jaxfisher._tree import ParamSpec, cast_like, described, dot, dtype_of
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
-from jaxfisher._linalg import Factorise, Solved, norm
+from jaxfisher._inverse import Factorise, Solved
+from jaxfisher._linalg import norm
 from jaxfisher._operators.base import VIEW, Dampings, Inverted, Operator, Provenance, View, as_operator
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._tree import ParamSpec, check_function, path_names

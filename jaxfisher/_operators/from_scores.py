@@ -20,22 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
-from jaxfisher._linalg import (
-    Decomposed,
-    Factorise,
-    Inverse,
-    Solved,
-    eigenvalues,
-    invert,
-    log_determinant,
-    matmul,
-    mirrored,
-    norm,
-    refined,
-    spectral_mv,
-    to_unit,
-    unit_rank,
-)
+from jaxfisher._inverse import Decomposed, Factorise, Inverse, Solved, invert, log_determinant, refined
+from jaxfisher._linalg import eigenvalues, matmul, mirrored, norm, spectral_mv, to_unit, unit_rank
 from jaxfisher._operators.base import Inverted, Operator, Provenance, flat_inverse
 from jaxfisher._scores import HeldScores, JoinedScores, Scores
 from jaxfisher._tree import ParamSpec

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._linalg import Factorise
+from jaxfisher._inverse import Factorise
 from jaxfisher._operators.base import Inverted, Operator, Provenance, nonnegative
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._operators.spectral import Spectral

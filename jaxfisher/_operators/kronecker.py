@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._engine import Layout, Moments
-from jaxfisher._linalg import Factorise, Solved, SolveInfo, cholesky, matmul, norm, resolved
+from jaxfisher._inverse import Factorise, Solved, SolveInfo
+from jaxfisher._linalg import cholesky, matmul, norm, resolved
 from jaxfisher._operators.base import VIEW, Inverted, Operator, Provenance, View, as_operator, nonnegative
 from jaxfisher._operators.block import BlockDiagonal, part_of
 from jaxfisher._operators.dense import Dense

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
-from jaxfisher._linalg import Factorise, Solved, norm, resolved
+from jaxfisher._inverse import Factorise, Solved
+from jaxfisher._linalg import norm, resolved
 from jaxfisher._operators.base import Inverted, Operator
 
 

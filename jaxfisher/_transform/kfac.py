@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Scalar
 
-from jaxfisher._linalg import SolveInfo
+from jaxfisher._inverse import SolveInfo
 from jaxfisher._operators.base import Operator, View
 from jaxfisher._operators.identity import relative_damping
 from jaxfisher._operators.kronecker import factored_damping, kronecker

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int
 
-from jaxfisher._linalg import SolveInfo
+from jaxfisher._inverse import SolveInfo
 from jaxfisher._operators.base import VIEW, Operator, Provenance, View, as_operator, check_number, nonnegative
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._solve import Solver, check_solver, solve
