@@ -23,5 +23,7 @@ def excess_over_log(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Flo
 
 
 def exp_excess(d: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """``e^d - 1 - d``: never negative, and zero to second order at 0, with all its digits."""
-    return -d * exp_gap_ratio(-d)
+    """``e^d - 1 - d``: never negative, and zero to second order at 0, with all its digits; infinite at either end."""
+    far = d < -100  # where nothing is left of the exponential, and its ratio to an infinite d would be NaN
+    near = jnp.where(far, 0, d)
+    return jnp.where(far, -1 - d, -near * exp_gap_ratio(-near))

@@ -44,7 +44,8 @@ class NegativeBinomial(Distribution):
     .. math:: I = \psi'(r) - E\,\psi'(r + k) - \frac{m}{r(r + m)}.
 
     A Poisson variable whose rate is gamma distributed; ``alpha -> 0`` is the Poisson distribution, and is approached
-    without loss of digits. ``log_prob`` is ``-inf`` at negative and fractional values. Draws are int32.
+    without loss of digits. ``log_prob`` is ``-inf`` at negative and fractional values. Draws are int32. A ``log_mean`` of
+    ``-inf``, as of an exposure of zero, is a sure zero: of log-probability 0 and score 0.
 
     The divergence and the second entry of the Fisher are one-dimensional integrals, summed with a fixed number of nodes.
     Measured against 40-digit sums, means 1e-22 to 1e3 and dispersions 1e-8 to 1e3: relative error below 1e-14 in float64 and
@@ -80,16 +81,17 @@ class NegativeBinomial(Distribution):
     def log_prob(self, x: Shaped[Array, "*batch"]) -> Float[Array, "*batch"]:
         log_mean, log_alpha, count = aligned(self.log_mean, self.log_dispersion, jnp.asarray(x))
         alpha, r = _dispersion(log_alpha)
-        mean = jnp.exp(log_mean)
         # Written so that NaN is not outside: it must come out as NaN.
         outside = (count < 0) | (count - jnp.floor(count) > 0)
         k = jnp.where(outside | (count == 0), 1, count)
+        none = log_mean == -jnp.inf
         # The saddle point: the divergence from mean k to mean m, and what Stirling's formula leaves of the gamma functions.
-        saddle = _mean_divergence(jnp.log(k), log_mean - jnp.log(k), -jnp.maximum(log_alpha, -80))
+        rise = jnp.where(none, 0, log_mean) - jnp.log(k)
+        saddle = _mean_divergence(jnp.log(k), rise, -jnp.maximum(log_alpha, -80))
         rest = stirling(k + r) - stirling(r) - stirling(k) - 0.5 * jnp.log1p(alpha * k) - 0.5 * jnp.log(k) - _HALF_LOG_TWO_PI
-        # One exponential: the derivative of a product with the mean would form its square.
-        at_zero = -mean * log_ratio(jnp.exp(log_mean + jnp.maximum(log_alpha, -80)))
-        log_prob = jnp.where(outside, -jnp.inf, jnp.where(count == 0, at_zero, rest - saddle))
+        # Of a mean of zero any count is impossible, and k the slope in the logarithm of the mean.
+        counted = jnp.where(none, k * log_mean, rest - saddle)
+        log_prob = jnp.where(outside, -jnp.inf, jnp.where(count == 0, _log_prob_of_zero(log_mean, log_alpha), counted))
         return log_prob.astype(self.log_mean.dtype)
 
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Int[Array, "*shape_and_batch"]:
@@ -106,8 +108,11 @@ class NegativeBinomial(Distribution):
         log_mean, log_alpha, log_mean_q, log_alpha_q = aligned(
             self.log_mean, self.log_dispersion, other.log_mean, other.log_dispersion
         )
-        means = _mean_divergence(log_mean, log_mean_q - log_mean, -jnp.maximum(log_alpha_q, -80))
-        return (means + _dispersion_divergence(log_mean, log_alpha, log_alpha_q)).astype(self.log_mean.dtype)
+        none, none_q = log_mean == -jnp.inf, log_mean_q == -jnp.inf
+        some, some_q = jnp.where(none, 0, log_mean), jnp.where(none_q, 0, log_mean_q)
+        means = _mean_divergence(some, some_q - some, -jnp.maximum(log_alpha_q, -80))
+        counted = jnp.where(none_q, jnp.inf, means + _dispersion_divergence(some, log_alpha, log_alpha_q))
+        return jnp.where(none, -_log_prob_of_zero(log_mean_q, log_alpha_q), counted).astype(self.log_mean.dtype)
 
     def fisher_sqrt_mv(self, u: NegativeBinomial) -> NegativeBinomial:
         log_mean, log_alpha, u_mean, u_alpha = aligned(self.log_mean, self.log_dispersion, u.log_mean, u.log_dispersion)
@@ -115,6 +120,12 @@ class NegativeBinomial(Distribution):
         of_mean = jnp.exp(0.5 * (log_mean - jnp.log1p(alpha * jnp.exp(log_mean)))) * u_mean
         of_alpha = _dispersion_information_root(log_mean, log_alpha) * u_alpha
         return self._make(of_mean.astype(self.log_mean.dtype), of_alpha.astype(self.log_mean.dtype))
+
+
+def _log_prob_of_zero(log_mean: Array, log_alpha: Array) -> Array:
+    """``-r log(1 + alpha m)``."""
+    # One exponential: the derivative of a product with the mean would form its square.
+    return -jnp.exp(log_mean) * log_ratio(jnp.exp(log_mean + jnp.maximum(log_alpha, -80)))
 
 
 def _dispersion(log_alpha: Array) -> tuple[Array, Array]:

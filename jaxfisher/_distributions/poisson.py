@@ -25,7 +25,8 @@ class Poisson(Distribution):
     .. math:: \log p(k) = k \log r - r - \log k!, \qquad F(\log r) = r, \qquad
         \mathrm{KL} = r\,(e^d - 1 - d), \quad d = \log r' - \log r.
 
-    ``log_prob`` is ``-inf`` at negative and fractional values. Draws are int32 and saturate at ``2^31 - 1``.
+    ``log_prob`` is ``-inf`` at negative and fractional values. Draws are int32 and saturate at ``2^31 - 1``. A ``log_rate`` of
+    ``-inf``, as of an exposure of zero, is a sure zero: of log-probability 0 and score 0.
 
     Args:
         log_rate: logarithm of the expected count, shape ``[*batch]``, in nats.
@@ -65,8 +66,10 @@ class Poisson(Distribution):
         """``r log(r/r') - r + r'``, arranged so that equal rates leave no rounding."""
         other = self._same_family(other)
         rate = jnp.exp(self.log_rate)
-        difference = other.log_rate - self.log_rate
-        near = difference <= 1
+        # Of a sure zero the divergence is the other's rate, which zero times an infinite difference would make NaN.
+        some = rate > 0
+        difference = jnp.where(some, other.log_rate - self.log_rate, 0)
+        near = some & (difference <= 1)
         # Far up, ``e^d`` may overflow where the two rates do not.
         return jnp.where(
             near,
@@ -83,14 +86,16 @@ def _log_prob(log_rate: Float[Array, "*batch"], count: Float[Array, "*batch"]) -
 
     The three terms of the first form are of size ``k log k`` and cancel: at a million, all digits of float32.
     """
-    large = count >= _LARGE
+    large = (count >= _LARGE) & (log_rate > -jnp.inf)
     k = jnp.where(large, count, _LARGE)
     d = log_rate - jnp.log(k)
     saddle = -k * exp_excess(d) - _log_factorial_excess(k)
     few = jnp.where(large, 0, count)
+    # Of nothing, whatever the rate; of a rate of zero anything else is impossible.
+    growth = few * jnp.where(few == 0, 0, log_rate)
     # A table, since log-gamma of 1 and 2 is not exactly 0 in float32.
     log_factorial = jnp.asarray(_LOG_FACTORIALS, count.dtype)[few.astype(int)]
-    return jnp.where(large, saddle, few * log_rate - jnp.exp(log_rate) - log_factorial)
+    return jnp.where(large, saddle, growth - jnp.exp(log_rate) - log_factorial)
 
 
 def _log_factorial_excess(k: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
