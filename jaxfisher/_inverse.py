@@ -105,7 +105,7 @@ def _trusted(
     """Whether a Cholesky factor of a damped matrix with this diagonal is well posed; whether the damping is told from zero."""
     eps = jnp.finfo(factor.dtype).eps
     # Written so that a NaN is told: it must not be taken for zero.
-    told = ~(jnp.abs(damping) <= eps * jnp.max(jnp.abs(diagonal)))
+    told = ~(jnp.abs(damping) <= eps * jnp.max(jnp.abs(diagonal), initial=0.0))
     # What a pivot is of its diagonal entry does not depend on units. With damping it may come down to the rounding error of one
     # entry; without, to that of the whole matrix.
     share = jnp.square(jnp.diagonal(factor)) / diagonal

@@ -64,7 +64,9 @@ class LeafParts(NamedTuple):
 
 
 def leaf_parts(output: Output, shape: tuple[int, ...], dtype: Any) -> LeafParts:
-    """The forms of one leaf's gradient, in the dtype of statistics."""
+    """The forms of one leaf's gradient, in the dtype of statistics; none of a leaf without entries."""
+    if 0 in shape:
+        return LeafParts((), None)
     value, why = output.value, output.reason
     found = value.terms if isinstance(value, Unformed) else (whole(value, output.flags, why),)
     products: list[Part] = []
