@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from jaxfisher._distributions.base import Distribution
+
 EPS = float(np.finfo(np.float64).eps)
 MAX32 = float(np.finfo(np.float32).max)
 
@@ -37,6 +39,15 @@ def check_information(case):
 
     close(np.sum(mass), 1.0, "the density sums to one")
     close(seen["mean"], np.tensordot(mass, np.asarray(rule.nodes, float), 1), "mean is the expectation of a draw")
+    away = np.square(np.asarray(rule.nodes, float) - seen["mean"])
+    if np.all(np.isfinite(seen["variance"])):
+        close(seen["variance"], np.tensordot(mass, away, 1), "variance is the expected square of the distance to the mean")
+    if seen["entropy"] is not None:
+        close(seen["entropy"], -np.sum(mass * np.where(mass > 0, seen["log_p"], 0)), "entropy is -E[log p]")
+    if not np.isnan(seen["log_p_at_mode"]):
+        assert np.all(seen["log_p"] <= seen["log_p_at_mode"] + 100 * EPS * np.abs(seen["log_p_at_mode"])), (
+            "no node beats the mode"
+        )
     if case.reference is not None:
         _check_reference(case, rule, seen["log_p"])
     for value in case.outside:
@@ -93,6 +104,9 @@ def _views(p, q, nodes, weights):
         "log_p": jax.vmap(p.log_prob)(nodes),
         "log_q": jax.vmap(q.log_prob)(nodes),
         "mean": p.mean,
+        "variance": p.variance,
+        "log_p_at_mode": p.log_prob(p.mode),
+        "entropy": None if type(p).entropy is Distribution.entropy else p.entropy(),
         "kl": p.kl(q),
         "kl_self": p.kl(p),
         "kl_hessian": jax.hessian(lambda flat: p.kl(unravel(flat)))(flat),

@@ -1,6 +1,7 @@
 """Distributions: every law for every family, and what single families promise beyond them."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,26 @@ class MeanOfAnother(jf.Laplace):
 
 
 @family
+class ScaleForVariance(jf.Normal):
+    @property
+    def variance(self):
+        return self.scale
+
+
+@family
+class MedianForMode(jf.Exponential):
+    @property
+    def mode(self):
+        return math.log(2.0) * jnp.exp(-self.log_rate)
+
+
+@family
+class EntropyInBits(jf.Normal):
+    def entropy(self):
+        return jf.Normal.entropy(self) / math.log(2.0)
+
+
+@family
 class PlainQuotient(jf.Normal):
     def log_prob(self, x):
         return -0.5 * jnp.square((x - self.loc) / self.scale) - jnp.log(self.scale) - 0.9189385332046727
@@ -102,6 +123,9 @@ BROKEN = [
     (UnnormalisedDensity, check_information, "the density sums to one"),
     (ReversedDivergence, check_information, "kl is E"),
     (MeanOfAnother, check_information, "mean is the expectation"),
+    (ScaleForVariance, check_information, "variance is the expected square"),
+    (MedianForMode, check_information, "more probable than the mode"),
+    (EntropyInBits, check_information, "entropy is -E"),
     (DivergenceThatCancels, check_narrow_dtype, "keeps its digits"),
     (LosesItsDtype, check_narrow_dtype, "float64 is kept|bfloat16 is kept"),
     (PlainQuotient, check_extremes, "NaN from finite input"),
@@ -277,6 +301,11 @@ MISTAKES = [
     (lambda: jf.Poisson(jnp.zeros(2, complex)), TypeError, "Poisson: `log_rate` is complex"),
     (lambda: jf.Categorical(0.0), ValueError, r"Categorical: `logits` has shape \(\).*at least 1 ax"),
     (lambda: jf.Categorical(jnp.zeros((3, 0))), ValueError, r"Categorical: `logits` .*no classes.*one logit per class"),
+    (lambda: jf.Categorical(), TypeError, "neither of `logits` and `probs`; give one"),
+    (lambda: jf.Bernoulli(0.0, probs=0.5), TypeError, "both of `logits` and `probs`; give one"),
+    (lambda: jf.Poisson(), TypeError, "neither of `log_rate` and `rate`; give one"),
+    (lambda: jf.MultivariateNormal(jnp.zeros(2)), TypeError, "neither of `scale_tril` and `covariance`; give one"),
+    (lambda: jf.Poisson(0.0).entropy(), NotImplementedError, r"Poisson.entropy.*closed form.*p.sample"),
     (lambda: jf.MultivariateNormal(0.0, jnp.eye(2)), ValueError, r"`loc` has shape \(\).*at least 1 ax"),
     (lambda: jf.MultivariateNormal(jnp.zeros(2), jnp.ones(2)), ValueError, r"`scale_tril` has shape \(2,\).*at least 2 axes"),
     (lambda: jf.MultivariateNormal(jnp.zeros(2), jnp.ones((2, 3))), ValueError, r"\(2,\).*\(2, 3\).*\[\*batch, 2, 2\]"),
@@ -313,3 +342,22 @@ def test_literals_and_arrays_share_one_trace():
     second = kl(jf.Normal(jnp.zeros(()), jnp.ones(())), jf.Normal(jnp.ones(()), jnp.ones(())))
     assert first == second == 0.5
     assert traces == 1
+
+
+def test_fields_given_in_another_way_are_the_same_distribution(key):
+    """By probabilities, a rate, or a covariance."""
+    covariance = np.array([[2.0, 0.3], [0.3, 0.5]])
+    probs = np.array([0.2, 0.5, 0.3])
+    for made, expected in (
+        (jf.Categorical(probs=probs).probs, probs),
+        (jf.Bernoulli(probs=0.3).mean, 0.3),
+        (jf.Poisson(rate=2.5).mean, 2.5),
+        (jf.MultivariateNormal(jnp.zeros(2), covariance=covariance).scale_tril, np.linalg.cholesky(covariance)),
+    ):
+        np.testing.assert_allclose(made, expected, rtol=1e-15)
+
+
+def test_a_covariance_has_a_row_for_each_entry_of_its_triangle():
+    model = lambda p: jf.MultivariateNormal(p["loc"], p["tril"])  # noqa: E731
+    F = jax.eval_shape(jf.exact_fisher(model), {"loc": jnp.zeros(4), "tril": jnp.eye(4)})
+    assert F.scores.num_rows == 4 + 10

@@ -13,6 +13,7 @@ positive semi-definite by construction, and what scores are made of (column ``j`
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, Self, dataclass_transform
 
 import jax
@@ -109,6 +110,28 @@ class Distribution:
         raise NotImplementedError
 
     @property
+    def variance(self) -> Float[Array, "*batch_and_event"]:
+        """The variance of a draw, shape ``[*batch, *event]``; of a vector, the variance of each of its entries."""
+        raise NotImplementedError
+
+    @property
+    def mode(self) -> Shaped[Array, "*batch_and_event"]:
+        """Where the density or probability is largest, shape ``[*batch, *event]``; NaN where there is no such point."""
+        raise NotImplementedError
+
+    def entropy(self) -> Float[Array, "*batch"]:
+        """``-E[log p]`` in nats, one for each distribution of the batch.
+
+        Raises:
+            NotImplementedError: the family has no closed form, such as `jaxfisher.Poisson` and `jaxfisher.NegativeBinomial`.
+        """
+        name = type(self).__name__
+        raise NotImplementedError(
+            f"{name}.entropy: the entropy of this family has no closed form. Estimate it from draws: "
+            "-jnp.mean(p.log_prob(p.sample(key, (n,))), axis=0)."
+        )
+
+    @property
     def fisher_source(self) -> str:
         """Where the Fisher comes from: ``"closed form"`` in every family of the library."""
         return "closed form"
@@ -181,6 +204,15 @@ class Distribution:
             value = getattr(self, field.name)
             inside.append(f"{field.name}={_describe(value)}")
         return f"{type(self).__name__}({', '.join(inside)})"
+
+
+def one_of(owner: str, given: dict[str, Any], convert: Callable[[Array], Array]) -> Any:
+    """A field that may be given in two ways: the first as it is, or the second converted. One of the two must be given."""
+    (name, value), (other, instead) = given.items()
+    if (value is None) == (instead is None):
+        seen = "neither" if value is None else "both"
+        raise TypeError(f"{owner}: got {seen} of `{name}` and `{other}`; give one of the two.")
+    return value if instead is None else convert(_as_field(owner, other, instead))
 
 
 def _as_field(owner: str, name: str, value: Any) -> Array:

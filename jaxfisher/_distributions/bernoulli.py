@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, Shaped
 
-from jaxfisher._distributions.base import Distribution, family
+from jaxfisher._distributions.base import Distribution, family, one_of
 from jaxfisher._distributions.excess import exp_excess
 from jaxfisher._distributions.special import log_gap_ratio
 from jaxfisher._distributions.stable import working_dtype
@@ -23,9 +23,10 @@ class Bernoulli(Distribution):
 
     Args:
         logits: the log-odds ``log(p / (1 - p))``, shape ``[*batch]``, in nats.
+        probs: instead of ``logits``, the probability of one, of the same shape. Not checked: outside ``[0, 1]`` it gives NaN.
 
     Raises:
-        TypeError: complex logits.
+        TypeError: complex logits; both of ``logits`` and ``probs``, or neither.
 
     Reference: McCullagh and Nelder, Generalized Linear Models (1989), section 4.3.
 
@@ -40,9 +41,31 @@ class Bernoulli(Distribution):
     field_ndims = (0,)
     event_ndim = 0
 
+    def __init__(self, logits: ArrayLike | None = None, *, probs: ArrayLike | None = None) -> None:
+        log_odds = lambda p: jnp.log(p) - jnp.log1p(-p)  # noqa: E731
+        object.__setattr__(self, "logits", one_of("Bernoulli", {"logits": logits, "probs": probs}, log_odds))
+        self.__post_init__()
+
     @property
     def mean(self) -> Float[Array, "*batch"]:
         return jax.nn.sigmoid(self.logits)
+
+    @property
+    def variance(self) -> Float[Array, "*batch"]:
+        return jax.nn.sigmoid(self.logits) * jax.nn.sigmoid(-self.logits)
+
+    @property
+    def mode(self) -> Int[Array, "*batch"]:
+        return (self.logits > 0).astype(jnp.int32)
+
+    def entropy(self) -> Float[Array, "*batch"]:
+        """``-p log p - (1 - p) log(1 - p)``."""
+        total = jnp.zeros_like(self.logits)
+        for logits in (self.logits, -self.logits):
+            prob = jax.nn.sigmoid(logits)
+            there = prob > 0  # an outcome that an infinite logit rules out adds nothing
+            total -= prob * jax.nn.log_sigmoid(jnp.where(there, logits, 0))
+        return total
 
     def log_prob(self, x: Shaped[Array, "*batch"]) -> Float[Array, "*batch"]:
         outcome = jnp.asarray(x).astype(self.logits.dtype)

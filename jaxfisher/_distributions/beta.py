@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxfisher._distributions.base import Distribution, family
-from jaxfisher._distributions.dirichlet import divergence, fisher_root, log_density
+from jaxfisher._distributions.dirichlet import dirichlet_entropy, divergence, fisher_root, log_density
 from jaxfisher._distributions.special import aligned
 from jaxfisher._distributions.stable import ratio
 
@@ -47,6 +47,25 @@ class Beta(Distribution):
     def mean(self) -> Float[Array, "*batch"]:
         a, b = aligned(self.a, self.b)
         return ratio(a, a + b).astype(self.a.dtype)
+
+    @property
+    def variance(self) -> Float[Array, "*batch"]:
+        a, b = aligned(self.a, self.b)
+        mean = ratio(a, a + b)
+        return (mean * ratio(b, a + b) / (a + b + 1)).astype(self.a.dtype)
+
+    @property
+    def mode(self) -> Float[Array, "*batch"]:
+        """``(a - 1)/(a + b - 2)``, or the end of the interval where one of both is at most one; NaN where both are."""
+        a, b = aligned(self.a, self.b)
+        inside, alone = (a > 1) & (b > 1), (a > 1) != (b > 1)
+        peak = ratio(jnp.where(inside, a - 1, 1), jnp.where(inside, a + b - 2, 1))
+        return jnp.where(inside, peak, jnp.where(alone, jnp.where(a > 1, 1.0, 0.0), jnp.nan)).astype(self.a.dtype)
+
+    def entropy(self) -> Float[Array, "*batch"]:
+        """That of the Dirichlet distribution."""
+        a, b = aligned(self.a, self.b)
+        return dirichlet_entropy(jnp.stack([a, b], -1)).astype(self.a.dtype)
 
     def log_prob(self, x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         a, b, x = aligned(self.a, self.b, jnp.asarray(x))

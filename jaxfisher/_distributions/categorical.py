@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
-from jaxfisher._distributions.base import Distribution, family
+from jaxfisher._distributions.base import Distribution, family, one_of
 from jaxfisher._distributions.excess import exp_excess
 from jaxfisher._tree import at_least_float32
 
@@ -23,15 +23,17 @@ class Categorical(Distribution):
 
     Args:
         logits: unnormalised log-probabilities, shape ``[*batch, C]``.
+        probs: instead of ``logits``, the probabilities or numbers in proportion to them, of the same shape. Not checked: a
+            negative one gives NaN.
 
     Raises:
         ValueError: ``logits`` has no class axis, or an empty one.
-        TypeError: complex logits.
+        TypeError: complex logits; both of ``logits`` and ``probs``, or neither.
 
     Reference: Martens, New insights and perspectives on the natural gradient method (JMLR 2020), section 9.
 
     >>> import jax.numpy as jnp, jaxfisher as jf
-    >>> p = jf.Categorical(jnp.log(jnp.array([0.25, 0.75])))
+    >>> p = jf.Categorical(probs=jnp.array([0.25, 0.75]))
     >>> print(jnp.round(p.fisher_matrix(), 4))
     [[ 0.1875 -0.1875]
      [-0.1875  0.1875]]
@@ -41,6 +43,10 @@ class Categorical(Distribution):
 
     field_ndims = (1,)
     event_ndim = 0
+
+    def __init__(self, logits: ArrayLike | None = None, *, probs: ArrayLike | None = None) -> None:
+        object.__setattr__(self, "logits", one_of("Categorical", {"logits": logits, "probs": probs}, jnp.log))
+        self.__post_init__()
 
     def _check_fields(self) -> None:
         if self.logits.shape[-1] == 0:
@@ -56,6 +62,24 @@ class Categorical(Distribution):
         """The expected class index ``sum_c c p_c``."""
         classes = jnp.arange(self.logits.shape[-1], dtype=self.logits.dtype)
         return jnp.sum(self.probs * jnp.broadcast_to(classes, self.logits.shape), axis=-1)
+
+    @property
+    def variance(self) -> Float[Array, "*batch"]:
+        """The variance of the class index."""
+        classes = jnp.arange(self.logits.shape[-1], dtype=self.logits.dtype)
+        distance = jnp.broadcast_to(classes, self.logits.shape) - self.mean[..., None]
+        return jnp.sum(self.probs * jnp.square(distance), axis=-1)
+
+    @property
+    def mode(self) -> Int[Array, "*batch"]:
+        """The most probable class; of several, the first."""
+        return jnp.argmax(self.logits, axis=-1).astype(jnp.int32)
+
+    def entropy(self) -> Float[Array, "*batch"]:
+        """``-sum_c p_c log p_c``; a class of probability zero adds nothing."""
+        log_p = jax.nn.log_softmax(self.logits, axis=-1)
+        p = jnp.exp(log_p)
+        return -jnp.sum(p * jnp.where(p > 0, log_p, 0), axis=-1)
 
     def log_prob(self, x: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
         log_probs = jax.nn.log_softmax(self.logits, axis=-1)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxfisher._distributions.base import Distribution, family
 from jaxfisher._distributions.special import (
     aligned,
+    gamma_entropy,
     gammaln_bregman_rest,
     rate_divergence,
     rate_gap,
@@ -65,6 +66,27 @@ class Dirichlet(Distribution):
         (a,) = aligned(self.concentration)
         return ratio(a, jnp.broadcast_to(jnp.sum(a, -1, keepdims=True), a.shape)).astype(self.concentration.dtype)
 
+    @property
+    def variance(self) -> Float[Array, "*batch classes"]:
+        (a,) = aligned(self.concentration)
+        total = jnp.broadcast_to(jnp.sum(a, -1, keepdims=True), a.shape)
+        mean = ratio(a, total)
+        return (mean * (1 - mean) / (total + 1)).astype(self.concentration.dtype)
+
+    @property
+    def mode(self) -> Float[Array, "*batch classes"]:
+        """``(alpha_i - 1)/(alpha_0 - K)`` where every concentration is above one, else NaN."""
+        (a,) = aligned(self.concentration)
+        inside = jnp.all(a > 1, -1, keepdims=True)
+        peak = jnp.where(inside, a - 1, 1)
+        peak = ratio(peak, jnp.broadcast_to(jnp.sum(peak, -1, keepdims=True), a.shape))
+        return jnp.where(inside, peak, jnp.nan).astype(self.concentration.dtype)
+
+    def entropy(self) -> Float[Array, "*batch"]:
+        """``log B(alpha) + (alpha_0 - K) digamma(alpha_0) - sum_i (alpha_i - 1) digamma(alpha_i)``."""
+        (a,) = aligned(self.concentration)
+        return dirichlet_entropy(a).astype(self.concentration.dtype)
+
     def log_prob(self, x: Float[Array, "*batch classes"]) -> Float[Array, "*batch"]:
         a, x = aligned(self.concentration, jnp.asarray(x))
         return log_density(a, x).astype(self.concentration.dtype)
@@ -103,6 +125,13 @@ def log_density(a: Float[Array, "*batch classes"], x: Float[Array, "*batch class
     bulk = jnp.sum(terms, -1) + rest - 0.5 * jnp.log(whole) + stirling(whole) + _HALF_LOG_TWO_PI
     bulk = jnp.where(jnp.any(edge & (a < 1), -1), jnp.inf, bulk)
     return jnp.where(outside | jnp.any(edge & (a > 1), -1), -jnp.inf, bulk)
+
+
+def dirichlet_entropy(a: Float[Array, "*batch classes"]) -> Float[Array, "*batch"]:
+    """The entropy by those of gamma variables, each without large terms that cancel."""
+    total = jnp.sum(a, -1)
+    rest = (a.shape[-1] - 1) * jax.scipy.special.digamma(total)
+    return jnp.sum(gamma_entropy(a), -1) - gamma_entropy(total) - rest
 
 
 def divergence(a: Float[Array, "*batch classes"], b: Float[Array, "*batch classes"]) -> Float[Array, "*batch"]:

@@ -42,6 +42,18 @@ class Exponential(Distribution):
     def mean(self) -> Float[Array, "*batch"]:
         return jnp.exp(-self.log_rate)
 
+    @property
+    def variance(self) -> Float[Array, "*batch"]:
+        return jnp.exp(-2 * self.log_rate)
+
+    @property
+    def mode(self) -> Float[Array, "*batch"]:
+        return jnp.zeros_like(self.log_rate)
+
+    def entropy(self) -> Float[Array, "*batch"]:
+        """``1 - log r``."""
+        return 1 - self.log_rate
+
     def log_prob(self, x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         time = jnp.asarray(x)
         outside = time < 0  # NaN is not outside: it comes out as NaN

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxfisher._distributions.base import Distribution, family
 from jaxfisher._distributions.special import (
     aligned,
+    gamma_entropy,
     gammaln_bregman_rest,
     rate_divergence,
     rate_gap,
@@ -54,6 +55,19 @@ class Gamma(Distribution):
     @property
     def mean(self) -> Float[Array, "*batch"]:
         return ratio(self.concentration, self.rate)
+
+    @property
+    def variance(self) -> Float[Array, "*batch"]:
+        return ratio(ratio(self.concentration, self.rate), self.rate)
+
+    @property
+    def mode(self) -> Float[Array, "*batch"]:
+        return ratio(jnp.maximum(self.concentration - 1, 0), self.rate)
+
+    def entropy(self) -> Float[Array, "*batch"]:
+        """``a - log b + lgamma(a) + (1 - a) digamma(a)``."""
+        a, b = aligned(self.concentration, self.rate)
+        return (gamma_entropy(a) - jnp.log(b)).astype(self.concentration.dtype)
 
     def log_prob(self, x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         a, b, x = aligned(self.concentration, self.rate, jnp.asarray(x))

@@ -50,6 +50,18 @@ class Laplace(Distribution):
     def mean(self) -> Float[Array, "*batch"]:
         return self.loc
 
+    @property
+    def variance(self) -> Float[Array, "*batch"]:
+        return 2 * jnp.square(self.scale)
+
+    @property
+    def mode(self) -> Float[Array, "*batch"]:
+        return self.loc
+
+    def entropy(self) -> Float[Array, "*batch"]:
+        """``log(2 s) + 1``."""
+        return jnp.log(self.scale) + _LOG_TWO + 1
+
     def log_prob(self, x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         residual = x - self.loc
         # Not `abs`: the score is 0 at the kink itself, and NaN where the target is.

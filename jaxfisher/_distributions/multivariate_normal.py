@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from jaxfisher._distributions.base import Distribution, family
+from jaxfisher._distributions.base import Distribution, family, one_of
 from jaxfisher._distributions.excess import excess_over_log
 from jaxfisher._distributions.stable import working_dtype
 
@@ -29,10 +30,15 @@ class MultivariateNormal(Distribution):
         loc: the mean, shape ``[*batch, d]``, in the units of the target.
         scale_tril: the factor of the covariance, shape ``[*batch, d, d]``, in the units of the target, with a positive
             diagonal. Not checked: a negative one gives NaN.
+        covariance: instead of ``scale_tril``, the covariance itself, of the same shape, in the square of those units. Not
+            checked: where it is not positive definite, ``scale_tril`` is NaN.
+
+    The fields move in ``d + d (d + 1)/2`` directions, which is how many rows an example of the exact Fisher has. For a vector
+    of independent entries give a `jaxfisher.Normal` whose fields are vectors: an example then has ``2 d`` rows.
 
     Raises:
         ValueError: the batch shapes do not broadcast together; ``scale_tril`` is not square, or not of the size of ``loc``.
-        TypeError: a complex field.
+        TypeError: a complex field; both of ``scale_tril`` and ``covariance``, or neither.
 
     Reference: Malago and Pistone, Information geometry of the Gaussian distribution in view of stochastic optimization
     (FOGA 2015), section 3, in the coordinates of the Cholesky factor.
@@ -49,6 +55,12 @@ class MultivariateNormal(Distribution):
     field_ndims = (1, 2)
     event_ndim = 1
 
+    def __init__(self, loc: ArrayLike, scale_tril: ArrayLike | None = None, *, covariance: ArrayLike | None = None) -> None:
+        given = {"scale_tril": scale_tril, "covariance": covariance}
+        object.__setattr__(self, "loc", loc)
+        object.__setattr__(self, "scale_tril", one_of("MultivariateNormal", given, _cholesky))
+        self.__post_init__()
+
     def _check_fields(self) -> None:
         rows, columns = self.scale_tril.shape[-2:]
         size = self.loc.shape[-1]
@@ -61,6 +73,18 @@ class MultivariateNormal(Distribution):
     @property
     def mean(self) -> Float[Array, "*batch d"]:
         return self.loc
+
+    @property
+    def variance(self) -> Float[Array, "*batch d"]:
+        return jnp.sum(jnp.square(jnp.tril(self.scale_tril)), axis=-1)
+
+    @property
+    def mode(self) -> Float[Array, "*batch d"]:
+        return self.loc
+
+    def entropy(self) -> Float[Array, "*batch"]:
+        """``sum_i log L_ii + d log(2 pi e)/2``."""
+        return jnp.sum(jnp.log(_diagonal(self.scale_tril)), axis=-1) + self.loc.shape[-1] * (_HALF_LOG_TWO_PI + 0.5)
 
     def log_prob(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
         x = jnp.asarray(x)
@@ -100,16 +124,28 @@ class MultivariateNormal(Distribution):
         scales = excess_over_log(_diagonal(self.scale_tril), _diagonal(other.scale_tril))
         return 0.5 * jnp.sum(jnp.square(solved), axis=(-2, -1)) + jnp.sum(scales, axis=-1)
 
-    def fisher_sqrt_mv(self, u: MultivariateNormal) -> MultivariateNormal:
-        # F(dL, dL) = |W o (L^-1 dL)|^2 with W = sqrt 2 on the diagonal and 1 below. B is the transpose of dL -> W o (L^-1 dL).
+    def fisher_noise(self) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch triangle"]]:
+        """Zeros for ``loc``, and for the entries of the lower triangle, row by row: above it nothing moves."""
         size = self.loc.shape[-1]
-        weight = jnp.tril(jnp.ones((size, size), self.loc.dtype)) + (2**0.5 - 1) * jnp.eye(size, dtype=self.loc.dtype)
-        weighted = u.scale_tril * jnp.broadcast_to(weight, u.scale_tril.shape)
-        solved = _solve(self.scale_tril, jnp.concatenate([u.loc[..., None], weighted], axis=-1), transpose=True)
+        return jnp.zeros_like(self.loc), jnp.zeros((*self.batch_shape, size * (size + 1) // 2), self.loc.dtype)
+
+    def fisher_sqrt_mv(self, u: tuple[Float[Array, "*batch d"], Float[Array, "*batch triangle"]]) -> MultivariateNormal:
+        # F(dL, dL) = |W o (L^-1 dL)|^2 with W = sqrt 2 on the diagonal and 1 below. B is the transpose of dL -> W o (L^-1 dL).
+        along, triangle = u
+        rows, columns = np.tril_indices(self.loc.shape[-1])
+        weight = jnp.asarray(np.where(rows == columns, 2**0.5, 1.0), triangle.dtype)
+        entries = triangle * jnp.broadcast_to(weight, triangle.shape)
+        weighted = jnp.zeros_like(self.scale_tril).at[..., rows, columns].set(entries, unique_indices=True)
+        solved = _solve(self.scale_tril, jnp.concatenate([along[..., None], weighted], axis=-1), transpose=True)
         return self._make(solved[..., 0], jnp.tril(solved[..., 1:]))
 
     def _whiten(self, residual: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         return _solve(self.scale_tril, residual[..., None])[..., 0]
+
+
+def _cholesky(covariance: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
+    factor: Array = jnp.linalg.cholesky(covariance.astype(working_dtype(covariance.dtype)))
+    return factor.astype(covariance.dtype)
 
 
 def _diagonal(matrix: Float[Array, "*batch d d"]) -> Float[Array, "*batch d"]:

@@ -78,6 +78,17 @@ class NegativeBinomial(Distribution):
         (log_mean,) = aligned(self.log_mean)
         return jnp.exp(log_mean).astype(self.log_mean.dtype)
 
+    @property
+    def variance(self) -> Float[Array, "*batch"]:
+        log_mean, log_alpha = aligned(self.log_mean, self.log_dispersion)
+        return (jnp.exp(log_mean) + jnp.exp(log_alpha + 2 * log_mean)).astype(self.log_mean.dtype)
+
+    @property
+    def mode(self) -> Float[Array, "*batch"]:
+        """The largest count that is not above ``m (1 - alpha)``, or zero."""
+        log_mean, log_alpha = aligned(self.log_mean, self.log_dispersion)
+        return jnp.floor(jnp.exp(log_mean) * jnp.maximum(-jnp.expm1(log_alpha), 0)).astype(self.log_mean.dtype)
+
     def log_prob(self, x: Shaped[Array, "*batch"]) -> Float[Array, "*batch"]:
         log_mean, log_alpha, count = aligned(self.log_mean, self.log_dispersion, jnp.asarray(x))
         alpha, r = _dispersion(log_alpha)

@@ -46,6 +46,18 @@ class Normal(Distribution):
     def mean(self) -> Float[Array, "*batch"]:
         return self.loc
 
+    @property
+    def variance(self) -> Float[Array, "*batch"]:
+        return jnp.square(self.scale)
+
+    @property
+    def mode(self) -> Float[Array, "*batch"]:
+        return self.loc
+
+    def entropy(self) -> Float[Array, "*batch"]:
+        """``log(s) + log(2 pi e)/2``."""
+        return jnp.log(self.scale) + _HALF_LOG_TWO_PI + 0.5
+
     def log_prob(self, x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         return -0.5 * jnp.square(ratio(x - self.loc, self.scale)) - jnp.log(self.scale) - _HALF_LOG_TWO_PI
 

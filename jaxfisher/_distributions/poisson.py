@@ -6,9 +6,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, Shaped
 
-from jaxfisher._distributions.base import Distribution, family
+from jaxfisher._distributions.base import Distribution, family, one_of
 from jaxfisher._distributions.excess import exp_excess
 from jaxfisher._distributions.stable import working_dtype
 
@@ -30,9 +30,10 @@ class Poisson(Distribution):
 
     Args:
         log_rate: logarithm of the expected count, shape ``[*batch]``, in nats.
+        rate: instead of ``log_rate``, the expected count, of the same shape. Not checked: a negative one gives NaN.
 
     Raises:
-        TypeError: a complex field.
+        TypeError: a complex field; both of ``log_rate`` and ``rate``, or neither.
 
     Reference: McCullagh and Nelder, Generalized Linear Models (1989), section 6.2.
 
@@ -47,9 +48,22 @@ class Poisson(Distribution):
     field_ndims = (0,)
     event_ndim = 0
 
+    def __init__(self, log_rate: ArrayLike | None = None, *, rate: ArrayLike | None = None) -> None:
+        object.__setattr__(self, "log_rate", one_of("Poisson", {"log_rate": log_rate, "rate": rate}, jnp.log))
+        self.__post_init__()
+
     @property
     def mean(self) -> Float[Array, "*batch"]:
         return jnp.exp(self.log_rate)
+
+    @property
+    def variance(self) -> Float[Array, "*batch"]:
+        return jnp.exp(self.log_rate)
+
+    @property
+    def mode(self) -> Float[Array, "*batch"]:
+        """The largest count that is not above the rate."""
+        return jnp.floor(jnp.exp(self.log_rate))
 
     def log_prob(self, x: Shaped[Array, "*batch"]) -> Float[Array, "*batch"]:
         wide = working_dtype(self.log_rate.dtype)

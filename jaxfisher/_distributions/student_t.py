@@ -67,6 +67,27 @@ class StudentT(Distribution):
         """``loc``; NaN where ``df <= 1``, since there is no expectation."""
         return jnp.where(self.df > 1, self.loc, jnp.nan)
 
+    @property
+    def variance(self) -> Float[Array, "*batch"]:
+        """``s^2 v/(v - 2)``; infinite where ``v <= 2``, and NaN where ``v <= 1``, since there is no expectation."""
+        df, scale = aligned(self.df, self.scale)
+        finite = df > 2
+        variance = jnp.square(scale) * ratio(jnp.where(finite, df, 1), jnp.where(finite, df - 2, 1))
+        return jnp.where(finite, variance, jnp.where(df > 1, jnp.inf, jnp.nan)).astype(self.df.dtype)
+
+    @property
+    def mode(self) -> Float[Array, "*batch"]:
+        return self.loc
+
+    def entropy(self) -> Float[Array, "*batch"]:
+        """``(v + 1)/2 (digamma((v + 1)/2) - digamma(v/2)) + log(sqrt(v) B(v/2, 1/2) s)``."""
+        df, scale = aligned(self.df, self.scale)
+        half = 0.5 * df
+        step, slope = jax.jvp(half_step_gammaln, (half,), (jnp.ones_like(half),))
+        # digamma((v + 1)/2) - digamma(v/2) is the slope plus 1/v.
+        entropy = 0.5 * (df + 1) * (slope + 1 / df) - step + _HALF_LOG_TWO_PI + jnp.log(scale)
+        return entropy.astype(self.df.dtype)
+
     def log_prob(self, x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         df, loc, scale, x = aligned(self.df, self.loc, self.scale, jnp.asarray(x))
         z = ratio(x - loc, scale)
