@@ -46,7 +46,7 @@ def check_information(case):
         close(seen["entropy"], -np.sum(mass * np.where(mass > 0, seen["log_p"], 0)), "entropy is -E[log p]")
     if not np.isnan(seen["log_p_at_mode"]):
         assert np.all(seen["log_p"] <= seen["log_p_at_mode"] + 100 * EPS * np.abs(seen["log_p_at_mode"])), (
-            "no node beats the mode"
+            "nothing is more probable than the mode"
         )
     if case.reference is not None:
         _check_reference(case, rule, seen["log_p"])

@@ -291,7 +291,7 @@ MISTAKES = [
     (lambda: jf.Normal(jnp.zeros(2), jnp.ones(3)), ValueError, r"Normal: .*loc \(2,\), scale \(3,\).*equal shape"),
     (lambda: jf.Laplace(jnp.zeros((2, 1)), jnp.ones((3, 2))), ValueError, r"Laplace: .*loc \(2, 1\), scale \(3, 2\)"),
     (lambda: jf.Bernoulli(1j), TypeError, "Bernoulli: `logits` is complex.*real"),
-    (lambda: jf.Bernoulli(None), TypeError, "Bernoulli: `logits` is None; expected a number or an array"),
+    (lambda: jf.Exponential(None), TypeError, "Exponential: `log_rate` is None; expected a number or an array"),
     (lambda: jf.Normal("0", 1.0), TypeError, "Normal: `loc` is '0'; expected a number or an array"),
     (
         lambda: jf.Categorical(jnp.zeros(3)).kl(jf.Categorical(jnp.zeros(4))),
