@@ -370,9 +370,9 @@ assert np.allclose(left, 100)
 #
 # ## The short way
 #
-# In a training loop of your own it is three lines: an optimiser, a step, and its state. `jf.kfac` is KFAC with learning rate,
-# momentum and damping that find themselves; the step hands over the loss, the gradient and the Fisher, and the optimiser
-# takes what it needs.
+# In a training loop of your own it is three lines: an optimiser, a step, and its state. `jf.kfac` is KFAC that chooses its
+# learning rate, momentum and damping at every step. `training_step` hands over the loss, the gradient and the Fisher, and the
+# optimiser takes what it needs.
 #
 # ```text
 # opt = jf.kfac(like=lambda: jf.exact_fisher(model)(params, x))

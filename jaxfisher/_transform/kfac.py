@@ -36,7 +36,7 @@ def kfac(
     decay: chex.Numeric | None = 0.95,
     update_every: chex.Numeric | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Natural gradients with Kronecker factors, and nothing to tune: learning rate, momentum and damping find themselves.
+    r"""Natural gradients with Kronecker factors and nothing to tune: each step chooses its rate, momentum and damping.
 
     .. math:: d = (K + \gamma I)^{-1} g, \quad \gamma = \max\Big(\frac{\lambda}{100}, \frac{\mathrm{tr} K}{10^4 p}\Big), \qquad
         u = -\alpha d + \mu u_{-1}, \quad \alpha, \mu = \arg\min\; g^T u + \tfrac12 u^T (F + \lambda I) u.
