@@ -19,6 +19,7 @@ from jaxfisher._fisher import exact_fisher
 from jaxfisher._model import MODEL, Model, float_fields, log_likelihood, of_one_example, predict, tangent
 from jaxfisher._scores import scores
 from jaxfisher._tree import as_key, cast_like, check_function, described, dot
+from jaxfisher._values import whole
 
 LENGTHS = 0.5 ** np.arange(1, 13)
 """Lengths of the displacements, in standard deviations of one draw: halved from one half on."""
@@ -154,7 +155,7 @@ def check_fisher(
     check_function("model", model, MODEL)
     keys = jax.random.split(as_key(key, "check_fisher"), 3)
     for name, count in (("num_directions", num_directions), ("num_draws", num_draws)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if (whole(count) or 0) < 1:
             raise ValueError(f"`{name}` is {described(count)}; expected a whole number of at least 1.")
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, inputs, key))):
         raise TypeError(

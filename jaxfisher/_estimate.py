@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
 from jaxfisher._linalg import norm
 from jaxfisher._operators.base import Damping, Operator, as_operator, nonnegative
 from jaxfisher._tree import all_finite, as_key, described, dot, dtype_of
+from jaxfisher._values import is_array, whole
 
 BATCH = 10
 """How many probes are drawn between two looks at the error."""
@@ -241,8 +242,10 @@ def spectral_density(
     ['0.108', '0.798']
     """
     fisher = as_operator(fisher, "spectral_density")
-    if jnp.ndim(points) != 1 or not jnp.issubdtype(dtype_of(points), jnp.floating):
-        raise ValueError(f"spectral_density: `points` is {described(points)}; expected real numbers along one axis.")
+    if not is_array(points) or jnp.ndim(points) != 1 or not jnp.issubdtype(dtype_of(points), jnp.floating):
+        raise ValueError(
+            f"spectral_density: `points` is {described(points)}; expected an array of real numbers along one axis."
+        )
     _check_count("num_samples", num_samples, 2)
     _refuse_zero("width", width, "Without a width the density is a row of spikes.")
     width = nonnegative("width", width, fisher.spec.dtype)
@@ -496,5 +499,5 @@ def _refuse_zero(name: str, value: chex.Numeric, why: str) -> None:
 
 
 def _check_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if (whole(value) or 0) < least:
         raise ValueError(f"`{name}` is {described(value)}; expected a whole number of at least {least}.")

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxfisher._tree import ParamSpec, at_least_float32, described, dtype_of, param_spec, path_names
+from jaxfisher._tree import ParamSpec, at_least_float32, param_spec, path_names, refuse_sparse
+from jaxfisher._values import check_array, described, dtype_of, is_array, whole
 
 
 def num_examples(data: tuple[Any, ...], name: str) -> int:
@@ -49,6 +50,13 @@ def _data_paths(data: tuple[Any, ...], name: str) -> list[str]:
 
 def _as_arrays(data: tuple[Any, ...], name: str) -> tuple[Any, ...]:
     """``data`` with JAX arrays for leaves, or a `TypeError` that names the leaf which is no array of numbers."""
+    for i, entry in enumerate(data):
+        if entry is None:
+            raise TypeError(
+                f"{name}[{i}] is None; expected an array of numbers with a leading axis of examples, or a pytree of them. "
+                "Leave it out, or close over it in your function."
+            )
+    refuse_sparse(data, lambda path: name + path)
     leaves, treedef = jax.tree.flatten(data)
     for path, leaf in zip(_data_paths(data, name), leaves, strict=True):
         _check_numbers(path, leaf)
@@ -57,9 +65,9 @@ def _as_arrays(data: tuple[Any, ...], name: str) -> tuple[Any, ...]:
 
 def _check_numbers(name: str, leaf: Any) -> None:
     """Raise `TypeError` unless JAX takes ``leaf`` as an array: of numbers, booleans or random keys."""
-    is_array = isinstance(leaf, (jax.Array, float, int, complex)) or hasattr(leaf, "__array__")
+    check_array(name, leaf)
     kinds = (jnp.number, jnp.bool_, jax.dtypes.prng_key)
-    if not is_array or not any(jnp.issubdtype(dtype_of(leaf), kind) for kind in kinds):
+    if not is_array(leaf) or not any(jnp.issubdtype(dtype_of(leaf), kind) for kind in kinds):
         raise TypeError(
             f"{name} is {described(leaf)}; expected an array of numbers with a leading axis of examples. Encode it as numbers, "
             "or close over it in your function."
@@ -105,8 +113,8 @@ def make_batch(
     A weight of zero is padding: the example is replaced by a real one, so that no number made of it can leak. Its rows of
     scores are zero, which is for those to see to who make them.
     """
-    check_batch_size(batch_size)
-    check_max_bytes(batch_size, max_bytes)
+    batch_size = checked_batch_size(batch_size)
+    max_bytes = _checked_max_bytes(batch_size, max_bytes)
     spec = param_spec(params)
     if not spec.paths:
         raise ValueError(f"`params` has no leaves ({spec.treedef}). Pass a pytree with at least one floating-point array.")
@@ -189,30 +197,36 @@ def _filled(data: tuple[Any, ...], weights: Float[Array, " n"], live: Bool[Array
     return made
 
 
-def check_batch_size(batch_size: int | None) -> None:
-    """Raise unless ``batch_size`` is None or a positive whole number known at trace time."""
+def checked_batch_size(batch_size: int | None) -> int | None:
+    """``batch_size``, refused unless it is None or a positive whole number known at trace time."""
     if batch_size is None:
-        return
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
-        raise TypeError(f"`batch_size` is {batch_size!r}. Pass a whole number of examples per piece, or None for all at once.")
-    if batch_size < 1:
-        raise ValueError(
-            f"`batch_size` is {batch_size}. Pass a positive number of examples per piece, or None for all at once."
+        return None
+    size = whole(batch_size)
+    if size is None:
+        raise TypeError(
+            f"`batch_size` is {described(batch_size)}. Pass a whole number of examples per piece, or None for all at once."
         )
+    if size < 1:
+        raise ValueError(f"`batch_size` is {size}. Pass a positive number of examples per piece, or None for all at once.")
+    return size
 
 
-def check_max_bytes(batch_size: int | None, max_bytes: int | None) -> None:
-    """Raise unless ``max_bytes`` is None or a positive whole number given instead of a ``batch_size``."""
+def _checked_max_bytes(batch_size: int | None, max_bytes: int | None) -> int | None:
+    """``max_bytes``, refused unless it is None or a positive whole number given instead of a ``batch_size``."""
     if max_bytes is None:
-        return
+        return None
     if batch_size is not None:
         raise ValueError(
             f"both `batch_size` ({batch_size}) and `max_bytes` ({max_bytes}) are given. Give one: each sets the other."
         )
-    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
-        raise TypeError(f"`max_bytes` is {max_bytes!r}. Pass a whole number of bytes, such as 2**30 for 1 GiB, or None.")
-    if max_bytes < 1:
-        raise ValueError(f"`max_bytes` is {max_bytes}. Pass a positive number of bytes, such as 2**30 for 1 GiB, or None.")
+    size = whole(max_bytes)
+    if size is None:
+        raise TypeError(
+            f"`max_bytes` is {described(max_bytes)}. Pass a whole number of bytes, such as 2**30 for 1 GiB, or None."
+        )
+    if size < 1:
+        raise ValueError(f"`max_bytes` is {size}. Pass a positive number of bytes, such as 2**30 for 1 GiB, or None.")
+    return size
 
 
 def shape_of_one(data: Any) -> Any:

@@ -151,7 +151,7 @@ def explain(function: Callable[..., Any], params: chex.ArrayTree, *data: Any) ->
 def _explanation(function: Callable[..., Any], params: chex.ArrayTree, data: tuple[Any, ...]) -> Explanation:
     batch = make_batch(params, data, None)
     rows = _rows(function, params, batch.data)
-    with of_one_example(rows.function, rows.name, params, batch.data):
+    with of_one_example(rows.function, rows.name, params, batch.data[rows.own :]):
         traced = trace(rows, params, batch.data)
     shapes = jax.eval_shape(lambda params, data: leaf_forms(traced, rows, params, data, batch.spec)[1], params, batch.data)
     leaves = tuple(

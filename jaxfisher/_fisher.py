@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any, Protocol
 
 import chex
@@ -18,6 +19,7 @@ from jaxfisher._operators.implicit import Implicit
 from jaxfisher._rows import ExactRows, Rows, SampledRows, ScoreRows
 from jaxfisher._scores import make_scores
 from jaxfisher._tree import ParamSpec, as_key, check_function
+from jaxfisher._values import described, whole
 
 
 class FisherFunction(Protocol):
@@ -143,16 +145,17 @@ def sampled_fisher(
     Fisher(sampled, 2 draws, mean over 2, params 1, exact as scores)
     """
     check_function("model", model, MODEL)
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"`num_samples` is {num_samples!r}; expected a whole number of draws, at least 1.")
-    kind = f"sampled, {num_samples} draw{'s' if num_samples > 1 else ''}"
+    draws = whole(num_samples)
+    if draws is None or draws < 1:
+        raise ValueError(f"`num_samples` is {described(num_samples)}; expected a whole number of draws, at least 1.")
+    kind = f"sampled, {draws} draw{'s' if draws > 1 else ''}"
 
     def fisher_of(params: chex.ArrayTree, key: PRNGKeyArray, /, *inputs: Any, weights: Any = None) -> Operator:
         key = as_key(key, "sampled_fisher(model)(params, key, *inputs)")
         batch = make_batch(params, inputs, weights, batch_size, max_bytes)
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch.size))
+        keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch.size))
         batch = dataclasses.replace(batch, data=(keys, *batch.data))
-        return _from_rows(kind, SampledRows(model, num_samples), params, batch)
+        return _from_rows(kind, SampledRows(model, draws), params, batch)
 
     return fisher_of
 
@@ -225,7 +228,7 @@ def implicit_fisher(model: Model, *, batch_size: int | None = None) -> ImplicitF
         keep = (True,) * len(batch.spec.paths)
         provenance = Provenance(kind, batch.size, batch.weighted)
         params = varying_like(params, batch.data)
-        return Implicit(model, params, batch.data, batch.weights, batch_size, keep, batch.spec, provenance, views_of)
+        return Implicit(model, params, batch.data, batch.weights, batch.batch_size, keep, batch.spec, provenance, views_of)
 
     return fisher_of
 

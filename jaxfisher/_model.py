@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -127,6 +128,9 @@ def of_one_example(function: Callable[..., Any], name: str, params: chex.ArrayTr
     try:
         yield
     except _CALL_ERRORS as error:
+        mismatch = _mismatch(function, name, data)
+        if mismatch is not None:
+            raise TypeError(mismatch) from error
         one = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", shape_of_one(data))
         if _takes_only_the_batch(function, params, data):
             raise ValueError(
@@ -141,6 +145,35 @@ def of_one_example(function: Callable[..., Any], name: str, params: chex.ArrayTr
 
 _CALL_ERRORS = (TypeError, ValueError, LookupError, AttributeError)
 """What a function raises that is called with other arguments than it was written for."""
+
+
+def _mismatch(function: Callable[..., Any], name: str, data: tuple[Any, ...]) -> str | None:
+    """What is wrong where a function takes another number of arguments than the parameters and the data; None if nothing."""
+    wants_target = isinstance(function, LogLikelihood)
+    taken, given = (function.model, data[:-1]) if isinstance(function, LogLikelihood) else (function, data)
+    try:
+        signature = inspect.signature(taken)
+    except (TypeError, ValueError):  # of what is written in C there may be none
+        return None
+    try:
+        signature.bind(None, *given)
+        return None
+    except TypeError as error:
+        reason = str(error)
+    usual = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    many = len(given) + 1 > len(usual)
+    count = f"{len(data)} {'entry' if len(data) == 1 else 'entries'} of data"
+    if wants_target:
+        call = f"`log_prob` takes what its model does, {signature}, and then the target; it was given {count}, the target last"
+        remedy = "Pass the inputs and then the targets: (params, *inputs, targets)."
+    else:
+        call = f"`{name}` takes {signature}, and was given the parameters and {count}"
+        remedy = "Pass all that it takes: (params, *data)."
+    if many and name == "model" and not wants_target:
+        remedy = "The model's own predictions take the place of targets: pass its inputs only."
+    if many:
+        remedy += " Weights go by keyword: weights=w."
+    return f"{call} ({reason}). {remedy}"
 
 
 def _takes_only_the_batch(function: Callable[..., Any], params: chex.ArrayTree, data: tuple[Any, ...]) -> bool:

@@ -144,7 +144,7 @@ def value_and_natural_grad(
                 )
             gradient = scores.rmv(-scores.weights)
         else:
-            loss, gradient = _value_and_grad(log_prob, params, batch, batch_size)
+            loss, gradient = _value_and_grad(log_prob, params, batch)
             operator = _called(fisher, params, data, weights)
         operator = as_operator(operator, "natural_grad: `fisher`")
         where = batch.spec.mismatch(operator.spec.treedef, operator.spec.paths, operator.spec.shapes)
@@ -174,7 +174,7 @@ def _called(fisher: FisherFunction, params: chex.ArrayTree, data: tuple[Any, ...
         raise
 
 
-def _value_and_grad(log_prob: LogProb, params: chex.ArrayTree, batch: Batch, batch_size: int | None) -> tuple[Scalar, Any]:
+def _value_and_grad(log_prob: LogProb, params: chex.ArrayTree, batch: Batch) -> tuple[Scalar, Any]:
     """The mean negative log-likelihood and its plain gradient, in the statistics dtype."""
 
     def piece(omega: Float[Array, " n"], *data: Any) -> tuple[Scalar, Any]:
@@ -182,5 +182,5 @@ def _value_and_grad(log_prob: LogProb, params: chex.ArrayTree, batch: Batch, bat
         return value, batch.spec.tree(batch.spec.leaves(gradient, "gradient"))
 
     with of_one_example(log_prob, "log_prob", params, batch.data):
-        total: tuple[Scalar, Any] = sum_batches(piece, (batch.weights, *batch.data), batch_size)
+        total: tuple[Scalar, Any] = sum_batches(piece, (batch.weights, *batch.data), batch.batch_size)
     return total

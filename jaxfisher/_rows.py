@@ -30,6 +30,11 @@ class Rows(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def own(self) -> int:
+        """How many entries of an example, the first ones, are the library's and not given to the user's function."""
+        ...
+
     def seeds(self, params: chex.ArrayTree, /, *example: Any) -> Array:
         """What tells the rows of one example apart, stacked along a leading axis."""
         ...
@@ -45,6 +50,7 @@ class ScoreRows:
 
     function: LogProb
     name = "log_prob"
+    own = 0
 
     def seeds(self, params: chex.ArrayTree, /, *example: Any) -> Array:
         return jnp.zeros(1)
@@ -63,6 +69,7 @@ class ExactRows:
 
     function: Model
     name = "model"
+    own = 0
 
     def seeds(self, params: chex.ArrayTree, /, *inputs: Any) -> Array:
         noise, _ = ravel_pytree(predict(self.function, params, *inputs).fisher_noise())
@@ -88,6 +95,7 @@ class SampledRows:
     function: Model
     num_samples: int
     name = "model"
+    own = 1
 
     def seeds(self, params: chex.ArrayTree, key: PRNGKeyArray, /, *inputs: Any) -> Array:
         return jax.random.split(key, self.num_samples)

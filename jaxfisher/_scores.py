@@ -627,7 +627,7 @@ def values_and_scores(log_prob: LogProb, params: chex.ArrayTree, batch: Batch) -
 
 
 def _values_and_scores(rows: Rows, params: chex.ArrayTree, batch: Batch) -> tuple[Any, Scores]:
-    with of_one_example(rows.function, rows.name, params, batch.data):
+    with of_one_example(rows.function, rows.name, params, batch.data[rows.own :]):
         traced = trace(rows, params, batch.data)
     weights = jnp.repeat(batch.weights, traced.rows)
     batch_size = _batch_size(traced, rows, params, batch)
@@ -691,7 +691,7 @@ def scores(
         ValueError: (when called) arrays of different lengths, a non-scalar ``log_prob``, one that is a batch mean, weights of
             another shape, or known to be negative, not finite or all zero; a ``batch_size`` below one, a ``max_bytes`` that
             one example exceeds. Weights whose values are not known when it is traced, and that are such, give NaN.
-        TypeError: (when called) a parameter that is not a real floating array.
+        TypeError: ``center`` is neither True nor False; (when called) a parameter that is not a real floating array.
 
     Reference: Amari, Natural gradient works efficiently in learning (Neural Computation 1998), section 2.
 
@@ -703,6 +703,8 @@ def scores(
      [-2.]]
     """
     check_function("log_prob", log_prob, LOG_PROB)
+    if not isinstance(center, bool | np.bool_):
+        raise TypeError(f"scores: `center` is {described(center)}; expected True or False.")
     rows = ScoreRows(log_prob)
 
     def scores_of(params: chex.ArrayTree, *data: Any, weights: Float[Array, " n"] | None = None) -> Scores:

@@ -18,6 +18,7 @@ from jaxfisher._linalg import norm, power_of_two, to_unit
 from jaxfisher._operators.base import Damping, Dampings, Operator, View, as_operator, nonnegative
 from jaxfisher._scores import Scores
 from jaxfisher._tree import all_finite, cast_like, described, dtype_of
+from jaxfisher._values import is_array, whole
 
 
 class Solver(Protocol):
@@ -86,7 +87,7 @@ class CG:
         near = self.preconditioner
         if near is not None:
             near = as_operator(near if isinstance(near, Operator) else near(fisher), "CG: `preconditioner`")
-            fisher._same_parameters(near)
+            fisher.same_parameters(near, f"CG: cannot precondition {fisher} with `preconditioner`, {near}")
             inverse = near.inverse(known)
             precondition = lambda r: spec.ravel(inverse(spec.unravel(r / s)).x, "r") / s  # noqa: E731
         most = 10 * spec.size if self.max_steps is None else self.max_steps
@@ -112,7 +113,7 @@ class CG:
 
 def _check_rule(rtol: float, max_steps: int | None) -> None:
     nonnegative("rtol", rtol, jnp.float32)
-    if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1):
+    if max_steps is not None and (whole(max_steps) or 0) < 1:
         raise ValueError(f"`max_steps` is {described(max_steps)}; expected a whole number of at least one, or None.")
 
 
@@ -327,8 +328,11 @@ def solve_path(fisher: Operator, v: chex.ArrayTree, dampings: Float[Array, " k"]
     [2. 1.]
     """
     fisher = as_operator(fisher, "solve_path")
-    if jnp.ndim(dampings) != 1 or not jnp.issubdtype(dtype_of(dampings), jnp.floating):
-        raise ValueError(f"solve_path: `dampings` is {described(dampings)}; expected real numbers along one axis.")
+    if not is_array(dampings) or jnp.ndim(dampings) != 1 or not jnp.issubdtype(dtype_of(dampings), jnp.floating):
+        raise ValueError(
+            f"solve_path: `dampings` is {described(dampings)}; expected an array of real numbers along one axis. Pass such as "
+            "jnp.array([1e-3, 1e-2])."
+        )
     dampings = jnp.asarray(dampings).astype(fisher.spec.dtype)
     inverses = fisher.inverses(jnp.max(dampings, initial=0.0), by_eigenvectors)
     right = fisher._vector(v)

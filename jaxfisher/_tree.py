@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+
+from jaxfisher._values import check_array, is_array, is_sparse, is_table
+from jaxfisher._values import described as described
+from jaxfisher._values import dtype_of as dtype_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +77,12 @@ class ParamSpec:
 
     def check(self, tree: chex.ArrayTree, name: str) -> None:
         """Raise an error naming the first path at which ``tree`` is not a real vector shaped like the parameters."""
+        refuse_sparse(tree, lambda path: f"`{name}` at {path}")
         paths, leaves = path_names(tree), jax.tree.leaves(tree)
         for path, leaf in zip(paths, leaves, strict=True):
+            check_array(f"`{name}` at {path}", leaf)
             # Integers too: results take the dtypes of the vector, and would be cut to whole numbers.
-            if not _is_array(leaf) or not jnp.issubdtype(dtype_of(leaf), jnp.floating):
+            if not is_array(leaf) or not jnp.issubdtype(dtype_of(leaf), jnp.floating):
                 raise TypeError(
                     f"`{name}` at {path} is {described(leaf)}; expected real floating numbers. "
                     "Pass a pytree like the parameters, for instance a gradient."
@@ -125,8 +130,16 @@ def path_names(tree: chex.ArrayTree) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr(path) or "params" for path, _ in jax.tree_util.tree_leaves_with_path(tree))
 
 
+def refuse_sparse(tree: chex.ArrayTree, name: Callable[[str], str]) -> None:
+    """Raise `TypeError` where a part of the tree is a sparse array, whose own leaves would be taken for those of the tree."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_sparse):
+        if is_sparse(leaf):
+            check_array(name(jax.tree_util.keystr(path) or "params"), leaf)
+
+
 def param_spec(params: chex.ArrayTree) -> ParamSpec:
     """The spec of a parameter pytree, or a `TypeError` that names the leaf which is not a real floating array."""
+    refuse_sparse(params, lambda path: f"the parameter at {path}")
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = path_names(params)
     for path, (_, leaf) in zip(paths, flat, strict=True):
@@ -139,24 +152,6 @@ def param_spec(params: chex.ArrayTree) -> ParamSpec:
     )
 
 
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, float, int, complex)) or hasattr(leaf, "__array__")
-
-
-def dtype_of(leaf: Any) -> Any:
-    """The dtype of an array or number, also one that JAX has no use for, such as NumPy's strings."""
-    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-
-
-def described(value: Any) -> str:
-    """A value as a message shows it: the shape and dtype of an array, a number or string itself, else its type."""
-    if hasattr(value, "dtype") and jnp.shape(value) != ():
-        return f"an array of shape {jnp.shape(value)} and dtype {value.dtype}"
-    if hasattr(value, "dtype") or isinstance(value, (numbers.Number, str, type(None))):
-        return repr(value)
-    return f"a {type(value).__name__}"
-
-
 def check_function(name: str, value: Any, signature: str) -> None:
     """Raise `TypeError` unless the argument is a function."""
     if not callable(value):
@@ -164,7 +159,8 @@ def check_function(name: str, value: Any, signature: str) -> None:
 
 
 def _check_leaf(path: str, leaf: Any) -> None:
-    if not _is_array(leaf):
+    check_array(f"the parameter at {path}", leaf)
+    if not is_array(leaf) or is_table(leaf):
         raise TypeError(
             f"the parameter at {path} is a {type(leaf).__name__}, not an array. Keep functions and settings out of `params`: "
             "close over them in the model (for Equinox modules, `equinox.partition(model, equinox.is_inexact_array)`)."
@@ -214,6 +210,7 @@ def as_key(key: Any, caller: str) -> PRNGKeyArray:
     dtype = getattr(key, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == ():
         return key
-    if dtype == jnp.uint32 and key.shape == (2,):
+    # Of the implementation in use: two numbers for threefry, four for rbg.
+    if dtype == jnp.uint32 and key.shape == jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape:
         return jax.random.wrap_key_data(key)
     raise TypeError(f"{caller}: `key` is {described(key)}; expected one random key, jax.random.key(seed).")

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import lineax
 import numpy as np
 import optax
+import pandas
 import pytest
+import scipy.sparse
+from jax.experimental import sparse
 
 import jaxfisher as jf
 
@@ -23,6 +26,19 @@ def model(params, x):
 
 def line(theta, x):
     return jf.Normal(theta * x, jnp.ones(()))
+
+
+def density(params, x, y):
+    return -jnp.square(x @ params["w"] - y)
+
+
+def adapting():
+    return jf.adapt_damping(jf.natural_gradient(1.0, 0.1), 0.1)
+
+
+def five(count):
+    """A schedule of five numbers at a time."""
+    return jnp.full(5, count.astype(float))
 
 
 def batch_mean(params, x, y):
@@ -50,6 +66,26 @@ def with_leaf(leaf):
 
 def one_update(optimiser, updates=GRADIENT, params=PARAMS, **extra):
     return optimiser.update(updates, optimiser.init(params), params, **extra)
+
+
+SPARSE_X, SPARSE_W = sparse.BCOO.fromdense(X), sparse.BCOO.fromdense(PARAMS["w"])
+OTHERS = {"w": np.ones(2)}
+
+
+def foreign_state(optimiser, **extra):
+    """An update with the state for other parameters."""
+    return optimiser.update(GRADIENT, optimiser.init(OTHERS), PARAMS, fisher=fisher(), grad=GRADIENT, **extra)
+
+
+def looked(optimiser, **extra):
+    """An update of what looks at the loss."""
+    return one_update(optimiser, **{"fisher": fisher(), "value_fn": lambda params: jnp.sum(params["w"]), **extra})
+
+
+def trained(like):
+    """A step of `kfac`."""
+    opt = jf.kfac(like)
+    return jf.training_step(model, opt)(PARAMS, opt.init(PARAMS), X, Y)
 
 
 def large():
@@ -121,12 +157,83 @@ MISTAKES = [
     ("no examples", lambda: exact(PARAMS, X[:0]), ValueError, ["data[0] has no examples", "(0, 3)", "at least one"]),
     ("strings as data", lambda: empirical(PARAMS, X, np.array(["a"] * 5)), TypeError, ["data[1]", "<U1", "array of numbers"]),
     ("a string as data", lambda: exact(PARAMS, "abc"), TypeError, ["data[0] is 'abc'", "array of numbers"]),
+    ("None as data", lambda: empirical(PARAMS, X, None), TypeError, ["data[1] is None", "leading axis", "close over"]),
+    ("None as inputs", lambda: exact(PARAMS, None), TypeError, ["data[0] is None", "leading axis"]),
+    *[
+        (f"{kind} of data", lambda x=x: exact(PARAMS, x), TypeError, ["data[0] is", *words])
+        for kind, x, words in [
+            ("sparse array", SPARSE_X, ["BCOO", "(5, 3)", "dense", "x.todense()"]),
+            ("sparse matrix", scipy.sparse.csr_matrix(X), ["csr_matrix", "dense", "x.toarray()"]),
+            ("frame", pandas.DataFrame(X), ["pandas DataFrame", "(5, 3)", "x.to_numpy(float)"]),
+            (
+                "nullable column",
+                pandas.Series([1, 2, None, 4, 5], dtype="Int64"),
+                ["pandas Series", "Int64", "to_numpy(float)"],
+            ),
+            ("big-endian array", X.astype(">f4"), ["(5, 3)", ">f4", "other order", "newbyteorder('=')"]),
+            ("long double", X.astype(np.longdouble), [str(np.dtype(np.longdouble)), "float64 or narrower", "x.astype('<f8')"]),
+            ("complex long double", X.astype(np.clongdouble), ["complex128 or narrower", "x.astype('<c16')"]),
+        ]
+    ],
+    *[
+        (f"{where}, {kind}", lambda call=call, bad=bad: call(bad), TypeError, [name, seen, remedy])
+        for where, name, call in [
+            ("parameters", "the parameter at ['w']", lambda w: exact(with_leaf(w), X)),
+            ("vector", "`v` at ['w']", lambda w: fisher().mv(with_leaf(w))),
+            ("gradient", "`updates` at ['w']", lambda w: one_update(jf.scale_by_fisher(0.1), with_leaf(w), fisher=fisher())),
+        ]
+        for kind, bad, seen, remedy in [
+            ("big-endian", np.ones(3, ">f8"), ">f8", "newbyteorder"),
+            ("long double", np.ones(3, np.longdouble), "float64 or narrower", "astype"),
+            ("sparse", SPARSE_W, "sparse BCOO of shape (3,)", "x.todense()"),
+        ]
+    ],
+    (
+        "column as a parameter",
+        lambda: exact(with_leaf(pandas.Series(np.ones(3))), X),
+        TypeError,
+        ["['w']", "Series", "not an array"],
+    ),
+    (
+        "big-endian weights",
+        lambda: exact(PARAMS, X, weights=np.ones(5, ">f8")),
+        TypeError,
+        ["`weights`", ">f8", "newbyteorder"],
+    ),
+    # A wrong number of arguments: what was forgotten, or is in the wrong place.
+    *[
+        (f"{name} of {what}", lambda call=call, data=data: call(*data), TypeError, [*seen, *words])
+        for what, data, words in [
+            ("no target", (X,), ["1 entry of data", "missing a required argument", "(params, *"]),
+            ("weights by position", (X, Y, np.ones(5)), ["3 entries of data", "too many", "weights=w"]),
+        ]
+        for name, call, seen in [
+            ("log-likelihood", lambda *data: empirical(PARAMS, *data), ["`log_prob`", "(params, x), and then the target"]),
+            ("log-density", lambda *data: jf.scores(density)(PARAMS, *data), ["`log_prob` takes (params, x, y)"]),
+            ("natural gradient", lambda *data: jf.natural_grad(log_prob, damping=1.0)(PARAMS, *data), ["`log_prob`"]),
+            ("training step", lambda *data: jf.training_step(model, optax.sgd(1.0))(PARAMS, (), *data), ["then the target"]),
+        ]
+    ],
+    *[
+        (
+            f"targets, {name}",
+            lambda call=call: call(X, Y),
+            TypeError,
+            ["`model` takes (params, x)", "2 entries", "own predictions", "weights=w"],
+        )
+        for name, call in [
+            ("exact", lambda *data: exact(PARAMS, *data)),
+            ("implicit", lambda *data: jf.implicit_fisher(model)(PARAMS, *data)),
+            ("sampled", lambda *data: jf.sampled_fisher(model)(PARAMS, KEY, *data)),
+            ("divergence", lambda *data: jf.kl(model)(PARAMS, PARAMS, *data)),
+        ]
+    ],
     ("no data", lambda: empirical(PARAMS), TypeError, ["empirical_fisher", "without data", "batch mean", "(params, *data)"]),
     ("no data, scores", lambda: jf.scores(log_prob)(PARAMS), TypeError, ["jaxfisher.scores", "ONE example", "batch mean"]),
     ("no data, gradient", lambda: jf.natural_grad(log_prob, damping=1.0)(PARAMS), TypeError, ["natural_grad", "batch mean"]),
     ("no data, Hessian", lambda: jf.observed_information(log_prob)(PARAMS), TypeError, ["observed_information", "batch mean"]),
     ("no samples", lambda: jf.monte_carlo_kl(log_prob)(PARAMS, PARAMS, ()), TypeError, ["(params_p, params_q, samples)"]),
-    ("no inputs", lambda: exact(PARAMS), TypeError, ["missing 1 required", "`model`", "parameters alone"]),
+    ("no inputs", lambda: exact(PARAMS), TypeError, ["missing a required", "`model` takes (params, x)", "0 entries of data"]),
     ("weights' shape", lambda: exact(PARAMS, X, weights=np.ones((5, 1))), ValueError, ["`weights`", "(5, 1)", "(5,)"]),
     ("complex weights", lambda: exact(PARAMS, X, weights=np.ones(5, complex)), TypeError, ["`weights`", "complex", "real"]),
     *[
@@ -186,6 +293,7 @@ MISTAKES = [
         TypeError,
         ["`key` is 0", "jax.random.key", "(params, key, *inputs)"],
     ),
+    ("nystrom, a number for a key", lambda: jf.nystrom(fisher(), 2, 0), TypeError, ["nystrom: `key` is 0", "jax.random.key"]),
     ("data as key", lambda: jf.sampled_fisher(model)(PARAMS, X), TypeError, ["`key`", "(5, 3)", "jax.random.key"]),
     (
         "many keys",
@@ -193,6 +301,15 @@ MISTAKES = [
         TypeError,
         ["`key`", "(2,)", "one random"],
     ),
+    *[
+        (
+            f"center {bad!r}",
+            lambda bad=bad: jf.scores(log_prob, center=bad),
+            TypeError,
+            [f"`center` is {bad!r}", "True or False"],
+        )
+        for bad in ("yes", 1, None)
+    ],
     # log_prob.
     ("no function", lambda: jf.scores(3.0), TypeError, ["`log_prob` is 3.0", "(params, *example)"]),
     (
@@ -332,6 +449,95 @@ MISTAKES = [
         ValueError,
         ["scale_to_kl", "['w']", "(4,)", "(3,)"],
     ),
+    *[
+        (f"kfac of {what}", call, ValueError, ["kfac", "empirical", "jf.exact_fisher(model)(params, x)"])
+        for what, call in [
+            ("an empirical Fisher", lambda: trained(lambda: empirical(PARAMS, X, Y))),
+            ("a part empirical", lambda: trained(lambda: fisher() + empirical(PARAMS, X, Y))),
+            (
+                "empirical views",
+                lambda: trained(lambda: jf.implicit_fisher(model)(PARAMS, X, views_of=empirical(PARAMS, X, Y))),
+            ),
+            ("one at an update", lambda: looked(jf.kfac(fisher), fisher=empirical(PARAMS, X, Y))),
+        ]
+    ],
+    *[
+        (f"{name} of {what}", lambda call=call, **k: call(), TypeError, [*words, "one real number"])
+        for name, what, call, words in [
+            (
+                "value_fn",
+                "adapt_damping",
+                lambda: looked(adapting(), value_fn=lambda p: p["w"]),
+                ["adapt_damping: `value_fn` returned", "(3,)"],
+            ),
+            ("value", "adapt_damping", lambda: looked(adapting(), value=np.ones(5)), ["adapt_damping: `value` is", "(5,)"]),
+            (
+                "value_fn",
+                "backtrack_kl",
+                lambda: looked(jf.backtrack_kl(1.0), value_fn=lambda p: p["w"], kl_fn=len),
+                ["`value_fn` returned"],
+            ),
+            (
+                "kl_fn",
+                "backtrack_kl",
+                lambda: looked(jf.backtrack_kl(1.0), kl_fn=lambda p: p["w"]),
+                ["`kl_fn` returned", "(3,)"],
+            ),
+            (
+                "schedule",
+                "damping",
+                lambda: one_update(jf.scale_by_fisher(five), fisher=fisher()),
+                ["schedule `damping`", "(5,)"],
+            ),
+            (
+                "schedule",
+                "quadratic_model",
+                lambda: one_update(jf.quadratic_model(five), fisher=fisher(), grad=GRADIENT),
+                ["schedule `damping`"],
+            ),
+            (
+                "schedule",
+                "learning_rate",
+                lambda: one_update(jf.natural_gradient(five, 0.1), fisher=fisher()),
+                ["schedule `learning_rate`", "(5,)"],
+            ),
+        ]
+    ],
+    *[
+        (f"state for others, {name}", lambda make=make: foreign_state(make()), ValueError, ["state", "(2,)", "(3,)", *words])
+        for name, make, words in [
+            ("momentum", lambda: jf.scale_by_fisher(0.1, momentum=0.9), ["scale_by_fisher", "opt.init(params)"]),
+            ("decay", lambda: jf.scale_by_fisher(0.1, view=jf.diagonal, decay=0.9), ["other parameters", "opt.init(params)"]),
+            ("update_every", lambda: jf.scale_by_fisher(0.1, view=jf.diagonal, update_every=2), ["same parameters"]),
+            ("step", lambda: jf.quadratic_model(0.1), ["quadratic_model", "opt.init(params)"]),
+        ]
+    ],
+    *[
+        (
+            f"state of another, {name}",
+            lambda opt=opt: opt.update(GRADIENT, (), PARAMS, fisher=fisher(), grad=GRADIENT),
+            TypeError,
+            [name, "a tuple", "State", "opt.update(grads, state, params"],
+        )
+        for name, opt in [
+            ("scale_by_fisher", jf.scale_by_fisher(0.1)),
+            ("quadratic_model", jf.quadratic_model(0.1)),
+            ("adapt_damping", jf.adapt_damping(jf.natural_gradient(1.0, 0.1), 0.1)),
+        ]
+    ],
+    *[
+        (
+            f"training_step of {what}",
+            lambda opt=opt: jf.training_step(model, opt),
+            TypeError,
+            ["training_step: `optimiser`", *words],
+        )
+        for what, opt, words in [
+            ("MultiSteps", optax.MultiSteps(optax.sgd(1.0), 2), ["MultiSteps", ".gradient_transformation()"]),
+            ("a function", jf.kfac, ["a function", "Call the function that makes it"]),
+            ("a number", 0.1, ["0.1", "jf.natural_gradient"]),
+        ]
+    ],
     ("view, a word", lambda: jf.scale_by_fisher(0.1, view="diagonal"), TypeError, ["`view` is 'diagonal'", "jf.diagonal"]),
     (
         "view, no operator",
@@ -388,6 +594,25 @@ MISTAKES = [
             ("solve", lambda f: jf.solve(f, GRADIENT, 0.1)),
         ]
     ],
+    (
+        "preconditioner of others",
+        lambda: jf.solve(fisher(), GRADIENT, 0.1, jf.CG(preconditioner=jf.exact_fisher(line)(1.0, Y))),
+        ValueError,
+        ["CG", "`preconditioner`", "params 1", "no leaf at ['b']", "same parameters"],
+    ),
+    (
+        "basis of others",
+        lambda: jf.eigen_kronecker(fisher(), basis=jf.block_diagonal(jf.exact_fisher(line)(1.0, Y))),
+        ValueError,
+        ["eigen_kronecker", "`basis`", "params 1", "same parameters"],
+    ),
+    (
+        "path of a list",
+        lambda: jf.solve_path(fisher(), GRADIENT, [0.1, 1.0]),
+        ValueError,
+        ["`dampings` is a list", "jnp.array("],
+    ),
+    ("path of a number", lambda: jf.solve_path(fisher(), GRADIENT, 0.1), ValueError, ["`dampings` is 0.1", "jnp.array("]),
     *[
         (f"solver {name}", lambda s=s: jf.solve(fisher(), GRADIENT, 0.1, solver=s), TypeError, ["`solver`", seen, "jf.CG()"])
         for name, s, seen in [
@@ -478,6 +703,18 @@ def test_numpy_floats_and_scalars_are_parameters():
         for weights in (None, np.ones(5), np.ones(5, int), np.ones(5, bool), [1.0] * 5):
             matrix = jf.exact_fisher(line)(slope, Y, weights=weights).as_matrix()
             np.testing.assert_allclose(matrix, [[np.mean(Y**2)]], rtol=50 * np.finfo(np.float32).eps)
+
+
+def test_numpy_whole_numbers_count_examples_rows_and_draws():
+    for four in (np.int64(4), np.uint8(4)):
+        assert jf.exact_fisher(model, batch_size=four)(PARAMS, X).scores.batch_size == 4
+        assert jf.sampled_fisher(model, four)(PARAMS, KEY, X).scores.num_rows == 20
+        assert jf.low_rank(fisher(), np.int64(2)).vectors.shape == (4, 2)
+
+
+def test_a_column_of_plain_numbers_is_data():
+    expected = empirical(PARAMS, X, Y).as_matrix()
+    np.testing.assert_array_equal(empirical(PARAMS, X, pandas.Series(Y)).as_matrix(), expected)
 
 
 @pytest.mark.parametrize("damping", [0, 1, 0.5, np.float32(0.5), np.array(0.5), jnp.float32(0.5), jnp.array(1)])

@@ -25,7 +25,8 @@ from jaxtyping import Array, Float, Int, Scalar
 from jaxfisher._inverse import Factorise, Solved, SolveInfo, by_invert, direct_info, log_determinant, refined
 from jaxfisher._linalg import eigenvalues, matmul, norm, null_vectors, spectral_mv, to_unit, unit_rank
 from jaxfisher._scores import Scores
-from jaxfisher._tree import ParamSpec, cast_like, described, dot, dtype_of
+from jaxfisher._tree import ParamSpec, cast_like, described, dot
+from jaxfisher._values import is_number
 
 Damping: TypeAlias = Any
 """One number, or a pytree like the parameters with one number for each leaf."""
@@ -308,11 +309,12 @@ class Operator(abc.ABC):
     def _vector(self, v: chex.ArrayTree) -> Any:
         return self.spec.tree(self.spec.leaves(v, "v"))
 
-    def _same_parameters(self, other: Operator) -> None:
+    def same_parameters(self, other: Operator, what: str) -> None:
+        """Raise `ValueError` unless the other is over the same parameters; ``what`` says what cannot be done if it is not."""
         if other.spec != self.spec:
             where = self.spec.mismatch(other.spec.treedef, other.spec.paths, other.spec.shapes)
             raise ValueError(
-                f"cannot add {other} to {self}: they are over different parameters. In the second, "
+                f"{what}: they are over different parameters. In the latter, "
                 f"{where or f'the dtypes are {other.spec.dtypes}, not {self.spec.dtypes}'}. "
                 "Make both at the same parameters."
             )
@@ -326,7 +328,7 @@ class Operator(abc.ABC):
                 f"cannot add a Fisher and {described(other)}: expected two Fishers over the same parameters. A multiple of "
                 "the identity is jf.scaled_identity(F, c), or `damping`, an argument of solve, logdet and natural_grad."
             )
-        self._same_parameters(other)
+        self.same_parameters(other, f"cannot add to {self} the operator {other}")
         return self._plus(other) if self.takes_sums >= other.takes_sums else other._plus(self)
 
     __radd__ = __add__
@@ -407,13 +409,8 @@ def nonnegative(name: str, value: chex.Numeric, dtype: Any) -> Scalar:
 
 def check_number(name: str, value: Any, expected: str = "one real number") -> None:
     """Raise `TypeError` unless the argument is a real scalar: Python's, NumPy's, or an array without axes."""
-    number = isinstance(value, numbers.Real) or hasattr(value, "dtype")
-    if isinstance(value, bool) or not number or jnp.shape(value) != () or not _is_real(dtype_of(value)):
+    if not is_number(value):
         raise TypeError(f"`{name}` is {described(value)}; expected {expected}.")
-
-
-def _is_real(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
 def is_one_damping(damping: Damping, spec: ParamSpec) -> bool:

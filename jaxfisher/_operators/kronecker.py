@@ -396,7 +396,7 @@ def eigen_kronecker(fisher: Operator, basis: BlockDiagonal | None = None, rest: 
         basis = kronecker(fisher, rest)
     if not isinstance(basis, BlockDiagonal):
         raise TypeError(f"eigen_kronecker: `basis` is {basis!r}; expected jf.kronecker(fisher) or jf.eigen_kronecker(fisher).")
-    fisher._same_parameters(basis)
+    fisher.same_parameters(basis, f"eigen_kronecker: cannot view {fisher} in `basis`, {basis}")
     chosen = [
         (group, block.factorised() if isinstance(block, Kronecker) else block)
         for group, block in zip(basis.members, basis.blocks, strict=True)

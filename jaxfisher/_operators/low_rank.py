@@ -15,7 +15,8 @@ from jaxfisher._linalg import matmul, mirrored, norm, to_unit
 from jaxfisher._operators.base import Operator, Provenance, as_operator
 from jaxfisher._operators.from_scores import FromScores, Scaled
 from jaxfisher._operators.spectral import Spectral
-from jaxfisher._tree import ParamSpec, described
+from jaxfisher._tree import ParamSpec, as_key, described
+from jaxfisher._values import whole
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("vectors", "values", "floor"), meta_fields=("spec", "provenance"))
@@ -130,7 +131,7 @@ def nystrom(fisher: Operator, rank: int, key: PRNGKeyArray) -> LowRank:
         key: a random key.
 
     Raises:
-        TypeError: ``fisher`` is not an operator.
+        TypeError: ``fisher`` is not an operator, ``key`` no random key.
         ValueError: ``rank`` out of range.
 
     Reference: Frangella, Tropp and Udell, Randomized Nystrom preconditioning (SIAM J. Matrix Anal. Appl. 2023), algorithm 2.1
@@ -145,7 +146,7 @@ def nystrom(fisher: Operator, rank: int, key: PRNGKeyArray) -> LowRank:
     fisher = as_operator(fisher, "nystrom").viewed
     _check_rank(rank, fisher.size, "nystrom")
     spec, product = fisher.spec, fisher.linearised()
-    sketch = jnp.linalg.qr(jax.random.normal(key, (spec.size, rank), spec.dtype))[0]
+    sketch = jnp.linalg.qr(jax.random.normal(as_key(key, "nystrom"), (spec.size, rank), spec.dtype))[0]
     # One product at a time: a batch of them would be a batch of all factors. In units of the image, whose size may be anything.
     image = jax.lax.map(lambda v: spec.ravel(product(spec.unravel(v)), "v"), sketch.T).T
     size = norm(image.reshape(-1))
@@ -208,5 +209,5 @@ def partial_cholesky(fisher: Operator, rank: int) -> LowRank:
 
 
 def _check_rank(rank: int, most: int, caller: str) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:
+    if not 1 <= (whole(rank) or 0) <= most:
         raise ValueError(f"{caller}: `rank` is {described(rank)}; expected a whole number from 1 to {most:,}.")

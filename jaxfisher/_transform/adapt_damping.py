@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._operators.base import Operator, check_number, nonnegative
-from jaxfisher._transform.given import check_params, fisher_for, function_for
+from jaxfisher._transform.given import check_params, check_state, fisher_for, function_for, value_for
 from jaxfisher._tree import described, dot
 
 
@@ -138,8 +138,9 @@ def adapting(
         check_params(params, "adapt_damping")
         if not jax.tree.leaves(updates):
             return updates, state
+        check_state(state, AdaptDampingState, "adapt_damping")
         loss = function_for("value_fn", value_fn, "from parameters to the loss", "adapt_damping")
-        start = jnp.asarray(loss(params) if value is None else value)
+        start = value_for(value, loss, params, "adapt_damping")
         # Made once here, where it is needed at every update, and not again by everything inside.
         operator = fisher_for(updates, fisher, "adapt_damping")
         # The gradient is what comes in: under `optax.MultiSteps` it is a mean, and one given by keyword is not.

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._operators.base import nonnegative
-from jaxfisher._transform.given import check_params, function_for
+from jaxfisher._transform.given import check_params, function_for, value_for
 from jaxfisher._tree import scaled, select
 
 
@@ -86,14 +86,14 @@ def backtrack_kl(radius: chex.Numeric, max_halvings: chex.Numeric = 10) -> optax
         check_params(params, "backtrack_kl")
         loss = function_for("value_fn", value_fn, "from parameters to the loss", "backtrack_kl")
         divergence = function_for("kl_fn", kl_fn, "such as lambda new: jf.kl(model)(params, new, x)", "backtrack_kl")
-        start = jnp.asarray(loss(params) if value is None else value)
+        start = value_for(value, loss, params, "backtrack_kl")
 
         def at_length(halvings: Int[Array, ""]) -> Any:
             return scaled(updates, jnp.exp2(-halvings.astype(jnp.float32)))
 
         def tried(halvings: Int[Array, ""]) -> tuple[Array, Bool[Array, ""], Scalar]:
             new = optax.apply_updates(params, at_length(halvings))
-            moved = jnp.asarray(divergence(new))
+            moved = divergence(new)
             # Comparisons with a NaN are false: it is not taken.
             return halvings, (moved <= radius) & (loss(new) < start), moved.astype(jnp.float32)
 

@@ -13,7 +13,8 @@ import optax
 from jaxtyping import Array, Int
 
 from jaxfisher._operators.base import Operator, as_operator
-from jaxfisher._tree import described, path_names
+from jaxfisher._tree import described, path_names, refuse_sparse
+from jaxfisher._values import is_number
 
 ScalarOrSchedule: TypeAlias = float | Array | Callable[[Array], Any]
 """A number, or a function of the update count that gives one."""
@@ -34,6 +35,7 @@ def fisher_for(updates: Any, fisher: Operator | Callable[[], Operator] | None, c
         _needs_no_arguments(fisher, caller)
         fisher = fisher()
     operator = as_operator(fisher, f"{caller}: `fisher`")
+    refuse_sparse(updates, lambda path: f"{caller}: `updates` at {path}")
     treedef = jax.tree.structure(updates)
     names = path_names(updates)
     known = all(name in operator.spec.paths for name in names)
@@ -59,20 +61,58 @@ def _needs_no_arguments(fisher: Callable[[], Operator], caller: str) -> None:
         ) from error
 
 
-def damping_for(given: chex.Numeric | None, usual: ScalarOrSchedule, count: Int[Array, ""]) -> Any:
+def damping_for(given: chex.Numeric | None, usual: ScalarOrSchedule, count: Int[Array, ""], caller: str) -> Any:
     """The damping of one update: the one it is given, else the optimiser's own, a number or a schedule."""
     if given is not None:
         return given
-    return usual(count) if callable(usual) else usual
+    return scheduled("damping", usual, "one real number of at least zero", caller)(count) if callable(usual) else usual
 
 
-def function_for(name: str, function: Callable[[Any], Any] | None, meaning: str, caller: str) -> Callable[[Any], Any]:
-    """A function given by keyword, or an error that says how to give it."""
+def scheduled(name: str, schedule: Callable[[Array], Any], expected: str, caller: str) -> Callable[[Array], Any]:
+    """The schedule, whose values are checked."""
+    return lambda count: _one_number(f"the schedule `{name}` returned", schedule(count), f"{expected} for each count", caller)
+
+
+def function_for(name: str, function: Callable[[Any], Any] | None, meaning: str, caller: str) -> Callable[[Any], Array]:
+    """A function of parameters given by keyword, whose values are checked; or an error that says how to give it."""
     if function is None:
         raise ValueError(f"{caller}: `update` needs `{name}`, a function {meaning}. Pass it by keyword to opt.update.")
     if not callable(function):
         raise TypeError(f"{caller}: `{name}` is {described(function)}; expected a function {meaning}.")
-    return function
+    given = function
+    return lambda params: jnp.asarray(
+        _one_number(f"`{name}` returned", given(params), "one real number, the mean over the batch", caller)
+    )
+
+
+def value_for(value: chex.Numeric | None, loss: Callable[[Any], Array], params: Any, caller: str) -> Array:
+    """The loss at the parameters, as it is given or else computed."""
+    return loss(params) if value is None else jnp.asarray(_one_number("`value` is", value, "one real number, the loss", caller))
+
+
+def _one_number(seen: str, value: Any, expected: str, caller: str) -> Any:
+    if not is_number(value):
+        raise TypeError(f"{caller}: {seen} {described(value)}; expected {expected}.")
+    return value
+
+
+def check_state(state: Any, kind: type, caller: str) -> None:
+    """Raise `TypeError` unless a state is of this transformation."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"{caller}: the state is {described(state)}; expected the {kind.__name__} that `init` or the last `update` gave. "
+            "Call opt.update(grads, state, params, ...) with the state of this very optimiser."
+        )
+
+
+def check_vector_of_state(held: Any, new: Any, caller: str) -> None:
+    """Raise `ValueError` unless what a state holds has the structure and shapes of what it is to be used with."""
+    shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (held, new)]
+    if str(jax.tree.structure(held)) != str(jax.tree.structure(new)) or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{caller}: the state was made for other parameters: it holds arrays of shapes {shapes[0]}, and this update needs "
+            f"{shapes[1]}. Make it of the parameters that the updates are for: state = opt.init(params)."
+        )
 
 
 def check_params(params: Any, caller: str) -> None:

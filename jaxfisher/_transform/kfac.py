@@ -11,13 +11,14 @@ import optax
 from jaxtyping import Scalar
 
 from jaxfisher._inverse import SolveInfo
-from jaxfisher._operators.base import Operator, View
+from jaxfisher._operators.base import VIEW, Operator, View
 from jaxfisher._operators.identity import relative_damping
 from jaxfisher._operators.kronecker import factored_damping, kronecker
 from jaxfisher._solve import Solver, check_solver, solve
 from jaxfisher._transform.adapt_damping import Rule, adapting
 from jaxfisher._transform.quadratic_model import quadratic_model
 from jaxfisher._transform.scale_by_fisher import scale_by_fisher
+from jaxfisher._tree import check_function
 
 SHARE = 1e-2
 """The damping of the direction in dampings of the length: the best of a few powers of ten on four tasks."""
@@ -46,7 +47,8 @@ def kfac(
     ratio of the loss's actual decrease to the predicted one; a step that raises the batch's loss is not taken. The ratio judges
     the model that gives the length, not K: so lambda damps the length, and the direction is damped by a share of it, and by no
     less than a share of the mean eigenvalue, where lambda goes to zero. Give it the exact Fisher, or, where outputs are many,
-    `jaxfisher.implicit_fisher` with ``views_of`` a sampled one; never the empirical one::
+    `jaxfisher.implicit_fisher` with ``views_of`` a sampled one. The empirical one is refused: the length of the step comes from
+    the Fisher's size, and that of the empirical Fisher falls with the loss, whatever the curvature::
 
         opt = jf.kfac(like=lambda: jf.exact_fisher(model)(params, x))
         step = jax.jit(jf.training_step(model, opt))
@@ -68,8 +70,8 @@ def kfac(
         computed", unless a ``solver`` has it anyway.
 
     Raises:
-        ValueError: as in `adapt_damping` and `scale_by_fisher`.
-        TypeError: ``solver`` is no solver.
+        ValueError: as in `adapt_damping` and `scale_by_fisher`; (at init or update) an empirical Fisher.
+        TypeError: ``solver`` or ``view`` is none.
 
     Reference: Martens and Grosse (ICML 2015), sections 6 and 7.
 
@@ -83,8 +85,16 @@ def kfac(
     True True
     """
     check_solver(solver)
+    if view is not None:
+        check_function("view", view, VIEW)
+
+    def viewed(fisher: Operator) -> Operator:
+        _refuse_empirical(fisher)
+        assert view is not None
+        return view(fisher)
 
     def lightly(fisher: Operator, v: Any, damping: Scalar) -> tuple[Any, SolveInfo]:
+        _refuse_empirical(fisher)
         # Of a direction whose length will be damped by ``damping``.
         least = relative_damping(fisher, LEAST)
         x, info = solve(fisher, v, jnp.maximum(SHARE * damping.astype(least.dtype), least), solver)
@@ -93,7 +103,9 @@ def kfac(
             info = info._replace(residual=jnp.full_like(info.residual, jnp.nan), converged=info.finite)
         return x, info
 
-    direction = scale_by_fisher(damping, view=view, solver=lightly, decay=decay, update_every=update_every, like=like)
+    direction = scale_by_fisher(
+        damping, view=None if view is None else viewed, solver=lightly, decay=decay, update_every=update_every, like=like
+    )
     # That model knows what it promised: one product with the Fisher less.
     return adapting(optax.chain(direction, quadratic_model(damping)), damping, RULE, _promised)
 
@@ -102,3 +114,15 @@ def _promised(operator: Operator, g: Any, u: Any, after: Any) -> Scalar:
     """The decrease by the quadratic model inside, which gave the step its length."""
     del operator, g, u
     return -after[1].change
+
+
+def _refuse_empirical(fisher: Operator) -> None:
+    """Raise `ValueError` where the curvature, or what its views are taken of, is an empirical Fisher."""
+    for operator in (fisher, fisher.viewed):
+        kinds = [part.kind for part in operator.provenance.parts or (operator.provenance,)]
+        if "empirical" in kinds:
+            raise ValueError(
+                f"kfac: the curvature is {fisher}; expected no empirical Fisher, whose size is that of the scores at the data, "
+                "whatever the loss's curvature. Give jf.exact_fisher(model)(params, x), or where outputs are many "
+                "jf.sampled_fisher(model)(params, key, x) or jf.implicit_fisher(model)(params, x, views_of=a sampled one)."
+            )

@@ -9,7 +9,7 @@ import optax
 
 from jaxfisher._operators.base import Operator, View, check_number
 from jaxfisher._solve import Solver
-from jaxfisher._transform.given import ScalarOrSchedule
+from jaxfisher._transform.given import ScalarOrSchedule, scheduled
 from jaxfisher._transform.scale_by_fisher import scale_by_fisher
 from jaxfisher._transform.scale_to_kl import scale_to_kl
 
@@ -59,7 +59,9 @@ def natural_gradient(
     >>> print(optax.apply_updates(0.0, updates))
     2.0
     """
-    if not callable(learning_rate):
+    if callable(learning_rate):
+        learning_rate = scheduled("learning_rate", learning_rate, "one real number", "natural_gradient")
+    else:
         check_number("learning_rate", learning_rate, "one real number, or a schedule")
     given = {"solver": solver, "decay": decay, "update_every": update_every, "like": like}
     steps = [scale_by_fisher(damping, view=view, **given), optax.scale_by_learning_rate(learning_rate)]  # type: ignore[arg-type]

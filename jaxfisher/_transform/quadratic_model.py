@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._linalg import matmul
 from jaxfisher._operators.base import Operator, nonnegative
-from jaxfisher._transform.given import ScalarOrSchedule, damping_for, fisher_for
+from jaxfisher._transform.given import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
 from jaxfisher._tree import cast_like, param_spec
 
 
@@ -94,11 +94,13 @@ def quadratic_model(damping: ScalarOrSchedule) -> optax.GradientTransformationEx
             return updates, state
         if grad is None:
             raise ValueError("quadratic_model: `update` needs `grad`, the gradient itself. Pass it by keyword to opt.update.")
+        check_state(state, QuadraticModelState, "quadratic_model")
+        check_vector_of_state(state.step, updates, "quadratic_model")
         operator = fisher_for(updates, fisher, "quadratic_model")
-        strength = damping_for(damping, usual, state.count)
+        strength = nonnegative("damping", damping_for(damping, usual, state.count, "quadratic_model"), operator.spec.dtype)
         g, d = operator.spec.tree(operator.spec.leaves(grad, "grad")), operator._vector(updates)
         columns = jax.tree.map(lambda d, v: jnp.stack([-d, v]), d, state.step)
-        (alpha, mu), change = _minimum(operator, g, columns, jnp.asarray(strength, operator.spec.dtype))
+        (alpha, mu), change = _minimum(operator, g, columns, strength)
         step = jax.tree.map(lambda d, v: mu * v - alpha * d, d, state.step)
         return cast_like(step, updates), QuadraticModelState(optax.safe_increment(state.count), step, alpha, mu, change)
 

@@ -18,7 +18,7 @@ from jaxfisher._inverse import SolveInfo
 from jaxfisher._operators.base import VIEW, Operator, Provenance, View, as_operator, check_number, nonnegative
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._solve import Solver, check_solver, solve
-from jaxfisher._transform.given import ScalarOrSchedule, damping_for, fisher_for
+from jaxfisher._transform.given import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
 from jaxfisher._tree import all_finite, cast_like, check_function, param_spec, scaled
 
 
@@ -135,6 +135,9 @@ def scale_by_fisher(
         del params, extra_args
         if not jax.tree.leaves(updates):
             return updates, state
+        check_state(state, ScaleByFisherState, "scale_by_fisher")
+        if momentum is not None:
+            check_vector_of_state(state.previous, updates, "scale_by_fisher")
 
         def fresh(refresh: Int[Array, ""]) -> tuple[Operator, Any]:
             return _running_mean(viewed(fisher_for(updates, fisher, "scale_by_fisher")), state.mean, refresh, decay)
@@ -143,7 +146,7 @@ def scale_by_fisher(
             operator, mean, held = _refreshed(fresh, state, update_every)
         else:
             (operator, mean), held = fresh(state.count), ()
-        strength = damping_for(damping, usual, state.count)
+        strength = damping_for(damping, usual, state.count, "scale_by_fisher")
         previous = None if momentum is None else (momentum, state.previous)
         result, info = _precondition(operator, updates, power, strength, solver, previous)
         kept = () if momentum is None else result
@@ -207,8 +210,8 @@ def _refreshed(
     if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in state.held]:
         seen, expected = ([leaf.shape for leaf in arrays] for arrays in (leaves, state.held))
         raise ValueError(
-            f"scale_by_fisher: `fisher`, {shape}, holds arrays of shapes {seen}; those of `like` have {expected}. "
-            "Give `like` an operator of the same model and number of examples."
+            f"scale_by_fisher: `fisher`, {shape}, holds arrays of shapes {seen}; the state has {expected} of `like`. Make the "
+            "state for the same parameters, and give `like` an operator of the same model and number of examples."
         )
     held, mean = jax.lax.cond(state.count % every == 0, made, lambda: (state.held, state.mean))
     return jax.tree.unflatten(treedef, held), mean, held
@@ -218,10 +221,12 @@ def _running_mean(operator: Operator, mean: Any, before: Int[Array, ""], decay: 
     """The debiased running mean as an operator, and as it is kept; ``before`` tells how many went into it."""
     if decay is None:
         return operator, mean
+    new = _averaging(operator).arrays
+    check_vector_of_state(mean, new, "scale_by_fisher")
     beta = jnp.asarray(decay, operator.spec.dtype)
     # What is debiased stays so: the newest has the weight that it has in a mean of as many as there are.
     share = (1 - beta) / (1 - beta ** (before + 1).astype(beta.dtype))
-    mean = jax.tree.map(lambda old, new: old + share * (new - old), mean, _averaging(operator).arrays)
+    mean = jax.tree.map(lambda a, b: a + share * (b - a), mean, new)
     return operator.with_arrays(mean), mean
 
 

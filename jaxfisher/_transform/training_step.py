@@ -62,8 +62,7 @@ def training_step(model: Model, optimiser: optax.GradientTransformation, fisher:
     3.0
     """
     check_function("model", model, MODEL)
-    if not isinstance(optimiser, optax.GradientTransformation):
-        raise TypeError(f"training_step: `optimiser` is {described(optimiser)}; expected a gradient transformation.")
+    _check_optimiser(optimiser)
     if fisher is not None:
         check_function("fisher", fisher, "(params, *inputs) -> operator")
     log_prob = log_likelihood(model)
@@ -96,3 +95,14 @@ def training_step(model: Model, optimiser: optax.GradientTransformation, fisher:
         return optax.apply_updates(params, updates), state, value
 
     return step
+
+
+def _check_optimiser(optimiser: Any) -> None:
+    if isinstance(optimiser, optax.GradientTransformation):
+        return
+    remedy = "Pass such as jf.natural_gradient(1.0, 0.1), or one of Optax."
+    if hasattr(optimiser, "gradient_transformation"):
+        remedy = "Pass what its method gives: optimiser.gradient_transformation()."
+    elif callable(optimiser):
+        remedy = "Call the function that makes it first."
+    raise TypeError(f"training_step: `optimiser` is {described(optimiser)}; expected a gradient transformation. {remedy}")

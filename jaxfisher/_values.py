@@ -1,0 +1,78 @@
+"""What users pass for arrays and numbers: how a message shows it, and what keeps JAX from taking it."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_array(value: Any) -> bool:
+    """Whether it is an array or a number, of whatever kind."""
+    return isinstance(value, (jax.Array, jax.ShapeDtypeStruct, float, int, complex)) or hasattr(value, "__array__")
+
+
+def dtype_of(value: Any) -> Any:
+    """The dtype of an array or number, also one that JAX has no use for, such as NumPy's strings."""
+    return value.dtype if hasattr(value, "dtype") else jnp.result_type(value)
+
+
+def described(value: Any) -> str:
+    """A value as a message shows it: the shape and dtype of an array, a number or string itself, else its type."""
+    if hasattr(value, "dtype") and np.shape(value) != ():
+        return f"an array of shape {np.shape(value)} and dtype {value.dtype}"
+    if hasattr(value, "dtype") or isinstance(value, (numbers.Number, str, type(None))):
+        return repr(value)
+    return f"a {type(value).__name__}"
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real scalar: Python's, NumPy's, or an array without axes; a boolean is none."""
+    if isinstance(value, bool) or not (isinstance(value, numbers.Real) or hasattr(value, "dtype")) or np.shape(value) != ():
+        return False
+    return any(jnp.issubdtype(dtype_of(value), kind) for kind in (jnp.floating, jnp.integer))
+
+
+def is_sparse(value: Any) -> bool:
+    """Whether it is a sparse array of JAX, whose parts a pytree would show one by one, or a matrix of SciPy."""
+    return type(value).__module__.startswith(("jax.experimental.sparse", "scipy.sparse"))
+
+
+def whole(value: Any) -> int | None:
+    """A whole number, Python's or NumPy's, as Python's; None of anything else."""
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+
+
+def is_table(value: Any) -> bool:
+    """Whether it is a frame or column of pandas or polars."""
+    return type(value).__module__.split(".")[0] in ("pandas", "polars")
+
+
+def check_array(name: str, value: Any) -> None:
+    """Raise `TypeError` where a value that looks like an array is none that JAX takes, and say what to make of it."""
+    kind, dtype = type(value).__name__, getattr(value, "dtype", None)
+    if is_sparse(value):
+        dense = "toarray()" if type(value).__module__.startswith("scipy") else "todense()"
+        raise TypeError(f"{name} is a sparse {kind} of shape {value.shape}; expected a dense array. Pass x.{dense}.")
+    if is_table(value) and not isinstance(dtype, np.dtype):
+        seen = f"{type(value).__module__.split('.')[0]} {kind} of " + (
+            f"shape {value.shape}" if dtype is None else f"dtype {dtype}"
+        )
+        raise TypeError(
+            f"{name} is a {seen}; expected an array of numbers. Replace what is missing and pass x.to_numpy(float)."
+        )
+    if not isinstance(dtype, np.dtype) or dtype.kind not in "iufc":
+        return
+    if not dtype.isnative:
+        raise TypeError(
+            f"{name} is {described(value)}, whose bytes are in another order than this machine's, which JAX expects. Pass "
+            "x.astype(x.dtype.newbyteorder('='))."
+        )
+    double = {"f": np.dtype(np.float64), "c": np.dtype(np.complex128)}.get(dtype.kind)
+    if double is not None and dtype.itemsize > double.itemsize:
+        raise TypeError(
+            f"{name} is {described(value)}; expected {double} or narrower, the widest of JAX. Pass x.astype({double.str!r})."
+        )
