@@ -18,7 +18,7 @@ from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.implicit import Implicit
 from jaxfisher._rows import ExactRows, Rows, SampledRows, ScoreRows
 from jaxfisher._scores import make_scores
-from jaxfisher._tree import ParamSpec, as_key, check_function
+from jaxfisher._tree import ParamSpec, as_key, check_function, threefry_key
 from jaxfisher._values import described, whole
 
 
@@ -119,7 +119,8 @@ def sampled_fisher(
     .. math:: F \approx \frac1{nm} \sum_i \sum_{k=1}^m s(y_{ik}) s(y_{ik})^T, \qquad y_{ik} \sim p_\theta(\cdot \mid x_i).
 
     The noise of example i depends on the key and on i alone: pieces, their order and the number of devices do not change a
-    draw.
+    draw. That holds for keys of any implementation: one of rbg, whose draws are others under `jax.vmap`, is the seed of a
+    threefry key here.
 
     **When it is the wrong one.** Its relative error falls as ``1/sqrt(n m)``; with few rows it is of low rank and needs
     damping.
@@ -153,7 +154,7 @@ def sampled_fisher(
     def fisher_of(params: chex.ArrayTree, key: PRNGKeyArray, /, *inputs: Any, weights: Any = None) -> Operator:
         key = as_key(key, "sampled_fisher(model)(params, key, *inputs)")
         batch = make_batch(params, inputs, weights, batch_size, max_bytes)
-        keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch.size))
+        keys = jax.vmap(partial(jax.random.fold_in, threefry_key(key)))(jnp.arange(batch.size))
         batch = dataclasses.replace(batch, data=(keys, *batch.data))
         return _from_rows(kind, SampledRows(model, draws), params, batch)
 

@@ -214,3 +214,14 @@ def as_key(key: Any, caller: str) -> PRNGKeyArray:
     if dtype == jnp.uint32 and key.shape == jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape:
         return jax.random.wrap_key_data(key)
     raise TypeError(f"{caller}: `key` is {described(key)}; expected one random key, jax.random.key(seed).")
+
+
+def threefry_key(key: PRNGKeyArray) -> PRNGKeyArray:
+    """A threefry key of the key's data: its draws are the same alone and under `jax.vmap`, as those of an rbg key are not."""
+    if str(jax.random.key_impl(key)) == "threefry2x32":
+        return key
+    words = jax.random.key_data(key).reshape(-1)
+    made = jax.random.wrap_key_data(words[:2], impl="threefry2x32")
+    for word in words[2:]:
+        made = jax.random.fold_in(made, word)
+    return made

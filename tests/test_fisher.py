@@ -49,6 +49,18 @@ def test_sampled_fisher_is_unbiased(num_samples, key):
     assert abs(z) < 5, z
 
 
+@pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
+def test_draws_belong_to_examples_whatever_the_key(implementation):
+    """A key of another implementation draws other numbers under `jax.vmap` than alone; here as many at a time as one likes."""
+    key, x, loc = jax.random.key(5, impl=implementation), jnp.arange(5.0), jnp.ones(())
+    drawn = lambda size: jf.sampled_fisher(lambda loc, x: jf.Normal(loc * x, 1.0), 2, batch_size=size)  # noqa: E731
+    rows = {size: jax.jit(lambda size=size: drawn(size)(loc, key, x).scores.as_matrix())() for size in (None, 2)}
+    assert_close(rows[2], rows[None])
+    mapped = jax.jit(jax.vmap(lambda key: drawn(None)(loc, key, x).scores.as_matrix()))(jnp.stack([key, key]))
+    assert_close(mapped[1], rows[None])
+    assert np.unique(rows[None][2:]).size == 8
+
+
 def test_draws_belong_to_examples(key):
     """Pieces, and what else is in the batch, do not change a draw; the key does."""
     params, x, _, _, _ = reference()
