@@ -52,6 +52,7 @@ from jaxfisher._operators.kronecker import factored_damping as factored_damping
 from jaxfisher._operators.kronecker import kronecker as kronecker
 from jaxfisher._operators.kronecker import kronecker_reduce as kronecker_reduce
 from jaxfisher._operators.low_rank import low_rank as low_rank
+from jaxfisher._operators.marginal import marginal as marginal
 from jaxfisher._operators.low_rank import nystrom as nystrom
 from jaxfisher._operators.low_rank import partial_cholesky as partial_cholesky
 

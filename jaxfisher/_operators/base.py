@@ -80,7 +80,8 @@ class Operator(abc.ABC):
 
     The matrix ``F`` below is over the parameters in `jax.flatten_util.ravel_pytree` order. Vectors go in and come out as
     pytrees; results take the leaf dtypes of the vector they are made from, matrices and scalars the statistics dtype (at least
-    float32). ``F + G`` and ``c * F`` are operators; ``c`` must not be negative.
+    float32). ``F + G`` and ``c * F`` are operators; ``c`` must not be negative. ``F @ v`` is `mv`, and
+    ``np.asarray(F)`` is `as_matrix`.
     """
 
     form: ClassVar[str]
@@ -100,6 +101,16 @@ class Operator(abc.ABC):
     def size(self) -> int:
         """Number of parameters, p."""
         return self.spec.size
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the matrix, ``(p, p)``."""
+        return self.size, self.size
+
+    @property
+    def n(self) -> int:
+        """The number of examples that the mean was taken over; of a sum, those of all terms."""
+        return self.provenance.examples
 
     @property
     def full_rank(self) -> Int[Array, ""]:
@@ -335,6 +346,12 @@ class Operator(abc.ABC):
 
     def _plus(self, other: Operator) -> Operator:
         return Sum((self, other), self.spec, self.provenance.plus(other.provenance))
+
+    def __matmul__(self, v: chex.ArrayTree) -> Any:
+        return self.mv(v)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        return np.asarray(self.as_matrix(), dtype=dtype)
 
     def __mul__(self, factor: Any) -> Operator:
         return self._scaled(nonnegative("c` in `c * F", factor, self.spec.dtype))

@@ -1,0 +1,58 @@
+"""The information on some parameters where the others are unknown, and what people type first of an operator."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxfisher as jf
+
+
+def model(p, x):
+    return jf.Normal(jnp.tanh(x @ p["w"]) @ p["v"] + p["level"], jnp.exp(p["log_scale"]))
+
+
+rng = np.random.default_rng(0)
+PARAMS = {"w": rng.standard_normal((2, 2)), "v": rng.standard_normal(2), "level": np.zeros(()), "log_scale": np.zeros(())}
+PARAMS = jax.tree.map(jnp.asarray, PARAMS)
+X = jnp.asarray(rng.standard_normal((30, 2)))
+
+
+@pytest.mark.parametrize("names", [("v",), ("w", "log_scale"), ("level", "v", "w")])
+def test_the_inverse_of_the_marginal_is_a_block_of_the_inverse(names):
+    F = jf.exact_fisher(model)(PARAMS, X)
+    whole = np.asarray(F)
+    made = jf.marginal(F, lambda path: any(f"'{name}'" in path for name in names))
+    flags = jax.tree.map_with_path(lambda path, leaf: np.full(leaf.shape, path[0].key in names), PARAMS)
+    stays = np.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(flags)])
+    expected = np.linalg.inv(np.linalg.inv(whole)[np.ix_(stays, stays)])
+    tolerance = 100 * np.linalg.cond(whole) * np.finfo(float).eps
+    np.testing.assert_allclose(made.as_matrix(), expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    vector = {name: jnp.ones(leaf.shape) if name in names else None for name, leaf in PARAMS.items()}
+    assert jax.tree.structure(made @ vector) == jax.tree.structure(vector)
+
+
+def test_nuisance_parameters_that_the_data_do_not_determine_take_nothing_away():
+    """A leaf that nothing depends on has no information to lose: the minimum-norm solution leaves it out."""
+    unused = jf.exact_fisher(lambda p, x: jf.Normal(x @ p["w"], 1.0))({"w": jnp.ones(2), "idle": jnp.ones(3)}, X)
+    made = jf.marginal(unused, lambda path: "w" in path)
+    np.testing.assert_allclose(made.as_matrix(), X.T @ X / len(X), rtol=1e-13)
+
+
+def test_what_cannot_be_marginalised_is_named():
+    F = jf.exact_fisher(model)(PARAMS, X)
+    for keep, said in ((lambda path: True, "keeps every leaf"), (lambda path: False, "keeps no leaf")):
+        with pytest.raises(ValueError, match=said):
+            jf.marginal(F, keep)
+    with pytest.raises(TypeError, match=r"`keep` is .*expected a function, path -> bool"):
+        jf.marginal(F, "w")
+
+
+def test_an_operator_reads_like_a_matrix():
+    F = jf.exact_fisher(model)(PARAMS, X)
+    assert F.shape == (8, 8) and F.n == 30 and (F + F).n == 60
+    matrix = np.asarray(F)
+    np.testing.assert_array_equal(matrix, F.as_matrix())
+    v = jax.tree.map(jnp.ones_like, PARAMS)
+    product = np.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(F @ v)])
+    np.testing.assert_allclose(product, matrix @ np.ones(8), rtol=0, atol=1e-13 * np.abs(matrix).max())
