@@ -17,6 +17,7 @@ from jaxfisher._divergence import kl
 from jaxfisher._examples import Batch, make_batch, map_examples, shape_of_one
 from jaxfisher._fisher import exact_fisher
 from jaxfisher._model import MODEL, Model, float_fields, log_likelihood, of_one_example, predict, tangent
+from jaxfisher._once import Static, once_for
 from jaxfisher._scores import scores
 from jaxfisher._tree import as_key, cast_like, check_function, described, dot
 from jaxfisher._values import whole
@@ -177,12 +178,6 @@ def check_fisher(
 
     has_kl = _has_kl(model, params, batch)
 
-    @jax.jit
-    def measure(params: Any, noise: Any, nudges: Any, keys: Array) -> tuple[_Measured, Array, Array]:
-        measured = jax.lax.map(lambda nudge: _measure(model, batch, has_kl, _nudged(params, nudge), noise), nudges)
-        directions = jax.tree.map(lambda leaf: leaf[0], measured.directions)
-        return measured, *_draws(model, batch, params, directions, keys)
-
     # Random numbers outside: their programs serve the next model too.
     size, dtype = batch.spec.size, batch.spec.dtype
     noise = jax.random.normal(keys[0], (num_directions, size), dtype)
@@ -190,7 +185,8 @@ def check_fisher(
     # Few examples are drawn for many times at once.
     together = batch.size * max(1, min(num_draws, DRAWS) // batch.size)
     draw_keys = jax.random.split(keys[2], (-(-num_draws // together), together))
-    found = measure(params, *map(jax.vmap(batch.spec.unravel), (noise, nudges)), draw_keys)
+    noise, nudges = map(jax.vmap(batch.spec.unravel), (noise, nudges))
+    found = _found(model, batch, Static(has_kl), params, noise, nudges, draw_keys)
     measured, along, log_probs = jax.tree.map(partial(np.asarray, dtype=float), found)
     rounding = SAFETY * math.sqrt(batch.spec.size + batch.size) * eps
     from_samples = metric_noise.size if "samples" in sources[-1] else math.inf
@@ -214,6 +210,16 @@ class _Measured(NamedTuple):
     fields: Float[Array, ""]
     quotients: Float[Array, "directions lengths"]
     hessians: Float[Array, " directions"]
+
+
+@once_for
+def _found(
+    model: Model, batch: Batch, has_kl: Static[bool], params: Any, noise: Any, nudges: Any, keys: Array
+) -> tuple[_Measured, Array, Array]:
+    """What is measured at each of some points near the parameters, and what draws at them give."""
+    measured = jax.lax.map(lambda nudge: _measure(model, batch, has_kl.value, _nudged(params, nudge), noise), nudges)
+    directions = jax.tree.map(lambda leaf: leaf[0], measured.directions)
+    return measured, *_draws(model, batch, params, directions, keys)
 
 
 def _nudged(params: chex.ArrayTree, nudge: Any) -> Any:
@@ -275,12 +281,12 @@ def _draws(
     log_prob, source = log_likelihood(model), jnp.arange(keys.shape[1]) % batch.size
     inputs = jax.tree.map(lambda leaf: leaf[source], batch.data)
 
-    def once(keys: PRNGKeyArray) -> tuple[Array, Array]:
+    def drawn_once(keys: PRNGKeyArray) -> tuple[Array, Array]:
         targets = map_examples(lambda p, key, *example: predict(model, p, *example).sample(key), params, (keys, *inputs))
         drawn = scores(log_prob)(params, *inputs, targets)
         return jax.vmap(drawn.mv)(directions).T, map_examples(log_prob, params, (*inputs, targets))
 
-    along, log_probs = jax.lax.map(once, keys)
+    along, log_probs = jax.lax.map(drawn_once, keys)
     return along.reshape(-1, along.shape[-1]), log_probs.reshape(-1)
 
 

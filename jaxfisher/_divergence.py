@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._distributions.foreign import as_distribution
-from jaxfisher._examples import make_batch, map_examples, needs_data, varying_like
+from jaxfisher._examples import Batch, make_batch, map_examples, needs_data, varying_like
 from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, mean_loss, of_one_example, predict, scalar
+from jaxfisher._once import once_for
 from jaxfisher._operators.base import Provenance
 from jaxfisher._operators.dense import Dense
 from jaxfisher._tree import ParamSpec, cast_like, check_function
@@ -90,16 +91,22 @@ def kl(model: Model) -> KLFunction:
     ) -> Scalar:
         batch = make_batch(params_p, inputs, weights, None)
         batch.spec.check(params_q, "params_q")
-
-        def one(pair: tuple[Any, Any], *example: Any) -> Scalar:
-            p, q = (predict(model, params, *example) for params in pair)
-            return jnp.sum(p.kl(q))
-
-        with of_one_example(model, "model", params_p, batch.data):
-            each = map_examples(one, (params_p, params_q), batch.data)
-        return jnp.sum(batch.weights * each.astype(batch.spec.dtype))
+        return _mean_kl(model, params_p, params_q, batch)
 
     return divergence
+
+
+@once_for
+def _mean_kl(model: Model, params_p: Any, params_q: Any, batch: Batch) -> Scalar:
+    """`kl` of checked examples."""
+
+    def one(pair: tuple[Any, Any], *example: Any) -> Scalar:
+        p, q = (predict(model, params, *example) for params in pair)
+        return jnp.sum(p.kl(q))
+
+    with of_one_example(model, "model", params_p, batch.data):
+        each = map_examples(one, (params_p, params_q), batch.data)
+    return jnp.sum(batch.weights * each.astype(batch.spec.dtype))
 
 
 def monte_carlo_kl(log_prob: LogProb) -> Callable[..., Scalar]:
@@ -142,16 +149,22 @@ def monte_carlo_kl(log_prob: LogProb) -> Callable[..., Scalar]:
         needs_data(data, "monte_carlo_kl", "(params_p, params_q, samples)")
         batch = make_batch(params_p, data, weights, None)
         batch.spec.check(params_q, "params_q")
-
-        def difference(pair: tuple[Any, Any], *example: Any) -> Scalar:
-            at_p, at_q = (scalar(log_prob(params, *example), "log_prob") for params in pair)
-            return at_p - at_q
-
-        with of_one_example(log_prob, "log_prob", params_p, batch.data):
-            each = map_examples(difference, (params_p, params_q), batch.data)
-        return jnp.sum(batch.weights * each.astype(batch.spec.dtype))
+        return _mean_difference(log_prob, params_p, params_q, batch)
 
     return divergence
+
+
+@once_for
+def _mean_difference(log_prob: LogProb, params_p: Any, params_q: Any, batch: Batch) -> Scalar:
+    """`monte_carlo_kl` of checked samples."""
+
+    def difference(pair: tuple[Any, Any], *example: Any) -> Scalar:
+        at_p, at_q = (scalar(log_prob(params, *example), "log_prob") for params in pair)
+        return at_p - at_q
+
+    with of_one_example(log_prob, "log_prob", params_p, batch.data):
+        each = map_examples(difference, (params_p, params_q), batch.data)
+    return jnp.sum(batch.weights * each.astype(batch.spec.dtype))
 
 
 def kl_hessian(model: Model) -> HessianFunction:
@@ -181,13 +194,11 @@ def kl_hessian(model: Model) -> HessianFunction:
     >>> print(F.as_matrix())  # mean of x^2
     [[5.]]
     """
-    divergence = kl(model)
+    check_function("model", model, MODEL)
 
     def hessian_of(params: chex.ArrayTree, /, *inputs: Any, weights: Float[Array, " n"] | None = None) -> Dense:
         batch = make_batch(params, inputs, weights, None)
-        params = varying_like(params, batch.data)
-        matrix = _hessian(lambda q: divergence(params, q, *inputs, weights=weights), params, batch.spec)
-        return Dense(matrix, batch.spec, Provenance("KL Hessian", batch.size, batch.weighted))
+        return Dense(_hessian_of_kl(model, params, batch), batch.spec, Provenance("KL Hessian", batch.size, batch.weighted))
 
     return hessian_of
 
@@ -221,13 +232,26 @@ def observed_information(log_prob: LogProb) -> HessianFunction:
     def information_of(params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Dense:
         needs_data(data, "observed_information")
         batch = make_batch(params, data, weights, None)
-
-        with of_one_example(log_prob, "log_prob", params, batch.data):
-            params = varying_like(params, batch.data)
-            matrix = _hessian(lambda p: mean_loss(log_prob, p, batch.data, batch.weights), params, batch.spec)
-        return Dense(matrix, batch.spec, Provenance("observed information", batch.size, batch.weighted))
+        return Dense(
+            _hessian_of_loss(log_prob, params, batch),
+            batch.spec,
+            Provenance("observed information", batch.size, batch.weighted),
+        )
 
     return information_of
+
+
+@once_for
+def _hessian_of_kl(model: Model, params: Any, batch: Batch) -> Float[Array, "p p"]:
+    params = varying_like(params, batch.data)
+    return _hessian(lambda q: _mean_kl(model, params, q, batch), params, batch.spec)
+
+
+@once_for
+def _hessian_of_loss(log_prob: LogProb, params: Any, batch: Batch) -> Float[Array, "p p"]:
+    with of_one_example(log_prob, "log_prob", params, batch.data):
+        params = varying_like(params, batch.data)
+        return _hessian(lambda p: mean_loss(log_prob, p, batch.data, batch.weights), params, batch.spec)
 
 
 def _hessian(function: Callable[[Any], Scalar], params: chex.ArrayTree, spec: ParamSpec) -> Float[Array, "p p"]:

@@ -14,7 +14,6 @@ import importlib
 import math
 import numbers
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import chex
@@ -24,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
 
 from jaxfisher._linalg import norm
+from jaxfisher._once import Static, once
 from jaxfisher._operators.base import Damping, Operator, as_operator, nonnegative
 from jaxfisher._tree import all_finite, as_key, described, dot, dtype_of
 from jaxfisher._values import is_array, whole
@@ -119,7 +119,7 @@ def estimate_diagonal(fisher: Operator, key: PRNGKeyArray, *, rtol: chex.Numeric
     [2.  0.5]
     """
     fisher = as_operator(fisher, "estimate_diagonal")
-    return _hutchinson("estimate_diagonal", fisher, key, partial(jax.tree.map, jnp.multiply), rtol, max_samples)
+    return _hutchinson("estimate_diagonal", fisher, key, _products, rtol, max_samples)
 
 
 def estimate_logdet(
@@ -175,9 +175,20 @@ def estimate_logdet(
     0.9163 True
     """
     fisher = as_operator(fisher, "estimate_logdet")
-    spec, rtol = fisher.spec, nonnegative("rtol", rtol, fisher.spec.dtype)
-    entries = _damping_entries(fisher, damping)
-    lanczos = _lanczos("estimate_logdet", fisher, jax.lax.rsqrt(entries), num_matvecs)
+    rtol = nonnegative("rtol", rtol, fisher.spec.dtype)
+    key = as_key(key, "estimate_logdet")
+    _check_count("max_samples", max_samples, 2)
+    _check_count("num_matvecs", num_matvecs, 1)
+    return _logdet(fisher, key, _damping_entries(fisher, damping), rtol, Static(max_samples), Static(num_matvecs))
+
+
+@once
+def _logdet(
+    fisher: Operator, key: Array, entries: Float[Array, " p"], rtol: Scalar, most: Static[int], num_matvecs: Static[int]
+) -> Estimate:
+    """`estimate_logdet` with a damping for each parameter."""
+    spec = fisher.spec
+    lanczos = _lanczos("estimate_logdet", fisher, jax.lax.rsqrt(entries), num_matvecs.value)
     constant = jnp.sum(jnp.log(entries))
 
     def probe(z: Float[Array, " p"]) -> _Bounded:
@@ -191,7 +202,7 @@ def estimate_logdet(
         return error.value <= rtol * mean.value
 
     draw = _one_by_one("estimate_logdet", fisher, probe)
-    mean, error, samples, few = _until("estimate_logdet", draw, small, key, max_samples)
+    mean, error, samples, few = _until("estimate_logdet", draw, small, key, most.value)
     bounded = jnp.maximum(mean.half_distance, mean.rounding) <= rtol * mean.value
     return Estimate(constant + mean.value, error.value, samples, few & bounded)
 
@@ -247,11 +258,26 @@ def spectral_density(
             f"spectral_density: `points` is {described(points)}; expected an array of real numbers along one axis."
         )
     _check_count("num_samples", num_samples, 2)
+    _check_count("num_matvecs", num_matvecs, 1)
     _refuse_zero("width", width, "Without a width the density is a row of spikes.")
     width = nonnegative("width", width, fisher.spec.dtype)
+    points, key = jnp.asarray(points).astype(fisher.spec.dtype), as_key(key, "spectral_density")
+    return _density(fisher, key, points, width, Static(num_samples), Static(num_matvecs))
+
+
+@once
+def _density(
+    fisher: Operator,
+    key: Array,
+    points: Float[Array, " x"],
+    width: Scalar,
+    num_samples: Static[int],
+    num_matvecs: Static[int],
+) -> Estimate:
+    """`spectral_density` without its checks."""
     # In units of the width: what is so small that its square is zero in this dtype is narrower than can be seen.
-    lanczos = _lanczos("spectral_density", fisher, jnp.broadcast_to(jax.lax.rsqrt(width), fisher.size), num_matvecs)
-    points = jnp.asarray(points).astype(fisher.spec.dtype) / width
+    lanczos = _lanczos("spectral_density", fisher, jnp.broadcast_to(jax.lax.rsqrt(width), fisher.size), num_matvecs.value)
+    points = points / width
 
     def density(diagonal: Float[Array, " k"], off: Float[Array, " k-1"]) -> Float[Array, " x"]:
         nodes, weights = _gauss(diagonal, off)
@@ -265,7 +291,7 @@ def spectral_density(
         change = whole - density(jacobi.diagonal[:half], jacobi.off[: half - 1])
         return whole, jnp.where(jacobi.exhausted, 0, change)
 
-    draws = _one_by_one("spectral_density", fisher, probe)(as_key(key, "spectral_density"), num_samples)
+    draws = _one_by_one("spectral_density", fisher, probe)(key, num_samples.value)
     running = _Running.start(draws).plus(draws)
     (value, change), (error, _) = running.mean, running.standard_error()
     return Estimate(value / width, error / width, running.samples, norm(change) <= norm(error))
@@ -326,8 +352,6 @@ def _until(
     caller: str, draw: Callable[[Array, int], Any], small: Callable[[Any, Any], Array], key: Any, most: int
 ) -> tuple[Any, Any, Int[Array, ""], Bool[Array, ""]]:
     """Draw until the error of the mean is small: the mean, its error, the number of samples, and whether it is small."""
-    key = as_key(key, caller)
-    _check_count("max_samples", most, 2)
     new = min(BATCH, most)
 
     def arrived(running: _Running) -> Array:
@@ -350,7 +374,14 @@ def _hutchinson(
     caller: str, fisher: Operator, key: Any, form: Callable[[Any, Any], Any], rtol: chex.Numeric, most: int
 ) -> Estimate:
     """The mean over sign vectors of ``form(z, F z)``, stopped by the norms of error and value."""
-    rtol, product = nonnegative("rtol", rtol, fisher.spec.dtype), fisher.linearised()
+    rtol = nonnegative("rtol", rtol, fisher.spec.dtype)
+    _check_count("max_samples", most, 2)
+    return _mean_of(fisher, as_key(key, caller), rtol, Static((caller, form, most)))
+
+
+@once
+def _mean_of(fisher: Operator, key: Array, rtol: Scalar, how: Static[tuple[str, Any, int]]) -> Estimate:
+    (caller, form, most), product = how.value, fisher.linearised()
 
     # Leaf by leaf: the product of a flat z, drawn in the same program, and a concatenated F z is compiled to wrong numbers by
     # jaxlib 0.10.2 on a CPU.
@@ -361,6 +392,10 @@ def _hutchinson(
         return _tree_norm(error) <= rtol * _tree_norm(mean)
 
     return Estimate(*_until(caller, draw, small, key, most))
+
+
+def _products(z: Any, image: Any) -> Any:
+    return jax.tree.map(jnp.multiply, z, image)
 
 
 def _one_by_one(caller: str, fisher: Operator, probe: Callable[[Array], Any]) -> Callable[[Array, int], Any]:
@@ -425,7 +460,6 @@ class _Jacobi(NamedTuple):
 
 def _lanczos(caller: str, fisher: Operator, roots: Float[Array, " p"], num_matvecs: int) -> Callable[[Array], _Jacobi]:
     """``z -> `` the Jacobi matrix of ``diag(roots) F diag(roots)`` and z."""
-    _check_count("num_matvecs", num_matvecs, 1)
     spec, linear = fisher.spec, fisher.linearised()
     steps = min(num_matvecs, spec.size)
     # Not matfree's tridiagonal matrix, the mean of a Hessenberg matrix and its transpose. Once a Krylov space is exhausted, as

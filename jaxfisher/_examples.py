@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import chex
@@ -84,6 +85,11 @@ def needs_data(data: tuple[Any, ...], function: str, call: str = "(params, *data
         )
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("data", "weights", "live"),
+    meta_fields=("spec", "size", "batch_size", "max_bytes"),
+)
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """Checked examples: the parameters' spec, the data as arrays, weights that sum to one, and what bounds memory.

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Scalar
 from jaxfisher._distributions.base import Distribution
 from jaxfisher._distributions.foreign import as_distribution
 from jaxfisher._examples import map_examples, shape_of_one
+from jaxfisher._once import Around
 from jaxfisher._tree import check_function
 
 LOG_PROB = "(params, *example) -> the scalar log-density of ONE example"
@@ -36,7 +37,7 @@ class Model(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class LogLikelihood:
+class LogLikelihood(Around):
     """What `log_likelihood` returns: equal and hashable whenever the models are, so it never causes a second trace."""
 
     model: Model

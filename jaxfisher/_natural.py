@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Scalar
 from jaxfisher._examples import Batch, make_batch, needs_data, sum_batches
 from jaxfisher._fisher import FisherFunction
 from jaxfisher._model import LOG_PROB, LogProb, mean_loss, of_one_example
+from jaxfisher._once import once_for
 from jaxfisher._operators.base import VIEW, Damping, Operator, Provenance, View, as_operator, is_one_damping, nonnegative
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._scores import values_and_scores
@@ -174,6 +175,7 @@ def _called(fisher: FisherFunction, params: chex.ArrayTree, data: tuple[Any, ...
         raise
 
 
+@once_for
 def _value_and_grad(log_prob: LogProb, params: chex.ArrayTree, batch: Batch) -> tuple[Scalar, Any]:
     """The mean negative log-likelihood and its plain gradient, in the statistics dtype."""
 

@@ -19,6 +19,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PRNGKeyArray, Scalar
 
 from jaxfisher._model import LogProb, Model, float_fields, predict, scalar
+from jaxfisher._once import Around
 
 
 class Rows(Protocol):
@@ -45,7 +46,7 @@ class Rows(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class ScoreRows:
+class ScoreRows(Around):
     """One row: the score ``grad log p`` at the datum; the log-density comes along."""
 
     function: LogProb
@@ -61,7 +62,7 @@ class ScoreRows:
 
 
 @dataclasses.dataclass(frozen=True)
-class ExactRows:
+class ExactRows(Around):
     r"""One row for each column of the output metric's square root: ``J^T B e_j``, so that the rows give ``J^T (B B^T) J``.
 
     ``J`` is the Jacobian of the predicted distribution's fields, ``B B^T`` the distribution's own Fisher.
@@ -86,7 +87,7 @@ class ExactRows:
 
 
 @dataclasses.dataclass(frozen=True)
-class SampledRows:
+class SampledRows(Around):
     """``num_samples`` rows: scores at targets drawn from the model, each divided by ``sqrt(num_samples)``.
 
     The first argument after the parameters is the example's own key.

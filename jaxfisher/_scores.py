@@ -46,6 +46,7 @@ from jaxfisher._engine import (
 from jaxfisher._examples import Batch, make_batch, map_batches, map_examples, needs_data, num_examples, sum_batches
 from jaxfisher._linalg import matmul, mirrored
 from jaxfisher._model import LOG_PROB, LogProb, of_one_example
+from jaxfisher._once import Static, once, once_for
 from jaxfisher._rows import Rows, ScoreRows
 from jaxfisher._tree import ParamSpec, check_function, described, dot, dtype_of, kept, narrowed, param_spec
 
@@ -60,6 +61,13 @@ class Scores(abc.ABC):
     spec: ParamSpec
     weights: Float[Array, " rows"]
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """What each way of holding rows computes in its own way is one program, compiled once."""
+        super().__init_subclass__(**options)
+        for name in _PROGRAMS:
+            if name in vars(cls):
+                setattr(cls, name, once(vars(cls)[name]))
+
     @property
     def num_rows(self) -> int:
         """Number of rows: the examples, times the rows each contributes."""
@@ -67,7 +75,7 @@ class Scores(abc.ABC):
 
     def mv(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
         """``S v``: the directional derivative of every log-density along ``v``, shape ``[rows]``."""
-        return self._mv(v, sealed)
+        return _product(self, self.spec.tree(self.spec.leaves(v, "v")))
 
     def mv_computed(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
         """``S v`` of a vector that was computed in the same program, and is no constant of it.
@@ -83,6 +91,7 @@ class Scores(abc.ABC):
     def rmv(self, w: Float[Array, " rows"]) -> Any:
         """``S^T w``: the weighted sum of the scores, a pytree like the parameters."""
 
+    @once
     def gram(self) -> Float[Array, "rows rows"]:
         """``S S^T``: inner products of all pairs of scores; one triangle is the mirror image of the other."""
         return mirrored(self.gram_upper(jnp.ones((), self.spec.dtype)))
@@ -102,6 +111,7 @@ class Scores(abc.ABC):
     def diagonal(self) -> Any:
         """The diagonal of ``S^T S / n`` (with weights, of ``S^T diag(omega) S``), a pytree like the parameters."""
 
+    @once
     def second_moment(self) -> Float[Array, "p p"]:
         """``S^T S / n`` (with weights, ``S^T diag(omega) S``) as a dense matrix."""
         return self.scaled_moment(jnp.ones((), self.spec.dtype))
@@ -174,6 +184,18 @@ class Scores(abc.ABC):
     def reweighted(self, factor: Any) -> Scores:
         """The same rows with every weight multiplied by ``factor``."""
         return dataclasses.replace(self, weights=self.weights * factor)  # type: ignore[type-var]
+
+
+_PROGRAMS = (
+    *("rmv", "gram_upper", "squared_norms", "diagonal", "scaled_moment", "as_matrix", "bound"),
+    *("expanded_moments", "reduced_moments", "rotated_diagonals"),
+)
+"""Methods of `Scores` that compute."""
+
+
+@once
+def _product(scores: Scores, v: Any) -> Float[Array, " rows"]:
+    return scores._mv(v, sealed)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("leaves", "weights"), meta_fields=("spec",))
@@ -398,9 +420,7 @@ class StreamedScores(Scores):
 
     def centered(self) -> Scores:
         # Any constant near the mean will do for the shift: that of the first examples.
-        weights, _, *first = jax.tree.map(lambda leaf: leaf[: self.batch_size], self._weighted_data())
-        shift = tuple(leaf.means(jnp.ones_like(weights)) for leaf in self._leaves(*first))
-        return CenteredScores(dataclasses.replace(self, shift=shift), self.weights)
+        return CenteredScores(dataclasses.replace(self, shift=_first_means(self)), self.weights)
 
     def as_matrix(self) -> Float[Array, "rows p"]:
         return self._map(HeldScores.as_matrix)
@@ -411,6 +431,13 @@ class StreamedScores(Scores):
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> StreamedScores:
         factors = None if self.factors is None else tuple(kept(self.factors, keep))
         return dataclasses.replace(self, keep=narrowed(self.keep, keep), spec=spec, factors=factors)
+
+
+@once
+def _first_means(scores: StreamedScores) -> tuple[Any, ...]:
+    """The means of the factors over the first examples."""
+    weights, _, *first = jax.tree.map(lambda leaf: leaf[: scores.batch_size], scores._weighted_data())
+    return tuple(leaf.means(jnp.ones_like(weights)) for leaf in scores._leaves(*first))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("parts",), meta_fields=())
@@ -620,22 +647,37 @@ def make_scores(rows: Rows, params: chex.ArrayTree, batch: Batch) -> Scores:
 def values_and_scores(log_prob: LogProb, params: chex.ArrayTree, batch: Batch) -> tuple[Float[Array, " n"], Scores]:
     """Every example's log-density with its score: one backward pass where the scores are held."""
     values, made = _values_and_scores(ScoreRows(log_prob), params, batch)
-    if values is None:
-        size = made.batch_size if isinstance(made, StreamedScores) else None
-        values = map_batches(lambda *piece: map_examples(log_prob, params, piece), batch.data, size)
+    if isinstance(made, StreamedScores):
+        values = _values(log_prob, params, batch, Static(made.batch_size))
     return values.astype(batch.spec.dtype), made
 
 
+@once_for
+def _values(log_prob: LogProb, params: chex.ArrayTree, batch: Batch, pieces: Static[int]) -> Float[Array, " n"]:
+    values: Array = map_batches(lambda *piece: map_examples(log_prob, params, piece), batch.data, pieces.value)
+    return values
+
+
 def _values_and_scores(rows: Rows, params: chex.ArrayTree, batch: Batch) -> tuple[Any, Scores]:
+    made, weights = _run(rows, params, batch)
+    if not isinstance(made, Static):
+        aux, leaves = made
+        return (aux[0] if aux else None), HeldScores(leaves, weights, batch.spec)
+    keep = (True,) * len(batch.spec.paths)
+    return None, StreamedScores(rows, params, batch.data, weights, batch.spec, made.value, keep, batch.live)
+
+
+@once_for
+def _run(rows: Rows, params: chex.ArrayTree, batch: Batch) -> tuple[tuple[Any, Any] | Static[int], Float[Array, " rows"]]:
+    """What rows come with and the forms of their leaves, or how many examples make them at a time; and their weights."""
     with of_one_example(rows.function, rows.name, params, batch.data[rows.own :]):
         traced = trace(rows, params, batch.data)
     weights = jnp.repeat(batch.weights, traced.rows)
     batch_size = _batch_size(traced, rows, params, batch)
     if batch_size is None or batch_size >= batch.size:
         aux, leaves = leaf_forms(traced, rows, params, batch.data, batch.spec)
-        return (aux[0] if aux else None), HeldScores(_masked(leaves, batch.live), weights, batch.spec)
-    keep = (True,) * len(batch.spec.paths)
-    return None, StreamedScores(rows, params, batch.data, weights, batch.spec, batch_size, keep, batch.live)
+        return (aux, _masked(leaves, batch.live)), weights
+    return Static(batch_size), weights
 
 
 def _masked(leaves: tuple[Leaf, ...], live: Bool[Array, " n"] | None) -> tuple[Leaf, ...]:

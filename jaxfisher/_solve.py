@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._inverse import SolveInfo, by_eigenvectors
 from jaxfisher._linalg import norm, power_of_two, to_unit
+from jaxfisher._once import once
 from jaxfisher._operators.base import Damping, Dampings, Operator, View, as_operator, nonnegative
 from jaxfisher._scores import Scores
 from jaxfisher._tree import all_finite, cast_like, described, dtype_of
@@ -70,8 +71,17 @@ class CG:
             as_operator(self.preconditioner, "CG: `preconditioner`")
 
     def __call__(self, fisher: Operator, v: chex.ArrayTree, damping: Damping) -> tuple[Any, SolveInfo]:
+        near = self.preconditioner
+        if near is not None:
+            # Here and not in the program: a view is a function of the user's, and may be a new one at each call.
+            near = as_operator(near if isinstance(near, Operator) else near(fisher), "CG: `preconditioner`")
+            fisher.same_parameters(near, f"CG: cannot precondition {fisher} with `preconditioner`, {near}")
+        x, info = dataclasses.replace(self, preconditioner=near)._solution(fisher, fisher._vector(v), fisher.dampings(damping))
+        return cast_like(x, v), info
+
+    @once
+    def _solution(self, fisher: Operator, v: Any, known: Dampings) -> tuple[Any, SolveInfo]:
         spec = fisher.spec
-        known = fisher.dampings(damping)
         b = spec.ravel(v, "v")
         size = norm(b)
         size = jnp.where(size > 0, size, 1)
@@ -84,11 +94,8 @@ class CG:
         to_y: Callable[[Array], Array] = lambda x: x * (1 / s) * (1 / size) * (1 / s)  # noqa: E731
         start = None if self.start is None else to_y(spec.ravel(self.start, "start"))
         precondition: Callable[[Array], Array] = lambda r: r  # noqa: E731
-        near = self.preconditioner
-        if near is not None:
-            near = as_operator(near if isinstance(near, Operator) else near(fisher), "CG: `preconditioner`")
-            fisher.same_parameters(near, f"CG: cannot precondition {fisher} with `preconditioner`, {near}")
-            inverse = near.inverse(known)
+        if isinstance(self.preconditioner, Operator):
+            inverse = self.preconditioner.inverse(known)
             precondition = lambda r: spec.ravel(inverse(spec.unravel(r / s)).x, "r") / s  # noqa: E731
         most = 10 * spec.size if self.max_steps is None else self.max_steps
 
@@ -108,7 +115,7 @@ class CG:
         finite = all_finite(x)
         converged = finite & (residual <= self.rtol) & ~indefinite
         info = SolveInfo(residual, steps, converged, finite, fisher.full_rank, indefinite)
-        return cast_like(spec.unravel(x), v), info
+        return spec.unravel(x), info
 
 
 def _check_rule(rtol: float, max_steps: int | None) -> None:
@@ -205,6 +212,7 @@ def _conjugate_gradients(
     return jax.lax.while_loop(lambda state: state.going, step, begin)
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class LSMR:
     r"""Damped least squares on scores, where ``F = X^T X`` is never used, only ``X`` and ``X^T``.
@@ -247,9 +255,13 @@ class LSMR:
                 "LSMR: `damping` is 0, where a right-hand side must be known by its coordinates in the scores: "
                 "jf.LSMR().least_squares(scores, e, damping=0.0)."
             )
-        scores = fisher.rows("LSMR")
         strength = nonnegative("damping", damping, fisher.spec.dtype)
-        right = fisher.spec.ravel(v, "v")
+        x, info = self._solution(fisher, fisher._vector(v), strength)
+        return cast_like(x, v), info
+
+    @once
+    def _solution(self, fisher: Operator, v: Any, strength: Scalar) -> tuple[Any, SolveInfo]:
+        scores, right = fisher.rows("LSMR"), fisher.spec.ravel(v, "v")
         size = norm(right)
         size = jnp.where(size > 0, size, 1)
         # v = X^T 0 + sqrt(damping) (v / sqrt(damping))
@@ -257,13 +269,18 @@ class LSMR:
         x, steps, stopped = self._run(scores, jnp.zeros(scores.num_rows, fisher.spec.dtype), below, strength)
         x = fisher.spec.ravel(x, "x")
         rest = right / size - _damped(fisher, strength)(x)
-        return cast_like(fisher.spec.unravel(x * size), v), self._info(x * size, norm(rest), steps, stopped)
+        return fisher.spec.unravel(x * size), self._info(x * size, norm(rest), steps, stopped)
 
     def least_squares(self, scores: Scores, e: Float[Array, " rows"], damping: chex.Numeric) -> tuple[Any, SolveInfo]:
         """``(F + damping I)^-1 S^T diag(omega) e`` and a report, whose residual is that of this right-hand side."""
-        strength, spec = nonnegative("damping", damping, scores.spec.dtype), scores.spec
+        dtype = scores.spec.dtype
+        return self._least_squares(scores, jnp.asarray(e).astype(dtype), nonnegative("damping", damping, dtype))
+
+    @once
+    def _least_squares(self, scores: Scores, e: Float[Array, " rows"], strength: Scalar) -> tuple[Any, SolveInfo]:
+        spec = scores.spec
         root = jnp.sqrt(scores.weights)
-        e = root * jnp.asarray(e).astype(spec.dtype)
+        e = root * e
         x, steps, stopped = self._run(scores, e, spec.zeros(), strength)
         right = spec.ravel(scores.rmv(root * e), "v")
         left = spec.ravel(scores.rmv(scores.weights * scores.mv(x)), "x") + strength * spec.ravel(x, "x")
@@ -334,10 +351,15 @@ def solve_path(fisher: Operator, v: chex.ArrayTree, dampings: Float[Array, " k"]
             "jnp.array([1e-3, 1e-2])."
         )
     dampings = jnp.asarray(dampings).astype(fisher.spec.dtype)
-    inverses = fisher.inverses(jnp.max(dampings, initial=0.0), by_eigenvectors)
-    right = fisher._vector(v)
-    x, info = jax.vmap(lambda damping: fisher.report(inverses(damping), right, damping))(dampings)
+    x, info = _path(fisher, fisher._vector(v), dampings)
     return cast_like(x, v), info
+
+
+@once
+def _path(fisher: Operator, v: Any, dampings: Float[Array, " k"]) -> tuple[Any, SolveInfo]:
+    inverses = fisher.inverses(jnp.max(dampings, initial=0.0), by_eigenvectors)
+    found: tuple[Any, SolveInfo] = jax.vmap(lambda damping: fisher.report(inverses(damping), v, damping))(dampings)
+    return found
 
 
 def solve(fisher: Operator, v: chex.ArrayTree, damping: Damping, solver: Solver | None = None) -> tuple[Any, SolveInfo]:

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int, Scalar
 
 from jaxfisher._inverse import Factorise, Solved, SolveInfo, by_invert, direct_info, log_determinant, refined
 from jaxfisher._linalg import eigenvalues, matmul, norm, null_vectors, spectral_mv, to_unit, unit_rank
+from jaxfisher._once import once
 from jaxfisher._scores import Scores
 from jaxfisher._tree import ParamSpec, cast_like, described, dot
 from jaxfisher._values import is_number
@@ -97,6 +98,13 @@ class Operator(abc.ABC):
     spec: ParamSpec
     provenance: Provenance
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Each of the numbers that a form computes in its own way is one program, compiled once."""
+        super().__init_subclass__(**options)
+        for name in ("as_matrix", "diagonal", "trace", "eigvalsh", "frobenius_norm", "rank"):
+            if name in vars(cls):
+                setattr(cls, name, once(vars(cls)[name]))
+
     @property
     def size(self) -> int:
         """Number of parameters, p."""
@@ -137,11 +145,11 @@ class Operator(abc.ABC):
 
     def mv(self, v: chex.ArrayTree) -> Any:
         """``F v``."""
-        return cast_like(self.linearised()(self._vector(v)), v)
+        return cast_like(_product(self, self._vector(v)), v)
 
     def quadratic(self, v: chex.ArrayTree) -> Scalar:
         """``v^T F v``: twice the KL divergence moved by a small step ``v``, in nats."""
-        return self._quadratic(self._vector(v))
+        return _quadratic(self, self._vector(v))
 
     def solve(self, v: chex.ArrayTree, damping: Damping) -> Any:
         """``(F + damping I)^-1 v``; the minimum-norm solution where F is singular and the damping zero.
@@ -154,7 +162,7 @@ class Operator(abc.ABC):
     def solve_with_info(self, v: chex.ArrayTree, damping: Damping) -> tuple[Any, SolveInfo]:
         """The exact solution and a report on it."""
         known = self.dampings(damping)
-        x, info = self.report(self.inverse(known), self._vector(v), known)
+        x, info = _solution(self, self._vector(v), known)
         return cast_like(x, v), info
 
     def report(self, inverse: Inverted, v: Any, damping: Dampings) -> tuple[Any, SolveInfo]:
@@ -181,7 +189,8 @@ class Operator(abc.ABC):
         """``(F + damping I)^power v``; at zero damping, only along directions in which F is not zero to rounding."""
         check_number("power", power)
         power = jnp.asarray(power, self.spec.dtype)
-        return cast_like(self._power_mv(self._vector(v), power, nonnegative("damping", damping, self.spec.dtype)), v)
+        strength = nonnegative("damping", damping, self.spec.dtype)
+        return cast_like(_power_of(self, self._vector(v), power, strength), v)
 
     def sqrt_mv(self, v: chex.ArrayTree, damping: chex.Numeric = 0.0) -> Any:
         """``(F + damping I)^(1/2) v``, the symmetric root: of white noise, noise with covariance ``F + damping I``."""
@@ -217,23 +226,26 @@ class Operator(abc.ABC):
     def _scaled(self, factor: Any) -> Operator:
         """``factor * F`` in the same form."""
 
+    @once
     def trace(self) -> Scalar:
         """The trace of ``F``."""
         return sum((jnp.sum(leaf) for leaf in jax.tree.leaves(self.diagonal())), start=jnp.zeros((), self.spec.dtype))
 
+    @once
     def eigvalsh(self) -> Float[Array, " p"]:
         """The p eigenvalues of ``F``, ascending; those inside rounding error are exactly zero."""
         return eigenvalues(self._small_matrix("eigvalsh"))
 
     def logdet(self, damping: Damping) -> Scalar:
         """``log det (F + damping I)``: minus infinity where it is singular, NaN where it is negative."""
-        known = self.dampings(damping)
-        return self._logdet_by_leaf(known) if isinstance(known, tuple) else self._logdet(known)
+        return _log_determinant(self, self.dampings(damping))
 
+    @once
     def frobenius_norm(self) -> Scalar:
         """The Frobenius norm of ``F``: the root of the sum of its squared entries, or of its squared eigenvalues."""
         return norm(self._small_matrix("frobenius_norm").reshape(-1))
 
+    @once
     def rank(self) -> Int[Array, ""]:
         """The number of eigenvalues that are not zero to rounding, after F is scaled to a unit diagonal."""
         return unit_rank(self._small_matrix("rank"))
@@ -360,6 +372,34 @@ class Operator(abc.ABC):
 
     def __repr__(self) -> str:
         return f"Fisher({self.provenance}, params {self.size:,}, {self.form})"
+
+
+# What the methods compute, without their checks.
+
+
+@once
+def _product(fisher: Operator, v: Any) -> Any:
+    return fisher.linearised()(v)
+
+
+@once
+def _quadratic(fisher: Operator, v: Any) -> Scalar:
+    return fisher._quadratic(v)
+
+
+@once
+def _solution(fisher: Operator, v: Any, damping: Dampings) -> tuple[Any, SolveInfo]:
+    return fisher.report(fisher.inverse(damping), v, damping)
+
+
+@once
+def _power_of(fisher: Operator, v: Any, power: Scalar, damping: Scalar) -> Any:
+    return fisher._power_mv(v, power, damping)
+
+
+@once
+def _log_determinant(fisher: Operator, damping: Dampings) -> Scalar:
+    return fisher._logdet_by_leaf(damping) if isinstance(damping, tuple) else fisher._logdet(damping)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("terms",), meta_fields=("spec", "provenance"))

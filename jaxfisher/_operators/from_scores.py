@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, Scalar
 
 from jaxfisher._inverse import Decomposed, Factorise, Inverse, Solved, invert, log_determinant, refined
 from jaxfisher._linalg import eigenvalues, matmul, mirrored, norm, spectral_mv, to_unit, unit_rank
+from jaxfisher._once import once
 from jaxfisher._operators.base import Inverted, Operator, Provenance, flat_inverse
 from jaxfisher._scores import HeldScores, JoinedScores, Scores
 from jaxfisher._tree import ParamSpec
@@ -144,6 +145,7 @@ class FromScores(Operator):
         result = outside * flat + scaled.out_of_rows(c)
         return self.spec.unravel(result * (factor**-power) * factor**-power)
 
+    @once
     def solve_row_space(self, e: Float[Array, " rows"], damping: Scalar) -> Any:
         """``(F + damping I)^-1 S^T diag(omega) e``: the solve for a vector known by its coordinates in the rows.
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Scalar
 from jaxfisher._engine import Layout, Moments
 from jaxfisher._inverse import Factorise, Solved, SolveInfo
 from jaxfisher._linalg import cholesky, matmul, norm, resolved
+from jaxfisher._once import once
 from jaxfisher._operators.base import VIEW, Inverted, Operator, Provenance, View, as_operator, nonnegative
 from jaxfisher._operators.block import BlockDiagonal, part_of
 from jaxfisher._operators.dense import Dense
@@ -450,7 +451,13 @@ def factored_damping(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric)
             "factored_damping: `damping` is 0, without which factors may be singular. Give a number above zero, or leave the "
             "solver out: jf.solve(F, v, 0.0) is then exact."
         )
-    damping = nonnegative("damping", damping, fisher.spec.dtype)
+    x, info = _by_factors(fisher, fisher._vector(v), nonnegative("damping", damping, fisher.spec.dtype))
+    return cast_like(x, v), info
+
+
+@once
+def _by_factors(fisher: BlockDiagonal, v: Any, damping: Scalar) -> tuple[Any, SolveInfo]:
+    """`factored_damping` without its checks."""
     blocks = [
         block.factored_inverse(damping) if _is_kronecker(block) else partial(_solution, block.inverse(damping))
         for block in fisher.blocks
@@ -462,8 +469,7 @@ def factored_damping(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric)
         rest = jax.tree.map(lambda b, f, y: b - f - damping * y, v, product(x), x)
         return Solved(x, rest, fisher.full_rank)
 
-    x, info = fisher.report(inverse, fisher._vector(v), damping)
-    return cast_like(x, v), info
+    return fisher.report(inverse, v, damping)
 
 
 def _is_kronecker(block: Operator) -> TypeGuard[Kronecker | EigenKronecker]:

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
 from jaxfisher._linalg import matmul, mirrored, norm, to_unit
+from jaxfisher._once import Static, once
 from jaxfisher._operators.base import Operator, Provenance, as_operator
 from jaxfisher._operators.from_scores import FromScores, Scaled
 from jaxfisher._operators.spectral import Spectral
+from jaxfisher._scores import Scores
 from jaxfisher._tree import ParamSpec, as_key, described
 from jaxfisher._values import whole
 
@@ -95,18 +97,24 @@ def low_rank(fisher: Operator, rank: int) -> LowRank:
     fisher = as_operator(fisher, "low_rank").viewed
     if isinstance(fisher, FromScores) and fisher.scores.num_rows < fisher.size:
         _check_rank(rank, fisher.scores.num_rows, "low_rank")
-        factor = to_unit(fisher.scores.bound())
-        scaled = Scaled(fisher.scores, factor)
-        values, rows = _largest(mirrored(scaled.gram()), rank)
-        # u = X^T w / sqrt(value), and nothing where the value is zero.
-        weights = jnp.where(values > 0, jax.lax.rsqrt(jnp.where(values > 0, values, 1)), 0)
-        # One at a time: a batch of them would be a batch of all factors.
-        vectors = jax.lax.map(scaled.out_of_rows, (rows * weights[None, :]).T).T
-        values = values * (1 / factor) * (1 / factor)
+        values, vectors = _largest_of_rows(fisher.scores, Static(rank))
     else:
         _check_rank(rank, fisher.size, "low_rank")
         values, vectors = _largest(fisher._small_matrix("low_rank"), rank)
     return LowRank(vectors, values, jnp.zeros((), fisher.spec.dtype), fisher.spec, fisher.provenance)
+
+
+@once
+def _largest_of_rows(scores: Scores, rank: Static[int]) -> tuple[Float[Array, " k"], Float[Array, "p k"]]:
+    """The largest eigenpairs by way of the Gram matrix."""
+    factor = to_unit(scores.bound())
+    scaled = Scaled(scores, factor)
+    values, rows = _largest(mirrored(scaled.gram()), rank.value)
+    # u = X^T w / sqrt(value), and nothing where the value is zero.
+    weights = jnp.where(values > 0, jax.lax.rsqrt(jnp.where(values > 0, values, 1)), 0)
+    # One at a time: a batch of them would be a batch of all factors.
+    vectors = jax.lax.map(scaled.out_of_rows, (rows * weights[None, :]).T).T
+    return values * (1 / factor) * (1 / factor), vectors
 
 
 def _largest(matrix: Float[Array, "m m"], rank: int) -> tuple[Float[Array, " k"], Float[Array, "m k"]]:
@@ -145,8 +153,15 @@ def nystrom(fisher: Operator, rank: int, key: PRNGKeyArray) -> LowRank:
     """
     fisher = as_operator(fisher, "nystrom").viewed
     _check_rank(rank, fisher.size, "nystrom")
-    spec, product = fisher.spec, fisher.linearised()
-    sketch = jnp.linalg.qr(jax.random.normal(as_key(key, "nystrom"), (spec.size, rank), spec.dtype))[0]
+    sketch = jnp.linalg.qr(jax.random.normal(as_key(key, "nystrom"), (fisher.size, rank), fisher.spec.dtype))[0]
+    vectors, values = _seen_by(fisher, sketch)
+    return LowRank(vectors, values, values[-1], fisher.spec, fisher.provenance)
+
+
+@once
+def _seen_by(fisher: Operator, sketch: Float[Array, "p k"]) -> tuple[Float[Array, "p k"], Float[Array, " k"]]:
+    """The eigenvectors and eigenvalues that products with the orthonormal columns of a sketch tell."""
+    spec, product, rank = fisher.spec, fisher.linearised(), sketch.shape[1]
     # One product at a time: a batch of them would be a batch of all factors. In units of the image, whose size may be anything.
     image = jax.lax.map(lambda v: spec.ravel(product(spec.unravel(v)), "v"), sketch.T).T
     size = norm(image.reshape(-1))
@@ -157,8 +172,7 @@ def nystrom(fisher: Operator, rank: int, key: PRNGKeyArray) -> LowRank:
     root = jnp.linalg.cholesky(0.5 * (core + core.T))
     half = jax.scipy.linalg.solve_triangular(root, image.T, lower=True).T
     vectors, singular, _ = jnp.linalg.svd(half, full_matrices=False)
-    values = jnp.maximum(jnp.square(singular) - shift, 0) * size
-    return LowRank(vectors, values, values[-1], spec, fisher.provenance)
+    return vectors, jnp.maximum(jnp.square(singular) - shift, 0) * size
 
 
 def partial_cholesky(fisher: Operator, rank: int) -> LowRank:
@@ -186,7 +200,15 @@ def partial_cholesky(fisher: Operator, rank: int) -> LowRank:
     """
     fisher = as_operator(fisher, "partial_cholesky").viewed
     _check_rank(rank, fisher.size, "partial_cholesky")
-    spec, product = fisher.spec, fisher.linearised()
+    factor, floor = _columns(fisher, jnp.zeros((fisher.size, rank), fisher.spec.dtype))
+    vectors, singular, _ = jnp.linalg.svd(factor, full_matrices=False)
+    return LowRank(vectors, jnp.square(singular), floor, fisher.spec, fisher.provenance)
+
+
+@once
+def _columns(fisher: Operator, empty: Float[Array, "p k"]) -> tuple[Float[Array, "p k"], Scalar]:
+    """As many columns of the pivoted Cholesky factor as ``empty`` has, and the mean of what is left of the diagonal."""
+    spec, product, rank = fisher.spec, fisher.linearised(), empty.shape[1]
     left = spec.ravel(fisher.diagonal(), "diagonal")
     start = jnp.sum(left)
 
@@ -202,10 +224,8 @@ def partial_cholesky(fisher: Operator, rank: int) -> LowRank:
         left = jnp.where(useful, jnp.maximum(left - jnp.square(fresh), 0).at[pivot].set(0), left)
         return factor.at[:, k].set(fresh), left
 
-    factor, left = jax.lax.fori_loop(0, rank, column, (jnp.zeros((spec.size, rank), spec.dtype), left))
-    vectors, singular, _ = jnp.linalg.svd(factor, full_matrices=False)
-    floor = jnp.sum(left) / max(spec.size - rank, 1)
-    return LowRank(vectors, jnp.square(singular), floor, spec, fisher.provenance)
+    factor, left = jax.lax.fori_loop(0, rank, column, (empty, left))
+    return factor, jnp.sum(left) / max(spec.size - rank, 1)
 
 
 def _check_rank(rank: int, most: int, caller: str) -> None:

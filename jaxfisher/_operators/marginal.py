@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxfisher._linalg import matmul
@@ -53,9 +52,7 @@ def marginal(fisher: Operator, keep: Callable[[str], bool]) -> Dense:
     gone = tuple(not flag for flag in flags)
     stays, goes = (whole.restrict(flagged, _structure(spec.treedef, flagged)) for flagged in (flags, gone))
     cross = _cross_block(whole, flags)
-    zero = jnp.zeros((), spec.dtype)
-    inverse = goes.inverse(zero)
-    explained = jax.vmap(lambda column: goes.spec.ravel(inverse(goes.spec.unravel(column)).x, "x"))(cross)
+    explained = jax.vmap(lambda column: goes.spec.ravel(goes.solve(goes.spec.unravel(column), 0.0), "x"))(cross)
     matrix = stays.matrix - matmul(cross, explained.T)
     return Dense(0.5 * (matrix + matrix.T), stays.spec, fisher.provenance)
 

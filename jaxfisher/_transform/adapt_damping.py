@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Scalar
 
+from jaxfisher._once import either
 from jaxfisher._operators.base import Operator, check_number, nonnegative
 from jaxfisher._transform.given import check_params, check_state, fisher_for, function_for, value_for
 from jaxfisher._tree import described, dot
@@ -162,7 +163,7 @@ def adapting(
         grow = jnp.where(accepted, jnp.where(ratio > high, 1 / c, jnp.where(ratio < low, c, 1)), c**2)
         next_damping = jnp.clip(state.damping * grow, floor, ceiling)
         nothing = jax.tree.map(jnp.zeros_like, step)
-        taken, kept = jax.lax.cond(accepted, lambda: (step, after), lambda: (nothing, state.inner))
+        taken, kept = either(accepted, lambda: (step, after), lambda: (nothing, state.inner))
         return taken, AdaptDampingState(kept, next_damping, ratio, accepted)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
+from jaxfisher._once import repeat
 from jaxfisher._operators.base import nonnegative
 from jaxfisher._transform.given import check_params, function_for, value_for
 from jaxfisher._tree import scaled, select
@@ -97,9 +98,7 @@ def backtrack_kl(radius: chex.Numeric, max_halvings: chex.Numeric = 10) -> optax
             # Comparisons with a NaN are false: it is not taken.
             return halvings, (moved <= radius) & (loss(new) < start), moved.astype(jnp.float32)
 
-        end = jax.lax.while_loop(
-            lambda at: ~at[1] & (at[0] < max_halvings), lambda at: tried(at[0] + 1), tried(jnp.zeros((), jnp.int32))
-        )
+        end = repeat(lambda at: ~at[1] & (at[0] < max_halvings), lambda at: tried(at[0] + 1), tried(jnp.zeros((), jnp.int32)))
         halvings, accepted, moved = end
         step = select(accepted, at_length(halvings), jax.tree.map(jnp.zeros_like, updates))
         return step, BacktrackKLState(halvings, accepted, jnp.where(accepted, moved, 0))

@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Int
 
 from jaxfisher._inverse import SolveInfo
+from jaxfisher._once import either
 from jaxfisher._operators.base import VIEW, Operator, Provenance, View, as_operator, check_number, nonnegative
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._solve import Solver, check_solver, solve
@@ -191,7 +192,7 @@ def _precondition(
     if previous is not None or solver is not None:
         result, info = by_solve()
         return jax.tree.map(lambda leaf: jnp.where(jnp.asarray(power) == 1, leaf, jnp.nan), result), info
-    return jax.lax.cond(jnp.asarray(power) == 1, by_solve, by_spectrum)
+    return either(jnp.asarray(power) == 1, by_solve, by_spectrum)
 
 
 def _refreshed(
@@ -213,7 +214,7 @@ def _refreshed(
             f"scale_by_fisher: `fisher`, {shape}, holds arrays of shapes {seen}; the state has {expected} of `like`. Make the "
             "state for the same parameters, and give `like` an operator of the same model and number of examples."
         )
-    held, mean = jax.lax.cond(state.count % every == 0, made, lambda: (state.held, state.mean))
+    held, mean = either(state.count % every == 0, made, lambda: (state.held, state.mean))
     return jax.tree.unflatten(treedef, held), mean, held
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import jax
 from jaxtyping import Array, Float
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How a leaf's dimensions are grouped: its entries in the order ``[groups, inputs, outputs]``.

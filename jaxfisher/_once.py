@@ -1,0 +1,154 @@
+"""Programs compiled once: a call outside ``jit`` costs a compilation the first time only, and keeps nothing afterwards.
+
+JAX compiles control flow anew for every new function object, and a closure is a new one at each call. So what a public
+function computes goes through a function that is jitted once for all: `once` for functions of arrays and operators, `once_for`
+for what also takes a function of the user's. Inside ``jit`` nothing changes: such programs are traced inline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+import types
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Static(Generic[T]):
+    """An argument of a program that it is compiled for, such as a number of rows: one program for each value."""
+
+    value: T
+
+
+def once(function: Callable[P, R]) -> Callable[P, R]:
+    """A function of pytrees as one program for each structure and shape of its arguments, given by position.
+
+    Arguments that JAX cannot take are left to the function itself, which knows what to say of them.
+    """
+    program = jax.jit(function, inline=True)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        result: R = program(*args) if not kwargs and _can_cross(args) else function(*args, **kwargs)
+        return result
+
+    return call
+
+
+def _can_cross(args: Sequence[Any]) -> bool:
+    """Whether arguments can go into a program: numbers for leaves, and structures that can be compared."""
+    leaves, structure = jax.tree.flatten(args)
+    return all(map(_is_number, leaves)) and _hashable(structure)
+
+
+def _is_number(leaf: Any) -> bool:
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return leaf.dtype.kind in "biufc" and leaf.dtype.isnative
+    return isinstance(leaf, (jax.Array, bool, int, float, complex))
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+class Around:
+    """A frozen dataclass around functions of the user's: two around the same ones are equal."""
+
+
+def once_for(function: Callable[P, R]) -> Callable[P, R]:
+    """`once` for a function whose first argument is the user's, or is `Around` it: one program for each such function.
+
+    A program is found again by the user's function, and forgotten with it: neither it nor what it closes over is kept alive.
+    As everywhere in JAX, the function must be pure: of a global that has changed, a compiled program knows nothing.
+    """
+    programs: dict[Hashable, _Program] = {}
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        of, *rest = args
+        owners: list[Any] = []
+        key = _reference(of, owners)
+        if key is None or kwargs or not _can_cross(rest):
+            return function(*args, **kwargs)
+        program = programs.get(key)
+        if program is None:
+            program = programs[key] = _Program(function)
+            for owner in owners:
+                weakref.finalize(owner, programs.pop, key, None).atexit = False
+        result: R = program(of, rest)
+        return result
+
+    return call
+
+
+class _Program:
+    """A jitted function of which the first argument is there only during calls: tracing happens in them."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._given = threading.local()
+
+        def run(*rest: Any) -> Any:
+            return function(self._given.of, *rest)
+
+        self._jitted = jax.jit(run, inline=True)
+
+    def __call__(self, of: Any, rest: Sequence[Any]) -> Any:
+        outer = getattr(self._given, "of", None)
+        self._given.of = of
+        try:
+            return self._jitted(*rest)
+        finally:
+            self._given.of = outer
+
+
+def _reference(of: Any, owners: list[Any]) -> Hashable:
+    """What a function is found again by, without keeping it alive; None if that cannot be. Adds what must live for it."""
+    if isinstance(of, Around):
+        parts = tuple(_reference(part, owners) for part in vars(of).values())
+        return None if None in parts else (type(of), *parts)
+    if isinstance(of, int):
+        return of
+    try:
+        reference = weakref.WeakMethod(of) if isinstance(of, types.MethodType) else weakref.ref(of)
+        hash(reference)
+    except TypeError:
+        return None
+    owners.append(of.__self__ if isinstance(of, types.MethodType) else of)
+    return reference
+
+
+def either(flag: Bool[Array, ""], yes: Callable[[], R], no: Callable[[], R]) -> R:
+    """`jax.lax.cond`. Outside ``jit`` the flag is known: one branch runs, and nothing is compiled."""
+    if isinstance(flag, jax.core.Tracer):
+        result: R = jax.lax.cond(flag, yes, no)
+        return result
+    return yes() if flag else no()
+
+
+def repeat(going: Callable[[T], Bool[Array, ""]], step: Callable[[T], T], start: T) -> T:
+    """`jax.lax.while_loop`. Outside ``jit`` it is known when to stop: steps are taken one by one, and nothing is compiled."""
+    state = start
+    while True:
+        flag = going(state)
+        if isinstance(flag, jax.core.Tracer):
+            result: T = jax.lax.while_loop(going, step, start)
+            return result
+        if not flag:
+            return state
+        state = step(state)
