@@ -1351,3 +1351,69 @@ def _invented_primitive_on_an_activation():
         return _gaussian(_invented()(jnp.tanh(x @ p["w"])) @ p["out"], y)
 
     return log_prob, _weights(w=(3, 4), out=(4, 2)), (_inputs(3), _targets(2))
+
+
+# Programs for which a rule does not hold, or on which one was once applied all the same.
+
+
+@_row(eps=1.2e-7, relaxed=True)
+def _complex_constant_after_a_real_weight():
+    mix = jax.lax.complex(_array(1, 4, 3, dtype=np.float32), _array(2, 4, 3, dtype=np.float32))
+
+    def log_prob(p, x):
+        return -jnp.sum((jnp.imag(x @ (mix @ p["w"])) - 1) ** 2)
+
+    return log_prob, {"w": _array(3, 3, dtype=np.float32)}, (_inputs(4, dtype=np.float32),)
+
+
+@_row()
+def _power_spectrum():
+    return lambda p, x: -jnp.sum(jnp.abs(jnp.fft.rfft(p["w"] * x)) ** 2), {"w": _array(1, 6)}, (_inputs(6),)
+
+
+@_row()
+def _divided_by_a_mean_over_a_broadcast():
+    def log_prob(p, x):
+        wide = jnp.broadcast_to(x[:, None, None] ** 2 + jnp.arange(3.0)[None, :, None] + 1, (4, 3, 2))
+        return jnp.sum(p["w"] / jnp.mean(wide, 1))
+
+    return log_prob, {"w": _array(1, 4, 2)}, (_inputs(4),)
+
+
+def _rounded_backwards(dtype):
+    """The identity, whose cotangent is rounded to a narrow dtype, as quantised training does it."""
+
+    @jax.custom_vjp
+    def rounded(w):
+        return w
+
+    rounded.defvjp(lambda w: (w, None), lambda _, g: ((4 * g).astype(dtype).astype(g.dtype) / 4,))
+    return rounded
+
+
+@_row(plain="w")
+def _gradient_cast_to_integers():
+    rounded = _rounded_backwards(jnp.int8)
+    return lambda p, x: 9 * jnp.sum(jnp.tanh(x @ rounded(p["w"]))), {"w": _array(1, 3, 2)}, (_inputs(3),)
+
+
+@_row(plain="w")
+def _gradient_cast_to_float8():
+    rounded = _rounded_backwards(jnp.float8_e4m3fn)
+    return lambda p, x: jnp.sum(jnp.tanh(x @ rounded(p["w"]))), {"w": _array(1, 3, 2)}, (_inputs(3),)
+
+
+@_row()
+def _number_of_a_sum_times_an_array():
+    return lambda p, x: jnp.sum(jnp.tanh(jnp.sum(p["w"][None] * x[:, None]) * x)), {"w": _array(1, 4)}, (_inputs(4),)
+
+
+@_row("w b")
+def _layer_beside_two_layers_of_width_one():
+    params = {"w": _array(1, 1, 4), "a": _array(2, 1, 1), "b": _array(3, 1, 4)}
+    return lambda p, x: jnp.sum(jnp.tanh(x @ p["w"] + (x @ p["a"]) @ p["b"])), params, (_inputs(1),)
+
+
+@_row()
+def _square_of_one_value_in_two_arrangements():
+    return lambda p, x: jnp.sum((x[:, None] * x[None, :]) * jnp.tanh(p["w"])), {"w": _array(1, 3, 3)}, (_inputs(3),)
