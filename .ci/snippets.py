@@ -13,6 +13,7 @@ import pathlib
 import re
 import sys
 import time
+import warnings
 
 # Nearly all the time of these blocks is XLA compiling programs that run once.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -24,6 +25,8 @@ def run(path: pathlib.Path, write: bool) -> int:
     """Run the blocks of one file; how many there are."""
     text = path.read_text()
     namespace: dict[str, object] = {}
+    # What another library deprecates must not stay on a page for readers to copy.
+    warnings.simplefilter("error")
 
     def run_block(block: re.Match[str]) -> str:
         line = text.count("\n", 0, block.start(1))
