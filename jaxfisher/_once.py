@@ -75,7 +75,8 @@ def once_for(function: Callable[P, R]) -> Callable[P, R]:
     """`once` for a function whose first argument is the user's, or is `Around` it: one program for each such function.
 
     A program is found again by the user's function, and forgotten with it: neither it nor what it closes over is kept alive.
-    As everywhere in JAX, the function must be pure: of a global that has changed, a compiled program knows nothing.
+    Where a global or a closed-over variable that the function names is bound to something else, as happens in notebooks, the
+    program is made again. What is changed in place is not seen: as everywhere in JAX, the function must be pure.
     """
     programs: dict[Hashable, _Program] = {}
 
@@ -86,11 +87,13 @@ def once_for(function: Callable[P, R]) -> Callable[P, R]:
         key = _reference(of, owners)
         if key is None or kwargs or not _can_cross(rest):
             return function(*args, **kwargs)
+        reads = _readings(of)
         program = programs.get(key)
         if program is None:
-            program = programs[key] = _Program(function)
             for owner in owners:
                 weakref.finalize(owner, programs.pop, key, None).atexit = False
+        if program is None or program.reads != reads:
+            program = programs[key] = _Program(function, reads)
         result: R = program(of, rest)
         return result
 
@@ -100,7 +103,8 @@ def once_for(function: Callable[P, R]) -> Callable[P, R]:
 class _Program:
     """A jitted function of which the first argument is there only during calls: tracing happens in them."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], reads: tuple[Hashable, ...]) -> None:
+        self.reads = reads
         self._given = threading.local()
 
         def run(*rest: Any) -> Any:
@@ -131,6 +135,54 @@ def _reference(of: Any, owners: list[Any]) -> Hashable:
         return None
     owners.append(of.__self__ if isinstance(of, types.MethodType) else of)
     return reference
+
+
+def _readings(of: Any) -> tuple[Hashable, ...]:
+    """What a function of the user's reads from outside by name: numbers and strings as they are, all else by identity.
+
+    Functions that it names are looked into as well, those of the libraries aside.
+    """
+    found: list[Hashable] = []
+    known: set[int] = set()
+    todo = [of]
+    while todo:
+        value = todo.pop()
+        if value is None or isinstance(value, (int, float, complex, str)):
+            found.append(value)
+            continue
+        found.append(id(value))
+        if id(value) not in known:
+            known.add(id(value))
+            todo += _inside(value)
+    return tuple(found)
+
+
+def _inside(value: Any) -> list[Any]:
+    """What a function, or what holds one, reads by name."""
+    if isinstance(value, Around):
+        return list(vars(value).values())
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, types.MethodType):
+        return [value.__self__, value.__func__]
+    if not isinstance(value, types.FunctionType) or _package(value) in _LIBRARIES:
+        return []
+    cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+    return [*cells, *(value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__)]
+
+
+_LIBRARIES = frozenset({"jax", "jaxfisher", "numpy", "optax", "flax", "equinox", "haiku", "distrax", "numpyro"})
+"""Packages that are not looked into: no user binds their names anew."""
+
+
+def _package(function: types.FunctionType) -> str:
+    return str(function.__module__).partition(".")[0]
+
+
+def _names(code: types.CodeType) -> list[str]:
+    """The names that code and the functions in it look up, in order."""
+    inner = [name for part in code.co_consts if isinstance(part, types.CodeType) for name in _names(part)]
+    return [*code.co_names, *inner]
 
 
 def either(flag: Bool[Array, ""], yes: Callable[[], R], no: Callable[[], R]) -> R:

@@ -312,3 +312,34 @@ def test_programs_go_with_the_users_function():
     left = use()
     gc.collect()
     assert left() is None
+
+
+SPREAD = 1.0
+
+
+def spread():
+    """Read by name from another function."""
+    return SPREAD
+
+
+def test_a_name_bound_anew_is_seen(monkeypatch):
+    """As in a notebook, where a cell is run again: a global, a function that the model calls, and a closed-over variable."""
+    inputs, factor = jnp.ones((2, 1)), 1.0
+    models = {
+        "global": lambda mu, x: jf.Normal(mu * x[0], SPREAD),
+        "function": lambda mu, x: jf.Normal(mu * x[0], spread()),
+        "closure": lambda mu, x: jf.Normal(mu * x[0], factor),
+        "inner function": lambda mu, x: jax.checkpoint(lambda mu: jf.Normal(mu * x[0], SPREAD))(mu),
+    }
+    makers = {name: jf.exact_fisher(model) for name, model in models.items()}
+
+    def traces():
+        return {name: float(make(0.0, inputs).trace()) for name, make in makers.items()}
+
+    assert traces() == dict.fromkeys(models, 1.0)
+    monkeypatch.setitem(globals(), "SPREAD", 0.5)
+    assert traces() == {**dict.fromkeys(models, 4.0), "closure": 1.0}
+    factor = 0.5
+    assert traces() == dict.fromkeys(models, 4.0)
+    monkeypatch.setitem(globals(), "spread", lambda: 2.0)
+    assert traces() == {**dict.fromkeys(models, 4.0), "function": 0.25}
