@@ -316,6 +316,38 @@ MISTAKES = [
 ]
 
 
+# (name of the field, how a value of it makes a distribution, a target)
+POSITIVE = [
+    ("scale", lambda v: jf.Normal(0.0, v), 0.5),
+    ("scale", lambda v: jf.Laplace(0.0, v), 0.5),
+    ("df", lambda v: jf.StudentT(v, 0.0, 1.0), 0.5),
+    ("scale", lambda v: jf.StudentT(4.0, 0.0, v), 0.5),
+    ("concentration", lambda v: jf.Gamma(v, 1.0), 0.5),
+    ("rate", lambda v: jf.Gamma(1.0, v), 0.5),
+    ("a", lambda v: jf.Beta(v, 1.0), 0.5),
+    ("b", lambda v: jf.Beta(1.0, v), 0.5),
+    ("concentration", lambda v: jf.Dirichlet(v * np.array([1.0, 2.0])), (0.5, 0.5)),
+    ("scale_tril", lambda v: jf.MultivariateNormal(np.zeros(2), v * np.eye(2)), (0.5, 0.5)),
+]
+
+
+@pytest.mark.parametrize(("name", "make", "target"), POSITIVE)
+def test_what_must_be_positive_and_is_not(name, make, target):
+    """A value that is known is refused; one that is not gives NaN in all that is made of it, the Fisher among it."""
+    for bad in (-1.0, 0.0, np.float64(-2.0)):
+        with pytest.raises(ValueError, match=rf"`{name}` holds -?\d.*above zero.*jnp.exp"):
+            make(bad)
+
+    @jax.jit
+    def everything(value):
+        p = make(value)
+        return p.log_prob(jnp.asarray(target)), p.sample(jax.random.key(0)), p.kl(p), jnp.trace(p.fisher_matrix())
+
+    for value in everything(jnp.array(-1.0)):
+        assert np.any(np.isnan(value)), value
+    assert all(np.all(np.isfinite(value)) for value in everything(jnp.array(1.0)))
+
+
 @pytest.mark.parametrize(("make", "error", "message"), MISTAKES, ids=[message[:40] for _, _, message in MISTAKES])
 def test_a_mistake_is_named(make, error, message):
     with pytest.raises(error, match=message):

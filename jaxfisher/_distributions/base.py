@@ -13,11 +13,13 @@ positive semi-definite by construction, and what scores are made of (column ``j`
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any, ClassVar, Self, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
@@ -63,10 +65,12 @@ class Distribution:
     """Number of event axes of each field, in the order of the fields: ``(1, 2)`` for a mean vector and a matrix."""
     event_ndim: ClassVar[int]
     """Number of axes of one draw: 0 for scalars, 1 for vectors."""
+    positive: ClassVar[tuple[str, ...]] = ()
+    """The fields whose entries, or of a matrix those on its diagonal, must be above zero."""
 
     def __post_init__(self) -> None:
         names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
-        values = [_as_field(type(self).__name__, name, getattr(self, name)) for name in names]
+        values = [self._field(name) for name in names]
         dtype = jnp.result_type(*values)
         batches, events = [], []
         for name, value, ndim in zip(names, values, self.field_ndims, strict=True):
@@ -89,6 +93,30 @@ class Distribution:
         for name, value, event in zip(names, values, events, strict=True):
             object.__setattr__(self, name, jnp.broadcast_to(value.astype(dtype), batch + event))
         self._check_fields()
+
+    def _field(self, name: str) -> Array:
+        """A field as an array. What must be positive and is not is an error where it is known, and NaN where not."""
+        given = getattr(self, name)
+        value = _as_field(type(self).__name__, name, given)
+        if name not in self.positive:
+            return value
+        which = np.broadcast_to(_must_be_positive(value.shape, self._ndim_of(name)), value.shape)
+        # The value of a JAX array is a run-time number: to look at it would wait for the device.
+        if not isinstance(given, (numbers.Real, np.ndarray, np.generic)):
+            return jnp.where(which & (value < 0), jnp.nan, value)
+        entries = np.asarray(given, float)[which]
+        if np.any(entries <= 0):
+            raise ValueError(
+                f"{type(self).__name__}: `{name}` holds {entries[np.argmax(entries <= 0)]}; expected numbers above zero"
+                f"{' on the diagonal' if self._ndim_of(name) == 2 else ''}. Of numbers without bounds give jnp.exp or "
+                "jax.nn.softplus."
+            )
+        return value
+
+    def _ndim_of(self, name: str) -> int:
+        """How many event axes a field has."""
+        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return self.field_ndims[names.index(name)]
 
     def _check_fields(self) -> None:
         """Raise `ValueError` for field shapes the family cannot have. Called once the fields are arrays of one batch shape."""
@@ -213,6 +241,11 @@ def one_of(owner: str, given: dict[str, Any], convert: Callable[[Array], Array])
         seen = "neither" if value is None else "both"
         raise TypeError(f"{owner}: got {seen} of `{name}` and `{other}`; give one of the two.")
     return value if instead is None else convert(_as_field(owner, other, instead))
+
+
+def _must_be_positive(shape: tuple[int, ...], ndim: int) -> np.ndarray:
+    """Which entries of a positive field must be above zero: all, or of a matrix those on its diagonal."""
+    return np.eye(*shape[-2:], dtype=bool) if ndim == 2 and len(shape) > 1 else np.ones((), bool)
 
 
 def _as_field(owner: str, name: str, value: Any) -> Array:

@@ -22,11 +22,11 @@ class Beta(Distribution):
     ``log_prob`` is ``-inf`` outside ``[0, 1]``; at the ends it is the limit from within.
 
     Args:
-        a: concentration of ``x``, shape ``[*batch]``, no unit. Not checked: a negative one gives no density.
-        b: concentration of ``1 - x``, shape ``[*batch]``, no unit. Not checked.
+        a: concentration of ``x``, shape ``[*batch]``, no unit, above zero.
+        b: concentration of ``1 - x``, shape ``[*batch]``, no unit, above zero.
 
     Raises:
-        ValueError: the shapes do not broadcast together.
+        ValueError: the shapes do not broadcast together; a field known not to be above zero. One that is not known gives NaN.
         TypeError: a complex field.
 
     Reference: Johnson, Kotz and Balakrishnan, Continuous Univariate Distributions, volume 2 (1995), chapter 25.
@@ -42,6 +42,7 @@ class Beta(Distribution):
 
     field_ndims = (0, 0)
     event_ndim = 0
+    positive = ("a", "b")
 
     @property
     def mean(self) -> Float[Array, "*batch"]:

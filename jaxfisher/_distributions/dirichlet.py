@@ -35,10 +35,11 @@ class Dirichlet(Distribution):
     boundary it is ``-inf`` if a class with ``alpha_i > 1`` is at zero, else ``inf`` if one with ``alpha_i < 1`` is.
 
     Args:
-        concentration: the concentrations, shape ``[*batch, K]``, no unit. Not checked: negative ones give no density.
+        concentration: the concentrations, shape ``[*batch, K]``, no unit, above zero.
 
     Raises:
-        ValueError: ``concentration`` has no class axis, or an empty one.
+        ValueError: ``concentration`` has no class axis, or an empty one; it is known not to be above
+            zero. One that is not known gives NaN.
         TypeError: a complex field.
 
     Reference: Minka, Estimating a Dirichlet distribution (2000), equations 1, 13 and 14.
@@ -53,6 +54,7 @@ class Dirichlet(Distribution):
 
     field_ndims = (1,)
     event_ndim = 1
+    positive = ("concentration",)
 
     def _check_fields(self) -> None:
         if self.concentration.shape[-1] == 0:

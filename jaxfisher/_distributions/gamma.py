@@ -31,11 +31,11 @@ class Gamma(Distribution):
     ``log_prob`` is ``-inf`` for ``x < 0`` and at infinity; at ``x = 0`` it is the limit from above.
 
     Args:
-        concentration: the shape, shape ``[*batch]``, no unit. Not checked: a negative one gives no density.
-        rate: one over the scale, shape ``[*batch]``, in one over the units of the target. Not checked.
+        concentration: the shape, shape ``[*batch]``, no unit, above zero.
+        rate: one over the scale, shape ``[*batch]``, in one over the units of the target, above zero.
 
     Raises:
-        ValueError: the shapes do not broadcast together.
+        ValueError: the shapes do not broadcast together; a field known not to be above zero. One that is not known gives NaN.
         TypeError: a complex field.
 
     Reference: Lehmann and Casella, Theory of Point Estimation (1998), table 1.5.1 and example 2.5.2.
@@ -51,6 +51,7 @@ class Gamma(Distribution):
 
     field_ndims = (0, 0)
     event_ndim = 0
+    positive = ("concentration", "rate")
 
     @property
     def mean(self) -> Float[Array, "*batch"]:

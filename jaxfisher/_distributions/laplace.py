@@ -25,11 +25,10 @@ class Laplace(Distribution):
 
     Args:
         loc: the median and mean, shape ``[*batch]``, in the units of the target.
-        scale: the mean absolute deviation, shape ``[*batch]``, in the units of the target. Not checked: a negative one gives
-            NaN.
+        scale: the mean absolute deviation, shape ``[*batch]``, in the units of the target, above zero.
 
     Raises:
-        ValueError: the shapes do not broadcast together.
+        ValueError: the shapes do not broadcast together; ``scale`` known not to be above zero. One that is not known gives NaN.
         TypeError: a complex field.
 
     Reference: Kotz, Kozubowski and Podgorski, The Laplace Distribution and Generalizations (2001), section 2.6.
@@ -45,6 +44,7 @@ class Laplace(Distribution):
 
     field_ndims = (0, 0)
     event_ndim = 0
+    positive = ("scale",)
 
     @property
     def mean(self) -> Float[Array, "*batch"]:

@@ -29,7 +29,7 @@ class MultivariateNormal(Distribution):
     Args:
         loc: the mean, shape ``[*batch, d]``, in the units of the target.
         scale_tril: the factor of the covariance, shape ``[*batch, d, d]``, in the units of the target, with a positive
-            diagonal. Not checked: a negative one gives NaN.
+            diagonal.
         covariance: instead of ``scale_tril``, the covariance itself, of the same shape, in the square of those units. Not
             checked: where it is not positive definite, ``scale_tril`` is NaN.
 
@@ -37,7 +37,8 @@ class MultivariateNormal(Distribution):
     of independent entries give a `jaxfisher.Normal` whose fields are vectors: an example then has ``2 d`` rows.
 
     Raises:
-        ValueError: the batch shapes do not broadcast together; ``scale_tril`` is not square, or not of the size of ``loc``.
+        ValueError: the batch shapes do not broadcast together; ``scale_tril`` is not square, or not of the size of ``loc``; its
+            diagonal is known not to be above zero. One that is not known gives NaN.
         TypeError: a complex field; both of ``scale_tril`` and ``covariance``, or neither.
 
     Reference: Malago and Pistone, Information geometry of the Gaussian distribution in view of stochastic optimization
@@ -54,6 +55,7 @@ class MultivariateNormal(Distribution):
 
     field_ndims = (1, 2)
     event_ndim = 1
+    positive = ("scale_tril",)
 
     def __init__(self, loc: ArrayLike, scale_tril: ArrayLike | None = None, *, covariance: ArrayLike | None = None) -> None:
         given = {"scale_tril": scale_tril, "covariance": covariance}

@@ -22,10 +22,10 @@ class Normal(Distribution):
 
     Args:
         loc: the mean, shape ``[*batch]``, in the units of the target.
-        scale: the standard deviation, shape ``[*batch]``, in the units of the target. Not checked: a negative one gives NaN.
+        scale: the standard deviation, shape ``[*batch]``, in the units of the target, above zero.
 
     Raises:
-        ValueError: the shapes do not broadcast together.
+        ValueError: the shapes do not broadcast together; ``scale`` known not to be above zero. One that is not known gives NaN.
         TypeError: a complex field.
 
     Reference: Lehmann and Casella, Theory of Point Estimation (1998), example 2.5.2.
@@ -41,6 +41,7 @@ class Normal(Distribution):
 
     field_ndims = (0, 0)
     event_ndim = 0
+    positive = ("scale",)
 
     @property
     def mean(self) -> Float[Array, "*batch"]:

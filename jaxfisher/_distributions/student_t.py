@@ -38,13 +38,14 @@ class StudentT(Distribution):
     The normal distribution is the limit ``v -> inf``, and is approached without loss of digits: ``F_vv`` falls like ``v^-4``.
 
     Args:
-        df: degrees of freedom, shape ``[*batch]``, no unit. Not checked: a negative one gives no density.
+        df: degrees of freedom, shape ``[*batch]``, no unit, above zero.
         loc: the median, shape ``[*batch]``, in the units of the target.
-        scale: the scale, shape ``[*batch]``, in the units of the target; the standard deviation is ``scale sqrt(v/(v - 2))``.
-            Not checked: a negative one gives NaN.
+        scale: the scale, shape ``[*batch]``, in the units of the target; above zero; the standard deviation is
+            ``scale sqrt(v/(v - 2))``.
 
     Raises:
-        ValueError: the shapes do not broadcast together.
+        ValueError: the shapes do not broadcast together; ``df`` or ``scale`` known not to be above zero. One that is not known
+            gives NaN.
         TypeError: a complex field.
 
     Reference: Lange, Little and Taylor, Robust statistical modeling using the t distribution (JASA 1989), appendix B.
@@ -61,6 +62,7 @@ class StudentT(Distribution):
 
     field_ndims = (0, 0, 0)
     event_ndim = 0
+    positive = ("df", "scale")
 
     @property
     def mean(self) -> Float[Array, "*batch"]:
