@@ -52,8 +52,30 @@ def in_leaf_order(layout, matrices):
     return leaf.reshape(*lead, *layout.shape)
 
 
-def numbers(rng, *shape, dtype):
-    return rng.standard_normal(shape).astype(dtype)
+def numbers(rng, *shape, dtype, size=1.0):
+    """Normal numbers times sizes."""
+    return (rng.standard_normal(shape) * size).astype(dtype)
+
+
+ORDINARY = 1.0, 1.0
+"""The sizes of left and of right factors."""
+
+
+def extreme(rng, left, right, positions, biased=False):
+    """Sizes of left and right factors ``[n, rows, 1, T, 1]`` from 1e-30 to 1e30, of products from 1e-8 to 1e8, and zeros.
+
+    What a left factor is larger, the right factors are smaller that it meets; but those of a layer with a bias are ordinary.
+    """
+    both = [a if a == b else 1 for a, b in zip(left, right, strict=True)]
+    shapes = [(*rows, 1, positions, 1) for rows in (both, left, right)]
+    powers = rng.integers(-26, 0 if biased else 27, shapes[0])
+    own = [10.0 ** rng.integers(-4, 5, shape) for shape in shapes[1:]]
+    sizes = [own[0] * 10.0**powers, own[1] if biased else own[1] * 10.0**-powers]
+    # A unit that is dead or saturated has a derivative of zero, however large its input; and so the other way round.
+    fate = rng.random(shapes[0])
+    dead = fate > 0.8, fate < 0 if biased else fate < 0.2
+    huge = [np.where(other, 1e30, size) for size, other in zip(sizes, dead, strict=True)]
+    return tuple(np.where(zero, 0, size) for size, zero in zip(huge, dead[::-1], strict=True))
 
 
 def wide(array):
@@ -75,9 +97,9 @@ def of_factors(form, left, right, layout):
     return Made(form, in_leaf_order(layout, rows), in_leaf_order(layout, sizes))
 
 
-def product(rng, dtype, layout, positions=1, left=OF_EXAMPLE, right=OWN):
-    lefts = numbers(rng, *left, layout.groups, positions, layout.inputs, dtype=dtype)
-    rights = numbers(rng, *right, layout.groups, positions, layout.outputs, dtype=dtype)
+def product(rng, dtype, layout, positions=1, left=OF_EXAMPLE, right=OWN, sizes=ORDINARY):
+    lefts = numbers(rng, *left, layout.groups, positions, layout.inputs, dtype=dtype, size=sizes[0])
+    rights = numbers(rng, *right, layout.groups, positions, layout.outputs, dtype=dtype, size=sizes[1])
     form = Product(jnp.asarray(lefts), jnp.asarray(rights), layout)
     return of_factors(form, lefts, rights, layout)
 
@@ -97,12 +119,12 @@ def formed(rng, dtype, shape, rows=OWN):
     return Made(Formed(jnp.asarray(value)), rows, np.abs(rows))
 
 
-def convolution(rng, dtype, outputs, left=OF_EXAMPLE, right=OWN, groups=(1, 1)):
+def convolution(rng, dtype, outputs, left=OF_EXAMPLE, right=OWN, groups=(1, 1), sizes=ORDINARY):
     """A kernel of 2 by 3 with a stride and a dilation; images of two or four channels, in groups of rows or of depth."""
     row_groups, depth_groups = groups
     kernel, places, strides, dilations = (2, 3), (3, 2), (2, 1), (1, 2)
     reach = [(k - 1) * s + (p - 1) * d + 1 for k, p, s, d in zip(kernel, places, strides, dilations, strict=True)]
-    image = numbers(rng, *left, 2 * row_groups, depth_groups, *reach, dtype=dtype)
+    image = numbers(rng, *left, 2 * row_groups, depth_groups, *reach, dtype=dtype, size=np.expand_dims(sizes[0], -1))
     windows = Windows(jnp.asarray(image), kernel, places, strides, dilations, row_groups, depth_groups)
     count, positions, inputs = row_groups * depth_groups, math.prod(places), 2 * math.prod(kernel)
     lefts = np.zeros((*left, count, positions, inputs))
@@ -112,7 +134,7 @@ def convolution(rng, dtype, outputs, left=OF_EXAMPLE, right=OWN, groups=(1, 1)):
         at = [o * s + p * d for o, p, s, d in zip(offset, place, strides, dilations, strict=True)]
         row, depth = divmod(b, depth_groups)
         lefts[:, :, b, t, i] = image[:, :, 2 * row + channel, depth, at[0], at[1]]
-    rights = numbers(rng, *right, count, positions, outputs, dtype=dtype)
+    rights = numbers(rng, *right, count, positions, outputs, dtype=dtype, size=sizes[1])
     layout = Layout((count, inputs, outputs), (count, inputs, outputs), (0, 1, 2), count, inputs, outputs)
     return of_factors(Convolution(windows, jnp.asarray(rights), layout), lefts, rights, layout)
 
@@ -205,6 +227,7 @@ def _sums(rng, dtype, tall, wide_layout):
         "two products": leaf(dtype, product(rng, dtype, tall), product(rng, dtype, tall, 2, OWN, OF_EXAMPLE)),
         "a table and a product": leaf(dtype, lookup(rng, dtype, tall, 2), product(rng, dtype, tall)),
         "a product and a table": leaf(dtype, product(rng, dtype, tall), lookup(rng, dtype, tall, 2, OWN, OWN)),
+        "a table and many positions": leaf(dtype, lookup(rng, dtype, tall, 3), product(rng, dtype, tall, 5)),
         "two tables": leaf(dtype, lookup(rng, dtype, tall, 2), lookup(rng, dtype, tall, 3, OWN, OF_ROW)),
         "two layouts": leaf(dtype, product(rng, dtype, wide_layout), product(rng, dtype, turned, 2)),
         "a product and a constant": leaf(

@@ -8,8 +8,9 @@ import leaves
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from leaves import ROWS, N
+from leaves import OF_EXAMPLE, OWN, ROWS, N
 
+from jaxfisher._engine.forms import arrays
 from jaxfisher._scores import JoinedScores
 
 OMEGA = np.random.default_rng(1).uniform(0.1, 1, N * ROWS)
@@ -62,16 +63,20 @@ def given(scores, dtype):
     return (jnp.asarray(x, dtype) for x in vectors(scores.spec.size, scores.num_rows))
 
 
-@functools.cache
-def answers(dtype):
-    """What every case gives, by one compiled program."""
+def answers_of(cases, dtype):
+    """What cases give, by one compiled program."""
 
     @jax.jit
     def run(held):
         all_scores = {name: leaves.scores_of(made, jnp.asarray(OMEGA, dtype)) for name, made in held.items()}
         return {name: asked(scores, *given(scores, dtype)) for name, scores in all_scores.items()}
 
-    return run({name: case.leaves for name, case in leaves.cases(dtype).items()})
+    return run({name: case.leaves for name, case in cases.items()})
+
+
+@functools.cache
+def answers():
+    return answers_of(leaves.cases(np.float64), np.float64)
 
 
 def check(made, rows, sizes, what):
@@ -88,7 +93,24 @@ def check(made, rows, sizes, what):
 @pytest.mark.parametrize("name", leaves.cases(np.float64))
 def test_every_quantity_is_that_of_the_dense_gradients(name):
     case = leaves.cases(np.float64)[name]
-    check(answers(np.float64)[name], case.rows, case.sizes, name)
+    check(answers()[name], case.rows, case.sizes, name)
+
+
+IN_TILES = (
+    "a table and many positions",
+    "two layouts",
+    "two convolutions",
+    f"groups {OF_EXAMPLE} x {OWN}",
+    f"gradients formed of positions {OF_EXAMPLE} x {OWN}",
+    f"product {OWN} x {OWN}",
+)
+
+
+def test_gradients_formed_tile_by_tile_are_the_same(monkeypatch):
+    monkeypatch.setattr(arrays, "TILE", 37)
+    cases = {name: leaves.cases(np.float64)[name] for name in IN_TILES}
+    for name, made in answers_of(cases, np.float64).items():
+        check(made, cases[name].rows, cases[name].sizes, name)
 
 
 @functools.cache

@@ -52,6 +52,21 @@ class Windows:
         groups = self.row_groups * self.depth_groups
         return x.reshape(groups, -1, rows // self.row_groups, *self.outputs)
 
+    def largest(self) -> Array:
+        """The largest entries of the windows in absolute value at each of their offsets, ``[groups, depth * offsets]``."""
+        shape = (self.image.shape[0] // self.row_groups, 1, *self.outputs)
+        x = jax.lax.reduce_window(
+            jnp.abs(self.image),
+            jnp.zeros((), self.image.dtype),
+            jax.lax.max,
+            shape,
+            (shape[0], 1, *self.dilations),
+            "VALID",
+            window_dilation=(1, 1, *self.strides),
+        )
+        x = x[(slice(None), slice(None), *(slice(size) for size in self.offsets))]
+        return x.reshape(self.row_groups * self.depth_groups, -1)
+
 
 def _window(x: Array, axis: int, outputs: int, offsets: int, stride: int, dilation: int) -> Array:
     """Replace ``axis`` by two at the end, ``[outputs, offsets]``, with a slice for each entry of the shorter one."""

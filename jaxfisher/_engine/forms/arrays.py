@@ -54,6 +54,26 @@ def total(parts: Sequence[Any]) -> Any:
     return sum(parts[1:], start=parts[0])
 
 
+def magnitude(x: Array, axes: int | Sequence[int]) -> Array:
+    """The largest entry in absolute value along some axes, which stay with length one.
+
+    Results do not depend on what they are divided by on the way, and neither do their derivatives.
+    """
+    largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axes, keepdims=True, initial=0.0)
+    # Small enough for an inverse that is a normal number.
+    return jnp.minimum(largest, float(1 / jnp.finfo(x.dtype).tiny))
+
+
+def inverse(size: Array) -> Array:
+    """What brings an array of this `magnitude` near one; zeros stay zeros."""
+    return 1 / jnp.maximum(size, jnp.finfo(size.dtype).tiny)
+
+
+def taken(tree: Any, examples: slice, count: int) -> Any:
+    """Some of so many examples; arrays that do not depend on the example stay."""
+    return jax.tree.map(lambda x: x[examples] if x.shape[0] == count else x, tree)
+
+
 def sum_to(x: Array, shape: Sequence[int]) -> Array:
     """The sum over leading (n, rows) axes along which ``shape`` has length one."""
     axes = tuple(i for i in (0, 1) if shape[i] == 1 and x.shape[i] != 1)
@@ -69,10 +89,18 @@ def weighted(w: Float[Array, "n r"], x: Float[Array, "n r b t o"], shape: Sequen
 
 
 def mean(array: Array, w: Float[Array, "n r"]) -> Array:
-    """The weighted mean over examples and rows, with axes of length one for them."""
+    """The weighted mean over examples and rows, with axes of length one for them; zero if no weight is positive."""
     weight = sum_to(w, array.shape[:2])
-    weight = jnp.broadcast_to(weight / jnp.sum(weight), array.shape[:2])
+    whole = jnp.sum(weight)
+    weight = jnp.broadcast_to(weight / jnp.where(whole > 0, whole, 1), array.shape[:2])
     return jnp.einsum("nr,nr...->...", weight, array, precision=HIGHEST)[None, None]
+
+
+def extent(x: Float[Array, "n r b t o"]) -> Float[Array, "n r"]:
+    """The largest entry of each row in absolute value, over the largest of all; one if all are zero."""
+    largest = jnp.max(jnp.abs(x), (2, 3, 4), initial=0.0)
+    whole = jnp.max(largest)
+    return jnp.where(whole > 0, largest / jnp.where(whole > 0, whole, 1), 1)
 
 
 def masked(array: Array, live: Bool[Array, " n"]) -> Array:

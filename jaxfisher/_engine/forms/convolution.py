@@ -8,9 +8,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Float
 
-from jaxfisher._engine.forms.arrays import mean
+from jaxfisher._engine.forms.arrays import extent, mean
 from jaxfisher._engine.forms.layout import Layout
 from jaxfisher._engine.forms.product import Product
 from jaxfisher._engine.windows import Windows
@@ -43,14 +43,15 @@ class Convolution:
         left = jax.vmap(jax.vmap(Windows.array))(self.windows)
         return Product(left.reshape(*left.shape[:4], -1), self.right, self.layout)
 
-    def bound(self, *, bias: bool) -> Scalar:
-        """As that of a product, from the image's largest entry."""
-        largest, right = (jnp.max(jnp.abs(x), initial=0.0) for x in (self.windows.image, self.right))
-        return self.positions * right * (jnp.maximum(largest, 1) if bias else largest)
+    def sizes(self, *, bias: bool) -> Float[Array, "n rows"]:
+        """As those of a product."""
+        left = jax.vmap(jax.vmap(Windows.largest))(self.windows)
+        right = jnp.max(jnp.abs(self.right), -1, initial=0.0)
+        return jnp.max(jnp.sum((jnp.maximum(left, 1) if bias else left) * right, 3), 2)
 
     def means(self, w: Float[Array, "n rows"]) -> tuple[Array, ...]:
         """Those of the images and of the right factors."""
-        return mean(self.windows.image, w), mean(self.right, w)
+        return mean(self.windows.image, w * extent(self.right)), mean(self.right, w)
 
     def shifted(self, means: tuple[Array, ...]) -> tuple[Convolution, ...]:
         """Two convolutions: of deviations of images, and of right factors with a constant image."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Float
 
 from jaxfisher._engine.forms.arrays import Seal
 from jaxfisher._engine.forms.layout import Layout
@@ -40,11 +40,11 @@ class Form(Protocol):
     def made(self) -> Made:
         """The form that products are taken with."""
 
-    def bound(self, *, bias: bool) -> Scalar:
-        """A bound on the entries of all rows, of their order of magnitude; with those of the bias of the layer."""
+    def sizes(self, *, bias: bool) -> Float[Array, "n rows"]:
+        """A bound on the entries of each row, of their order of magnitude; with those of the bias of the layer."""
 
     def means(self, w: Float[Array, "n rows"]) -> tuple[Array, ...]:
-        """The weighted means of what is held, for `shifted`."""
+        """Means of what is held, for `shifted`; of left factors by how much they count, which is the size of the right ones."""
 
     def shifted(self, means: tuple[Array, ...]) -> tuple[Form, ...]:
         r"""Terms that add up to the gradients less a constant, which is near their mean if ``means`` are near those held.
@@ -83,8 +83,11 @@ class Factored(Made, Protocol):
     def right(self) -> Float[Array, "n rows groups T outputs"]:
         """The right factors."""
 
-    def squared(self) -> Float[Array, "n rows"]:
-        """``|D|^2`` of every row."""
+    def left_size(self, *, bias: bool) -> Float[Array, "n rows groups T 1"]:
+        """The largest entries of left factors; with a ``bias``, of factors that end in one."""
+
+    def squared(self) -> Float[Array, "n rows groups"]:
+        """``|D|^2`` of every row, group by group."""
 
     def squares(self) -> Made:
         """The form whose gradients are the entrywise squares; exact if no entry has terms of two positions."""

@@ -9,7 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Float
 
 from jaxfisher._engine.forms.arrays import Seal, mean, sum_to
 from jaxfisher._engine.forms.layout import Layout
@@ -55,9 +55,9 @@ class Formed:
         """Some inputs of the gradients in a layout."""
         return jax.lax.dynamic_slice_in_dim(layout.matrix(self.value), start, size, 3)
 
-    def bound(self, *, bias: bool) -> Scalar:
-        """The largest entry in absolute value."""
-        return jnp.max(jnp.abs(self.value), initial=0.0)
+    def sizes(self, *, bias: bool) -> Float[Array, "n rows"]:
+        """The largest entries in absolute value."""
+        return jnp.max(jnp.abs(self.value), range(2, self.value.ndim), initial=0.0)
 
     def means(self, w: Float[Array, "n rows"]) -> tuple[Array, ...]:
         """That of the gradients."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._engine.forms.arrays import few, inner, room, total
+from jaxfisher._engine.forms.arrays import few, inner, inverse, magnitude, room, taken, total
 from jaxfisher._engine.forms.cost import by_factors, factors, forms_gradients
 from jaxfisher._engine.forms.form import Factored
 from jaxfisher._engine.forms.leaf import Leaf
@@ -20,36 +19,37 @@ from jaxfisher._engine.forms.lookup import Lookup
 from jaxfisher._engine.forms.product import Product
 from jaxfisher._engine.forms.tiles import by_columns
 from jaxfisher._examples import map_batches
-from jaxfisher._linalg import matmul, to_unit
+from jaxfisher._linalg import matmul
 
 
-class Scale(NamedTuple):
-    """Numbers that left and right factors are multiplied by; their product is what gradients are multiplied by."""
+class Sizes(NamedTuple):
+    """How to bring the factors of one form near one, and what to multiply its inner products with in return."""
 
-    left: Scalar
-    right: Scalar
+    left: Float[Array, "n rows groups T 1"]
+    right: Float[Array, "n rows groups T 1"]
+    whole: Float[Array, "n rows groups T 1"]
 
 
 class Pair(NamedTuple):
-    """One leaf of two blocks of rows. With a ``bias``, that of its layer comes along: it is left out for itself."""
+    """One leaf of two blocks of rows. With a ``bias``, that of its layer comes along: it is left out for itself.
+
+    ``sizes`` are those of the forms of ``mine`` if inner products come from those of factors, else None.
+    """
 
     mine: Leaf
     theirs: Leaf
     bias: bool
+    sizes: tuple[Sizes, ...] | None
 
-    @property
-    def agrees(self) -> bool:
-        """Whether inner products come from those of both's factors."""
-        return _agree(self.mine, self.theirs)
-
-
-def _agree(mine: Leaf, theirs: Leaf) -> bool:
-    return all(by_factors(leaf) and bool(leaf.forms) for leaf in (mine, theirs)) and mine.layout == theirs.layout
+    def cut(self, some: slice, rest: slice) -> Pair:
+        """Some examples of each block."""
+        sizes = taken(self.sizes, some, self.mine.examples)
+        return Pair(self.mine.take(some), self.theirs.take(rest), self.bias, sizes)
 
 
 def gram_upper(leaves: Sequence[Leaf], factor: Scalar) -> Float[Array, "rows rows"]:
     """``(factor S) (factor S)^T``; only the upper triangle is worth reading."""
-    pairs = _paired(leaves, leaves)
+    pairs = _paired(leaves, leaves, factor)
     cut = [pair for pair in pairs if not forms_gradients(pair.mine)]
     whole = [_own_gram(pair.mine, factor) for pair in pairs if forms_gradients(pair.mine)]
     return total([*([_strips(cut, factor)] if cut else []), *whole])
@@ -57,18 +57,30 @@ def gram_upper(leaves: Sequence[Leaf], factor: Scalar) -> Float[Array, "rows row
 
 def cross_gram(mine: Sequence[Leaf], theirs: Sequence[Leaf], factor: Scalar) -> Float[Array, "rows others"]:
     """``(factor S) (factor S')^T`` against the rows of another block."""
-    return _flat(total([_gram(pair, _scale(pair.mine, factor)) for pair in _paired(mine, theirs)]))
+    return _flat(total([_gram(pair, factor) for pair in _paired(mine, theirs, factor)]))
 
 
-def _paired(mine: Sequence[Leaf], theirs: Sequence[Leaf]) -> list[Pair]:
+def _paired(mine: Sequence[Leaf], theirs: Sequence[Leaf], factor: Scalar) -> list[Pair]:
     """The leaves of two blocks of rows, side by side, without the biases that come along with their weights."""
-    joined = {
-        a.layer
+    agree = [
+        bool(a.forms and b.forms) and by_factors(a) and by_factors(b) and a.layout == b.layout
         for a, b in zip(mine, theirs, strict=True)
-        if a.layer is not None and a.layer == b.layer and _agree(mine[a.layer], theirs[a.layer])
-    }
-    leaves = enumerate(zip(mine, theirs, strict=True))
-    return [Pair(a, b, k in joined) for k, (a, b) in leaves if a.layer is None or a.layer not in joined]
+    ]
+    weights = [(a.layer if a.layer == b.layer else None) for a, b in zip(mine, theirs, strict=True)]
+    joined = {k for k in weights if k is not None and agree[k]}
+    return [
+        Pair(a, b, k in joined, _sizes(a, factor, bias=k in joined) if agree[k] else None)
+        for k, (a, b) in enumerate(zip(mine, theirs, strict=True))
+        if weights[k] not in joined
+    ]
+
+
+def _sizes(leaf: Leaf, factor: Scalar, *, bias: bool) -> tuple[Sizes, ...]:
+    found = []
+    for form in factors(leaf) or ():
+        left, right = form.left_size(bias=bias), magnitude(form.right, -1)
+        found.append(Sizes(inverse(left), inverse(right), left * right * factor))
+    return tuple(found)
 
 
 def _flat(blocks: Float[Array, "n rows m rows2"]) -> Float[Array, "n*rows m*rows2"]:
@@ -79,12 +91,10 @@ def _strips(pairs: Sequence[Pair], factor: Scalar) -> Float[Array, "rows rows"]:
     """Inner products of the rows of some leaves, strip by strip of the upper triangle."""
     examples, rows = pairs[0].mine.examples, pairs[0].mine.rows
     size = max(-(-examples // 4), -(-256 // rows))
-    scales = [_scale(pair.mine, factor) for pair in pairs]
     strips = []
     for start in range(0, examples, size):
         some, rest = slice(start, start + size), slice(start, examples)
-        cut = [Pair(mine.take(some), theirs.take(rest), bias) for mine, theirs, bias in pairs]
-        strip = total([_gram(pair, scale) for pair, scale in zip(cut, scales, strict=True)])
+        strip = total([_gram(pair.cut(some, rest), factor) for pair in pairs])
         strips.append(jnp.pad(_flat(strip), ((0, 0), (start * rows, 0))))
     return jnp.concatenate(strips)
 
@@ -95,26 +105,17 @@ def _own_gram(leaf: Leaf, factor: Scalar) -> Float[Array, "rows rows"]:
     return _flat(jnp.broadcast_to(blocks, (leaf.examples, leaf.rows, leaf.examples, leaf.rows)))
 
 
-def _scale(leaf: Leaf, factor: Scalar) -> Scale:
-    """How to multiply gradients by ``factor`` so that left factors are at most one."""
-    dense = [form.left for form in leaf.forms if isinstance(form, Product)]
-    if not dense or not by_factors(leaf) or len(dense) < len(leaf.forms):
-        return Scale(jnp.ones((), leaf.dtype), factor)
-    unit = to_unit(*(jnp.max(jnp.abs(left), initial=0.0) for left in dense))
-    return Scale(unit, factor / unit)
-
-
-def _gram(pair: Pair, scale: Scale) -> Float[Array, "n rows m rows2"]:
-    """The inner products of one leaf, the gradients being multiplied by ``scale``."""
-    mine, theirs, _ = pair
+def _gram(pair: Pair, factor: Scalar) -> Float[Array, "n rows m rows2"]:
+    """The inner products of one leaf, the gradients being multiplied by ``factor``."""
+    mine, theirs = pair.mine, pair.theirs
     shape = (mine.examples, mine.rows, theirs.examples, theirs.rows)
     if not mine.forms or not theirs.forms:
         return jnp.zeros(shape, mine.dtype)
-    if pair.agrees:
-        return jnp.broadcast_to(_by_factors(pair, scale), shape)
+    if pair.sizes is not None:
+        return jnp.broadcast_to(_by_factors(pair, factor), shape)
     if mine.layout != theirs.layout:
         mine, theirs = mine.formed(), theirs.formed()
-    products = partial(_inner_formed, factor=scale.left * scale.right)
+    products = partial(_inner_formed, factor=factor)
     return jnp.broadcast_to(jnp.sum(by_columns(products, mine, theirs), 0), shape)
 
 
@@ -123,46 +124,55 @@ def _inner_formed(mine: Array, theirs: Array, factor: Scalar) -> Float[Array, "n
     return (matmul(flat[0] * factor, flat[1].T) * factor).reshape(*mine.shape[:2], *theirs.shape[:2])
 
 
-def _by_factors(pair: Pair, scale: Scale) -> Float[Array, "n rows m rows2"]:
+def _by_factors(pair: Pair, factor: Scalar) -> Float[Array, "n rows m rows2"]:
     """From the factors; for some examples at a time where the positions of all would take too much memory."""
     mine = pair.mine
     counts = [max(math.prod(x.right.shape[k] for k in (0, 1, 3)) for x in factors(leaf) or ()) for leaf in pair[:2]]
     size = counts[0] * counts[1] * mine.layout.groups
     if size <= room() or mine.examples == 1 or mine.positions == 1:
-        return _all_pairs(pair, scale)
-    full = jax.tree.map(lambda x: jnp.broadcast_to(x, (mine.examples, *x.shape[1:])), mine)
-    flat, treedef = jax.tree.flatten(full.forms)
+        return _all_pairs(pair, factor)
+    full = jax.tree.map(lambda x: jnp.broadcast_to(x, (mine.examples, *x.shape[1:])), (mine.forms, pair.sizes))
+    flat, treedef = jax.tree.flatten(full)
 
     def some(*flat: Array) -> Array:
-        part = Leaf(jax.tree.unflatten(treedef, flat), mine.shape, mine.dtype, flat[0].shape[0], mine.rows)
-        return _all_pairs(pair._replace(mine=part), scale)
+        forms, sizes = jax.tree.unflatten(treedef, flat)
+        part = Leaf(forms, mine.shape, mine.dtype, flat[0].shape[0], mine.rows)
+        return _all_pairs(pair._replace(mine=part, sizes=sizes), factor)
 
     return map_batches(some, tuple(flat), few(size / mine.examples))
 
 
-def _all_pairs(pair: Pair, scale: Scale) -> Float[Array, "n rows m rows2"]:
-    forms = itertools.product(factors(pair.mine) or (), factors(pair.theirs) or ())
-    return total([_inner_factored(one, two, scale, bias=pair.bias) for one, two in forms])
+def _all_pairs(pair: Pair, factor: Scalar) -> Float[Array, "n rows m rows2"]:
+    """The sum over pairs of forms; with a bias, of a layer whose last input is one.
+
+    The factors of ``mine`` meet those of ``theirs`` near one, and their sizes come after: what is multiplied on the way is no
+    larger than a gradient is, and rows that are small beside others keep their digits. Nothing of ``theirs`` is copied.
+    """
+    parts = []
+    for one, sizes in zip(factors(pair.mine) or (), pair.sizes or (), strict=True):
+        for two in factors(pair.theirs) or ():
+            lefts = _inner_left(one, two, sizes.left)
+            if pair.bias:
+                lefts = lefts + _beside(sizes.left)
+            rights = inner(one.right * sizes.right, two.right)
+            parts.append(jnp.sum(lefts * rights * factor * _beside(sizes.whole), (0, 3, 6)))
+    return total(parts)
 
 
-def _inner_factored(one: Factored, two: Factored, scale: Scale, *, bias: bool) -> Float[Array, "n r m q"]:
-    """Inner products of two forms; with a ``bias``, of a layer whose last input is one."""
-    # One side of each product is scaled before and its result after: what is squared stays near one, and nothing large is
-    # copied.
-    right = inner(one.right * scale.right, two.right) * scale.right
-    left = _inner_left(one, two, scale.left)
-    return jnp.sum((left + jnp.square(scale.left) if bias else left) * right, (0, 3, 6))
+def _beside(size: Float[Array, "n rows groups T 1"]) -> Float[Array, "groups n rows T 1 1 1"]:
+    """Numbers for the factors of one block of rows, beside all pairs with those of another."""
+    return jnp.moveaxis(size, 2, 0)[..., None, None]
 
 
-def _inner_left(one: Factored, two: Factored, scale: Scalar) -> Float[Array, "b n r t m q s"]:
-    """Inner products of left factors times ``scale``; rows of a table are not scaled, but ones and zeros as they are."""
+def _inner_left(one: Factored, two: Factored, inverse: Array) -> Float[Array, "b n r t m q s"]:
+    """Inner products of left factors, the first ones brought near one; those of a table are ones and zeros."""
     match one, two:
         case Lookup(), Lookup():
-            return one.same(two).astype(scale.dtype)
+            return one.same(two).astype(one.right.dtype)
         case Lookup(), Product():
-            return jnp.moveaxis(one.picked(two.left * scale), (1, 2, 3), (4, 5, 6)) * scale
+            return jnp.moveaxis(one.picked(two.left), (1, 2, 3), (4, 5, 6))
         case Product(), Lookup():
-            return two.picked(one.left * scale) * scale
+            return two.picked(one.left * inverse)
         case Product(), Product():
-            return inner(one.left * scale, two.left) * scale
+            return inner(one.left * inverse, two.left)
     raise TypeError(f"no inner products of {type(one).__name__} and {type(two).__name__}")

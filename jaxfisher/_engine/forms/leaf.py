@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Scalar
 
-from jaxfisher._engine.forms.arrays import Seal, few, masked, total
+from jaxfisher._engine.forms.arrays import Seal, few, masked, taken, total
 from jaxfisher._engine.forms.form import Form, Made
 from jaxfisher._engine.forms.formed import Formed
 from jaxfisher._engine.forms.layout import Layout, plain_layout
@@ -118,11 +118,14 @@ class Leaf:
         """With the gradients formed."""
         return dataclasses.replace(self, forms=(Formed(self.gradient()),))
 
-    def bound(self) -> Scalar:
-        """A bound on the entries of ``D``, of their order of magnitude; with those of the bias of the layer."""
+    def sizes(self) -> Float[Array, "n rows"]:
+        """A bound on the entries of ``D`` of each row, of their order of magnitude; with those of the bias of the layer.
+
+        Axes of length one are there where the rows do not differ.
+        """
         if not self.forms:
-            return jnp.zeros((), self.dtype)
-        whole: Scalar = total([form.bound(bias=self.bias) for form in self.forms])
+            return jnp.zeros((1, 1), self.dtype)
+        whole: Array = total([form.sizes(bias=self.bias) for form in self.forms])
         return whole
 
     def means(self, w: Float[Array, "examples rows"]) -> tuple[tuple[Array, ...], ...]:
@@ -147,8 +150,7 @@ class Leaf:
     def take(self, examples: slice) -> Leaf:
         """The rows of some examples."""
         count = len(range(*examples.indices(self.examples)))
-        forms = jax.tree.map(lambda x: x[examples] if x.shape[0] == self.examples else x, self.forms)
-        return dataclasses.replace(self, forms=forms, examples=count)
+        return dataclasses.replace(self, forms=taken(self.forms, examples, self.examples), examples=count)
 
     @property
     def bytes(self) -> int:

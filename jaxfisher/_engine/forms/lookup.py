@@ -8,7 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Scalar
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxfisher._engine.forms.arrays import Seal, weighted
 from jaxfisher._engine.forms.layout import Layout
@@ -67,9 +67,13 @@ class Lookup:
         right = jnp.where(inside[:, :, None, :, None], self.right, 0)
         return _tables(jnp.where(inside, local, 0), right, size)
 
-    def squared(self) -> Float[Array, "n rows"]:
+    def left_size(self, *, bias: bool) -> Float[Array, "1 1 1 1 1"]:
+        """One: left factors are ones and zeros."""
+        return jnp.ones((1,) * 5, self.right.dtype)
+
+    def squared(self) -> Float[Array, "n rows 1"]:
         """``|D|^2`` of every row: no row of the table has two terms."""
-        return jnp.sum(jnp.square(self.right), (-3, -2, -1))
+        return jnp.sum(jnp.square(self.right), (-2, -1))
 
     def squares(self) -> Lookup:
         """The lookup whose gradients are the entrywise squares."""
@@ -83,9 +87,9 @@ class Lookup:
         """The entries of left factors at the indices: their inner products with its own."""
         return left[:, :, 0][..., self.indices][None]
 
-    def bound(self, *, bias: bool) -> Scalar:
-        """The largest entry in absolute value, times T."""
-        return self.positions * jnp.max(jnp.abs(self.right), initial=0.0)
+    def sizes(self, *, bias: bool) -> Float[Array, "n rows"]:
+        """The largest entries in absolute value, summed over positions."""
+        return jnp.sum(jnp.max(jnp.abs(self.right), (2, 4), initial=0.0), 2)
 
     def means(self, w: Float[Array, "n rows"]) -> tuple[Array, ...]:
         """None: no index is near the mean of others."""

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._engine.forms.arrays import HIGHEST, few
+from jaxfisher._engine.forms.arrays import HIGHEST, few, inverse, magnitude
 from jaxfisher._engine.forms.formed import Formed
 from jaxfisher._engine.forms.layout import Layout
 from jaxfisher._engine.forms.leaf import Leaf
 from jaxfisher._engine.forms.product import Product
 from jaxfisher._examples import sum_batches
-from jaxfisher._linalg import matmul, to_unit
+from jaxfisher._linalg import matmul
 
 
 class Outer(NamedTuple):
@@ -49,8 +49,7 @@ def outer_moment(leaves: Sequence[Outer], w: Float[Array, "n rows"], factor: Sca
 
     The rows of an example are summed first, ``M = sum_rows w g g^T``, so that they cost nothing in ``sum_n (a a^T) (x) M``.
     """
-    units = [to_unit(jnp.max(jnp.abs(leaf.left), initial=0.0)) for leaf in leaves]
-    leaves = [Outer(left * u, right * (factor / u), layout) for (left, right, layout), u in zip(leaves, units, strict=True)]
+    leaves = [_balanced(leaf, factor) for leaf in leaves]
     blocks: list[list[Array]] = [[jnp.zeros(())] * len(leaves) for _ in leaves]
     for i, leaf in enumerate(leaves):
         blocks[i][i] = _own_block(leaf, w)
@@ -58,6 +57,12 @@ def outer_moment(leaves: Sequence[Outer], w: Float[Array, "n rows"], factor: Sca
             blocks[i][j] = _cross_block(leaf, leaves[j], w)
             blocks[j][i] = blocks[i][j].T
     return jnp.block(blocks)
+
+
+def _balanced(leaf: Outer, factor: Scalar) -> Outer:
+    """The gradients times a number, with left factors near one and their sizes in the right ones."""
+    size = magnitude(leaf.left, -1)
+    return Outer(leaf.left * inverse(size), leaf.right * size[:, None] * factor, leaf.layout)
 
 
 def _own_block(leaf: Outer, w: Array) -> Float[Array, "size size"]:

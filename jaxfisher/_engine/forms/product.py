@@ -8,9 +8,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Float
 
-from jaxfisher._engine.forms.arrays import Seal, contracted, mean, sum_to, times, weighted
+from jaxfisher._engine.forms.arrays import Seal, contracted, extent, inverse, magnitude, mean, sum_to, times, weighted
 from jaxfisher._engine.forms.layout import Layout
 from jaxfisher._linalg import matmul
 
@@ -46,8 +46,9 @@ class Product:
         matrix, left, right = self.layout.matrix(v), self.left, self.right
         # The factor with fewer rows meets the matrix; the other takes only a sum.
         if left.shape[0] * left.shape[1] > right.shape[0] * right.shape[1]:
-            return jnp.sum(seal(matmul(right, matrix.swapaxes(1, 2))) * left, (-3, -2, -1))
-        return jnp.sum(seal(times(left, matrix)) * right, (-3, -2, -1))
+            matrix, left, right = matrix.swapaxes(1, 2), right, left
+        # An input so huge that its product overflows may have a cotangent of zero.
+        return jnp.sum(jnp.where(right == 0, 0, seal(times(left, matrix)) * right), (-3, -2, -1))
 
     def rmv(self, w: Float[Array, "n rows"]) -> Float[Array, "*shape"]:
         """``sum_rows w sum_t left_t (x) right_t``."""
@@ -71,23 +72,33 @@ class Product:
         left = jax.lax.dynamic_slice_in_dim(self.left, start, size, 4)
         return matmul(left.swapaxes(-1, -2), self.right)
 
-    def squared(self) -> Float[Array, "n rows"]:
-        """``|D|^2`` of every row, from inner products of its own factors."""
-        own = [matmul(factor, factor.swapaxes(-1, -2)) for factor in (self.left, self.right)]
-        return jnp.sum(own[0] * own[1], (-3, -2, -1))
+    def left_size(self, *, bias: bool) -> Float[Array, "n rows groups T 1"]:
+        """The largest entries of left factors; with a ``bias``, of factors that end in one."""
+        size = magnitude(self.left, -1)
+        return jnp.maximum(size, 1) if bias else size
+
+    def squared(self) -> Float[Array, "n rows groups"]:
+        """``|D|^2`` of every row and group, from inner products of its own factors."""
+        left, right = magnitude(self.left, -1), magnitude(self.right, -1)
+        lefts = matmul(self.left * inverse(left), self.left.swapaxes(-1, -2))
+        rights = matmul(self.right * inverse(right), self.right.swapaxes(-1, -2))
+        return jnp.sum(lefts * rights * (left * right), (-2, -1))
 
     def squares(self) -> Product:
         """The product whose gradients are the entrywise squares; exact where T is one."""
-        return dataclasses.replace(self, left=jnp.square(self.left), right=jnp.square(self.right))
+        # Left factors near one, their sizes in the right ones as far as those have the rows for it.
+        missing = (axis for axis in (0, 1) if self.right.shape[axis] == 1)
+        size = magnitude(self.left, (-1, *missing))
+        return dataclasses.replace(self, left=jnp.square(self.left * inverse(size)), right=jnp.square(self.right * size))
 
-    def bound(self, *, bias: bool) -> Scalar:
-        """The product of the largest factors in absolute value, times T."""
-        left, right = (jnp.max(jnp.abs(factor), initial=0.0) for factor in (self.left, self.right))
-        return self.positions * right * (jnp.maximum(left, 1) if bias else left)
+    def sizes(self, *, bias: bool) -> Float[Array, "n rows"]:
+        """The products of the largest entries of both factors, summed over positions."""
+        left, right = (jnp.max(jnp.abs(factor), -1, initial=0.0) for factor in (self.left, self.right))
+        return jnp.max(jnp.sum((jnp.maximum(left, 1) if bias else left) * right, 3), 2)
 
     def means(self, w: Float[Array, "n rows"]) -> tuple[Array, ...]:
         """Those of both factors."""
-        return mean(self.left, w), mean(self.right, w)
+        return mean(self.left, w * extent(self.right)), mean(self.right, w)
 
     def shifted(self, means: tuple[Array, ...]) -> tuple[Product, ...]:
         """Two products: of deviations of left factors, and of right ones with a constant."""

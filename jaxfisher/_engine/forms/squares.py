@@ -14,14 +14,16 @@ from jaxfisher._engine.forms.tiles import by_columns
 
 def squared_norms(leaf: Leaf) -> Float[Array, "examples rows"]:
     """``|D|^2`` of every row."""
-    shape = (leaf.examples, leaf.rows)
     if not leaf.forms:
-        return jnp.zeros(shape, leaf.dtype)
+        return jnp.zeros((leaf.examples, leaf.rows), leaf.dtype)
+    return jnp.broadcast_to(jnp.sum(_norms_of_groups(leaf), 2), (leaf.examples, leaf.rows))
+
+
+def _norms_of_groups(leaf: Leaf) -> Float[Array, "n rows groups"]:
     (form, *more) = factors(leaf) or (None,)
     if form is not None and not more and (isinstance(form, Lookup) or by_factors(leaf)):
-        return jnp.broadcast_to(form.squared(), shape)
-    tiles = by_columns(lambda d: jnp.sum(jnp.square(d), (2, 3, 4)), leaf)
-    return jnp.broadcast_to(jnp.sum(tiles, 0), shape)
+        return form.squared()
+    return jnp.sum(by_columns(lambda d: jnp.sum(jnp.square(d), (3, 4)), leaf), 0)
 
 
 def diagonal(leaf: Leaf, w: Float[Array, "examples rows"]) -> Float[Array, "*shape"]:
