@@ -12,7 +12,7 @@ import jax
 from jaxfisher._engine import Leaf, by_factors, gram_flops, has_moments, inner_cost, leaf_forms, trace
 from jaxfisher._examples import make_batch, shape_of_one
 from jaxfisher._model import of_one_example
-from jaxfisher._rows import ExactRows, Rows, ScoreRows
+from jaxfisher._rows import ExactRows, Rows, ScoreRows, prediction
 from jaxfisher._tree import check_function
 
 
@@ -180,7 +180,7 @@ def _rows(function: Callable[..., Any], params: chex.ArrayTree, data: tuple[Any,
 
     with of_one_example(function, "function", params, data):
         jax.eval_shape(call, params, *shape_of_one(data))
-    return ScoreRows(function) if numbers[-1] else ExactRows(function)
+    return ScoreRows(function) if numbers[-1] else ExactRows(function, prediction(function, params, data).moving)
 
 
 def _explained(path: str, leaf: Leaf, kronecker: str) -> LeafExplanation:

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxfisher._examples import Batch, make_batch, needs_data, shape_of_one, varying_like
-from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example, predict
+from jaxfisher._examples import Batch, make_batch, needs_data, varying_like
+from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example
 from jaxfisher._operators.base import Operator, Provenance, as_operator
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.implicit import Implicit
-from jaxfisher._rows import ExactRows, Rows, SampledRows, ScoreRows
+from jaxfisher._rows import ExactRows, Prediction, Rows, SampledRows, ScoreRows, prediction
 from jaxfisher._scores import make_scores
 from jaxfisher._tree import ParamSpec, as_key, check_function, threefry_key
 from jaxfisher._values import described, whole
@@ -106,7 +106,9 @@ def exact_fisher(model: Model, *, batch_size: int | None = None, max_bytes: int 
 
     def fisher_of(params: chex.ArrayTree, /, *inputs: Any, weights: Float[Array, " n"] | None = None) -> Operator:
         batch = make_batch(params, inputs, weights, batch_size, max_bytes)
-        return _from_rows(_exact_kind(model, params, batch), ExactRows(model), params, batch)
+        with of_one_example(model, "model", params, batch.data):
+            known = prediction(model, params, batch.data)
+        return _from_rows(_exact_kind(known), ExactRows(model, known.moving), params, batch)
 
     return fisher_of
 
@@ -223,7 +225,8 @@ def implicit_fisher(model: Model, *, batch_size: int | None = None) -> ImplicitF
         views_of: Operator | None = None,
     ) -> Operator:
         batch = make_batch(params, inputs, weights, batch_size)
-        kind = _exact_kind(model, params, batch)
+        with of_one_example(model, "model", params, batch.data):
+            kind = _exact_kind(prediction(model, params, batch.data))
         if views_of is not None:
             _check_same(as_operator(views_of, "implicit_fisher: `views_of`"), batch.spec)
         keep = (True,) * len(batch.spec.paths)
@@ -248,15 +251,6 @@ def _from_rows(kind: str, rows: Rows, params: chex.ArrayTree, batch: Batch) -> O
     return FromScores(make_scores(rows, params, batch), Provenance(kind, batch.size, batch.weighted))
 
 
-def _exact_kind(model: Model, params: chex.ArrayTree, batch: Batch) -> str:
-    """``exact``, with the source of the output metric where that is not a closed form; checks what the model returns."""
-    sources = []
-
-    def look(*args: Any) -> tuple[()]:
-        # Inside the trace: to tell its source, another library's distribution may have to be computed with.
-        sources.append(predict(model, *args).fisher_source)
-        return ()
-
-    with of_one_example(model, "model", params, batch.data):
-        jax.eval_shape(look, params, *shape_of_one(batch.data))
-    return "exact" if sources[-1] == "closed form" else f"exact, output metric from {sources[-1]}"
+def _exact_kind(known: Prediction) -> str:
+    """``exact``, with the source of the output metric where that is not a closed form."""
+    return "exact" if known.source == "closed form" else f"exact, output metric from {known.source}"

@@ -126,7 +126,7 @@ def _reference(of: Any, owners: list[Any]) -> Hashable:
     if isinstance(of, Around):
         parts = tuple(_reference(part, owners) for part in vars(of).values())
         return None if None in parts else (type(of), *parts)
-    if isinstance(of, int):
+    if isinstance(of, (int, tuple)):
         return of
     try:
         reference = weakref.WeakMethod(of) if isinstance(of, types.MethodType) else weakref.ref(of)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PRNGKeyArray, Scalar
 
+from jaxfisher._dataflow import moved_by
+from jaxfisher._examples import shape_of_one
 from jaxfisher._model import LogProb, Model, float_fields, predict, scalar
 from jaxfisher._once import Around
 
@@ -65,15 +67,17 @@ class ScoreRows(Around):
 class ExactRows(Around):
     r"""One row for each column of the output metric's square root: ``J^T B e_j``, so that the rows give ``J^T (B B^T) J``.
 
-    ``J`` is the Jacobian of the predicted distribution's fields, ``B B^T`` the distribution's own Fisher.
+    ``J`` is the Jacobian of the predicted distribution's fields, ``B B^T`` the distribution's own Fisher in those of them that
+    are ``moving`` with the parameters: see `prediction`.
     """
 
     function: Model
+    moving: tuple[bool, ...]
     name = "model"
     own = 0
 
     def seeds(self, params: chex.ArrayTree, /, *inputs: Any) -> Array:
-        noise, _ = ravel_pytree(predict(self.function, params, *inputs).fisher_noise())
+        noise, _ = ravel_pytree(predict(self.function, params, *inputs).fisher_root(self.moving)[0])
         return jnp.eye(noise.size, dtype=noise.dtype)
 
     def row(self, params: chex.ArrayTree, seed: Any, /, *inputs: Any) -> tuple[tuple[Array, ...], Any]:
@@ -82,8 +86,31 @@ class ExactRows(Around):
             return float_fields(predicted), predicted
 
         _, pull_back, predicted = jax.vjp(fields, params, has_aux=True)
-        _, unravel = ravel_pytree(predicted.fisher_noise())
-        return (), pull_back(float_fields(predicted.fisher_sqrt_mv(unravel(seed))))[0]
+        noise, root = predicted.fisher_root(self.moving)
+        return (), pull_back(root(ravel_pytree(noise)[1](seed)))[0]
+
+
+class Prediction(NamedTuple):
+    """What is known of a model's predictions when it is traced: where their Fisher is from, and which real fields move."""
+
+    source: str
+    moving: tuple[bool, ...]
+
+
+def prediction(model: Model, params: chex.ArrayTree, data: tuple[Any, ...]) -> Prediction:
+    """That of a model, at the parameters and a batch of inputs."""
+    sources: list[str] = []
+
+    def fields(params: chex.ArrayTree, *inputs: Any) -> list[Array]:
+        predicted = predict(model, params, *inputs)
+        # Inside the trace: to tell its source, another library's distribution may have to be computed with.
+        sources.append(predicted.fisher_source)
+        return float_fields(predicted)
+
+    own = frozenset(range(len(jax.tree.leaves(params))))
+    moving = tuple(not own.isdisjoint(places) for places in moved_by(fields, params, *shape_of_one(data)))
+    # Where nothing moves the Fisher is zero, and rows of zeros say so.
+    return Prediction(sources[-1], moving if any(moving) else (True,) * len(moving))
 
 
 @dataclasses.dataclass(frozen=True)

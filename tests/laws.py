@@ -1,5 +1,7 @@
 """What every member of a kind must satisfy, stated once. One call gives a new member every law."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +67,7 @@ def check_information(case):
     fisher = seen["fisher"]
     close(fisher, fisher.T, "the Fisher is symmetric", factor=10)
     close(seen["root"].T @ seen["root"], fisher, "B B^T is the Fisher", factor=100)
+    _check_narrowed(p, fisher, seen["narrowed"])
     close(seen["fisher_mv"], fisher @ seen["direction"], "fisher_mv is the Fisher's product", factor=100)
     close(seen["root_mv"], seen["root"].T @ seen["noise"], "fisher_sqrt_mv is linear", factor=100)
     scores = np.where(inside[:, None], seen["scores"], 0)
@@ -94,6 +97,32 @@ def scores(p, nodes):
     return jax.vmap(jax.grad(lambda flat, x: unravel(flat).log_prob(x)), (None, 0))(flat, nodes)
 
 
+def _subsets(p):
+    """Flags for the fields, of which some move and some do not."""
+    flags = itertools.product((False, True), repeat=len(jax.tree.leaves(p)))
+    return [moving for moving in flags if any(moving) and not all(moving)]
+
+
+def _narrowed(p, moving):
+    """The root in the fields that move, a row for each of its columns."""
+    noise, root = p.fisher_root(moving)
+    flat, unravel = ravel_pytree(noise)
+
+    def column(u):
+        return jnp.concatenate([field.reshape(-1) for field, moves in zip(root(unravel(u)), moving, strict=True) if moves])
+
+    return jax.vmap(column)(jnp.eye(flat.size))
+
+
+def _check_narrowed(p, fisher, narrowed):
+    """Where some fields stand still: the Fisher in the others, from no more rows than they have numbers."""
+    sizes = [field.size for field in jax.tree.leaves(p)]
+    for moving, rows in narrowed.items():
+        entries = np.flatnonzero(np.repeat(moving, sizes))
+        close(rows.T @ rows, fisher[np.ix_(entries, entries)], f"the root in the fields {moving}", factor=100)
+        assert len(rows) <= len(entries), f"the fields {moving} take {len(rows)} rows"
+
+
 def _views(p, q, nodes, weights):
     """All that `check_information` compares, in one compiled function."""
     flat, unravel = ravel_pytree(p)
@@ -116,6 +145,7 @@ def _views(p, q, nodes, weights):
         "root": jax.vmap(root_mv)(jnp.eye(noise.size)),
         "noise": noise,
         "root_mv": root_mv(noise),
+        "narrowed": {moving: _narrowed(p, moving) for moving in _subsets(p)},
         "direction": direction,
         "fisher_mv": ravel_pytree(p.fisher_mv(unravel(direction)))[0],
     }

@@ -20,6 +20,7 @@ from laws import (
     scores,
 )
 from others import library
+from problems import assert_close
 
 import jaxfisher as jf
 from jaxfisher._distributions.base import Distribution, family
@@ -387,6 +388,38 @@ def test_fields_given_in_another_way_are_the_same_distribution(key):
         (jf.MultivariateNormal(jnp.zeros(2), covariance=covariance).scale_tril, np.linalg.cholesky(covariance)),
     ):
         np.testing.assert_allclose(made, expected, rtol=1e-15)
+
+
+def test_a_field_that_does_not_move_has_no_rows():
+    """Known when the model is traced, through calls and where the parameters' values, but no derivatives, come in."""
+
+    def rows(model, params):
+        return jax.eval_shape(jf.exact_fisher(model), params, jnp.ones((3, 2))).scores.num_rows // 3
+
+    mean = jax.jit(lambda w, x: (w @ x, 2.0))
+    w, s = jnp.ones(2), jnp.ones(())
+    assert rows(lambda w, x: jf.Normal(w @ x, 1.0), w) == 1
+    assert rows(lambda w, x: jf.Normal(*mean(w, x)), w) == 1
+    assert rows(lambda w, x: jf.Normal(w * x, jax.lax.stop_gradient(jnp.exp(w))), w) == 2
+    assert rows(lambda w, x: jf.Normal(w @ x, jnp.exp(w[0])), w) == 2
+    assert rows(lambda s, x: jf.Gamma(2.0, jnp.exp(s * x[0])), s) == 1
+    assert rows(lambda s, x: jf.Gamma(jnp.exp(s * x[0]), 2.0), s) == 1
+    assert rows(lambda s, x: jf.StudentT(3.0, s * x[0], jnp.exp(s)), s) == 2
+    assert rows(lambda w, x: jf.MultivariateNormal(w * x, jnp.eye(2)), w) == 2
+    assert rows(lambda w, x: jf.MultivariateNormal(x, jnp.diag(jnp.exp(w))), w) == 3
+    assert rows(lambda w, x: jf.Normal(x[0], 1.0), w) == 2, "where nothing moves the Fisher is zero, and there to see"
+
+
+def test_the_fisher_is_the_same_where_a_field_stands_still():
+    x = jnp.linspace(-1.0, 1.0, 6).reshape(3, 2)
+    for kind, at in ((jf.Gamma, 0), (jf.Gamma, 1), (jf.Beta, 1), (jf.StudentT, 0), (jf.StudentT, 2)):
+        others = [1.5, 2.5, 0.5][: len(kind.field_ndims)]
+
+        def model(w, x, kind=kind, at=at, others=others):
+            return kind(*others[:at], jnp.exp(w @ x), *others[at + 1 :])
+
+        w = jnp.array([0.3, -0.4])
+        assert_close(jf.exact_fisher(model)(w, x).as_matrix(), jf.kl_hessian(model)(w, x).as_matrix(), factor=1e4)
 
 
 def test_a_covariance_has_a_row_for_each_entry_of_its_triangle():

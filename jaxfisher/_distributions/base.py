@@ -23,6 +23,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
+from jaxfisher._distributions.root import Root, narrowed
 from jaxfisher._linalg import matmul
 from jaxfisher._tree import described
 
@@ -187,6 +188,16 @@ class Distribution:
         respect to that field.
         """
         raise NotImplementedError
+
+    def fisher_root(self, moving: tuple[bool, ...]) -> tuple[Any, Root]:
+        """The root ``B`` where only some fields move: zeros of a space with as few columns as can be told, and ``u -> B u``.
+
+        ``moving`` has a flag for each field. The root gives a list of all fields; those that do not move mean nothing.
+        """
+        # Parts of the noise are fields where a family has not said otherwise.
+        own = type(self).fisher_noise is Distribution.fisher_noise
+        numbers = tuple(own and ndim == 0 for ndim in self.field_ndims)
+        return narrowed(self.fisher_sqrt_mv, self.fisher_noise(), moving, numbers)
 
     def fisher_mv(self, v: Self) -> Self:
         """``F v = B (B^T v)`` for a tangent ``v`` in the fields (a pytree like the distribution)."""

@@ -16,14 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
+from jaxfisher._dataflow import moved_by
 from jaxfisher._distributions.base import Distribution
 from jaxfisher._distributions.excess import exp_excess
 from jaxfisher._distributions.libraries import LIBRARIES, Library, independent, library_of, translate
 from jaxfisher._distributions.outcomes import Outcomes, outcomes_of
+from jaxfisher._distributions.root import Root, triangle
 from jaxfisher._linalg import matmul
 from jaxfisher._tree import at_least_float32
 
@@ -183,6 +184,17 @@ class Foreign(Distribution):
     def fisher_sqrt_mv(self, u: Float[Array, " columns"]) -> Foreign:
         return self._tangent(matmul(self._root(), u))
 
+    def fisher_root(self, moving: tuple[bool, ...]) -> tuple[Float[Array, " columns"], Root]:
+        sizes = [field.size for field in self.fields]
+        entries = np.flatnonzero(np.repeat(moving, sizes))
+        flat, unravel = ravel_pytree(self.fields)
+        root = triangle(self._root()[entries])
+
+        def fields(u: Array) -> list[Array]:
+            return list(unravel(jnp.zeros_like(flat).at[entries].set(matmul(root, u))))
+
+        return jnp.zeros(root.shape[1], root.dtype), fields
+
     def fisher_mv(self, v: Foreign) -> Foreign:
         root = self._root()
         return self._tangent(matmul(root, matmul(ravel_pytree(v.fields)[0], root)))
@@ -246,7 +258,7 @@ class Foreign(Distribution):
         shares = jnp.exp(0.5 * log_probs(flat).astype(wide))[:, None]
         # The score of what does not happen may be anything.
         rows = jnp.where(shares > 0, shares * jax.jacrev(log_probs)(flat).astype(wide), 0)
-        return (rows if rows.shape[0] <= flat.size else jnp.linalg.qr(rows, mode="r")).T.astype(flat.dtype)
+        return triangle(rows.T).astype(flat.dtype)
 
     def _kl_by_outcomes(self, other: Foreign) -> Float[Array, "*batch"]:
         """``sum q - p - p log(q/p)``, of which no term is negative: near equality nothing cancels."""
@@ -326,13 +338,8 @@ def _parts(obj: Any) -> Iterator[Any]:
 
 
 def _reads(function: Callable[..., Any], fields: tuple[Array, ...], *rest: Any) -> frozenset[int]:
-    """Which of the fields the result depends on, by walking the jaxpr from its outputs back to its inputs."""
-    jaxpr = jax.make_jaxpr(function)(fields, *rest).jaxpr
-    needed = {var for var in jaxpr.outvars if not isinstance(var, Literal)}
-    for equation in reversed(jaxpr.eqns):
-        if not needed.isdisjoint(equation.outvars):
-            needed.update(var for var in equation.invars if not isinstance(var, Literal))
-    return frozenset(i for i, var in enumerate(jaxpr.invars[: len(fields)]) if var in needed)
+    """Which of the fields the result moves with."""
+    return frozenset().union(*moved_by(function, fields, *rest)) & frozenset(range(len(fields)))
 
 
 def _is_stationary(flat: Array, slope: Array, hessian: Array) -> Array:

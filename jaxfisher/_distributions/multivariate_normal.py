@@ -138,8 +138,9 @@ class MultivariateNormal(Distribution):
         weight = jnp.asarray(np.where(rows == columns, 2**0.5, 1.0), triangle.dtype)
         entries = triangle * jnp.broadcast_to(weight, triangle.shape)
         weighted = jnp.zeros_like(self.scale_tril).at[..., rows, columns].set(entries, unique_indices=True)
-        solved = _solve(self.scale_tril, jnp.concatenate([along[..., None], weighted], axis=-1), transpose=True)
-        return self._make(solved[..., 0], jnp.tril(solved[..., 1:]))
+        # Two solves, so that what moves one field can be told from what moves the other.
+        loc = _solve(self.scale_tril, along[..., None], transpose=True)[..., 0]
+        return self._make(loc, jnp.tril(_solve(self.scale_tril, weighted, transpose=True)))
 
     def _whiten(self, residual: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         return _solve(self.scale_tril, residual[..., None])[..., 0]

@@ -15,7 +15,7 @@ from jaxfisher._examples import make_batch, map_examples, sum_batches, varying_l
 from jaxfisher._model import Model, float_fields, predict, tangent
 from jaxfisher._operators.base import Operator, Provenance
 from jaxfisher._operators.dense import Dense
-from jaxfisher._rows import ExactRows
+from jaxfisher._rows import ExactRows, prediction
 from jaxfisher._scores import Scores, make_scores
 from jaxfisher._tree import ParamSpec, cast_like, kept, narrowed
 
@@ -95,7 +95,8 @@ class Implicit(Operator):
     def rows(self, method: str) -> Scores:
         """The exact Fisher's rows, streamed: for what products cannot give in less than p of them."""
         batch = make_batch(self.params, self.inputs, None, self.batch_size or 1)
-        whole = make_scores(ExactRows(self.model), self.params, batch)
+        moving = prediction(self.model, self.params, self.inputs).moving
+        whole = make_scores(ExactRows(self.model, moving), self.params, batch)
         count = whole.num_rows // batch.size
         scores = whole.restrict(self.keep, self.spec)
         return dataclasses.replace(scores, weights=jnp.repeat(self.weights, count))  # type: ignore[type-var]

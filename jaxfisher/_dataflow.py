@@ -1,0 +1,42 @@
+"""Which results of a function move with which of its arguments, read off its jaxpr: nothing is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import Jaxpr, Literal, primitives
+
+_CALLS = {primitives.jit_p: "jaxpr", primitives.remat_p: "jaxpr", primitives.closed_call_p: "call_jaxpr"}
+"""Primitives that only call a jaxpr, and the parameter that holds it."""
+
+Places = frozenset[int]
+
+
+def moved_by(function: Callable[..., Any], *args: Any) -> tuple[Places, ...]:
+    """For each leaf of the result, the places of those leaves of the arguments that it may have a derivative by.
+
+    It has none by a leaf that is not among them. Shapes do for arguments.
+    """
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return tuple(_through(jaxpr, [frozenset({place}) for place in range(len(jaxpr.invars))]))
+
+
+def _through(jaxpr: Jaxpr, given: Sequence[Places]) -> list[Places]:
+    found: dict[Any, Places] = dict(zip(jaxpr.invars, given, strict=True))
+
+    def of(var: Any) -> Places:
+        return frozenset() if isinstance(var, Literal) else found.get(var, frozenset())
+
+    for equation in jaxpr.eqns:
+        inputs = [of(var) for var in equation.invars]
+        if equation.primitive in _CALLS:
+            inner = equation.params[_CALLS[equation.primitive]]
+            outputs = _through(getattr(inner, "jaxpr", inner), inputs)
+        elif equation.primitive is primitives.stop_gradient_p:
+            outputs = [frozenset()]
+        else:
+            outputs = [frozenset().union(*inputs)] * len(equation.outvars)
+        found.update(zip(equation.outvars, outputs, strict=True))
+    return [of(var) for var in jaxpr.outvars]
