@@ -1,0 +1,10 @@
+"""Random programs: log-densities of one example, written, run and held against plain per-example gradients.
+
+`write` gives the program of a seed, `compare.compare` what is wrong with the library's scores of it, and `reduce.reduced` a
+smaller program with the same fault.
+"""
+
+from programs import arrays as arrays
+from programs import layers as layers
+from programs import nested as nested
+from programs.writing import write as write

@@ -1,0 +1,327 @@
+"""A jaxpr run in NumPy, so that a program which runs once is never compiled.
+
+Compiling the quantities of one random program takes seconds; NumPy takes some 50 ms for their thousands of small operations.
+What few programs use (a decomposition, a pooling) is left to JAX, one operation at a time.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+from jax.extend.core import Literal
+
+from programs import places
+
+
+def evaluate(closed, *arguments):
+    """The outputs of a closed jaxpr at flat arguments, as NumPy arrays."""
+    with np.errstate(all="ignore"):
+        return _run(closed.jaxpr, closed.consts, [_array(value) for value in arguments])
+
+
+def _array(value):
+    """As NumPy's; a random key has no counterpart there and stays as it is."""
+    return value if jnp.issubdtype(getattr(value, "dtype", float), jax.dtypes.extended) else np.asarray(value)
+
+
+def _run(jaxpr, consts, arguments):
+    values = dict(zip(jaxpr.constvars, map(_array, consts), strict=True))
+    values.update(zip(jaxpr.invars, arguments, strict=True))
+
+    def read(atom):
+        return np.asarray(atom.val, atom.aval.dtype) if isinstance(atom, Literal) else values[atom]
+
+    for equation in jaxpr.eqns:
+        operands = [read(atom) for atom in equation.invars]
+        for variable, value in zip(equation.outvars, _apply(equation, operands), strict=True):
+            assert value.shape == variable.aval.shape, f"{equation}: made {value.shape}"
+            values[variable] = value
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _apply(equation, operands):
+    name, params = equation.primitive.name, equation.params
+    if name == "scan":
+        return _scan(equation, operands, **params)
+    if name in _CALLS:
+        return _CALLS[name](operands, **params)
+    if name not in _OPERATIONS or any(isinstance(operand, jax.Array) for operand in operands):
+        return _by_jax(equation, operands)
+    (out,) = equation.outvars
+    made = np.asarray(_OPERATIONS[name](*operands, **params), order="C")
+    return [made.astype(out.aval.dtype, copy=False)]
+
+
+def _by_jax(equation, operands):
+    made = equation.primitive.bind(*(x if isinstance(x, jax.Array) else jnp.asarray(x) for x in operands), **equation.params)
+    return [_array(value) for value in (made if equation.primitive.multiple_results else [made])]
+
+
+# Calls of other programs.
+
+
+def _call(operands, *, jaxpr=None, call_jaxpr=None, **_):
+    inner = call_jaxpr if jaxpr is None else jaxpr
+    return _run(inner.jaxpr, inner.consts, operands) if hasattr(inner, "consts") else _run(inner, (), operands)
+
+
+def _custom_vjp(operands, *, fun_jaxpr=None, call_jaxpr=None, **_):
+    return _call(operands, jaxpr=call_jaxpr if fun_jaxpr is None else fun_jaxpr)
+
+
+def _cond(operands, *, branches, **_):
+    index, *rest = operands
+    return _call(rest, jaxpr=branches[int(np.clip(index, 0, len(branches) - 1))])
+
+
+def _while(operands, *, cond_jaxpr, cond_nconsts, body_jaxpr, body_nconsts):
+    cond, body = operands[:cond_nconsts], operands[cond_nconsts : cond_nconsts + body_nconsts]
+    carry = operands[cond_nconsts + body_nconsts :]
+    (going,) = _call([*cond, *carry], jaxpr=cond_jaxpr)
+    while np.any(going):
+        made = _call([*body, *carry], jaxpr=body_jaxpr)
+        # Under `vmap` the examples that are done wait for the others.
+        carry = [np.where(_along(going, new), new, old) for new, old in zip(made, carry, strict=True)]
+        (going,) = _call([*cond, *carry], jaxpr=cond_jaxpr)
+    return carry
+
+
+def _along(going, array):
+    return going.reshape(going.shape + (1,) * (array.ndim - going.ndim))
+
+
+def _scan(equation, operands, *, jaxpr, length, reverse, **_):
+    # What is scanned over, and what is stacked, has one axis more outside: ranks are the same on every version of JAX.
+    num_xs = sum(operand.ndim > aval.ndim for operand, aval in zip(operands, jaxpr.in_avals, strict=True))
+    num_carry = sum(out.aval.ndim == aval.ndim for out, aval in zip(equation.outvars, jaxpr.out_avals, strict=True))
+    before, stacked = operands[: len(operands) - num_xs], operands[len(operands) - num_xs :]
+    consts, carry = before[: len(before) - num_carry], before[len(before) - num_carry :]
+    steps = []
+    for i in reversed(range(length)) if reverse else range(length):
+        made = _call([*consts, *carry, *(array[i] for array in stacked)], jaxpr=jaxpr)
+        carry = made[:num_carry]
+        steps.append(made[num_carry:])
+    if reverse:
+        steps.reverse()
+    avals = jaxpr.out_avals[num_carry:]
+    outputs = [
+        np.stack([step[k] for step in steps]) if steps else np.zeros((0, *aval.shape), aval.dtype)
+        for k, aval in enumerate(avals)
+    ]
+    return [*carry, *outputs]
+
+
+def _linear_solve(operands, *, const_lengths, jaxprs):
+    of_matvec, of_vecmat, of_solve = const_lengths.matvec, const_lengths.vecmat, const_lengths.solve
+    start = of_matvec + of_vecmat
+    consts = operands[start : start + of_solve]
+    return _call([*consts, *operands[sum(const_lengths) :]], jaxpr=jaxprs.solve)
+
+
+_CALLS = {
+    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "remat2", "remat", "checkpoint", "custom_jvp_call"), _call),
+    **dict.fromkeys(("custom_vjp_call", "custom_vjp_call_jaxpr"), _custom_vjp),
+    "cond": _cond,
+    "while": _while,
+    "custom_linear_solve": _linear_solve,
+    "optimization_barrier": lambda operands, **_: operands,
+    "sort": places.sort,
+    "split": lambda operands, *, sizes, axis: np.split(operands[0], np.cumsum(sizes)[:-1], axis),
+}
+
+
+# Operations.
+
+
+def _dot_general(a, b, *, dimension_numbers, preferred_element_type=None, **_):
+    (a_contract, b_contract), (a_batch, b_batch) = dimension_numbers
+    wide = np.result_type(_wide(a.dtype), _wide(b.dtype))
+    a, b = a.astype(wide, copy=False), b.astype(wide, copy=False)
+    a_free = [i for i in range(a.ndim) if i not in (*a_contract, *a_batch)]
+    b_free = [i for i in range(b.ndim) if i not in (*b_contract, *b_batch)]
+    batch = [a.shape[i] for i in a_batch]
+    count = int(np.prod([a.shape[i] for i in a_contract]))
+    left = a.transpose(*a_batch, *a_free, *a_contract).reshape(*batch, -1, count)
+    right = b.transpose(*b_batch, *b_contract, *b_free).reshape(*batch, count, -1)
+    shape = (*batch, *(a.shape[i] for i in a_free), *(b.shape[i] for i in b_free))
+    return np.matmul(left, right).reshape(shape)
+
+
+def _wide(dtype):
+    """What a sum of numbers of this dtype is made in: XLA does not round between the terms of a narrow one."""
+    return np.float32 if dtype.itemsize < 4 and jnp.issubdtype(dtype, jnp.floating) else dtype
+
+
+def _reduced(function):
+    return lambda x, *, axes, **_: function(x.astype(_wide(x.dtype), copy=False), axis=tuple(axes))
+
+
+def _arg_reduced(function):
+    def reduce(x, *, axes, index_dtype):
+        (axis,) = axes
+        return function(x, axis=axis)
+
+    return reduce
+
+
+def _cumulative(function):
+    def accumulate(x, *, axis, reverse):
+        order = (slice(None),) * axis + (slice(None, None, -1 if reverse else 1),)
+        return function.accumulate(x[order], axis=axis)[order]
+
+    return accumulate
+
+
+def _broadcast_in_dim(x, *_, shape, broadcast_dimensions, sharding=None):
+    own = [1] * len(shape)
+    for size, axis in zip(x.shape, broadcast_dimensions, strict=True):
+        own[axis] = size
+    return np.broadcast_to(x.reshape(own), shape)
+
+
+def _reshape(x, *_, new_sizes, dimensions, sharding=None):
+    return (x if dimensions is None else x.transpose(dimensions)).reshape(new_sizes)
+
+
+def _slice(x, *, start_indices, limit_indices, strides):
+    strides = strides or (1,) * x.ndim
+    return x[tuple(map(slice, start_indices, limit_indices, strides))]
+
+
+def _starts(indices, shape, sizes):
+    return [int(np.clip(int(i), 0, n - size)) for i, n, size in zip(indices, shape, sizes, strict=True)]
+
+
+def _dynamic_slice(x, *indices, slice_sizes):
+    starts = _starts(indices, x.shape, slice_sizes)
+    return x[tuple(slice(start, start + size) for start, size in zip(starts, slice_sizes, strict=True))]
+
+
+def _dynamic_update_slice(x, update, *indices):
+    starts = _starts(indices, x.shape, update.shape)
+    made = x.copy()
+    made[tuple(slice(start, start + size) for start, size in zip(starts, update.shape, strict=True))] = update
+    return made
+
+
+def _pad(x, value, *, padding_config):
+    sizes = [low + high + n + max(n - 1, 0) * inner for n, (low, high, inner) in zip(x.shape, padding_config, strict=True)]
+    made = np.full(sizes, value, x.dtype)
+    to, of = [], []
+    for n, size, (low, _, inner) in zip(x.shape, sizes, padding_config, strict=True):
+        places = low + np.arange(n) * (inner + 1)
+        kept = (places >= 0) & (places < size)
+        to.append(places[kept])
+        of.append(np.flatnonzero(kept))
+    made[np.ix_(*to)] = x[np.ix_(*of)]
+    return made
+
+
+def _select(which, *cases):
+    if which.dtype == bool:
+        return np.where(which, cases[1], cases[0])
+    return np.choose(np.broadcast_to(which, cases[0].shape), cases)
+
+
+def _iota(*_, dtype, shape, dimension, sharding=None):
+    own = [1] * len(shape)
+    own[dimension] = shape[dimension]
+    return np.broadcast_to(np.arange(shape[dimension], dtype=dtype).reshape(own), shape)
+
+
+def _convert(x, *, new_dtype, **_):
+    if jnp.issubdtype(new_dtype, jnp.integer) and jnp.issubdtype(x.dtype, jnp.floating):
+        # Out of range NumPy wraps around, and XLA takes the nearest.
+        info = jnp.iinfo(new_dtype)
+        return np.clip(np.nan_to_num(x.astype(np.float64)), info.min, info.max)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating) and not jnp.issubdtype(new_dtype, jnp.complexfloating):
+        return x.real
+    return x
+
+
+def _divide(a, b):
+    return np.trunc(np.divide(a, b)) if np.issubdtype(a.dtype, np.integer) else np.divide(a, b)
+
+
+def _round(x, *, rounding_method):
+    return np.rint(x) if int(rounding_method) == 1 else np.trunc(x + np.copysign(0.5, x))
+
+
+def _logistic(x, **_):
+    return 1 / (1 + np.exp(-x))
+
+
+def _plain(function):
+    """Without the flags that NumPy does not know, such as an accuracy."""
+    return lambda *operands, **_: function(*operands)
+
+
+def _special(function):
+    """SciPy's has no loop for narrow dtypes."""
+    return lambda x, **_: function(x.astype(np.float64))
+
+
+_OPERATIONS = {
+    **{
+        name: _plain(getattr(np, name if function is None else function))
+        for name, function in (
+            *((name, None) for name in ("abs", "sign", "exp", "exp2", "log", "log1p", "expm1", "tanh", "sin", "cos", "tan")),
+            *((name, None) for name in ("sinh", "cosh", "sqrt", "cbrt", "square", "real", "imag", "floor", "ceil")),
+            *(("asin", "arcsin"), ("acos", "arccos"), ("atan", "arctan"), ("asinh", "arcsinh"), ("acosh", "arccosh")),
+            *(("atanh", "arctanh"), ("pow", "power"), ("rem", "fmod"), ("conj", "conjugate")),
+            *(("add", None), ("sub", "subtract"), ("mul", "multiply"), ("neg", "negative"), ("max", "maximum")),
+            *(("min", "minimum"), ("eq", "equal"), ("ne", "not_equal"), ("lt", "less"), ("le", "less_equal")),
+            *(("gt", "greater"), ("ge", "greater_equal"), ("and", "bitwise_and"), ("or", "bitwise_or")),
+            *(("xor", "bitwise_xor"), ("not", "bitwise_not"), ("is_finite", "isfinite"), ("add_any", "add")),
+        )
+    },
+    **dict.fromkeys(("copy", "copy_p", "stop_gradient", "device_put"), lambda x, *_, **__: x),
+    "div": _divide,
+    "rsqrt": lambda x, **_: 1 / np.sqrt(x),
+    "logistic": _logistic,
+    "integer_pow": lambda x, *, y: x ** np.asarray(y, x.dtype) if y >= 0 else 1 / x ** np.asarray(-y, x.dtype),
+    "erf": _special(scipy.special.erf),
+    "erfc": _special(scipy.special.erfc),
+    "lgamma": _special(scipy.special.gammaln),
+    "digamma": _special(scipy.special.digamma),
+    "complex": lambda a, b: a + 1j * b,
+    "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
+    "round": _round,
+    "select_n": _select,
+    "convert_element_type": _convert,
+    "broadcast_in_dim": _broadcast_in_dim,
+    "reshape": _reshape,
+    "squeeze": lambda x, *, dimensions: np.squeeze(x, tuple(dimensions)),
+    "expand_dims": lambda x, *, dimensions: np.expand_dims(x, tuple(dimensions)),
+    "transpose": lambda x, *, permutation: x.transpose(permutation),
+    "concatenate": lambda *operands, dimension: np.concatenate(operands, dimension),
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update_slice,
+    "pad": _pad,
+    "rev": lambda x, *, dimensions: np.flip(x, tuple(dimensions)),
+    "iota": _iota,
+    "dot_general": _dot_general,
+    "reduce_sum": _reduced(np.sum),
+    "reduce_max": _reduced(np.max),
+    "reduce_min": _reduced(np.min),
+    "reduce_prod": _reduced(np.prod),
+    "reduce_and": _reduced(np.bitwise_and.reduce),
+    "reduce_or": _reduced(np.bitwise_or.reduce),
+    "argmax": _arg_reduced(np.argmax),
+    "argmin": _arg_reduced(np.argmin),
+    "gather": places.gather,
+    "scatter": places.scatter_with(lambda old, new: new),
+    "scatter-add": places.scatter_with(np.add),
+    "scatter-mul": places.scatter_with(np.multiply),
+    "scatter-min": places.scatter_with(np.minimum),
+    "scatter-max": places.scatter_with(np.maximum),
+    "fft": places.fourier,
+    "conv_general_dilated": places.convolution,
+    "cumsum": _cumulative(np.add),
+    "cumprod": _cumulative(np.multiply),
+    "cummax": _cumulative(np.maximum),
+    "cummin": _cumulative(np.minimum),
+    "cumlogsumexp": _cumulative(np.logaddexp),
+}
+"""What NumPy does. Any other operation is JAX's, and only slower."""

@@ -1,0 +1,61 @@
+"""The program of a seed."""
+
+import random
+
+import jax
+import jax.numpy as jnp
+
+from programs.pieces import PIECES, grow
+from programs.writer import SIZES, Book, Leaves, Program, Value, Writer, new_scope
+
+NARROW = (*(None,) * 14, "float32", "float32", "float32", "float32", "float16", "bfloat16")
+"""The dtype beside float64, which most programs have none of."""
+LINEAR = """
+scaled outer_product_by_broadcasting divided_by_a_reduction reduction cumulative reshape transpose axes_of_length_one repeated
+turned padded sliced dynamic_slice joined split gather scatter segments cast complex_product complex_matrix of_complex_values
+meeting fourier_transform dense adapted tied einsum general_product bilinear convolution embedding custom_vjp custom_dense
+vmap scan normalised_weight binary chosen
+""".split()
+"""What a product of factors can pass through as it is. Half of the programs are made of this alone, since factors are kept
+longest along a chain of such pieces."""
+
+
+def write(seed, only=None, steps=None):
+    """The program of this seed; of pieces with the names in ``only``, and so many of them."""
+    return written(seed, only, steps)[0]
+
+
+def written(seed, only=None, steps=None):
+    """The program, and the book of what was accepted and refused."""
+    rng = random.Random(seed)
+    book = Book(rng, rng.choice(NARROW), rng.choice((SIZES[0], *SIZES)))
+    if only is None and rng.random() < 0.5:
+        only, steps = LINEAR, steps or rng.randint(1, 4)
+    real = book.dtype if book.dtype and rng.random() < 0.6 else "float64"
+    size = lambda: rng.choice((1, 2, 3))  # noqa: E731
+    x = (size(),) if rng.random() < 0.5 else (size(), size())
+    z = tuple(size() for _ in range(rng.randint(0, 2)))
+    data = ((x, real), (z, "float64"), ((rng.choice((2, 3)),), "int64"))
+    lines = []
+
+    def build(x, z, k):
+        scope = {**new_scope(), "p": Leaves(book.leaves), "x": x, "z": z, "k": k}
+        writer = Writer(book, scope, [Value(name, a.shape, a.dtype) for name, a in (("x", x), ("z", z))])
+        writer.before_data = rng.random() < 0.7
+        grow(writer, rng.randint(1, 3) * writer.before_data, only or PIECES)
+        writer.before_data = False
+        grow(writer, rng.randint(1, 2), ("meeting", "meeting", "convolution", "dense"))
+        grow(writer, steps or rng.randint(1, 5), only or PIECES)
+        for _ in range(20):
+            if book.leaves and writer.own:
+                break
+            grow(writer, 1, only or ("dense",))
+        density = writer.density()
+        assert eval(f"({density})", scope).shape == ()
+        lines.extend([*writer.lines, f"return ({density})"])
+        return ()
+
+    jax.eval_shape(build, *(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in data))
+    body = "\n".join(lines).replace("\n", "\n    ")
+    eps = float(jnp.finfo(book.dtype or "float64").eps)
+    return Program(seed, f"def log_prob(p, x, z, k):\n    {body}\n", dict(book.leaves), data, eps, dict(book.shapes)), book
