@@ -27,6 +27,7 @@ from jaxfisher._once import Static, once
 from jaxfisher._operators.base import Damping, Operator, as_operator, nonnegative
 from jaxfisher._tree import all_finite, as_key, described, dot, dtype_of
 from jaxfisher._values import is_array, whole
+from jaxfisher._varying import while_loop
 
 BATCH = 10
 """How many probes are drawn between two looks at the error."""
@@ -366,7 +367,7 @@ def _until(
         return running.plus(draw(jax.random.fold_in(key, running.samples), new))
 
     start = _Running.start(jax.eval_shape(lambda: draw(key, new)))
-    end = jax.lax.while_loop(going, step, start)
+    end = while_loop(going, step, start)
     return end.mean, end.standard_error(), end.samples, arrived(end)
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxfisher._tree import ParamSpec, at_least_float32, param_spec, path_names, refuse_sparse
 from jaxfisher._values import check_array, described, dtype_of, is_array, whole
+from jaxfisher._varying import varying_like
 
 
 def num_examples(data: tuple[Any, ...], name: str) -> int:
@@ -238,20 +239,6 @@ def _checked_max_bytes(batch_size: int | None, max_bytes: int | None) -> int | N
 def shape_of_one(data: Any) -> Any:
     """Shapes and dtypes of one example of ``data``, and the axes of a mesh over which they vary under ``shard_map``."""
     return jax.eval_shape(lambda data: jax.tree.map(lambda leaf: leaf[0], data), data)
-
-
-def varying_like(params: Any, data: Any) -> Any:
-    """The parameters, under ``shard_map`` as varying as the data are.
-
-    A gradient in parameters that do not vary would be summed over the devices, and a row belongs to one example on one device.
-    """
-    axes = frozenset[str]().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(data)))
-
-    def spread(leaf: Any) -> Any:
-        missing = tuple(sorted(axes - jax.typeof(leaf).manual_axis_type.varying))
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(spread, params) if axes else params
 
 
 def map_examples(function: Any, params: chex.ArrayTree, data: tuple[Any, ...]) -> Any:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxfisher._examples import Batch, make_batch, needs_data, varying_like
+from jaxfisher._examples import Batch, make_batch, needs_data
 from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example
 from jaxfisher._operators.base import Operator, Provenance, as_operator
 from jaxfisher._operators.from_scores import FromScores
@@ -20,6 +20,7 @@ from jaxfisher._rows import ExactRows, Prediction, Rows, SampledRows, ScoreRows,
 from jaxfisher._scores import make_scores
 from jaxfisher._tree import ParamSpec, as_key, check_function, threefry_key
 from jaxfisher._values import described, whole
+from jaxfisher._varying import varying_like
 
 
 class FisherFunction(Protocol):

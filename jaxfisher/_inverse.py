@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._linalg import cholesky, eigenvalues, kept_of, matmul, mirrored, norm, null_basis, unit_diagonal, without_noise
+from jaxfisher._varying import cond, linear_solve, while_loop
 
 
 class SolveInfo(NamedTuple):
@@ -76,7 +77,7 @@ class Inverse(NamedTuple):
 
     def apply(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
         """``(matrix + damping I)^+ b``, as well as one application of the factors does it; see `refined`."""
-        return jax.lax.cond(
+        return cond(
             self.by_cholesky,
             lambda: jax.scipy.linalg.cho_solve((self.factor, True), b),
             lambda: matmul(self.factor, b),
@@ -96,7 +97,7 @@ def invert(matrix: Float[Array, "m m"], damping: Scalar) -> Inverse:
     def by_eigenvectors() -> Inverse:
         return Inverse(*_pseudo_inverse(mirrored(matrix), damping, told), told)
 
-    return jax.lax.cond(well_posed, by_cholesky, by_eigenvectors)
+    return cond(well_posed, by_cholesky, by_eigenvectors)
 
 
 def _trusted(
@@ -120,7 +121,7 @@ def log_determinant(matrix: Float[Array, "m m"], damping: Scalar) -> Scalar:
     damped = matrix + damping * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
     factor = cholesky(damped)
     well_posed, _ = _trusted(factor, jnp.diagonal(damped), damping)
-    by_pivots: Scalar = jax.lax.cond(
+    by_pivots: Scalar = cond(
         well_posed,
         lambda: 2 * jnp.sum(jnp.log(jnp.diagonal(factor))),
         lambda: jnp.sum(jnp.log(eigenvalues(matrix) + damping)),
@@ -233,13 +234,13 @@ def refined(solve: Map, product: Map, b: Float[Array, " m"]) -> tuple[Float[Arra
 
         zero = jnp.zeros_like(b)
         begin = _Refining(zero, b, zero, zero, jnp.zeros((), jnp.int32), jnp.asarray(True))
-        x = jax.lax.while_loop(lambda state: state.going, step, begin).x
+        x = while_loop(lambda state: state.going, step, begin).x
         return x, b - product(x)
 
     # Inner products of tiny vectors would vanish.
     length = norm(b)
     length = jnp.where(length > 0, length, 1)
-    x, residual = jax.lax.custom_linear_solve(product, b / length, iterate, symmetric=True, has_aux=True)
+    x, residual = linear_solve(product, b / length, iterate)
     return x * length, residual * length
 
 

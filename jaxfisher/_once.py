@@ -19,6 +19,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool
 
+from jaxfisher._varying import cond, while_loop
+
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
@@ -151,7 +153,7 @@ def _readings(of: Any) -> tuple[Hashable, ...]:
             found.append(value)
             continue
         # Of what is only around functions, another one around the same ones is as good.
-        found.append(type(value) if isinstance(value, _AROUND) else id(value))
+        found.append(type(value).__name__ if isinstance(value, _AROUND) else id(value))
         if id(value) not in known:
             known.add(id(value))
             todo += _inside(value)
@@ -190,21 +192,19 @@ def _names(code: types.CodeType) -> list[str]:
 
 
 def either(flag: Bool[Array, ""], yes: Callable[[], R], no: Callable[[], R]) -> R:
-    """`jax.lax.cond`. Outside ``jit`` the flag is known: one branch runs, and nothing is compiled."""
+    """`cond`. Outside ``jit`` the flag is known: one branch runs, and nothing is compiled."""
     if isinstance(flag, jax.core.Tracer):
-        result: R = jax.lax.cond(flag, yes, no)
-        return result
+        return cond(flag, yes, no)
     return yes() if flag else no()
 
 
 def repeat(going: Callable[[T], Bool[Array, ""]], step: Callable[[T], T], start: T) -> T:
-    """`jax.lax.while_loop`. Outside ``jit`` it is known when to stop: steps are taken one by one, and nothing is compiled."""
+    """`while_loop`. Outside ``jit`` it is known when to stop: steps are taken one by one, and nothing is compiled."""
     state = start
     while True:
         flag = going(state)
         if isinstance(flag, jax.core.Tracer):
-            result: T = jax.lax.while_loop(going, step, start)
-            return result
+            return while_loop(going, step, start)
         if not flag:
             return state
         state = step(state)

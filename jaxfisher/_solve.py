@@ -20,6 +20,7 @@ from jaxfisher._operators.base import Damping, Dampings, Operator, View, as_oper
 from jaxfisher._scores import Scores
 from jaxfisher._tree import all_finite, cast_like, described, dtype_of
 from jaxfisher._values import is_array, whole
+from jaxfisher._varying import alike, cond, linear_solve, varying_axes, while_loop
 
 
 class Solver(Protocol):
@@ -81,6 +82,7 @@ class CG:
 
     @once
     def _solution(self, fisher: Operator, v: Any, known: Dampings) -> tuple[Any, SolveInfo]:
+        self, fisher, v, known = alike(self, fisher, v, known)
         spec = fisher.spec
         b = spec.ravel(v, "v")
         size = norm(b)
@@ -108,7 +110,7 @@ class CG:
             return end.x, (end.r, end.steps, end.indefinite)
 
         # Derivatives are those of the solution, not of the iteration.
-        y, (rest, steps, indefinite) = jax.lax.custom_linear_solve(product, b / size, iterate, symmetric=True, has_aux=True)
+        y, (rest, steps, indefinite) = linear_solve(product, b / size, iterate)
         residual = norm(rest)
         # An iteration over what is not finite stops with what it had, which may look like an answer.
         x = to_x(jnp.where(jnp.isfinite(residual), y, jnp.nan))
@@ -195,7 +197,7 @@ def _conjugate_gradients(
         gone = eps**0.75 * size > least
         x = jnp.where(gone, best, x)
         arrived, last = size <= target, (state.steps + 1 >= most) | ~forward | gone
-        r = jax.lax.cond(arrived | last, lambda: b - product(settled(x)), lambda: r)
+        r = cond(arrived | last, lambda: b - product(settled(x)), lambda: r)
         size = norm(r)
         again = arrived & (size > target)
         restarts = state.restarts + again.astype(jnp.int32)
@@ -209,7 +211,7 @@ def _conjugate_gradients(
     begin = _State(
         x, r, size, jnp.zeros_like(b), jnp.zeros((), b.dtype), x, size, zero, zero, size > target, jnp.asarray(False)
     )
-    return jax.lax.while_loop(lambda state: state.going, step, begin)
+    return while_loop(lambda state: state.going, step, begin)
 
 
 @jax.tree_util.register_static
@@ -292,6 +294,11 @@ class LSMR:
         """The solution, the number of steps, and whether a test of lineax's stopped them."""
         # Lineax 0.1.1 starts its iteration in the default precision: where float64 is enabled, float32 vectors are widened.
         wide, narrow = jnp.result_type(float), scores.spec.dtype
+        if varying_axes(scores):
+            raise NotImplementedError(
+                "LSMR inside jax.shard_map: the iteration is lineax's, whose loops do not run where data vary over devices. "
+                "Use jf.CG() or the exact solve, or give shard_map check_vma=False."
+            )
         root, strength = jnp.sqrt(scores.weights), jnp.sqrt(damping)
         # Its tests are relative to the right-hand side in part only: they see one of unit length, and an operator of unit size.
         size = norm(jnp.concatenate([above, scores.spec.ravel(below, "below")]))

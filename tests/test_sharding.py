@@ -9,17 +9,32 @@ import sys
 import numpy as np
 from sharded import EXAMPLES
 
-RUN = pathlib.Path(__file__).with_name("sharded.py")
 PARAMETERS = 6 * 8 + 8 + 8 * 3
+
+
+def said(script, devices):
+    """What a script says on so many virtual devices, a line of JSON each."""
+    flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = [sys.executable, str(pathlib.Path(__file__).with_name(script))]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_inside_shard_map_each_device_has_the_answers_for_its_own_examples():
+    """With the default ``check_vma=True``, on which parameters are the same everywhere and the data are not."""
+    *found, refused = said("mapped.py", 2)
+    assert len(found) == 18
+    for each in found:
+        # The condition of F + damping is below 1e3.
+        assert each["off"] <= 1e3 * np.finfo(np.float64).eps, each
+    assert refused["name"] == "LSMR" and "jf.CG()" in refused["says"]
 
 
 def test_eight_devices_take_the_step_of_one():
     """On meshes with automatic axes as it is, with explicit ones through ``jax.sharding.auto_axes``."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    run = subprocess.run([sys.executable, str(RUN)], env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr
-    found = [json.loads(line) for line in run.stdout.splitlines()]
+    found = said("sharded.py", 8)
     assert [(each["name"], each["kind"]) for each in found] == [
         ("exact", "Auto"),
         ("exact", "Explicit"),

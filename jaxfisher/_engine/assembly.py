@@ -24,9 +24,10 @@ from jaxfisher._engine.parts import leaf_parts
 from jaxfisher._engine.program import Program, flatten
 from jaxfisher._engine.rule import EXAMPLE, ROW
 from jaxfisher._engine.terms import Unformed
-from jaxfisher._examples import num_examples, shape_of_one, varying_like
+from jaxfisher._examples import num_examples, shape_of_one
 from jaxfisher._rows import Rows
 from jaxfisher._tree import ParamSpec
+from jaxfisher._varying import varying_like
 
 _DEPENDENCES = (0, ROW, EXAMPLE, EXAMPLE | ROW)
 

@@ -28,6 +28,7 @@ from jaxfisher._once import once
 from jaxfisher._scores import Scores
 from jaxfisher._tree import ParamSpec, cast_like, described, dot
 from jaxfisher._values import is_number
+from jaxfisher._varying import alike
 
 Damping: TypeAlias = Any
 """One number, or a pytree like the parameters with one number for each leaf."""
@@ -389,6 +390,7 @@ def _quadratic(fisher: Operator, v: Any) -> Scalar:
 
 @once
 def _solution(fisher: Operator, v: Any, damping: Dampings) -> tuple[Any, SolveInfo]:
+    fisher, v, damping = alike(fisher, v, damping)
     return fisher.report(fisher.inverse(damping), v, damping)
 
 

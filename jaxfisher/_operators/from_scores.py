@@ -26,6 +26,7 @@ from jaxfisher._once import once
 from jaxfisher._operators.base import Inverted, Operator, Provenance, flat_inverse
 from jaxfisher._scores import HeldScores, JoinedScores, Scores
 from jaxfisher._tree import ParamSpec
+from jaxfisher._varying import cond
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("scores",), meta_fields=("provenance",))
@@ -220,7 +221,7 @@ def _from_rows(scaled: Scaled, e: Float[Array, " rows"], damping: Scalar) -> Any
 
     # A well-conditioned Gram matrix loses three digits at most, and mending them takes most of another gradient.
     lost = jnp.sqrt(2 * jnp.sum(jnp.square(gram))) > 1024 * damping
-    return jax.lax.cond(lost, refine, lambda: x)
+    return cond(lost, refine, lambda: x)
 
 
 Solve = Callable[[Float[Array, " p"]], Float[Array, " p"]]

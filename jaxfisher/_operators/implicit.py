@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._examples import make_batch, map_examples, sum_batches, varying_like
+from jaxfisher._examples import make_batch, map_examples, sum_batches
 from jaxfisher._model import Model, float_fields, predict, tangent
 from jaxfisher._operators.base import Operator, Provenance
 from jaxfisher._operators.dense import Dense
 from jaxfisher._rows import ExactRows, prediction
 from jaxfisher._scores import Scores, make_scores
 from jaxfisher._tree import ParamSpec, cast_like, kept, narrowed
+from jaxfisher._varying import varying_like
 
 
 @partial(

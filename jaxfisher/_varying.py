@@ -1,0 +1,79 @@
+"""Values that vary over the devices inside ``shard_map``: told apart from replicated ones, and kept apart by control flow.
+
+With its default ``check_vma=True``, ``shard_map`` knows of every value over which axes of the mesh it varies. A gradient with
+respect to parameters that do not vary is summed over the devices, and the two branches of a conditional, or the carry of a loop
+before and after a step, must vary over the same axes. Outside ``shard_map`` nothing varies and nothing here does anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jaxtyping import Array, Bool
+
+T = TypeVar("T")
+Map = Callable[[Array], Array]
+
+
+def varying_axes(tree: Any) -> frozenset[str]:
+    """The axes over which any array of a tree varies."""
+    kinds = [jax.typeof(leaf) if isinstance(leaf, jax.Array) else leaf for leaf in jax.tree.leaves(tree)]
+    return frozenset[str]().union(*(kind.manual_axis_type.varying for kind in kinds if hasattr(kind, "manual_axis_type")))
+
+
+def vary(tree: T, axes: frozenset[str]) -> T:
+    """The same values, varying over these axes too."""
+
+    def spread(leaf: Any) -> Any:
+        missing = tuple(sorted(axes - varying_axes(leaf)))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(spread, tree) if axes else tree
+
+
+def varying_like(tree: T, like: Any) -> T:
+    """The same values, as varying as other ones are.
+
+    For parameters beside data: a gradient in parameters that do not vary would be summed over the devices, and a row belongs to
+    one example on one device.
+    """
+    return vary(tree, varying_axes(like))
+
+
+def alike(*trees: Any) -> tuple[Any, ...]:
+    """The same values, all varying over the axes over which any of them does."""
+    axes = varying_axes(trees)
+    return tuple(vary(tree, axes) for tree in trees)
+
+
+def cond(flag: Bool[Array, ""], yes: Callable[[], T], no: Callable[[], T]) -> T:
+    """`jax.lax.cond` of branches that may vary over different axes."""
+    if not _inside_shard_map():
+        return jax.lax.cond(flag, yes, no)
+    axes = varying_axes(jax.eval_shape(lambda: (flag, yes(), no())))
+    return jax.lax.cond(flag, lambda: vary(yes(), axes), lambda: vary(no(), axes))
+
+
+def while_loop(going: Callable[[T], Bool[Array, ""]], step: Callable[[T], T], start: T) -> T:
+    """`jax.lax.while_loop` of a carry that a step may make vary over more axes."""
+    if not _inside_shard_map():
+        return jax.lax.while_loop(going, step, start)
+    axes = varying_axes(jax.eval_shape(lambda: (start, step(start))))
+    return jax.lax.while_loop(going, lambda state: vary(step(state), axes), vary(start, axes))
+
+
+def linear_solve(product: Map, b: Array, iterate: Callable[[Map, Array], tuple[Array, Any]]) -> tuple[Array, Any]:
+    """`jax.lax.custom_linear_solve` of a symmetric product that may vary where the vector does not.
+
+    What the product and the iteration close over must be `alike`: JAX 0.10 to 0.12 cannot compile one in which it is not.
+    """
+    if _inside_shard_map():
+        b = varying_like(b, jax.eval_shape(product, b))
+    solved: tuple[Array, Any] = jax.lax.custom_linear_solve(product, b, iterate, symmetric=True, has_aux=True)
+    return solved
+
+
+def _inside_shard_map() -> bool:
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
