@@ -1,6 +1,7 @@
 """The program of a seed."""
 
 import random
+import re
 
 import jax
 import jax.numpy as jnp
@@ -57,5 +58,7 @@ def written(seed, only=None, steps=None):
 
     jax.eval_shape(build, *(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in data))
     body = "\n".join(lines).replace("\n", "\n    ")
-    eps = float(jnp.finfo(book.dtype or "float64").eps)
+    # Casts are linear up to the rounding of the narrowest dtype that the program names, also where only a gradient meets it.
+    named = [dtype for dtype in ("float32", "float16", "bfloat16") if re.search(rf"\b{dtype}\b", body)]
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in (book.dtype or "float64", *named))
     return Program(seed, f"def log_prob(p, x, z, k):\n    {body}\n", dict(book.leaves), data, eps, dict(book.shapes)), book
