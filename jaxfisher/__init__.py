@@ -36,6 +36,7 @@ from jaxfisher._explain import explain as explain
 # Fishers.
 from jaxfisher._fisher import empirical_fisher as empirical_fisher
 from jaxfisher._fisher import exact_fisher as exact_fisher
+from jaxfisher._fisher import fisher_from_scores as fisher_from_scores
 from jaxfisher._fisher import implicit_fisher as implicit_fisher
 from jaxfisher._fisher import sampled_fisher as sampled_fisher
 

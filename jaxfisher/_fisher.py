@@ -17,7 +17,7 @@ from jaxfisher._operators.base import Operator, Provenance, as_operator
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.implicit import Implicit
 from jaxfisher._rows import ExactRows, Prediction, Rows, SampledRows, ScoreRows, prediction
-from jaxfisher._scores import make_scores
+from jaxfisher._scores import CenteredScores, Scores, make_scores
 from jaxfisher._tree import ParamSpec, as_key, check_function, threefry_key
 from jaxfisher._values import described, whole
 from jaxfisher._varying import varying_like
@@ -29,10 +29,16 @@ class FisherFunction(Protocol):
     def __call__(self, params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Operator: ...
 
 
-def empirical_fisher(log_prob: LogProb, *, batch_size: int | None = None, max_bytes: int | None = None) -> FisherFunction:
+def empirical_fisher(
+    log_prob: LogProb, center: bool = False, *, batch_size: int | None = None, max_bytes: int | None = None
+) -> FisherFunction:
     r"""The empirical Fisher: the mean outer product of the scores *at the data*.
 
     .. math:: \hat F = \frac1n \sum_i s_i s_i^T, \qquad s_i = \nabla_\theta \log p_\theta(x_i).
+
+    With ``center=True`` it is the covariance of the score, ``1/n sum (s_i - mean) (s_i - mean)^T``. Where ``log_prob`` is a
+    wave function's log-amplitude, of any normalisation, and the data are draws from its square, that is the real part of the
+    quantum geometric tensor, the matrix of stochastic reconfiguration.
 
     **When it is the wrong one.** It is not an expectation under the model. Away from the data's own distribution, or near a
     good fit (where scores vanish), it can be far from the exact Fisher in size and direction: Kunstner et al. show a
@@ -40,18 +46,21 @@ def empirical_fisher(log_prob: LogProb, *, batch_size: int | None = None, max_by
 
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
+        center: subtract the (weighted) mean score from every score.
         batch_size: make the scores again in pieces of so many examples, instead of holding their factors.
         max_bytes: as in `jaxfisher.scores`, instead of a ``batch_size``.
 
     Returns:
         A function ``(params, *data, weights=None)``: every array of the data has a leading axis of n examples; with ``weights``
-        the mean is ``sum w_i s_i s_i^T / sum w_i``. It returns an operator, exact as scores.
+        the mean is ``sum w_i s_i s_i^T / sum w_i``. It returns an operator, exact as scores. The covariance has no view
+        `jaxfisher.kronecker`, since it is no sum of Kronecker products; it has all others.
 
     Raises:
         ValueError: (when called) arrays of different lengths, a non-scalar ``log_prob``, one that is a batch mean.
         TypeError: (when called) a parameter that is not a real floating array.
 
-    Reference: Kunstner, Balles and Hennig, Limitations of the empirical Fisher approximation (NeurIPS 2019), equation 3.
+    Reference: Kunstner, Balles and Hennig, Limitations of the empirical Fisher approximation (NeurIPS 2019), equation 3;
+    Stokes, Izaac, Killoran and Carleo, Quantum natural gradient (Quantum 2020), section 3, for the geometric tensor.
 
     >>> import jax.numpy as jnp, jaxfisher as jf
     >>> log_prob = jf.log_likelihood(lambda mu: jf.Normal(mu, 1.0))
@@ -60,15 +69,58 @@ def empirical_fisher(log_prob: LogProb, *, batch_size: int | None = None, max_by
     Fisher(empirical, mean over 2, params 1, exact as scores)
     >>> print(F.as_matrix())  # the mean of (x - mu)^2, where the exact Fisher is 1
     [[2.5]]
+    >>> print(jf.empirical_fisher(log_prob, center=True)(0.0, jnp.array([1.0, -2.0])).as_matrix())  # the variance of x
+    [[2.25]]
     """
     check_function("log_prob", log_prob, LOG_PROB)
 
     def fisher_of(params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Operator:
         needs_data(data, "empirical_fisher")
         batch = make_batch(params, data, weights, batch_size, max_bytes)
-        return _from_rows("empirical", ScoreRows(log_prob), params, batch)
+        made = make_scores(ScoreRows(log_prob), params, batch)
+        if center:
+            return FromScores(made.centered(), Provenance("empirical, centred", batch.size, batch.weighted))
+        return FromScores(made, Provenance("empirical", batch.size, batch.weighted))
 
     return fisher_of
+
+
+def fisher_from_scores(scores: Scores) -> Operator:
+    r"""The operator that scores make: ``F = S^T diag(omega) S``, with the weights ``omega`` that the scores carry.
+
+    .. math:: F = \sum_i \omega_i\, s_i s_i^T, \qquad \omega_i = \tfrac1n \text{ unless weights were given}.
+
+    Of ``jf.scores(log_prob)(params, *data)`` it is the empirical Fisher of this data, of centred scores the covariance of the
+    score. Nothing is computed: use it where the scores are needed for themselves too, as for a gradient with coordinates in
+    them, ``scores.rmv(e)``.
+
+    Args:
+        scores: what `jaxfisher.scores` makes, held or in pieces, centred or not.
+
+    Returns:
+        An operator, exact as scores: solves, views and transformations take it as they take a Fisher.
+
+    Raises:
+        TypeError: ``scores`` is not a `jaxfisher.Scores`.
+
+    Reference: Becca and Sorella, Quantum Monte Carlo approaches for correlated systems (2017), section 6.4.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> S = jf.scores(jf.log_likelihood(lambda mu: jf.Normal(mu, 1.0)), center=True)(0.0, jnp.array([1.0, -2.0]))
+    >>> F = jf.fisher_from_scores(S)
+    >>> F
+    Fisher(scores, centred, mean over 2, params 1, exact as scores)
+    >>> print(F.solve(4.5, damping=0.0))  # the variance is 2.25
+    2.0
+    """
+    if not isinstance(scores, Scores):
+        hint = " Call the function it is with the parameters and the data first." if callable(scores) else ""
+        raise TypeError(
+            f"fisher_from_scores: `scores` is {described(scores)}; expected what jf.scores(log_prob)(params, *data) "
+            f"returns.{hint}"
+        )
+    kind = "scores, centred" if isinstance(scores, CenteredScores) else "scores"
+    return FromScores(scores, Provenance(kind, scores.num_rows))
 
 
 def exact_fisher(model: Model, *, batch_size: int | None = None, max_bytes: int | None = None) -> FisherFunction:

@@ -17,7 +17,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 from models import compiled
 from problems import assert_close, classifier, flat, reference
 
@@ -307,7 +309,8 @@ def netket_results():
     except (ImportError, AttributeError) as error:
         return f"{versions('netket')} does not import: {error}"
     params, tensor = ansatz(), nk.optimizer.qgt.QGTJacobianDense
-    model = {"apply_fun": lambda variables, spins: log_psi(variables["params"], spins), "variables": {"params": params}}
+    apply = lambda variables, spins, mutable=False: log_psi(variables["params"], spins)  # noqa: E731
+    model = {"apply_fun": apply, "variables": {"params": params}}
     hilbert = nk.hilbert.Spin(0.5, SPINS)
     whole = nk.vqs.FullSumState(hilbert, **model)
     shifted = whole.quantum_geometric_tensor(tensor(mode="real", diag_shift=SHIFT))
@@ -318,8 +321,23 @@ def netket_results():
         "step": flat(shifted.solve(nk.optimizer.solver.cholesky, one_vector(params))[0]),
         "samples": sampled.samples.reshape(-1, SPINS),
         "sampled": sampled.quantum_geometric_tensor(tensor(mode="real")).to_dense(),
-    }
+    } | reconfigured(nk, nk.vqs.FullSumState(hilbert, **model), hilbert)
     return {name: np.asarray(value, np.float64) for name, value in results.items()}
+
+
+RATE, STEPS = 0.05, 10
+
+
+def reconfigured(nk, state, hilbert):
+    """A transverse Ising chain, and the parameters after each of ten steps of NetKet's stochastic reconfiguration."""
+    chain = nk.operator.Ising(hilbert, nk.graph.Chain(SPINS), h=1.0)
+    sr = nk.optimizer.SR(nk.optimizer.qgt.QGTJacobianDense(mode="real"), nk.optimizer.solver.cholesky, diag_shift=SHIFT)
+    driver = nk.driver.VMC(chain, nk.optimizer.Sgd(RATE), variational_state=state, preconditioner=sr)
+    path = []
+    for _ in range(STEPS):
+        driver.run(1, out=nk.logging.RuntimeLog(), show_progress=False)
+        path.append(flat(state.parameters))
+    return {"hamiltonian": chain.to_dense(), "path": np.stack(path)}
 
 
 @pytest.fixture(scope="module")
@@ -357,6 +375,28 @@ def test_netket_all_configurations(netket):
 def test_netket_samples(netket):
     """On samples S is the covariance of the derivatives, and centred scores at the same samples have 4 S."""
     assert_close(covariance(ansatz(), jnp.asarray(netket["samples"])), AMPLITUDE * netket["sampled"])
+
+
+def test_netket_ten_steps_of_stochastic_reconfiguration(netket):
+    """The covariance of the score as an operator preconditions as their geometric tensor does, along their whole path."""
+    spins, hamiltonian = jnp.asarray(netket["spins"]), jnp.asarray(netket["hamiltonian"])
+    opt = optax.chain(jf.scale_by_fisher(SHIFT), optax.scale_by_learning_rate(RATE))
+
+    def step(carry, _):
+        params, state = carry
+        psi = jnp.exp(log_psi(params, spins))
+        weights = jnp.square(psi) / jnp.sum(jnp.square(psi))
+        energies = hamiltonian @ psi / psi
+        scores = jf.scores(log_psi, center=True)(params, spins, weights=weights)
+        gradient = scores.rmv(2 * weights * (energies - jnp.sum(weights * energies)))
+        updates, state = opt.update(gradient, state, params, fisher=jf.fisher_from_scores(scores))
+        params = optax.apply_updates(params, updates)
+        return (params, state), ravel_pytree(params)[0]
+
+    start = ansatz()
+    _, path = compiled(lambda start: jax.lax.scan(step, (start, opt.init(start)), length=STEPS))(start)
+    # A solve loses a condition number of about 1e3, and steps add up.
+    assert_close(path, netket["path"], factor=1e5)
 
 
 @pytest.mark.relaxed

@@ -1,0 +1,172 @@
+"""The covariance of the score as an operator, as variational Monte Carlo has it, against dense float64 matrices in NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from models import compiled
+from problems import assert_close, flat
+
+import jaxfisher as jf
+
+N = 12
+WEIGHTS = jnp.asarray(np.random.default_rng(2).uniform(0.5, 2.0, N))
+SHAPES = {"bias": (4,), "visible": (6,), "w": (6, 4)}
+PARAMS = {name: jnp.asarray(np.random.default_rng(i).normal(size=s)) for i, (name, s) in enumerate(SHAPES.items())}
+SPINS = jnp.asarray(np.random.default_rng(5).choice([-1.0, 1.0], (N, 6)))
+ENERGIES = np.random.default_rng(6).normal(size=N)
+DAMPING = 0.03
+
+
+def log_psi(params, spins):
+    """The logarithm of an amplitude, which is not normalised: the mean of its score is not zero."""
+    return spins @ params["visible"] + jnp.sum(jnp.log(jnp.cosh(spins @ params["w"] + params["bias"])))
+
+
+@functools.cache
+def rows(count=N):
+    """Centred scores times the roots of the weights, and the weights."""
+    omega = np.asarray(WEIGHTS[:count] / jnp.sum(WEIGHTS[:count]))
+    plain = compiled(jax.vmap(jax.grad(log_psi), (None, 0)))(PARAMS, SPINS[:count])
+    plain = np.concatenate([np.asarray(leaf).reshape(count, -1) for leaf in jax.tree.leaves(plain)], 1)
+    return np.sqrt(omega)[:, None] * (plain - omega @ plain), omega
+
+
+def scores(params=PARAMS, **options):
+    return jf.scores(log_psi, center=True, **options)(params, SPINS, weights=WEIGHTS)
+
+
+def test_an_operator_of_scores_is_the_one_that_its_function_makes():
+    """Held and in pieces, centred or not: the same numbers, and what it is of in its name."""
+
+    def make():
+        made = {"centred": [], "not": []}
+        for name, center in (("centred", True), ("not", False)):
+            for size in (None, 5):
+                plain = jf.scores(log_psi, center, batch_size=size)(PARAMS, SPINS, weights=WEIGHTS)
+                made[name].append(jf.fisher_from_scores(plain).as_matrix())
+            made[name].append(jf.empirical_fisher(log_psi, center, batch_size=5)(PARAMS, SPINS, weights=WEIGHTS).as_matrix())
+        return made
+
+    x, _ = rows()
+    made = compiled(make)()
+    for matrix in made["centred"]:
+        assert_close(matrix, x.T @ x)
+    for matrix in made["not"]:
+        assert np.linalg.norm(matrix - x.T @ x) > 0.1 * np.linalg.norm(x.T @ x), "the control: the mean is not zero"
+    assert repr(jf.fisher_from_scores(scores())) == "Fisher(scores, centred, mean over 12, params 34, exact as scores)"
+    fisher = jf.empirical_fisher(log_psi, center=True)(PARAMS, SPINS)
+    assert repr(fisher) == "Fisher(empirical, centred, mean over 12, params 34, exact as scores)"
+
+
+def test_spring_and_a_trust_region_on_centred_scores():
+    """``u = mu u' + X^T (X X^T + damping I)^-1 (e - mu X u')`` step after step, then no farther than a radius."""
+    mu, radius = 0.9, 1e-3
+    opt = jf.scale_by_fisher(DAMPING, momentum=mu)
+    bounded = optax.chain(jf.scale_by_fisher(DAMPING), optax.scale_by_learning_rate(1.0), jf.scale_to_kl(radius))
+
+    def make(batch_size):
+        made = scores(batch_size=batch_size)
+        fisher = jf.fisher_from_scores(made)
+        gradients = [made.rmv(made.weights * jnp.asarray(np.roll(ENERGIES, k))) for k in range(3)]
+        state, path = opt.init(PARAMS), []
+        for gradient in gradients:
+            update, state = opt.update(gradient, state, PARAMS, fisher=fisher)
+            path.append(update)
+        step, _ = bounded.update(gradients[0], bounded.init(PARAMS), PARAMS, fisher=fisher)
+        return path, step, 0.5 * fisher.quadratic(step)
+
+    x, omega = rows()
+    last, expected = np.zeros(34), []
+    for k in range(3):
+        e = np.sqrt(omega) * np.roll(ENERGIES, k)
+        last = mu * last + x.T @ np.linalg.solve(x @ x.T + DAMPING * np.eye(N), e - mu * x @ last)
+        expected.append(last)
+    for batch_size in (None, 5):
+        path, step, moved = compiled(functools.partial(make, batch_size))()
+        for update, vector in zip(path, expected, strict=True):
+            assert_close(flat(update), vector, factor=1e4)
+        assert_close(moved, radius, factor=1e4)
+        assert_close(flat(step) / np.linalg.norm(flat(step)), -expected[0] / np.linalg.norm(expected[0]), factor=1e4)
+
+
+def test_dampings_and_solvers():
+    """Whichever matrix is the smaller; one damping a leaf, by the diagonal, by least squares, as a natural gradient."""
+    by_leaf = {"bias": 0.1, "visible": 0.02, "w": 0.3}
+
+    def make(count):
+        fisher = jf.empirical_fisher(log_psi, center=True)(PARAMS, SPINS[:count], weights=WEIGHTS[:count])
+        v = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=float)).reshape(leaf.shape), PARAMS)
+        natural = jf.natural_grad(log_psi, jf.empirical_fisher(log_psi, center=True), damping=DAMPING)
+        return {
+            "one": fisher.solve(v, DAMPING),
+            "by leaf": fisher.solve(v, by_leaf),
+            "by the diagonal": (fisher + 0.5 * jf.diagonal(fisher)).solve(v, DAMPING),
+            "least squares": jf.solve(fisher, v, DAMPING, jf.LSMR(rtol=1e-13))[0],
+            "iterations": jf.solve(fisher, v, DAMPING, jf.CG(rtol=1e-13))[0],
+        }, natural(PARAMS, SPINS[:count], weights=WEIGHTS[:count])
+
+    v = np.concatenate([np.cos(np.arange(np.prod(shape))) for shape in SHAPES.values()])
+    each = np.repeat(list(by_leaf.values()), [np.prod(shape) for shape in SHAPES.values()])
+    for count in (N, 3):
+        x, omega = rows(count)
+        matrix = x.T @ x
+        damped = matrix + DAMPING * np.eye(34)
+        expected = {
+            "one": damped,
+            "by leaf": matrix + np.diag(each),
+            "by the diagonal": damped + 0.5 * np.diag(np.diag(matrix)),
+            "least squares": damped,
+            "iterations": damped,
+        }
+        made, natural = compiled(functools.partial(make, count))()
+        for name, solution in made.items():
+            assert_close(flat(solution), np.linalg.solve(expected[name], v), factor=1e6)
+        plain = compiled(jax.vmap(jax.grad(log_psi), (None, 0)))(PARAMS, SPINS[:count])
+        mean = np.concatenate([omega @ np.asarray(leaf).reshape(count, -1) for leaf in jax.tree.leaves(plain)])
+        assert_close(flat(natural), np.linalg.solve(damped, -mean), factor=1e4)
+
+
+def test_a_mean_that_dominates_costs_no_digits_in_float32():
+    """Scores of about 1 around a mean of 1e4: the solve is as good as that of the deviations."""
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), PARAMS)
+    spins = (SPINS + 1e4).astype(jnp.float32)
+
+    def far(params, spins):
+        return spins @ params["visible"] + jnp.sum(jnp.log(jnp.cosh(0.1 * (spins - 1e4) @ params["w"] + params["bias"])))
+
+    v = {name: jnp.ones(shape, jnp.float32) for name, shape in SHAPES.items()}
+    solve = lambda params: jf.empirical_fisher(far, center=True)(params, spins).solve(v, 0.1)  # noqa: E731
+    plain = compiled(jax.vmap(jax.grad(far), (None, 0)))(PARAMS, SPINS + 1e4)
+    plain = np.concatenate([np.asarray(leaf).reshape(N, -1) for leaf in jax.tree.leaves(plain)], 1)
+    plain = plain - plain.mean(0)
+    expected = np.linalg.solve(plain.T @ plain / N + 0.1 * np.eye(34), np.ones(34))
+    found = flat(compiled(solve)(params))
+    assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+def test_views_other_than_kronecker_are_those_of_the_matrix():
+    x, _ = rows()
+    matrix = x.T @ x
+
+    def make():
+        fisher = jf.fisher_from_scores(scores(batch_size=5))
+        views = [jf.dense(fisher), jf.block_diagonal(fisher), jf.diagonal(fisher), jf.low_rank(fisher, 4)]
+        return [view.as_matrix() for view in views]
+
+    dense, blocks, diagonal, low = compiled(make)()
+    assert_close(dense, matrix)
+    groups = np.repeat(np.arange(3), [np.prod(shape) for shape in SHAPES.values()])
+    assert_close(blocks, np.where(groups[:, None] == groups[None, :], matrix, 0))
+    assert_close(diagonal, np.diag(np.diag(matrix)))
+    values, vectors = np.linalg.eigh(matrix)
+    assert_close(low, (vectors[:, -4:] * values[-4:]) @ vectors[:, -4:].T, factor=1e4)
+
+
+def test_what_is_no_scores_is_refused():
+    for bad, match in ((jf.scores(log_psi), "Call the function it is"), (3.0, "`scores` is 3.0"), (None, "`scores` is None")):
+        with pytest.raises(TypeError, match=match):
+            jf.fisher_from_scores(bad)
