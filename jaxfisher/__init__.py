@@ -43,15 +43,15 @@ from jaxfisher._fisher import sampled_fisher as sampled_fisher
 # Operators, and their views.
 from jaxfisher._operators.base import Operator as Operator
 from jaxfisher._operators.block import block_diagonal as block_diagonal
-from jaxfisher._operators.block import layers as layers
 from jaxfisher._operators.dense import dense as dense
 from jaxfisher._operators.diagonal import diagonal as diagonal
 from jaxfisher._operators.identity import relative_damping as relative_damping
 from jaxfisher._operators.identity import scaled_identity as scaled_identity
-from jaxfisher._operators.kronecker import eigen_kronecker as eigen_kronecker
 from jaxfisher._operators.kronecker import factored_damping as factored_damping
-from jaxfisher._operators.kronecker import kronecker as kronecker
-from jaxfisher._operators.kronecker import kronecker_reduce as kronecker_reduce
+from jaxfisher._operators.layered import eigen_kronecker as eigen_kronecker
+from jaxfisher._operators.layered import kronecker as kronecker
+from jaxfisher._operators.layered import kronecker_reduce as kronecker_reduce
+from jaxfisher._operators.layered import layers as layers
 from jaxfisher._operators.low_rank import low_rank as low_rank
 from jaxfisher._operators.marginal import marginal as marginal
 from jaxfisher._operators.low_rank import nystrom as nystrom

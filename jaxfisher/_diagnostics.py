@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
-from jaxfisher._operators.base import Operator, as_operator, check_number, nonnegative
+from jaxfisher._operators.base import Operator, as_operator
+from jaxfisher._values import check_number, nonnegative
 
 
 def effective_dimension(fisher: Operator, damping: chex.Numeric) -> Scalar:

@@ -14,8 +14,8 @@ from jaxfisher._distributions.foreign import as_distribution
 from jaxfisher._examples import Batch, make_batch, map_examples, needs_data
 from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, mean_loss, of_one_example, predict, scalar
 from jaxfisher._once import once_for
-from jaxfisher._operators.base import Provenance
 from jaxfisher._operators.dense import Dense
+from jaxfisher._operators.provenance import Provenance
 from jaxfisher._tree import ParamSpec, cast_like, check_function
 from jaxfisher._varying import varying_like
 

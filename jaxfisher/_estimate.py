@@ -24,9 +24,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
 
 from jaxfisher._linalg import norm
 from jaxfisher._once import Static, once
-from jaxfisher._operators.base import Damping, Operator, as_operator, nonnegative
+from jaxfisher._operators.base import Operator, as_operator
+from jaxfisher._operators.damping import Damping
 from jaxfisher._tree import all_finite, as_key, described, dot, dtype_of
-from jaxfisher._values import is_array, whole
+from jaxfisher._values import is_array, nonnegative, whole
 from jaxfisher._varying import while_loop
 
 BATCH = 10

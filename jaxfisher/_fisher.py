@@ -13,9 +13,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxfisher._examples import Batch, make_batch, needs_data
 from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example
-from jaxfisher._operators.base import Operator, Provenance, as_operator
+from jaxfisher._operators.base import Operator, as_operator
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.implicit import Implicit
+from jaxfisher._operators.provenance import Provenance
 from jaxfisher._rows import ExactRows, Prediction, Rows, SampledRows, ScoreRows, prediction
 from jaxfisher._scores import CenteredScores, Scores, make_scores
 from jaxfisher._tree import ParamSpec, as_key, check_function, threefry_key

@@ -13,11 +13,14 @@ from jaxfisher._examples import Batch, make_batch, needs_data, sum_batches
 from jaxfisher._fisher import FisherFunction
 from jaxfisher._model import LOG_PROB, LogProb, mean_loss, of_one_example
 from jaxfisher._once import once_for
-from jaxfisher._operators.base import VIEW, Damping, Operator, Provenance, View, as_operator, is_one_damping, nonnegative
+from jaxfisher._operators.base import VIEW, Operator, View, as_operator
+from jaxfisher._operators.damping import Damping, is_one_damping
 from jaxfisher._operators.from_scores import FromScores
+from jaxfisher._operators.provenance import Provenance
 from jaxfisher._scores import values_and_scores
 from jaxfisher._solve import Solver, check_solver, solve
 from jaxfisher._tree import cast_like, check_function
+from jaxfisher._values import nonnegative
 
 
 class NaturalGradFunction(Protocol):

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._engine import (
+    Basis,
     Leaf,
     Moments,
     Seal,
@@ -36,9 +37,9 @@ from jaxfisher._engine import (
     outer,
     outer_moment,
     reduced_moments,
-    rotated_diagonal,
     sealed,
     squared_norms,
+    squares_along,
     trace,
     unsealed,
     working,
@@ -121,32 +122,11 @@ class Scores(abc.ABC):
         """The second moment of ``factor S``, as `gram_upper` is the Gram matrix of it."""
 
     @abc.abstractmethod
-    def expanded_moments(self) -> tuple[Moments | None, ...]:
-        r"""Second moments of each leaf's factors with positions as if they were examples; None for a leaf without factors.
-
-        ``E[1/T sum_t a_t a_t^T]`` and ``E[sum_t g_t g_t^T]`` with weights that sum to one, else either is multiplied by their
-        sum. A layer's bias goes with its weight. Reference: Eschenhagen et al. (NeurIPS 2023), KFAC-expand.
-        """
-
-    @abc.abstractmethod
-    def reduced_moments(self) -> tuple[Moments | None, ...]:
-        r"""Second moments of each leaf's factors taken together over positions; None for a leaf without factors.
-
-        ``E[a a^T]`` of ``a = 1/T sum_t a_t`` and ``E[g g^T]`` of ``g = sum_t g_t``. Reference: Eschenhagen et al. (NeurIPS
-        2023), KFAC-reduce.
-        """
-
-    @abc.abstractmethod
-    def rotated_diagonals(self, bases: Sequence[Moments | None]) -> tuple[Array | None, ...]:
-        """The diagonal of each leaf's block of ``S^T S / n`` in a basis ``inputs (x) outputs``: the eigenvalues of EKFAC.
+    def squares_along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
+        """The diagonal of ``S^T diag(omega) S`` in the basis of the layer that all its leaves are: the eigenvalues of EKFAC.
 
         Reference: George et al., Fast approximate natural gradient descent in a Kronecker-factored eigenbasis (NeurIPS 2018).
         """
-
-    @property
-    @abc.abstractmethod
-    def layers(self) -> tuple[int | None, ...]:
-        """For every leaf that is the bias of a layer, the place of the layer's weight among the leaves."""
 
     @property
     @abc.abstractmethod
@@ -188,7 +168,7 @@ class Scores(abc.ABC):
 
 _PROGRAMS = (
     *("rmv", "gram_upper", "squared_norms", "diagonal", "scaled_moment", "as_matrix", "bound"),
-    *("expanded_moments", "reduced_moments", "rotated_diagonals"),
+    *("expanded_moments", "reduced_moments", "squares_along"),
 )
 """Methods of `Scores` that compute."""
 
@@ -198,9 +178,39 @@ def _product(scores: Scores, v: Any) -> Float[Array, " rows"]:
     return scores._mv(v, sealed)
 
 
+class FactoredScores(Scores):
+    """Scores that are the gradients themselves, which may have factors; a covariance of them is no sum of products."""
+
+    @abc.abstractmethod
+    def expanded_moments(self) -> tuple[Moments | None, ...]:
+        r"""Second moments of each leaf's factors with positions as if they were examples; None for a leaf without factors.
+
+        ``E[1/T sum_t a_t a_t^T]`` and ``E[sum_t g_t g_t^T]`` with weights that sum to one, else either is multiplied by their
+        sum. A layer's bias goes with its weight. Reference: Eschenhagen et al. (NeurIPS 2023), KFAC-expand.
+        """
+
+    @abc.abstractmethod
+    def reduced_moments(self) -> tuple[Moments | None, ...]:
+        r"""Second moments of each leaf's factors taken together over positions; None for a leaf without factors.
+
+        ``E[a a^T]`` of ``a = 1/T sum_t a_t`` and ``E[g g^T]`` of ``g = sum_t g_t``. Reference: Eschenhagen et al. (NeurIPS
+        2023), KFAC-reduce.
+        """
+
+    @property
+    @abc.abstractmethod
+    def layers(self) -> tuple[int | None, ...]:
+        """For every leaf that is the bias of a layer, the place of the layer's weight among the leaves."""
+
+    @property
+    @abc.abstractmethod
+    def touched(self) -> tuple[bool, ...]:
+        """Whether the function depends on a leaf at all; where it does not, its scores are zero."""
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=("leaves", "weights"), meta_fields=("spec",))
 @dataclasses.dataclass(frozen=True)
-class HeldScores(Scores):
+class HeldScores(FactoredScores):
     """Scores in memory, each parameter leaf in its own form: factors of its gradients where the gradients have some."""
 
     leaves: tuple[Leaf, ...]
@@ -217,6 +227,10 @@ class HeldScores(Scores):
     @property
     def layers(self) -> tuple[int | None, ...]:
         return tuple(leaf.layer for leaf in self.leaves)
+
+    @property
+    def touched(self) -> tuple[bool, ...]:
+        return tuple(bool(leaf.forms) for leaf in self.leaves)
 
     @property
     def mass(self) -> Scalar:
@@ -261,9 +275,8 @@ class HeldScores(Scores):
     def reduced_moments(self) -> tuple[Moments | None, ...]:
         return tuple(reduced_moments(leaf, self._omega) for leaf in self.leaves)
 
-    def rotated_diagonals(self, bases: Sequence[Moments | None]) -> tuple[Array | None, ...]:
-        pairs = zip(self.leaves, bases, strict=True)
-        return tuple(None if basis is None else rotated_diagonal(leaf, basis, self._omega) for leaf, basis in pairs)
+    def squares_along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
+        return squares_along(basis, self.leaves, self._omega)
 
     def centered(self) -> Scores:
         means = [leaf.means(self._omega) for leaf in self.leaves]
@@ -297,7 +310,7 @@ def _kept_leaves(leaves: tuple[Leaf, ...], keep: tuple[bool, ...]) -> tuple[Leaf
     meta_fields=("rows", "spec", "batch_size", "keep"),
 )
 @dataclasses.dataclass(frozen=True)
-class StreamedScores(Scores):
+class StreamedScores(FactoredScores):
     """Scores made again, ``batch_size`` examples at a time, whenever they are needed.
 
     ``live`` tells the examples from padding; None where nothing is padding.
@@ -318,8 +331,16 @@ class StreamedScores(Scores):
     def layers(self) -> tuple[int | None, ...]:
         if self.factors is not None or self.shift is not None:
             return (None,) * len(self.spec.paths)
-        first = jax.tree.map(lambda leaf: leaf[:1], self.data)
-        return tuple(leaf.layer for leaf in _kept_leaves(jax.eval_shape(self._leaves, *first), self.keep))
+        return tuple(leaf.layer for leaf in _kept_leaves(self._shapes(), self.keep))
+
+    @property
+    def touched(self) -> tuple[bool, ...]:
+        return tuple(bool(leaf.forms) for leaf in kept(self._shapes(), self.keep))
+
+    def _shapes(self) -> tuple[Leaf, ...]:
+        """The leaves of one example, without values."""
+        shapes: tuple[Leaf, ...] = jax.eval_shape(self._leaves, *jax.tree.map(lambda leaf: leaf[:1], self.data))
+        return shapes
 
     @property
     def mass(self) -> Scalar:
@@ -414,9 +435,9 @@ class StreamedScores(Scores):
             None if part is None else Moments(part[0], part[1], layout) for part, layout in zip(sums, layouts, strict=True)
         )
 
-    def rotated_diagonals(self, bases: Sequence[Moments | None]) -> tuple[Array | None, ...]:
-        found: tuple[Array | None, ...] = self._sum(lambda held: held.rotated_diagonals(bases))
-        return found
+    def squares_along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
+        squares: Array = self._sum(lambda held: held.squares_along(basis))
+        return squares
 
     def centered(self) -> Scores:
         # Any constant near the mean will do for the shift: that of the first examples.
@@ -458,10 +479,6 @@ class JoinedScores(Scores):
         return jnp.concatenate([part.weights for part in self.parts])
 
     @property
-    def layers(self) -> tuple[int | None, ...]:
-        return tuple(a if all(a == b for b in rest) else None for a, *rest in zip(*(p.layers for p in self.parts), strict=True))
-
-    @property
     def mass(self) -> Scalar:
         masses: Scalar = total([part.mass for part in self.parts])
         return masses
@@ -495,15 +512,9 @@ class JoinedScores(Scores):
     def scaled_moment(self, factor: Scalar) -> Float[Array, "p p"]:
         return total([part.scaled_moment(factor) for part in self.parts])
 
-    def expanded_moments(self) -> tuple[Moments | None, ...]:
-        return _added([part.expanded_moments() for part in self.parts])
-
-    def reduced_moments(self) -> tuple[Moments | None, ...]:
-        return _added([part.reduced_moments() for part in self.parts])
-
-    def rotated_diagonals(self, bases: Sequence[Moments | None]) -> tuple[Array | None, ...]:
-        found: tuple[Array | None, ...] = total([part.rotated_diagonals(bases) for part in self.parts])
-        return found
+    def squares_along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
+        squares: Array = total([part.squares_along(basis) for part in self.parts])
+        return squares
 
     def as_matrix(self) -> Float[Array, "rows p"]:
         return jnp.concatenate([part.as_matrix() for part in self.parts])
@@ -519,12 +530,6 @@ class JoinedScores(Scores):
 
     def reweighted(self, factor: Any) -> JoinedScores:
         return JoinedScores(tuple(dataclasses.replace(part, weights=part.weights * factor) for part in self.parts))
-
-
-_UNCENTRED = (
-    "a covariance of scores is no sum of Kronecker products, and has no factor moments. Take them of scores that are not "
-    "centred: jf.scores(log_prob)."
-)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("scores", "mean_weights"), meta_fields=())
@@ -548,10 +553,6 @@ class CenteredScores(Scores):
     def weights(self) -> Float[Array, " rows"]:  # type: ignore[override]
         """The weights of the rows."""
         return self.scores.weights
-
-    @property
-    def layers(self) -> tuple[int | None, ...]:
-        return self.scores.layers
 
     @property
     def mass(self) -> Scalar:
@@ -599,14 +600,11 @@ class CenteredScores(Scores):
         cross = weighted[:, None] * mean[None, :]
         return self.scores.scaled_moment(factor) - cross - cross.T + jnp.sum(self.weights) * mean[:, None] * mean[None, :]
 
-    def expanded_moments(self) -> tuple[Moments | None, ...]:
-        raise NotImplementedError(_UNCENTRED)
-
-    def reduced_moments(self) -> tuple[Moments | None, ...]:
-        raise NotImplementedError(_UNCENTRED)
-
-    def rotated_diagonals(self, bases: Sequence[Moments | None]) -> tuple[Array | None, ...]:
-        raise NotImplementedError(_UNCENTRED)
+    def squares_along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
+        # As in `diagonal`.
+        whole, weighted, mean = self.scores.squares_along(basis), self.scores.rmv(self.weights), self._mean()
+        s, c = basis.turned(weighted), basis.turned(mean)
+        return whole - c * (2 * s - jnp.sum(self.weights) * c)
 
     def as_matrix(self) -> Float[Array, "rows p"]:
         centred = self.scores.as_matrix() - self.spec.ravel(self._mean(), "mean")[None, :]
@@ -623,15 +621,6 @@ class CenteredScores(Scores):
 
     def reweighted(self, factor: Any) -> CenteredScores:
         return dataclasses.replace(self, scores=self.scores.reweighted(factor))
-
-
-def _added(parts: Sequence[tuple[Moments | None, ...]]) -> tuple[Moments | None, ...]:
-    """Moments of several blocks of rows, leaf by leaf."""
-    return tuple(
-        Moments(total([m.inputs for m in made]), total([m.outputs for m in made]), made[0].layout) if made else None
-        for leaf in zip(*parts, strict=True)
-        for made in [[m for m in leaf if m is not None]]
-    )
 
 
 def total(parts: Sequence[Any]) -> Any:

@@ -16,10 +16,11 @@ from jaxtyping import Array, Float, Scalar
 from jaxfisher._inverse import SolveInfo, by_eigenvectors
 from jaxfisher._linalg import norm, power_of_two, to_unit
 from jaxfisher._once import once
-from jaxfisher._operators.base import Damping, Dampings, Operator, View, as_operator, nonnegative
+from jaxfisher._operators.base import Operator, View, as_operator
+from jaxfisher._operators.damping import Damping, Dampings
 from jaxfisher._scores import Scores
 from jaxfisher._tree import all_finite, cast_like, described, dtype_of
-from jaxfisher._values import is_array, whole
+from jaxfisher._values import is_array, nonnegative, whole
 from jaxfisher._varying import alike, cond, linear_solve, varying_axes, while_loop
 
 

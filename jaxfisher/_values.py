@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Scalar
 
 
 def is_array(value: Any) -> bool:
@@ -76,3 +79,18 @@ def check_array(name: str, value: Any) -> None:
         raise TypeError(
             f"{name} is {described(value)}; expected {double} or narrower, the widest of JAX. Pass x.astype({double.str!r})."
         )
+
+
+def nonnegative(name: str, value: chex.Numeric, dtype: Any) -> Scalar:
+    """The argument as a scalar of this dtype; refused where it is no real number or known to be negative."""
+    check_number(name, value, "one real number of at least zero")
+    # The value of a JAX array is a run-time number: to look at it would wait for the device.
+    if isinstance(value, (numbers.Real, np.ndarray, np.generic)) and not 0 <= float(value) < math.inf:
+        raise ValueError(f"`{name}` is {value}; expected a finite number of at least zero.")
+    return jnp.asarray(value, dtype)
+
+
+def check_number(name: str, value: Any, expected: str = "one real number") -> None:
+    """Raise `TypeError` unless the argument is a real scalar: Python's, NumPy's, or an array without axes."""
+    if not is_number(value):
+        raise TypeError(f"`{name}` is {described(value)}; expected {expected}.")

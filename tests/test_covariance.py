@@ -154,16 +154,18 @@ def test_views_other_than_kronecker_are_those_of_the_matrix():
 
     def make():
         fisher = jf.fisher_from_scores(scores(batch_size=5))
+        uncentred = jf.empirical_fisher(log_psi)(PARAMS, SPINS)
         views = [jf.dense(fisher), jf.block_diagonal(fisher), jf.diagonal(fisher), jf.low_rank(fisher, 4)]
-        return [view.as_matrix() for view in views]
+        return [view.as_matrix() for view in views], jf.eigen_kronecker(fisher, jf.kronecker(uncentred)).trace()
 
-    dense, blocks, diagonal, low = compiled(make)()
+    (dense, blocks, diagonal, low), trace = compiled(make)()
     assert_close(dense, matrix)
     groups = np.repeat(np.arange(3), [np.prod(shape) for shape in SHAPES.values()])
     assert_close(blocks, np.where(groups[:, None] == groups[None, :], matrix, 0))
     assert_close(diagonal, np.diag(np.diag(matrix)))
     values, vectors = np.linalg.eigh(matrix)
     assert_close(low, (vectors[:, -4:] * values[-4:]) @ vectors[:, -4:].T, factor=1e4)
+    assert_close(trace, np.trace(matrix))
 
 
 def test_what_is_no_scores_is_refused():

@@ -116,10 +116,12 @@ METHODS = {
 }
 PARTS = {
     *(
+        "along",
         "dampings",
         "inverse",
         "inverses",
         "linearised",
+        "pieces",
         "report",
         "rescaled",
         "restrict",
@@ -179,6 +181,8 @@ FISHERS = {
     "empirical_fisher": lambda: jf.empirical_fisher(LOG_PROB)(*problem()),
     "exact_fisher": lambda: exact(*problem()),
     "sampled_fisher": lambda: jf.sampled_fisher(model)(problem()[0], key(), problem()[1]),
+    "empirical_fisher, centred": lambda: jf.empirical_fisher(LOG_PROB, center=True)(*problem()),
+    "fisher_from_scores": lambda: jf.fisher_from_scores(scores(2)),
     "implicit_fisher": lambda: jf.implicit_fisher(model)(problem()[0], problem()[1]),
     "kl_hessian": lambda: jf.kl_hessian(model)(*problem()[:2]),
     "observed_information": lambda: jf.observed_information(LOG_PROB)(*problem()),
@@ -188,6 +192,8 @@ FISHERS = {
     "kronecker": lambda: jf.kronecker(fisher("streamed")),
     "kronecker_reduce": lambda: jf.kronecker_reduce(fisher()),
     "eigen_kronecker": lambda: jf.eigen_kronecker(fisher("streamed"), basis=fisher("Kronecker")),
+    "kronecker, of a sum": lambda: jf.kronecker(fisher("sum") + jf.scaled_identity(fisher(), 2.0)),
+    "eigen_kronecker, of a sum": lambda: jf.eigen_kronecker(fisher("sum") + 2 * fisher("streamed")),
     "low_rank": lambda: jf.low_rank(fisher(), 2),
     "nystrom": lambda: jf.nystrom(fisher(), 2, key()),
     "partial_cholesky": lambda: jf.partial_cholesky(fisher(), 2),

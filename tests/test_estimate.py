@@ -11,8 +11,8 @@ from problems import classifier, data, flat, mlp_params
 
 import jaxfisher as jf
 from jaxfisher import _estimate as est
-from jaxfisher._operators.base import Provenance
 from jaxfisher._operators.dense import Dense
+from jaxfisher._operators.provenance import Provenance
 from jaxfisher._tree import param_spec
 
 KEYS = 64

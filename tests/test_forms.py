@@ -9,7 +9,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import jaxfisher as jf
-from jaxfisher._engine import Moments
+from jaxfisher._engine import Basis, Moments
 from jaxfisher._engine.forms import arrays as _arrays
 
 N = 5
@@ -210,8 +210,9 @@ def moments_of(name):
             layouts[how] = expanded[place].layout
             assert scores.layers == tuple(place if name == "b" else None for name in sorted(params)), scores.layers
             assert reduced[place].layout == layouts[how]
-            basis = [rotations(layouts[how], "b" in params) if k == place else None for k in range(len(params))]
-            made[how] = expanded[place][:2], reduced[place][:2], scores.rotated_diagonals(basis)[place]
+            bias = sorted(params).index("b") if "b" in params else None
+            basis = Basis(*rotations(layouts[how], bias is not None), place, bias)
+            made[how] = expanded[place][:2], reduced[place][:2], scores.squares_along(basis)
         gradients = jax.vmap(jax.grad(log_prob), (None, 0, 0))(params, x, y)
         return made, (gradients[weight], gradients.get("b"))
 
@@ -278,7 +279,7 @@ def test_rotated_diagonals_are_those_of_the_exact_block(name):
         turn = np.kron(np.asarray(basis.inputs[b]), np.asarray(basis.outputs[b]))
         block = rows.T @ (OMEGA[:, None] * rows)
         expected[b] = np.diag(turn.T @ block @ turn).reshape(expected.shape[1:])
-    for _, _, diagonal in made.values():
+    for *_, diagonal in made.values():
         close(diagonal, expected)
 
 
@@ -325,14 +326,6 @@ def test_leaves_that_are_no_dense_product_have_no_moments():
                 assert [part is not None for part in moments] == [False, False, False, True]
 
     jax.eval_shape(check, params, tokens, y)
-
-
-@pytest.mark.parametrize("batch_size", [None, 2])
-def test_centred_scores_have_no_moments(batch_size):
-    scores = jf.scores(dense, center=True, batch_size=batch_size)(arrays(w=(4, 3), b=(3,)), jnp.ones((N, 4)), jnp.ones((N, 3)))
-    for moments in (scores.expanded_moments, scores.reduced_moments, lambda: scores.rotated_diagonals([None, None])):
-        with pytest.raises(NotImplementedError, match=r"jf\.scores\(log_prob\)"):
-            moments()
 
 
 # Centring where the mean dominates.

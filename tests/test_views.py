@@ -248,9 +248,8 @@ def test_views_of_what_holds_no_scores_are_refused():
     params, x, _, _, _ = reference()
     F = jf.implicit_fisher(classifier)(params, x)
     for view in (jf.kronecker, jf.kronecker_reduce, jf.eigen_kronecker, jf.layers):
-        for bad in (jf.dense(F), jf.dense(F) + F, F + jf.scaled_identity(F, 1.0)):
-            with pytest.raises(TypeError, match="scores"):
-                view(bad)
+        with pytest.raises(TypeError, match="scores"):
+            view(jf.dense(F))
     with pytest.raises(ValueError, match="prefix"):
         jf.block_diagonal(F, {"hidden": 0})
     with pytest.raises(ValueError, match="from 1 to 31"):

@@ -16,6 +16,7 @@ Nothing outside this folder imports a file inside it, only the names below. ``do
 
 from jaxfisher._engine.assembly import Traced, leaf_forms, trace
 from jaxfisher._engine.forms import (
+    Basis,
     Layout,
     Leaf,
     Moments,
@@ -31,14 +32,15 @@ from jaxfisher._engine.forms import (
     outer,
     outer_moment,
     reduced_moments,
-    rotated_diagonal,
     sealed,
     squared_norms,
+    squares_along,
     unsealed,
     working,
 )
 
 __all__ = [
+    "Basis",
     "Layout",
     "Leaf",
     "Moments",
@@ -56,9 +58,9 @@ __all__ = [
     "outer",
     "outer_moment",
     "reduced_moments",
-    "rotated_diagonal",
     "sealed",
     "squared_norms",
+    "squares_along",
     "trace",
     "unsealed",
     "working",

@@ -10,11 +10,9 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-import math
-import numbers
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Self
 
 import chex
 import jax
@@ -22,23 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Scalar
 
-from jaxfisher._inverse import Factorise, Solved, SolveInfo, by_invert, direct_info, log_determinant, refined
-from jaxfisher._linalg import eigenvalues, matmul, norm, null_vectors, spectral_mv, to_unit, unit_rank
+from jaxfisher._engine import Basis
+from jaxfisher._inverse import Factorise, SolveInfo, by_invert, direct_info, log_determinant
+from jaxfisher._linalg import eigenvalues, norm, null_vectors, spectral_mv, unit_rank
 from jaxfisher._once import once
+from jaxfisher._operators.damping import Damping, Dampings, is_one_damping
+from jaxfisher._operators.inverted import Inverted, by_leaf, flat_inverse, solve_matrix
+from jaxfisher._operators.provenance import Provenance
 from jaxfisher._scores import Scores
-from jaxfisher._tree import ParamSpec, cast_like, described, dot
-from jaxfisher._values import is_number
+from jaxfisher._tree import ParamSpec, cast_like, dot
+from jaxfisher._values import check_number, described, nonnegative
 from jaxfisher._varying import alike
-
-Damping: TypeAlias = Any
-"""One number, or a pytree like the parameters with one number for each leaf."""
-Dampings = Scalar | tuple[Scalar, ...]
-"""The same, checked and cast: one number, or those of the leaves in order."""
-
-Inverted = Callable[[Any], Solved]
-"""``(F + damping I)^-1`` on vectors of the statistics dtype."""
-FlatInverted = Callable[[Float[Array, " p"]], Solved]
-"""The same on flat ones."""
 
 EXACT_LIMIT = 4096
 """Largest p for which an operator that holds no matrix makes one in order to invert it exactly."""
@@ -47,34 +39,6 @@ EXACT_LIMIT = 4096
 View = Callable[["Operator"], "Operator"]
 VIEW = "operator -> operator, such as jf.diagonal"
 """What a view is, as messages show it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Provenance:
-    """Where a Fisher comes from: its kind, how many examples its mean is over, and how the mean is taken."""
-
-    kind: str
-    examples: int
-    weighted: bool = False
-    scaled: bool = False
-    parts: tuple[Provenance, ...] = ()
-
-    def __str__(self) -> str:
-        if self.parts:
-            return " + ".join(f"({part})" for part in self.parts)
-        if not self.examples:
-            return self.kind
-        words = ["scaled"] * self.scaled + ["weighted"] * self.weighted + ["mean"]
-        return f"{self.kind}, {' '.join(words)} over {self.examples:,}"
-
-    def times(self) -> Provenance:
-        """The provenance of a multiple."""
-        return dataclasses.replace(self, scaled=True, parts=tuple(part.times() for part in self.parts))
-
-    def plus(self, other: Provenance) -> Provenance:
-        """The provenance of a sum."""
-        parts = (self.parts or (self,)) + (other.parts or (other,))
-        return Provenance("sum", sum(part.examples for part in parts), parts=parts)
 
 
 class Operator(abc.ABC):
@@ -139,6 +103,21 @@ class Operator(abc.ABC):
     def viewed(self) -> Operator:
         """What views of it are taken of."""
         return self
+
+    def pieces(self) -> tuple[tuple[tuple[int, ...], Operator], ...]:
+        """What it is the sum of, each with the places of the leaves that it is over: what views with factors are taken of."""
+        return ((tuple(range(len(self.spec.paths))), self),)
+
+    @property
+    def scored(self) -> Scores | None:
+        """The scores that F is made of; None where it is not held as scores."""
+        return None
+
+    def along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
+        """The diagonal of ``F`` in the basis of a layer that F is a part of: ``q^T F q`` for each of its vectors q."""
+        turn = jax.vmap(lambda row: basis.turned(self.spec.unravel(row)))
+        matrix = self._small_matrix("eigen_kronecker")
+        return jnp.sum(turn(matrix) * turn(jnp.eye(len(matrix), dtype=matrix.dtype)), 0)
 
     def factorised(self) -> Operator:
         """The same operator held so that solves with it, at any damping, take products only, where its form has such a form."""
@@ -285,20 +264,9 @@ class Operator(abc.ABC):
         return log_determinant(self._small_matrix("logdet"), damping)
 
     def _inverse_by_leaf(self, dampings: tuple[Scalar, ...]) -> Inverted:
-        # With D the dampings, (F + D)^-1 = D^-1/2 (D^-1/2 F D^-1/2 + I)^-1 D^-1/2, and what is inside has the form of F.
         roots = [1 / jnp.sqrt(d) for d in dampings]
-        inverse, product = self.rescaled(roots)._inverse(jnp.ones((), self.spec.dtype)), self.linearised()
-
-        def scaled(v: Any, factors: Sequence[Scalar]) -> Any:
-            return self.spec.tree([f * leaf for f, leaf in zip(factors, jax.tree.leaves(v), strict=True)])
-
-        def apply(v: Any) -> Solved:
-            found = inverse(scaled(v, roots))
-            x = scaled(found.x, roots)
-            rest = jax.tree.map(lambda b, f, d: b - f - d, v, product(x), scaled(x, dampings))
-            return Solved(x, rest, found.rank)
-
-        return apply
+        inside = self.rescaled(roots)._inverse(jnp.ones((), self.spec.dtype))
+        return by_leaf(self.spec, inside, self.linearised(), roots, dampings)
 
     def _logdet_by_leaf(self, dampings: tuple[Scalar, ...]) -> Scalar:
         inside = self.rescaled([1 / jnp.sqrt(d) for d in dampings])._logdet(jnp.ones((), self.spec.dtype))
@@ -316,11 +284,14 @@ class Operator(abc.ABC):
         return self.spec.unravel(spectral_mv(self._small_matrix("power_mv"), flat, power, damping))
 
     def rows(self, method: str) -> Scores:
-        """The scores that F is made of, for views of them."""
-        raise TypeError(
-            f"{method}: {self} is not held as scores, and only those have factors. Take the view of what "
-            "jf.exact_fisher, jf.empirical_fisher, jf.sampled_fisher or jf.implicit_fisher returns; of a sum, of each term."
-        )
+        """The scores that F is made of, or an error."""
+        scores = self.scored
+        if scores is None:
+            raise TypeError(
+                f"{method}: {self} is not held as scores. Give what jf.exact_fisher, jf.empirical_fisher, jf.sampled_fisher, "
+                "jf.implicit_fisher or jf.fisher_from_scores returns."
+            )
+        return scores
 
     def _small_matrix(self, method: str) -> Float[Array, "p p"]:
         if self.size > EXACT_LIMIT:
@@ -418,6 +389,26 @@ class Sum(Operator):
         """The forms of the terms."""
         return " + ".join(term.form for term in self.terms)
 
+    @property
+    def averages(self) -> bool:  # type: ignore[override]
+        """Whether every term averages."""
+        return all(term.averages for term in self.terms)
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        return tuple(term.arrays for term in self.terms)
+
+    def with_arrays(self, arrays: tuple[Any, ...]) -> Sum:
+        terms = tuple(term.with_arrays(part) for term, part in zip(self.terms, arrays, strict=True))
+        return dataclasses.replace(self, terms=terms)
+
+    @property
+    def viewed(self) -> Sum:
+        return dataclasses.replace(self, terms=tuple(term.viewed for term in self.terms))
+
+    def pieces(self) -> tuple[tuple[tuple[int, ...], Operator], ...]:
+        return tuple(piece for term in self.terms for piece in term.pieces())
+
     def as_matrix(self) -> Float[Array, "p p"]:
         return _total(term.as_matrix() for term in self.terms)
 
@@ -455,63 +446,3 @@ def as_operator(fisher: Any, caller: str) -> Operator:
         f"{caller}: expected a Fisher operator, such as jf.exact_fisher(model)(params, x) returns, got "
         f"{described(fisher)}.{hint}"
     )
-
-
-def nonnegative(name: str, value: chex.Numeric, dtype: Any) -> Scalar:
-    """The argument as a scalar of this dtype; refused where it is no real number or known to be negative."""
-    check_number(name, value, "one real number of at least zero")
-    # The value of a JAX array is a run-time number: to look at it would wait for the device.
-    if isinstance(value, (numbers.Real, np.ndarray, np.generic)) and not 0 <= float(value) < math.inf:
-        raise ValueError(f"`{name}` is {value}; expected a finite number of at least zero.")
-    return jnp.asarray(value, dtype)
-
-
-def check_number(name: str, value: Any, expected: str = "one real number") -> None:
-    """Raise `TypeError` unless the argument is a real scalar: Python's, NumPy's, or an array without axes."""
-    if not is_number(value):
-        raise TypeError(f"`{name}` is {described(value)}; expected {expected}.")
-
-
-def is_one_damping(damping: Damping, spec: ParamSpec) -> bool:
-    """Whether it is one number; if not, it must have one for each parameter leaf."""
-    leaves, treedef = jax.tree.flatten(damping)
-    if jax.tree_util.treedef_is_leaf(treedef) or damping is None:
-        return True
-    if treedef != spec.treedef or any(jnp.shape(leaf) != () for leaf in leaves):
-        raise TypeError(
-            f"`damping` is {described(damping)} with leaves of shapes {[jnp.shape(leaf) for leaf in leaves]}; expected one "
-            f"number of at least zero, or a pytree like the parameters, {spec.treedef}, with one number for each leaf."
-        )
-    return False
-
-
-def solve_matrix(matrix: Float[Array, "p p"], largest: Scalar, factorise: Factorise) -> Callable[[Scalar], FlatInverted]:
-    """``v -> (matrix + damping I)^-1 v`` of a dense symmetric matrix, for dampings up to the largest; nothing overflows."""
-    factor = to_unit(jnp.max(jnp.abs(matrix), initial=0.0), largest)
-    matrix = matrix * factor
-    inverses = factorise(matrix)
-
-    def at(damping: Scalar) -> FlatInverted:
-        damping = damping * factor
-        inverse = inverses(damping)
-
-        def product(x: Array) -> Array:
-            return matmul(matrix, x) + damping * x
-
-        def apply(v: Array) -> Solved:
-            x, rest = refined(inverse.apply, product, v)
-            return Solved(x * factor, rest, inverse.rank)
-
-        return apply
-
-    return at
-
-
-def flat_inverse(spec: ParamSpec, inverse: FlatInverted) -> Inverted:
-    """An inverse of flat vectors as one of parameter-shaped ones."""
-
-    def apply(v: Any) -> Solved:
-        x, rest, rank = inverse(spec.ravel(v, "v"))
-        return Solved(spec.unravel(x), spec.unravel(rest), rank)
-
-    return apply

@@ -15,8 +15,11 @@ from jaxtyping import Array, Float, Int, Scalar
 
 from jaxfisher._inverse import Factorise, Solved
 from jaxfisher._linalg import norm
-from jaxfisher._operators.base import VIEW, Dampings, Inverted, Operator, Provenance, View, as_operator
+from jaxfisher._operators.base import VIEW, Operator, View, as_operator
+from jaxfisher._operators.damping import Dampings
 from jaxfisher._operators.diagonal import Diagonal
+from jaxfisher._operators.inverted import Inverted
+from jaxfisher._operators.provenance import Provenance
 from jaxfisher._tree import ParamSpec, check_function, path_names
 
 
@@ -47,6 +50,14 @@ class BlockDiagonal(Operator):
 
     def with_arrays(self, arrays: tuple[Any, ...]) -> BlockDiagonal:
         return self._with(block.with_arrays(part) for block, part in zip(self.blocks, arrays, strict=True))
+
+    @property
+    def viewed(self) -> BlockDiagonal:
+        return self._with(block.viewed for block in self.blocks)
+
+    def pieces(self) -> tuple[tuple[tuple[int, ...], Operator], ...]:
+        parts = [(group, piece) for group, block in zip(self.members, self.blocks, strict=True) for piece in block.pieces()]
+        return tuple((tuple(group[i] for i in places), operator) for group, (places, operator) in parts)
 
     def factorised(self) -> BlockDiagonal:
         return self._with(block.factorised() for block in self.blocks)
@@ -230,32 +241,3 @@ def _members(spec: ParamSpec, groups: chex.ArrayTree | None) -> tuple[tuple[int,
             "string, for each leaf or subtree."
         ) from error
     return tuple(tuple(group) for group in found.values())
-
-
-def layers(fisher: Operator) -> Any:
-    """Labels that group each bias with the weight of its layer: ``groups=jf.layers(F)`` in `jaxfisher.block_diagonal`.
-
-    A bias belongs to a weight where the gradient of one is the output factor of the other's: this is read off the program of
-    the scores, whatever the parameters are called.
-
-    Args:
-        fisher: an operator held as scores, or implicit.
-
-    Returns:
-        A pytree like the parameters; the label of a leaf is the path of its layer's weight, else its own.
-
-    Raises:
-        TypeError: ``fisher`` is not an operator held as scores.
-
-    Reference: Martens and Grosse (ICML 2015), section 2.1, for the homogeneous coordinate that makes a bias part of its weight.
-
-    >>> import jax.numpy as jnp, jaxfisher as jf
-    >>> model = lambda p, x: jf.Normal(x @ p["w"] + p["b"], jnp.ones(2))
-    >>> F = jf.exact_fisher(model)({"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, jnp.ones((4, 3)))
-    >>> jf.layers(F)
-    {'b': "['w']", 'w': "['w']"}
-    """
-    fisher = as_operator(fisher, "layers").viewed
-    owners = fisher.rows("layers").layers
-    paths = fisher.spec.paths
-    return fisher.spec.tree([paths[i if owner is None else owner] for i, owner in enumerate(owners)])  # type: ignore[misc]

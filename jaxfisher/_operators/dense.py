@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._linalg import matmul
-from jaxfisher._operators.base import Operator, Provenance, as_operator
+from jaxfisher._operators.base import Operator, as_operator
+from jaxfisher._operators.provenance import Provenance
 from jaxfisher._tree import ParamSpec
 
 

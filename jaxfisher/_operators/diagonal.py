@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._operators.base import Operator, Provenance, as_operator
+from jaxfisher._engine import Basis
+from jaxfisher._operators.base import Operator, as_operator
+from jaxfisher._operators.provenance import Provenance
 from jaxfisher._operators.spectral import Spectral
 from jaxfisher._tree import ParamSpec, kept
 
@@ -34,6 +36,9 @@ class Diagonal(Spectral):
 
     def diagonal(self) -> Any:
         return self.entries
+
+    def along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
+        return basis.of_diagonal(self.entries)
 
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Diagonal:
         spec = self.spec.restrict(keep, treedef)

@@ -20,10 +20,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
+from jaxfisher._engine import Basis
 from jaxfisher._inverse import Decomposed, Factorise, Inverse, Solved, invert, log_determinant, refined
 from jaxfisher._linalg import eigenvalues, matmul, mirrored, norm, spectral_mv, to_unit, unit_rank
 from jaxfisher._once import once
-from jaxfisher._operators.base import Inverted, Operator, Provenance, flat_inverse
+from jaxfisher._operators.base import Operator
+from jaxfisher._operators.inverted import Inverted, flat_inverse
+from jaxfisher._operators.provenance import Provenance
 from jaxfisher._scores import HeldScores, JoinedScores, Scores
 from jaxfisher._tree import ParamSpec
 from jaxfisher._varying import cond
@@ -94,8 +97,18 @@ class FromScores(Operator):
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> FromScores:
         return FromScores(self.scores.restrict(keep, self.spec.restrict(keep, treedef)), self.provenance)
 
-    def rows(self, method: str) -> Scores:
+    @property
+    def scored(self) -> Scores:
         return self.scores
+
+    def pieces(self) -> tuple[tuple[tuple[int, ...], Operator], ...]:
+        if not isinstance(self.scores, JoinedScores):
+            return super().pieces()
+        # Of joined rows each block is a term of the sum.
+        return tuple(piece for part in self.scores.parts for piece in FromScores(part, self.provenance).pieces())
+
+    def along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
+        return self.scores.squares_along(basis)
 
     def rescaled(self, factors: Sequence[Scalar]) -> FromScores:
         return FromScores(self.scores.rescaled(tuple(factors)), self.provenance)

@@ -12,11 +12,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
+from jaxfisher._engine import Basis
 from jaxfisher._inverse import Factorise
-from jaxfisher._operators.base import Inverted, Operator, Provenance, nonnegative
+from jaxfisher._operators.base import Operator
 from jaxfisher._operators.diagonal import Diagonal
+from jaxfisher._operators.inverted import Inverted
+from jaxfisher._operators.provenance import Provenance
 from jaxfisher._operators.spectral import Spectral
 from jaxfisher._tree import ParamSpec, param_spec
+from jaxfisher._values import nonnegative
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("scale",), meta_fields=("spec", "provenance"))
@@ -38,6 +42,9 @@ class ScaledIdentity(Spectral):
 
     def diagonal(self) -> Any:
         return jax.tree.map(lambda leaf: jnp.full_like(leaf, 1) * self.scale, self.spec.zeros())
+
+    def along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
+        return basis.of_diagonal(self.diagonal())
 
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> ScaledIdentity:
         return dataclasses.replace(self, spec=self.spec.restrict(keep, treedef))
@@ -84,6 +91,29 @@ class Shifted(Operator):
         """The form of what is shifted."""
         return f"{self.base.form} + scaled identity"
 
+    @property
+    def averages(self) -> bool:  # type: ignore[override]
+        """Whether what is shifted averages."""
+        return self.base.averages
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        return self.base.arrays, self.shift
+
+    def with_arrays(self, arrays: tuple[Any, ...]) -> Shifted:
+        return dataclasses.replace(self, base=self.base.with_arrays(arrays[0]), shift=arrays[1])
+
+    @property
+    def viewed(self) -> Shifted:
+        return dataclasses.replace(self, base=self.base.viewed)
+
+    def pieces(self) -> tuple[tuple[tuple[int, ...], Operator], ...]:
+        everything = tuple(range(len(self.spec.paths)))
+        return (*self.base.pieces(), (everything, ScaledIdentity(self.shift, self.spec, self.provenance)))
+
+    def factorised(self) -> Shifted:
+        return dataclasses.replace(self, base=self.base.factorised())
+
     def as_matrix(self) -> Float[Array, "p p"]:
         return self.base.as_matrix() + self.shift * jnp.eye(self.size, dtype=self.spec.dtype)
 
@@ -108,9 +138,6 @@ class Shifted(Operator):
 
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Shifted:
         return dataclasses.replace(self, base=self.base.restrict(keep, treedef))
-
-    def rows(self, method: str) -> Any:
-        raise TypeError(f"{method}: {self} is not scores alone. Take the view of the Fisher, and add the identity to that.")
 
     def _scaled(self, factor: Any) -> Shifted:
         return Shifted(self.base._scaled(factor), factor * self.shift, self.provenance.times())

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
+from jaxfisher._engine import Basis
 from jaxfisher._examples import make_batch, map_examples, sum_batches
 from jaxfisher._model import Model, float_fields, predict, tangent
-from jaxfisher._operators.base import Operator, Provenance
+from jaxfisher._operators.base import Operator
 from jaxfisher._operators.dense import Dense
+from jaxfisher._operators.provenance import Provenance
 from jaxfisher._rows import ExactRows, prediction
 from jaxfisher._scores import Scores, make_scores
 from jaxfisher._tree import ParamSpec, cast_like, kept, narrowed
@@ -93,7 +95,14 @@ class Implicit(Operator):
         merged = [next(rest) if flag else leaf for leaf, flag in zip(leaves, self.keep, strict=True)]
         return cast_like(jax.tree.unflatten(treedef, merged), self.params)
 
-    def rows(self, method: str) -> Scores:
+    def pieces(self) -> tuple[tuple[tuple[int, ...], Operator], ...]:
+        return super().pieces() if self.views_of is None else self.views_of.pieces()
+
+    def along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
+        return self.scored.squares_along(basis)
+
+    @property
+    def scored(self) -> Scores:
         """The exact Fisher's rows, streamed: for what products cannot give in less than p of them."""
         batch = make_batch(self.params, self.inputs, None, self.batch_size or 1)
         moving = prediction(self.model, self.params, self.inputs).moving
@@ -103,10 +112,10 @@ class Implicit(Operator):
         return dataclasses.replace(scores, weights=jnp.repeat(self.weights, count))  # type: ignore[type-var]
 
     def as_matrix(self) -> Float[Array, "p p"]:
-        return self.rows("as_matrix").second_moment()
+        return self.scored.second_moment()
 
     def diagonal(self) -> Any:
-        return self.rows("diagonal").diagonal()
+        return self.scored.diagonal()
 
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Implicit:
         part = dataclasses.replace(self, keep=narrowed(self.keep, keep), spec=self.spec.restrict(keep, treedef))

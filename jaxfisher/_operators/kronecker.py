@@ -1,8 +1,6 @@
-r"""Kronecker-factored Fishers: the block of a layer's weight as ``A (x) G``, or with exact eigenvalues in its eigenbasis.
+r"""Kronecker-factored blocks: that of a layer as ``A (x) G``, or by eigenvectors ``Q_A (x) Q_G`` and their eigenvalues.
 
-A layer's score is ``sum_t a_t (x) g_t`` (inputs, output cotangents, over the positions that share the weight). KFAC takes the
-mean of products for the product of means. Bias and weight of a layer are one block: the bias is the weight of an input that is
-always one.
+Bias and weight of a layer are one block: the bias is the weight of an input that is always one.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ import dataclasses
 import numbers
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any
 
 import chex
 import jax
@@ -19,17 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._engine import Layout, Moments
+from jaxfisher._engine import Basis, Layout
 from jaxfisher._inverse import Factorise, Solved, SolveInfo
 from jaxfisher._linalg import cholesky, matmul, norm, resolved
 from jaxfisher._once import once
-from jaxfisher._operators.base import VIEW, Inverted, Operator, Provenance, View, as_operator, nonnegative
-from jaxfisher._operators.block import BlockDiagonal, part_of
+from jaxfisher._operators.base import Operator
+from jaxfisher._operators.block import BlockDiagonal
 from jaxfisher._operators.dense import Dense
-from jaxfisher._operators.diagonal import diagonal
+from jaxfisher._operators.identity import Shifted
+from jaxfisher._operators.inverted import Inverted
+from jaxfisher._operators.provenance import Provenance
 from jaxfisher._operators.spectral import Spectral
-from jaxfisher._scores import Scores
-from jaxfisher._tree import ParamSpec, cast_like, check_function
+from jaxfisher._tree import ParamSpec, cast_like
+from jaxfisher._values import nonnegative
 
 
 class _Layer(Operator):
@@ -38,6 +38,15 @@ class _Layer(Operator):
     layout: Layout
     weight: int
     """The place of the weight in the lists."""
+
+    inputs: Float[Array, "groups inputs inputs"]
+    outputs: Float[Array, "groups outputs outputs"]
+
+    def basis_over(self, places: Sequence[int]) -> Basis:
+        """Its factors as the vectors of a basis, for what is over the leaves at these of its places."""
+        here = {place: i for i, place in enumerate(places)}
+        bias = here.get(1 - self.weight) if self.has_bias else None
+        return Basis(self.inputs, self.outputs, self.layout, here.get(self.weight), bias)
 
     @property
     def has_bias(self) -> bool:
@@ -155,6 +164,13 @@ class Kronecker(_Layer):
 
         return apply
 
+    def along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
+        if basis.layout != self.layout:
+            return super().along(basis)
+        turns = basis.by_all, basis.outputs
+        a, g = (jnp.sum(q * matmul(x, q), 1) for q, x in zip(turns, (self.inputs, self.outputs), strict=True))
+        return a[:, :, None] * g[:, None, :]
+
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Operator:
         spec = self.spec.restrict(keep, treedef)
         if all(keep):
@@ -164,12 +180,62 @@ class Kronecker(_Layer):
             return dataclasses.replace(self, inputs=self.inputs[:, :size, :size], weight=0, spec=spec)
         return Dense(self.inputs[0, -1, -1] * self.outputs[0], spec, self.provenance)
 
+    def turned_to(self, layout: Layout) -> Kronecker | None:
+        """The same block in another layout, perhaps with inputs and outputs the other way round; None where that cannot be."""
+        if layout == self.layout:
+            return self
+        if self.has_bias or self.layout.groups != 1 or self.layout.turned() != layout:
+            return None
+        return dataclasses.replace(self, inputs=self.outputs, outputs=self.inputs, layout=layout)
+
+    def widened(self, like: Kronecker) -> Kronecker:
+        """Over the leaves of another block of the same weight, which may have a bias that this one has not; zero there."""
+        extra = like.inputs.shape[1] - self.inputs.shape[1]
+        return dataclasses.replace(like, inputs=jnp.pad(self.inputs, ((0, 0), (0, extra), (0, extra))), outputs=self.outputs)
+
+    def of_diagonal(self, entries: Any) -> Kronecker:
+        """The Kronecker product over the same leaves that has the partial traces of a diagonal matrix."""
+        a, g = _partial_traces(self._matrix(entries))
+        return dataclasses.replace(self, inputs=jax.vmap(jnp.diag)(a), outputs=jax.vmap(jnp.diag)(g))
+
     def rescaled(self, factors: Sequence[Scalar]) -> Kronecker:
         by_input = self._per_input(factors)
         return dataclasses.replace(self, inputs=by_input[None, :, None] * self.inputs * by_input[None, None, :])
 
     def _scaled(self, factor: Any) -> Kronecker:
         return dataclasses.replace(self, outputs=factor * self.outputs, provenance=self.provenance.times())
+
+
+def merged(terms: Sequence[Kronecker]) -> Kronecker:
+    r"""One Kronecker product for a sum of some over the same leaves: the one that has the partial traces of the sum.
+
+    .. math:: A \otimes G, \qquad A \propto \sum_k \mathrm{tr}(G_k) A_k, \quad G \propto \sum_k \mathrm{tr}(A_k) G_k, \qquad
+        \mathrm{tr} A\, \mathrm{tr} G = \sum_k \mathrm{tr} A_k\, \mathrm{tr} G_k.
+
+    So it has the trace of the sum on every leaf, is the sum where that is a Kronecker product, and does not depend on the order
+    in which terms are merged. Of all Kronecker products of its trace it is the nearest in relative entropy, as the product of
+    marginals is to a joint distribution. Group by group.
+    """
+    if len(terms) == 1:
+        return terms[0]
+    a = jnp.stack([jnp.sum(_diagonals(term.inputs), 1) for term in terms])
+    g = jnp.stack([jnp.sum(_diagonals(term.outputs), 1) for term in terms])
+    total = jnp.sum(g, 0, keepdims=True)
+    share = jnp.where(total > 0, g / jnp.where(total > 0, total, 1), 1 / len(terms))
+    mean = jnp.sum(share * a, 0, keepdims=True)
+    scale = jnp.where(mean > 0, a / jnp.where(mean > 0, mean, 1), 1)
+    inputs = sum(s[:, None, None] * term.inputs for s, term in zip(share, terms, strict=True))
+    outputs = sum(s[:, None, None] * term.outputs for s, term in zip(scale, terms, strict=True))
+    return dataclasses.replace(terms[0], inputs=inputs, outputs=outputs)
+
+
+def _partial_traces(
+    values: Float[Array, "groups inputs outputs"],
+) -> tuple[Float[Array, "groups inputs"], Float[Array, "groups outputs"]]:
+    """The sums over outputs and over inputs, as those of one product; the first has a mean of one."""
+    a, g = jnp.mean(values, 2), jnp.mean(values, 1)
+    whole = jnp.mean(a, 1, keepdims=True)
+    return jnp.where(whole > 0, a / jnp.where(whole > 0, whole, 1), 1), g
 
 
 def _shifts(
@@ -227,10 +293,8 @@ class EigenKronecker(_Layer, Spectral):
 
     def factored_inverse(self, damping: Scalar) -> Callable[[Any], Any]:
         """That of the `Kronecker` that it is."""
-        # Up to a number, and how it is shared between the factors does not matter.
-        a, g = jnp.mean(self.values, 2), jnp.mean(self.values, 1)
-        whole = jnp.mean(a, 1)[:, None]
-        g = jnp.where(whole > 0, g / jnp.where(whole > 0, whole, 1), 0)
+        # How the values are shared between the factors does not matter.
+        a, g = _partial_traces(self.values)
         shifts = _shifts(jnp.mean(a, 1), jnp.mean(g, 1), damping, (a.shape[1], g.shape[1]))
         inverted = 1 / ((a + shifts[0][:, None])[:, :, None] * (g + shifts[1][:, None])[:, None, :])
         return partial(self._apply, lambda _: inverted)
@@ -244,13 +308,29 @@ class EigenKronecker(_Layer, Spectral):
         squares = [jnp.square(x) for x in (self.inputs, self.outputs)]
         return self._leaves(matmul(matmul(squares[0], self.values), squares[1].swapaxes(1, 2)))
 
+    def along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
+        if basis.layout != self.layout:
+            return super().along(basis)
+        turns = matmul(self.inputs.swapaxes(1, 2), basis.by_all), matmul(self.outputs.swapaxes(1, 2), basis.outputs)
+        inputs, outputs = (jnp.square(turn) for turn in turns)
+        return matmul(matmul(inputs.swapaxes(1, 2), self.values), outputs)
+
+    def nearest_kronecker(self, sharing: str) -> Kronecker:
+        """The Kronecker product with its partial traces; itself, where it is one."""
+        a, g = _partial_traces(self.values)
+        inputs = matmul(self.inputs * a[:, None, :], self.inputs.swapaxes(1, 2))
+        outputs = matmul(self.outputs * g[:, None, :], self.outputs.swapaxes(1, 2))
+        return Kronecker(inputs, outputs, self.layout, self.weight, sharing, self.spec, self.provenance)
+
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Operator:
+        spec = self.spec.restrict(keep, treedef)
         if all(keep):
-            return dataclasses.replace(self, spec=self.spec.restrict(keep, treedef))
-        raise ValueError(
-            f"the layer of {self.spec.paths[self.weight]} cannot be parted from its bias in eigen-Kronecker form: a part of it "
-            "has other eigenvectors. Restrict the Fisher first, and take the view of that."
-        )
+            return dataclasses.replace(self, spec=spec)
+        if keep[self.weight]:
+            # Each output has other eigenvectors of the inputs then.
+            return Dense(self._small_matrix("the weight's part"), self.spec, self.provenance).restrict(keep, treedef)
+        values = matmul(jnp.square(self.inputs[0, -1]), self.values[0])
+        return Dense(matmul(self.outputs[0] * values[None, :], self.outputs[0].T), spec, self.provenance)
 
     def rescaled(self, factors: Sequence[Scalar]) -> EigenKronecker:
         if self.has_bias:
@@ -263,156 +343,6 @@ class EigenKronecker(_Layer, Spectral):
 
     def _scaled(self, factor: Any) -> EigenKronecker:
         return dataclasses.replace(self, values=factor * self.values, provenance=self.provenance.times())
-
-
-def kronecker(fisher: Operator, rest: View = diagonal) -> BlockDiagonal:
-    r"""KFAC with positions as if they were examples (*expand*): the block of each layer as a Kronecker product.
-
-    .. math:: F_\ell \approx A \otimes G, \qquad A = E\Big[\tfrac1T \sum_t a_t a_t^T\Big], \quad
-        G = E\Big[\sum_t g_t g_t^T\Big],
-
-    with ``a`` a layer's inputs (with a last one for its bias), ``g`` the derivatives of the log-density by its outputs, T the
-    positions that share the weight; E is the Fisher's mean over examples, and over outputs or draws. Exact for one example of a
-    layer without sharing, and for deep linear networks with Gaussian outputs. Any framework: layers are read off the program.
-
-    Args:
-        fisher: an operator held as scores, or implicit.
-        rest: the view of the leaves that are no dense product (scales, tables, lone biases): `jaxfisher.diagonal`, or
-            `jaxfisher.block_diagonal` for an exact block a leaf. The `repr` says how many there are, `jaxfisher.explain` why.
-
-    Returns:
-        A block-diagonal operator, one block a layer. Its running mean is one of the factors.
-
-    Raises:
-        TypeError: ``fisher`` is not an operator held as scores.
-
-    Reference: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature (ICML 2015),
-    section 3; Eschenhagen et al., Kronecker-factored approximate curvature for modern neural network architectures (NeurIPS
-    2023), section 3.2.
-
-    >>> import jax.numpy as jnp, jaxfisher as jf
-    >>> model = lambda p, x: jf.Normal(x @ p["w"] + p["b"], jnp.ones(2))
-    >>> F = jf.exact_fisher(model)({"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, jnp.ones((4, 3)))
-    >>> jf.kronecker(F)
-    Fisher(exact, mean over 4, params 8, block-diagonal: 1 Kronecker (expand))
-    """
-    fisher = as_operator(fisher, "kronecker").viewed
-    scores = fisher.rows("kronecker")
-    return _layered(fisher, scores, scores.expanded_moments(), "expand", rest)
-
-
-def kronecker_reduce(fisher: Operator, rest: View = diagonal) -> BlockDiagonal:
-    r"""KFAC with a layer's positions taken together (*reduce*), for weights shared over positions that are then averaged.
-
-    .. math:: A = E[\bar a \bar a^T], \quad \bar a = \tfrac1T \sum_t a_t, \qquad
-        G = E[\bar g \bar g^T], \quad \bar g = \sum_t g_t.
-
-    Arguments and errors are those of `jaxfisher.kronecker`, with which it agrees where nothing is shared.
-
-    Reference: Eschenhagen et al. (NeurIPS 2023), section 3.3.
-
-    >>> import jax.numpy as jnp, jaxfisher as jf
-    >>> model = lambda p, x: jf.Normal(jnp.mean(x @ p["w"], 0), jnp.ones(2))
-    >>> F = jf.exact_fisher(model)({"w": jnp.ones((3, 2))}, jnp.ones((4, 5, 3)))
-    >>> jf.kronecker_reduce(F)
-    Fisher(exact, mean over 4, params 6, block-diagonal: 1 Kronecker (reduce))
-    """
-    fisher = as_operator(fisher, "kronecker_reduce").viewed
-    scores = fisher.rows("kronecker_reduce")
-    return _layered(fisher, scores, scores.reduced_moments(), "reduce", rest)
-
-
-def _layered(fisher: Operator, scores: Scores, moments: Sequence[Moments | None], sharing: str, rest: View) -> BlockDiagonal:
-    check_function("rest", rest, VIEW)
-    mass = jnp.where(scores.mass > 0, scores.mass, 1)
-    blocks: list[Operator] = []
-    members: list[tuple[int, ...]] = []
-    for k, made in enumerate(moments):
-        if made is not None:
-            group = tuple(i for i, owner in enumerate(scores.layers) if k in (i, owner))
-            spec = _spec_of(fisher.spec, group)
-            # Both factors carry the sum of the weights, and the product is to carry it once.
-            factors = _symmetric(made.inputs / mass), _symmetric(made.outputs)
-            blocks.append(Kronecker(*factors, made.layout, group.index(k), sharing, spec, fisher.provenance))
-            members.append(group)
-    return _with_rest(fisher, blocks, members, rest)
-
-
-def _symmetric(x: Float[Array, "groups m m"]) -> Float[Array, "groups m m"]:
-    return 0.5 * (x + x.swapaxes(1, 2))
-
-
-def _spec_of(spec: ParamSpec, group: Sequence[int]) -> ParamSpec:
-    return spec.restrict(tuple(i in group for i in range(len(spec.paths))), jax.tree.structure([0] * len(group)))
-
-
-def _with_rest(fisher: Operator, blocks: list[Operator], members: list[tuple[int, ...]], rest: View) -> BlockDiagonal:
-    inside = {i for group in members for i in group}
-    others = tuple(i for i in range(len(fisher.spec.paths)) if i not in inside)
-    if others:
-        made = as_operator(rest(part_of(fisher, others)), "kronecker: `rest`")
-        if isinstance(made, BlockDiagonal):
-            blocks += made.blocks
-            members += [tuple(others[i] for i in group) for group in made.members]
-        else:
-            blocks.append(made)
-            members.append(others)
-    return BlockDiagonal(tuple(blocks), tuple(members), fisher.spec, fisher.provenance)
-
-
-def eigen_kronecker(fisher: Operator, basis: BlockDiagonal | None = None, rest: View = diagonal) -> BlockDiagonal:
-    r"""EKFAC: the eigenbasis of KFAC with the exact second moments along it as eigenvalues, from the same scores.
-
-    .. math:: F_\ell \approx (Q_A \otimes Q_G)\, \mathrm{diag}(\lambda)\, (Q_A \otimes Q_G)^T, \qquad
-        \lambda = E\big[(Q_A^T D\, Q_G)^2\big],
-
-    D being the score of the layer. Of all diagonals in that basis it is the one nearest to the block in Frobenius norm: never
-    farther than KFAC.
-
-    Args:
-        fisher: an operator held as scores, or implicit.
-        basis: a `jaxfisher.kronecker` view whose eigenvectors are used, perhaps an older one, or an eigen-Kronecker one, whose
-            are known; None makes one of ``fisher``.
-        rest: as in `jaxfisher.kronecker`.
-
-    Returns:
-        A block-diagonal operator, one block a layer. It has no running mean: bases differ from batch to batch.
-
-    Raises:
-        TypeError: ``fisher`` is not an operator held as scores, or ``basis`` is no Kronecker view.
-        ValueError: ``basis`` is over other parameters.
-
-    Reference: George et al., Fast approximate natural gradient descent in a Kronecker-factored eigenbasis (NeurIPS 2018),
-    section 3.
-
-    >>> import jax.numpy as jnp, jaxfisher as jf
-    >>> model = lambda p, x: jf.Normal(x @ p["w"] + p["b"], jnp.ones(2))
-    >>> F = jf.exact_fisher(model)({"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, jnp.ones((4, 3)))
-    >>> jf.eigen_kronecker(F)
-    Fisher(exact, mean over 4, params 8, block-diagonal: 1 eigen-Kronecker)
-    """
-    fisher = as_operator(fisher, "eigen_kronecker").viewed
-    scores = fisher.rows("eigen_kronecker")
-    if basis is None:
-        basis = kronecker(fisher, rest)
-    if not isinstance(basis, BlockDiagonal):
-        raise TypeError(f"eigen_kronecker: `basis` is {basis!r}; expected jf.kronecker(fisher) or jf.eigen_kronecker(fisher).")
-    fisher.same_parameters(basis, f"eigen_kronecker: cannot view {fisher} in `basis`, {basis}")
-    chosen = [
-        (group, block.factorised() if isinstance(block, Kronecker) else block)
-        for group, block in zip(basis.members, basis.blocks, strict=True)
-        if isinstance(block, Kronecker | EigenKronecker)
-    ]
-    bases: list[Moments | None] = [None] * len(fisher.spec.paths)
-    for group, block in chosen:
-        bases[group[block.weight]] = Moments(block.inputs, block.outputs, block.layout)
-    exact = scores.rotated_diagonals(bases)
-    blocks: list[Operator] = []
-    for group, block in chosen:
-        values = exact[group[block.weight]]
-        assert values is not None, "a leaf with a basis has moments along it"
-        blocks.append(dataclasses.replace(block, values=values, separable=False, provenance=fisher.provenance))
-    return _with_rest(fisher, blocks, [group for group, _ in chosen], rest)
 
 
 def factored_damping(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric) -> tuple[Any, SolveInfo]:
@@ -444,7 +374,9 @@ def factored_damping(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric)
     >>> print(x.round(4)[0])  # 1 / ((2 + sqrt(2)) (1 + 1 / sqrt(2))), where (F + I)^-1 is 1/3
     [0.1716 0.1716]
     """
-    if not isinstance(fisher, BlockDiagonal) or not any(map(_is_kronecker, fisher.blocks)):
+    if isinstance(fisher, Shifted):
+        return factored_damping(fisher.base, v, damping + fisher.shift)
+    if not isinstance(fisher, BlockDiagonal) or not any(_kronecker_in(block) for block in fisher.blocks):
         raise TypeError(f"factored_damping: {fisher} has no Kronecker factors to damp; expected jf.kronecker(fisher).")
     if isinstance(damping, (numbers.Real, np.ndarray, np.generic)) and float(damping) == 0:
         raise ValueError(
@@ -458,10 +390,7 @@ def factored_damping(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric)
 @once
 def _by_factors(fisher: BlockDiagonal, v: Any, damping: Scalar) -> tuple[Any, SolveInfo]:
     """`factored_damping` without its checks."""
-    blocks = [
-        block.factored_inverse(damping) if _is_kronecker(block) else partial(_solution, block.inverse(damping))
-        for block in fisher.blocks
-    ]
+    blocks = [_factored_inverse(block, damping) for block in fisher.blocks]
     product = fisher.linearised()
 
     def inverse(v: Any) -> Solved:
@@ -472,9 +401,16 @@ def _by_factors(fisher: BlockDiagonal, v: Any, damping: Scalar) -> tuple[Any, So
     return fisher.report(inverse, v, damping)
 
 
-def _is_kronecker(block: Operator) -> TypeGuard[Kronecker | EigenKronecker]:
-    return isinstance(block, Kronecker) or (isinstance(block, EigenKronecker) and block.separable)
+def _factored_inverse(block: Operator, damping: Scalar) -> Callable[[Any], Any]:
+    kronecker = _kronecker_in(block)
+    if kronecker is None:
+        inverse = block.inverse(damping)
+        return lambda v: inverse(v).x
+    return kronecker.factored_inverse(damping + block.shift if isinstance(block, Shifted) else damping)
 
 
-def _solution(inverse: Inverted, v: Any) -> Any:
-    return inverse(v).x
+def _kronecker_in(block: Operator) -> Kronecker | EigenKronecker | None:
+    """The Kronecker product that a block is, up to a multiple of the identity; None if it is none."""
+    if isinstance(block, Shifted):
+        return _kronecker_in(block.base)
+    return block if isinstance(block, Kronecker) or (isinstance(block, EigenKronecker) and block.separable) else None

@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
+from jaxfisher._engine import Basis
 from jaxfisher._linalg import matmul, mirrored, norm, to_unit
 from jaxfisher._once import Static, once
-from jaxfisher._operators.base import Operator, Provenance, as_operator
+from jaxfisher._operators.base import Operator, as_operator
 from jaxfisher._operators.from_scores import FromScores, Scaled
+from jaxfisher._operators.identity import ScaledIdentity, Shifted
+from jaxfisher._operators.provenance import Provenance
 from jaxfisher._operators.spectral import Spectral
 from jaxfisher._scores import Scores
 from jaxfisher._tree import ParamSpec, as_key, described
@@ -55,10 +58,26 @@ class LowRank(Spectral):
     def diagonal(self) -> Any:
         return self.spec.unravel(matmul(jnp.square(self.vectors), self.values - self.floor) + self.floor)
 
-    def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Operator:
-        raise ValueError(
-            f"{self}: a part of the parameters has other eigenvectors. Restrict the Fisher first, and take the view of that."
-        )
+    def along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
+        turned = jax.vmap(lambda vector: basis.turned(self.spec.unravel(vector)))(self.vectors.T)
+        ones = self.spec.unravel(jnp.ones(self.size, self.spec.dtype))
+        inside = jnp.einsum("k,kgio->gio", self.values - self.floor, jnp.square(turned), precision=jax.lax.Precision.HIGHEST)
+        return inside + self.floor * basis.of_diagonal(ones)
+
+    def restrict(self, keep: tuple[bool, ...], treedef: Any) -> LowRank:
+        if all(keep):
+            return dataclasses.replace(self, spec=self.spec.restrict(keep, treedef))
+        # A part has other eigenvectors: those of what is left of these, which are no longer orthonormal.
+        part = jnp.concatenate([rows for rows, flag in zip(self._by_leaf(), keep, strict=True) if flag])
+        basis, root = jnp.linalg.qr(part)
+        inner = matmul(root * (self.values - self.floor)[None, :], root.T)
+        values, vectors = jnp.linalg.eigh(0.5 * (inner + inner.T), symmetrize_input=False)
+        spec = self.spec.restrict(keep, treedef)
+        return LowRank(matmul(basis, vectors), values + self.floor, self.floor, spec, self.provenance)
+
+    def _by_leaf(self) -> list[Float[Array, "size k"]]:
+        ends = [sum(self.spec.sizes[: i + 1]) for i in range(len(self.spec.sizes))]
+        return jnp.split(self.vectors, ends[:-1])
 
     def _scaled(self, factor: Any) -> LowRank:
         return dataclasses.replace(
@@ -68,6 +87,8 @@ class LowRank(Spectral):
 
 def low_rank(fisher: Operator, rank: int) -> LowRank:
     r"""The Fisher's largest eigenpairs, exactly; all other eigenvalues are taken for zero.
+
+    Of ``F + c I`` it is that of F, plus ``c I`` whole: a prior is kept in every direction.
 
     .. math:: F \approx U_k \Lambda_k U_k^T, \qquad (F + \lambda I)^{-1} v \approx U_k (\Lambda_k + \lambda)^{-1} U_k^T v +
         \tfrac1\lambda (v - U_k U_k^T v).
@@ -95,13 +116,18 @@ def low_rank(fisher: Operator, rank: int) -> LowRank:
     [0. 2.]
     """
     fisher = as_operator(fisher, "low_rank").viewed
+    if isinstance(fisher, Shifted):
+        made = low_rank(fisher.base, rank)
+        values, floor = (part + fisher.shift for part in (made.values, made.floor))
+        return dataclasses.replace(made, values=values, floor=floor, provenance=fisher.provenance)
     if isinstance(fisher, FromScores) and fisher.scores.num_rows < fisher.size:
         _check_rank(rank, fisher.scores.num_rows, "low_rank")
         values, vectors = _largest_of_rows(fisher.scores, Static(rank))
     else:
         _check_rank(rank, fisher.size, "low_rank")
         values, vectors = _largest(fisher._small_matrix("low_rank"), rank)
-    return LowRank(vectors, values, jnp.zeros((), fisher.spec.dtype), fisher.spec, fisher.provenance)
+    floor = fisher.scale if isinstance(fisher, ScaledIdentity) else jnp.zeros((), fisher.spec.dtype)
+    return LowRank(vectors, values, floor, fisher.spec, fisher.provenance)
 
 
 @once

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int, Scalar
 
 from jaxfisher._inverse import Factorise, Solved
 from jaxfisher._linalg import norm, resolved
-from jaxfisher._operators.base import Inverted, Operator
+from jaxfisher._operators.base import Operator
+from jaxfisher._operators.inverted import Inverted
 
 
 class Spectral(Operator):

@@ -12,9 +12,10 @@ import optax
 from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._once import either
-from jaxfisher._operators.base import Operator, check_number, nonnegative
+from jaxfisher._operators.base import Operator
 from jaxfisher._transform.given import check_params, check_state, fisher_for, function_for, value_for
 from jaxfisher._tree import described, dot
+from jaxfisher._values import check_number, nonnegative
 
 
 class AdaptDampingState(NamedTuple):

@@ -12,9 +12,9 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._once import repeat
-from jaxfisher._operators.base import nonnegative
 from jaxfisher._transform.given import check_params, function_for, value_for
 from jaxfisher._tree import scaled, select
+from jaxfisher._values import nonnegative
 
 
 class BacktrackKLState(NamedTuple):

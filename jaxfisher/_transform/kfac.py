@@ -13,7 +13,8 @@ from jaxtyping import Scalar
 from jaxfisher._inverse import SolveInfo
 from jaxfisher._operators.base import VIEW, Operator, View
 from jaxfisher._operators.identity import relative_damping
-from jaxfisher._operators.kronecker import factored_damping, kronecker
+from jaxfisher._operators.kronecker import factored_damping
+from jaxfisher._operators.layered import kronecker
 from jaxfisher._solve import Solver, check_solver, solve
 from jaxfisher._transform.adapt_damping import Rule, adapting
 from jaxfisher._transform.quadratic_model import quadratic_model

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import chex
 import optax
 
-from jaxfisher._operators.base import Operator, View, check_number
+from jaxfisher._operators.base import Operator, View
 from jaxfisher._solve import Solver
 from jaxfisher._transform.given import ScalarOrSchedule, scheduled
 from jaxfisher._transform.scale_by_fisher import scale_by_fisher
 from jaxfisher._transform.scale_to_kl import scale_to_kl
+from jaxfisher._values import check_number
 
 
 def natural_gradient(

@@ -12,9 +12,10 @@ import optax
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._linalg import matmul
-from jaxfisher._operators.base import Operator, nonnegative
+from jaxfisher._operators.base import Operator
 from jaxfisher._transform.given import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
 from jaxfisher._tree import cast_like, param_spec
+from jaxfisher._values import nonnegative
 
 
 class QuadraticModelState(NamedTuple):

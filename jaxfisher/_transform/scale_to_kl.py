@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxfisher._operators.base import Operator, nonnegative
+from jaxfisher._operators.base import Operator
 from jaxfisher._transform.given import fisher_for
 from jaxfisher._tree import scaled
+from jaxfisher._values import nonnegative
 
 
 def scale_to_kl(radius: chex.Numeric) -> optax.GradientTransformationExtraArgs:

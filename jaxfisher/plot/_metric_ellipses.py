@@ -14,8 +14,8 @@ from matplotlib.patches import Ellipse
 
 from jaxfisher._fisher import exact_fisher
 from jaxfisher._model import MODEL, Model
-from jaxfisher._operators.base import check_number
 from jaxfisher._tree import ParamSpec, check_function, param_spec
+from jaxfisher._values import check_number
 from jaxfisher.plot._look import BLACK, SKY, axes_or_new, light_grid
 
 

@@ -10,6 +10,7 @@ of its forms.
 """
 
 from jaxfisher._engine.forms.arrays import Seal, sealed, unsealed
+from jaxfisher._engine.forms.basis import Basis, squares_along
 from jaxfisher._engine.forms.convolution import Convolution
 from jaxfisher._engine.forms.cost import by_factors, gram_flops, inner_cost, working
 from jaxfisher._engine.forms.form import Form
@@ -18,12 +19,13 @@ from jaxfisher._engine.forms.gram import cross_gram, gram_upper
 from jaxfisher._engine.forms.layout import Layout, plain_layout
 from jaxfisher._engine.forms.leaf import Leaf
 from jaxfisher._engine.forms.lookup import Lookup
-from jaxfisher._engine.forms.moments import Moments, expanded_moments, has_moments, reduced_moments, rotated_diagonal
+from jaxfisher._engine.forms.moments import Moments, expanded_moments, has_moments, reduced_moments
 from jaxfisher._engine.forms.outer import outer, outer_moment
 from jaxfisher._engine.forms.product import Product
 from jaxfisher._engine.forms.squares import diagonal, squared_norms
 
 __all__ = [
+    "Basis",
     "Convolution",
     "Form",
     "Formed",
@@ -45,9 +47,9 @@ __all__ = [
     "outer_moment",
     "plain_layout",
     "reduced_moments",
-    "rotated_diagonal",
     "sealed",
     "squared_norms",
+    "squares_along",
     "unsealed",
     "working",
 ]

@@ -9,11 +9,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxfisher._engine.forms.arrays import contracted, sum_to, times
-from jaxfisher._engine.forms.layout import Layout, matrix_layout
+from jaxfisher._engine.forms.arrays import contracted, sum_to
+from jaxfisher._engine.forms.layout import Layout
 from jaxfisher._engine.forms.leaf import Leaf
 from jaxfisher._engine.forms.product import Product
-from jaxfisher._engine.forms.squares import diagonal
 from jaxfisher._examples import sum_batches
 
 
@@ -68,22 +67,22 @@ def _moments(
         return None
 
     def piece(leaf: Leaf, w: Array) -> tuple[Array, Array]:
-        products = _products(leaf)
-        return of(_joined([product.left for product in products]), _joined([product.right for product in products]), w)
+        pairs = [(product.left, product.right) for product in products(leaf)]
+        return of(_joined([left for left, _ in pairs]), _joined([right for _, right in pairs]), w)
 
     inputs, outputs = leaf.in_pieces(piece, sum_batches, w)
     return Moments(inputs, outputs, leaf.layout)
 
 
-def _products(leaf: Leaf) -> list[Product]:
+def products(leaf: Leaf) -> list[Product]:
     """The forms of a leaf; with a bias, each left factor has at its end the one that the bias is the weight of."""
-    products = [form for form in leaf.made if isinstance(form, Product)]
+    found = [form for form in leaf.made if isinstance(form, Product)]
     if not leaf.bias:
-        return products
-    ones = [jnp.ones((*product.left.shape[:-1], 1), product.left.dtype) for product in products]
+        return found
+    ones = [jnp.ones((*product.left.shape[:-1], 1), product.left.dtype) for product in found]
     return [
         dataclasses.replace(product, left=jnp.concatenate([product.left, one], -1))
-        for product, one in zip(products, ones, strict=True)
+        for product, one in zip(found, ones, strict=True)
     ]
 
 
@@ -97,20 +96,3 @@ def _second_moment(x: Float[Array, "n r b t i"], w: Float[Array, "n r"]) -> Floa
     """``sum w x x^T`` over rows and positions, symmetric up to rounding: to mirror it would take as long as to make it."""
     w = sum_to(w, x.shape[:2])[:, :, None, None, None]
     return contracted(*jnp.broadcast_arrays(w * x, x))
-
-
-def rotated_diagonal(leaf: Leaf, basis: Moments, w: Float[Array, "examples rows"]) -> Float[Array, "groups inputs outputs"]:
-    """``sum_rows w (Q_a^T D Q_g)^2`` in bases given as the fields of a `Moments`: the eigenvalues of EKFAC.
-
-    Reference: George et al., Fast approximate natural gradient descent in a Kronecker-factored eigenbasis (NeurIPS 2018).
-    """
-    layout = matrix_layout(leaf.layout.groups, basis.inputs.shape[-1], leaf.layout.outputs)
-
-    def of(leaf: Leaf, w: Array) -> Array:
-        turned = tuple(
-            Product(times(product.left, basis.inputs), times(product.right, basis.outputs), layout)
-            for product in _products(leaf)
-        )
-        return diagonal(dataclasses.replace(leaf, forms=turned, shape=layout.shape, bias=False), w)
-
-    return leaf.in_pieces(of, sum_batches, w)

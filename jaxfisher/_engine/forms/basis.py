@@ -1,0 +1,118 @@
+"""A basis of one layer, and the squares of all rows along it.
+
+A layer is a weight, seen as matrices ``[groups, inputs, outputs]``, and perhaps a bias, the weight of a last input that is one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxfisher._engine.forms.arrays import HIGHEST, times
+from jaxfisher._engine.forms.form import Form
+from jaxfisher._engine.forms.formed import Formed
+from jaxfisher._engine.forms.layout import Layout, matrix_layout
+from jaxfisher._engine.forms.leaf import Leaf
+from jaxfisher._engine.forms.moments import has_moments, products
+from jaxfisher._engine.forms.product import Product
+from jaxfisher._engine.forms.squares import diagonal
+from jaxfisher._examples import sum_batches
+from jaxfisher._linalg import matmul
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("inputs", "outputs"), meta_fields=("layout", "weight", "bias"))
+@dataclasses.dataclass(frozen=True)
+class Basis:
+    """Vectors ``q_a (x) q_g`` of a layer, for what is over its weight, its bias, or both: the leaves at these places.
+
+    What is over one of the two only is zero at the other.
+    """
+
+    inputs: Float[Array, "groups inputs inputs"]
+    outputs: Float[Array, "groups outputs outputs"]
+    layout: Layout
+    weight: int | None
+    bias: int | None
+
+    @property
+    def by_weight(self) -> Float[Array, "groups rows inputs"]:
+        """The entries of the input vectors that meet the weight."""
+        return self.inputs[:, : self.layout.inputs]
+
+    @property
+    def by_bias(self) -> Float[Array, "groups 1 inputs"]:
+        """The entry that meets the bias."""
+        return self.inputs[:, self.layout.inputs :]
+
+    @property
+    def by_all(self) -> Float[Array, "groups rows inputs"]:
+        """The entries that meet what there is."""
+        parts = [self.by_weight] * (self.weight is not None) + [self.by_bias] * (self.bias is not None)
+        return jnp.concatenate(parts, 1)
+
+    @property
+    def turned_layout(self) -> Layout:
+        """That of what is turned into the basis."""
+        return matrix_layout(self.layout.groups, self.inputs.shape[2], self.layout.outputs)
+
+    def turned(self, v: Any) -> Float[Array, "groups inputs outputs"]:
+        """``q^T v`` for each vector q of the basis."""
+        leaves = jax.tree.leaves(v)
+        parts = []
+        if self.weight is not None:
+            parts.append(self.layout.matrix(leaves[self.weight]))
+        if self.bias is not None:
+            parts.append(leaves[self.bias].reshape(1, 1, -1))
+        return matmul(matmul(self.by_all.swapaxes(1, 2), jnp.concatenate(parts, 1)), self.outputs)
+
+    def of_diagonal(self, entries: Any) -> Float[Array, "groups inputs outputs"]:
+        """``q^T D q`` for each vector q, of a diagonal matrix with these entries."""
+        squared = dataclasses.replace(self, inputs=jnp.square(self.inputs), outputs=jnp.square(self.outputs))
+        return squared.turned(entries)
+
+
+def squares_along(
+    basis: Basis, leaves: Sequence[Leaf], w: Float[Array, "examples rows"]
+) -> Float[Array, "groups inputs outputs"]:
+    """``sum_rows w (q^T D)^2`` for each vector q of a basis, D being the gradient of the leaves: the eigenvalues of EKFAC.
+
+    Reference: George et al., Fast approximate natural gradient descent in a Kronecker-factored eigenbasis (NeurIPS 2018).
+    """
+    bias = None if basis.bias is None else leaves[basis.bias]
+    if basis.weight is None:
+        assert bias is not None, "a layer's part is its weight, its bias or both"
+        along = matmul(bias.gradient().reshape(*w.shape, -1), basis.outputs[0])
+        squares = jnp.einsum("nr,nro->o", w, jnp.square(along), precision=HIGHEST)
+        return jnp.square(basis.by_bias).swapaxes(1, 2) * squares[None, None, :]
+    weight = leaves[basis.weight]
+    # Where the bias is known as the weight of a last input of these factors, that input comes with them.
+    joined = bias is not None and bias.layer == basis.weight and has_moments(weight) and weight.layout == basis.layout
+    given = () if bias is None or joined else (bias.gradient(),)
+
+    def of(leaf: Leaf, w: Array, *biases: Array) -> Array:
+        made = products(leaf) if joined else leaf.made
+        forms = [_turned(form, basis, basis.by_all if joined else basis.by_weight) for form in made]
+        forms += [_turned_bias(gradients, basis) for gradients in biases]
+        return diagonal(
+            dataclasses.replace(leaf, forms=tuple(forms), shape=basis.turned_layout.shape, layer=None, bias=False), w
+        )
+
+    return weight.in_pieces(of, sum_batches, w, *given)
+
+
+def _turned(form: Form, basis: Basis, inputs: Float[Array, "groups rows inputs"]) -> Form:
+    if isinstance(form, Product) and form.layout == basis.layout:
+        return Product(times(form.left, inputs), times(form.right, basis.outputs), basis.turned_layout)
+    matrices = basis.layout.matrix(form.made().gradient())
+    return Formed(matmul(matmul(inputs.swapaxes(1, 2), matrices), basis.outputs))
+
+
+def _turned_bias(gradients: Float[Array, "n rows *shape"], basis: Basis) -> Product:
+    right = gradients.reshape(*gradients.shape[:2], 1, 1, -1)
+    return Product(basis.by_bias[None, None], times(right, basis.outputs), basis.turned_layout)

@@ -1,0 +1,363 @@
+r"""Views of a Fisher by layers, whose scores have factors: KFAC and EKFAC, of one operator or of a sum of any forms.
+
+A layer's score is ``sum_t a_t (x) g_t`` (inputs, output cotangents, over the positions that share the weight). KFAC takes the
+mean of products for the product of means.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Scalar
+
+from jaxfisher._engine import Moments
+from jaxfisher._operators.base import VIEW, Operator, View, as_operator
+from jaxfisher._operators.block import BlockDiagonal, part_of
+from jaxfisher._operators.diagonal import Diagonal, diagonal
+from jaxfisher._operators.identity import ScaledIdentity, scaled_identity
+from jaxfisher._operators.kronecker import EigenKronecker, Kronecker, merged
+from jaxfisher._scores import FactoredScores
+from jaxfisher._tree import ParamSpec, check_function
+
+Places = tuple[int, ...]
+"""Where some leaves are among the parameters' leaves, in their order."""
+
+
+class Sharing(NamedTuple):
+    """How the positions that share a weight are counted: a name, and the moments of factors that follow."""
+
+    name: str
+    moments: Callable[[FactoredScores], Sequence[Moments | None]]
+
+
+EXPAND = Sharing("expand", lambda scores: scores.expanded_moments())
+REDUCE = Sharing("reduce", lambda scores: scores.reduced_moments())
+
+
+def kronecker(fisher: Operator, rest: View = diagonal) -> BlockDiagonal:
+    r"""KFAC with positions as if they were examples (*expand*): the block of each layer as a Kronecker product.
+
+    .. math:: F_\ell \approx A \otimes G, \qquad A = E\Big[\tfrac1T \sum_t a_t a_t^T\Big], \quad
+        G = E\Big[\sum_t g_t g_t^T\Big],
+
+    with ``a`` a layer's inputs (with a last one for its bias), ``g`` the derivatives of the log-density by its outputs, T the
+    positions that share the weight; E is the Fisher's mean over examples, and over outputs or draws. Exact for one example of a
+    layer without sharing, and for deep linear networks with Gaussian outputs. Any framework: layers are read off the program.
+
+    **Of a sum** ``F + G``, leaf by leaf: a multiple of the identity stays one. Where a leaf has factors in one term only, those
+    are taken. Where it has factors in several terms, the block is one product, whose factors are means over the terms, each
+    weighted by the trace of its other factor: so it has the trace of the terms' own products on every leaf, and is their sum
+    where that is one product. A term in which such a leaf has no factors counts by its diagonal. Factors in different layouts,
+    as of weights that are a stack in one term and one matrix in the other, stay a sum, which is solved as a dense block.
+    ``rest`` is taken of the leaves that have factors in no term.
+
+    Args:
+        fisher: an operator held as scores, implicit, held by Kronecker factors, or a sum with one of these.
+        rest: the view of the leaves that are no dense product (scales, tables, lone biases): `jaxfisher.diagonal`, or
+            `jaxfisher.block_diagonal` for an exact block a leaf. The `repr` says how many there are, `jaxfisher.explain` why.
+
+    Returns:
+        A block-diagonal operator, one block a layer. Its running mean is one of the factors.
+
+    Raises:
+        TypeError: ``fisher`` is an operator of which no term is held as scores or by factors, or one of centred scores, whose
+            covariance is no sum of Kronecker products.
+
+    Reference: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature (ICML 2015),
+    section 3; Eschenhagen et al., Kronecker-factored approximate curvature for modern neural network architectures (NeurIPS
+    2023), section 3.2.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda p, x: jf.Normal(x @ p["w"] + p["b"], jnp.ones(2))
+    >>> F = jf.exact_fisher(model)({"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, jnp.ones((4, 3)))
+    >>> jf.kronecker(F)
+    Fisher(exact, mean over 4, params 8, block-diagonal: 1 Kronecker (expand))
+    """
+    return _layered(as_operator(fisher, "kronecker").viewed, EXPAND, rest, "kronecker")
+
+
+def kronecker_reduce(fisher: Operator, rest: View = diagonal) -> BlockDiagonal:
+    r"""KFAC with a layer's positions taken together (*reduce*), for weights shared over positions that are then averaged.
+
+    .. math:: A = E[\bar a \bar a^T], \quad \bar a = \tfrac1T \sum_t a_t, \qquad
+        G = E[\bar g \bar g^T], \quad \bar g = \sum_t g_t.
+
+    Arguments and errors are those of `jaxfisher.kronecker`, with which it agrees where nothing is shared.
+
+    Reference: Eschenhagen et al. (NeurIPS 2023), section 3.3.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda p, x: jf.Normal(jnp.mean(x @ p["w"], 0), jnp.ones(2))
+    >>> F = jf.exact_fisher(model)({"w": jnp.ones((3, 2))}, jnp.ones((4, 5, 3)))
+    >>> jf.kronecker_reduce(F)
+    Fisher(exact, mean over 4, params 6, block-diagonal: 1 Kronecker (reduce))
+    """
+    return _layered(as_operator(fisher, "kronecker_reduce").viewed, REDUCE, rest, "kronecker_reduce")
+
+
+def eigen_kronecker(fisher: Operator, basis: BlockDiagonal | None = None, rest: View = diagonal) -> BlockDiagonal:
+    r"""EKFAC: the eigenbasis of KFAC with the exact second moments along it as eigenvalues, from the same scores.
+
+    .. math:: F_\ell \approx (Q_A \otimes Q_G)\, \mathrm{diag}(\lambda)\, (Q_A \otimes Q_G)^T, \qquad
+        \lambda = E\big[(Q_A^T D\, Q_G)^2\big],
+
+    D being the score of the layer. Of all diagonals in that basis it is the one nearest to the block in Frobenius norm: never
+    farther than KFAC. Of a sum it is the sum of the values in one basis, whatever the forms of the terms, in the layout of the
+    first that has factors.
+
+    Args:
+        fisher: an operator as in `jaxfisher.kronecker`; with a ``basis`` any operator, also one of centred scores.
+        basis: a `jaxfisher.kronecker` view whose eigenvectors are used, perhaps an older one, or an eigen-Kronecker one, whose
+            are known; None makes one of ``fisher``.
+        rest: as in `jaxfisher.kronecker`.
+
+    Returns:
+        A block-diagonal operator, one block a layer. It has no running mean: bases differ from batch to batch.
+
+    Raises:
+        TypeError: as in `jaxfisher.kronecker`, where ``basis`` is None; else ``basis`` is no Kronecker view.
+        ValueError: ``basis`` is over other parameters.
+
+    Reference: George et al., Fast approximate natural gradient descent in a Kronecker-factored eigenbasis (NeurIPS 2018),
+    section 3.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda p, x: jf.Normal(x @ p["w"] + p["b"], jnp.ones(2))
+    >>> F = jf.exact_fisher(model)({"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, jnp.ones((4, 3)))
+    >>> jf.eigen_kronecker(F)
+    Fisher(exact, mean over 4, params 8, block-diagonal: 1 eigen-Kronecker)
+    """
+    fisher = as_operator(fisher, "eigen_kronecker").viewed
+    if basis is None:
+        basis = _layered(fisher, EXPAND, rest, "eigen_kronecker")
+    if not isinstance(basis, BlockDiagonal):
+        raise TypeError(f"eigen_kronecker: `basis` is {basis!r}; expected jf.kronecker(fisher) or jf.eigen_kronecker(fisher).")
+    fisher.same_parameters(basis, f"eigen_kronecker: cannot view {fisher} in `basis`, {basis}")
+    pieces = [_Term(places, operator, ()) for places, operator in fisher.pieces()]
+    blocks: list[Operator] = []
+    members: list[Places] = []
+    for group, block in _bases(basis):
+        values = [
+            piece.part(inside).along(block.basis_over([group.index(place) for place in inside]))
+            for piece in pieces
+            for inside in [tuple(place for place in group if place in piece.places)]
+            if inside
+        ]
+        total = functools.reduce(jnp.add, values)
+        spec = _spec_of(fisher.spec, group)
+        blocks.append(dataclasses.replace(block, values=total, separable=False, spec=spec, provenance=fisher.provenance))
+        members.append(group)
+    return _with_rest(fisher, blocks, members, rest)
+
+
+def _bases(view: Operator) -> list[tuple[Places, EigenKronecker]]:
+    """The eigenvectors of a view's layers; of a layer that has several in different layouts, those of the first."""
+    found: list[tuple[Places, EigenKronecker]] = []
+    for places, operator in view.pieces():
+        taken = {place for group, _ in found for place in group}
+        if isinstance(operator, Kronecker | EigenKronecker) and taken.isdisjoint(places):
+            found.append((places, operator.factorised() if isinstance(operator, Kronecker) else operator))
+    return found
+
+
+def layers(fisher: Operator) -> Any:
+    """Labels that group each bias with the weight of its layer: ``groups=jf.layers(F)`` in `jaxfisher.block_diagonal`.
+
+    A bias belongs to a weight where the gradient of one is the output factor of the other's: this is read off the program of
+    the scores, whatever the parameters are called. In a sum it belongs to it where it does in one of the terms.
+
+    Args:
+        fisher: an operator held as scores, implicit, held by Kronecker factors, or a sum with one of these.
+
+    Returns:
+        A pytree like the parameters; the label of a leaf is the path of its layer's weight, else its own.
+
+    Raises:
+        TypeError: ``fisher`` is an operator of which no term is held as scores or by factors.
+
+    Reference: Martens and Grosse (ICML 2015), section 2.1, for the homogeneous coordinate that makes a bias part of its weight.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda p, x: jf.Normal(x @ p["w"] + p["b"], jnp.ones(2))
+    >>> F = jf.exact_fisher(model)({"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, jnp.ones((4, 3)))
+    >>> jf.layers(F)
+    {'b': "['w']", 'w': "['w']"}
+    """
+    fisher = as_operator(fisher, "layers").viewed
+    known = [(places, _joins(operator)) for places, operator in fisher.pieces()]
+    if all(joins is None for _, joins in known):
+        fisher.rows("layers")
+    weights = {tuple(places[i] for i in group): places[weight] for places, joins in known for group, weight in joins or ()}
+    owners = list(range(len(fisher.spec.paths)))
+    for members in _connected(weights):
+        first = next(weight for group, weight in weights.items() if group[0] in members)
+        for place in members:
+            owners[place] = first
+    return fisher.spec.tree([fisher.spec.paths[owner] for owner in owners])  # type: ignore[misc]
+
+
+def _joins(operator: Operator) -> list[tuple[Places, int]] | None:
+    """The leaves of each layer with a bias, and which of them is the weight; None for what knows nothing of layers."""
+    if isinstance(operator, Kronecker | EigenKronecker):
+        return [(tuple(range(len(operator.spec.paths))), operator.weight)]
+    if operator.scored is None:
+        return None
+    owners = operator.scored.layers if isinstance(operator.scored, FactoredScores) else ()
+    return [((min(k, owner), max(k, owner)), owner) for k, owner in enumerate(owners) if owner is not None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Term:
+    """One term of what a view is taken of: the places of its leaves, and the layers of it that have factors."""
+
+    places: Places
+    operator: Operator
+    layers: tuple[tuple[Places, Kronecker], ...]
+
+    @property
+    def loose(self) -> Places:
+        """The leaves that it depends on and that have no factors in it."""
+        scores = self.operator.scored
+        touched = scores.touched if isinstance(scores, FactoredScores) else (True,) * len(self.places)
+        inside = {place for group, _ in self.layers for place in group}
+        return tuple(place for place, flag in zip(self.places, touched, strict=True) if flag and place not in inside)
+
+    def part(self, group: Iterable[int]) -> Operator:
+        """The part of it that is over these leaves."""
+        return part_of(self.operator, [self.places.index(place) for place in group])
+
+
+def _terms(fisher: Operator, sharing: Sharing, caller: str) -> list[_Term]:
+    terms = [_Term(places, operator, _layers(places, operator, sharing)) for places, operator in fisher.pieces()]
+    if not any(term.layers or term.operator.scored is not None for term in terms):
+        fisher.rows(caller)
+    return terms
+
+
+def _layers(places: Places, operator: Operator, sharing: Sharing) -> tuple[tuple[Places, Kronecker], ...]:
+    """The layers of one term that have factors, and those."""
+    if isinstance(operator, EigenKronecker):
+        operator = operator.nearest_kronecker(sharing.name)
+    if isinstance(operator, Kronecker):
+        return ((places, operator),)
+    scores = operator.scored
+    if scores is None:
+        return ()
+    if not isinstance(scores, FactoredScores):
+        raise TypeError(
+            f"{operator} is a covariance of scores, which is no sum of Kronecker products and has no factors. Take the view of "
+            "scores that are not centred, or jf.eigen_kronecker(fisher, basis) in the basis of such a view."
+        )
+    found: list[tuple[Places, Kronecker]] = []
+    mass = jnp.where(scores.mass > 0, scores.mass, 1)
+    for k, made in enumerate(sharing.moments(scores)):
+        if made is not None:
+            group = tuple(i for i, owner in enumerate(scores.layers) if k in (i, owner))
+            # Both factors carry the sum of the weights, and the product is to carry it once.
+            factors = _symmetric(made.inputs / mass), _symmetric(made.outputs)
+            spec = _spec_of(operator.spec, group)
+            block = Kronecker(*factors, made.layout, group.index(k), sharing.name, spec, operator.provenance)
+            found.append((tuple(places[i] for i in group), block))
+    return tuple(found)
+
+
+def _symmetric(x: Array) -> Array:
+    return 0.5 * (x + x.swapaxes(1, 2))
+
+
+def _spec_of(spec: ParamSpec, group: Sequence[int]) -> ParamSpec:
+    return spec.restrict(tuple(i in group for i in range(len(spec.paths))), jax.tree.structure([0] * len(group)))
+
+
+def _connected(groups: Iterable[Places]) -> list[Places]:
+    """The groups, those that share a leaf made one, in the order of their first leaves."""
+    found: list[set[int]] = []
+    for group in groups:
+        touching = [other for other in found if not other.isdisjoint(group)]
+        found = [other for other in found if other.isdisjoint(group)] + [set(group).union(*touching)]
+    return sorted(tuple(sorted(group)) for group in found)
+
+
+def _layered(fisher: Operator, sharing: Sharing, rest: View, caller: str) -> BlockDiagonal:
+    check_function("rest", rest, VIEW)
+    terms = _terms(fisher, sharing, caller)
+    members = _connected(group for term in terms for group, _ in term.layers)
+    blocks = [_block(_spec_of(fisher.spec, group), group, terms, fisher) for group in members]
+    return _with_rest(fisher, blocks, members, rest)
+
+
+def _block(spec: ParamSpec, members: Places, terms: Sequence[_Term], fisher: Operator) -> Operator:
+    """The block over some leaves: of the terms that have factors there one product, or several; and what the others add."""
+    factors = [(group, block) for term in terms for group, block in term.layers if group[0] in members]
+    products = [(group, merged(alike)) for group, alike in _alike(factors)]
+    shift, entries = _added(spec, members, terms)
+    if len(products) == 1:
+        ((_, product),) = products
+        product = dataclasses.replace(product, spec=spec, provenance=fisher.provenance)
+        block: Operator = product if entries is None else merged([product, product.of_diagonal(entries)])
+    else:
+        parts = [_embedded(group, product, members, spec) for group, product in products]
+        parts += [] if entries is None else [Diagonal(entries, spec, fisher.provenance)]
+        block = functools.reduce(lambda a, b: a + b, parts)
+    return block if shift is None else block + scaled_identity(block, shift)
+
+
+def _alike(factors: Sequence[tuple[Places, Kronecker]]) -> list[tuple[Places, list[Kronecker]]]:
+    """Blocks of one weight in one layout together, those without a bias with those that have one."""
+    found: list[tuple[Places, list[Kronecker]]] = []
+    for group, block in sorted(factors, key=lambda pair: -len(pair[0])):
+        for places, others in found:
+            turned = block.turned_to(others[0].layout)
+            if turned is not None and places[others[0].weight] == group[block.weight] and set(group) <= set(places):
+                others.append(turned.widened(others[0]))
+                break
+        else:
+            found.append((group, [block]))
+    return found
+
+
+def _added(spec: ParamSpec, members: Places, terms: Sequence[_Term]) -> tuple[Scalar | None, Any]:
+    """What terms without factors for some leaves add to them: a multiple of the identity, and a diagonal."""
+    shift: Scalar | None = None
+    entries: dict[int, Array] = {}
+    for term in terms:
+        group = [place for place in term.loose if place in members]
+        if isinstance(term.operator, ScaledIdentity) and len(group) == len(members):
+            shift = term.operator.scale if shift is None else shift + term.operator.scale
+        elif group:
+            for place, leaf in zip(group, jax.tree.leaves(term.part(group).diagonal()), strict=True):
+                entries[place] = entries[place] + leaf if place in entries else leaf
+    if not entries:
+        return shift, None
+    zeros = dict(zip(members, jax.tree.leaves(spec.zeros()), strict=True))
+    return shift, spec.tree([entries.get(place, zeros[place]) for place in members])
+
+
+def _embedded(group: Places, block: Operator, members: Places, spec: ParamSpec) -> Operator:
+    """A block over some of the leaves as one over all of them; zero elsewhere."""
+    others = tuple(i for i, place in enumerate(members) if place not in group)
+    if not others:
+        return dataclasses.replace(block, spec=spec)  # type: ignore[type-var]
+    empty = _spec_of(spec, others)
+    places = tuple(i for i, place in enumerate(members) if place in group)
+    zero = Diagonal(empty.zeros(), empty, block.provenance)
+    return BlockDiagonal((block, zero), (places, others), spec, block.provenance)
+
+
+def _with_rest(fisher: Operator, blocks: list[Operator], members: list[Places], rest: View) -> BlockDiagonal:
+    inside = {i for group in members for i in group}
+    others = tuple(i for i in range(len(fisher.spec.paths)) if i not in inside)
+    if others:
+        made = as_operator(rest(part_of(fisher, others)), "kronecker: `rest`")
+        if isinstance(made, BlockDiagonal):
+            blocks += made.blocks
+            members += [tuple(others[i] for i in group) for group in made.members]
+        else:
+            blocks.append(made)
+            members.append(others)
+    return BlockDiagonal(tuple(blocks), tuple(members), fisher.spec, fisher.provenance)
