@@ -152,6 +152,9 @@ def _readings(of: Any) -> tuple[Hashable, ...]:
         if value is None or isinstance(value, (int, float, complex, str)):
             found.append(value)
             continue
+        if isinstance(value, tuple):
+            todo += value
+            continue
         # Of what is only around functions, another one around the same ones is as good.
         found.append(type(value).__name__ if isinstance(value, _AROUND) else id(value))
         if id(value) not in known:
