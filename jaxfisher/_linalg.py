@@ -116,8 +116,9 @@ def to_unit(*sizes: Scalar) -> Scalar:
     """The factor that brings the largest of these sizes to one, so that squares of what it multiplies stay in the dtype.
 
     It is applied twice rather than squared, and as a product: XLA turns ``x / s / s`` into ``x / (s s)``, which may overflow.
+    What is divided out is multiplied back, so no result depends on the factor, and no derivative goes through it.
     """
-    largest = jnp.max(jnp.stack(sizes))
+    largest = jax.lax.stop_gradient(jnp.max(jnp.stack(sizes)))
     # A NaN or an infinity is left to show itself in the result.
     return jnp.where(largest > jnp.finfo(largest.dtype).tiny, 1 / largest, 1)
 

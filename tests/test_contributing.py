@@ -40,6 +40,14 @@ class HalfNormal(Distribution):
     def mean(self):
         return math.sqrt(2 / math.pi) * jnp.exp(self.log_scale)
 
+    @property
+    def variance(self):
+        return (1 - 2 / math.pi) * jnp.exp(2 * self.log_scale)
+
+    @property
+    def mode(self):
+        return jnp.zeros_like(self.log_scale)
+
     def log_prob(self, x):
         size = jnp.asarray(x).astype(self.log_scale.dtype)
         inside = 0.5 * math.log(2 / math.pi) - self.log_scale - 0.5 * jnp.square(size * jnp.exp(-self.log_scale))

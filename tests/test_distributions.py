@@ -120,7 +120,7 @@ class OneDrawForTheBatch(jf.Normal):
 
 BROKEN = [
     (FisherWithoutTheTwo, check_information, "is the Fisher"),
-    (RootWithAnOffset, check_information, "fisher_mv is the Fisher's product"),
+    (RootWithAnOffset, check_information, "fisher_mv is the Fisher's product|the root in the fields"),
     (UnnormalisedDensity, check_information, "the density sums to one"),
     (ReversedDivergence, check_information, "kl is E"),
     (MeanOfAnother, check_information, "mean is the expectation"),

@@ -60,6 +60,7 @@ def eigen_kronecker_reference(params, x):
 
 
 def covariance(rows, omega):
+    rows, omega = np.asarray(rows, float), np.asarray(omega, float)
     centred = rows - omega @ rows
     return centred.T @ (omega[:, None] * centred)
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, Scalar
 
 from jaxfisher._engine import Basis
 from jaxfisher._inverse import Decomposed, Factorise, Inverse, Solved, invert, log_determinant, refined
-from jaxfisher._linalg import eigenvalues, matmul, mirrored, norm, spectral_mv, to_unit, unit_rank
+from jaxfisher._linalg import eigenvalues, matmul, mirrored, norm, spectral_mv, to_unit, unit_rank, without_noise
 from jaxfisher._once import once
 from jaxfisher._operators.base import Operator
 from jaxfisher._operators.inverted import Inverted, flat_inverse
@@ -71,7 +71,7 @@ class FromScores(Operator):
         scaled = Scaled(self.scores, factor)
         small = scaled.gram() if scaled.short else scaled.moment()
         # No clamping is hidden here: X^T X cannot have a negative eigenvalue, so one that is negative is rounding.
-        values = jnp.maximum(eigenvalues(small), 0) * (1 / factor) * (1 / factor)
+        values = without_noise(jnp.maximum(eigenvalues(small), 0)) * (1 / factor) * (1 / factor)
         return jnp.concatenate([jnp.zeros(self.size - small.shape[0], values.dtype), values])
 
     def frobenius_norm(self) -> Scalar:
