@@ -23,7 +23,8 @@ class Bernoulli(Distribution):
 
     Args:
         logits: the log-odds ``log(p / (1 - p))``, shape ``[*batch]``, in nats.
-        probs: instead of ``logits``, the probability of one, of the same shape. Not checked: outside ``[0, 1]`` it gives NaN.
+
+    ``Bernoulli(probs=p)`` takes the probability of one instead, of the same shape; outside ``[0, 1]`` it gives NaN.
 
     Raises:
         TypeError: complex logits; both of ``logits`` and ``probs``, or neither.

@@ -23,8 +23,9 @@ class Categorical(Distribution):
 
     Args:
         logits: unnormalised log-probabilities, shape ``[*batch, C]``.
-        probs: instead of ``logits``, the probabilities or numbers in proportion to them, of the same shape. Not checked: a
-            negative one gives NaN.
+
+    ``Categorical(probs=p)`` takes probabilities instead, or numbers in proportion to them, of the same shape; a negative one
+    gives NaN.
 
     Raises:
         ValueError: ``logits`` has no class axis, or an empty one.

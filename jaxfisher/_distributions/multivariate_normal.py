@@ -30,8 +30,9 @@ class MultivariateNormal(Distribution):
         loc: the mean, shape ``[*batch, d]``, in the units of the target.
         scale_tril: the factor of the covariance, shape ``[*batch, d, d]``, in the units of the target, with a positive
             diagonal.
-        covariance: instead of ``scale_tril``, the covariance itself, of the same shape, in the square of those units. Not
-            checked: where it is not positive definite, ``scale_tril`` is NaN.
+
+    ``MultivariateNormal(loc, covariance=C)`` takes the covariance itself instead, of the same shape, in the square of those
+    units; where it is not positive definite, ``scale_tril`` is NaN.
 
     The fields move in ``d + d (d + 1)/2`` directions, which is how many rows an example of the exact Fisher has. For a vector
     of independent entries give a `jaxfisher.Normal` whose fields are vectors: an example then has ``2 d`` rows.

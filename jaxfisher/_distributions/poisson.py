@@ -30,7 +30,8 @@ class Poisson(Distribution):
 
     Args:
         log_rate: logarithm of the expected count, shape ``[*batch]``, in nats.
-        rate: instead of ``log_rate``, the expected count, of the same shape. Not checked: a negative one gives NaN.
+
+    ``Poisson(rate=r)`` takes the expected count instead, of the same shape; a negative one gives NaN.
 
     Raises:
         TypeError: a complex field; both of ``log_rate`` and ``rate``, or neither.
