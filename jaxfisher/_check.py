@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
+from jaxfisher._check_scores import Product, products
 from jaxfisher._divergence import kl
 from jaxfisher._examples import Batch, make_batch, map_examples, shape_of_one
 from jaxfisher._fisher import exact_fisher
@@ -66,6 +67,7 @@ class FisherCheck:
         notes: why something could not be told.
         lengths: of the displacements t d, in units in which ``d^T F d = 1``.
         quotients: ``KL(theta || theta + t d) / (1/2 t^2 d^T F d)``, shape ``[directions, lengths]``; empty without a KL.
+        leaves: the paths of the parameters whose scores, as the library holds them, are not those of JAX; empty where all are.
     """
 
     checks: tuple[Check, ...]
@@ -73,6 +75,7 @@ class FisherCheck:
     notes: tuple[str, ...]
     lengths: np.ndarray
     quotients: np.ndarray
+    leaves: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -108,6 +111,11 @@ ZERO, QUOTIENT, HESSIAN, MEAN, SQUARE = (
     "E[score . d] = 0, standard errors",
     "E[(score . d)^2] / d^T F d",
 )
+FORWARD, BY_LEAF, BACKWARD = (
+    "S v less JAX's own, of its size",
+    "leaves of S v less JAX's own",
+    "leaves of S^T w less JAX's own",
+)
 
 
 def check_fisher(
@@ -120,6 +128,9 @@ def check_fisher(
     .. math:: KL(\theta \| \theta) = 0, \quad \frac{KL(\theta \| \theta + t d)}{\frac12 t^2 d^T F d} = 1 + O(t), \quad
         \frac{d^T \nabla_q^2 KL(\theta \| q)|_\theta\, d}{d^T F d} = 1, \quad E[s] = 0, \quad
         \frac{E[(s \cdot d)^2]}{d^T F d} = 1.
+
+    And the scores ``S`` as the library holds them are JAX's own: ``S v`` is what `jax.jvp` gives, and ``S^T w`` what `jax.vjp`
+    gives, for random ``v`` and ``w`` and leaf by leaf.
 
     The first three are exact up to rounding and, of the quotient, the remainder of the KL: both are measured, by numbers one
     rounding apart and by halving t. The last two are means over draws, to some ten percent; they alone tell a wrong KL from a
@@ -187,19 +198,20 @@ def check_fisher(
     draw_keys = jax.random.split(keys[2], (-(-num_draws // together), together))
     noise, nudges = map(jax.vmap(batch.spec.unravel), (noise, nudges))
     found = _found(model, batch, Static(has_kl), params, noise, nudges, draw_keys)
-    measured, along, log_probs = jax.tree.map(partial(np.asarray, dtype=float), found)
+    measured, along, log_probs, compared = jax.tree.map(partial(np.asarray, dtype=float), found)
     rounding = SAFETY * math.sqrt(batch.spec.size + batch.size) * eps
     from_samples = metric_noise.size if "samples" in sources[-1] else math.inf
     # Numbers that are not finite are told below, by the checks.
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         exact = _exact_checks(measured, batch.size, rounding, np.mean(np.abs(log_probs))) if has_kl else ()
-        checks = (*exact, *_sampled_checks(along, from_samples))
+        engine, leaves = _engine_checks(compared, batch.spec.paths, rounding)
+        checks = (*exact, *_sampled_checks(along, from_samples), *engine)
     notes: tuple[str, ...] = () if has_kl else ("the distribution has no KL divergence: checked by draws alone",)
     if any(check.passed is None for check in checks):
         notes += (
             "not told: rounding or the remainder is too large, kinks too near, or what matters too rare among num_draws draws",
         )
-    return FisherCheck(checks, _reason(checks), notes, LENGTHS, measured.quotients[0])
+    return FisherCheck(checks, _reason(checks, leaves), notes, LENGTHS, measured.quotients[0], leaves)
 
 
 class _Measured(NamedTuple):
@@ -215,11 +227,13 @@ class _Measured(NamedTuple):
 @once_for
 def _found(
     model: Model, batch: Batch, has_kl: Static[bool], params: Any, noise: Any, nudges: Any, keys: Array
-) -> tuple[_Measured, Array, Array]:
-    """What is measured at each of some points near the parameters, and what draws at them give."""
+) -> tuple[_Measured, Array, Array, tuple[Product, Product, Product]]:
+    """What is measured at each of some points near the parameters, what draws give, and the scores against JAX's own."""
     measured = jax.lax.map(lambda nudge: _measure(model, batch, has_kl.value, _nudged(params, nudge), noise), nudges)
     directions = jax.tree.map(lambda leaf: leaf[0], measured.directions)
-    return measured, *_draws(model, batch, params, directions, keys)
+    one, near = (jax.tree.map(lambda leaf, i=i: leaf[i], tree) for tree, i in ((directions, 0), (nudges, 1)))
+    compared = products(model, batch, params, _nudged(params, near), one, keys[0, : batch.size])
+    return measured, *_draws(model, batch, params, directions, keys), compared
 
 
 def _nudged(params: chex.ArrayTree, nudge: Any) -> Any:
@@ -342,6 +356,21 @@ def _sampled_checks(along: Float[np.ndarray, "draws directions"], behind: float)
     )
 
 
+def _engine_checks(
+    compared: tuple[Product, Product, Product], paths: tuple[str, ...], rounding: float
+) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+    """The engine's products with the scores against JAX's own, and the paths of the leaves that are off."""
+    checks, off = [], []
+    for name, product in zip((FORWARD, BY_LEAF, BACKWARD), compared, strict=True):
+        apart, size, moved = map(np.asarray, product)
+        # A part without any size has to be zero exactly.
+        size = np.where(size > 0, size, 1)
+        within = rounding + SAFETY * moved / size
+        checks.append(_check(name, apart / size, 0, within))
+        off.append(~(apart / size <= within))
+    return tuple(checks), tuple(path for path, *wrong in zip(paths, *off[1:], strict=True) if any(wrong))
+
+
 def _check(name: str, values: np.ndarray, expected: float, within: np.ndarray, told: Any = True) -> Check:
     """A check of numbers along directions; not passed where one is off, and None where of one it is not told."""
     off = np.abs(values - expected)
@@ -354,13 +383,18 @@ def _check(name: str, values: np.ndarray, expected: float, within: np.ndarray, t
     return Check(name, float(values[worst]), expected, float(within[worst]), passed)
 
 
-def _reason(checks: tuple[Check, ...]) -> str:
+def _reason(checks: tuple[Check, ...], leaves: tuple[str, ...]) -> str:
     """What the failures together point to."""
     passed = {check.name: check.passed for check in checks}
     wrong = {name for name, right in passed.items() if right is False}
     if any(check.name in wrong and not math.isfinite(check.value) for check in checks):
         return (
             "a number is not finite: predictions are not, or d^T F d is zero along a random direction, where they are constant"
+        )
+    if {FORWARD, BY_LEAF, BACKWARD} & wrong:
+        return (
+            f"the library's scores by {', '.join(leaves) or 'the parameters'} are not JAX's own derivatives of the same "
+            "log-density. This is a fault of jaxfisher, and no other line of this table can be trusted: please report the model"
         )
     if ZERO in wrong:
         return (
