@@ -158,7 +158,7 @@ def _nothing(like: Array) -> Unformed:
 
 
 def _only_added_to(body: Program, carry: int, out: Atom) -> bool:
-    """Whether all that a body does with a carry is to add to it, as often as it likes."""
+    """Whether all that a body does with a carry is to add to it, as often as it likes, and to read neither it nor the sum."""
     while carry != out:
         uses = [equation for equation in body.equations if carry in equation.ins]
         if len(uses) != 1 or uses[0].primitive.name not in ("add", "add_any") or uses[0].ins[0] == uses[0].ins[1]:
@@ -166,7 +166,7 @@ def _only_added_to(body: Program, carry: int, out: Atom) -> bool:
         if carry in body.outputs or any(isinstance(atom, Literal) for atom in uses[0].ins):
             return False
         carry = uses[0].outs[0]
-    return body.outputs.count(carry) == 1
+    return body.outputs.count(carry) == 1 and not any(carry in equation.ins for equation in body.equations)
 
 
 def _array_of(factor: Factor) -> Array:

@@ -1,0 +1,62 @@
+"""Loops: what a step does with a carry decides whether its sum over the steps may wait; scores agree with plain gradients."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxfisher as jf
+
+STEPS = {
+    "kept": lambda w, c, z: c,
+    "a sum": lambda w, c, z: c + z @ w,
+    "a sum of the same": lambda w, c, z: c + z[:, :1] @ w[:1] * jnp.ones((2, 1)),
+    "a sum with a constant": lambda w, c, z: c + z @ w + 1.0,
+    "twice": lambda w, c, z: c + z @ w + jnp.tanh(z) @ w,
+    "doubled": lambda w, c, z: c + c + z @ w,
+    "scaled": lambda w, c, z: 0.5 * c + z @ w,
+    "residual": lambda w, c, z: c + jnp.tanh(c @ w),
+    "recurrent": lambda w, c, z: jnp.tanh(c + z @ w),
+}
+"""From a weight, a carry and an input to the next carry: of the gradient, to the carry before."""
+
+READS = {
+    "nothing": lambda w, old, new: jnp.zeros(()),
+    "the old carry": lambda w, old, new: jnp.sum(old**2),
+    "the new carry": lambda w, old, new: jnp.sum(new**2),
+    "both, with the weight": lambda w, old, new: jnp.sum((old @ w) * new),
+}
+"""What a step puts out."""
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_carry_is_left_to_be_summed_afterwards_only_where_nothing_reads_it(name):
+    """Every way to change a carry, what is read of it, a start learnt or not, and inputs scanned over or closed over."""
+
+    def log_prob(reads, learnt, scanned):
+        def function(p, z):
+            def step(carry, x):
+                new = STEPS[name](p["w"], carry, x if scanned else z[0])
+                return new, reads(p["w"], carry, new)
+
+            start = p["start"] if learnt else jnp.ones((2, 2))
+            last, read = jax.lax.scan(step, start, z if scanned else None, length=3)
+            return jnp.sum(jnp.cos(last)) + jnp.sum(read)
+
+        return function
+
+    functions = [log_prob(*cell) for cell in itertools.product(READS.values(), (False, True), (False, True))]
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(0.3 * rng.standard_normal((2, 2))), "start": jnp.asarray(rng.standard_normal((2, 2)))}
+    z = jnp.asarray(rng.standard_normal((4, 3, 2, 2)))
+
+    @jax.jit
+    def both(params, z):
+        made = [jf.scores(function)(params, z).as_matrix() for function in functions]
+        plain = [jax.vmap(jax.grad(function), (None, 0))(params, z) for function in functions]
+        return made, [jnp.concatenate([g.reshape(len(z), -1) for g in jax.tree.leaves(tree)], 1) for tree in plain]
+
+    for made, plain in zip(*both(params, z), strict=True):
+        np.testing.assert_allclose(made, plain, atol=1e-12 * np.max(np.abs(plain)), rtol=0)
