@@ -14,6 +14,12 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
+def diagonals(x: Float[Array, "groups m m"]) -> Float[Array, "groups m"]:
+    """The diagonals of several matrices."""
+    # As a slice with a stride, which compiles in half the time of a masked sum.
+    return x.reshape(x.shape[0], -1)[:, :: x.shape[-1] + 1]
+
+
 def without_noise(values: Float[Array, " m"]) -> Float[Array, " m"]:
     """Eigenvalues, zero where the rounding error of the whole decomposition could have made them."""
     noise = values.shape[0] * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values), initial=0.0)

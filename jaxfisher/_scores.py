@@ -183,18 +183,18 @@ class FactoredScores(Scores):
 
     @abc.abstractmethod
     def expanded_moments(self) -> tuple[Moments | None, ...]:
-        r"""Second moments of each leaf's factors with positions as if they were examples; None for a leaf without factors.
+        """Second moments of each leaf's factors with positions as if they were examples; None for a leaf without factors.
 
-        ``E[1/T sum_t a_t a_t^T]`` and ``E[sum_t g_t g_t^T]`` with weights that sum to one, else either is multiplied by their
-        sum. A layer's bias goes with its weight. Reference: Eschenhagen et al. (NeurIPS 2023), KFAC-expand.
+        Positions that carry no gradient are not counted. A layer's bias goes with its weight. Reference: Eschenhagen et al.
+        (NeurIPS 2023), KFAC-expand.
         """
 
     @abc.abstractmethod
     def reduced_moments(self) -> tuple[Moments | None, ...]:
-        r"""Second moments of each leaf's factors taken together over positions; None for a leaf without factors.
+        """Second moments of each leaf's factors taken together over positions; None for a leaf without factors.
 
-        ``E[a a^T]`` of ``a = 1/T sum_t a_t`` and ``E[g g^T]`` of ``g = sum_t g_t``. Reference: Eschenhagen et al. (NeurIPS
-        2023), KFAC-reduce.
+        Those of the mean of ``a_t`` over positions that carry a gradient, and of the sum of ``g_t``. Reference: Eschenhagen et
+        al. (NeurIPS 2023), KFAC-reduce.
         """
 
     @property
@@ -416,24 +416,12 @@ class StreamedScores(FactoredScores):
         return self._sum(lambda held: held.scaled_moment(factor))
 
     def expanded_moments(self) -> tuple[Moments | None, ...]:
-        return self._moments(HeldScores.expanded_moments)
+        found: tuple[Moments | None, ...] = self._sum(HeldScores.expanded_moments)
+        return found
 
     def reduced_moments(self) -> tuple[Moments | None, ...]:
-        return self._moments(HeldScores.reduced_moments)
-
-    def _moments(self, of: Callable[[HeldScores], tuple[Moments | None, ...]]) -> tuple[Moments | None, ...]:
-        # Layouts are no arrays: they do not go through the loop over pieces.
-        layouts: list[Any] = []
-
-        def arrays(held: HeldScores) -> list[Any]:
-            made = of(held)
-            layouts[:] = [None if part is None else part.layout for part in made]
-            return [None if part is None else (part.inputs, part.outputs) for part in made]
-
-        sums = self._sum(arrays)
-        return tuple(
-            None if part is None else Moments(part[0], part[1], layout) for part, layout in zip(sums, layouts, strict=True)
-        )
+        found: tuple[Moments | None, ...] = self._sum(HeldScores.reduced_moments)
+        return found
 
     def squares_along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
         squares: Array = self._sum(lambda held: held.squares_along(basis))

@@ -2,8 +2,8 @@
 
 A row is built when it is asked for, so that collecting tests traces and compiles nothing. It states how each parameter leaf
 must be held: the paths in `Row.factored` as factors of their per-example gradients (outer products and sums of them,
-convolutions, embeddings), those in `Row.plain` as plain per-example gradients, every other one elementwise (biases, scales,
-vectors) or as zero. A row that wraps another, in `jit` say, names it: both must be held in the same way.
+convolutions, embeddings), those in `Row.plain` as plain per-example gradients, every other one elementwise (biases, scales) or
+as zero. A row that wraps another, in `jit` say, names it: both must be held in the same way.
 
 Most widths are 2 to 5, where compiling takes all the time. At such widths forming a leaf's gradient is cheaper than
 contracting the factors of several positions; the rows called `wide` are those where contracting is cheaper.
@@ -150,7 +150,7 @@ def _bare_array():
     return lambda w, x, y: _gaussian(x @ w, y), _array(0, 3, 2), (_inputs(3), _targets(2))
 
 
-@_row()
+@_row("w")
 def _vector_weight():
     def log_prob(p, x, y):
         return jax.nn.log_sigmoid((2.0 * y - 1.0) * (jnp.dot(x, p["w"]) + p["b"]))

@@ -9,7 +9,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import jaxfisher as jf
-from jaxfisher._engine import Basis, Moments
+from jaxfisher._engine import Basis
 from jaxfisher._engine.forms import arrays as _arrays
 
 N = 5
@@ -187,7 +187,7 @@ def rotations(layout, biased):
     def turn(seed, size):
         return jnp.asarray(np.linalg.qr(numbers(seed, layout.groups, size, size))[0])
 
-    return Moments(turn(1, layout.inputs + biased), turn(2, layout.outputs), layout)
+    return turn(1, layout.inputs + biased), turn(2, layout.outputs)
 
 
 @functools.cache
@@ -211,8 +211,8 @@ def moments_of(name):
             assert scores.layers == tuple(place if name == "b" else None for name in sorted(params)), scores.layers
             assert reduced[place].layout == layouts[how]
             bias = sorted(params).index("b") if "b" in params else None
-            basis = Basis(*rotations(layouts[how], bias is not None), place, bias)
-            made[how] = expanded[place][:2], reduced[place][:2], scores.squares_along(basis)
+            basis = Basis(*rotations(layouts[how], bias is not None), layouts[how], place, bias)
+            made[how] = expanded[place], reduced[place], scores.squares_along(basis)
         gradients = jax.vmap(jax.grad(log_prob), (None, 0, 0))(params, x, y)
         return made, (gradients[weight], gradients.get("b"))
 
@@ -255,16 +255,25 @@ def test_moments_equal_dense_sums(name):
     positions, groups = left.shape[1:3]
     mean, total = left.mean(1), right.sum(1)
     expected = [np.zeros((groups, z.shape[-1], z.shape[-1])) for z in (left, right, left, right)]
+    trace = np.zeros(groups)
     for n in range(N):
         for b in range(groups):
             for t in range(positions):
-                expected[0][b] += OMEGA[n] / positions * np.outer(left[n, t, b], left[n, t, b])
+                expected[0][b] += OMEGA[n] * np.outer(left[n, t, b], left[n, t, b])
                 expected[1][b] += OMEGA[n] * np.outer(right[n, t, b], right[n, t, b])
             expected[2][b] += OMEGA[n] * np.outer(mean[n, b], mean[n, b])
             expected[3][b] += OMEGA[n] * np.outer(total[n, b], total[n, b])
+            trace[b] += OMEGA[n] * np.sum((left[n, :, b].T @ right[n, :, b]) ** 2)
     for expanded, reduced, _ in made.values():
-        for moment, value in zip((*expanded, *reduced), expected, strict=True):
-            close(moment, value)
+        for moments, inputs, outputs, count in ((expanded, *expected[:2], positions), (reduced, *expected[2:], 1)):
+            close(moments.inputs, inputs)
+            close(moments.outputs, outputs)
+            close(moments.count, np.full(groups, count))
+            close(moments.trace, trace)
+            a, g = moments.factors()
+            close(a, inputs / count)
+            scale = trace / np.trace(inputs / count, axis1=1, axis2=2) / np.trace(outputs, axis1=1, axis2=2)
+            close(g, scale[:, None, None] * outputs)
 
 
 @pytest.mark.parametrize("name", MOMENTS)
@@ -276,7 +285,7 @@ def test_rotated_diagonals_are_those_of_the_exact_block(name):
     for b in range(layout.groups):
         rows = gradients.reshape(N, -1)[:, order[b].ravel()]
         rows = rows if biases is None else np.hstack([rows, biases])
-        turn = np.kron(np.asarray(basis.inputs[b]), np.asarray(basis.outputs[b]))
+        turn = np.kron(*(np.asarray(side[b]) for side in basis))
         block = rows.T @ (OMEGA[:, None] * rows)
         expected[b] = np.diag(turn.T @ block @ turn).reshape(expected.shape[1:])
     for *_, diagonal in made.values():
@@ -288,7 +297,7 @@ def test_moments_of_one_outer_product_are_its_block():
     for moments in (jf.scores(dense)(params, x, y).expanded_moments()[1], jf.scores(dense)(params, x, y).reduced_moments()[1]):
         both = plain(dense, params, (x, y))[0]
         row = np.concatenate([both[3:][order_of(moments.layout).ravel()], both[:3]])
-        close(np.kron(moments.inputs[0], moments.outputs[0]), np.outer(row, row))
+        close(np.kron(*(factor[0] for factor in moments.factors())), np.outer(row, row))
 
 
 def test_moments_of_an_exact_fisher_share_the_input():
@@ -297,6 +306,7 @@ def test_moments_of_an_exact_fisher_share_the_input():
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     inputs = sum(OMEGA[n] * np.outer([*x[n], 1], [*x[n], 1]) for n in range(N))
     outputs = sum(OMEGA[n] * (np.diag(p[n]) - np.outer(p[n], p[n])) for n in range(N))
+    trace = sum(OMEGA[n] * (1 + x[n] @ x[n]) * (1 - p[n] @ p[n]) for n in range(N))
 
     @jax.jit
     def run(params, x, weights):
@@ -304,12 +314,12 @@ def test_moments_of_an_exact_fisher_share_the_input():
         for size in (None, 2):
             fisher = jf.exact_fisher(lambda p, x: jf.Categorical(logits=x @ p["w"] + p["b"]), batch_size=size)
             scores = fisher(params, x, weights=weights).scores
-            made += [scores.expanded_moments()[1][:2], scores.reduced_moments()[1][:2]]
+            made += [scores.expanded_moments()[1].factors(), scores.reduced_moments()[1].factors()]
         return made
 
     for found in run(params, jnp.asarray(x), jnp.asarray(WEIGHTS)):
         close(found[0][0], inputs)
-        close(found[1][0], outputs)
+        close(found[1][0], outputs * (trace / np.trace(inputs) / np.trace(outputs)))
 
 
 def test_leaves_that_are_no_dense_product_have_no_moments():

@@ -45,8 +45,13 @@ def by_layer(*blocks):
 
 
 def kronecker_reference(params, x):
-    n = len(x)
-    return by_layer(*(np.kron(a.T @ a / n, np.einsum("nco,ncq->oq", g, g) / n) for a, g in layer_factors(params, x)))
+    """Of each layer the product of second moments, scaled to the trace of the layer's block."""
+    blocks = []
+    for a, g in layer_factors(params, x):
+        block = np.kron(a.T @ a, np.einsum("nco,ncq->oq", g, g))
+        trace = np.mean(np.sum(a**2, 1) * np.sum(g**2, (1, 2)))
+        blocks.append(block * (trace / np.trace(block)))
+    return by_layer(*blocks)
 
 
 def eigen_kronecker_reference(params, x):

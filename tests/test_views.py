@@ -490,7 +490,8 @@ def test_a_weight_of_one_output_or_one_input_is_a_layer_of_its_own():
     hidden = np.tanh(np.asarray(x)[:, None] @ np.asarray(params["in"]) + np.asarray(params["b"]))
     inputs = [np.column_stack([side, np.ones(6)]) for side in (np.asarray(x), hidden)]
     back = np.asarray(params["out"])[:, 0] * (1 - hidden**2) / 0.5
-    first = np.kron(inputs[0].T @ inputs[0] / 6, back.T @ back / 6)
+    first = np.kron(inputs[0].T @ inputs[0], back.T @ back)
+    first *= np.mean(np.sum(inputs[0] ** 2, 1) * np.sum(back**2, 1)) / np.trace(first)
     last = inputs[1].T @ inputs[1] / 6 / 0.25
     expected = np.zeros((13, 13))
     # In the order of the parameters: b, c, in, out.
@@ -520,8 +521,9 @@ def test_a_weight_stored_as_outputs_by_inputs_has_its_bias(sizes):
         (np.arange(sizes[1])[:, None] * (sizes[0] + 1) + np.arange(sizes[0])).ravel(),
         np.arange(sizes[1]) * (sizes[0] + 1) + sizes[0],
     ]
-    expected = np.kron(g.T @ g / 5, a.T @ a / 5)[np.ix_(order, order)]
-    assert_close(K.as_matrix(), expected)
+    expected = np.kron(g.T @ g, a.T @ a)[np.ix_(order, order)]
+    trace = np.mean(np.sum(rows**2, (1, 2)))
+    assert_close(K.as_matrix(), expected * (trace / np.trace(expected)))
     rows = rows.reshape(5, -1)[:, order]
     assert_close(scores.gram(), rows @ rows.T)
     assert_close(scores.as_matrix(), rows)

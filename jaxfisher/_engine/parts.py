@@ -71,7 +71,7 @@ def leaf_parts(output: Output, shape: tuple[int, ...], dtype: Any) -> LeafParts:
     found = value.terms if isinstance(value, Unformed) else (whole(value, output.flags, why),)
     products: list[Part] = []
     formed: list[Part] = []
-    for term in map(fold, found):
+    for term in found if all(map(_is_column, found)) else map(fold, found):
         if len(term.factors) == 1 and term.factors[0].plain is not None:
             formed.append(_formed(term, shape))
             why = why or term.factors[0].reason
@@ -85,6 +85,14 @@ def leaf_parts(output: Output, shape: tuple[int, ...], dtype: Any) -> LeafParts:
         products.append(part)
     cast = [part._replace(form=jax.tree.map(lambda x: _cast(x, dtype), part.form)) for part in (*products, *formed)]
     return LeafParts(_joined(cast), why)
+
+
+def _is_column(term: Term) -> bool:
+    """Whether one of two factors has all of the leaf's axes and the other none: the weight of a single output."""
+    if len(term.factors) != 2 or any(factor.plain is None or factor.place is not None for factor in term.factors):
+        return False
+    leaf = {axis for axes in term.dims for axis in axes}
+    return sorted(len(leaf & set(factor.axes)) for factor in term.factors) == [0, len(leaf)] != [0, 0]
 
 
 def _cast(array: Array, dtype: Any) -> Array:
@@ -218,14 +226,30 @@ def _arranged(factor: Factor, *groups: Sequence[Axis]) -> Array:
 
 
 def _outer(pair: _Pair, left: Array, right: Array, place: tuple[int, ...] = ()) -> Part:
-    """An outer product; formed if one side has length one and a sum over positions makes it smaller than the other."""
+    """An outer product. If one side has length one, the sum over positions is smaller, and is one side of a single product."""
     layout = pair.layout
-    alone = layout.groups == 1 and left.shape[-2] == 1 and layout.inputs * layout.outputs > 1
-    if alone or (layout.inputs > 1 and layout.outputs > 1):
+    column = _is_vector(layout)
+    if layout.inputs > 1 < layout.outputs or (column and left.shape[-2] == 1):
         sources = (pair.source(pair.left, pair.inputs), pair.source(pair.right, pair.outputs))
         return Part(Product(left, right, layout), pair.flags, place, *sources)
-    formed = layout.leaf(jnp.matmul(left.swapaxes(-1, -2), right, precision=jax.lax.Precision.HIGHEST))
-    return Part(Formed(formed), (pair.left.flags | pair.right.flags,))
+    formed = jnp.matmul(left.swapaxes(-1, -2), right, precision=jax.lax.Precision.HIGHEST)
+    flags = pair.left.flags | pair.right.flags
+    if not column:
+        return Part(Formed(layout.leaf(formed)), (flags,))
+    return _column(formed, layout, flags, place)
+
+
+def _is_vector(layout: Layout) -> bool:
+    """Whether a leaf's gradients are a single column or row."""
+    return layout.groups == 1 and layout.inputs * layout.outputs > 1 == min(layout.inputs, layout.outputs)
+
+
+def _column(formed: Array, layout: Layout, flags: int, place: tuple[int, ...]) -> Part:
+    """A gradient ``[1, inputs, outputs]`` of which one side has length one, as a product of itself and the number one."""
+    one = jnp.ones((1, 1, 1), formed.dtype)
+    if layout.outputs == 1:
+        return Part(Product(formed.swapaxes(-1, -2), one, layout), (flags, 0), place)
+    return Part(Product(one, formed, layout), (0, flags), place)
 
 
 def _placed(pair: _Pair) -> Part | None:
@@ -289,6 +313,10 @@ def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
 
 def _together(a: Part, b: Part) -> Part | None:
     one, two = a.form, b.form
+    if isinstance(one, Product) and isinstance(two, Product) and one.layout == two.layout and _is_vector(one.layout):
+        # Products of a vector and a number add up to one vector.
+        whole = jnp.add(*(x.left.swapaxes(-1, -2) * x.right for x in (one, two)))
+        return _column(whole, one.layout, a.flags[0] | a.flags[1] | b.flags[0] | b.flags[1], (*a.place, *b.place))
     if a.flags != b.flags:
         return None
     if isinstance(one, Formed) and isinstance(two, Formed):

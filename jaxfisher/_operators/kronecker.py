@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._engine import Basis, Layout
 from jaxfisher._inverse import Factorise, Solved, SolveInfo
-from jaxfisher._linalg import cholesky, matmul, norm, resolved
+from jaxfisher._linalg import cholesky, diagonals, matmul, norm, resolved
 from jaxfisher._once import once
 from jaxfisher._operators.base import Operator
 from jaxfisher._operators.block import BlockDiagonal
@@ -112,14 +112,14 @@ class Kronecker(_Layer):
         return self._as_matrix(jax.vmap(jnp.kron)(self.inputs, self.outputs))
 
     def diagonal(self) -> Any:
-        inputs, outputs = _diagonals(self.inputs), _diagonals(self.outputs)
+        inputs, outputs = diagonals(self.inputs), diagonals(self.outputs)
         return self._leaves(inputs[:, :, None] * outputs[:, None, :])
 
     def linearised(self) -> Callable[[Any], Any]:
         return lambda v: self._leaves(matmul(matmul(self.inputs, self._matrix(v)), self.outputs))
 
     def trace(self) -> Scalar:
-        return jnp.sum(jnp.sum(_diagonals(self.inputs), 1) * jnp.sum(_diagonals(self.outputs), 1))
+        return jnp.sum(jnp.sum(diagonals(self.inputs), 1) * jnp.sum(diagonals(self.outputs), 1))
 
     def frobenius_norm(self) -> Scalar:
         norms = jax.vmap(lambda a, g: norm(a.reshape(-1)) * norm(g.reshape(-1)))(self.inputs, self.outputs)
@@ -150,7 +150,7 @@ class Kronecker(_Layer):
     def factored_inverse(self, damping: Scalar) -> Callable[[Any], Any]:
         """``(A + pi sqrt(damping) I)^-1 V (G + sqrt(damping) / pi I)^-1``, ``pi`` balancing the factors' mean eigenvalues."""
         sizes = self.inputs.shape[-1], self.outputs.shape[-1]
-        shifts = _shifts(jnp.mean(_diagonals(self.inputs), 1), jnp.mean(_diagonals(self.outputs), 1), damping, sizes)
+        shifts = _shifts(jnp.mean(diagonals(self.inputs), 1), jnp.mean(diagonals(self.outputs), 1), damping, sizes)
         parts = zip((self.inputs, self.outputs), shifts, strict=True)
         a, g = (jax.vmap(lambda x, s: cholesky(x + s * jnp.eye(len(x), dtype=x.dtype)))(*part) for part in parts)
         solve = partial(jax.lax.linalg.triangular_solve, lower=True)
@@ -218,8 +218,8 @@ def merged(terms: Sequence[Kronecker]) -> Kronecker:
     """
     if len(terms) == 1:
         return terms[0]
-    a = jnp.stack([jnp.sum(_diagonals(term.inputs), 1) for term in terms])
-    g = jnp.stack([jnp.sum(_diagonals(term.outputs), 1) for term in terms])
+    a = jnp.stack([jnp.sum(diagonals(term.inputs), 1) for term in terms])
+    g = jnp.stack([jnp.sum(diagonals(term.outputs), 1) for term in terms])
     total = jnp.sum(g, 0, keepdims=True)
     share = jnp.where(total > 0, g / jnp.where(total > 0, total, 1), 1 / len(terms))
     mean = jnp.sum(share * a, 0, keepdims=True)
@@ -247,11 +247,6 @@ def _shifts(
     rounding = [10 * size * jnp.finfo(mean.dtype).eps * mean for mean, size in zip((a, g), sizes, strict=True)]
     held = [jnp.maximum(shift, least) for shift, least in zip(shifts, rounding, strict=True)]
     return jnp.where(held[0] > 0, held[0], 1), jnp.where(held[1] > 0, held[1], 1)
-
-
-def _diagonals(x: Float[Array, "groups m m"]) -> Float[Array, "groups m"]:
-    # As a slice with a stride, which compiles in half the time of a masked sum.
-    return x.reshape(x.shape[0], -1)[:, :: x.shape[-1] + 1]
 
 
 def _eigh(x: Float[Array, "groups m m"]) -> tuple[Float[Array, "groups m"], Float[Array, "groups m m"]]:

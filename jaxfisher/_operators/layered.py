@@ -42,19 +42,22 @@ REDUCE = Sharing("reduce", lambda scores: scores.reduced_moments())
 def kronecker(fisher: Operator, rest: View = diagonal) -> BlockDiagonal:
     r"""KFAC with positions as if they were examples (*expand*): the block of each layer as a Kronecker product.
 
-    .. math:: F_\ell \approx A \otimes G, \qquad A = E\Big[\tfrac1T \sum_t a_t a_t^T\Big], \quad
-        G = E\Big[\sum_t g_t g_t^T\Big],
+    .. math:: F_\ell \approx A \otimes G, \qquad A = \frac{E \sum_t a_t a_t^T}{E \sum_t 1}, \quad
+        G = c\, E\Big[\sum_t g_t g_t^T\Big], \quad \mathrm{tr} A\, \mathrm{tr} G = \mathrm{tr} F_\ell,
 
-    with ``a`` a layer's inputs (with a last one for its bias), ``g`` the derivatives of the log-density by its outputs, T the
-    positions that share the weight; E is the Fisher's mean over examples, and over outputs or draws. Exact for one example of a
-    layer without sharing, and for deep linear networks with Gaussian outputs. Any framework: layers are read off the program.
+    with ``a`` a layer's inputs (with a last one for its bias), ``g`` the derivatives of the log-density by its outputs, and t
+    the positions that share the weight and carry a gradient. A position at which every ``g`` is zero, such as padding that a
+    mask takes out of the loss, is not counted. E is the Fisher's mean over examples, and over outputs or draws; c gives the
+    block the trace that it has. Where every position carries a gradient these are the factors of Eschenhagen et al., who have
+    c = 1. Exact for one example of a layer without sharing, and for deep linear networks with Gaussian outputs. Any framework:
+    layers are read off the program.
 
     **Of a sum** ``F + G``, leaf by leaf: a multiple of the identity stays one. Where a leaf has factors in one term only, those
     are taken. Where it has factors in several terms, the block is one product, whose factors are means over the terms, each
-    weighted by the trace of its other factor: so it has the trace of the terms' own products on every leaf, and is their sum
-    where that is one product. A term in which such a leaf has no factors counts by its diagonal. Factors in different layouts,
-    as of weights that are a stack in one term and one matrix in the other, stay a sum, which is solved as a dense block.
-    ``rest`` is taken of the leaves that have factors in no term.
+    weighted by the trace of its other factor: so it has the trace of the sum on every layer, and is the sum of the terms'
+    products where that is one product. A term in which such a leaf has no factors counts by its diagonal. Factors in
+    different layouts, as of weights that are a stack in one term and one matrix in the other, stay a sum, which is solved as a
+    dense block. ``rest`` is taken of the leaves that have factors in no term.
 
     Args:
         fisher: an operator held as scores, implicit, held by Kronecker factors, or a sum with one of these.
@@ -85,7 +88,9 @@ def kronecker_reduce(fisher: Operator, rest: View = diagonal) -> BlockDiagonal:
     r"""KFAC with a layer's positions taken together (*reduce*), for weights shared over positions that are then averaged.
 
     .. math:: A = E[\bar a \bar a^T], \quad \bar a = \tfrac1T \sum_t a_t, \qquad
-        G = E[\bar g \bar g^T], \quad \bar g = \sum_t g_t.
+        G = c\, E[\bar g \bar g^T], \quad \bar g = \sum_t g_t, \qquad \mathrm{tr} A\, \mathrm{tr} G = \mathrm{tr} F_\ell,
+
+    over the T positions of an example that carry a gradient, and over the examples that have one.
 
     Arguments and errors are those of `jaxfisher.kronecker`, with which it agrees where nothing is shared.
 
@@ -254,14 +259,12 @@ def _layers(places: Places, operator: Operator, sharing: Sharing) -> tuple[tuple
             "scores that are not centred, or jf.eigen_kronecker(fisher, basis) in the basis of such a view."
         )
     found: list[tuple[Places, Kronecker]] = []
-    mass = jnp.where(scores.mass > 0, scores.mass, 1)
     for k, made in enumerate(sharing.moments(scores)):
         if made is not None:
             group = tuple(i for i, owner in enumerate(scores.layers) if k in (i, owner))
-            # Both factors carry the sum of the weights, and the product is to carry it once.
-            factors = _symmetric(made.inputs / mass), _symmetric(made.outputs)
+            inputs, outputs = map(_symmetric, made.factors())
             spec = _spec_of(operator.spec, group)
-            block = Kronecker(*factors, made.layout, group.index(k), sharing.name, spec, operator.provenance)
+            block = Kronecker(inputs, outputs, made.layout, group.index(k), sharing.name, spec, operator.provenance)
             found.append((tuple(places[i] for i in group), block))
     return tuple(found)
 

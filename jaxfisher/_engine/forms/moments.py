@@ -1,31 +1,74 @@
-"""Second moments of the factors of a leaf: what its Kronecker approximations are made of."""
+r"""Second moments of the factors of a leaf: what its Kronecker approximations are made of.
+
+A row is ``sum_t a_t (x) g_t``. Positions t at which every row of an example has a ``g`` of zero carry no gradient: they are
+padding, or a mask takes them out of the loss. They add nothing to a row, and the moments do not count them, whatever inputs
+they have.
+
+Reference: Eschenhagen et al., Kronecker-factored approximate curvature for modern neural network architectures (NeurIPS 2023),
+sections 3.2 (expand) and 3.3 (reduce). Where every position carries a gradient their factors and ours are the same up to a
+number: the trace of their product is that of the block only where ``|a|`` and ``|g|`` are independent, of ours it always is.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from jaxfisher._engine.forms.arrays import contracted, sum_to
-from jaxfisher._engine.forms.layout import Layout
+from jaxfisher._engine.forms.arrays import HIGHEST, contracted, sum_to
+from jaxfisher._engine.forms.layout import Layout, matrix_layout
 from jaxfisher._engine.forms.leaf import Leaf
 from jaxfisher._engine.forms.product import Product
+from jaxfisher._engine.forms.tiles import by_columns
 from jaxfisher._examples import sum_batches
+from jaxfisher._linalg import diagonals, matmul
 
 
-class Moments(NamedTuple):
-    """Second moments of the factors of a leaf, the statistics of its Kronecker approximation.
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("inputs", "outputs", "count", "trace"),
+    meta_fields=("layout",),
+)
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Weighted sums over the rows of a leaf, for its Kronecker approximation; those of several blocks of rows add up.
 
-    ``inputs (x) outputs`` approximates the leaf's block of ``S^T diag(omega) S``, in the order of ``layout``. Where the leaf
-    has a bias, the last input is the one it is the weight of, and the block is that of the layer.
+    Where the leaf has a bias, the last input is the one it is the weight of, and the block is that of the layer.
+
+    Attributes:
+        inputs: ``sum omega a a^T`` over what is counted: positions of examples, or examples.
+        outputs: ``sum omega g g^T`` over the same, and over the rows of an example.
+        count: ``sum omega`` over what is counted.
+        trace: ``sum omega |D|^2``, the trace of the block of ``S^T diag(omega) S``.
+        layout: how the leaf's entries are ordered.
     """
 
     inputs: Float[Array, "groups inputs inputs"]
     outputs: Float[Array, "groups outputs outputs"]
+    count: Float[Array, " groups"]
+    trace: Float[Array, " groups"]
     layout: Layout
+
+    def factors(self) -> tuple[Float[Array, "groups inputs inputs"], Float[Array, "groups outputs outputs"]]:
+        r"""``A`` and ``G``, whose Kronecker product approximates the block and has its trace, group by group.
+
+        .. math:: A = \frac{\sum \omega\, a a^T}{\sum \omega}, \qquad G = c \sum \omega\, g g^T, \qquad
+            \mathrm{tr} A\, \mathrm{tr} G = \sum \omega\, |D|^2.
+        """
+        inputs = self.inputs / _or_one(self.count)[:, None, None]
+        sizes = [_or_one(jnp.sum(diagonals(factor), 1)) for factor in (inputs, self.outputs)]
+        scale = self.trace / sizes[0] / sizes[1]
+        return inputs, self.outputs * scale[:, None, None]
+
+
+def _or_one(x: Float[Array, " groups"]) -> Float[Array, " groups"]:
+    """One where it is zero, to divide what is zero there too."""
+    return jnp.where(x == 0, 1, x)
 
 
 def has_moments(leaf: Leaf) -> bool:
@@ -33,45 +76,56 @@ def has_moments(leaf: Leaf) -> bool:
     return bool(leaf.forms) and all(not form.unfactored and form.layout == leaf.layout for form in leaf.forms)
 
 
+class _Factors(NamedTuple):
+    """The factors of a leaf's rows, and where one of the rows of an example has a gradient."""
+
+    left: Float[Array, "n rows groups T inputs"]
+    right: Float[Array, "n rows groups T outputs"]
+    carrying: Bool[Array, "n 1 groups T"]
+
+
 def expanded_moments(leaf: Leaf, w: Float[Array, "examples rows"]) -> Moments | None:
-    """Kronecker moments with positions as if they were examples: ``E[1/T sum_t a_t a_t^T]`` and ``E[sum_t g_t g_t^T]``.
+    """Kronecker moments with the positions that carry a gradient as if they were examples.
 
-    None for a leaf that is no dense outer product. Reference: Eschenhagen et al. (NeurIPS 2023), KFAC-expand.
+    None for a leaf that is no dense outer product.
     """
-
-    def of(left: Array, right: Array, w: Array) -> tuple[Array, Array]:
-        mean = jnp.mean(w, 1, keepdims=True) / left.shape[3]
-        return _second_moment(left, mean if left.shape[1] == 1 else w / w.shape[1] / left.shape[3]), _second_moment(right, w)
-
-    return _moments(leaf, w, of)
+    return _moments(leaf, w, lambda factors: factors)
 
 
 def reduced_moments(leaf: Leaf, w: Float[Array, "examples rows"]) -> Moments | None:
-    """Kronecker moments of sums over positions: ``E[a a^T]`` of ``a = mean_t a_t`` and ``E[g g^T]`` of ``g = sum_t g_t``.
+    """Kronecker moments of ``a``, the mean over the positions of an example that carry a gradient, and ``g``, the sum.
 
-    None for a leaf that is no dense outer product. Reference: Eschenhagen et al. (NeurIPS 2023), KFAC-reduce.
+    Examples without such a position are not counted. None for a leaf that is no dense outer product.
     """
 
-    def of(left: Array, right: Array, w: Array) -> tuple[Array, Array]:
-        left, right = jnp.mean(left, 3, keepdims=True), jnp.sum(right, 3, keepdims=True)
-        mean = jnp.mean(w, 1, keepdims=True)
-        return _second_moment(left, mean if left.shape[1] == 1 else w / w.shape[1]), _second_moment(right, w)
+    def reduced(factors: _Factors) -> _Factors:
+        left, right, carrying = factors
+        count = jnp.sum(carrying, 3, keepdims=True, dtype=left.dtype)
+        mean = jnp.sum(jnp.where(carrying[..., None], left, 0), 3, keepdims=True) / jnp.maximum(count, 1)[..., None]
+        return _Factors(mean, jnp.sum(right, 3, keepdims=True), count > 0)
 
-    return _moments(leaf, w, of)
+    return _moments(leaf, w, reduced)
 
 
-def _moments(
-    leaf: Leaf, w: Float[Array, "examples rows"], of: Callable[[Array, Array, Array], tuple[Array, Array]]
-) -> Moments | None:
+def _moments(leaf: Leaf, w: Float[Array, "examples rows"], counted: Callable[[_Factors], _Factors]) -> Moments | None:
     if not has_moments(leaf):
         return None
 
-    def piece(leaf: Leaf, w: Array) -> tuple[Array, Array]:
+    def piece(leaf: Leaf, w: Array) -> tuple[Array, ...]:
         pairs = [(product.left, product.right) for product in products(leaf)]
-        return of(_joined([left for left, _ in pairs]), _joined([right for _, right in pairs]), w)
+        left, right = _joined([left for left, _ in pairs]), _joined([right for _, right in pairs])
+        squares = jnp.sum(w[:, :, None, None, None] * jnp.square(right), 4)
+        factors = _Factors(left, right, jnp.any(squares != 0, 1, keepdims=True))
+        trace = _trace(factors, squares, w)
+        factors = counted(factors)
+        # An input counts once for all rows of its example.
+        mean = jnp.mean(w, 1, keepdims=True) if left.shape[1] == 1 else w / w.shape[1]
+        weight = jnp.where(factors.carrying, mean[:, :, None, None], 0)
+        inputs, outputs = _second_moment(factors.left, weight), _second_moment(factors.right, w[:, :, None, None])
+        return inputs, outputs, jnp.sum(weight, (0, 1, 3)), trace
 
-    inputs, outputs = leaf.in_pieces(piece, sum_batches, w)
-    return Moments(inputs, outputs, leaf.layout)
+    inputs, outputs, count, trace = leaf.in_pieces(piece, sum_batches, w)
+    return Moments(inputs, outputs, count, trace, leaf.layout)
 
 
 def products(leaf: Leaf) -> list[Product]:
@@ -92,7 +146,43 @@ def _joined(factors: Sequence[Array]) -> Float[Array, "n r b t i"]:
     return jnp.concatenate([jnp.broadcast_to(x, (*lead, *x.shape[2:])) for x in factors], axis=3)
 
 
-def _second_moment(x: Float[Array, "n r b t i"], w: Float[Array, "n r"]) -> Float[Array, "b i i"]:
+def _second_moment(x: Float[Array, "n r b t i"], w: Float[Array, "n r #b #t"]) -> Float[Array, "b i i"]:
     """``sum w x x^T`` over rows and positions, symmetric up to rounding: to mirror it would take as long as to make it."""
-    w = sum_to(w, x.shape[:2])[:, :, None, None, None]
-    return contracted(*jnp.broadcast_arrays(w * x, x))
+    return contracted(*jnp.broadcast_arrays(sum_to(w, x.shape[:2])[..., None] * x, x))
+
+
+def _trace(factors: _Factors, squares: Float[Array, "n rows b t"], w: Float[Array, "n rows"]) -> Float[Array, " b"]:
+    """``sum w |sum_t a_t g_t^T|^2`` over rows, group by group; ``squares`` are ``w |g_t|^2``.
+
+    From inner products of factors, or of gradients that are formed, whichever takes less.
+    """
+    left, right, carrying = factors
+    positions, inputs, outputs = left.shape[3], left.shape[4], right.shape[4]
+    if positions == 1:
+        # An input so huge that its square overflows may have a gradient of zero.
+        lefts = jnp.where(carrying, jnp.sum(jnp.square(left), 4), 0)
+        return jnp.sum(lefts * sum_to(squares, lefts.shape), (0, 1, 3))
+    left = jnp.where(carrying[..., None], left, 0)
+    # A left factor that all rows of an example share meets all of their right ones at once.
+    shared = left.shape[1] == 1
+    rows = right.shape[1] if shared else 1
+    if positions * (inputs + rows * outputs) > rows * inputs * outputs:
+        return _trace_of_formed(left, right, w)
+    lefts, weighted = matmul(left, left.swapaxes(-1, -2)), w[:, :, None, None, None] * right
+    if shared:
+        rights = jnp.einsum("nrbto,nrbso->nbts", weighted, right, precision=HIGHEST)[:, None]
+    else:
+        rights = matmul(weighted, right.swapaxes(-1, -2))
+    return jnp.sum(lefts * sum_to(rights, left.shape), (0, 1, 3, 4))
+
+
+def _trace_of_formed(left: Array, right: Array, w: Array) -> Float[Array, " b"]:
+    """The same, a few inputs of the gradients at a time."""
+    layout = matrix_layout(left.shape[2], left.shape[4], right.shape[4])
+    examples, rows = w.shape
+    leaf = Leaf((Product(left, right, layout),), layout.shape, right.dtype, examples, rows)
+
+    def tile(d: Array) -> Array:
+        return jnp.einsum("nr,nrbio->b", sum_to(w, d.shape), jnp.square(d), precision=HIGHEST)
+
+    return jnp.sum(by_columns(tile, leaf), 0)
