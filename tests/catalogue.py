@@ -1356,7 +1356,7 @@ def _invented_primitive_on_an_activation():
 # Programs for which a rule does not hold, or on which one was once applied all the same.
 
 
-@_row(eps=1.2e-7, relaxed=True)
+@_row("w", eps=1.2e-7, relaxed=True)
 def _complex_constant_after_a_real_weight():
     mix = jax.lax.complex(_array(1, 4, 3, dtype=np.float32), _array(2, 4, 3, dtype=np.float32))
 
