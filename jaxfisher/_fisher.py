@@ -19,7 +19,7 @@ from jaxfisher._operators.implicit import Implicit
 from jaxfisher._operators.provenance import Provenance
 from jaxfisher._rows import ExactRows, Prediction, Rows, SampledRows, ScoreRows, prediction
 from jaxfisher._scores import CenteredScores, Scores, make_scores
-from jaxfisher._tree import ParamSpec, as_key, check_function, threefry_key
+from jaxfisher._tree import as_key, check_function, threefry_key
 from jaxfisher._values import described, whole
 from jaxfisher._varying import varying_like
 
@@ -282,23 +282,14 @@ def implicit_fisher(model: Model, *, batch_size: int | None = None) -> ImplicitF
         with of_one_example(model, "model", params, batch.data):
             kind = _exact_kind(prediction(model, params, batch.data))
         if views_of is not None:
-            _check_same(as_operator(views_of, "implicit_fisher: `views_of`"), batch.spec)
+            views_of = as_operator(views_of, "implicit_fisher: `views_of`")
+            batch.spec.check_same(views_of.spec, f"implicit_fisher: cannot take views of `views_of`, {views_of}")
         keep = (True,) * len(batch.spec.paths)
         provenance = Provenance(kind, batch.size, batch.weighted)
         params = varying_like(params, batch.data)
         return Implicit(model, params, batch.data, batch.weights, batch.batch_size, keep, batch.spec, provenance, views_of)
 
     return fisher_of
-
-
-def _check_same(views_of: Operator, spec: ParamSpec) -> None:
-    other = views_of.spec
-    if other != spec:
-        where = spec.mismatch(other.treedef, other.paths, other.shapes)
-        raise ValueError(
-            f"implicit_fisher: `views_of` is {views_of}, over other parameters: "
-            f"{where or f'the dtypes are {other.dtypes}, not {spec.dtypes}'}. Make both at the same parameters."
-        )
 
 
 def _from_rows(kind: str, rows: Rows, params: chex.ArrayTree, batch: Batch) -> Operator:

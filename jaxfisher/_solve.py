@@ -77,7 +77,7 @@ class CG:
         if near is not None:
             # Here and not in the program: a view is a function of the user's, and may be a new one at each call.
             near = as_operator(near if isinstance(near, Operator) else near(fisher), "CG: `preconditioner`")
-            fisher.same_parameters(near, f"CG: cannot precondition {fisher} with `preconditioner`, {near}")
+            fisher.spec.check_same(near.spec, f"CG: cannot precondition {fisher} with `preconditioner`, {near}")
         x, info = dataclasses.replace(self, preconditioner=near)._solution(fisher, fisher._vector(v), fisher.dampings(damping))
         return cast_like(x, v), info
 

@@ -94,6 +94,15 @@ class ParamSpec:
                 "for instance a gradient."
             )
 
+    def check_same(self, other: ParamSpec, what: str) -> None:
+        """Raise `ValueError` unless another operator's parameters are these; ``what`` says what cannot be done if not."""
+        if other != self:
+            where = self.mismatch(other.treedef, other.paths, other.shapes)
+            raise ValueError(
+                f"{what}: it is over other parameters. {where or f'Their dtypes are {other.dtypes}, not {self.dtypes}'}. "
+                "Make both at the same parameters."
+            )
+
     def mismatch(self, treedef: Any, paths: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> str | None:
         """The first way in which a pytree of this structure, paths and shapes differs from the parameters; None if none."""
         if treedef != self.treedef:

@@ -127,7 +127,6 @@ PARTS = {
         "restrict",
         "root_size",
         "rows",
-        "same_parameters",
         "with_arrays",
     ),
 }

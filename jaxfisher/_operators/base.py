@@ -304,16 +304,6 @@ class Operator(abc.ABC):
     def _vector(self, v: chex.ArrayTree) -> Any:
         return self.spec.tree(self.spec.leaves(v, "v"))
 
-    def same_parameters(self, other: Operator, what: str) -> None:
-        """Raise `ValueError` unless the other is over the same parameters; ``what`` says what cannot be done if it is not."""
-        if other.spec != self.spec:
-            where = self.spec.mismatch(other.spec.treedef, other.spec.paths, other.spec.shapes)
-            raise ValueError(
-                f"{what}: they are over different parameters. In the latter, "
-                f"{where or f'the dtypes are {other.spec.dtypes}, not {self.spec.dtypes}'}. "
-                "Make both at the same parameters."
-            )
-
     # NumPy would take an operator for a scalar and make an array of operators: this hands the arithmetic to the methods below.
     __array_ufunc__ = None
 
@@ -323,7 +313,7 @@ class Operator(abc.ABC):
                 f"cannot add a Fisher and {described(other)}: expected two Fishers over the same parameters. A multiple of "
                 "the identity is jf.scaled_identity(F, c), or `damping`, an argument of solve, logdet and natural_grad."
             )
-        self.same_parameters(other, f"cannot add to {self} the operator {other}")
+        self.spec.check_same(other.spec, f"cannot add to {self} the operator {other}")
         return self._plus(other) if self.takes_sums >= other.takes_sums else other._plus(self)
 
     __radd__ = __add__

@@ -142,7 +142,7 @@ def eigen_kronecker(fisher: Operator, basis: BlockDiagonal | None = None, rest: 
         basis = _layered(fisher, EXPAND, rest, "eigen_kronecker")
     if not isinstance(basis, BlockDiagonal):
         raise TypeError(f"eigen_kronecker: `basis` is {basis!r}; expected jf.kronecker(fisher) or jf.eigen_kronecker(fisher).")
-    fisher.same_parameters(basis, f"eigen_kronecker: cannot view {fisher} in `basis`, {basis}")
+    fisher.spec.check_same(basis.spec, f"eigen_kronecker: cannot view {fisher} in `basis`, {basis}")
     pieces = [_Term(places, operator, ()) for places, operator in fisher.pieces()]
     blocks: list[Operator] = []
     members: list[Places] = []
