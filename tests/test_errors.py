@@ -741,3 +741,21 @@ def test_any_real_scalar_multiplies_from_either_side(factor):
     for product in (factor * operator, operator * factor):
         assert re.match(r"Fisher\(exact, scaled mean over 5", repr(product))
         np.testing.assert_allclose(product.as_matrix(), [[2 * np.mean(Y**2)]], rtol=50 * np.finfo(np.float64).eps)
+
+
+# --- what came out of a vmap or a loop --------------------------------------------------------------------------------------------
+
+
+def test_a_running_mean_that_a_loop_carries():
+    """A sum of Fishers has another structure than its terms. JAX's error shows what to do instead, which then works."""
+
+    def run(mean_of):
+        return jax.eval_shape(
+            lambda: jax.lax.scan(lambda f, _: (mean_of(f, jf.diagonal(fisher())), None), start(), jnp.arange(2))
+        )
+
+    start = lambda: jf.diagonal(fisher())  # noqa: E731
+    with pytest.raises(TypeError, match=r"scaled mean over 5.*must average their arrays.*jax\.tree\.map\(lambda mean, new"):
+        run(lambda mean, new: 0.9 * mean + 0.1 * new)
+    carried, _ = run(lambda mean, new: jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, mean, new))
+    assert repr(carried) == repr(jax.eval_shape(start))
