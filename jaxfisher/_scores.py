@@ -49,6 +49,7 @@ from jaxfisher._linalg import matmul, mirrored
 from jaxfisher._model import LOG_PROB, LogProb, of_one_example
 from jaxfisher._once import Static, once, once_for
 from jaxfisher._rows import Rows, ScoreRows
+from jaxfisher._stack import of_one
 from jaxfisher._tree import ParamSpec, check_function, described, dot, dtype_of, kept, narrowed, param_spec
 
 
@@ -67,7 +68,12 @@ class Scores(abc.ABC):
         super().__init_subclass__(**options)
         for name in _PROGRAMS:
             if name in vars(cls):
-                setattr(cls, name, once(vars(cls)[name]))
+                setattr(cls, name, once(of_one(name)(vars(cls)[name])))
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The axes that `jax.vmap` or `jax.lax.scan` has put before the rows; () of one matrix of scores."""
+        return self.weights.shape[:-1]
 
     @property
     def num_rows(self) -> int:
@@ -174,6 +180,7 @@ _PROGRAMS = (
 
 
 @once
+@of_one("mv")
 def _product(scores: Scores, v: Any) -> Float[Array, " rows"]:
     return scores._mv(v, sealed)
 

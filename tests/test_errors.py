@@ -743,7 +743,54 @@ def test_any_real_scalar_multiplies_from_either_side(factor):
         np.testing.assert_allclose(product.as_matrix(), [[2 * np.mean(Y**2)]], rtol=50 * np.finfo(np.float64).eps)
 
 
-# --- what came out of a vmap or a loop --------------------------------------------------------------------------------------------
+# --- what came out of a vmap or a loop ----------------------------------------------------------------------------------------
+
+VIEWS = {
+    "scores": lambda f: f,
+    "dense": jf.dense,
+    "diagonal": jf.diagonal,
+    "blocks": jf.block_diagonal,
+    "Kronecker": jf.kronecker,
+    "eigen-Kronecker": jf.eigen_kronecker,
+    "low rank": lambda f: jf.low_rank(f, 2),
+    "identity": lambda f: jf.scaled_identity(f, 2.0),
+    "shifted": lambda f: f + jf.scaled_identity(f, 2.0),
+    "sum": lambda f: f + jf.diagonal(f),
+    "implicit": lambda f: jf.implicit_fisher(model)(PARAMS, X),
+}
+ASKED = {
+    "trace": lambda f: f.trace(),
+    "mv": lambda f: f.mv(GRADIENT),
+    "as_matrix": lambda f: f.as_matrix(),
+    "logdet": lambda f: f.logdet(0.1),
+    "solve": lambda f: jf.solve(f, GRADIENT, 0.1),
+    "diagonal": jf.diagonal,
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_stack_of_operators_is_told_from_one(view):
+    """`jax.vmap` and `jax.lax.scan` return one object that holds many, whose numbers would be wrong without a word."""
+    mapped = lambda: jax.vmap(lambda c: c * VIEWS[view](fisher()))(jnp.ones(2))  # noqa: E731
+    looped = lambda: jax.lax.scan(lambda _, c: (None, c * VIEWS[view](fisher())), None, jnp.ones(2))[1]  # noqa: E731
+    for stack in (mapped, looped):
+        for name, ask in ASKED.items():
+            match = rf"{name}: this \w+ came out of jax.vmap .* stack of shape \(2,\).*jax.vmap\(lambda one"
+            with pytest.raises(ValueError, match=match):
+                jax.eval_shape(lambda stack=stack, ask=ask: ask(stack()))
+    inside = jax.eval_shape(lambda: jax.vmap(lambda f: f.trace())(mapped()))
+    assert inside.shape == (2,)
+
+
+def test_a_stack_of_scores_is_told_from_one():
+    stack = lambda: jax.vmap(lambda y: jf.scores(log_prob)(PARAMS, X, y))(jnp.stack([Y, Y]))  # noqa: E731
+    for name, ask in [
+        ("mv", lambda s: s.mv(GRADIENT)),
+        ("squared_norms", lambda s: s.squared_norms()),
+        ("gram", lambda s: s.gram()),
+    ]:
+        with pytest.raises(ValueError, match=rf"{name}\w*: this HeldScores came out of jax.vmap .* stack of shape \(2,\)"):
+            jax.eval_shape(lambda ask=ask: ask(stack()))
 
 
 def test_a_running_mean_that_a_loop_carries():

@@ -28,6 +28,7 @@ from jaxfisher._operators.damping import Damping, Dampings, is_one_damping
 from jaxfisher._operators.inverted import Inverted, by_leaf, flat_inverse, solve_matrix
 from jaxfisher._operators.provenance import Provenance
 from jaxfisher._scores import Scores
+from jaxfisher._stack import of_one, refuse_stack
 from jaxfisher._tree import ParamSpec, cast_like, dot
 from jaxfisher._values import check_number, described, nonnegative
 from jaxfisher._varying import alike
@@ -68,7 +69,7 @@ class Operator(abc.ABC):
         super().__init_subclass__(**options)
         for name in ("as_matrix", "diagonal", "trace", "eigvalsh", "frobenius_norm", "rank"):
             if name in vars(cls):
-                setattr(cls, name, once(vars(cls)[name]))
+                setattr(cls, name, _program(name, vars(cls)[name]))
 
     @property
     def size(self) -> int:
@@ -84,6 +85,11 @@ class Operator(abc.ABC):
     def n(self) -> int:
         """The number of examples that the mean was taken over; of a sum, those of all terms."""
         return self.provenance.examples
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The axes that `jax.vmap` or `jax.lax.scan` has put before those of what is held; () of one operator."""
+        return ()
 
     @property
     def full_rank(self) -> Int[Array, ""]:
@@ -207,11 +213,13 @@ class Operator(abc.ABC):
         """``factor * F`` in the same form."""
 
     @once
+    @of_one("trace")
     def trace(self) -> Scalar:
         """The trace of ``F``."""
         return sum((jnp.sum(leaf) for leaf in jax.tree.leaves(self.diagonal())), start=jnp.zeros((), self.spec.dtype))
 
     @once
+    @of_one("eigvalsh")
     def eigvalsh(self) -> Float[Array, " p"]:
         """The p eigenvalues of ``F``, ascending; those inside rounding error are exactly zero."""
         return eigenvalues(self._small_matrix("eigvalsh"))
@@ -221,11 +229,13 @@ class Operator(abc.ABC):
         return _log_determinant(self, self.dampings(damping))
 
     @once
+    @of_one("frobenius_norm")
     def frobenius_norm(self) -> Scalar:
         """The Frobenius norm of ``F``: the root of the sum of its squared entries, or of its squared eigenvalues."""
         return norm(self._small_matrix("frobenius_norm").reshape(-1))
 
     @once
+    @of_one("rank")
     def rank(self) -> Int[Array, ""]:
         """The number of eigenvalues that are not zero to rounding, after F is scaled to a unit diagonal."""
         return unit_rank(self._small_matrix("rank"))
@@ -336,33 +346,25 @@ class Operator(abc.ABC):
         return f"Fisher({self.provenance}, params {self.size:,}, {self.form})"
 
 
-# What the methods compute, without their checks.
+def _program(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
+    """What a method computes, without its checks: one program, of one operator."""
+    return once(of_one(name)(compute))
 
 
-@once
-def _product(fisher: Operator, v: Any) -> Any:
-    return fisher.linearised()(v)
-
-
-@once
-def _quadratic(fisher: Operator, v: Any) -> Scalar:
-    return fisher._quadratic(v)
-
-
-@once
-def _solution(fisher: Operator, v: Any, damping: Dampings) -> tuple[Any, SolveInfo]:
+def _solved(fisher: Operator, v: Any, damping: Dampings) -> tuple[Any, SolveInfo]:
     fisher, v, damping = alike(fisher, v, damping)
     return fisher.report(fisher.inverse(damping), v, damping)
 
 
-@once
-def _power_of(fisher: Operator, v: Any, power: Scalar, damping: Scalar) -> Any:
-    return fisher._power_mv(v, power, damping)
-
-
-@once
-def _log_determinant(fisher: Operator, damping: Dampings) -> Scalar:
+def _log_determinant_of(fisher: Operator, damping: Dampings) -> Scalar:
     return fisher._logdet_by_leaf(damping) if isinstance(damping, tuple) else fisher._logdet(damping)
+
+
+_product = _program("mv", lambda fisher, v: fisher.linearised()(v))
+_quadratic = _program("quadratic", lambda fisher, v: fisher._quadratic(v))
+_solution = _program("solve", _solved)
+_power_of = _program("power_mv", lambda fisher, v, power, damping: fisher._power_mv(v, power, damping))
+_log_determinant = _program("logdet", _log_determinant_of)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("terms",), meta_fields=("spec", "provenance"))
@@ -399,6 +401,10 @@ class Sum(Operator):
     def pieces(self) -> tuple[tuple[tuple[int, ...], Operator], ...]:
         return tuple(piece for term in self.terms for piece in term.pieces())
 
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self.terms[0].stack
+
     def as_matrix(self) -> Float[Array, "p p"]:
         return _total(term.as_matrix() for term in self.terms)
 
@@ -430,6 +436,7 @@ def _total(parts: Iterable[Any]) -> Any:
 def as_operator(fisher: Any, caller: str) -> Operator:
     """``fisher`` if it is an operator, else a `TypeError` that says what makes one."""
     if isinstance(fisher, Operator):
+        refuse_stack(fisher, caller)
         return fisher
     hint = " Call the function it is with the parameters and the data first." if callable(fisher) else ""
     raise TypeError(

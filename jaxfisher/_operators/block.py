@@ -74,6 +74,10 @@ class BlockDiagonal(Operator):
     def _each(self, function: Callable[[Operator], list[Array]]) -> Any:
         return self._join([function(block) for block in self.blocks])
 
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self.blocks[0].stack
+
     def as_matrix(self) -> Float[Array, "p p"]:
         matrix = jnp.zeros((self.size, self.size), self.spec.dtype)
         starts = [sum(self.spec.sizes[:i]) for i in range(len(self.spec.sizes))]

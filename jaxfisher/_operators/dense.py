@@ -30,6 +30,10 @@ class Dense(Operator):
     averages = True
     held = ("matrix",)
 
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self.matrix.shape[:-2]
+
     def as_matrix(self) -> Float[Array, "p p"]:
         return self.matrix
 

@@ -31,6 +31,11 @@ class Diagonal(Spectral):
     averages = True
     held = ("entries",)
 
+    @property
+    def stack(self) -> tuple[int, ...]:
+        first: Array = jax.tree.leaves(self.entries)[0]
+        return first.shape[: first.ndim - len(self.spec.shapes[0])]
+
     def as_matrix(self) -> Float[Array, "p p"]:
         return jnp.diag(self.spec.ravel(self.entries, "entries"))
 

@@ -47,6 +47,10 @@ class FromScores(Operator):
         """The parameters' spec."""
         return self.scores.spec
 
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self.scores.stack
+
     def as_matrix(self) -> Float[Array, "p p"]:
         return self.scores.second_moment()
 

@@ -37,6 +37,10 @@ class ScaledIdentity(Spectral):
     held = ("scale",)
     takes_sums = 2
 
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return jnp.shape(self.scale)
+
     def as_matrix(self) -> Float[Array, "p p"]:
         return self.scale * jnp.eye(self.size, dtype=self.spec.dtype)
 
@@ -113,6 +117,10 @@ class Shifted(Operator):
 
     def factorised(self) -> Shifted:
         return dataclasses.replace(self, base=self.base.factorised())
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self.base.stack or jnp.shape(self.shift)
 
     def as_matrix(self) -> Float[Array, "p p"]:
         return self.base.as_matrix() + self.shift * jnp.eye(self.size, dtype=self.spec.dtype)

@@ -111,6 +111,10 @@ class Implicit(Operator):
         scores = whole.restrict(self.keep, self.spec)
         return dataclasses.replace(scores, weights=jnp.repeat(self.weights, count))  # type: ignore[type-var]
 
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self.weights.shape[:-1]
+
     def as_matrix(self) -> Float[Array, "p p"]:
         return self.scored.second_moment()
 

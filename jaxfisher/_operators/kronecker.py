@@ -108,6 +108,10 @@ class Kronecker(_Layer):
         """Kronecker, and how positions that share the weight were counted."""
         return f"Kronecker ({self.sharing})"
 
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self.inputs.shape[:-3]
+
     def as_matrix(self) -> Float[Array, "p p"]:
         return self._as_matrix(jax.vmap(jnp.kron)(self.inputs, self.outputs))
 
@@ -293,6 +297,10 @@ class EigenKronecker(_Layer, Spectral):
         shifts = _shifts(jnp.mean(a, 1), jnp.mean(g, 1), damping, (a.shape[1], g.shape[1]))
         inverted = 1 / ((a + shifts[0][:, None])[:, :, None] * (g + shifts[1][:, None])[:, None, :])
         return partial(self._apply, lambda _: inverted)
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self.inputs.shape[:-3]
 
     def as_matrix(self) -> Float[Array, "p p"]:
         bases = jax.vmap(jnp.kron)(self.inputs, self.outputs)

@@ -51,6 +51,10 @@ class LowRank(Spectral):
         outside = outside - matmul(self.vectors, matmul(self.vectors.T, outside))
         return self.spec.unravel(matmul(self.vectors, function(self.values) * inside) + rest * outside)
 
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self.vectors.shape[:-2]
+
     def as_matrix(self) -> Float[Array, "p p"]:
         full = matmul(self.vectors * (self.values - self.floor)[None, :], self.vectors.T)
         return 0.5 * (full + full.T) + self.floor * jnp.eye(self.size, dtype=full.dtype)
