@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._linalg import cholesky, eigenvalues, kept_of, matmul, mirrored, norm, null_basis, unit_diagonal, without_noise
@@ -36,6 +37,8 @@ class SolveInfo(NamedTuple):
         rank: number of directions inverted: p, unless F is singular to rounding and the damping zero, or too small beside F for
             the dtype to tell.
         indefinite: whether an iterative solver met a direction in which ``F + damping I`` is negative, and stopped there.
+        measured: whether the residual was computed. Where it was not, as in `jaxfisher.kfac`, the residual is zero and says
+            nothing.
     """
 
     residual: Float[Array, ""]
@@ -44,6 +47,7 @@ class SolveInfo(NamedTuple):
     finite: Bool[Array, ""]
     rank: Int[Array, ""]
     indefinite: Bool[Array, ""]
+    measured: Bool[Array, ""] | np.bool_ = np.True_
 
 
 class Solved(NamedTuple):

@@ -66,6 +66,8 @@ def test_the_first_step_of_kfac_by_hand(damping):
     u = -rate * d
     ratio = (value - loss(new, x, y)) / -(g @ u + 0.5 * u @ dense @ u)
     np.testing.assert_allclose(state.ratio, ratio, rtol=1e-5)
+    info = optax.tree.get(state, "info")
+    assert not info.measured and info.residual == 0 and info.converged, "nobody computed the residual"
 
 
 def test_the_direction_of_kfac_by_a_solver():
@@ -85,6 +87,8 @@ def test_the_direction_of_kfac_by_a_solver():
     light = max(1e-3, 1e-4 * np.trace(np.asarray(jf.kronecker(like()).as_matrix())) / 31)
     assert_close(optax.tree.get(state, "learning_rate"), rate * light, factor=1e5, eps=1.2e-7)
     assert all("Kronecker" in form for form in seen)
+    info = optax.tree.get(state, "info")
+    assert info.measured and info.residual < 1e-4, "the solver's own report"
 
 
 def test_kfac_fits_without_tuning():

@@ -67,8 +67,8 @@ def kfac(
     Returns:
         A gradient transformation whose ``update`` takes ``params`` and, by keyword, ``fisher``, ``value_fn`` and, if known,
         ``value``: what `jaxfisher.training_step` gives. Its updates are negated. Read `optax.tree.get` of its state:
-        ``learning_rate``, ``momentum``, ``ratio``, ``accepted``; and ``info`` of the direction, whose residual is NaN, for "not
-        computed", unless a ``solver`` has it anyway.
+        ``learning_rate``, ``momentum``, ``ratio``, ``accepted``; and ``info`` of the direction, whose residual is not
+        computed, and ``measured`` false, unless a ``solver`` has it anyway.
 
     Raises:
         ValueError: as in `adapt_damping` and `scale_by_fisher`; (at init or update) an empirical Fisher.
@@ -100,8 +100,10 @@ def kfac(
         least = relative_damping(fisher, LEAST)
         x, info = solve(fisher, v, jnp.maximum(SHARE * damping.astype(least.dtype), least), solver)
         if solver is None or solver is factored_damping:
-            # What is left of v takes as long to find as x, and the loss judges the step: it is not computed.
-            info = info._replace(residual=jnp.full_like(info.residual, jnp.nan), converged=info.finite)
+            # The residual takes as long to compute as x does, and the loss judges the step: it is left out.
+            info = info._replace(
+                residual=jnp.zeros_like(info.residual), converged=info.finite, measured=jnp.zeros_like(info.finite)
+            )
         return x, info
 
     direction = scale_by_fisher(

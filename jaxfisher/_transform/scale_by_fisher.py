@@ -153,7 +153,7 @@ def scale_by_fisher(
         previous = None if momentum is None else (momentum, state.previous)
         result, info = _precondition(operator, updates, power, strength, solver, previous)
         kept = () if momentum is None else result
-        info = jax.tree.map(lambda a, b: a.astype(b.dtype), info, state.info)
+        info = jax.tree.map(lambda a, b: jnp.asarray(a).astype(b.dtype), info, state.info)
         count = optax.safe_increment(state.count)
         return cast_like(result, updates), ScaleByFisherState(count, mean, held, kept, info)
 
@@ -278,6 +278,7 @@ def _no_info(params: chex.ArrayTree) -> SolveInfo:
         finite=jnp.array(True),
         rank=jnp.zeros((), jnp.int32),
         indefinite=jnp.array(False),
+        measured=jnp.array(True),
     )
 
 
