@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from jaxfisher._distributions.root import Root, narrowed
 from jaxfisher._linalg import matmul
+from jaxfisher._once import once
 from jaxfisher._tree import described
 
 
@@ -36,6 +37,7 @@ def family(cls: type) -> type:
     broadcasting are for what a user writes.
     """
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    _compile_once(cls)
     names = tuple(field.name for field in dataclasses.fields(cls))
     keys = tuple(jax.tree_util.GetAttrKey(name) for name in names)
 
@@ -53,6 +55,21 @@ def family(cls: type) -> type:
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+_PROGRAMS = ("log_prob", "kl", "entropy", "mean", "variance", "mode", "fisher_sqrt_mv", "fisher_mv", "fisher_matrix")
+"""What a distribution computes. Each is one program outside ``jit`` too: `jax_debug_infs` then looks at its result, and not at
+the infinite numbers on the way to it."""
+
+
+def _compile_once(cls: type) -> None:
+    for name in _PROGRAMS:
+        member = vars(cls).get(name)
+        if isinstance(member, property):
+            assert member.fget is not None
+            setattr(cls, name, property(once(member.fget)))
+        elif member is not None:
+            setattr(cls, name, once(member))
 
 
 class Distribution:
@@ -199,11 +216,13 @@ class Distribution:
         numbers = tuple(own and ndim == 0 for ndim in self.field_ndims)
         return narrowed(self.fisher_sqrt_mv, self.fisher_noise(), moving, numbers)
 
+    @once
     def fisher_mv(self, v: Self) -> Self:
         """``F v = B (B^T v)`` for a tangent ``v`` in the fields (a pytree like the distribution)."""
         (u,) = jax.linear_transpose(self.fisher_sqrt_mv, self.fisher_noise())(v)
         return self.fisher_sqrt_mv(u)
 
+    @once
     def fisher_matrix(self) -> Float[Array, "fields fields"]:
         """The Fisher information over the fields flattened in `jax.flatten_util.ravel_pytree` order.
 
