@@ -260,7 +260,7 @@ def _shape_of_view(params: chex.ArrayTree, like: Any, viewed: Callable[[Operator
 
 def _held_arrays(operator: Operator) -> tuple[Array, ...]:
     """The arrays of what is solved with between refreshes."""
-    return tuple(jax.tree.leaves(jax.eval_shape(operator.factorised)))
+    return tuple(jax.tree.leaves(jax.eval_shape(lambda operator: operator.factorised(), operator)))
 
 
 def _zeros(tree: Any, dtype: Any) -> Any:

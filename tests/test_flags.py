@@ -1,0 +1,98 @@
+"""The public surface under the flags of JAX that people debug with; strict promotion of dtypes and ranks holds in all tests."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import pytest
+from calls import DISTRIBUTIONS, FISHERS, METHODS, NUMBERS, OTHERS, SCORES, everything, fisher, key
+
+import jaxfisher as jf
+
+
+def stumbles(calls, errors):
+    """The names of calls that raise one of these errors, and what they say."""
+    found = {}
+    for name, call in calls.items():
+        try:
+            jax.block_until_ready(jax.tree.leaves(call()))
+        except errors as error:
+            found[name] = str(error)
+    return found
+
+
+def abstractly(calls):
+    """The calls, traced and neither compiled nor run; without those that look at numbers, or return none."""
+    concrete = {"check_fisher", "explain", "layers", *(name for name in calls if name[0] == "null_space")}
+    return {name: lambda f=f: jax.eval_shape(lambda: jax.tree.leaves(f())) for name, f in calls.items() if name not in concrete}
+
+
+def test_every_public_function_is_in_the_table():
+    types = {name for name in vars(jf) if inspect.isclass(getattr(jf, name)) and name not in {*DISTRIBUTIONS, "CG", "LSMR"}}
+    public = {name for name, value in vars(jf).items() if callable(value) and not name.startswith("_")} - types
+    called = {str(name).split(",")[0] for name in everything()}
+    assert public - called == set()
+
+
+PARTS = {
+    jf.Operator: {
+        *("along", "dampings", "inverse", "inverses", "linearised", "pieces", "report", "rescaled", "restrict", "root_size"),
+        *("rows", "with_arrays"),
+    },
+    jf.Scores: {
+        *("bound", "centered", "gram_upper", "mv_computed", "rescaled", "restrict", "reweighted", "scaled_moment"),
+        "squares_along",
+    },
+}
+"""Methods for use inside a program: they check, choose among what is held, or return functions."""
+
+
+@pytest.mark.parametrize(("owner", "called"), [(jf.Operator, METHODS), (jf.Scores, SCORES)])
+def test_every_method_is_in_the_table(owner, called):
+    public = {name for name, _ in inspect.getmembers(owner, inspect.isfunction) if not name.startswith("_")}
+    assert public == {*called, *PARTS[owner]}
+
+
+def test_no_number_of_ours_is_taken_for_a_mistake():
+    """At finite data nothing that is handed out is NaN or infinite: neither for "not computed" nor for "less than anything"."""
+    with jax.debug_nans(True), jax.debug_infs(True):
+        probes = {"nan": lambda: jnp.log(-jnp.ones(())), "inf": lambda: jnp.log(jnp.zeros(()))}
+        assert stumbles(probes, FloatingPointError).keys() == probes.keys()
+        assert stumbles(everything(), FloatingPointError) == {}
+
+
+def test_no_tracer_is_left_behind():
+    """JAX keeps no trace while it checks: each call is traced anew."""
+    kept = []
+    leaky = lambda: jax.lax.map(lambda x: kept.append(x) or x, jnp.ones(2))  # noqa: E731
+    calls = abstractly(everything())
+    with jax.checking_leaks():
+        assert stumbles({"leaky": leaky}, Exception)
+        assert stumbles(calls, Exception) == {}
+
+
+def test_without_float64():
+    """As most people run it. What is asked for in float64 would come with a warning, which pytest makes an error."""
+    with jax.enable_x64(False):
+        assert stumbles(abstractly(everything()), Exception) == {}
+
+
+def test_without_jit():
+    """Nothing needs a program to be compiled: loops run as loops of Python."""
+    calls = abstractly(everything(("scores",)))
+    with jax.disable_jit():
+        assert stumbles(calls, Exception) == {}
+
+
+@pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
+def test_keys_of_any_implementation(implementation):
+    """What takes a key takes one of every kind, typed or not."""
+    calls = {
+        name: call
+        for name, call in (FISHERS | NUMBERS | OTHERS).items()
+        if name.split("_")[0] in ("sampled", "estimate", "nystrom")
+    }
+    assert len(calls) >= 5
+    with jax.default_prng_impl(implementation):
+        assert str(jax.random.key_impl(key())) == implementation
+        assert stumbles(calls | {"raw": lambda: jf.nystrom(fisher(), 2, jax.random.key_data(key()))}, Exception) == {}
