@@ -47,7 +47,7 @@ from jaxfisher._operators.dense import dense as dense
 from jaxfisher._operators.diagonal import diagonal as diagonal
 from jaxfisher._operators.identity import relative_damping as relative_damping
 from jaxfisher._operators.identity import scaled_identity as scaled_identity
-from jaxfisher._operators.kronecker import factored_damping as factored_damping
+from jaxfisher._operators.factored import factored_damping as factored_damping
 from jaxfisher._operators.layered import eigen_kronecker as eigen_kronecker
 from jaxfisher._operators.layered import kronecker as kronecker
 from jaxfisher._operators.layered import kronecker_reduce as kronecker_reduce
@@ -63,7 +63,7 @@ from jaxfisher._solve import LSMR as LSMR
 from jaxfisher._solve import as_lineax as as_lineax
 from jaxfisher._solve import solve as solve
 from jaxfisher._solve import solve_path as solve_path
-from jaxfisher._inverse import SolveInfo as SolveInfo
+from jaxfisher._system import SolveInfo as SolveInfo
 
 # Natural gradients in place of `jax.grad`.
 from jaxfisher._natural import natural_grad as natural_grad

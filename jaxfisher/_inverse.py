@@ -1,10 +1,10 @@
-r"""Small dense linear algebra behind every exact route: a symmetric matrix plus damping, inverted as well as the dtype allows.
+r"""Inverting a damped matrix as well as its dtype allows.
 
-One rule for all routes. Where the Cholesky factor is well posed, Cholesky; otherwise an eigendecomposition. Either is refined
-against the unrounded matrix. A damping that is zero, or too small beside the matrix for its dtype to tell, leaves out the
-directions whose eigenvalues are zero to rounding: the minimum-norm solution. What is zero to rounding is decided after the
-matrix was scaled to a unit diagonal, so that a parameter in other units is not taken for a null direction. Which of these it
-was is not hidden: the rank and the residual of the answer are reported.
+One rule for all routes. The matrix is first scaled to a unit diagonal, by powers of two, which round nothing: a parameter in
+other units is then no null direction. A damping that the dtype can tell from zero makes every direction invertible: by a
+Cholesky factor where that is well posed, otherwise by eigenvectors. Without one (zero, or too small beside the matrix)
+eigenvectors show the directions whose eigenvalues are zero to rounding; these are left out, and the solution is the one of
+minimum norm in the parameters' own units.
 
 Reference: Higham, Accuracy and Stability of Numerical Algorithms (2002), theorem 10.7 (Demmel: Cholesky and unit diagonals).
 """
@@ -13,140 +13,149 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from jaxfisher._linalg import cholesky, eigenvalues, kept_of, matmul, mirrored, norm, null_basis, unit_diagonal, without_noise
-from jaxfisher._varying import cond, linear_solve, while_loop
+from jaxfisher._linalg import (
+    cholesky,
+    eigenvalues,
+    kept_of,
+    matmul,
+    mirrored,
+    norm,
+    resolved,
+    twice,
+    unit_diagonal,
+    without_noise,
+)
+from jaxfisher._null_space import combined, projected
+from jaxfisher._varying import cond
+
+Map = Callable[[Float[Array, " p"]], Float[Array, " p"]]
 
 
-class SolveInfo(NamedTuple):
-    """How a solve went; read it, nothing depends on it.
-
-    Attributes:
-        residual: ``|v - (F + damping I) x| / |v|``. Where the rank is deficient at zero damping it contains the part of ``v``
-            that no ``x`` reaches.
-        iterations: of an iterative solver; 0 for a direct route.
-        converged: an iterative solver's own test; for a direct route, that the answer is finite and its residual below the
-            square root of the dtype's eps, or that a minimum-norm solution was asked for (zero damping) and found.
-        finite: whether every number of the answer is finite.
-        rank: number of directions inverted: p, unless F is singular to rounding and the damping zero, or too small beside F for
-            the dtype to tell.
-        indefinite: whether an iterative solver met a direction in which ``F + damping I`` is negative, and stopped there.
-        measured: whether the residual was computed. Where it was not, as in `jaxfisher.kfac`, the residual is zero and says
-            nothing.
-    """
-
-    residual: Float[Array, ""]
-    iterations: Int[Array, ""]
-    converged: Bool[Array, ""]
-    finite: Bool[Array, ""]
-    rank: Int[Array, ""]
-    indefinite: Bool[Array, ""]
-    measured: Bool[Array, ""] | np.bool_ = np.True_
-
-
-class Solved(NamedTuple):
-    """What an exact route finds of ``(F + damping I) x = v``; `direct_info` makes the report of it.
+class Factored(Protocol):
+    """A damped matrix, inverted in units in which it has a unit diagonal or is of unit size.
 
     Attributes:
-        x: the solution.
-        rest: ``v - (F + damping I) x``.
+        unit: what the matrix is multiplied by on both sides.
         rank: number of directions inverted.
+        told: whether the damping could be told from zero; where not, this is the pseudo-inverse.
+        left_out: a combination of all directions that were left out, in those units; zero if there are none.
+        clear: whether every eigenvalue that was kept is well above rounding; true with a damping.
     """
 
-    x: Any
-    rest: Any
-    rank: Int[Array, ""]
+    @property
+    def unit(self) -> Float[Array, " m"]: ...
+    @property
+    def rank(self) -> Int[Array, ""]: ...
+    @property
+    def told(self) -> Bool[Array, ""]: ...
+    @property
+    def left_out(self) -> Float[Array, " m"]: ...
+    @property
+    def clear(self) -> Bool[Array, ""]: ...
+
+    def in_units(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
+        """The inverse of ``unit (matrix + damping I) unit``, as well as one application of the factors does it."""
+        ...
+
+    def apply(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
+        """That of ``matrix + damping I``."""
+        ...
+
+    def projected(self, product: Map) -> Self:
+        """Where directions were left out, the pseudo-inverse by the null space of ``product``, that of what was inverted."""
+        ...
+
+    def astray(self, b: Float[Array, " m"], y: Float[Array, " m"]) -> Scalar:
+        """How much of ``unit y`` with ``y = in_units(b)`` may lie in the null space, as far as that is known."""
+        ...
 
 
 class Inverse(NamedTuple):
-    """A damped matrix, inverted: by its Cholesky factor where that can be trusted, else as a matrix.
+    """`Factored` by a Cholesky factor where that can be trusted, else as ``factor diag(inverted) factor^T``.
 
-    Attributes:
-        factor: the lower Cholesky factor, or the (pseudo-)inverse itself.
-        by_cholesky: which of the two ``factor`` is.
-        rank: number of directions inverted.
-        damped: whether the damping could be told from zero; where not, this is the pseudo-inverse of the matrix.
+    Columns of ``factor`` that were left out are null vectors at first, and once `projected`, how far off these are.
     """
 
     factor: Float[Array, "m m"]
+    inverted: Float[Array, " m"]
+    kept: Bool[Array, " m"]
     by_cholesky: Bool[Array, ""]
-    rank: Int[Array, ""]
-    damped: Bool[Array, ""]
+    unit: Float[Array, " m"]
+    told: Bool[Array, ""]
+    left_out: Float[Array, " m"]
+    clear: Bool[Array, ""]
 
-    def apply(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
-        """``(matrix + damping I)^+ b``, as well as one application of the factors does it; see `refined`."""
+    @property
+    def rank(self) -> Int[Array, ""]:
+        """See `Factored`."""
+        return jnp.sum(self.kept, dtype=jnp.int32)
+
+    def in_units(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
+        """See `Factored`."""
         return cond(
             self.by_cholesky,
             lambda: jax.scipy.linalg.cho_solve((self.factor, True), b),
-            lambda: matmul(self.factor, b),
+            lambda: matmul(self.factor, self.inverted * matmul(self.factor.T, b)),
         )
 
+    def apply(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
+        """See `Factored`."""
+        return self.unit * self.in_units(self.unit * b)
 
-def invert(matrix: Float[Array, "m m"], damping: Scalar) -> Inverse:
-    """Factor ``matrix + damping I`` in the way that can be trusted; only that one runs. Only the upper triangle is read."""
-    size = matrix.shape[0]
-    damped = matrix + damping * jnp.eye(size, dtype=matrix.dtype)
-    factor = cholesky(damped)
-    well_posed, told = _trusted(factor, jnp.diagonal(damped), damping)
+    def projected(self, product: Map) -> Inverse:
+        """See `Factored`."""
+        factor, left_out = cond(
+            jnp.all(self.kept),
+            lambda: (self.factor, self.left_out),
+            lambda: projected(self.factor, self.inverted, self.kept, self.unit, product),
+        )
+        return self._replace(factor=factor, left_out=left_out)
 
-    def by_cholesky() -> Inverse:
-        return Inverse(factor, jnp.asarray(True), jnp.asarray(size, jnp.int32), told)
-
-    def by_eigenvectors() -> Inverse:
-        return Inverse(*_pseudo_inverse(mirrored(matrix), damping, told), told)
-
-    return cond(well_posed, by_cholesky, by_eigenvectors)
-
-
-def _trusted(
-    factor: Float[Array, "m m"], diagonal: Float[Array, " m"], damping: Scalar
-) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
-    """Whether a Cholesky factor of a damped matrix with this diagonal is well posed; whether the damping is told from zero."""
-    eps = jnp.finfo(factor.dtype).eps
-    # Written so that a NaN is told: it must not be taken for zero.
-    told = ~(jnp.abs(damping) <= eps * jnp.max(jnp.abs(diagonal), initial=0.0))
-    # What a pivot is of its diagonal entry does not depend on units. With damping it may come down to the rounding error of one
-    # entry; without, to that of the whole matrix.
-    share = jnp.square(jnp.diagonal(factor)) / diagonal
-    return jnp.all(share > jnp.where(told, eps, factor.shape[0] * eps)), told
-
-
-def log_determinant(matrix: Float[Array, "m m"], damping: Scalar) -> Scalar:
-    """``log det (matrix + damping I)``, from pivots where they can be trusted: each is right to a few digits of its own.
-
-    Small eigenvalues are right only to digits of the largest. Only the upper triangle is read.
-    """
-    damped = matrix + damping * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
-    factor = cholesky(damped)
-    well_posed, _ = _trusted(factor, jnp.diagonal(damped), damping)
-    by_pivots: Scalar = cond(
-        well_posed,
-        lambda: 2 * jnp.sum(jnp.log(jnp.diagonal(factor))),
-        lambda: jnp.sum(jnp.log(eigenvalues(matrix) + damping)),
-    )
-    return by_pivots
+    def astray(self, b: Float[Array, " m"], y: Float[Array, " m"]) -> Scalar:
+        """See `Factored`."""
+        coefficients = self.inverted * matmul(self.factor.T, b)
+        rounded = norm(self.unit * matmul(jnp.abs(self.factor), jnp.abs(coefficients)))
+        turned = norm(jnp.where(self.kept, 0, matmul(self.factor.T, self.unit * (self.unit * y))))
+        return turned + 4 * jnp.finfo(y.dtype).eps * rounded
 
 
 class Decomposed(NamedTuple):
-    """A matrix by its eigenvectors, inverted at one damping: what `Inverse` is, for a path of dampings."""
+    """`Factored` by eigenvectors that do not depend on the damping: one decomposition for a path of them."""
 
     vectors: Float[Array, "m m"]
     inverted: Float[Array, " m"]
+    unit: Float[Array, " m"]
     rank: Int[Array, ""]
-    damped: Bool[Array, ""]
+    told: Bool[Array, ""]
+    left_out: Float[Array, " m"]
+    clear: Bool[Array, ""]
 
-    def apply(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
-        """``(matrix + damping I)^+ b``."""
+    def in_units(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
+        """See `Factored`."""
         return matmul(self.vectors, self.inverted * matmul(self.vectors.T, b))
 
+    def apply(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
+        """See `Factored`."""
+        return self.unit * self.in_units(self.unit * b)
 
-Factorise = Callable[[Float[Array, "m m"]], Callable[[Scalar], Inverse | Decomposed]]
+    def projected(self, product: Map) -> Decomposed:
+        """See `Factored`: with one unit for all, eigenvectors are orthogonal as they are."""
+        return self
+
+    def astray(self, b: Float[Array, " m"], y: Float[Array, " m"]) -> Scalar:
+        """See `Factored`."""
+        # An eigenvector has of another what rounding is of the distance of their eigenvalues.
+        turned = norm(self.unit * jnp.square(self.inverted) * matmul(self.vectors.T, b))
+        return jnp.finfo(y.dtype).eps * (turned + 4 * norm(self.unit * y))
+
+
+Factorise = Callable[[Float[Array, "m m"]], Callable[[Scalar], Factored]]
 """From a matrix, given by its upper triangle, to its inverse at any damping."""
 
 
@@ -157,33 +166,88 @@ def by_invert(matrix: Float[Array, "m m"]) -> Callable[[Scalar], Inverse]:
 
 def by_eigenvectors(matrix: Float[Array, "m m"]) -> Callable[[Scalar], Decomposed]:
     """One eigendecomposition for all dampings. What counts as zero without damping depends on the units here."""
-    found, vectors = jnp.linalg.eigh(mirrored(matrix), symmetrize_input=False)
+    largest = jnp.min(unit_diagonal(jnp.abs(jnp.diagonal(matrix))), initial=1 / jnp.finfo(matrix.dtype).tiny)
+    unit = jnp.broadcast_to(largest, matrix.shape[:1])
+    found, vectors = jnp.linalg.eigh(mirrored(largest * matrix * largest), symmetrize_input=False)
 
     def at(damping: Scalar) -> Decomposed:
-        values, kept, told = kept_of(found, damping)
-        inverted = _inverted(values, kept, damping)
-        return Decomposed(vectors, inverted, jnp.sum(kept, dtype=jnp.int32), told)
+        shift = twice(damping, largest)
+        values, kept, told = kept_of(found, shift)
+        inverted = _inverted(values, kept, shift)
+        rank = jnp.sum(kept, dtype=jnp.int32)
+        return Decomposed(vectors, inverted, unit, rank, told, combined(vectors, ~kept), told | is_clear(values, kept))
 
     return at
 
 
-def _pseudo_inverse(
-    matrix: Float[Array, "m m"], damping: Scalar, told: Bool[Array, ""]
-) -> tuple[Float[Array, "m m"], Bool[Array, ""], Int[Array, ""]]:
-    """``(matrix + damping I)^-1``, or ``matrix^+`` where no damping is told; that it is no Cholesky factor; and the rank.
+def invert(matrix: Float[Array, "m m"], damping: Scalar) -> Inverse:
+    """Factor ``matrix + damping I`` in the way that can be trusted; only that one runs. Only the upper triangle is read.
 
-    Without damping the null space ``N'`` is found of ``M' = s M s`` with a unit diagonal; that of the matrix is ``s N'``. Any
-    ``G`` with ``M G M = M``, such as ``s M'^+ s``, gives ``M^+ = P G P`` with ``P`` the projection off the null space.
+    Where directions are left out it is a pseudo-inverse only once it is `projected`.
     """
-    unit = jnp.where(told, 1, unit_diagonal(matrix))
-    damping = jnp.where(told, damping, 0)
-    values, vectors = jnp.linalg.eigh(matrix * unit[:, None] * unit[None, :], symmetrize_input=False)
-    values, kept, _ = kept_of(values, damping)
-    inverted = _inverted(values, kept, damping)
-    scaled = unit[:, None] * vectors
-    null = null_basis(scaled, kept)
-    scaled = scaled - matmul(null, matmul(null.T, scaled))
-    return matmul(scaled * inverted[None, :], scaled.T), jnp.asarray(False), jnp.sum(kept, dtype=jnp.int32)
+    size, eps = matrix.shape[0], jnp.finfo(matrix.dtype).eps
+    diagonal = jnp.abs(jnp.diagonal(matrix)) + damping
+    unit = unit_diagonal(diagonal)
+    # Written so that a NaN is told: it must not be taken for zero.
+    told = ~(damping <= eps * jnp.max(diagonal, initial=0.0))
+    shares = twice(damping, unit)
+    scaled = unit[:, None] * matrix * unit[None, :] + jnp.diag(shares)
+    factor = cholesky(scaled)
+    # With a damping a pivot may come down to the rounding error of one entry.
+    well_posed = told & jnp.all(jnp.square(jnp.diagonal(factor)) > eps * jnp.diagonal(scaled))
+
+    def by_cholesky() -> tuple[Array, ...]:
+        ones = jnp.ones(size, factor.dtype)
+        return factor, ones, ones > 0, jnp.asarray(True)
+
+    def by_eigenvectors() -> tuple[Array, ...]:
+        found = eigen(mirrored(matrix), unit, told, shares)
+        return found.vectors, _inverted(found.values, found.kept, jnp.where(told, damping, 0)), found.kept, found.clear
+
+    factor, inverted, kept, clear = cond(well_posed, by_cholesky, by_eigenvectors)
+    return Inverse(factor, inverted, kept, well_posed, unit, told, jnp.zeros_like(unit), clear)
+
+
+def multiplied(matrix: Float[Array, "m m"], damping: Scalar, unit: Float[Array, " m"]) -> Map:
+    """The product with ``unit (matrix + damping I) unit``, of a matrix given by its upper triangle."""
+    return lambda y: unit * matmul(mirrored(matrix), unit * y) + twice(damping, unit) * y
+
+
+class Eigen(NamedTuple):
+    """What makes ``unit^-1 (matrix + damping I)^-1 unit^-1`` of a symmetric matrix: ``vectors diag(1 / values) vectors^T``.
+
+    Attributes:
+        vectors: eigenvectors, in units.
+        values: eigenvalues, to which a damping that is told is still to be added.
+        kept: which of them are not left out.
+        clear: as in `Factored`.
+    """
+
+    vectors: Float[Array, "m m"]
+    values: Float[Array, " m"]
+    kept: Bool[Array, " m"]
+    clear: Bool[Array, ""]
+
+
+def eigen(matrix: Float[Array, "m m"], unit: Float[Array, " m"], told: Bool[Array, ""], shares: Array | float = 0.0) -> Eigen:
+    """The eigenvectors of a matrix: in its own units, so that a damping that is told adds to each eigenvalue exactly.
+
+    Where none is told, they are those of ``unit matrix unit + shares``, which has a unit diagonal.
+    """
+    scale = jnp.where(told, 1, unit)
+    scaled = scale[:, None] * matrix * scale[None, :] + jnp.diag(jnp.broadcast_to(jnp.where(told, 0, shares), unit.shape))
+    values, vectors = jnp.linalg.eigh(scaled, symmetrize_input=False)
+    largest = jnp.max(jnp.abs(values), initial=0.0)
+    # With a damping every direction is kept, and what is zero to the rounding of one eigenvalue is the damping alone.
+    values = resolved(values, jnp.where(told, largest, 0), largest, values.size)
+    kept = told | (values != 0)
+    return Eigen((scale / unit)[:, None] * vectors, values, kept, told | is_clear(values, kept))
+
+
+def is_clear(values: Float[Array, " m"], kept: Bool[Array, " m"]) -> Bool[Array, ""]:
+    """Whether every eigenvalue that was kept is well above the rounding of the decomposition."""
+    sizes = jnp.abs(values)
+    return jnp.all(sizes >= 4 * values.size * jnp.finfo(values.dtype).eps * jnp.max(sizes, initial=0.0), where=kept)
 
 
 def _inverted(values: Float[Array, " m"], kept: Bool[Array, " m"], damping: Scalar) -> Float[Array, " m"]:
@@ -193,74 +257,51 @@ def _inverted(values: Float[Array, " m"], kept: Bool[Array, " m"], damping: Scal
     return jnp.where(kept, 1 / jnp.where(kept, values + damping, 1), 0)
 
 
-class _Refining(NamedTuple):
-    """A solution and its residual, the last direction and its image, and what stops it."""
+@jax.custom_jvp
+def log_determinant(matrix: Float[Array, "m m"], damping: Scalar) -> Scalar:
+    """``log det (matrix + damping I)``, from pivots where they can be trusted: each is right to a few digits of its own.
 
-    x: Array
-    r: Array
-    p: Array
-    q: Array
-    steps: Array
-    going: Array
-
-
-Map = Callable[[Float[Array, " m"]], Float[Array, " m"]]
-
-
-def refined(solve: Map, product: Map, b: Float[Array, " m"]) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
-    """``solve(b)``, refined against ``product``, the operator that ``solve`` inverts; and the residual ``b - product(x)``.
-
-    Where the solve factored a rounded matrix, such as ``X X^T``, the product should be the unrounded one, by way of ``X``: that
-    also mends the rounding of the matrix, which is most of the error (a hundredfold in float32). One refinement does where the
-    rounded matrix is near. Where the damping is down at its rounding it is not, and up to thirty directions are tried, each as
-    far as makes the residual smallest, their images orthogonal to the one before (conjugate residuals): that cannot diverge,
-    and stops where nothing is gained, as in a null space. Derivatives are those of the solution.
-
-    Reference: Higham (2002), chapter 12; Saad, Iterative Methods for Sparse Linear Systems (2003), algorithm 6.20.
+    Small eigenvalues are right only to digits of the largest, after a scaling to a unit diagonal if there is no damping. Only
+    the upper triangle is read. Derivatives are ``tr((matrix + damping I)^-1 d matrix)``.
     """
-    enough = 100 * jnp.finfo(b.dtype).eps
+    size, eps = matrix.shape[0], jnp.finfo(matrix.dtype).eps
+    diagonal = jnp.abs(jnp.diagonal(matrix)) + damping
+    unit = unit_diagonal(diagonal)
+    told = ~(damping <= eps * jnp.max(diagonal, initial=0.0))
+    shares = jnp.diag(twice(damping, unit))
+    scaled = unit[:, None] * matrix * unit[None, :] + shares
+    factor = cholesky(scaled)
+    # With damping a pivot may come down to the rounding error of one entry; without, to that of the whole matrix.
+    share = jnp.square(jnp.diagonal(factor)) / jnp.diagonal(scaled)
+    well_posed = jnp.all(share > jnp.where(told, eps, size * eps))
 
-    def iterate(product: Map, b: Array) -> tuple[Array, Array]:
-        def step(state: _Refining) -> _Refining:
-            z = solve(state.r)
-            image = product(z)
-            back = _ratio(jnp.vdot(image, state.q), jnp.vdot(state.q, state.q))
-            # Where little is left of an image, most of that is rounding.
-            back = jnp.where(norm(image - back * state.q) > 0.1 * norm(image), back, 0)
-            p, q = z - back * state.p, image - back * state.q
-            length = _ratio(jnp.vdot(state.r, q), jnp.vdot(q, q))
-            # A plain refinement where that does, which rounds less.
-            length = jnp.where(jnp.abs(length - 1) < 0.01, 1, length)
-            r = state.r - length * q
-            size = norm(r)
-            gained = (size > enough) & (size < 0.95 * norm(state.r)) & (state.steps < 30)
-            return _Refining(state.x + length * p, r, p, q, state.steps + 1, gained | (state.steps < 1))
+    def by_eigenvalues() -> Scalar:
+        scale = jnp.where(told, 1, unit)
+        values = eigenvalues(scale[:, None] * matrix * scale[None, :] + jnp.where(told, 0, shares))
+        values = jnp.where(told, values + damping, jnp.where(values > size * eps * jnp.max(values, initial=0.0), values, 0))
+        return jnp.sum(jnp.log(values)) - 2 * jnp.sum(jnp.log(scale))
 
-        zero = jnp.zeros_like(b)
-        begin = _Refining(zero, b, zero, zero, jnp.zeros((), jnp.int32), jnp.asarray(True))
-        x = while_loop(lambda state: state.going, step, begin).x
-        return x, b - product(x)
-
-    # Inner products of tiny vectors would vanish.
-    length = norm(b)
-    length = jnp.where(length > 0, length, 1)
-    x, residual = linear_solve(product, b / length, iterate)
-    return x * length, residual * length
+    by_pivots: Scalar = cond(
+        well_posed, lambda: 2 * jnp.sum(jnp.log(jnp.diagonal(factor))) - 2 * jnp.sum(jnp.log(unit)), by_eigenvalues
+    )
+    return by_pivots
 
 
-def _ratio(a: Scalar, b: Scalar) -> Scalar:
-    """``a / b``, zero where ``b`` is."""
-    return jnp.where(b != 0, a / jnp.where(b != 0, b, 1), 0)
+@log_determinant.defjvp
+def _log_determinant_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Scalar, Scalar]:
+    inverse = _inverse_matrix(*primals)
+    return log_determinant(*primals), jnp.sum(inverse * mirrored(tangents[0])) + jnp.trace(inverse) * tangents[1]
 
 
-def direct_info(
-    rest: Float[Array, " p"], v: Float[Array, " p"], x: Float[Array, " p"], damping: Scalar, rank: Int[Array, ""]
-) -> SolveInfo:
-    """The report of a direct route, from the flat vectors of a `Solved`."""
-    # Both norms at once: sums over long vectors are what compiles slowly.
-    left, size = jax.vmap(norm)(jnp.stack([rest, v]))
-    relative = left / jnp.where(size > 0, size, 1)
-    finite = jnp.all(jnp.isfinite(x))
-    small = relative <= jnp.sqrt(jnp.finfo(x.dtype).eps)
-    least_norm = (damping == 0) & (rank < x.size)
-    return SolveInfo(relative, jnp.zeros((), jnp.int32), finite & (small | least_norm), finite, rank, jnp.asarray(False))
+@jax.custom_jvp
+def _inverse_matrix(matrix: Float[Array, "m m"], damping: Scalar) -> Float[Array, "m m"]:
+    """``(matrix + damping I)^-1``; NaN where that is singular."""
+    found = invert(matrix, damping)
+    inverse = jax.vmap(found.apply)(jnp.eye(matrix.shape[0], dtype=matrix.dtype))
+    return jnp.where(found.rank == matrix.shape[0], inverse, jnp.nan)
+
+
+@_inverse_matrix.defjvp
+def _inverse_matrix_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    inverse, change = _inverse_matrix(*primals), mirrored(tangents[0])
+    return inverse, -matmul(inverse, matmul(change + tangents[1] * jnp.eye(change.shape[0], dtype=change.dtype), inverse))

@@ -26,32 +26,40 @@ def without_noise(values: Float[Array, " m"]) -> Float[Array, " m"]:
     return jnp.where(jnp.abs(values) <= noise, 0, values)
 
 
-def unit_diagonal(matrix: Float[Array, "m m"]) -> Float[Array, " m"]:
-    """The factors that scale a matrix to a unit diagonal; one where it is zero."""
-    variances = jnp.diagonal(matrix)
-    return jnp.where(variances > 0, jax.lax.rsqrt(jnp.where(variances > 0, variances, 1)), 1)
+def unit_diagonal(diagonal: Float[Array, " m"]) -> Float[Array, " m"]:
+    """The powers of two that scale a matrix with this diagonal to one between 1/2 and 2."""
+    there, tiny = diagonal > 0, jnp.finfo(diagonal.dtype).tiny
+    unit = power_of_two(jax.lax.rsqrt(jnp.where(there, diagonal, 1)))
+    # Nothing is known of the units of what has no diagonal entry: it is not to stand out.
+    return jnp.where(there, unit, jnp.min(jnp.where(there, unit, jnp.max(unit, initial=0.0)), initial=1 / tiny))
 
 
-def null_basis(vectors: Float[Array, "m m"], kept: Bool[Array, " m"]) -> Float[Array, "m m"]:
-    """Orthonormal columns that span those vectors which are not kept, and then zeros."""
+def null_basis(vectors: Float[Array, "m m"], kept: Bool[Array, " m"]) -> tuple[Float[Array, "m m"], Scalar]:
+    """Orthonormal columns that span those vectors which are not kept, and then zeros; and how nearly these are dependent.
+
+    That is the smallest diagonal entry of the triangle that makes them from the orthonormal ones.
+    """
     # The first columns of Q span the first columns of what was factored.
-    basis = jnp.linalg.qr(vectors[:, jnp.argsort(kept, stable=True)])[0]
-    return jnp.where(jnp.arange(kept.size)[None, :] < jnp.sum(~kept), basis, 0)
+    basis, triangle = jnp.linalg.qr(vectors[:, jnp.argsort(kept, stable=True)])
+    null = jnp.arange(kept.size) < jnp.sum(~kept)
+    pivots = jnp.abs(jnp.diagonal(triangle))
+    largest = jnp.max(pivots, initial=0.0)
+    return jnp.where(null[None, :], basis, 0), jnp.min(jnp.where(null, pivots, largest), initial=largest)
 
 
 def unit_rank(matrix: Float[Array, "m m"]) -> Int[Array, ""]:
     """The rank of a symmetric matrix, decided after it is scaled to a unit diagonal."""
-    unit = unit_diagonal(matrix)
+    unit = unit_diagonal(jnp.diagonal(matrix))
     values = jnp.linalg.eigvalsh(matrix * unit[:, None] * unit[None, :])
     return jnp.sum(kept_of(values, jnp.zeros((), matrix.dtype))[1], dtype=jnp.int32)
 
 
 def null_vectors(matrix: Float[Array, "m m"]) -> Float[Array, "m k"]:
     """Orthonormal columns that span the null space, decided as `unit_rank` does. Not under ``jit``: k depends on the values."""
-    unit = unit_diagonal(matrix)
+    unit = unit_diagonal(jnp.diagonal(matrix))
     values, vectors = jnp.linalg.eigh(matrix * unit[:, None] * unit[None, :])
     _, kept, _ = kept_of(values, jnp.zeros((), matrix.dtype))
-    return null_basis(unit[:, None] * vectors, kept)[:, : int(jnp.sum(~kept))]
+    return null_basis(unit[:, None] * vectors, kept)[0][:, : int(jnp.sum(~kept))]
 
 
 def mirrored(upper: Float[Array, "m m"]) -> Float[Array, "m m"]:
@@ -99,14 +107,27 @@ def resolved(values: Float[Array, "..."], damping: Scalar, largest: Scalar, size
     return jnp.where(jnp.abs(values) <= cut, 0, values)
 
 
+@jax.custom_jvp
+def spectrum(matrix: Float[Array, "m m"]) -> Float[Array, " m"]:
+    """Ascending eigenvalues of a symmetric matrix. Derivatives of symmetric functions of them hold where some are equal."""
+    return jnp.linalg.eigvalsh(matrix, symmetrize_input=False)
+
+
+@spectrum.defjvp
+def _spectrum_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    values, vectors = jnp.linalg.eigh(*primals, symmetrize_input=False)
+    return values, jnp.sum(vectors * matmul(*tangents, vectors), 0)
+
+
 def eigenvalues(matrix: Float[Array, "m m"]) -> Float[Array, " m"]:
     """Ascending eigenvalues of a symmetric matrix given by its upper triangle, those inside rounding error set to zero.
 
     A positive one counts from the rounding error of one eigenvalue on, since a damping may; a negative one, which a Fisher does
     not have, from that of the whole decomposition on.
     """
-    values = jnp.linalg.eigvalsh(mirrored(matrix), symmetrize_input=False)
-    values = kept_of(values, jnp.asarray(jnp.inf, matrix.dtype))[0]
+    values = spectrum(mirrored(matrix))
+    largest = jnp.max(jnp.abs(values), initial=0.0)
+    values = resolved(values, largest, largest, values.size)
     return jnp.where(values < 0, without_noise(values), values)
 
 
@@ -119,21 +140,33 @@ def spectral_mv(matrix: Float[Array, "m m"], v: Float[Array, " m"], power: Scala
 
 
 def to_unit(*sizes: Scalar) -> Scalar:
-    """The factor that brings the largest of these sizes to one, so that squares of what it multiplies stay in the dtype.
+    """The power of two that brings the largest of these sizes near one, so that squares of what it multiplies are in the dtype.
 
     It is applied twice rather than squared, and as a product: XLA turns ``x / s / s`` into ``x / (s s)``, which may overflow.
     What is divided out is multiplied back, so no result depends on the factor, and no derivative goes through it.
     """
     largest = jax.lax.stop_gradient(jnp.max(jnp.stack(sizes)))
     # A NaN or an infinity is left to show itself in the result.
-    return jnp.where(largest > jnp.finfo(largest.dtype).tiny, 1 / largest, 1)
+    return power_of_two(jnp.where(largest > jnp.finfo(largest.dtype).tiny, 1 / largest, 1))
 
 
 def power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The power of two next below each number above zero: a product with it rounds nothing. No derivative goes through it."""
-    x = jax.lax.stop_gradient(x)
-    # Twice the mantissa is in [1, 2), and the quotient exact.
-    return x / (2 * jnp.frexp(x)[0])
+    """The power of two nearest to each number: a product with it rounds nothing. No derivative goes through it."""
+    return jax.lax.reduce_precision(jax.lax.stop_gradient(x), jnp.finfo(x.dtype).nexp, 0)
+
+
+def twice(x: Scalar, factor: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``x * factor * factor``, from the left: XLA would square the factor of a constant, which may leave the dtype."""
+    once = x * factor
+    return jnp.where(once == once, once, jnp.nan) * factor  # noqa: PLR0124
+
+
+def inverse_power(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``1 / x`` of powers of two, as something that XLA does not see as a quotient.
+
+    It would make quotients of products of them, with a product below that may leave the dtype.
+    """
+    return power_of_two(1 / x)
 
 
 def norm(x: Float[Array, " m"]) -> Scalar:

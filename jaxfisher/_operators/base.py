@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Scalar
 
 from jaxfisher._engine import Basis
-from jaxfisher._inverse import Factorise, SolveInfo, by_invert, direct_info, log_determinant
+from jaxfisher._inverse import Factorise, by_invert, log_determinant
 from jaxfisher._linalg import eigenvalues, norm, null_vectors, spectral_mv, unit_rank
 from jaxfisher._once import once
 from jaxfisher._operators.damping import Damping, Dampings, is_one_damping
@@ -29,6 +29,7 @@ from jaxfisher._operators.inverted import Inverted, by_leaf, flat_inverse, solve
 from jaxfisher._operators.provenance import Provenance
 from jaxfisher._scores import Scores
 from jaxfisher._stack import of_one, refuse_stack
+from jaxfisher._system import SolveInfo, direct_info
 from jaxfisher._tree import ParamSpec, cast_like, dot
 from jaxfisher._values import check_number, described, nonnegative
 from jaxfisher._varying import alike
@@ -151,12 +152,11 @@ class Operator(abc.ABC):
         x, info = _solution(self, self._vector(v), known)
         return cast_like(x, v), info
 
-    def report(self, inverse: Inverted, v: Any, damping: Dampings) -> tuple[Any, SolveInfo]:
+    def report(self, inverse: Inverted, v: Any) -> tuple[Any, SolveInfo]:
         """What an `inverse` finds for ``v``, and the report on it."""
-        x, rest, rank = inverse(v)
-        off, b, flat = (self.spec.ravel(tree, "v") for tree in (rest, v, x))
-        least = jnp.min(jnp.stack(damping)) if isinstance(damping, tuple) else damping
-        return x, direct_info(off, b, flat, least, rank)
+        found = inverse(v)
+        flat = found._replace(x=self.spec.ravel(found.x, "x"), rest=self.spec.ravel(found.rest, "v"))
+        return found.x, direct_info(flat, self.spec.ravel(v, "v"))
 
     def dampings(self, damping: Damping) -> Dampings:
         """The argument checked: one number, or those of the leaves."""
@@ -267,7 +267,9 @@ class Operator(abc.ABC):
 
     def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
         """`inverse` for dampings up to the largest, everything done once that depends on none of them."""
-        at = solve_matrix(self._small_matrix("solve"), largest, factorise)
+        product = self.linearised()
+        exact = lambda x: self.spec.ravel(product(self.spec.unravel(x)), "x")  # noqa: E731
+        at = solve_matrix(self._small_matrix("solve"), exact, factorise)
         return lambda damping: flat_inverse(self.spec, at(damping))
 
     def _logdet(self, damping: Scalar) -> Scalar:
@@ -353,7 +355,7 @@ def _program(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
 
 def _solved(fisher: Operator, v: Any, damping: Dampings) -> tuple[Any, SolveInfo]:
     fisher, v, damping = alike(fisher, v, damping)
-    return fisher.report(fisher.inverse(damping), v, damping)
+    return fisher.report(fisher.inverse(damping), v)
 
 
 def _log_determinant_of(fisher: Operator, damping: Dampings) -> Scalar:

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
-from jaxfisher._inverse import Factorise, Solved
+from jaxfisher._inverse import Factorise
 from jaxfisher._linalg import norm
 from jaxfisher._operators.base import VIEW, Operator, View, as_operator
 from jaxfisher._operators.damping import Dampings
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._operators.inverted import Inverted
 from jaxfisher._operators.provenance import Provenance
+from jaxfisher._system import Solved
 from jaxfisher._tree import ParamSpec, check_function, path_names
 
 
@@ -138,6 +139,9 @@ class BlockDiagonal(Operator):
     def _quadratic(self, v: Any) -> Scalar:
         return _total([block._quadratic(part) for block, part in zip(self.blocks, self._split(v), strict=True)])
 
+    def _inverse(self, damping: Scalar) -> Inverted:
+        return self._inverse_of_blocks([block._inverse(damping) for block in self.blocks])
+
     def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
         blocks = [block.inverses(largest, factorise) for block in self.blocks]
         return lambda damping: self._inverse_of_blocks([block(damping) for block in blocks])
@@ -150,7 +154,8 @@ class BlockDiagonal(Operator):
         def apply(v: Any) -> Solved:
             solved = [inverse(part) for inverse, part in zip(inverses, self._split(v), strict=True)]
             x, rest = (self._join([getattr(part, name) for part in solved]) for name in ("x", "rest"))
-            return Solved(x, rest, _total([part.rank for part in solved]))
+            sound = jnp.all(jnp.stack([part.sound for part in solved]))
+            return Solved(x, rest, _total([part.rank for part in solved]), sound)
 
         return apply
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._engine import Basis
 from jaxfisher._operators.base import Operator, as_operator
@@ -73,6 +73,12 @@ class Diagonal(Spectral):
     def _resolve(self, damping: Scalar) -> Callable[[Array], Array]:
         # Entries are known one by one: none is a rounding error of another.
         return lambda values: values
+
+    def _tests(self, product: Callable[[Any], Any], damping: Scalar) -> Callable[..., Bool[Array, ""]]:
+        # So is the solution: where an entry is not zero, what is left is rounding, unless the solution leaves the dtype.
+        reached = self.spec.ravel(self.entries, "entries") + damping != 0
+        most = jnp.finfo(self.spec.dtype).eps ** 0.5
+        return lambda v, x, rest, again: jnp.all(jnp.abs(rest) <= most * jnp.abs(v), where=reached)
 
 
 def diagonal(fisher: Operator) -> Diagonal:

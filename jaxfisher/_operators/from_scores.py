@@ -18,16 +18,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Scalar
+from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._engine import Basis
-from jaxfisher._inverse import Decomposed, Factorise, Inverse, Solved, invert, log_determinant, refined
-from jaxfisher._linalg import eigenvalues, matmul, mirrored, norm, spectral_mv, to_unit, unit_rank, without_noise
+from jaxfisher._inverse import Factored, Factorise, invert, log_determinant, multiplied
+from jaxfisher._linalg import (
+    eigenvalues,
+    matmul,
+    mirrored,
+    norm,
+    spectral_mv,
+    to_unit,
+    twice,
+    unit_diagonal,
+    unit_rank,
+    without_noise,
+)
 from jaxfisher._once import once
 from jaxfisher._operators.base import Operator
 from jaxfisher._operators.inverted import Inverted, flat_inverse
 from jaxfisher._operators.provenance import Provenance
 from jaxfisher._scores import HeldScores, JoinedScores, Scores
+from jaxfisher._system import System, solved
 from jaxfisher._tree import ParamSpec
 from jaxfisher._varying import cond
 
@@ -87,11 +99,15 @@ class FromScores(Operator):
     def rank(self) -> Int[Array, ""]:
         """The rank, from the smaller of the two matrices."""
         scaled = Scaled(self.scores, to_unit(self.scores.bound()))
-        return unit_rank(mirrored(scaled.gram()) if scaled.short else scaled.moment())
+        if not scaled.short:
+            return unit_rank(scaled.centred().moment())
+        own = unit_rank(mirrored(scaled.gram()))
+        # There are no more directions than rows. Where some seem to be missing, they may be small in their units only.
+        return cond(own == self.scores.num_rows, lambda: own, lambda: unit_rank(scaled.gram_in_units()))
 
     def _logdet(self, damping: Scalar) -> Scalar:
         factor = to_unit(self.scores.bound(), jnp.sqrt(damping))
-        scaled, damping = Scaled(self.scores, factor), damping * factor * factor
+        scaled, damping = Scaled(self.scores, factor), twice(damping, factor)
         small = scaled.gram() if scaled.short else scaled.moment()
         # Directions outside the rows' span have the damping for an eigenvalue.
         missing = self.size - small.shape[0]
@@ -128,18 +144,18 @@ class FromScores(Operator):
     def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
         factor = to_unit(self.scores.bound(), jnp.sqrt(largest))
         scaled = Scaled(self.scores, factor)
-        matrices = factorise(scaled.gram() if scaled.short else scaled.moment())
-        route = _by_gram if scaled.short else _by_moment
+        if scaled.short:
+            matrix = scaled.gram()
+            system = partial(_by_gram, scaled, jax.lax.stop_gradient(matrix))
+        else:
+            scaled = scaled.centred()
+            system, matrix = partial(_by_moment, scaled), scaled.moment()
+        # Derivatives go through the products that solutions satisfy.
+        matrices = factorise(jax.lax.stop_gradient(matrix))
 
         def at(damping: Scalar) -> Inverted:
-            damping = damping * factor * factor
-            solve, rank = route(scaled, damping, matrices(damping))
-
-            def apply(v: Array) -> Solved:
-                x, rest = refined(solve, scaled.damped_product(damping), v)
-                return Solved(x * factor * factor, rest, rank)
-
-            return flat_inverse(self.spec, apply)
+            damping = twice(damping, scaled.factor)
+            return flat_inverse(self.spec, partial(solved, system(damping, matrices(jax.lax.stop_gradient(damping)))))
 
         return at
 
@@ -147,7 +163,7 @@ class FromScores(Operator):
         # With X = U diag(sqrt(s)) W^T the power is damping^q on the complement of W, so
         # (F + d I)^q v = d^q v + X^T U [((s + d)^q - d^q) / s] U^T X v, the difference by expm1 so that it does not cancel.
         factor = to_unit(self.scores.bound(), jnp.sqrt(damping))
-        scaled, damping = Scaled(self.scores, factor), damping * factor * factor
+        scaled, damping = Scaled(self.scores, factor), twice(damping, factor)
         flat = self.spec.ravel(v, "v")
         if not scaled.short:
             x = self.spec.unravel(spectral_mv(scaled.moment(), flat, power, damping))
@@ -170,12 +186,10 @@ class FromScores(Operator):
         This is the natural gradient's solve: the gradient of a mean of log-densities has the coordinates one. Nothing cancels.
         """
         factor = to_unit(self.scores.bound(), jnp.sqrt(damping))
-        scaled, damping = Scaled(self.scores, factor), damping * factor * factor
-        if scaled.short:
-            x = _from_rows(scaled, scaled.root * e, damping)
-        else:
-            solve = invert(scaled.moment(), damping).apply
-            x = self.spec.unravel(refined(solve, scaled.damped_product(damping), scaled.out_of_rows(scaled.root * e))[0])
+        scaled = Scaled(self.scores, factor)
+        if not scaled.short:
+            return self._inverse(damping)(self.scores.rmv(self.scores.weights * e)).x
+        x = _from_rows(scaled, scaled.root * e, twice(damping, factor))
         return jax.tree.map(lambda leaf: leaf * factor, x)
 
 
@@ -220,15 +234,30 @@ class Scaled:
         """``X^T X``."""
         return self.scores.scaled_moment(self.factor)
 
-    def damped_product(self, damping: Scalar) -> Callable[[Float[Array, " p"]], Float[Array, " p"]]:
-        """``x -> (X^T X + damping I) x``."""
-        return lambda x: self.out_of_rows(self.into_rows(x)) + damping * x
+    def centred(self) -> Scaled:
+        """The same with the largest score well above one.
+
+        Parameters may have units that differ by more than squares of float32 do, unless the middle of these is near one.
+        """
+        return Scaled(self.scores, self.factor * 2.0**50)
+
+    def columns(self) -> Float[Array, " p"]:
+        """The squared norms of the columns of X."""
+        scores = self.scores.rescaled((self.factor,) * len(self.scores.spec.sizes))
+        return self.scores.spec.ravel(scores.diagonal(), "diagonal")
+
+    def gram_in_units(self) -> Float[Array, "rows rows"]:
+        """``X D^2 X^T`` with D scaling the columns to unit norm: the product of X and of each row in turn, which is slow."""
+        units = unit_diagonal(self.columns())
+        rows = jnp.eye(self.scores.num_rows, dtype=units.dtype)
+        return jax.lax.map(lambda row: self.into_rows(units * (units * self.out_of_rows(row))), rows)
 
 
 def _from_rows(scaled: Scaled, e: Float[Array, " rows"], damping: Scalar) -> Any:
     """``X^T (X X^T + damping I)^-1 e``, refined once where the Gram matrix is ill-conditioned."""
     gram = scaled.gram()
     inverse = invert(gram, damping)
+    inverse = inverse.projected(multiplied(gram, damping, inverse.unit))
     c = inverse.apply(e)
     x = scaled.rmv(c)
 
@@ -241,28 +270,55 @@ def _from_rows(scaled: Scaled, e: Float[Array, " rows"], damping: Scalar) -> Any
     return cond(lost, refine, lambda: x)
 
 
-Solve = Callable[[Float[Array, " p"]], Float[Array, " p"]]
+def _by_moment(scaled: Scaled, damping: Scalar, inverse: Factored) -> System:
+    """The p x p route; both numbers in the units of ``scaled``."""
+    scores, size, units = scaled.scores, inverse.unit.size, inverse.unit * scaled.factor
+    shares = twice(damping, inverse.unit)
+
+    def into_rows(y: Array) -> Array:
+        return scaled.root * scores.mv(scores.spec.unravel(units * y))
+
+    def product(y: Array) -> Array:
+        return units * scores.spec.ravel(scores.rmv(scaled.root * into_rows(y)), "v") + shares * y
+
+    factored = inverse.projected(lambda y: jax.lax.stop_gradient(product(y)))
+
+    def left_out(b: Array, y: Array) -> tuple[Bool[Array, ""], Scalar]:
+        # Scores tell more than the moment does.
+        null = factored.left_out
+        return norm(into_rows(null)) <= 10 * size * jnp.finfo(y.dtype).eps * norm(null), factored.astray(b, y)
+
+    return System(product, factored.in_units, damping, units, factored, factored.rank, left_out)
 
 
-def _by_moment(scaled: Scaled, damping: Scalar, inverse: Inverse | Decomposed) -> tuple[Solve, Int[Array, ""]]:
-    """The p x p route, ``v -> (X^T X + damping I)^-1 v``, and the rank."""
-    return inverse.apply, inverse.rank
-
-
-def _by_gram(scaled: Scaled, damping: Scalar, inverse: Inverse | Decomposed) -> tuple[Solve, Int[Array, ""]]:
-    """The rows x rows route for any ``v``, split into its part in the rows' span, ``X^T e``, and the rest; and the rank.
+def _by_gram(scaled: Scaled, gram: Float[Array, "rows rows"], damping: Scalar, inverse: Factored) -> System:
+    """The rows x rows route for any ``v``, split into its part in the rows' span, ``X^T e``, and the rest.
 
     ``v = X^T e + r`` gives ``x = X^T A e + (r - X^T A X r) / damping`` with ``A = (X X^T + damping I)^-1``, exactly, for any
     ``e``. Woodbury's identity is ``e = 0``, and cancels all the more the smaller the damping; ``e = A X v`` leaves an ``r`` in
     which little is left to cancel. Without damping, ``x = X^T A e`` is the minimum-norm solution.
     """
+    scores, told, factored = scaled.scores, inverse.told, inverse.projected(multiplied(gram, damping, inverse.unit))
 
     def split(v: Array) -> Array:
-        e = inverse.apply(scaled.into_rows(v))
+        e = factored.apply(scaled.into_rows(v))
         rest = v - scaled.out_of_rows(e)
-        outside = (rest - scaled.out_of_rows(inverse.apply(scaled.into_rows(rest)))) / jnp.where(inverse.damped, damping, 1)
-        return scaled.out_of_rows(inverse.apply(e)) + jnp.where(inverse.damped, outside, 0)
+        share = jnp.where(told, 1 / jnp.where(told, damping, 1), 0)
+        inside = factored.apply(e) - share * factored.apply(scaled.into_rows(rest))
+        return scaled.out_of_rows(inside) + share * rest
 
-    full = jnp.asarray(scaled.scores.spec.size, jnp.int32)
-    rank = jnp.where(inverse.damped, full, inverse.rank)
-    return split, rank
+    def product(y: Array) -> Array:
+        return scaled.out_of_rows(scaled.into_rows(y)) + damping * y
+
+    def left_out(b: Array, y: Array) -> tuple[Bool[Array, ""], Scalar]:
+        # Of a combination of rows that counts as zero, every entry is beside the norm of its column.
+        e = factored.unit * factored.left_out
+        e = e - factored.apply(scaled.into_rows(scaled.out_of_rows(e)))
+        columns = jnp.sqrt(scaled.columns())
+        rounding = 10 * e.size * jnp.finfo(e.dtype).eps * norm(e)
+        # Nothing was projected: the last correction tells all.
+        return jnp.all(jnp.abs(scaled.out_of_rows(e)) <= rounding * columns), jnp.zeros((), b.dtype)
+
+    size = scores.spec.size
+    rank = jnp.where(told, jnp.asarray(size, jnp.int32), factored.rank)
+    return System(product, split, damping, jnp.broadcast_to(scaled.factor, size), factored, rank, left_out)

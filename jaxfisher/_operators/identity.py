@@ -156,6 +156,9 @@ class Shifted(Operator):
             return Shifted(self.base._plus(other.base), self.shift + other.shift, provenance)
         return Shifted(self.base._plus(other), self.shift, provenance)
 
+    def _inverse(self, damping: Scalar) -> Inverted:
+        return self.base._inverse(damping + self.shift)
+
     def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
         base = self.base.inverses(largest + self.shift, factorise)
         return lambda damping: base(damping + self.shift)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Bool, Float, Scalar
 
-from jaxfisher._inverse import Factorise, Solved, refined
-from jaxfisher._linalg import matmul, to_unit
+from jaxfisher._inverse import Factorise, Map
+from jaxfisher._linalg import twice
+from jaxfisher._system import Solved, System, solved
 from jaxfisher._tree import ParamSpec
 
 Inverted = Callable[[Any], Solved]
@@ -19,34 +21,41 @@ FlatInverted = Callable[[Float[Array, " p"]], Solved]
 """The same on flat ones."""
 
 
-def solve_matrix(matrix: Float[Array, "p p"], largest: Scalar, factorise: Factorise) -> Callable[[Scalar], FlatInverted]:
-    """``v -> (matrix + damping I)^-1 v`` of a dense symmetric matrix, for dampings up to the largest; nothing overflows."""
-    factor = to_unit(jnp.max(jnp.abs(matrix), initial=0.0), largest)
-    matrix = matrix * factor
-    inverses = factorise(matrix)
+def solve_matrix(matrix: Float[Array, "p p"], exact: Map, factorise: Factorise) -> Callable[[Scalar], FlatInverted]:
+    """``v -> (F + damping I)^-1 v`` from the matrix of F, refined against ``exact``, the product with F; nothing overflows."""
+    # Derivatives go through the products that solutions satisfy.
+    inverses = factorise(jax.lax.stop_gradient(matrix))
+    roots = jnp.sqrt(jnp.abs(jnp.diagonal(jax.lax.stop_gradient(matrix))))
 
     def at(damping: Scalar) -> FlatInverted:
-        damping = damping * factor
-        inverse = inverses(damping)
+        inverse = inverses(jax.lax.stop_gradient(damping))
+        unit, shares = inverse.unit, twice(damping, inverse.unit)
 
-        def product(x: Array) -> Array:
-            return matmul(matrix, x) + damping * x
+        def product(y: Array) -> Array:
+            return unit * exact(unit * y) + shares * y
 
-        def apply(v: Array) -> Solved:
-            x, rest = refined(inverse.apply, product, v)
-            return Solved(x * factor, rest, inverse.rank)
+        factored = inverse.projected(lambda y: jax.lax.stop_gradient(product(y)))
 
-        return apply
+        def left_out(b: Array, y: Array) -> tuple[Bool[Array, ""], Scalar]:
+            return is_unseen(product(factored.left_out), factored.left_out, roots * unit), factored.astray(b, y)
+
+        return partial(solved, System(product, factored.in_units, damping, unit, factored, factored.rank, left_out))
 
     return at
+
+
+def is_unseen(image: Float[Array, " p"], y: Float[Array, " p"], roots: Float[Array, " p"]) -> Bool[Array, ""]:
+    """Whether the image of ``y`` is nothing but rounding, entry by entry, of a matrix with these roots of its diagonal."""
+    rounded = 10 * y.size * jnp.finfo(y.dtype).eps * jnp.vdot(roots, jnp.abs(y))
+    return jnp.all(jnp.abs(image) <= rounded * roots)
 
 
 def flat_inverse(spec: ParamSpec, inverse: FlatInverted) -> Inverted:
     """An inverse of flat vectors as one of parameter-shaped ones."""
 
     def apply(v: Any) -> Solved:
-        x, rest, rank = inverse(spec.ravel(v, "v"))
-        return Solved(spec.unravel(x), spec.unravel(rest), rank)
+        found = inverse(spec.ravel(v, "v"))
+        return found._replace(x=spec.unravel(found.x), rest=spec.unravel(found.rest))
 
     return apply
 
@@ -66,6 +75,6 @@ def by_leaf(
         found = inside(scaled(v, roots))
         x = scaled(found.x, roots)
         rest = jax.tree.map(lambda b, f, d: b - f - d, v, product(x), scaled(x, dampings))
-        return Solved(x, rest, found.rank)
+        return found._replace(x=x, rest=rest)
 
     return apply

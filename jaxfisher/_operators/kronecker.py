@@ -6,30 +6,25 @@ Bias and weight of a layer are one block: the bias is the weight of an input tha
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._engine import Basis, Layout
-from jaxfisher._inverse import Factorise, Solved, SolveInfo
-from jaxfisher._linalg import cholesky, diagonals, matmul, norm, resolved
-from jaxfisher._once import once
+from jaxfisher._inverse import Factorise, eigen, log_determinant, multiplied
+from jaxfisher._linalg import cholesky, diagonals, eigenvalues, matmul, norm, resolved, unit_diagonal, unit_rank
+from jaxfisher._null_space import projected
 from jaxfisher._operators.base import Operator
-from jaxfisher._operators.block import BlockDiagonal
 from jaxfisher._operators.dense import Dense
-from jaxfisher._operators.identity import Shifted
 from jaxfisher._operators.inverted import Inverted
 from jaxfisher._operators.provenance import Provenance
-from jaxfisher._operators.spectral import Spectral
-from jaxfisher._tree import ParamSpec, cast_like
-from jaxfisher._values import nonnegative
+from jaxfisher._operators.spectral import Spectral, Tests, applied_once
+from jaxfisher._tree import ParamSpec
+from jaxfisher._varying import cond
 
 
 class _Layer(Operator):
@@ -139,10 +134,51 @@ class Kronecker(_Layer):
         return self.factorised().eigvalsh()
 
     def rank(self) -> Any:
-        return self.factorised().rank()
+        ranks = (jax.vmap(unit_rank)(factors) for factors in (self.inputs, self.outputs))
+        return jnp.sum(jnp.multiply(*ranks), dtype=jnp.int32)
 
     def _logdet(self, damping: Scalar) -> Scalar:
-        return self.factorised()._logdet(damping)
+        eps, factors = jnp.finfo(self.spec.dtype).eps, (self.inputs, self.outputs)
+        a, g = (jax.vmap(eigenvalues)(factor) for factor in factors)
+        values = a[:, :, None] * g[:, None, :]
+        told = ~(damping <= eps * jnp.max(values, initial=0.0))
+
+        def alone() -> Scalar:
+            # By the determinants of the factors, which take them in units of their own.
+            whole, sizes = jax.vmap(lambda x: log_determinant(x, jnp.zeros((), x.dtype))), (g.shape[1], a.shape[1])
+            return sizes[0] * jnp.sum(whole(factors[0])) + sizes[1] * jnp.sum(whole(factors[1]))
+
+        logarithm: Scalar = cond(told, lambda: jnp.sum(jnp.log(values + damping)), alone)
+        return logarithm
+
+    def _inverse(self, damping: Scalar) -> Inverted:
+        """By the eigenvectors of the factors; without a damping, the product of their pseudo-inverses."""
+        # Derivatives go through the products that solutions satisfy.
+        *factors, at = jax.lax.stop_gradient((self.inputs, self.outputs, damping))
+        entries, eps = [diagonals(factor) for factor in factors], jnp.finfo(self.spec.dtype).eps
+        told = ~(at <= eps * jnp.max(jnp.max(entries[0], 1) * jnp.max(entries[1], 1)))
+        units = [jax.vmap(unit_diagonal)(part) for part in entries]
+        a, g = (jax.vmap(partial(_side, told=told))(*side) for side in zip(factors, units, strict=True))
+        (inputs, outputs), kept = (a.vectors, g.vectors), a.kept[:, :, None] & g.kept[:, None, :]
+        values = a.values[:, :, None] * g.values[:, None, :] + jnp.where(told, at, 0)
+        inverted = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
+
+        def coefficients(v: Any) -> Float[Array, "groups inputs outputs"]:
+            return inverted * matmul(matmul(inputs.swapaxes(1, 2), self._matrix(v)), outputs)
+
+        def solve(v: Any) -> Any:
+            return self._leaves(matmul(matmul(inputs, coefficients(v)), outputs.swapaxes(1, 2)))
+
+        def astray(v: Array, x: Array) -> Scalar:
+            along, found = jnp.abs(coefficients(self.spec.unravel(v))), self._matrix(self.spec.unravel(x))
+            rounded = matmul(matmul(jnp.abs(inputs), along), jnp.abs(outputs).swapaxes(1, 2))
+            turned = matmul(a.off.swapaxes(1, 2), found), matmul(found, g.off)
+            return 4 * eps * norm(rounded.reshape(-1)) + norm(jnp.concatenate([part.reshape(-1) for part in turned]))
+
+        flat = self.spec.ravel(self._leaves(units[0][:, :, None] * units[1][:, None, :]), "units")
+        clear = jnp.all(jnp.stack([jnp.all(side.clear) for side in (a, g)]))
+        tests = Tests(at, told, clear, jnp.all(kept), flat, astray)
+        return applied_once(solve, self.linearised(), damping, tests, jnp.sum(kept, dtype=jnp.int32), self.spec)
 
     def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
         # The residual is against the factors: two products, where the eigenvectors would take four.
@@ -208,6 +244,36 @@ class Kronecker(_Layer):
 
     def _scaled(self, factor: Any) -> Kronecker:
         return dataclasses.replace(self, outputs=factor * self.outputs, provenance=self.provenance.times())
+
+
+class _Side(NamedTuple):
+    """One factor of a Kronecker product by its eigenvectors, in own units; without a damping, projected off its null space.
+
+    Attributes:
+        vectors: what takes the place of eigenvectors; zero where left out.
+        values: eigenvalues, in the units of ``vectors``.
+        kept: which are not left out.
+        clear: whether these are well above rounding.
+        off: how far off the null vectors that were left out may be.
+    """
+
+    vectors: Float[Array, "m m"]
+    values: Float[Array, " m"]
+    kept: Bool[Array, " m"]
+    clear: Bool[Array, ""]
+    off: Float[Array, "m m"]
+
+
+def _side(matrix: Float[Array, "m m"], unit: Float[Array, " m"], told: Bool[Array, ""]) -> _Side:
+    found = eigen(matrix, unit, told)
+    inverted = jnp.where(found.kept, 1 / jnp.where(found.kept, found.values, 1), 0)
+    vectors = cond(
+        jnp.all(found.kept),
+        lambda: found.vectors,
+        lambda: projected(found.vectors, inverted, found.kept, unit, multiplied(matrix, jnp.zeros_like(unit[0]), unit))[0],
+    )
+    own = unit[:, None] * vectors
+    return _Side(jnp.where(found.kept, own, 0), found.values, found.kept, found.clear, jnp.where(found.kept, 0, own))
 
 
 def merged(terms: Sequence[Kronecker]) -> Kronecker:
@@ -346,74 +412,3 @@ class EigenKronecker(_Layer, Spectral):
 
     def _scaled(self, factor: Any) -> EigenKronecker:
         return dataclasses.replace(self, values=factor * self.values, provenance=self.provenance.times())
-
-
-def factored_damping(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric) -> tuple[Any, SolveInfo]:
-    r"""KFAC's own, approximate damping, a solver for `jaxfisher.solve`: each factor is damped instead of the product.
-
-    .. math:: \Big(A + \pi \sqrt{\lambda} I\Big)^{-1} V \Big(G + \tfrac{\sqrt\lambda}{\pi} I\Big)^{-1}, \qquad
-        \pi^2 = \frac{\mathrm{tr} A / \dim A}{\mathrm{tr} G / \dim G}.
-
-    This is *not* ``(F + damping I)^-1``: it is the inverse of ``A (x) G`` plus the damping plus cross terms. It needs two
-    Cholesky factors a layer where the exact one needs two eigendecompositions. Blocks of other forms are damped exactly. The
-    residual in the report is that of ``(F + damping I) x = v``, and shows the difference: ``converged`` is that of an exact
-    solve, and rarely true.
-
-    Args:
-        fisher: a `jaxfisher.kronecker` view.
-        v: a pytree shaped like the parameters.
-        damping: ``> 0``. One that is too small for the dtype to tell counts as the least that can be told.
-
-    Raises:
-        TypeError: ``fisher`` is no Kronecker view.
-        ValueError: a ``damping`` of zero or below.
-
-    Reference: Martens and Grosse (ICML 2015), section 6.3.
-
-    >>> import jax.numpy as jnp, jaxfisher as jf
-    >>> model = lambda w, x: jf.Normal(x @ w, jnp.ones(2))
-    >>> F = jf.kronecker(jf.exact_fisher(model)(jnp.ones((2, 2)), 2.0 * jnp.eye(2)))  # A = 2 I, G = I
-    >>> x, _ = jf.solve(F, jnp.ones((2, 2)), damping=1.0, solver=jf.factored_damping)
-    >>> print(x.round(4)[0])  # 1 / ((2 + sqrt(2)) (1 + 1 / sqrt(2))), where (F + I)^-1 is 1/3
-    [0.1716 0.1716]
-    """
-    if isinstance(fisher, Shifted):
-        return factored_damping(fisher.base, v, damping + fisher.shift)
-    if not isinstance(fisher, BlockDiagonal) or not any(_kronecker_in(block) for block in fisher.blocks):
-        raise TypeError(f"factored_damping: {fisher} has no Kronecker factors to damp; expected jf.kronecker(fisher).")
-    if isinstance(damping, (numbers.Real, np.ndarray, np.generic)) and float(damping) == 0:
-        raise ValueError(
-            "factored_damping: `damping` is 0, without which factors may be singular. Give a number above zero, or leave the "
-            "solver out: jf.solve(F, v, 0.0) is then exact."
-        )
-    x, info = _by_factors(fisher, fisher._vector(v), nonnegative("damping", damping, fisher.spec.dtype))
-    return cast_like(x, v), info
-
-
-@once
-def _by_factors(fisher: BlockDiagonal, v: Any, damping: Scalar) -> tuple[Any, SolveInfo]:
-    """`factored_damping` without its checks."""
-    blocks = [_factored_inverse(block, damping) for block in fisher.blocks]
-    product = fisher.linearised()
-
-    def inverse(v: Any) -> Solved:
-        x = fisher._join([block(part) for block, part in zip(blocks, fisher._split(v), strict=True)])
-        rest = jax.tree.map(lambda b, f, y: b - f - damping * y, v, product(x), x)
-        return Solved(x, rest, fisher.full_rank)
-
-    return fisher.report(inverse, v, damping)
-
-
-def _factored_inverse(block: Operator, damping: Scalar) -> Callable[[Any], Any]:
-    kronecker = _kronecker_in(block)
-    if kronecker is None:
-        inverse = block.inverse(damping)
-        return lambda v: inverse(v).x
-    return kronecker.factored_inverse(damping + block.shift if isinstance(block, Shifted) else damping)
-
-
-def _kronecker_in(block: Operator) -> Kronecker | EigenKronecker | None:
-    """The Kronecker product that a block is, up to a multiple of the identity; None if it is none."""
-    if isinstance(block, Shifted):
-        return _kronecker_in(block.base)
-    return block if isinstance(block, Kronecker) or (isinstance(block, EigenKronecker) and block.separable) else None

@@ -98,7 +98,9 @@ def low_rank(fisher: Operator, rank: int) -> LowRank:
         \tfrac1\lambda (v - U_k U_k^T v).
 
     From scores it takes the eigenvectors of the n x n Gram matrix where that is the smaller one, and k weighted sums of scores:
-    ``p k`` numbers are held. With all eigenpairs it is F.
+    ``p k`` numbers are held. With all eigenpairs it is F. Derivatives of its products, solves, traces and log-determinants hold
+    where eigenvalues are equal, as long as the smallest that is taken stands apart from those that are not; those of other
+    powers only where all are different.
 
     Args:
         fisher: an operator held as scores; or any other for p up to 4096, which makes its matrix.
@@ -139,7 +141,7 @@ def _largest_of_rows(scores: Scores, rank: Static[int]) -> tuple[Float[Array, " 
     """The largest eigenpairs by way of the Gram matrix."""
     factor = to_unit(scores.bound())
     scaled = Scaled(scores, factor)
-    values, rows = _largest(mirrored(scaled.gram()), rank.value)
+    values, rows = _largest_of_gram(mirrored(scaled.gram()), rank.value)
     # u = X^T w / sqrt(value), and nothing where the value is zero.
     weights = jnp.where(values > 0, jax.lax.rsqrt(jnp.where(values > 0, values, 1)), 0)
     # One at a time: a batch of them would be a batch of all factors.
@@ -147,12 +149,56 @@ def _largest_of_rows(scores: Scores, rank: Static[int]) -> tuple[Float[Array, " 
     return values * (1 / factor) * (1 / factor), vectors
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _largest(matrix: Float[Array, "m m"], rank: int) -> tuple[Float[Array, " k"], Float[Array, "m k"]]:
-    """The largest eigenpairs of a positive semi-definite matrix; values inside rounding error are zero."""
+    """The largest eigenpairs of a positive semi-definite matrix; values inside rounding error are zero.
+
+    Derivatives of ``U diag(values) U^T`` and of symmetric functions of the values hold also where some values are equal.
+    """
+    return _pairs(matrix)[0][-rank:], _pairs(matrix)[1][:, -rank:]
+
+
+@_largest.defjvp
+def _largest_jvp(rank: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
+    # What U diag(values) U^T has between two eigenvectors of one value cannot come of a rotation of these: they are no longer
+    # orthogonal, by half of it each.
+    return _moved(*primals, *tangents, rank, lambda change, one, two: change / (one + two))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _largest_of_gram(gram: Float[Array, "n n"], rank: int) -> tuple[Float[Array, " k"], Float[Array, "n k"]]:
+    """`_largest` of ``X X^T``; derivatives are those of ``X^T W W^T X`` with W the vectors: a rotation of W changes nothing."""
+    return _largest(gram, rank)
+
+
+@_largest_of_gram.defjvp
+def _largest_of_gram_jvp(rank: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
+    return _moved(*primals, *tangents, rank, lambda change, one, two: jnp.zeros_like(change))
+
+
+def _pairs(matrix: Float[Array, "m m"]) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
+    """All eigenpairs; values inside rounding error are zero."""
     values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
     cut = values.shape[0] * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
-    values = jnp.where(values <= cut, jnp.where(jnp.isnan(values), values, 0), values)
-    return values[-rank:], vectors[:, -rank:]
+    return jnp.where(values <= cut, jnp.where(jnp.isnan(values), values, 0), values), vectors
+
+
+def _moved(
+    matrix: Array, change: Array, rank: int, equal: Callable[[Array, Array, Array], Array]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """The largest eigenpairs, and how they move with the matrix; ``equal`` tells it of pairs that have one value."""
+    values, vectors = _pairs(matrix)
+    change = matmul(vectors.T, matmul(change, vectors))[:, -rank:]
+    one, two = values[:, None], values[None, -rank:]
+    # Near to each other is equal: what comes of a small gap is lost in rounding.
+    near = jnp.abs(two - one) <= 1e-3 * values[-1]
+    inside = (jnp.arange(values.size) >= values.size - rank)[:, None] & (one > 0) & (two > 0)
+    same = jnp.arange(values.size)[:, None] == jnp.arange(values.size)[None, -rank:]
+    apart = change / jnp.where(two != one, two - one, 1)
+    turned = jnp.where(inside & near, equal(change, one, jnp.where(two > 0, two, 1)), jnp.where(two != one, apart, 0))
+    moved = jnp.diagonal(change, rank - values.size)
+    tangents = jnp.where(values[-rank:] > 0, moved, 0), matmul(vectors, jnp.where(same, 0, turned))
+    return (values[-rank:], vectors[:, -rank:]), tangents
 
 
 def nystrom(fisher: Operator, rank: int, key: PRNGKeyArray) -> LowRank:

@@ -7,17 +7,22 @@ what is held.
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Scalar
+from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from jaxfisher._inverse import Factorise, Solved
-from jaxfisher._linalg import norm, resolved
+from jaxfisher._inverse import Factorise
+from jaxfisher._linalg import norm, resolved, unit_diagonal
 from jaxfisher._operators.base import Operator
-from jaxfisher._operators.inverted import Inverted
+from jaxfisher._operators.inverted import Inverted, is_unseen
+from jaxfisher._system import Solved
+from jaxfisher._tree import ParamSpec
+from jaxfisher._varying import cond, linear_solve
 
 
 class Spectral(Operator):
@@ -33,7 +38,7 @@ class Spectral(Operator):
 
     def _resolve(self, damping: Scalar) -> Callable[[Array], Array]:
         """Eigenvalues to what they count as: zero inside rounding error, which is that of the largest of them."""
-        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(values), initial=0.0) for values, _ in self._eigenvalues()]))
+        largest = self._largest()
         return lambda values: resolved(values, damping, largest, self.size)
 
     def linearised(self) -> Callable[[Any], Any]:
@@ -72,12 +77,31 @@ class Spectral(Operator):
         """Of ``product``, which these are the eigenvectors of."""
         resolve = self._resolve(damping)
         rank = self._count(lambda values: resolve(values) + damping != 0)
+        # Derivatives go through the products that solutions satisfy.
+        still, at = jax.lax.stop_gradient((self, damping))
+        solve = partial(still._power_mv, power=jnp.asarray(-1, self.spec.dtype), damping=at)
+        return applied_once(solve, product, damping, still._tests(product, at), rank, self.spec)
 
-        def apply(v: Any) -> Solved:
-            x = self._power_mv(v, jnp.asarray(-1, self.spec.dtype), damping)
-            return Solved(x, jax.tree.map(lambda b, f, y: b - f - damping * y, v, product(x), x), rank)
+    def _tests(self, product: Callable[[Any], Any], damping: Scalar) -> Callable[..., Bool[Array, ""]]:
+        """Whether a solution may be believed, from the right-hand side, itself, what it leaves and the correction for that."""
+        eps, largest, resolve = jnp.finfo(self.spec.dtype).eps, self._largest(), self._resolve(damping)
+        told, noise = ~(damping <= eps * largest), 4 * self.size * eps
+        # Sums of squares that are zero come out at the square of rounding, and what lies between is neither.
+        low = self._count(lambda values: (jnp.abs(values) > noise**2 * largest) & (jnp.abs(values) < noise * largest))
+        clear = told | ((low == 0) & cond(told, lambda: told, lambda: self._blind(product, resolve)))
+        # Its eigenvectors are orthonormal in the parameters' own units.
+        return Tests(damping, told, clear, jnp.asarray(True), jnp.ones((), self.spec.dtype), lambda v, x: jnp.zeros_like(x[0]))
 
-        return apply
+    def _blind(self, product: Callable[[Any], Any], resolve: Callable[[Array], Array]) -> Bool[Array, ""]:
+        """Whether the product does not see what counts as zero: it may be small in its units only."""
+        roots = jnp.sqrt(jnp.abs(self.spec.ravel(self.diagonal(), "diagonal")))
+        trial = unit_diagonal(jnp.square(roots)) * jnp.cos(jnp.arange(self.size, dtype=self.spec.dtype))
+        left_out = self._apply(lambda values: (resolve(values) == 0).astype(values.dtype), self.spec.unravel(trial))
+        return is_unseen(self.spec.ravel(product(left_out), "v"), self.spec.ravel(left_out, "v"), roots)
+
+    def _largest(self) -> Scalar:
+        """The largest eigenvalue in absolute value."""
+        return jnp.max(jnp.stack([jnp.max(jnp.abs(values), initial=0.0) for values, _ in self._eigenvalues()]))
 
     def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
         return self._inverse
@@ -91,3 +115,63 @@ class Spectral(Operator):
             return jnp.where(kept, jnp.where(kept, shifted, 1) ** power, 0)
 
         return self._apply(powers, v)
+
+
+def applied_once(
+    solve: Callable[[Any], Any],
+    product: Callable[[Any], Any],
+    damping: Scalar,
+    sound: Callable[..., Bool[Array, ""]],
+    rank: Int[Array, ""],
+    spec: ParamSpec,
+) -> Inverted:
+    """The inverse of ``product``, plus a damping, as ``solve`` has it without refinement.
+
+    ``sound`` tells from ``v``, ``x``, what that leaves and the correction for it, all flat, whether it may be believed.
+    """
+
+    def damped(x: Any) -> Any:
+        return jax.tree.map(lambda f, y: f + damping * y, product(x), x)
+
+    def apply(v: Any) -> Solved:
+        x, _ = linear_solve(damped, v, lambda _, b: (solve(b), ()))
+        rest = jax.tree.map(jnp.subtract, v, damped(x))
+        # The inverse of an infinity looks like an answer.
+        x = jax.tree.map(lambda y, r: jnp.where(jnp.isnan(r), r, y), x, rest)
+        return Solved(x, rest, rank, sound(*(spec.ravel(tree, "v") for tree in (v, x, rest, solve(rest)))))
+
+    return apply
+
+
+@dataclasses.dataclass(frozen=True)
+class Tests:
+    """The tests of a solution that `jaxfisher.SolveInfo` states, for routes without refinement.
+
+    Attributes:
+        damping: in the units of F.
+        told: whether the dtype tells it from zero.
+        clear: whether eigenvalues that were kept are above rounding.
+        whole: whether all were kept.
+        units: those in which F has a unit diagonal, if it is to have one.
+        astray: of ``v`` and ``x``, how much of ``x`` may lie along those that were not.
+    """
+
+    damping: Scalar
+    told: Bool[Array, ""]
+    clear: Bool[Array, ""]
+    whole: Bool[Array, ""]
+    units: Float[Array, "..."]
+    astray: Callable[[Array, Array], Scalar]
+
+    def __call__(
+        self, v: Float[Array, " p"], x: Float[Array, " p"], rest: Float[Array, " p"], again: Float[Array, " p"]
+    ) -> Bool[Array, ""]:
+        """Of ``v``, ``x``, what that leaves, and the correction for it."""
+        eps, tiny = jnp.finfo(x.dtype).eps, jnp.finfo(x.dtype).tiny
+        own, small = (norm(scale * rest) <= eps**0.5 * norm(scale * v) for scale in (1, self.units))
+        scale = jnp.where(self.whole, 1 / self.units, 1)
+        error = jnp.maximum(norm(scale * again), jnp.where(self.whole, 0, self.astray(v, x)))
+        near = error <= eps**0.5 / 8 * norm(scale * x)
+        there = (norm(x) > tiny / eps) | (norm(v) == 0)
+        untold = self.clear & near & ((small & self.whole) | (self.damping == 0))
+        return there & jnp.where(self.told, own, untold)

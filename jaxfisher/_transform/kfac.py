@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Scalar
 
-from jaxfisher._inverse import SolveInfo
 from jaxfisher._operators.base import VIEW, Operator, View
+from jaxfisher._operators.factored import factored_damping
 from jaxfisher._operators.identity import relative_damping
-from jaxfisher._operators.kronecker import factored_damping
 from jaxfisher._operators.layered import kronecker
 from jaxfisher._solve import Solver, check_solver, solve
+from jaxfisher._system import SolveInfo
 from jaxfisher._transform.adapt_damping import Rule, adapting
 from jaxfisher._transform.quadratic_model import quadratic_model
 from jaxfisher._transform.scale_by_fisher import scale_by_fisher

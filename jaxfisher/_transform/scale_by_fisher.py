@@ -14,12 +14,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int
 
-from jaxfisher._inverse import SolveInfo
 from jaxfisher._once import either
 from jaxfisher._operators.base import VIEW, Operator, View, as_operator
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._operators.provenance import Provenance
 from jaxfisher._solve import Solver, check_solver, solve
+from jaxfisher._system import SolveInfo
 from jaxfisher._transform.given import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
 from jaxfisher._tree import all_finite, cast_like, check_function, param_spec, scaled
 from jaxfisher._values import check_number, nonnegative

@@ -1,0 +1,27 @@
+"""A sample of the random solves of `random_solves.py`, in every form: none may say that it converged and be wrong."""
+
+import numpy as np
+import pytest
+import random_solves
+
+SAMPLE = [
+    ("tall", "scores", "float32"),
+    ("short", "scores", "float32"),
+    ("square", "dense", "float64"),
+    ("tall", "diagonal", "float32"),
+    ("tall", "kronecker", "float64"),
+    ("tall", "eigen-Kronecker", "float32"),
+    ("short", "low rank", "float64"),
+    ("short", "blocks", "float64"),
+]
+"""Each is a program of its own, and programs are what takes time: `python tests/random_solves.py` runs all that there are."""
+
+
+@pytest.mark.parametrize(("shape", "form", "dtype"), SAMPLE)
+def test_no_solve_is_converged_and_wrong(shape, form, dtype):
+    (found,) = random_solves.groups(60, 5, (shape,), (dtype,), ((form, "exact"),))
+    verdicts = list(random_solves.verdicts(*found[1:]))
+    wrong = [random_solves.described(*pair) for pair in verdicts if pair[1].wrong]
+    assert not wrong, "\n".join(wrong)
+    # Half of the condition numbers are beyond the dtype.
+    assert np.mean([verdict.converged for _, verdict in verdicts]) > 0.25

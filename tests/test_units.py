@@ -1,0 +1,53 @@
+"""Undamped solves and ranks in any units of the parameters, in every form, against float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_solves import FORMS
+
+import jaxfisher as jf
+
+UNITS = 10.0 ** np.array([12, -12, 3, 0, -7, 9])
+RNG = np.random.default_rng(3)
+
+
+@pytest.mark.parametrize("form", ["scores", "dense", "blocks", "sum of forms"])
+def test_full_rank_in_any_units(form):
+    """Columns of 1e12 and 1e-12 beside each other: the solution is that of equal units, and the rank is whole."""
+    x, v = RNG.normal(size=(14, 6)), RNG.normal(size=6)
+    x[:, 5] = x[:, 0] + 0.1 * x[:, 5]
+
+    @jax.jit
+    def run(x, v):
+        F = FORMS[form](x)
+        found, info = jf.solve(F, F.spec.unravel(v), 0.0)
+        return F.spec.ravel(found, "x"), info, F.rank()
+
+    scaled = np.asarray(x * UNITS, np.float32)
+    equal = scaled / UNITS
+    matrix = equal.T @ equal / len(x)
+    if form == "sum of forms":
+        matrix = 2 * matrix
+    if form == "blocks":
+        matrix[:3, 3:] = matrix[3:, :3] = 0
+    found, info, rank = run(jnp.asarray(scaled), jnp.asarray(v * UNITS, jnp.float32))
+    true = np.linalg.solve(matrix, np.asarray(v * UNITS, np.float32) / UNITS)
+    np.testing.assert_allclose(np.asarray(found, float) * UNITS, true, rtol=0, atol=2e-3 * np.max(np.abs(true)))
+    assert bool(info.converged) and int(rank) == int(info.rank) == 6
+
+
+@pytest.mark.parametrize(("form", "rows"), [("scores", 14), ("scores", 4), ("dense", 14)])
+def test_least_norm_in_own_units(form, rows):
+    """Where the rank is short, units are part of the question: the pseudo-inverse of NumPy, or not converged."""
+    units = 10.0 ** np.array([2, -2, 1, 0, -1, 1])
+    x, v = RNG.normal(size=(rows, 6)) * units, RNG.normal(size=6) * units
+    x[:, 3] = 4 * x[:, 1]
+    x[:, 4] = 0
+    F = FORMS[form](jnp.asarray(x))
+    found, info = jf.solve(F, F.spec.unravel(jnp.asarray(v)), 0.0)
+    rank = min(rows, 4)
+    _, sizes, right = np.linalg.svd(x / np.sqrt(rows))
+    true = right[:rank].T @ ((right[:rank] @ v) / sizes[:rank] ** 2)
+    np.testing.assert_allclose(F.spec.ravel(found, "x"), true, rtol=0, atol=1e-7 * np.max(np.abs(true)))
+    assert bool(info.converged) and int(info.rank) == int(F.rank()) == rank
