@@ -137,7 +137,11 @@ def make_batch(
 
 def _checked_weights(weights: Any, n: int) -> Float[Array, " n"]:
     """The weights as an array of floating numbers, one for each example; refused where they are known to be no weights."""
-    if not isinstance(weights, (list, tuple)):
+    if isinstance(weights, (list, tuple)):
+        wrong = [i for i, weight in enumerate(weights) if not is_array(weight)]
+        if wrong:
+            raise TypeError(f"`weights` holds {described(weights[wrong[0]])} at entry {wrong[0]}; expected {n} real numbers.")
+    else:
         _check_numbers("`weights`", weights)
     _check_known(weights)
     weights = jnp.asarray(weights)

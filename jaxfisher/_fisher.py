@@ -20,7 +20,7 @@ from jaxfisher._operators.provenance import Provenance
 from jaxfisher._rows import ExactRows, Prediction, Rows, SampledRows, ScoreRows, prediction
 from jaxfisher._scores import CenteredScores, Scores, make_scores
 from jaxfisher._tree import as_key, check_function, threefry_key
-from jaxfisher._values import described, whole
+from jaxfisher._values import check_flag, described, whole
 from jaxfisher._varying import varying_like
 
 
@@ -58,7 +58,7 @@ def empirical_fisher(
 
     Raises:
         ValueError: (when called) arrays of different lengths, a non-scalar ``log_prob``, one that is a batch mean.
-        TypeError: (when called) a parameter that is not a real floating array.
+        TypeError: ``center`` is neither True nor False; (when called) a parameter that is not a real floating array.
 
     Reference: Kunstner, Balles and Hennig, Limitations of the empirical Fisher approximation (NeurIPS 2019), equation 3;
     Stokes, Izaac, Killoran and Carleo, Quantum natural gradient (Quantum 2020), section 3, for the geometric tensor.
@@ -74,6 +74,7 @@ def empirical_fisher(
     [[2.25]]
     """
     check_function("log_prob", log_prob, LOG_PROB)
+    check_flag("empirical_fisher: `center`", center)
 
     def fisher_of(params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Operator:
         needs_data(data, "empirical_fisher")

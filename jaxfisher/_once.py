@@ -57,8 +57,12 @@ def _can_cross(args: Sequence[Any]) -> bool:
 
 def _is_number(leaf: Any) -> bool:
     if isinstance(leaf, (np.ndarray, np.generic)):
-        return leaf.dtype.kind in "biufc" and leaf.dtype.isnative
+        return leaf.dtype.kind in "biufc" and leaf.dtype.isnative and leaf.dtype.char not in _LONG_DOUBLES
     return isinstance(leaf, (jax.Array, bool, int, float, complex))
+
+
+_LONG_DOUBLES = np.dtype(np.longdouble).char + np.dtype(np.clongdouble).char
+"""NumPy's codes of what is wider than JAX has."""
 
 
 def _hashable(value: Any) -> bool:

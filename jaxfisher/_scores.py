@@ -51,6 +51,7 @@ from jaxfisher._once import Static, once, once_for
 from jaxfisher._rows import Rows, ScoreRows
 from jaxfisher._stack import of_one
 from jaxfisher._tree import ParamSpec, check_function, described, dot, dtype_of, kept, narrowed, param_spec
+from jaxfisher._values import check_array, check_flag
 
 
 class Scores(abc.ABC):
@@ -161,6 +162,7 @@ class Scores(abc.ABC):
 
     def _row_numbers(self, w: Float[Array, " rows"]) -> Float[Array, " rows"]:
         """``w`` in the statistics dtype, after checking that it has one real number for each row."""
+        check_array("`w`", w)
         if not hasattr(w, "dtype") or jnp.shape(w) != (self.num_rows,) or jnp.issubdtype(dtype_of(w), jnp.complexfloating):
             raise ValueError(
                 f"`w` is {described(w)}; expected an array with one real number for each row, shape ({self.num_rows},)."
@@ -729,8 +731,7 @@ def scores(
      [-2.]]
     """
     check_function("log_prob", log_prob, LOG_PROB)
-    if not isinstance(center, bool | np.bool_):
-        raise TypeError(f"scores: `center` is {described(center)}; expected True or False.")
+    check_flag("scores: `center`", center)
     rows = ScoreRows(log_prob)
 
     def scores_of(params: chex.ArrayTree, *data: Any, weights: Float[Array, " n"] | None = None) -> Scores:

@@ -21,7 +21,7 @@ from jaxfisher._operators.damping import Damping, Dampings
 from jaxfisher._scores import Scores
 from jaxfisher._system import SolveInfo
 from jaxfisher._tree import all_finite, cast_like, described, dtype_of
-from jaxfisher._values import is_array, nonnegative, whole
+from jaxfisher._values import check_array, is_array, nonnegative, whole
 from jaxfisher._varying import alike, cond, linear_solve, varying_axes, while_loop
 
 
@@ -70,14 +70,14 @@ class CG:
         if callable(self.preconditioner):
             # A function that crosses ``jit`` as part of a pytree.
             object.__setattr__(self, "preconditioner", jax.tree_util.Partial(self.preconditioner))
-        elif not jax.tree_util.all_leaves([self.preconditioner]):
+        elif isinstance(self.preconditioner, str) or not jax.tree_util.all_leaves([self.preconditioner]):
             as_operator(self.preconditioner, "CG: `preconditioner`")
 
     def __call__(self, fisher: Operator, v: chex.ArrayTree, damping: Damping) -> tuple[Any, SolveInfo]:
         near = self.preconditioner
         if near is not None:
             # Here and not in the program: a view is a function of the user's, and may be a new one at each call.
-            near = as_operator(near if isinstance(near, Operator) else near(fisher), "CG: `preconditioner`")
+            near = as_operator(near(fisher) if callable(near) else near, "CG: `preconditioner`")
             fisher.spec.check_same(near.spec, f"CG: cannot precondition {fisher} with `preconditioner`, {near}")
         x, info = dataclasses.replace(self, preconditioner=near)._solution(fisher, fisher._vector(v), fisher.dampings(damping))
         return cast_like(x, v), info
@@ -361,6 +361,7 @@ def solve_path(fisher: Operator, v: chex.ArrayTree, dampings: Float[Array, " k"]
     [2. 1.]
     """
     fisher = as_operator(fisher, "solve_path")
+    check_array("solve_path: `dampings`", dampings)
     if not is_array(dampings) or jnp.ndim(dampings) != 1 or not jnp.issubdtype(dtype_of(dampings), jnp.floating):
         raise ValueError(
             f"solve_path: `dampings` is {described(dampings)}; expected an array of real numbers along one axis. Pass such as "

@@ -99,7 +99,7 @@ class ParamSpec:
         if other != self:
             where = self.mismatch(other.treedef, other.paths, other.shapes)
             raise ValueError(
-                f"{what}: it is over other parameters. {where or f'Their dtypes are {other.dtypes}, not {self.dtypes}'}. "
+                f"{what}, which is over other parameters: {where or f'their dtypes are {other.dtypes}, not {self.dtypes}'}. "
                 "Make both at the same parameters."
             )
 

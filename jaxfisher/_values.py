@@ -81,6 +81,12 @@ def check_array(name: str, value: Any) -> None:
         )
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raise `TypeError` unless the argument is a boolean: any other value counts as true, the word "no" among them."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} is {described(value)}; expected True or False.")
+
+
 def nonnegative(name: str, value: chex.Numeric, dtype: Any) -> Scalar:
     """The argument as a scalar of this dtype; refused where it is no real number or known to be negative."""
     check_number(name, value, "one real number of at least zero")

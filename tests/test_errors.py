@@ -200,6 +200,19 @@ MISTAKES = [
         TypeError,
         ["`weights`", ">f8", "newbyteorder"],
     ),
+    *[
+        (f"{kind} {what}", lambda call=call, bad=bad: call(bad), TypeError, [name, *words])
+        for kind, bad, words in [
+            ("big-endian", np.ones(5, ">f8"), [">f8", "newbyteorder"]),
+            ("long double", np.ones(5, np.longdouble), ["float64 or narrower"]),
+        ]
+        for what, name, call in [
+            ("row vector", "`w` is", lambda w: jf.scores(log_prob)(PARAMS, X, Y).rmv(w)),
+            ("path", "solve_path: `dampings` is", lambda d: jf.solve_path(fisher(), GRADIENT, d)),
+            ("field", "Normal: `loc` is", lambda loc: jf.Normal(loc, 1.0)),
+            ("target", "Normal.log_prob: `x` is", lambda x: jf.Normal(0.0, 1.0).log_prob(x)),
+        ]
+    ],
     # A wrong number of arguments: what was forgotten, or is in the wrong place.
     *[
         (f"{name} of {what}", lambda call=call, data=data: call(*data), TypeError, [*seen, *words])
@@ -251,6 +264,14 @@ MISTAKES = [
             ("all zero", np.zeros(5, bool), ["all zero", "at least one positive"]),
         ]
     ],
+    *[
+        (f"a list of weights with {bad!r}", lambda w=w: exact(PARAMS, X, weights=w), TypeError, ["`weights` holds", seen, "5"])
+        for bad, w, seen in [
+            (None, [1.0, None, 1.0, 1.0, 1.0], "None at entry 1"),
+            ("a", ["a"] * 5, "'a' at entry 0"),
+            ([1.0], [[1.0]] * 5, "a list at entry 0"),
+        ]
+    ],
     ("a string as weights", lambda: exact(PARAMS, X, weights="a"), TypeError, ["`weights`", "'a'", "array of numbers"]),
     # Settings.
     *[
@@ -282,6 +303,16 @@ MISTAKES = [
         ValueError,
         ["`max_bytes`", "`fisher`", "jf.exact_fisher(model, max_bytes=...)"],
     ),
+    *[
+        (
+            f"center {bad!r} of {make.__name__}",
+            lambda m=make, b=bad: m(log_prob, center=b),
+            TypeError,
+            ["`center` is", "True or"],
+        )
+        for make in (jf.scores, jf.empirical_fisher)
+        for bad in ("yes", 1, None)
+    ],
     ("explain no function", lambda: jf.explain(3, PARAMS, X), TypeError, ["`function` is 3", "log_prob", "model"]),
     *[
         (f"num_samples {m!r}", lambda m=m: jf.sampled_fisher(model, m), ValueError, [f"`num_samples` is {m!r}", "at least 1"])
@@ -303,11 +334,12 @@ MISTAKES = [
     ),
     *[
         (
-            f"center {bad!r}",
-            lambda bad=bad: jf.scores(log_prob, center=bad),
+            f"center {bad!r} of {make.__name__}",
+            lambda make=make, bad=bad: make(log_prob, center=bad),
             TypeError,
-            [f"`center` is {bad!r}", "True or False"],
+            [f"{make.__name__}: `center` is {bad!r}", "True or False"],
         )
+        for make in (jf.scores, jf.empirical_fisher)
         for bad in ("yes", 1, None)
     ],
     # log_prob.
@@ -523,6 +555,7 @@ MISTAKES = [
             ("scale_by_fisher", jf.scale_by_fisher(0.1)),
             ("quadratic_model", jf.quadratic_model(0.1)),
             ("adapt_damping", jf.adapt_damping(jf.natural_gradient(1.0, 0.1), 0.1)),
+            ("backtrack_kl", jf.backtrack_kl(0.1)),
         ]
     ],
     *[
@@ -600,6 +633,19 @@ MISTAKES = [
         ValueError,
         ["CG", "`preconditioner`", "params 1", "no leaf at ['b']", "same parameters"],
     ),
+    *[
+        (
+            f"preconditioner, {what}",
+            lambda bad=bad: jf.solve(fisher(), GRADIENT, 0.1, jf.CG(preconditioner=bad)),
+            TypeError,
+            ["CG: `preconditioner`", "Fisher operator", seen],
+        )
+        for what, bad, seen in [
+            ("a word", "diagonal", "'diagonal'"),
+            ("a matrix", np.eye(4), "(4, 4)"),
+            ("a view of nothing", lambda f: None, "None"),
+        ]
+    ],
     (
         "basis of others",
         lambda: jf.eigen_kronecker(fisher(), basis=jf.block_diagonal(jf.exact_fisher(line)(1.0, Y))),

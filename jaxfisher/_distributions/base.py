@@ -13,6 +13,7 @@ positive semi-definite by construction, and what scores are made of (column ``j`
 from __future__ import annotations
 
 import dataclasses
+import functools
 import numbers
 from collections.abc import Callable
 from typing import Any, ClassVar, Self, dataclass_transform
@@ -26,7 +27,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 from jaxfisher._distributions.root import Root, narrowed
 from jaxfisher._linalg import matmul
 from jaxfisher._once import once
-from jaxfisher._tree import described
+from jaxfisher._values import check_array, described
 
 
 @dataclass_transform(frozen_default=True)
@@ -69,7 +70,18 @@ def _compile_once(cls: type) -> None:
             assert member.fget is not None
             setattr(cls, name, property(once(member.fget)))
         elif member is not None:
-            setattr(cls, name, once(member))
+            setattr(cls, name, _of_a_target(once(member)) if name == "log_prob" else once(member))
+
+
+def _of_a_target(log_prob: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """A density that names what keeps JAX from taking its argument."""
+
+    @functools.wraps(log_prob)
+    def call(self: Any, x: Any) -> Any:
+        check_array(f"{type(self).__name__}.log_prob: `x`", x)
+        return log_prob(self, x)
+
+    return call
 
 
 class Distribution:
@@ -281,6 +293,7 @@ def _must_be_positive(shape: tuple[int, ...], ndim: int) -> np.ndarray:
 def _as_field(owner: str, name: str, value: Any) -> Array:
     if not isinstance(value, (jax.Array, int, float, complex)) and not hasattr(value, "__array__"):
         raise TypeError(f"{owner}: `{name}` is {described(value)}; expected a number or an array of them.")
+    check_array(f"{owner}: `{name}`", value)
     # A Python integer is a literal like 0.0: it takes the dtype of the fields beside it.
     array = jnp.asarray(float(value) if isinstance(value, int) else value)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):

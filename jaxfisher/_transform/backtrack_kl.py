@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._once import repeat
-from jaxfisher._transform.given import check_params, function_for, value_for
+from jaxfisher._transform.given import check_params, check_state, function_for, value_for
 from jaxfisher._tree import scaled, select
 from jaxfisher._values import nonnegative
 
@@ -83,7 +83,8 @@ def backtrack_kl(radius: chex.Numeric, max_halvings: chex.Numeric = 10) -> optax
         kl_fn: Callable[[Any], chex.Numeric] | None = None,
         **extra_args: Any,
     ) -> tuple[Any, BacktrackKLState]:
-        del state, extra_args
+        del extra_args
+        check_state(state, BacktrackKLState, "backtrack_kl")
         check_params(params, "backtrack_kl")
         loss = function_for("value_fn", value_fn, "from parameters to the loss", "backtrack_kl")
         divergence = function_for("kl_fn", kl_fn, "such as lambda new: jf.kl(model)(params, new, x)", "backtrack_kl")
