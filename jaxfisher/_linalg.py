@@ -119,6 +119,27 @@ def _spectrum_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array,
     return values, jnp.sum(vectors * matmul(*tangents, vectors), 0)
 
 
+@jax.custom_jvp
+def eigenpairs(matrix: Float[Array, "m m"]) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
+    """Ascending eigenvalues of a symmetric matrix, and eigenvectors, which no derivative turns among those of one value.
+
+    There they are any basis, and what is made of them has a derivative only if it does not depend on which.
+    """
+    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    return values, vectors
+
+
+@eigenpairs.defjvp
+def _eigenpairs_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    values, vectors = eigenpairs(*primals)
+    change = matmul(vectors.T, matmul(*tangents, vectors))
+    gaps = values[None, :] - values[:, None]
+    # What comes of a gap at the rounding of the values is rounding.
+    apart = jnp.abs(gaps) > jnp.finfo(values.dtype).eps ** 0.5 * jnp.max(jnp.abs(values), initial=0.0)
+    turned = jnp.where(apart, change / jnp.where(apart, gaps, 1), 0)
+    return (values, vectors), (jnp.diagonal(change), matmul(vectors, turned))
+
+
 def eigenvalues(matrix: Float[Array, "m m"]) -> Float[Array, " m"]:
     """Ascending eigenvalues of a symmetric matrix given by its upper triangle, those inside rounding error set to zero.
 

@@ -50,6 +50,9 @@ class Operator(abc.ABC):
     pytrees; results take the leaf dtypes of the vector they are made from, matrices and scalars the statistics dtype (at least
     float32). ``F + G`` and ``c * F`` are operators; ``c`` must not be negative. ``F @ v`` is `mv`, and
     ``np.asarray(F)`` is `as_matrix`.
+
+    `logdet`, `trace`, `diagonal`, `quadratic` and `solve` are differentiable in parameters, data and damping, forward and in
+    reverse, also where eigenvalues are equal. Of an undamped solve with a deficient rank the null space counts as fixed.
     """
 
     form: ClassVar[str]

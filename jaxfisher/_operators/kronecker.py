@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._engine import Basis, Layout
 from jaxfisher._inverse import Factorise, eigen, log_determinant, multiplied
-from jaxfisher._linalg import cholesky, diagonals, eigenvalues, matmul, norm, resolved, unit_diagonal, unit_rank
+from jaxfisher._linalg import cholesky, diagonals, eigenpairs, eigenvalues, matmul, norm, resolved, unit_diagonal, unit_rank
 from jaxfisher._null_space import projected
 from jaxfisher._operators.base import Operator
 from jaxfisher._operators.dense import Dense
@@ -321,7 +321,7 @@ def _shifts(
 
 def _eigh(x: Float[Array, "groups m m"]) -> tuple[Float[Array, "groups m"], Float[Array, "groups m m"]]:
     """Eigenvalues, those inside rounding error zero, and eigenvectors of positive semi-definite factors."""
-    values, vectors = jnp.linalg.eigh(x, symmetrize_input=False)
+    values, vectors = jax.vmap(eigenpairs)(x)
     largest = jnp.max(jnp.abs(values), -1, keepdims=True)
     return resolved(values, jnp.zeros((), x.dtype), largest, x.shape[-1]), vectors
 

@@ -1,0 +1,148 @@
+"""Derivatives of information by parameters, data and damping: forward and in reverse, in every form, at equal eigenvalues."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import jaxfisher as jf
+
+PARAMS = {"v": jnp.linspace(-0.4, 0.5, 6).reshape(3, 2), "w": jnp.cos(jnp.arange(6.0)).reshape(3, 2)}
+
+
+def mean(params, x):
+    return jnp.tanh(x @ params["w"]) + jnp.sin(x @ params["v"])
+
+
+def model(params, x):
+    return jf.Normal(mean(params, x), jnp.ones(2))
+
+
+def exact(params, x):
+    return jf.exact_fisher(model)(params, x)
+
+
+def dense(params, x):
+    """The Fisher by its definition, ``1/n sum_i J_i^T J_i``."""
+    flat, unravel = ravel_pytree(params)
+    jacobian = jax.vmap(jax.jacfwd(lambda flat, x: mean(unravel(flat), x)), (None, 0))(flat, x)
+    return jnp.einsum("nor,nos->rs", jacobian, jacobian) / len(x)
+
+
+def kronecker(params, x):
+    """The Kronecker product of both leaves by hand, each with the trace of its block."""
+    slopes = jnp.cos(x @ params["v"]), 1 - jnp.square(jnp.tanh(x @ params["w"]))
+    made = [jnp.kron(x.T @ x / len(x), jnp.diag(jnp.mean(jnp.square(slope), 0))) for slope in slopes]
+    traces = [jnp.mean(jnp.sum(jnp.square(x), 1) * jnp.sum(jnp.square(slope), 1)) for slope in slopes]
+    return jax.scipy.linalg.block_diag(*(trace / jnp.trace(block) * block for trace, block in zip(traces, made, strict=True)))
+
+
+def eigen_kronecker(params, x):
+    """The eigenbasis of the inputs, with second moments along it, by hand: outputs are the basis of their own factor."""
+    basis = jnp.linalg.eigh(x.T @ x / len(x))[1]
+    slopes = jnp.cos(x @ params["v"]), 1 - jnp.square(jnp.tanh(x @ params["w"]))
+    values = [jnp.square(x @ basis).T @ jnp.square(slope) / len(x) for slope in slopes]
+    made = [jnp.einsum("ak,ko,bk,oq->aobq", basis, value, basis, jnp.eye(2)).reshape(6, 6) for value in values]
+    return jax.scipy.linalg.block_diag(*made)
+
+
+def blocks(params, x):
+    """The Fisher without what is between the leaves."""
+    return dense(params, x) * jnp.kron(jnp.eye(2), jnp.ones((6, 6)))
+
+
+def truncated(params, x):
+    """The four largest eigenpairs of the Fisher."""
+    values, vectors = jnp.linalg.eigh(dense(params, x))
+    return vectors[:, -4:] @ jnp.diag(values[-4:]) @ vectors[:, -4:].T
+
+
+FORMS = {
+    "scores": (exact, dense),
+    "scores, in pieces": (lambda p, x: jf.exact_fisher(model, batch_size=2)(p, x), dense),
+    "dense": (lambda p, x: jf.dense(exact(p, x)), dense),
+    "diagonal": (lambda p, x: jf.diagonal(exact(p, x)), lambda p, x: jnp.diag(jnp.diag(dense(p, x)))),
+    "blocks": (lambda p, x: jf.block_diagonal(exact(p, x)), blocks),
+    "kronecker": (lambda p, x: jf.kronecker(exact(p, x)), kronecker),
+    "eigen-Kronecker": (lambda p, x: jf.eigen_kronecker(exact(p, x)), eigen_kronecker),
+    "implicit": (lambda p, x: jf.implicit_fisher(model)(p, x), dense),
+    "low rank": (lambda p, x: jf.low_rank(exact(p, x), 6), dense),
+    "low rank, some": (lambda p, x: jf.low_rank(exact(p, x), 4), truncated),
+    "low rank of dense": (lambda p, x: jf.low_rank(jf.dense(exact(p, x)), 6), dense),
+    "a prior": (lambda p, x: exact(p, x) + jf.scaled_identity(p, 0.1), lambda p, x: dense(p, x) + 0.1 * jnp.eye(12)),
+    "sum of forms": (
+        lambda p, x: exact(p, x) + jf.diagonal(exact(p, x)),
+        lambda p, x: dense(p, x) + jnp.diag(jnp.diag(dense(p, x))),
+    ),
+}
+U, C = jnp.cos(jnp.arange(12.0)), jnp.sin(jnp.arange(12.0))
+DIRECTION = jax.tree.map(lambda leaf: jnp.sin(1 + jnp.arange(leaf.size, dtype=float)).reshape(leaf.shape), PARAMS)
+COTANGENT = jnp.array([0.3, -1.0, 0.7, 0.5, 1.3])
+
+
+def numbers(form, params, x, damping):
+    """Log-determinant, trace, diagonal, quadratic and solve, as five numbers."""
+    F = FORMS[form][0](params, x)
+    u = F.spec.unravel(U)
+    diagonal, solution = (ravel_pytree(tree)[0] for tree in (F.diagonal(), F.solve(u, damping)))
+    return jnp.stack([F.logdet(damping), F.trace(), C @ diagonal, F.quadratic(u), C @ solution])
+
+
+def expected(form, params, x, damping):
+    """The same of the dense matrix, by JAX alone."""
+    matrix = FORMS[form][1](params, x)
+    damped = matrix + damping * jnp.eye(12)
+    solution = jnp.linalg.solve(damped, U)
+    return jnp.stack([jnp.linalg.slogdet(damped)[1], jnp.trace(matrix), C @ jnp.diag(matrix), U @ matrix @ U, C @ solution])
+
+
+@functools.cache
+def both_ways(function, form):
+    """The numbers, their derivative in one direction, and the gradient of one combination of them."""
+
+    def run(params, x, damping):
+        along = (DIRECTION, jnp.cos(jnp.arange(x.size, dtype=float)).reshape(x.shape), jnp.ones(()))
+        value, forward = jax.jvp(functools.partial(function, form), (params, x, damping), along)
+        back = jax.grad(lambda *args: COTANGENT @ function(form, *args), (0, 1, 2))(params, x, damping)
+        return value, forward, ravel_pytree(back)[0]
+
+    return jax.jit(run)
+
+
+ORTHONORMAL = jnp.concatenate([jnp.eye(3), -jnp.eye(3), jnp.zeros((1, 3))])
+"""Inputs for which, at parameters of zero, many eigenvalues are equal and many are zero."""
+
+
+CASES = [
+    ("scores", 3),
+    ("scores", 7),
+    ("scores, in pieces", 7),
+    ("dense", 7),
+    ("diagonal", 7),
+    ("blocks", 3),
+    ("kronecker", 3),
+    ("eigen-Kronecker", 7),
+    ("implicit", 7),
+    ("low rank", 3),
+    ("low rank, some", 3),
+    ("low rank of dense", 3),
+    ("a prior", 3),
+    ("sum of forms", 3),
+]
+"""Each form with fewer rows than parameters (6 of 12), or more (14): every case is two programs."""
+
+
+@pytest.mark.parametrize(("form", "rows"), CASES)
+def test_derivatives_against_a_dense_matrix(form, rows):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(7, 3)))
+    cases = {"apart": (PARAMS, x[:rows], 0.3), "equal": (jax.tree.map(jnp.zeros_like, PARAMS), ORTHONORMAL[:rows], 0.3)}
+    if form in ("low rank, some", "eigen-Kronecker"):
+        # Eigenvectors are part of the view: those that are taken must stand apart from those that are not.
+        del cases["equal"]
+    for name, case in cases.items():
+        found, true = (both_ways(function, form)(*case) for function in (numbers, expected))
+        for one, other in zip(found, true, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9 * np.max(np.abs(other)), err_msg=name)
