@@ -1,9 +1,9 @@
 """Layers: a bias joined to its weight.
 
 The gradient of a bias is the cotangent of its layer, summed over positions, and the cotangent is the right factor of the
-weight's gradient: the bias is the weight of an input that is always one. A join is proven or it is not made. The proof is that
-both are arrangements, entry for entry, of one value of the program, with the same axes kept and all others summed over. A
-scale, a repetition or another sum on the way makes another value.
+weight's gradient: the bias is the weight of an input that is always one. A bias is joined only where that is proven. The proof
+is that both are arrangements, entry for entry, of one value of the program, with the same axes kept and all others summed over.
+A scale, a repetition or another sum in between makes another value.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class _Machine:
         if equation.primitive.name in RULES:
             rule = RULES[equation.primitive.name]
             return [equation.ins[k] for k in rule.takes(equation, [self._flag(atom) for atom in equation.ins])]
-        # No rule: left unformed all the same, so that forming it here is seen and said.
+        # There is no rule. The operand is left unformed nevertheless, so that forming it here is noticed and reported.
         return as_large(equation)
 
     def _flag(self, atom: Atom) -> int:

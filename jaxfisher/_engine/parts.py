@@ -1,7 +1,7 @@
 """Parts: from the terms of one leaf's gradient to the forms that it is held in.
 
-A term of two factors becomes a `Product`, a `Lookup` or a `Convolution`, a term of one factor a `Formed` gradient, and so does
-whatever is neither. Everything here is about one row of one example: the leading axes come from ``vmap``.
+A term of two factors becomes a `Product`, a `Lookup` or a `Convolution`, and every other term a `Formed`
+gradient. Everything here is about one row of one example: the leading axes come from ``vmap``.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def _arranged(factor: Factor, *groups: Sequence[Axis]) -> Array:
 
 
 def _outer(pair: _Pair, left: Array, right: Array, place: tuple[int, ...] = ()) -> Part:
-    """An outer product. If one side has length one, the sum over positions is smaller, and is one side of a single product."""
+    """An outer product. If one side has length one, the sum over positions becomes one side of a single product."""
     layout = pair.layout
     column = _is_vector(layout)
     if layout.inputs > 1 < layout.outputs or (column and left.shape[-2] == 1):

@@ -24,7 +24,7 @@ def as_large(equation: Equation) -> Sequence[Atom]:
 def why_formed(equation: Equation, operands: Sequence[Operand]) -> str | None:
     """Why a gradient was formed here, if it takes more than what the program has anyway."""
     size = math.prod(equation.shape)
-    # What a contraction was made of no longer matters, nor does it where a gradient of this size is there anyway.
+    # No reason is needed after a contraction, nor where the program has a gradient of this size anyway.
     free = equation.primitive.name == "dot_general" or any(
         operand.flags and not operand.reason and operand.unformed is None and math.prod(shape) >= size
         for operand, shape in zip(operands, equation.shapes, strict=True)

@@ -147,7 +147,7 @@ def _dot(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | N
 
 
 def _origin(operand: Operand, array: Array, names: Sequence[Axis]) -> Origin | None:
-    """The value that an array is an arrangement of; None if it is a value of its own."""
+    """The value of the program whose entries an array holds in another arrangement; None if there is no such value."""
     value = operand.unformed
     if value is None or len(value.terms) != 1 or len(value.terms[0].factors) != 1:
         return None

@@ -51,8 +51,8 @@ class Factor:
         hot: an axis along which the factor is one at the positions that the array holds, and zero elsewhere.
         reason: why this gradient had to be formed, where it had to.
         place: the position along ``hot`` where it is known beforehand, because a leaf was cut into parts.
-        origin: the value of the program behind an array that was arranged anew. Whatever changes the numbers makes another
-            array, and the origin counts no longer.
+        origin: the value of the program behind an array that was arranged anew. An operation that changes the
+            numbers makes a new array, without an origin.
     """
 
     array: Array | Windows

@@ -20,7 +20,7 @@ TILE = 2**22
 
 
 def room() -> int:
-    """`TILE`, as it is when it is asked for."""
+    """The value of `TILE` at the time of the call."""
     return TILE
 
 
@@ -57,20 +57,20 @@ def total(parts: Sequence[Any]) -> Any:
 def magnitude(x: Array, axes: int | Sequence[int]) -> Array:
     """The largest entry in absolute value along some axes, which stay with length one.
 
-    Results do not depend on what they are divided by on the way, and neither do their derivatives.
+    It is only divided by and multiplied back, so no derivative goes through it.
     """
     largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axes, keepdims=True, initial=0.0)
-    # Small enough for an inverse that is a normal number.
+    # Its inverse must be a normal number.
     return jnp.minimum(largest, float(1 / jnp.finfo(x.dtype).tiny))
 
 
 def inverse(size: Array) -> Array:
-    """What brings an array of this `magnitude` near one; zeros stay zeros."""
+    """The factor that brings an array of this `magnitude` near one; zeros stay zeros."""
     return 1 / jnp.maximum(size, jnp.finfo(size.dtype).tiny)
 
 
 def taken(tree: Any, examples: slice, count: int) -> Any:
-    """Some of so many examples; arrays that do not depend on the example stay."""
+    """Some of ``count`` examples; arrays that do not depend on the example stay."""
     return jax.tree.map(lambda x: x[examples] if x.shape[0] == count else x, tree)
 
 

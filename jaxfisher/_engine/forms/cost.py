@@ -1,6 +1,6 @@
-"""The rule of cost: whether inner products of gradients come from those of their factors, and what that takes.
+"""The rule of cost: whether inner products of gradients are taken from those of their factors, and what that costs.
 
-By factors where ``T^2 (I + O) <= I O``, else of gradients that are formed tile by tile.
+They are taken from factors where ``T^2 (I + O) <= I O``; elsewhere gradients are formed tile by tile.
 
 Reference: Bu, Mao and Xu, Scalable and efficient training of large convolutional neural networks with differential privacy
 (NeurIPS 2022), section 4.
@@ -17,7 +17,7 @@ from jaxfisher._engine.forms.product import Product
 
 
 def factors(leaf: Leaf) -> tuple[Factored, ...] | None:
-    """The forms of a leaf if all have factors at hand in one layout; else None."""
+    """The forms of a leaf if all of them hold factors in one layout; else None."""
     if all(isinstance(form, Product | Lookup) and form.layout == leaf.layout for form in leaf.forms):
         return cast("tuple[Factored, ...]", leaf.forms)
     return None

@@ -19,23 +19,23 @@ class Form(Protocol):
 
     @property
     def name(self) -> str:
-        """What `jaxfisher.explain` calls it."""
+        """The name that `jaxfisher.explain` shows."""
 
     @property
     def unfactored(self) -> str:
-        """Why it is no sum of dense outer products, in a word or two; empty if it is one."""
+        """Why the form is not a sum of dense outer products, in a word or two; empty if it is such a sum."""
 
     @property
     def layout(self) -> Layout | None:
-        """How its factors make up the leaf; None if it has none."""
+        """How the factors make up the leaf; None for a form without factors."""
 
     @property
     def positions(self) -> int:
-        """How many outer products a row is the sum of, T; 0 if it is none."""
+        """T, the number of outer products whose sum a row is; 0 if a row is no such sum."""
 
     @property
     def making(self) -> int:
-        """How many numbers an example takes for `made`, beside what is held."""
+        """How many numbers `made` takes for one example, beside those that are held."""
 
     def made(self) -> Made:
         """The form that products are taken with."""

@@ -143,10 +143,11 @@ def _by_factors(pair: Pair, factor: Scalar) -> Float[Array, "n rows m rows2"]:
 
 
 def _all_pairs(pair: Pair, factor: Scalar) -> Float[Array, "n rows m rows2"]:
-    """The sum over pairs of forms; with a bias, of a layer whose last input is one.
+    """The sum over pairs of forms; with a bias, the layer has a last input that is one.
 
-    The factors of ``mine`` meet those of ``theirs`` near one, and their sizes come after: what is multiplied on the way is no
-    larger than a gradient is, and rows that are small beside others keep their digits. Nothing of ``theirs`` is copied.
+    The factors of ``mine`` are brought near one, multiplied with those of ``theirs``, and given their sizes back afterwards: no
+    product in between is larger than a gradient, and rows that are small beside others keep their digits. Nothing of
+    ``theirs`` is copied.
     """
     parts = []
     for one, sizes in zip(factors(pair.mine) or (), pair.sizes or (), strict=True):
@@ -165,7 +166,7 @@ def _beside(size: Float[Array, "n rows groups T 1"]) -> Float[Array, "groups n r
 
 
 def _inner_left(one: Factored, two: Factored, inverse: Array) -> Float[Array, "b n r t m q s"]:
-    """Inner products of left factors, the first ones brought near one; those of a table are ones and zeros."""
+    """Inner products of left factors, the first ones brought near one; left factors of a table are ones and zeros."""
     match one, two:
         case Lookup(), Lookup():
             return one.same(two).astype(one.right.dtype)

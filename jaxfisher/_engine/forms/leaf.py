@@ -26,12 +26,12 @@ from jaxfisher._examples import map_batches, sum_batches
 )
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """The gradients of one parameter leaf for ``examples x rows`` rows: the sum of its forms; no form at all is zero.
+    """The gradients of one parameter leaf for ``examples x rows`` rows: the sum of its forms, which is zero without a form.
 
     ``why`` says why a gradient was formed although that takes more memory than its factors would. A bias whose gradient is the
     right factor of a weight, summed over positions, is the weight of an input that is always one: ``layer`` of the bias is the
     weight's place among the leaves, and the weight has a ``bias``. Inner products of both then come from those of the weight's
-    factors, and its Kronecker moments are those of the inputs with that one at their end.
+    factors, and the layer's Kronecker moments are those of the inputs with a last entry of one.
     """
 
     forms: tuple[Form, ...]
@@ -88,7 +88,8 @@ class Leaf:
     def in_pieces(self, function: Callable[..., Any], gather: Callable[..., Any], *given: Array) -> Any:
         """``function`` of the leaf with its forms made, and of what is given for each example.
 
-        All examples at once, or as many at a time as the windows of convolutions allow, and ``gather`` puts together.
+        It is called on all examples at once, or on as many at a time as the windows of convolutions allow; ``gather`` then puts
+        the results together.
         """
         flat, treedef = jax.tree.flatten(self.forms)
         varying = [array.shape[0] == self.examples for array in flat]

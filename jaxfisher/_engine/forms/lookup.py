@@ -20,8 +20,8 @@ from jaxfisher._linalg import matmul
 class Lookup:
     """Gradients of a table whose rows are looked up: ``right_t`` in the row ``indices [n, rows, T]``, of one group.
 
-    The row of an index is one of the layout's inputs. An index that is there twice in one row has been made one: the other
-    occurrences have a ``right`` of zero.
+    The row of an index is one of the layout's inputs. Where an index occurs twice in one row of scores, its first occurrence
+    has the sum, and the others have a ``right`` of zero.
     """
 
     indices: Int[Array, "n rows T"]
@@ -68,7 +68,7 @@ class Lookup:
         return _tables(jnp.where(inside, local, 0), right, size)
 
     def left_size(self, *, bias: bool) -> Float[Array, "1 1 1 1 1"]:
-        """One: left factors are ones and zeros."""
+        """The size is one, since left factors are ones and zeros."""
         return jnp.ones((1,) * 5, self.right.dtype)
 
     def squared(self) -> Float[Array, "n rows 1"]:
@@ -84,7 +84,7 @@ class Lookup:
         return (self.indices[:, :, :, None, None, None] == other.indices[None, None, None])[None]
 
     def picked(self, left: Float[Array, "m rows2 1 T2 inputs"]) -> Float[Array, "1 m rows2 T2 n rows T"]:
-        """The entries of left factors at the indices: their inner products with its own."""
+        """The entries of other left factors at the indices: their inner products with the left factors here."""
         return left[:, :, 0][..., self.indices][None]
 
     def sizes(self, *, bias: bool) -> Float[Array, "n rows"]:

@@ -28,9 +28,9 @@ class Outer(NamedTuple):
 
 
 def outer(leaf: Leaf) -> Outer | None:
-    """One left factor an example and one right factor a row, where that is what a leaf is; None if it is not.
+    """The leaf as one left factor an example and one right factor a row; None if it is not of that kind.
 
-    A gradient that is formed is a right factor whose left one is one.
+    A gradient that is formed counts as a right factor; its left factor is the number one.
     """
     (form,) = leaf.forms if len(leaf.forms) == 1 else (None,)
     lead = (leaf.examples, leaf.rows)

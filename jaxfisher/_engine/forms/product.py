@@ -86,7 +86,7 @@ class Product:
 
     def squares(self) -> Product:
         """The product whose gradients are the entrywise squares; exact where T is one."""
-        # Left factors near one, their sizes in the right ones as far as those have the rows for it.
+        # Left factors are brought near one. Right factors take over their sizes, as far as they have an axis for them.
         missing = (axis for axis in (0, 1) if self.right.shape[axis] == 1)
         size = magnitude(self.left, (-1, *missing))
         return dataclasses.replace(self, left=jnp.square(self.left * inverse(size)), right=jnp.square(self.right * size))
