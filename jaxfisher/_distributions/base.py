@@ -219,11 +219,11 @@ class Distribution:
         raise NotImplementedError
 
     def fisher_root(self, moving: tuple[bool, ...]) -> tuple[Any, Root]:
-        """The root ``B`` where only some fields move: zeros of a space with as few columns as can be told, and ``u -> B u``.
+        """The root ``B`` where only some fields move: zeros for ``u``, with as few columns as are needed, and ``u -> B u``.
 
-        ``moving`` has a flag for each field. The root gives a list of all fields; those that do not move mean nothing.
+        ``moving`` has a flag for each field. The root gives a list of all fields; those that do not move have no meaning.
         """
-        # Parts of the noise are fields where a family has not said otherwise.
+        # The noise has a part for each field, unless the family has a noise of its own.
         own = type(self).fisher_noise is Distribution.fisher_noise
         numbers = tuple(own and ndim == 0 for ndim in self.field_ndims)
         return narrowed(self.fisher_sqrt_mv, self.fisher_noise(), moving, numbers)

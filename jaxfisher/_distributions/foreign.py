@@ -1,7 +1,7 @@
 """Distributions of distrax, NumPyro and TFP-on-JAX, taken as they are.
 
-None of the three is imported here: an object tells by its class where it comes from, and its own methods do the work. What has
-an exact counterpart among our families becomes that family, and so has our closed-form Fisher; the rest is wrapped in
+None of the three is imported here: the class of an object says which library it comes from, and its own methods do the work. An
+object with an exact counterpart among our families becomes that family, and has our closed-form Fisher; others are wrapped in
 `Foreign`, whose Fisher comes from a sum over its outcomes, from its library's KL, or from samples. ``fisher_source`` says
 which.
 """
@@ -345,9 +345,9 @@ def _reads(function: Callable[..., Any], fields: tuple[Array, ...], *rest: Any) 
 def _is_stationary(flat: Array, slope: Array, hessian: Array) -> Array:
     """Whether the slope of the KL is zero up to rounding.
 
-    The slope is minus a mean score, at most the root of the Fisher's diagonal, so that is what it is held against. The floor
-    is for a Fisher that is itself zero up to rounding, as at a saturated softmax: there the slope is the rounding of terms of
-    order one per relative change of the field.
+    The slope is minus a mean score, which is at most the root of the Fisher's diagonal: the slope is compared with that root.
+    The floor is for a Fisher that is itself zero up to rounding, as at a saturated softmax: there the slope is the rounding of
+    terms of order one per relative change of the field.
     """
     eps = float(jnp.finfo(flat.dtype).eps)
     allowed = jnp.sqrt(eps * jnp.abs(jnp.diagonal(hessian)))

@@ -1,6 +1,6 @@
 """distrax, NumPyro and TFP-on-JAX: whose an object is, how each library is spoken to, and which families are ours too.
 
-None of the three is imported: an object tells by its class where it comes from.
+None of the three is imported: the class of an object says which library it comes from.
 """
 
 from __future__ import annotations

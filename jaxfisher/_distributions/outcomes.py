@@ -46,21 +46,21 @@ def outcomes_of(obj: Any, library: str) -> Outcomes | None:
 
 
 def _enumerated(obj: Any) -> np.ndarray | None:
-    """By NumPyro's own protocol, of draws that are single numbers."""
+    """The support by NumPyro's own protocol, where draws are single numbers; None elsewhere."""
     if not getattr(obj, "has_enumerate_support", False) or obj.event_shape:
         return None
     try:
-        # What it returns is made by JAX, and is to be a constant also where a model is traced.
+        # JAX makes the result, which must be a constant even while a model is traced.
         with jax.ensure_compile_time_eval():
             values = np.asarray(obj.enumerate_support(expand=False))
     except (NotImplementedError, jax.errors.ConcretizationTypeError):
-        # A support that differs from one member of the batch to the next, or depends on a number that is traced.
+        # The support differs between members of the batch, or depends on a number that is traced.
         return None
     return values.reshape(-1)
 
 
 def _up_to(last: Any) -> np.ndarray | None:
-    """``0, 1, ..., last`` where that is one number known now."""
+    """``0, 1, ..., last`` where ``last`` is one number that is known now; else None."""
     known = _known(last)
     return None if known is None else np.arange(known + 1)
 
@@ -74,11 +74,11 @@ def _known(value: Any) -> int | None:
 
 
 def _compositions(total: Any, parts: int) -> np.ndarray | None:
-    """All ways to share a whole number out among so many parts."""
+    """All ways to write a whole number as a sum of ``parts`` whole numbers; None if there are too many."""
     count = _known(total)
     if count is None or math.comb(count + parts - 1, parts - 1) > MOST:
         return None
-    # Bars among stars: what lies between two bars is one part.
+    # Stars and bars: the stars between two bars are one part.
     bars = np.array([*itertools.combinations(range(count + parts - 1), parts - 1)], int).reshape(-1, parts - 1)
     ends = np.pad(bars, ((0, 0), (1, 1)), constant_values=((0, 0), (-1, count + parts - 1)))
     return np.diff(ends, axis=1) - 1

@@ -106,7 +106,7 @@ def _log_prob(log_rate: Float[Array, "*batch"], count: Float[Array, "*batch"]) -
     d = log_rate - jnp.log(k)
     saddle = -k * exp_excess(d) - _log_factorial_excess(k)
     few = jnp.where(large, 0, count)
-    # Of nothing, whatever the rate; of a rate of zero anything else is impossible.
+    # A count of zero adds nothing at any rate; at a rate of zero every other count is impossible.
     growth = few * jnp.where(few == 0, 0, log_rate)
     # A table, since log-gamma of 1 and 2 is not exactly 0 in float32.
     log_factorial = jnp.asarray(_LOG_FACTORIALS, count.dtype)[few.astype(int)]
