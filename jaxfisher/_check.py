@@ -44,10 +44,10 @@ class Check(NamedTuple):
 
     Attributes:
         name: what is measured.
-        value: over random directions, the number that is furthest off for its tolerance.
+        value: the number that is furthest off, measured by its tolerance, over the random directions.
         expected: what it should be.
         tolerance: how far off it may be by rounding, by the remainder of a limit, or by chance.
-        passed: whether it is within; None where nothing could be told.
+        passed: whether ``value`` is within its tolerance; None where the numbers do not decide.
     """
 
     name: str
@@ -64,7 +64,7 @@ class FisherCheck:
     Attributes:
         checks: one entry for each thing that must hold.
         reason: what the failures together point to; empty where there are none.
-        notes: why something could not be told.
+        notes: why a check could not be decided.
         lengths: of the displacements t d, in units in which ``d^T F d = 1``.
         quotients: ``KL(theta || theta + t d) / (1/2 t^2 d^T F d)``, shape ``[directions, lengths]``; empty without a KL.
         leaves: the paths of the parameters whose scores, as the library holds them, are not those of JAX; empty where all are.
@@ -89,7 +89,7 @@ class FisherCheck:
 
     @property
     def undecided(self) -> tuple[str, ...]:
-        """The names of the checks of which nothing could be told."""
+        """The names of the checks that could not be decided."""
         return tuple(check.name for check in self.checks if check.passed is None)
 
     def __str__(self) -> str:
@@ -183,7 +183,7 @@ def check_fisher(
 
     with of_one_example(model, "model", params, batch.data):
         fields, metric_noise = jax.eval_shape(look, params, *shape_of_one(batch.data))
-    # The coarsest arithmetic on the way: rounding errors are of its size.
+    # The dtype with the largest eps that takes part sets the size of rounding errors.
     dtypes = (*batch.spec.dtypes, *(field.dtype for field in fields))
     eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
 
@@ -201,7 +201,7 @@ def check_fisher(
     measured, along, log_probs, compared = jax.tree.map(partial(np.asarray, dtype=float), found)
     rounding = SAFETY * math.sqrt(batch.spec.size + batch.size) * eps
     from_samples = metric_noise.size if "samples" in sources[-1] else math.inf
-    # Numbers that are not finite are told below, by the checks.
+    # NumPy need not warn of numbers that are not finite: the checks below report them.
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         exact = _exact_checks(measured, batch.size, rounding, np.mean(np.abs(log_probs))) if has_kl else ()
         engine, leaves = _engine_checks(compared, batch.spec.paths, rounding)
@@ -323,9 +323,9 @@ def _exact_checks(measured: Any, examples: int, rounding: float, log_prob: float
     best = np.argmin(cost, axis=-1)[:, None]
     found = (last, np.max(slopes, axis=-1) * 2 * lengths + noise)
     limit, within = (np.take_along_axis(x, best, axis=-1)[:, 0] for x in found)
-    # A power of t is no limit: no length was short enough for the series. Its values differ by a good part of their size.
+    # Where the values still change like a power of t, no length was short enough for the series, and the limit is not known.
     settled = within < 0.25 * np.abs(limit)
-    # Nor is it told whether a few examples lie nearer to a kink than the shortest length, if by derivatives all is well.
+    # It is not known either where the derivatives agree and a few examples may lie nearer to a kink than the shortest length.
     hessian = _check(HESSIAN, measured.hessians[0], 1, np.full(len(limit), scatter(measured.hessians) + rounding))
     settled &= ~((np.abs(limit - 1) > within) & (np.abs(limit - 1) < min(SAFETY / examples, 0.1)) & bool(hessian.passed))
     # A KL is a difference of two mean log-densities, with rounding errors of their size.
@@ -337,15 +337,15 @@ def _exact_checks(measured: Any, examples: int, rounding: float, log_prob: float
 
 
 def _sampled_checks(along: Float[np.ndarray, "draws directions"], behind: float) -> tuple[Check, ...]:
-    """What holds on average over draws, where a Fisher that is true has a variance of one along every direction.
+    """What holds on average over draws: with the true Fisher, scores have a variance of one along every direction.
 
-    ``behind`` is the number of samples that the Fisher itself is made of.
+    ``behind`` is the number of samples that the Fisher itself was made from.
     """
     count, total, squares = len(along), np.sum(along, axis=0), np.square(along)
     second = np.mean(squares, axis=0)
-    # The variance is one, or what is seen of it if that is more: a rare outcome drawn by chance is no failure.
+    # The variance is one, or the one of the draws if that is larger: a rare outcome that was drawn by chance is no failure.
     z = total / np.sqrt(count * np.maximum(second, 1))
-    # By the standard error, and by outcomes of which there are so few that it is none.
+    # The tolerance is the standard error plus a term for rare outcomes, of which too few are drawn for a standard error.
     spread = np.std(squares, axis=0)
     within = Z * spread * math.sqrt(1 / count + 1 / behind) + RARE * np.maximum(np.max(squares, axis=0), 1) / count
     # Scores that average to zero by the Fisher's variance, but not by their own, lack outcomes too rare to be drawn.
@@ -372,12 +372,12 @@ def _engine_checks(
 
 
 def _check(name: str, values: np.ndarray, expected: float, within: np.ndarray, told: Any = True) -> Check:
-    """A check of numbers along directions; not passed where one is off, and None where of one it is not told."""
+    """A check of numbers along directions. It fails if one number is off, and is None if one could not be decided."""
     off = np.abs(values - expected)
     right = off <= within
     told = np.broadcast_to(told, right.shape)
     passed = None if np.all(right) and not np.all(told) else bool(np.all(right))
-    # Wrong before not told before right; a tolerance may be zero.
+    # Numbers that are wrong rank above those that are undecided, and these above those that are right. A tolerance may be zero.
     rank = np.where(right, np.where(told, off / np.where(within > 0, within, 1), 2), np.inf)
     worst = int(np.argmax(rank))
     return Check(name, float(values[worst]), expected, float(within[worst]), passed)

@@ -322,7 +322,7 @@ class _Running(NamedTuple):
         def update(mean: Array, spread: Array, draw: Array) -> tuple[Array, Array]:
             before = self.samples.astype(mean.dtype)
             share = new / (before + new)
-            # About the first of them: samples that are all the same have no spread, not even by rounding.
+            # Differences from the first sample are averaged, so that equal samples have no spread, not even by rounding.
             inside = draw[0] + jnp.mean(draw - draw[:1], axis=0)
             shift = inside - mean
             spread = jnp.hypot(jnp.hypot(spread, _length(draw - inside[None])), jnp.sqrt(before * share) * shift)
@@ -334,7 +334,7 @@ class _Running(NamedTuple):
         return _Running(self.samples + new, mean, spread)
 
     def standard_error(self) -> Any:
-        """Of the mean."""
+        """The standard error of the mean."""
 
         def error(spread: Array) -> Array:
             count = self.samples.astype(spread.dtype)
@@ -344,7 +344,7 @@ class _Running(NamedTuple):
 
 
 def _length(x: Float[Array, "samples *shape"]) -> Float[Array, "*shape"]:
-    """Euclidean norm along the first axis, without overflow or underflow on the way."""
+    """Euclidean norm along the first axis, without overflow or underflow in between."""
     largest = jnp.max(jnp.abs(x), axis=0)
     safe = jnp.where(largest > 0, largest, 1)
     return safe * jnp.sqrt(jnp.sum(jnp.square(x / safe[None]), axis=0))
@@ -401,7 +401,7 @@ def _products(z: Any, image: Any) -> Any:
 
 
 def _one_by_one(caller: str, fisher: Operator, probe: Callable[[Array], Any]) -> Callable[[Array, int], Any]:
-    """``(key, num) -> `` what the probe makes of so many flat sign vectors, one after the other: each holds many more."""
+    """``(key, num) ->`` the probes of ``num`` flat sign vectors, one at a time, since each probe holds many more vectors."""
     zeros = jnp.zeros(fisher.size, fisher.spec.dtype)
     return lambda key, num: jax.lax.map(probe, _signs(caller, zeros, key, num))
 
@@ -476,10 +476,10 @@ def _lanczos(caller: str, fisher: Operator, roots: Float[Array, " p"], num_matve
         with jax.default_matmul_precision("highest"):
             _, matrix, residual, _ = decompose(product, z)
         diagonal, below = jnp.diagonal(matrix), jnp.append(jnp.diagonal(matrix, -1), norm(residual))
-        # So far: what follows the end may be of any size.
+        # The largest so far: entries after the end may be of any size.
         largest = jax.lax.cummax(jnp.maximum(jnp.abs(diagonal), below))
         on = jnp.cumprod(below > _rounding(steps, largest)).astype(bool)
-        # The first entry stays whatever it is, so that a NaN shows.
+        # The first entry always stays, so that a NaN shows.
         reached = jnp.append(jnp.ones(1, bool), on[:-1])
         image = jnp.hypot(diagonal[0], below[0])
         diagonal, off = jnp.where(reached, diagonal, 0), jnp.where(on, below, 0)[:-1]
@@ -489,7 +489,7 @@ def _lanczos(caller: str, fisher: Operator, roots: Float[Array, " p"], num_matve
 
 
 def _rounding(steps: int, largest: Array) -> Array:
-    """What an eigenvalue of a Jacobi matrix with so large entries may be off by."""
+    """The rounding error of an eigenvalue of a Jacobi matrix with entries up to ``largest``."""
     return 10 * steps * jnp.finfo(largest.dtype).eps * largest
 
 
@@ -503,7 +503,7 @@ def _gauss(diagonal: Float[Array, " k"], off: Float[Array, " k-1"]) -> tuple[Flo
 def _log_sum(jacobi: _Jacobi) -> Scalar:
     """The quadrature of ``log(1 + x)``."""
     nodes, weights = _gauss(jacobi.diagonal, jacobi.off)
-    # Below zero by rounding; by more than that, F has a negative direction, and the logarithm may say so.
+    # Rounding may take a node below zero. Where it is lower than that, F has a negative direction, and the sum may be NaN.
     nodes = jnp.where((nodes < 0) & (nodes >= -_rounding(nodes.size, jacobi.largest)), 0, nodes)
     return jnp.sum(weights * jnp.log1p(nodes))
 

@@ -95,7 +95,7 @@ def needs_data(data: tuple[Any, ...], function: str, call: str = "(params, *data
 class Batch:
     """Checked examples: the parameters' spec, the data as arrays, weights that sum to one, and what bounds memory.
 
-    ``live`` tells the examples from padding; it is None where no weights were given, and nothing is padding.
+    ``live`` is true for examples and false for padding; it is None where no weights were given, so that nothing is padding.
     """
 
     spec: ParamSpec
@@ -117,8 +117,8 @@ def make_batch(
 ) -> Batch:
     """Check what every function of a batch is given, and normalise the weights: ``w_i / sum w``, or ``1 / n`` each.
 
-    A weight of zero is padding: the example is replaced by a real one, so that no number made of it can leak. Its rows of
-    scores are zero, which is for those to see to who make them.
+    A weight of zero is padding: the example is replaced by a real one, so that no number made of it can leak. The caller
+    must set its rows of scores to zero.
     """
     batch_size = checked_batch_size(batch_size)
     max_bytes = _checked_max_bytes(batch_size, max_bytes)

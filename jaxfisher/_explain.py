@@ -26,7 +26,7 @@ class LeafExplanation:
         form: ``outer product``, ``sum of T outer products``, ``convolution``, ``embedding``, ``elementwise`` (the gradient is
             no larger than what it is made of), ``zero``, ``plain`` (the gradient had to be formed), or several of them added.
         positions: T, how many outer products an example contributes; 0 where there are none.
-        bytes: what is held of it, for all rows.
+        bytes: the memory that it takes, for all rows.
         flops: of its part of the Gram matrix, a multiplication and an addition counted as two.
         why: what decided the form, or how its inner products are taken.
         kronecker: ``yes`` if the leaf has a block of its own in `jaxfisher.kronecker`; of a bias, the weight whose block it
@@ -184,7 +184,7 @@ def _rows(function: Callable[..., Any], params: chex.ArrayTree, data: tuple[Any,
 
 
 def _explained(path: str, leaf: Leaf, kronecker: str) -> LeafExplanation:
-    # A form with no factors is one against the library's wish where the leaf says why.
+    # A gradient that the engine had to form: the form has no factors, and the leaf says why. Others are formed by choice.
     names = ["plain" if leaf.why is not None and not form.positions else form.name for form in leaf.forms] or ["zero"]
     return LeafExplanation(
         path, leaf.shape, " + ".join(names), leaf.positions, leaf.bytes, gram_flops(leaf), _why(leaf), kronecker

@@ -64,8 +64,8 @@ def null_vectors(matrix: Float[Array, "m m"]) -> Float[Array, "m k"]:
 
 def mirrored(upper: Float[Array, "m m"]) -> Float[Array, "m m"]:
     """The symmetric matrix with this upper triangle."""
-    # Looked up: an entry and its mirror image are then one expression at one place, the same to the last bit whatever that is
-    # fused with. Sums of, and choices between, two triangles are not, and the latter jax 0.10 takes minutes to compile.
+    # Both entries of a pair are looked up at one place, so they agree to the last bit, whatever XLA fuses the lookup with. Sums
+    # of two triangles do not, nor do choices between them, which jax 0.10 takes minutes to compile.
     rows, columns = jnp.indices(upper.shape)
     return upper.at[jnp.minimum(rows, columns), jnp.maximum(rows, columns)].get(mode="promise_in_bounds")
 
@@ -88,7 +88,7 @@ def _cholesky_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array,
 
 
 def kept_of(values: Float[Array, " m"], damping: Scalar) -> tuple[Float[Array, " m"], Bool[Array, " m"], Bool[Array, ""]]:
-    """Eigenvalues, zero where inside rounding error; which directions to keep; whether the damping is told from zero."""
+    """Eigenvalues, zero where inside rounding error; the directions to keep; whether the damping is above rounding error."""
     largest = jnp.max(jnp.abs(values), initial=0.0)
     values = resolved(values, damping, largest, values.shape[0])
     told = ~(jnp.abs(damping) <= jnp.finfo(values.dtype).eps * largest)

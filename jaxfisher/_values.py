@@ -33,7 +33,7 @@ def described(value: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a real scalar: Python's, NumPy's, or an array without axes; a boolean is none."""
+    """Whether it is a real scalar: Python's, NumPy's, or an array without axes; a boolean does not count."""
     if isinstance(value, bool) or not (isinstance(value, numbers.Real) or hasattr(value, "dtype")) or np.shape(value) != ():
         return False
     return any(jnp.issubdtype(dtype_of(value), kind) for kind in (jnp.floating, jnp.integer))
@@ -55,7 +55,7 @@ def is_table(value: Any) -> bool:
 
 
 def check_array(name: str, value: Any) -> None:
-    """Raise `TypeError` where a value that looks like an array is none that JAX takes, and say what to make of it."""
+    """Raise `TypeError` where JAX does not take a value that looks like an array, and say what to convert it to."""
     kind, dtype = type(value).__name__, getattr(value, "dtype", None)
     if is_sparse(value):
         dense = "toarray()" if type(value).__module__.startswith("scipy") else "todense()"

@@ -1,4 +1,4 @@
-"""Values that vary over the devices inside ``shard_map``: told apart from replicated ones, and kept apart by control flow.
+"""Values that vary over the devices inside ``shard_map``, and replicated ones: control flow must not mix them.
 
 With its default ``check_vma=True``, ``shard_map`` knows of every value over which axes of the mesh it varies. A gradient with
 respect to parameters that do not vary is summed over the devices, and the two branches of a conditional, or the carry of a loop
@@ -34,10 +34,10 @@ def vary(tree: T, axes: frozenset[str]) -> T:
 
 
 def varying_like(tree: T, like: Any) -> T:
-    """The same values, as varying as other ones are.
+    """The same values, varying over the axes over which other ones vary.
 
-    For parameters beside data: a gradient in parameters that do not vary would be summed over the devices, and a row belongs to
-    one example on one device.
+    It is for parameters beside data: a gradient in parameters that do not vary would be summed over the devices, and a row
+    belongs to one example on one device.
     """
     return vary(tree, varying_axes(like))
 

@@ -86,7 +86,7 @@ def function_for(name: str, function: Callable[[Any], Any] | None, meaning: str,
 
 
 def value_for(value: chex.Numeric | None, loss: Callable[[Any], Array], params: Any, caller: str) -> Array:
-    """The loss at the parameters, as it is given or else computed."""
+    """The loss at the parameters: the value that is given, or else one that is computed."""
     return loss(params) if value is None else jnp.asarray(_one_number("`value` is", value, "one real number, the loss", caller))
 
 

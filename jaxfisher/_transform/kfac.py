@@ -22,11 +22,11 @@ from jaxfisher._transform.scale_by_fisher import scale_by_fisher
 from jaxfisher._tree import check_function
 
 SHARE = 1e-2
-"""The damping of the direction in dampings of the length: the best of a few powers of ten on four tasks."""
+"""The damping of the direction, as a share of that of the length: the best of a few powers of ten on four tasks."""
 LEAST = 1e-4
-"""And the least of it, in mean eigenvalues of what is inverted."""
+"""The least damping of the direction, in mean eigenvalues of the operator that is inverted."""
 RULE = Rule(factor=2.0, lower=0.25, upper=0.75, least=1e-8, most=1e8)
-"""Of the damping, as `adapt_damping` has it unless told otherwise."""
+"""How the damping adapts: the defaults of `adapt_damping`."""
 
 
 def kfac(

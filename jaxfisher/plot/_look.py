@@ -63,7 +63,7 @@ def legend(ax: Axes) -> None:
 
 
 def numbers(name: str, value: Any, ndim: int) -> Float[np.ndarray, "..."]:
-    """``value`` as a float64 array with so many axes and at least one number; it may hold what is not finite."""
+    """``value`` as a float64 array with ``ndim`` axes and at least one number; numbers need not be finite."""
     array = np.asarray(value)
     if array.dtype.kind not in "iuf" and not _is_wide_float(array):
         raise TypeError(f"`{name}` is {described(value)}; expected an array of real numbers with {ndim} axes.")
@@ -73,7 +73,7 @@ def numbers(name: str, value: Any, ndim: int) -> Float[np.ndarray, "..."]:
 
 
 def _is_wide_float(array: np.ndarray) -> bool:
-    # bfloat16 and its like are no kind of NumPy's own, but know how to become float64.
+    # NumPy has no kind for bfloat16 and similar dtypes, but can cast them to float64.
     return array.dtype.kind == "V" and np.can_cast(array.dtype, np.float64)
 
 
