@@ -24,7 +24,7 @@ class AdaptDampingState(NamedTuple):
     Attributes:
         inner: the state of the transformation inside, as of the last step that was taken.
         damping: the damping of the next step.
-        ratio: of the last step, the loss's actual decrease over the predicted one; one before the first.
+        ratio: the loss's actual decrease by the last step over the predicted one; one before the first step.
         accepted: whether the last step was taken.
     """
 
@@ -51,7 +51,7 @@ def adapt_damping(
 
     with ``c`` the ``factor``. A step after which the loss is not lower, or not finite, is not taken: the updates are zero, the
     inner state stays as it was, and the damping rises by ``c^2``. So with a fixed batch the loss never goes up; with
-    minibatches it is each batch's own loss that does not. Where a step makes its own data stale, as in reinforcement learning,
+    minibatches each batch's own loss does not. Where a step makes its own data stale, as in reinforcement learning,
     that loss says little: chain a `backtrack_kl` inside. Wrap the whole chain, learning rate included::
 
         opt = jf.adapt_damping(jf.natural_gradient(learning_rate=1.0, damping=0.1), damping=0.1)
@@ -63,9 +63,9 @@ def adapt_damping(
         damping: the first lambda, above zero.
         factor: ``c > 1``.
         lower: below this ratio the damping rises.
-        upper: above this ratio it falls.
+        upper: above this ratio the damping falls.
         least: the damping does not go below this.
-        most: nor above this.
+        most: the damping does not go above this.
 
     Returns:
         A gradient transformation whose ``update`` takes ``params`` and, by keyword, ``fisher``, ``value_fn`` (parameters to the
@@ -101,7 +101,7 @@ class Rule(NamedTuple):
 
 
 def _decrease(operator: Operator, g: Any, u: Any, after: Any) -> Scalar:
-    """What the quadratic model promises of any step."""
+    """The decrease that the quadratic model promises for any step."""
     del after
     return -(dot(g, u) + 0.5 * operator.quadratic(u))
 
@@ -143,9 +143,9 @@ def adapting(
         check_state(state, AdaptDampingState, "adapt_damping")
         loss = function_for("value_fn", value_fn, "from parameters to the loss", "adapt_damping")
         start = value_for(value, loss, params, "adapt_damping")
-        # Made once here, where it is needed at every update, and not again by everything inside.
+        # The operator is needed here at every update: it is made once, and not again by each transformation inside.
         operator = fisher_for(updates, fisher, "adapt_damping")
-        # The gradient is what comes in: under `optax.MultiSteps` it is a mean, and one given by keyword is not.
+        # The gradient is what comes in: under `optax.MultiSteps` that is a mean, and a gradient given by keyword is not.
         given = extra_args | {
             "grad": updates,
             "fisher": operator,

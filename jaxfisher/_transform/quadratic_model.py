@@ -26,7 +26,7 @@ class QuadraticModelState(NamedTuple):
         step: the last step, in the statistics dtype.
         learning_rate: alpha of the last step.
         momentum: mu of the last step.
-        change: of the loss by the last step, as the model without damping predicts it, in nats.
+        change: the change of the loss by the last step that the model without damping predicts, in nats.
     """
 
     count: Array  # type: ignore[assignment]
@@ -42,7 +42,7 @@ def quadratic_model(damping: ScalarOrSchedule) -> optax.GradientTransformationEx
     .. math:: \min_{\alpha, \mu}\; g^T s + \tfrac12 s^T (F + \lambda I) s, \qquad s = -\alpha d + \mu v.
 
     ``d`` is what comes in, the direction of a `scale_by_fisher` whose view may be an approximation; F is the Fisher as it is
-    given, so the length of the step is right whatever the view. It needs one product with F for each of ``d`` and ``v``. It
+    given, so the length of the step is right with any view. The model needs one product with F for each of ``d`` and ``v``. It
     takes the place of a learning rate, and its updates are negated::
 
         opt = optax.chain(jf.scale_by_fisher(1e-3, view=jf.kronecker), jf.quadratic_model(1e-3))
@@ -50,7 +50,7 @@ def quadratic_model(damping: ScalarOrSchedule) -> optax.GradientTransformationEx
 
     On mini-batches a small damping that does not adapt trusts the model of one batch too far, and the loss may grow: put
     `adapt_damping` around the chain. Inside `optax.MultiSteps` what comes in is a mean over mini-steps, and ``grad`` must be
-    that mean; `adapt_damping` around the chain sees to that too.
+    that mean; `adapt_damping` around the chain gives it so.
 
     Args:
         damping: lambda ``>= 0``, as in `scale_by_fisher`; an update that is given ``damping=`` takes that.
@@ -111,7 +111,7 @@ def quadratic_model(damping: ScalarOrSchedule) -> optax.GradientTransformationEx
 def _minimum(operator: Operator, g: Any, columns: Any, damping: Scalar) -> tuple[tuple[Scalar, Scalar], Scalar]:
     """The coefficients of two directions, stacked, at the minimum of the damped model; and the change without damping there.
 
-    The second direction counts as far as it leaves the first, which it may not do at all.
+    Only the part of the second direction that is not along the first counts, and there may be no such part.
     """
     images = jax.vmap(operator.linearised())(columns)
     curvature, lengths = _products(columns, images), _products(columns, columns)
@@ -135,5 +135,5 @@ def _products(a: Any, b: Any) -> Float[Array, "k m"]:
 
 
 def _over(a: Scalar, b: Scalar) -> Scalar:
-    """``a / b``, zero where ``b`` is not positive; a NaN stays one."""
+    """``a / b``, zero where ``b`` is not positive; a NaN stays NaN."""
     return jnp.where(b <= 0, 0, a / jnp.where(b <= 0, 1, b))

@@ -30,10 +30,10 @@ class ScaleByFisherState(NamedTuple):
 
     Attributes:
         count: updates made so far, int32.
-        mean: with ``decay``, the arrays of the running mean of the view, not yet debiased; else empty.
+        mean: with ``decay``, the arrays of the running mean of the view, debiased; else empty.
         held: with ``update_every`` above one, the arrays of the operator in use between refreshes; else empty.
         previous: with ``momentum``, the last result; else empty.
-        info: how the last solve went; to read, not to write.
+        info: the report of the last solve, for you to read.
     """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # Optax's name; it hides tuple.count
@@ -65,13 +65,13 @@ def scale_by_fisher(
         opt = optax.chain(jf.scale_by_fisher(damping=1e-3), optax.scale_by_learning_rate(1.0))
         updates, state = opt.update(grads, state, params, fisher=jf.exact_fisher(model)(params, x))
 
-    With ``momentum`` :math:`\mu` it is SPRING, the solution nearest to what is left of the last one,
+    With ``momentum`` :math:`\mu` it is SPRING, the solution nearest to :math:`\mu` times the last one,
 
     .. math:: u_t = \arg\min_u \tfrac12 u^T F_t u - g_t^T u + \tfrac\lambda2 |u - \mu u_{t-1}|^2
         = \mu u_{t-1} + (F_t + \lambda I)^{-1} (g_t - \mu F_t u_{t-1}).
 
     For F held as scores this is ``mu u + S^T (S S^T + damping I)^-1 (e - mu S u)`` where ``g = S^T e``: the same in the space
-    of examples, which the solve takes by itself where it is the smaller.
+    of examples, which the solve chooses where that space is the smaller one.
 
     With ``view=jf.diagonal, power=0.5, decay=beta`` and the empirical Fisher of batches of one it is
     ``optax.scale_by_rms(beta, eps=damping, eps_in_sqrt=True, bias_correction=True)``: the running mean is debiased and the
@@ -85,16 +85,16 @@ def scale_by_fisher(
         power: ``q``. 1 is the natural gradient; others need an eigendecomposition, except on the diagonal, where 0.5 gives
             the family of RMSprop and Adam.
         solver: as in `jaxfisher.solve`, such as ``jf.CG(rtol=1e-2, preconditioner=jf.kronecker)``; None for the exact route.
-        decay: ``beta`` in ``[0, 1)`` of a running mean of the view, which must be one whose shape does not depend on n.
-        update_every: make the operator (and count it into the mean) only at every so-many-th update; None for each. Give
+        decay: ``beta`` in ``[0, 1)`` of a running mean of the view, whose shape must not depend on n.
+        update_every: make the operator (and add it to the mean) only once in so many updates; None for every update. Give
             ``fisher`` as a function of no arguments: it is not run in between.
         momentum: ``mu`` in ``[0, 1)``; amplifies a constant gradient by at most ``1 / (1 - mu)``. With ``power=1`` only.
-        like: an operator such as ``fisher=`` will be, or a function that makes one, never run: it gives the state its shape.
+        like: an operator like the later ``fisher=``, or a function that makes one and is never run: it shapes the state.
             Needed with ``update_every`` or ``decay``, except for the views `jaxfisher.diagonal` and `jaxfisher.dense`.
 
     Returns:
         A gradient transformation whose ``update`` takes ``fisher=``, an operator or a function of no arguments that returns
-        one. The updates are not negated. `optax.tree.get(state, "info")` tells how the solve went. Under
+        one. The updates are not negated. `optax.tree.get(state, "info")` is the report of the solve. Under
         `optax.inject_hyperparams` name ``view``, ``solver`` and ``like`` in ``static_args``.
 
     Raises:
@@ -176,7 +176,7 @@ def _precondition(
             return solve(operator, updates, damping, solver)
         mu, last = previous
         kept = scaled(last, mu)
-        # Solving for the rest, and not for g + damping mu u, keeps what is outside the rows' span out of the solve.
+        # The solve is for the rest and not for g + damping mu u, whose part outside the rows' span it would have to invert.
         rest, info = solve(operator, jax.tree.map(jnp.subtract, updates, operator.mv(kept)), damping, solver)
         return jax.tree.map(jnp.add, kept, rest), info
 
@@ -190,7 +190,7 @@ def _precondition(
 
     if isinstance(power, numbers.Real):
         return by_solve() if power == 1 else by_spectrum()
-    # Under `optax.inject_hyperparams` the power is an array like every number, and one is still its most likely value.
+    # Under `optax.inject_hyperparams` the power is an array, as every number is there, although its value is mostly one.
     if previous is not None or solver is not None:
         result, info = by_solve()
         return jax.tree.map(lambda leaf: jnp.where(jnp.asarray(power) == 1, leaf, jnp.nan), result), info
@@ -200,14 +200,14 @@ def _precondition(
 def _refreshed(
     fresh: Callable[[Int[Array, ""]], tuple[Operator, Any]], state: ScaleByFisherState, every: chex.Numeric
 ) -> tuple[Operator, Any, tuple[Array, ...]]:
-    """The operator in use: made anew if this update is one of those; the running mean, and the operator's arrays."""
+    """The operator in use, made anew where this update is due for that; the running mean; the operator's arrays."""
     every = jnp.asarray(every, jnp.int32)
 
     def made() -> tuple[tuple[Array, ...], Any]:
         operator, mean = fresh(state.count // every)
         return tuple(jax.tree.leaves(operator.factorised())), mean
 
-    # The structure, found without running anything: an update in between must not pay for it.
+    # The structure is found without running anything, so that updates in between do not pay for it.
     shape = jax.eval_shape(lambda: fresh(state.count)[0].factorised())
     leaves, treedef = jax.tree.flatten(shape)
     if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in state.held]:
@@ -221,13 +221,13 @@ def _refreshed(
 
 
 def _running_mean(operator: Operator, mean: Any, before: Int[Array, ""], decay: chex.Numeric | None) -> tuple[Operator, Any]:
-    """The debiased running mean as an operator, and as it is kept; ``before`` tells how many went into it."""
+    """The debiased running mean, as an operator and as arrays; ``before`` is the number of operators already in it."""
     if decay is None:
         return operator, mean
     new = _averaging(operator).arrays
     check_vector_of_state(mean, new, "scale_by_fisher")
     beta = jnp.asarray(decay, operator.spec.dtype)
-    # What is debiased stays so: the newest has the weight that it has in a mean of as many as there are.
+    # The newest operator has the weight that it has in a debiased mean of ``before + 1``, so the mean stays debiased.
     share = (1 - beta) / (1 - beta ** (before + 1).astype(beta.dtype))
     mean = jax.tree.map(lambda a, b: a + share * (b - a), mean, new)
     return operator.with_arrays(mean), mean
@@ -247,7 +247,7 @@ def _shape_of_view(params: chex.ArrayTree, like: Any, viewed: Callable[[Operator
             spec = param_spec(params)
             return viewed(Diagonal(spec.zeros(), spec, Provenance("zero", 0)))
         operator = like() if callable(like) and not isinstance(like, Operator) else like
-        # Optax looks for the places of parameters in a state by `init` of a pytree without any.
+        # Optax calls `init` with a pytree without leaves, to find where a state holds parameters.
         return viewed(fisher_for(params, operator, "scale_by_fisher: `like`") if jax.tree.leaves(params) else operator)
 
     try:
@@ -259,7 +259,7 @@ def _shape_of_view(params: chex.ArrayTree, like: Any, viewed: Callable[[Operator
 
 
 def _held_arrays(operator: Operator) -> tuple[Array, ...]:
-    """The arrays of what is solved with between refreshes."""
+    """The arrays of the operator that solves between refreshes."""
     return tuple(jax.tree.leaves(jax.eval_shape(lambda operator: operator.factorised(), operator)))
 
 
@@ -270,7 +270,7 @@ def _zeros(tree: Any, dtype: Any) -> Any:
 
 
 def _no_info(params: chex.ArrayTree) -> SolveInfo:
-    # Each is an array of its own: one that occurs twice could not be donated.
+    # Each is an array of its own, since an array that occurs twice cannot be donated.
     return SolveInfo(
         residual=jnp.zeros((), param_spec(params).dtype),
         iterations=jnp.zeros((), jnp.int32),
