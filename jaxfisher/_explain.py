@@ -27,7 +27,7 @@ class LeafExplanation:
             no larger than what it is made of), ``zero``, ``plain`` (the gradient had to be formed), or several of them added.
         positions: T, how many outer products an example contributes; 0 where there are none.
         bytes: the memory that it takes, for all rows.
-        flops: of its part of the Gram matrix, a multiplication and an addition counted as two.
+        flops: those of its part of the Gram matrix; a multiplication and an addition count as two.
         why: what decided the form, or how its inner products are taken.
         kronecker: ``yes`` if the leaf has a block of its own in `jaxfisher.kronecker`; of a bias, the weight whose block it
             shares; else why it has none and is part of the view's ``rest``.
@@ -51,10 +51,10 @@ class Explanation:
         leaves: one entry a parameter leaf, in pytree order.
         examples: n.
         rows: the rows an example contributes: one for a score, one a column of the output metric for an exact Fisher.
-        bytes: what is held in all.
-        flops: of the Gram matrix from what is held.
-        plain_bytes: what the gradients of all rows would take.
-        plain_flops: of the Gram matrix from those.
+        bytes: the memory that the scores take.
+        flops: those of the Gram matrix from these scores.
+        plain_bytes: the memory that the gradients of all rows would take.
+        plain_flops: those of the Gram matrix from such gradients.
     """
 
     leaves: tuple[LeafExplanation, ...]
@@ -107,9 +107,9 @@ class Explanation:
 def explain(function: Callable[..., Any], params: chex.ArrayTree, *data: Any) -> Explanation:
     r"""How the scores of a log-density, or the rows of a model's exact Fisher, are held; nothing is computed.
 
-    The gradient of a weight used in T places is a sum of outer products, :math:`D_i = \sum_t a_{it} g_{it}^T`. What is held
-    is ``a`` and ``g``, of n T (d_in + d_out) numbers instead of n d_in d_out. This tells for which leaves that is so, and for
-    which it is not, with the reason.
+    The gradient of a weight used in T places is a sum of outer products, :math:`D_i = \sum_t a_{it} g_{it}^T`. Scores hold
+    ``a`` and ``g``, which are n T (d_in + d_out) numbers instead of n d_in d_out. The table says for which leaves that is so,
+    for which it is not, and why.
 
     Args:
         function: ``log_prob(params, *example) -> scalar`` or ``model(params, *inputs) -> distribution``, of ONE example.
@@ -121,7 +121,7 @@ def explain(function: Callable[..., Any], params: chex.ArrayTree, *data: Any) ->
         An `Explanation`: a table when printed, and a value to test on, for instance ``assert not explanation.plain``.
 
     Raises:
-        TypeError: ``function`` is none of the two; a parameter that is not a real floating array.
+        TypeError: ``function`` is neither of the two; a parameter that is not a real floating array.
         ValueError: arrays of different lengths, a non-scalar log-density.
 
     Reference: Rochette, Manoel and Tramel, Efficient per-example gradient computations in convolutional neural networks

@@ -134,8 +134,8 @@ def exact_fisher(model: Model, *, batch_size: int | None = None, max_bytes: int 
     is the Hessian of ``q -> KL(params, q)`` at ``q = params`` and, for natural parameters, the generalised Gauss-Newton matrix.
 
     **When it is the wrong one.** It takes as many rows an example as the distribution has fields (the classes of a
-    softmax); where that is too many use `sampled_fisher`, where nothing of the scores' size fits use `implicit_fisher`. It says
-    nothing of how wrong the model is: for standard errors under misspecification, see the empirical Fisher's sandwich.
+    softmax); where there are too many use `sampled_fisher`; where no array of the scores' size fits use `implicit_fisher`. It
+    does not say how wrong the model is: for standard errors under misspecification, see the empirical Fisher's sandwich.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
@@ -176,8 +176,8 @@ def sampled_fisher(
     .. math:: F \approx \frac1{nm} \sum_i \sum_{k=1}^m s(y_{ik}) s(y_{ik})^T, \qquad y_{ik} \sim p_\theta(\cdot \mid x_i).
 
     The noise of example i depends on the key and on i alone: pieces, their order and the number of devices do not change a
-    draw. That holds for keys of any implementation: one of rbg, whose draws are others under `jax.vmap`, is the seed of a
-    threefry key here.
+    draw. That holds for keys of any implementation: an rbg key, whose draws change under `jax.vmap`, is the seed of a threefry
+    key here.
 
     **When it is the wrong one.** Its relative error falls as ``1/sqrt(n m)``; with few rows it is of low rank and needs
     damping.
@@ -193,7 +193,7 @@ def sampled_fisher(
 
     Raises:
         ValueError: ``num_samples`` below one; (when called) arrays of different lengths.
-        TypeError: (when called) a key that is not one, a model that returns no distribution.
+        TypeError: (when called) a ``key`` that is no random key, a model that returns no distribution.
 
     Reference: Kunstner, Balles and Hennig (NeurIPS 2019), section 2; Martens (JMLR 2020), section 5.
 
@@ -245,7 +245,7 @@ def implicit_fisher(model: Model, *, batch_size: int | None = None) -> ImplicitF
     .. math:: F v = \frac1n \sum_i J_i^T M_i (J_i v).
 
     The operator holds the parameters, the inputs and (static) the model; give the same model object each time, since another
-    one means another trace. ``diagonal`` and ``trace`` are exact, from rows made ``batch_size`` examples at a time; ``solve``
+    object means another trace. ``diagonal`` and ``trace`` are exact, from rows of ``batch_size`` examples at a time; ``solve``
     without ``solver=jf.CG()`` makes the matrix, up to p = 4096. Its views (`jaxfisher.kronecker` and the others) are taken of
     the exact rows, a row for each field of the distribution; where those are many, as in a language model, have them taken of
     a cheaper operator and keep the exact products: ``fisher(params, x, views_of=jf.sampled_fisher(model)(params, key, x))``.

@@ -1,9 +1,9 @@
 r"""Rows: what one example contributes to a score matrix.
 
-Three Fishers, three kinds of rows, one shape: an example has ``seeds``, one for each of its rows, and ``row`` maps the
-parameters, a seed and the example to a parameter-shaped gradient, such that the sum over an example's rows of ``row row^T`` is
-what that example adds to the Fisher. The functions are frozen dataclasses, equal whenever the user's functions are, so that
-values that hold one cross ``jit`` once.
+Each of three Fishers has its kind of rows, of one shape: an example has ``seeds``, one for each of its rows, and ``row`` maps
+the parameters, a seed and the example to a parameter-shaped gradient, such that the sum over an example's rows of
+``row row^T`` is what that example adds to the Fisher. The functions are frozen dataclasses, equal whenever the user's
+functions are, so that values that hold one cross ``jit`` once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Rows(Protocol):
 
     @property
     def own(self) -> int:
-        """How many entries of an example, the first ones, are the library's and not given to the user's function."""
+        """How many entries at the start of an example are the library's own, and not given to the user's function."""
         ...
 
     def seeds(self, params: chex.ArrayTree, /, *example: Any) -> Array:
@@ -98,18 +98,18 @@ class Prediction(NamedTuple):
 
 
 def prediction(model: Model, params: chex.ArrayTree, data: tuple[Any, ...]) -> Prediction:
-    """That of a model, at the parameters and a batch of inputs."""
+    """The prediction of a model, at the parameters and a batch of inputs."""
     sources: list[str] = []
 
     def fields(params: chex.ArrayTree, *inputs: Any) -> list[Array]:
         predicted = predict(model, params, *inputs)
-        # Inside the trace: to tell its source, another library's distribution may have to be computed with.
+        # This is done inside the trace, since finding the source of another library's Fisher may need computation.
         sources.append(predicted.fisher_source)
         return float_fields(predicted)
 
     own = frozenset(range(len(jax.tree.leaves(params))))
     moving = tuple(not own.isdisjoint(places) for places in moved_by(fields, params, *shape_of_one(data)))
-    # Where nothing moves the Fisher is zero, and rows of zeros say so.
+    # Where no field moves the Fisher is zero, and rows of zeros represent it.
     return Prediction(sources[-1], moving if any(moving) else (True,) * len(moving))
 
 

@@ -23,7 +23,7 @@ from jaxfisher._values import dtype_of as dtype_of
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """The static shape of a parameter pytree: what an operator needs to know of it, hashable so that it can cross ``jit``.
+    """The static shape of a parameter pytree, which is all that an operator needs of it; hashable, so that it crosses ``jit``.
 
     ``dtype`` is the one statistics are held in: at least float32, wider where a parameter is wider.
     """
@@ -81,7 +81,7 @@ class ParamSpec:
         paths, leaves = path_names(tree), jax.tree.leaves(tree)
         for path, leaf in zip(paths, leaves, strict=True):
             check_array(f"`{name}` at {path}", leaf)
-            # Integers too: results take the dtypes of the vector, and would be cut to whole numbers.
+            # Integers are refused too: results take the dtypes of the vector, and would be cut to whole numbers.
             if not is_array(leaf) or not jnp.issubdtype(dtype_of(leaf), jnp.floating):
                 raise TypeError(
                     f"`{name}` at {path} is {described(leaf)}; expected real floating numbers. "
@@ -199,7 +199,7 @@ def scaled(tree: chex.ArrayTree, factor: chex.Numeric) -> Any:
 
 
 def select(flag: Scalar, tree: chex.ArrayTree, other: chex.ArrayTree) -> Any:
-    """``tree`` if the flag is set, else ``other``; a number of the one not taken, NaN say, leaves no trace."""
+    """``tree`` if the flag is set, else ``other``; numbers of the tree that is not taken, such as NaN, have no effect."""
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), tree, other)
 
 
@@ -219,7 +219,7 @@ def as_key(key: Any, caller: str) -> PRNGKeyArray:
     dtype = getattr(key, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == ():
         return key
-    # Of the implementation in use: two numbers for threefry, four for rbg.
+    # The shape depends on the implementation in use: two numbers for threefry, four for rbg.
     if dtype == jnp.uint32 and key.shape == jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape:
         return jax.random.wrap_key_data(key)
     raise TypeError(f"{caller}: `key` is {described(key)}; expected one random key, jax.random.key(seed).")
