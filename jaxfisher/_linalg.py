@@ -166,9 +166,12 @@ def to_unit(*sizes: Scalar) -> Scalar:
     It is applied twice rather than squared, and as a product: XLA turns ``x / s / s`` into ``x / (s s)``, which may overflow.
     What is divided out is multiplied back, so no result depends on the factor, and no derivative goes through it.
     """
-    largest = jax.lax.stop_gradient(jnp.max(jnp.stack(sizes)))
-    # A NaN or an infinity is left to show itself in the result.
-    return power_of_two(jnp.where(largest > jnp.finfo(largest.dtype).tiny, 1 / largest, 1))
+    sizes_together = jax.lax.stop_gradient(jnp.stack(sizes))
+    # Of what is zero no multiple is near one.
+    most = 2.0 ** (jnp.finfo(sizes_together.dtype).maxexp - 52)
+    # The minimum comes last, since XLA takes it once: it would make a quotient again wherever the factor is used. A NaN or an
+    # infinity is left to show itself in the result.
+    return jnp.min(power_of_two(1 / jnp.maximum(sizes_together, 1 / most)))
 
 
 def power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:

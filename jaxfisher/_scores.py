@@ -296,7 +296,7 @@ class HeldScores(FactoredScores):
         return jnp.concatenate([leaf.gradient().reshape(self.num_rows, -1) for leaf in self.leaves], axis=1)
 
     def bound(self) -> Scalar:
-        return jnp.max(jnp.stack([jnp.max(leaf.sizes()) for leaf in self.leaves if leaf.layer is None]))
+        return jnp.max(functools.reduce(jnp.maximum, [leaf.sizes() for leaf in self.leaves if leaf.layer is None]))
 
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> HeldScores:
         return HeldScores(_kept_leaves(self.leaves, keep), self.weights, spec)

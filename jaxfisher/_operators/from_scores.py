@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
+from jaxfisher._damped import Damped, solution
 from jaxfisher._engine import Basis
-from jaxfisher._inverse import Factored, Factorise, invert, log_determinant, multiplied
+from jaxfisher._inverse import Factored, Factorise, log_determinant, multiplied
 from jaxfisher._linalg import (
     eigenvalues,
     matmul,
@@ -34,7 +35,7 @@ from jaxfisher._linalg import (
     unit_rank,
     without_noise,
 )
-from jaxfisher._once import once
+from jaxfisher._once import Static, once
 from jaxfisher._operators.base import Operator
 from jaxfisher._operators.inverted import Inverted, flat_inverse
 from jaxfisher._operators.provenance import Provenance
@@ -180,16 +181,28 @@ class FromScores(Operator):
         return self.spec.unravel(result * (factor**-power) * factor**-power)
 
     @once
-    def solve_row_space(self, e: Float[Array, " rows"], damping: Scalar) -> Any:
-        """``(F + damping I)^-1 S^T diag(omega) e``: the solve for a vector known by its coordinates in the rows.
+    def solve_row_space(self, e: Float[Array, " rows"], damping: Scalar, rtol: Static[float], positive: Static[bool]) -> Any:
+        """``x = (F + damping I)^-1 S^T diag(omega) e``: the solve for a vector known by its coordinates in the rows.
 
         This is the natural gradient's solve: the gradient of a mean of log-densities has the coordinates one. Nothing cancels.
+        With damping the residual is about ``rtol`` of the right-hand side. A damping known to be ``positive`` leaves out of the
+        program what only zero damping needs.
         """
+        if positive.value:
+            return self._solve_damped(e, damping, rtol.value)
+        undamped = lambda: self._inverse(damping)(self.scores.rmv(self.scores.weights * e)).x  # noqa: E731
+        return cond(damping == 0, undamped, lambda: self._solve_damped(e, damping, rtol.value))
+
+    def _solve_damped(self, e: Float[Array, " rows"], damping: Scalar, rtol: float) -> Any:
         factor = to_unit(self.scores.bound(), jnp.sqrt(damping))
-        scaled = Scaled(self.scores, factor)
-        if not scaled.short:
-            return self._inverse(damping)(self.scores.rmv(self.scores.weights * e)).x
-        x = _from_rows(scaled, scaled.root * e, twice(damping, factor))
+        scaled, damping = Scaled(self.scores, factor), twice(damping, factor)
+        b = scaled.root * e
+        if scaled.short:
+            x = solution(Damped(scaled.gram(), damping, scaled.rmv, scaled.mv, of_root=True), b, rtol)
+        else:
+            product = lambda x: scaled.out_of_rows(scaled.into_rows(x))  # noqa: E731
+            system = Damped(scaled.moment(), damping, lambda x: x, product, of_root=False)
+            x = self.spec.unravel(solution(system, scaled.out_of_rows(b), rtol))
         return jax.tree.map(lambda leaf: leaf * factor, x)
 
 
@@ -251,23 +264,6 @@ class Scaled:
         units = unit_diagonal(self.columns())
         rows = jnp.eye(self.scores.num_rows, dtype=units.dtype)
         return jax.lax.map(lambda row: self.into_rows(units * (units * self.out_of_rows(row))), rows)
-
-
-def _from_rows(scaled: Scaled, e: Float[Array, " rows"], damping: Scalar) -> Any:
-    """``X^T (X X^T + damping I)^-1 e``, refined once where the Gram matrix is ill-conditioned."""
-    gram = scaled.gram()
-    inverse = invert(gram, damping)
-    inverse = inverse.projected(multiplied(gram, damping, inverse.unit))
-    c = inverse.apply(e)
-    x = scaled.rmv(c)
-
-    def refine() -> Any:
-        # Adding to x instead of c would lose less in the last product, and hold one more vector of the parameters' size.
-        return scaled.rmv(c + inverse.apply(e - (scaled.mv(x) + damping * c)))
-
-    # A well-conditioned Gram matrix loses three digits at most, and mending them takes most of another gradient.
-    lost = jnp.sqrt(2 * jnp.sum(jnp.square(gram))) > 1024 * damping
-    return cond(lost, refine, lambda: x)
 
 
 def _by_moment(scaled: Scaled, damping: Scalar, inverse: Factored) -> System:

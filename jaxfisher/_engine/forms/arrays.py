@@ -54,19 +54,19 @@ def total(parts: Sequence[Any]) -> Any:
     return sum(parts[1:], start=parts[0])
 
 
-def magnitude(x: Array, axes: int | Sequence[int]) -> Array:
-    """The largest entry in absolute value along some axes, which stay with length one.
+def magnitude(x: Array, axes: int | Sequence[int], least: float = 0.0) -> Array:
+    """The largest entry in absolute value along some axes, which stay with length one; no less than ``least``.
 
     It is only divided by and multiplied back, so no derivative goes through it.
     """
-    largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axes, keepdims=True, initial=0.0)
-    # Its inverse must be a normal number.
-    return jnp.minimum(largest, float(1 / jnp.finfo(x.dtype).tiny))
+    # The bound is taken before the maximum: what comes after, XLA makes again wherever the maximum is used.
+    sizes = jnp.maximum(jnp.abs(jax.lax.stop_gradient(x)), least)
+    return jnp.max(sizes, axes, keepdims=True, initial=None if x.size else least)
 
 
-def inverse(size: Array) -> Array:
-    """The factor that brings an array of this `magnitude` near one; zeros stay zeros."""
-    return 1 / jnp.maximum(size, jnp.finfo(size.dtype).tiny)
+def near_one(x: Array, size: Array) -> Array:
+    """An array divided by its `magnitude`; zeros stay zeros."""
+    return x / jnp.maximum(size, jnp.finfo(size.dtype).tiny)
 
 
 def taken(tree: Any, examples: slice, count: int) -> Any:

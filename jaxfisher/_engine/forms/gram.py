@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._engine.forms.arrays import few, inner, inverse, magnitude, room, taken, total
+from jaxfisher._engine.forms.arrays import few, inner, magnitude, near_one, room, taken, total
 from jaxfisher._engine.forms.cost import by_factors, factors, forms_gradients
 from jaxfisher._engine.forms.form import Factored
 from jaxfisher._engine.forms.leaf import Leaf
@@ -23,10 +23,9 @@ from jaxfisher._linalg import matmul
 
 
 class Sizes(NamedTuple):
-    """How to bring the factors of one form near one, and what to multiply its inner products with in return."""
+    """The largest entries of the left factors of one form, and of its gradients: what its factors are divided by on the way."""
 
     left: Float[Array, "n rows groups T 1"]
-    right: Float[Array, "n rows groups T 1"]
     whole: Float[Array, "n rows groups T 1"]
 
 
@@ -49,7 +48,7 @@ class Pair(NamedTuple):
 
 def gram_upper(leaves: Sequence[Leaf], factor: Scalar) -> Float[Array, "rows rows"]:
     """``(factor S) (factor S)^T``; only the upper triangle is worth reading."""
-    pairs = _paired(leaves, leaves, factor)
+    pairs = _paired(leaves, leaves)
     cut = [pair for pair in pairs if not forms_gradients(pair.mine)]
     whole = [_own_gram(pair.mine, factor) for pair in pairs if forms_gradients(pair.mine)]
     return total([*([_strips(cut, factor)] if cut else []), *whole])
@@ -57,10 +56,10 @@ def gram_upper(leaves: Sequence[Leaf], factor: Scalar) -> Float[Array, "rows row
 
 def cross_gram(mine: Sequence[Leaf], theirs: Sequence[Leaf], factor: Scalar) -> Float[Array, "rows others"]:
     """``(factor S) (factor S')^T`` against the rows of another block."""
-    return _flat(total([_gram(pair, factor) for pair in _paired(mine, theirs, factor)]))
+    return _flat(total([_gram(pair, factor) for pair in _paired(mine, theirs)]))
 
 
-def _paired(mine: Sequence[Leaf], theirs: Sequence[Leaf], factor: Scalar) -> list[Pair]:
+def _paired(mine: Sequence[Leaf], theirs: Sequence[Leaf]) -> list[Pair]:
     """The leaves of two blocks of rows, side by side, without the biases that come along with their weights."""
     agree = [
         bool(a.forms and b.forms) and by_factors(a) and by_factors(b) and a.layout == b.layout
@@ -69,18 +68,15 @@ def _paired(mine: Sequence[Leaf], theirs: Sequence[Leaf], factor: Scalar) -> lis
     weights = [(a.layer if a.layer == b.layer else None) for a, b in zip(mine, theirs, strict=True)]
     joined = {k for k in weights if k is not None and agree[k]}
     return [
-        Pair(a, b, k in joined, _sizes(a, factor, bias=k in joined) if agree[k] else None)
+        Pair(a, b, k in joined, _sizes(a, bias=k in joined) if agree[k] else None)
         for k, (a, b) in enumerate(zip(mine, theirs, strict=True))
         if weights[k] not in joined
     ]
 
 
-def _sizes(leaf: Leaf, factor: Scalar, *, bias: bool) -> tuple[Sizes, ...]:
-    found = []
-    for form in factors(leaf) or ():
-        left, right = form.left_size(bias=bias), magnitude(form.right, -1)
-        found.append(Sizes(inverse(left), inverse(right), left * right * factor))
-    return tuple(found)
+def _sizes(leaf: Leaf, *, bias: bool) -> tuple[Sizes, ...]:
+    lefts = [(form, form.left_size(bias=bias)) for form in factors(leaf) or ()]
+    return tuple(Sizes(left, magnitude(form.right * left, -1)) for form, left in lefts)
 
 
 def _flat(blocks: Float[Array, "n rows m rows2"]) -> Float[Array, "n*rows m*rows2"]:
@@ -154,9 +150,9 @@ def _all_pairs(pair: Pair, factor: Scalar) -> Float[Array, "n rows m rows2"]:
         for two in factors(pair.theirs) or ():
             lefts = _inner_left(one, two, sizes.left)
             if pair.bias:
-                lefts = lefts + _beside(sizes.left)
-            rights = inner(one.right * sizes.right, two.right)
-            parts.append(jnp.sum(lefts * rights * factor * _beside(sizes.whole), (0, 3, 6)))
+                lefts = lefts + 1 / _beside(sizes.left)
+            rights = inner(near_one(one.right * sizes.left, sizes.whole), two.right)
+            parts.append(jnp.sum(lefts * rights * factor * (factor * _beside(sizes.whole)), (0, 3, 6)))
     return total(parts)
 
 
@@ -165,7 +161,7 @@ def _beside(size: Float[Array, "n rows groups T 1"]) -> Float[Array, "groups n r
     return jnp.moveaxis(size, 2, 0)[..., None, None]
 
 
-def _inner_left(one: Factored, two: Factored, inverse: Array) -> Float[Array, "b n r t m q s"]:
+def _inner_left(one: Factored, two: Factored, size: Array) -> Float[Array, "b n r t m q s"]:
     """Inner products of left factors, the first ones brought near one; left factors of a table are ones and zeros."""
     match one, two:
         case Lookup(), Lookup():
@@ -173,7 +169,7 @@ def _inner_left(one: Factored, two: Factored, inverse: Array) -> Float[Array, "b
         case Lookup(), Product():
             return jnp.moveaxis(one.picked(two.left), (1, 2, 3), (4, 5, 6))
         case Product(), Lookup():
-            return two.picked(one.left * inverse)
+            return two.picked(near_one(one.left, size))
         case Product(), Product():
-            return inner(one.left * inverse, two.left)
+            return inner(near_one(one.left, size), two.left)
     raise TypeError(f"no inner products of {type(one).__name__} and {type(two).__name__}")

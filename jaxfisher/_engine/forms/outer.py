@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._engine.forms.arrays import HIGHEST, few, inverse, magnitude
+from jaxfisher._engine.forms.arrays import HIGHEST, few, magnitude, near_one
 from jaxfisher._engine.forms.formed import Formed
 from jaxfisher._engine.forms.layout import Layout
 from jaxfisher._engine.forms.leaf import Leaf
@@ -62,7 +62,7 @@ def outer_moment(leaves: Sequence[Outer], w: Float[Array, "n rows"], factor: Sca
 def _balanced(leaf: Outer, factor: Scalar) -> Outer:
     """The gradients times a number, with left factors near one and their sizes in the right ones."""
     size = magnitude(leaf.left, -1)
-    return Outer(leaf.left * inverse(size), leaf.right * size[:, None] * factor, leaf.layout)
+    return Outer(near_one(leaf.left, size), leaf.right * size[:, None] * factor, leaf.layout)
 
 
 def _own_block(leaf: Outer, w: Array) -> Float[Array, "size size"]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxfisher._engine.forms.arrays import Seal, contracted, extent, inverse, magnitude, mean, sum_to, times, weighted
+from jaxfisher._engine.forms.arrays import Seal, contracted, extent, magnitude, mean, near_one, sum_to, times, weighted
 from jaxfisher._engine.forms.layout import Layout
 from jaxfisher._linalg import matmul
 
@@ -74,14 +74,13 @@ class Product:
 
     def left_size(self, *, bias: bool) -> Float[Array, "n rows groups T 1"]:
         """The largest entries of left factors; with a ``bias``, of factors that end in one."""
-        size = magnitude(self.left, -1)
-        return jnp.maximum(size, 1) if bias else size
+        return magnitude(self.left, -1, least=float(bias))
 
     def squared(self) -> Float[Array, "n rows groups"]:
         """``|D|^2`` of every row and group, from inner products of its own factors."""
         left, right = magnitude(self.left, -1), magnitude(self.right, -1)
-        lefts = matmul(self.left * inverse(left), self.left.swapaxes(-1, -2))
-        rights = matmul(self.right * inverse(right), self.right.swapaxes(-1, -2))
+        lefts = matmul(near_one(self.left, left), self.left.swapaxes(-1, -2))
+        rights = matmul(near_one(self.right, right), self.right.swapaxes(-1, -2))
         return jnp.sum(lefts * rights * (left * right), (-2, -1))
 
     def squares(self) -> Product:
@@ -89,12 +88,11 @@ class Product:
         # Left factors are brought near one. Right factors take over their sizes, as far as they have an axis for them.
         missing = (axis for axis in (0, 1) if self.right.shape[axis] == 1)
         size = magnitude(self.left, (-1, *missing))
-        return dataclasses.replace(self, left=jnp.square(self.left * inverse(size)), right=jnp.square(self.right * size))
+        return dataclasses.replace(self, left=jnp.square(near_one(self.left, size)), right=jnp.square(self.right * size))
 
     def sizes(self, *, bias: bool) -> Float[Array, "n rows"]:
         """The products of the largest entries of both factors, summed over positions."""
-        left, right = (jnp.max(jnp.abs(factor), -1, initial=0.0) for factor in (self.left, self.right))
-        return jnp.max(jnp.sum((jnp.maximum(left, 1) if bias else left) * right, 3), 2)
+        return jnp.max(jnp.sum(magnitude(self.right * self.left_size(bias=bias), -1), (3, 4)), 2)
 
     def means(self, w: Float[Array, "n rows"]) -> tuple[Array, ...]:
         """Those of both factors."""
