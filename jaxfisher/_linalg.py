@@ -34,19 +34,6 @@ def unit_diagonal(diagonal: Float[Array, " m"]) -> Float[Array, " m"]:
     return jnp.where(there, unit, jnp.min(jnp.where(there, unit, jnp.max(unit, initial=0.0)), initial=1 / tiny))
 
 
-def null_basis(vectors: Float[Array, "m m"], kept: Bool[Array, " m"]) -> tuple[Float[Array, "m m"], Scalar]:
-    """Orthonormal columns that span those vectors which are not kept, and then zeros; and how nearly these are dependent.
-
-    That is the smallest diagonal entry of the triangle that makes them from the orthonormal ones.
-    """
-    # The first columns of Q span the first columns of what was factored.
-    basis, triangle = jnp.linalg.qr(vectors[:, jnp.argsort(kept, stable=True)])
-    null = jnp.arange(kept.size) < jnp.sum(~kept)
-    pivots = jnp.abs(jnp.diagonal(triangle))
-    largest = jnp.max(pivots, initial=0.0)
-    return jnp.where(null[None, :], basis, 0), jnp.min(jnp.where(null, pivots, largest), initial=largest)
-
-
 def unit_rank(matrix: Float[Array, "m m"]) -> Int[Array, ""]:
     """The rank of a symmetric matrix, decided after it is scaled to a unit diagonal."""
     unit = unit_diagonal(jnp.diagonal(matrix))
@@ -59,7 +46,9 @@ def null_vectors(matrix: Float[Array, "m m"]) -> Float[Array, "m k"]:
     unit = unit_diagonal(jnp.diagonal(matrix))
     values, vectors = jnp.linalg.eigh(matrix * unit[:, None] * unit[None, :])
     _, kept, _ = kept_of(values, jnp.zeros((), matrix.dtype))
-    return null_basis(unit[:, None] * vectors, kept)[0][:, : int(jnp.sum(~kept))]
+    # The first columns of Q span the first columns of what was factored.
+    order = jnp.argsort(kept, stable=True)
+    return jnp.linalg.qr(unit[:, None] * vectors[:, order])[0][:, : int(jnp.sum(~kept))]
 
 
 def mirrored(upper: Float[Array, "m m"]) -> Float[Array, "m m"]:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxfisher._linalg import inverse_power, matmul
-from jaxfisher._varying import while_loop
+from jaxfisher._linalg import inverse_power, matmul, norm
+from jaxfisher._varying import cond, while_loop
 
 
 def combined(vectors: Float[Array, "m m"], which: Bool[Array, " m"]) -> Float[Array, " m"]:
@@ -34,32 +34,34 @@ def projected(
 
     All in units in which the matrix has a unit diagonal. In the place of a null vector stands how far off it still is.
     """
-    order = jnp.argsort(kept, stable=True)
-    count = jnp.sum(~kept, dtype=jnp.int32)
-    null, down = jnp.arange(kept.size, dtype=jnp.int32) < count, inverse_power(unit)
+    size, down = kept.size, inverse_power(unit)
+    places = jnp.arange(size, dtype=jnp.int32)
 
     def mend(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        place, basis, off = state
-        vector = basis[:, place]
-        change = matmul(vectors, inverted * matmul(vectors.T, product(vector)))
-        return place + 1, basis.at[:, place].set(vector - change), off.at[:, place].set(change)
-
-    def sweep(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        # The first columns of Q span the first columns of what was factored.
         step, basis, off = state
-        basis = down[:, None] * jnp.where(null[None, :], jnp.linalg.qr(unit[:, None] * basis)[0], 0)
-        _, basis, off = while_loop(lambda state: state[0] < count, mend, (jnp.zeros_like(step), basis, off))
+        place = step % size
+        before = jnp.where(places[None, :] < place, basis, 0)
+
+        def mended() -> tuple[Array, Array]:
+            vector = aside(before, aside(before, basis[:, place]))
+            length = norm(vector)
+            vector = vector / jnp.where(length > 0, length, 1)
+            change = unit * matmul(vectors, inverted * matmul(vectors.T, product(down * vector)))
+            return basis.at[:, place].set(vector - change), off.at[:, place].set(down * change)
+
+        basis, off = cond(kept[place], lambda: (basis, off), mended)
         return step + 1, basis, off
 
-    # The second time shows how much the first one missed.
-    begin = jnp.zeros((), jnp.int32), vectors[:, order], jnp.zeros_like(vectors)
-    _, basis, off = while_loop(lambda state: state[0] < 2, sweep, begin)
-    own = unit[:, None] * basis
+    # One after the other, and all of them twice: the second time shows how much the first one missed.
+    begin = jnp.zeros((), jnp.int32), jnp.where(kept[None, :], 0, unit[:, None] * vectors), jnp.zeros_like(vectors)
+    _, basis, off = while_loop(lambda state: state[0] < 2 * size, mend, begin)
+    rest = down[:, None] * aside(basis, aside(basis, unit[:, None] * vectors))
+    null = down[:, None] * basis
+    sizes = jnp.sqrt(jnp.sum(jnp.square(null), 0))
+    balanced = null / jnp.where(sizes > 0, sizes, 1)[None, :]
+    return jnp.where(kept[None, :], rest, off), combined(balanced, ~kept)
 
-    def aside(columns: Array) -> Array:
-        return columns - matmul(own, matmul(own.T, columns))
 
-    rest = down[:, None] * aside(aside(unit[:, None] * vectors))
-    sizes = jnp.sqrt(jnp.sum(jnp.square(basis), 0))
-    balanced = basis / jnp.where(sizes > 0, sizes, 1)[None, :]
-    return jnp.where(kept[None, :], rest, off[:, jnp.argsort(order)]), combined(balanced, null)
+def aside(basis: Float[Array, "m m"], vectors: Array) -> Array:
+    """What is left of vectors beside orthonormal ones."""
+    return vectors - matmul(basis, matmul(basis.T, vectors))

@@ -10,7 +10,7 @@ correction as a measure of the error.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,9 +68,6 @@ class Solved(NamedTuple):
     rest: Any
     rank: Int[Array, ""]
     sound: Bool[Array, ""]
-
-
-T = TypeVar("T")
 
 
 class System(NamedTuple):
@@ -197,23 +194,21 @@ def _refined(
         zero = jnp.zeros_like(b)
 
         def step(state: _Pass) -> _Pass:
-            stage = state.stage
-            multiplied = ((stage == REFINING) & (state.steps > 0)) | (stage == MEASURING) | (stage == TURNING)
-            at = _either(jnp.minimum(stage, TURNING), state.z, other * settled(state.y), zero, state.r * down * down)
+            refining, measuring, weighing, turning, leaking = (state.stage == stage for stage in range(DONE))
+            multiplied = (refining & (state.steps > 0)) | measuring | turning
+            at = jnp.where(measuring, other * settled(state.y), jnp.where(turning, state.r * down * down, state.z))
             image = cond(multiplied, lambda: product(at), lambda: zero)
+            after = _chosen(refining, _further(state, image, metric, told), state)
             again = b - (1 / other) * image
-            weighed = state._replace(error=jnp.maximum(state.error, norm(metric * state.z)))
-            after = _either(
-                stage,
-                _further(state, image, metric, told),
-                state._replace(r=again, noise=state.r - again, stage=_stage(jnp.where(told, DONE, WEIGHING))),
-                weighed._replace(stage=_stage(jnp.where(deficient, TURNING, DONE))),
-                weighed._replace(stage=_stage(LEAKING)),
-                state._replace(stage=_stage(DONE)),
-            )
-            source = _either(stage, after.r, after.r, 2 * state.noise, image, metric * (metric * state.z))
-            needed = (after.stage != MEASURING) & ~((after.stage == DONE) & told)
-            return after._replace(z=cond(needed, lambda: system.solve(source), lambda: zero))
+            after = _chosen(measuring, state._replace(r=again, noise=state.r - again), after)
+            error = jnp.where(weighing | turning, jnp.maximum(state.error, norm(metric * state.z)), state.error)
+            following = jnp.where(measuring, jnp.where(told, DONE, WEIGHING), jnp.where(deficient, state.stage + 1, DONE))
+            stage = jnp.where(refining, after.stage, following.astype(jnp.int32))
+            special = jnp.where(weighing, 2 * state.noise, jnp.where(turning, image, metric * (metric * state.z)))
+            source = jnp.where(weighing | turning | leaking, special, after.r)
+            needed = (stage != MEASURING) & ~((stage == DONE) & told)
+            z = cond(needed, lambda: system.solve(source), lambda: zero)
+            return after._replace(z=z, error=error, stage=stage)
 
         nothing, far = jnp.zeros((), b.dtype), jnp.asarray(jnp.finfo(b.dtype).max, b.dtype)
         begin = _Pass(zero, b, zero, zero, zero, jnp.asarray(True), far, zero, nothing, _stage(0), _stage(REFINING))
@@ -227,10 +222,10 @@ def _stage(which: Any) -> Int[Array, ""]:
     return jnp.asarray(which, jnp.int32)
 
 
-def _either(stage: Array, *cases: T) -> T:
-    """The case of this stage."""
-    chosen: T = jax.tree.map(lambda *parts: jax.lax.select_n(stage, *parts), *cases)
-    return chosen
+def _chosen(flag: Bool[Array, ""], yes: _Pass, no: _Pass) -> _Pass:
+    """One state or the other."""
+    state: _Pass = jax.tree.map(lambda one, other: jnp.where(flag, one, other), yes, no)
+    return state
 
 
 def _further(state: _Pass, image: Array, metric: Array, told: Bool[Array, ""]) -> _Pass:

@@ -211,3 +211,11 @@ def test_cg_runs_the_model_forward_once():
     v = jax.tree.map(jnp.ones_like, params)
     program = jax.jit(lambda F, v: jf.solve(F, v, 0.1, solver=jf.CG())).lower(F, v).as_text()
     assert program.count("stablehlo.tanh") == 1
+
+
+@pytest.mark.parametrize("view", [jf.dense, jf.diagonal])
+def test_a_matrix_beyond_the_dtype_gives_no_number(view):
+    """Of a Fisher of 1e42 in float32 entries are infinite, and one over infinity would look like an answer."""
+    F = jf.exact_fisher(linear)(jnp.zeros(2, jnp.float32), jnp.full((3, 2), 1e21, jnp.float32))
+    solution, info = jf.solve(view(F), jnp.ones(2, jnp.float32), 0.0)
+    assert np.all(np.isnan(solution)) and not info.finite and not info.converged

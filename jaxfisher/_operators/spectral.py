@@ -97,7 +97,8 @@ class Spectral(Operator):
         roots = jnp.sqrt(jnp.abs(self.spec.ravel(self.diagonal(), "diagonal")))
         trial = unit_diagonal(jnp.square(roots)) * jnp.cos(jnp.arange(self.size, dtype=self.spec.dtype))
         left_out = self._apply(lambda values: (resolve(values) == 0).astype(values.dtype), self.spec.unravel(trial))
-        return is_unseen(self.spec.ravel(product(left_out), "v"), self.spec.ravel(left_out, "v"), roots)
+        # Where nothing was left out, this is rounding of the trial.
+        return is_unseen(self.spec.ravel(product(left_out), "v"), trial, roots)
 
     def _largest(self) -> Scalar:
         """The largest eigenvalue in absolute value."""
