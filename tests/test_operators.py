@@ -92,7 +92,7 @@ def forms(dtype=jnp.float64):
     """Every form, with the dense matrix it must equal, from loops over examples, classes and layers in float64."""
     params, x, y, weights, rows = reference()
     empirical, exact = rows.T @ rows / len(rows), class_sum_fisher(params, x)
-    omega = np.asarray(weights) / np.sum(weights)
+    omega = np.asarray(weights) / np.sum(np.asarray(weights))
     wide = params, x
     params, x, weights = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, x, weights))
     F = jf.empirical_fisher(LOG_PROB)(params, x, y)
