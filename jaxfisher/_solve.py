@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import lineax
 from jaxtyping import Array, Float, Scalar
 
+from jaxfisher._engine import unsealed
 from jaxfisher._inverse import by_eigenvectors
 from jaxfisher._linalg import inverse_power, norm, power_of_two, to_unit
 from jaxfisher._once import once
@@ -313,7 +314,7 @@ class LSMR:
 
         def stacked(x: Any) -> tuple[Array, Any]:
             x = jax.tree.map(lambda leaf: unit * leaf, _as_type(x, narrow))
-            return _as_type((root * scores.mv_computed(x), jax.tree.map(lambda leaf: strength * leaf, x)), wide)
+            return _as_type((root * scores.product(x, unsealed), jax.tree.map(lambda leaf: strength * leaf, x)), wide)
 
         structure = jax.eval_shape(lambda: _as_type(scores.spec.zeros(), wide))
         operator = lineax.FunctionLinearOperator(stacked, structure)

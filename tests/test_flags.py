@@ -40,7 +40,7 @@ PARTS = {
         *("rows", "with_arrays"),
     },
     jf.Scores: {
-        *("bound", "centered", "gram_upper", "mv_computed", "rescaled", "restrict", "reweighted", "scaled_moment"),
+        *("bound", "centered", "gram_upper", "product", "rescaled", "restrict", "reweighted", "scaled_moment"),
         "squares_along",
     },
 }

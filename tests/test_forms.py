@@ -208,7 +208,8 @@ def moments_of(name):
             assert all((moments is None) == (k != place) for k, moments in enumerate(expanded))
             assert all((moments is None) == (k != place) for k, moments in enumerate(reduced))
             layouts[how] = expanded[place].layout
-            assert scores.layers == tuple(place if name == "b" else None for name in sorted(params)), scores.layers
+            owners = [role.layer for role in scores.roles]
+            assert owners == [place if name == "b" else None for name in sorted(params)], owners
             assert reduced[place].layout == layouts[how]
             bias = sorted(params).index("b") if "b" in params else None
             basis = Basis(*rotations(layouts[how], bias is not None), layouts[how], place, bias)

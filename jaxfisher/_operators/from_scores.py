@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._damped import Damped, solution
-from jaxfisher._engine import Basis
+from jaxfisher._engine import Basis, unsealed
 from jaxfisher._inverse import Factored, Factorise, log_determinant, multiplied
 from jaxfisher._linalg import (
     eigenvalues,
@@ -225,7 +225,7 @@ class Scaled:
 
     def mv(self, v: Any) -> Float[Array, " rows"]:
         """``X v`` of a computed vector shaped like the parameters."""
-        return self.factor * self.root * self.scores.mv_computed(v)
+        return self.factor * self.root * self.scores.product(v, unsealed)
 
     def rmv(self, c: Float[Array, " rows"]) -> Any:
         """``X^T c``, shaped like the parameters."""

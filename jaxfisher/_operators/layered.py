@@ -212,8 +212,9 @@ def _joins(operator: Operator) -> list[tuple[Places, int]] | None:
         return [(tuple(range(len(operator.spec.paths))), operator.weight)]
     if operator.scored is None:
         return None
-    owners = operator.scored.layers if isinstance(operator.scored, FactoredScores) else ()
-    return [((min(k, owner), max(k, owner)), owner) for k, owner in enumerate(owners) if owner is not None]
+    roles = operator.scored.roles if isinstance(operator.scored, FactoredScores) else ()
+    owners = [(k, role.layer) for k, role in enumerate(roles) if role.layer is not None]
+    return [((min(k, owner), max(k, owner)), owner) for k, owner in owners]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +229,7 @@ class _Term:
     def loose(self) -> Places:
         """The leaves that it depends on and that have no factors in it."""
         scores = self.operator.scored
-        touched = scores.touched if isinstance(scores, FactoredScores) else (True,) * len(self.places)
+        touched = [role.touched for role in scores.roles] if isinstance(scores, FactoredScores) else [True] * len(self.places)
         inside = {place for group, _ in self.layers for place in group}
         return tuple(place for place, flag in zip(self.places, touched, strict=True) if flag and place not in inside)
 
@@ -261,7 +262,7 @@ def _layers(places: Places, operator: Operator, sharing: Sharing) -> tuple[tuple
     found: list[tuple[Places, Kronecker]] = []
     for k, made in enumerate(sharing.moments(scores)):
         if made is not None:
-            group = tuple(i for i, owner in enumerate(scores.layers) if k in (i, owner))
+            group = tuple(i for i, role in enumerate(scores.roles) if k in (i, role.layer))
             inputs, outputs = map(_symmetric, made.factors())
             spec = _spec_of(operator.spec, group)
             block = Kronecker(inputs, outputs, made.layout, group.index(k), sharing.name, spec, operator.provenance)

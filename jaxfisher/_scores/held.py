@@ -1,0 +1,116 @@
+"""Scores in memory, leaf by leaf."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from functools import partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Scalar
+
+from jaxfisher._engine import (
+    Basis,
+    Leaf,
+    Moments,
+    Seal,
+    diagonal,
+    expanded_moments,
+    gram_upper,
+    outer,
+    outer_moment,
+    reduced_moments,
+    squared_norms,
+    squares_along,
+)
+from jaxfisher._linalg import matmul
+from jaxfisher._scores.centred import CenteredScores
+from jaxfisher._scores.map import FactoredScores, Role, Scores, roles_of, total
+from jaxfisher._tree import ParamSpec
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("leaves", "weights"), meta_fields=("spec",))
+@dataclasses.dataclass(frozen=True)
+class HeldScores(FactoredScores):
+    """Scores in memory, each parameter leaf in its own form: factors of its gradients where the gradients have some."""
+
+    leaves: tuple[Leaf, ...]
+    weights: Float[Array, " rows"]
+    spec: ParamSpec
+
+    @property
+    def _omega(self) -> Float[Array, "examples rows"]:
+        return self._by_example(self.weights)
+
+    def _by_example(self, w: Float[Array, " rows"]) -> Float[Array, "examples rows"]:
+        return w.reshape(self.leaves[0].examples, self.leaves[0].rows)
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return roles_of(self.leaves)
+
+    def rescaled(self, factors: tuple[Scalar, ...]) -> HeldScores:
+        leaves = tuple(leaf.times(factor) for leaf, factor in zip(self.leaves, factors, strict=True))
+        return dataclasses.replace(self, leaves=leaves)
+
+    def product(self, v: chex.ArrayTree, seal: Seal) -> Float[Array, " rows"]:
+        parts = [leaf.mv(x, seal) for leaf, x in zip(self.leaves, self.spec.leaves(v, "v"), strict=True)]
+        return total(parts).reshape(-1)
+
+    def rmv(self, w: Float[Array, " rows"]) -> Any:
+        w = self._by_example(self._row_numbers(w))
+        return self.spec.tree([leaf.rmv(w) for leaf in self.leaves])
+
+    def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
+        return gram_upper(self.leaves, factor)
+
+    def squared_norms(self) -> Float[Array, " rows"]:
+        return total([squared_norms(leaf) for leaf in self.leaves]).reshape(-1)
+
+    def diagonal(self) -> Any:
+        return self.spec.tree([diagonal(leaf, self._omega) for leaf in self.leaves])
+
+    def scaled_moment(self, factor: Scalar) -> Float[Array, "p p"]:
+        parts = [outer(leaf) for leaf in self.leaves]
+        if self.leaves[0].rows > 1 and all(part is not None for part in parts):
+            return outer_moment([part for part in parts if part is not None], self._omega, factor)
+        matrix = factor * self.as_matrix()
+        full = matmul((self.weights[:, None] * matrix).T, matrix)
+        return 0.5 * (full + full.T)
+
+    def expanded_moments(self) -> tuple[Moments | None, ...]:
+        return tuple(expanded_moments(leaf, self._omega) for leaf in self.leaves)
+
+    def reduced_moments(self) -> tuple[Moments | None, ...]:
+        return tuple(reduced_moments(leaf, self._omega) for leaf in self.leaves)
+
+    def squares_along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
+        return squares_along(basis, self.leaves, self._omega)
+
+    def centered(self) -> Scores:
+        means = [leaf.means(self._omega) for leaf in self.leaves]
+        shifted = tuple(leaf.shifted(mean) for leaf, mean in zip(self.leaves, means, strict=True))
+        return CenteredScores(dataclasses.replace(self, leaves=shifted), self.weights)
+
+    def as_matrix(self) -> Float[Array, "rows p"]:
+        return jnp.concatenate([leaf.gradient().reshape(self.num_rows, -1) for leaf in self.leaves], axis=1)
+
+    def bound(self) -> Scalar:
+        return jnp.max(functools.reduce(jnp.maximum, [leaf.sizes() for leaf in self.leaves if leaf.layer is None]))
+
+    def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> HeldScores:
+        return HeldScores(kept_leaves(self.leaves, keep), self.weights, spec)
+
+
+def kept_leaves(leaves: tuple[Leaf, ...], keep: tuple[bool, ...]) -> tuple[Leaf, ...]:
+    """Some of the leaves; a layer that has lost its weight or its bias is no longer one."""
+    place = {old: new for new, old in enumerate(k for k, flag in enumerate(keep) if flag)}
+    joined = {leaf.layer for k, leaf in enumerate(leaves) if keep[k]}
+    return tuple(
+        dataclasses.replace(leaf, layer=place.get(leaf.layer), bias=k in joined)  # type: ignore[arg-type]
+        for k, leaf in enumerate(leaves)
+        if keep[k]
+    )

@@ -1,0 +1,134 @@
+"""Making scores: of a row function over a batch, held, or in pieces where memory is bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxfisher._engine import Traced, leaf_forms, trace, working
+from jaxfisher._examples import Batch, make_batch, map_batches, map_examples, needs_data
+from jaxfisher._model import LOG_PROB, LogProb, of_one_example
+from jaxfisher._once import Static, once_for
+from jaxfisher._rows import Rows, ScoreRows
+from jaxfisher._scores.held import HeldScores
+from jaxfisher._scores.map import Scores
+from jaxfisher._scores.pieces import StreamedScores, masked
+from jaxfisher._tree import check_function
+from jaxfisher._values import check_flag
+
+
+def make_scores(rows: Rows, params: chex.ArrayTree, batch: Batch) -> Scores:
+    """The scores of a row function over a batch: held in memory, or streamed where memory is bounded."""
+    return _values_and_scores(rows, params, batch)[1]
+
+
+def values_and_scores(log_prob: LogProb, params: chex.ArrayTree, batch: Batch) -> tuple[Float[Array, " n"], Scores]:
+    """Every example's log-density with its score: one backward pass where the scores are held."""
+    values, made = _values_and_scores(ScoreRows(log_prob), params, batch)
+    if isinstance(made, StreamedScores):
+        values = _values(log_prob, params, batch, Static(made.batch_size))
+    return values.astype(batch.spec.dtype), made
+
+
+@once_for
+def _values(log_prob: LogProb, params: chex.ArrayTree, batch: Batch, pieces: Static[int]) -> Float[Array, " n"]:
+    values: Array = map_batches(lambda *piece: map_examples(log_prob, params, piece), batch.data, pieces.value)
+    return values
+
+
+def _values_and_scores(rows: Rows, params: chex.ArrayTree, batch: Batch) -> tuple[Any, Scores]:
+    made, weights = _run(rows, params, batch)
+    if not isinstance(made, Static):
+        aux, leaves = made
+        return (aux[0] if aux else None), HeldScores(leaves, weights, batch.spec)
+    keep = (True,) * len(batch.spec.paths)
+    return None, StreamedScores(rows, params, batch.data, weights, batch.spec, made.value, keep, batch.live)
+
+
+@once_for
+def _run(rows: Rows, params: chex.ArrayTree, batch: Batch) -> tuple[tuple[Any, Any] | Static[int], Float[Array, " rows"]]:
+    """What rows come with and the forms of their leaves, or how many examples make them at a time; and their weights."""
+    with of_one_example(rows.function, rows.name, params, batch.data[rows.own :]):
+        traced = trace(rows, params, batch.data)
+    weights = jnp.repeat(batch.weights, traced.rows)
+    batch_size = _batch_size(traced, rows, params, batch)
+    if batch_size is None or batch_size >= batch.size:
+        aux, leaves = leaf_forms(traced, rows, params, batch.data, batch.spec)
+        return (aux, masked(leaves, batch.live)), weights
+    return Static(batch_size), weights
+
+
+PLAIN_BYTES = 2**30
+"""What gradients formed against the library's wish may take in all before they are made in pieces instead of held."""
+
+
+def _batch_size(traced: Traced, rows: Rows, params: chex.ArrayTree, batch: Batch) -> int | None:
+    """How many examples to work on at a time: as asked for, else by the memory one example takes; None for all at once."""
+    limit = batch.max_bytes
+    if limit is None:
+        if batch.batch_size is not None:
+            return batch.batch_size
+        shapes = jax.eval_shape(lambda data: leaf_forms(traced, rows, params, data, batch.spec)[1], batch.data)
+        if sum(leaf.bytes for leaf in shapes if leaf.why is not None) <= PLAIN_BYTES:
+            return None
+        limit = PLAIN_BYTES
+    first = jax.tree.map(lambda leaf: leaf[:1], batch.data)
+    one = jax.eval_shape(lambda data: leaf_forms(traced, rows, params, data, batch.spec)[1], first)
+    beside = max(working(leaf) for leaf in one)
+    taken = sum(leaf.bytes for leaf in one) + batch.spec.dtype.itemsize * (traced.rows * traced.program.size + beside)
+    if taken > limit:
+        raise ValueError(
+            f"`max_bytes` is {limit:,}, but the scores of one example take {taken:,}: its activations, what is held of its "
+            "scores and what is made of them. Allow more, or see jf.explain for the leaf that takes most."
+        )
+    return int(limit // taken)
+
+
+def scores(
+    log_prob: LogProb, center: bool = False, *, batch_size: int | None = None, max_bytes: int | None = None
+) -> Callable[..., Scores]:
+    r"""Per-example scores: a function ``(params, *data, weights=None) -> Scores``.
+
+    .. math:: S_{ij} = \partial_{\theta_j} \log p_\theta(x_i), \qquad S \in R^{n \times p}.
+
+    Args:
+        log_prob: ``(params, *example) -> scalar``, the log-density of ONE example; the library maps it over the data.
+        center: subtract the (weighted) mean score, so that ``S^T S / n`` is the covariance of the score.
+        batch_size: make the scores again in pieces of so many examples whenever they are needed, instead of holding them.
+        max_bytes: instead of a ``batch_size``: as many examples at a time as keep what is held and what is made of it below
+            this, results aside.
+
+    Returns:
+        A function of the parameters and the data, every array of which has a leading axis of n examples; ``weights``, shape
+        ``[n]``, turn means into ``sum w_i (.) / sum w_i``, and a weight of zero is padding: a row of zeros, whatever the data.
+
+    Raises:
+        ValueError: (when called) arrays of different lengths, a non-scalar ``log_prob``, one that is a batch mean, weights of
+            another shape, or known to be negative, not finite or all zero; a ``batch_size`` below one, a ``max_bytes`` that
+            one example exceeds. Weights whose values are not known when it is traced, and that are such, give NaN.
+        TypeError: ``center`` is neither True nor False; (when called) a parameter that is not a real floating array.
+
+    Reference: Amari, Natural gradient works efficiently in learning (Neural Computation 1998), section 2.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> log_prob = jf.log_likelihood(lambda mu: jf.Normal(mu, 1.0))
+    >>> S = jf.scores(log_prob)(0.0, jnp.array([1.0, -2.0]))
+    >>> print(S.as_matrix())  # x - mu
+    [[ 1.]
+     [-2.]]
+    """
+    check_function("log_prob", log_prob, LOG_PROB)
+    check_flag("scores: `center`", center)
+    rows = ScoreRows(log_prob)
+
+    def scores_of(params: chex.ArrayTree, *data: Any, weights: Float[Array, " n"] | None = None) -> Scores:
+        needs_data(data, "scores")
+        made = make_scores(rows, params, make_batch(params, data, weights, batch_size, max_bytes))
+        return made.centered() if center else made
+
+    return scores_of

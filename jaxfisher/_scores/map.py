@@ -1,0 +1,194 @@
+r"""What scores are: the gradients of log-densities, one row for each example, as one linear map ``S : R^p -> R^rows``."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Scalar
+
+from jaxfisher._engine import Basis, Leaf, Moments, Seal, sealed
+from jaxfisher._linalg import mirrored
+from jaxfisher._once import once
+from jaxfisher._stack import of_one
+from jaxfisher._tree import ParamSpec
+from jaxfisher._values import check_array, described, dtype_of
+
+
+class Scores(abc.ABC):
+    r"""Per-example scores as a linear map ``S`` with ``rows`` rows and ``p`` columns.
+
+    Row ``i`` is :math:`s_i = \nabla_\theta \log p_\theta(x_i)`. Columns are ordered as `jax.flatten_util.ravel_pytree`
+    orders the parameters. Made by `jaxfisher.scores`; a pytree that crosses ``jit``.
+    """
+
+    spec: ParamSpec
+    weights: Float[Array, " rows"]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """What each way of holding rows computes in its own way is one program, compiled once."""
+        super().__init_subclass__(**options)
+        for name in _PROGRAMS:
+            if name in vars(cls):
+                setattr(cls, name, once(of_one(name)(vars(cls)[name])))
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The axes that `jax.vmap` or `jax.lax.scan` has put before the rows; () of one matrix of scores."""
+        return self.weights.shape[:-1]
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows: the examples, times the rows each contributes."""
+        return self.weights.shape[0]
+
+    def mv(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
+        """``S v``: the directional derivative of every log-density along ``v``, shape ``[rows]``."""
+        return _product(self, self.spec.tree(self.spec.leaves(v, "v")))
+
+    @abc.abstractmethod
+    def product(self, v: chex.ArrayTree, seal: Seal) -> Float[Array, " rows"]:
+        """``S v``, for use inside a program.
+
+        `unsealed`, of a vector that was computed in the same program and is no constant of it: that takes less memory, and
+        `jax.linear_transpose` takes it. Else `sealed`.
+        """
+
+    @abc.abstractmethod
+    def rmv(self, w: Float[Array, " rows"]) -> Any:
+        """``S^T w``: the weighted sum of the scores, a pytree like the parameters."""
+
+    @once
+    def gram(self) -> Float[Array, "rows rows"]:
+        """``S S^T``: inner products of all pairs of scores; one triangle is the mirror image of the other."""
+        return mirrored(self.gram_upper(jnp.ones((), self.spec.dtype)))
+
+    @abc.abstractmethod
+    def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
+        """The upper triangle of ``(factor S) (factor S)^T``; what is below it means nothing.
+
+        Multiplied in such a way that nothing overflows or underflows which the result can hold.
+        """
+
+    @abc.abstractmethod
+    def squared_norms(self) -> Float[Array, " rows"]:
+        """``|s_i|^2`` for each row."""
+
+    @abc.abstractmethod
+    def diagonal(self) -> Any:
+        """The diagonal of ``S^T S / n`` (with weights, of ``S^T diag(omega) S``), a pytree like the parameters."""
+
+    @once
+    def second_moment(self) -> Float[Array, "p p"]:
+        """``S^T S / n`` (with weights, ``S^T diag(omega) S``) as a dense matrix."""
+        return self.scaled_moment(jnp.ones((), self.spec.dtype))
+
+    @abc.abstractmethod
+    def scaled_moment(self, factor: Scalar) -> Float[Array, "p p"]:
+        """The second moment of ``factor S``, as `gram_upper` is the Gram matrix of it."""
+
+    @abc.abstractmethod
+    def squares_along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
+        """The diagonal of ``S^T diag(omega) S`` in the basis of the layer that all its leaves are: the eigenvalues of EKFAC.
+
+        Reference: George et al., Fast approximate natural gradient descent in a Kronecker-factored eigenbasis (NeurIPS 2018).
+        """
+
+    @abc.abstractmethod
+    def rescaled(self, factors: tuple[Scalar, ...]) -> Scores:
+        """The columns of each leaf multiplied by a number."""
+
+    @abc.abstractmethod
+    def as_matrix(self) -> Float[Array, "rows p"]:
+        """``S`` as a dense matrix, shape ``[rows, p]``."""
+
+    @abc.abstractmethod
+    def bound(self) -> Scalar:
+        """A bound on the entries of ``S`` in absolute value, of their order of magnitude."""
+
+    @abc.abstractmethod
+    def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> Scores:
+        """The columns of the kept leaves only."""
+
+    @abc.abstractmethod
+    def centered(self) -> Scores:
+        """The scores less their weighted mean."""
+
+    def _row_numbers(self, w: Float[Array, " rows"]) -> Float[Array, " rows"]:
+        """``w`` in the statistics dtype, after checking that it has one real number for each row."""
+        check_array("`w`", w)
+        if not hasattr(w, "dtype") or jnp.shape(w) != (self.num_rows,) or jnp.issubdtype(dtype_of(w), jnp.complexfloating):
+            raise ValueError(
+                f"`w` is {described(w)}; expected an array with one real number for each row, shape ({self.num_rows},)."
+            )
+        return jnp.asarray(w).astype(self.spec.dtype)
+
+    def reweighted(self, factor: Any) -> Scores:
+        """The same rows with every weight multiplied by ``factor``."""
+        return dataclasses.replace(self, weights=self.weights * factor)  # type: ignore[type-var]
+
+
+_PROGRAMS = (
+    *("rmv", "gram_upper", "squared_norms", "diagonal", "scaled_moment", "as_matrix", "bound"),
+    *("expanded_moments", "reduced_moments", "squares_along"),
+)
+"""Methods of `Scores` that compute."""
+
+
+@once
+@of_one("mv")
+def _product(scores: Scores, v: Any) -> Float[Array, " rows"]:
+    return scores.product(v, sealed)
+
+
+class Role(NamedTuple):
+    """What a leaf is to a function.
+
+    Attributes:
+        layer: of the bias of a layer, the place of the layer's weight among the leaves; None of other leaves.
+        touched: whether the function depends on it at all; where it does not, its scores are zero.
+    """
+
+    layer: int | None
+    touched: bool
+
+
+def roles_of(leaves: Sequence[Leaf]) -> tuple[Role, ...]:
+    """Those of leaves as the engine gives them."""
+    return tuple(Role(leaf.layer, bool(leaf.forms)) for leaf in leaves)
+
+
+class FactoredScores(Scores):
+    """Scores that are the gradients themselves, which may have factors; a covariance of them is no sum of products."""
+
+    @abc.abstractmethod
+    def expanded_moments(self) -> tuple[Moments | None, ...]:
+        """Second moments of each leaf's factors with positions as if they were examples; None for a leaf without factors.
+
+        Positions that carry no gradient are not counted. A layer's bias goes with its weight. Reference: Eschenhagen et al.
+        (NeurIPS 2023), KFAC-expand.
+        """
+
+    @abc.abstractmethod
+    def reduced_moments(self) -> tuple[Moments | None, ...]:
+        """Second moments of each leaf's factors taken together over positions; None for a leaf without factors.
+
+        Those of the mean of ``a_t`` over positions that carry a gradient, and of the sum of ``g_t``. Reference: Eschenhagen et
+        al. (NeurIPS 2023), KFAC-reduce.
+        """
+
+    @property
+    @abc.abstractmethod
+    def roles(self) -> tuple[Role, ...]:
+        """What each leaf is to the function."""
+
+
+def total(parts: Sequence[Any]) -> Any:
+    """The sum of arrays or of trees of them."""
+    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts)

@@ -1,0 +1,229 @@
+"""Scores worked on in pieces: made again whenever they are needed, or several blocks of rows joined."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Scalar
+
+from jaxfisher._engine import Basis, Leaf, Moments, Seal, cross_gram, leaf_forms, trace
+from jaxfisher._examples import map_batches, num_examples, sum_batches
+from jaxfisher._once import once
+from jaxfisher._rows import Rows
+from jaxfisher._scores.centred import CenteredScores
+from jaxfisher._scores.held import HeldScores, kept_leaves
+from jaxfisher._scores.map import FactoredScores, Role, Scores, roles_of, total
+from jaxfisher._tree import ParamSpec, kept, narrowed, param_spec
+
+
+class ScoresInPieces(Scores):
+    """Scores of which one block of held rows after the other is worked on; how blocks come is told by two methods."""
+
+    @abc.abstractmethod
+    def _map(self, function: Callable[..., Array], *given: Array) -> Array:
+        """``function`` of the held rows of each block, and of the entries of what is given for these, joined along rows."""
+
+    @abc.abstractmethod
+    def _sum(self, function: Callable[..., Any], *given: Array) -> Any:
+        """The sum over blocks of ``function`` of the same."""
+
+    def product(self, v: chex.ArrayTree, seal: Seal) -> Float[Array, " rows"]:
+        return self._map(lambda held: held.product(v, seal))
+
+    def rmv(self, w: Float[Array, " rows"]) -> Any:
+        return self._sum(HeldScores.rmv, self._row_numbers(w))
+
+    def squared_norms(self) -> Float[Array, " rows"]:
+        return self._map(HeldScores.squared_norms)
+
+    def diagonal(self) -> Any:
+        return self._sum(HeldScores.diagonal)
+
+    def scaled_moment(self, factor: Scalar) -> Float[Array, "p p"]:
+        moment: Array = self._sum(lambda held: held.scaled_moment(factor))
+        return moment
+
+    def squares_along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
+        squares: Array = self._sum(lambda held: held.squares_along(basis))
+        return squares
+
+    def as_matrix(self) -> Float[Array, "rows p"]:
+        return self._map(HeldScores.as_matrix)
+
+    def bound(self) -> Scalar:
+        return jnp.max(self._map(lambda held: held.bound()[None]))
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("params", "data", "weights", "live", "shift", "factors"),
+    meta_fields=("rows", "spec", "batch_size", "keep"),
+)
+@dataclasses.dataclass(frozen=True)
+class StreamedScores(ScoresInPieces, FactoredScores):
+    """Scores made again, ``batch_size`` examples at a time, whenever they are needed.
+
+    ``live`` tells the examples from padding; None where nothing is padding.
+    """
+
+    rows: Rows
+    params: Any
+    data: tuple[Any, ...]
+    weights: Float[Array, " rows"]
+    spec: ParamSpec
+    batch_size: int
+    keep: tuple[bool, ...]
+    live: Bool[Array, " n"] | None = None
+    shift: tuple[Any, ...] | None = None
+    factors: tuple[Scalar, ...] | None = None
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        made = roles_of(kept_leaves(self._shapes(), self.keep))
+        changed = self.factors is not None or self.shift is not None
+        return tuple(role._replace(layer=None) for role in made) if changed else made
+
+    def _shapes(self) -> tuple[Leaf, ...]:
+        """The leaves of one example, without values."""
+        shapes: tuple[Leaf, ...] = jax.eval_shape(self._leaves, *jax.tree.map(lambda leaf: leaf[:1], self.data))
+        return shapes
+
+    def rescaled(self, factors: tuple[Scalar, ...]) -> StreamedScores:
+        old = factors if self.factors is None else tuple(a * b for a, b in zip(self.factors, factors, strict=True))
+        return dataclasses.replace(self, factors=old)
+
+    def _leaves(self, *data: Any) -> tuple[Leaf, ...]:
+        """The leaves of a piece of the data, as the engine gives them."""
+        traced = trace(self.rows, self.params, data)
+        return leaf_forms(traced, self.rows, self.params, data, param_spec(self.params))[1]
+
+    def _held(self, weights: Float[Array, "n m"], live: Bool[Array, " n"] | None, *data: Any) -> HeldScores:
+        leaves = masked(self._leaves(*data), live)
+        if self.shift is not None:
+            leaves = tuple(leaf.shifted(means) for leaf, means in zip(leaves, self.shift, strict=True))
+        held = HeldScores(kept_leaves(leaves, self.keep), weights.reshape(-1), self.spec)
+        return held if self.factors is None else held.rescaled(self.factors)
+
+    def _by_example(self, w: Float[Array, " rows"]) -> Float[Array, "n m"]:
+        return w.reshape(num_examples(self.data, "data"), -1)
+
+    def _pieces(self, function: Callable[..., Any], gather: Callable[..., Any], given: Sequence[Array]) -> Any:
+        def piece(own: tuple[Array, ...], data: tuple[Any, ...]) -> Any:
+            return function(self._held(*data), *(entries.reshape(-1) for entries in own))
+
+        return gather(piece, (tuple(map(self._by_example, given)), self._weighted_data()), self.batch_size)
+
+    def _map(self, function: Callable[..., Array], *given: Array) -> Array:
+        joined: Array = self._pieces(function, map_batches, given)
+        return joined
+
+    def _sum(self, function: Callable[..., Any], *given: Array) -> Any:
+        return self._pieces(function, sum_batches, given)
+
+    def _weighted_data(self) -> tuple[Any, ...]:
+        return (self._by_example(self.weights), self.live, *self.data)
+
+    def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
+        # Tiles of the upper triangle, each from two blocks of rows made on the spot.
+        n = num_examples(self.data, "data")
+        blocks = -(-n // self.batch_size)
+        index = jnp.minimum(jnp.arange(blocks * self.batch_size), n - 1).reshape(blocks, self.batch_size)
+        data = self._weighted_data()
+
+        def block(i: Array) -> tuple[Leaf, ...]:
+            return self._held(*jax.tree.map(lambda leaf: leaf[index[i]], data)).leaves
+
+        upper, lower = np.triu_indices(blocks)
+
+        def tile(pair: tuple[Array, Array]) -> Array:
+            return cross_gram(block(pair[0]), block(pair[1]), factor)
+
+        tiles = jax.lax.map(tile, (jnp.asarray(upper), jnp.asarray(lower)))
+        side = tiles.shape[1]
+        grid = jnp.zeros((blocks, blocks, side, side), tiles.dtype)
+        grid = grid.at[upper, lower].set(tiles)
+        return grid.swapaxes(1, 2).reshape(blocks * side, blocks * side)[: self.num_rows, : self.num_rows]
+
+    def expanded_moments(self) -> tuple[Moments | None, ...]:
+        found: tuple[Moments | None, ...] = self._sum(HeldScores.expanded_moments)
+        return found
+
+    def reduced_moments(self) -> tuple[Moments | None, ...]:
+        found: tuple[Moments | None, ...] = self._sum(HeldScores.reduced_moments)
+        return found
+
+    def centered(self) -> Scores:
+        # Any constant near the mean will do for the shift: that of the first examples.
+        return CenteredScores(dataclasses.replace(self, shift=_first_means(self)), self.weights)
+
+    def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> StreamedScores:
+        factors = None if self.factors is None else tuple(kept(self.factors, keep))
+        return dataclasses.replace(self, keep=narrowed(self.keep, keep), spec=spec, factors=factors)
+
+
+@once
+def _first_means(scores: StreamedScores) -> tuple[Any, ...]:
+    """The means of the factors over the first examples."""
+    weights, _, *first = jax.tree.map(lambda leaf: leaf[: scores.batch_size], scores._weighted_data())
+    return tuple(leaf.means(jnp.ones_like(weights)) for leaf in scores._leaves(*first))
+
+
+def masked(leaves: tuple[Leaf, ...], live: Bool[Array, " n"] | None) -> tuple[Leaf, ...]:
+    """The leaves with rows of zeros for padding."""
+    return leaves if live is None else tuple(leaf.masked(live) for leaf in leaves)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("parts",), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class JoinedScores(ScoresInPieces):
+    """The rows of several blocks of scores, one after the other."""
+
+    parts: tuple[HeldScores, ...]
+
+    @property
+    def spec(self) -> ParamSpec:  # type: ignore[override]
+        """The parameters' spec."""
+        return self.parts[0].spec
+
+    @property
+    def weights(self) -> Float[Array, " rows"]:  # type: ignore[override]
+        """The weights of all rows."""
+        return jnp.concatenate([part.weights for part in self.parts])
+
+    def rescaled(self, factors: tuple[Scalar, ...]) -> JoinedScores:
+        return JoinedScores(tuple(part.rescaled(factors) for part in self.parts))
+
+    def _blocks(self, given: Sequence[Array]) -> list[tuple[Any, ...]]:
+        ends = np.cumsum([part.num_rows for part in self.parts])[:-1]
+        return list(zip(self.parts, *(jnp.split(entries, ends) for entries in given), strict=True))
+
+    def _map(self, function: Callable[..., Array], *given: Array) -> Array:
+        return jnp.concatenate([function(*block) for block in self._blocks(given)])
+
+    def _sum(self, function: Callable[..., Any], *given: Array) -> Any:
+        return total([function(*block) for block in self._blocks(given)])
+
+    def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
+        strips = []
+        for i, part in enumerate(self.parts):
+            blocks = [jnp.zeros((part.num_rows, before.num_rows), part.spec.dtype) for before in self.parts[:i]]
+            beside = [cross_gram(part.leaves, after.leaves, factor) for after in self.parts[i + 1 :]]
+            strips.append([*blocks, part.gram_upper(factor), *beside])
+        return jnp.block(strips)
+
+    def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> JoinedScores:
+        return JoinedScores(tuple(part.restrict(keep, spec) for part in self.parts))
+
+    def centered(self) -> Scores:
+        return CenteredScores(self, self.weights)
+
+    def reweighted(self, factor: Any) -> JoinedScores:
+        return JoinedScores(tuple(dataclasses.replace(part, weights=part.weights * factor) for part in self.parts))
