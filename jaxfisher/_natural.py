@@ -21,7 +21,7 @@ from jaxfisher._operators.provenance import Provenance
 from jaxfisher._scores import values_and_scores
 from jaxfisher._solve import Solver, check_solver, solve
 from jaxfisher._tree import cast_like, check_function
-from jaxfisher._values import described, known_above_zero, nonnegative
+from jaxfisher._values import described, is_known_zero, nonnegative
 
 RTOL = 1e-3
 """The accuracy of the solve that serves training, as a residual relative to the gradient."""
@@ -67,7 +67,9 @@ def natural_grad(
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
         fisher: ``(params, *data) -> operator``, called with all of the data; with an exact Fisher, which takes no targets,
             write ``lambda params, x, y: jf.exact_fisher(model)(params, x)``.
-        damping: ``>= 0``, absolute, in the units of F; or a pytree like the parameters with one number above zero a leaf.
+        damping: ``>= 0``, absolute, in the units of F; or a pytree like the parameters with one number above zero a leaf. A
+            number of zero asks for the minimum-norm solution. An array should be above zero: with ``fisher=None`` an array that
+            turns out zero counts as about eps times the largest squared score, the least damping that can be told.
         view: applied to the operator before it is inverted, such as `jaxfisher.diagonal`.
         solver: as in `jaxfisher.solve`, such as ``jf.CG(rtol=1e-2, preconditioner=jf.kronecker)``; None for the exact route.
         batch_size: bound memory by running the model on pieces of so many examples.
@@ -142,10 +144,11 @@ def value_and_natural_grad(
             values, scores = values_and_scores(log_prob, params, batch)
             operator: Any = FromScores(scores, Provenance("empirical", batch.size, batch.weighted))
             loss = -jnp.sum(scores.weights * values)
-            if view is None and solver is None and is_one_damping(damping, scores.spec):
-                return loss, cast_like(_direction(operator, damping, RTOL if rtol is None else float(rtol)), params)
-            if rtol is not None:
+            one = is_one_damping(damping, scores.spec)
+            if rtol is not None and not one:
                 raise ValueError("`rtol` is given with a damping by leaf, on which it has no effect: leave it out.")
+            if view is None and solver is None and one and not is_known_zero(damping, scores.spec.dtype):
+                return loss, cast_like(_direction(operator, damping, RTOL if rtol is None else float(rtol)), params)
             gradient = scores.rmv(-scores.weights)
         else:
             loss, gradient = _value_and_grad(log_prob, params, batch)
@@ -194,10 +197,10 @@ def _check_rtol(rtol: Any, others: dict[str, Any]) -> None:
 
 
 def _direction(fisher: FromScores, damping: chex.Numeric, rtol: float) -> Any:
-    """The solve for the mean gradient, which is minus the mean of the scores."""
+    """The solve for the mean gradient, which is minus the mean of the scores: its coordinates in the rows are minus one."""
     dtype = fisher.spec.dtype
-    known, positive = nonnegative("damping", damping, dtype), known_above_zero(damping, dtype)
-    return fisher.solve_row_space(-jnp.ones(fisher.scores.num_rows, dtype), known, Static(rtol), Static(positive))
+    ones = jnp.ones(fisher.scores.num_rows, dtype)
+    return fisher.solve_row_space(-ones, nonnegative("damping", damping, dtype), Static(rtol))
 
 
 def _called(fisher: FisherFunction, params: chex.ArrayTree, data: tuple[Any, ...], weights: Any) -> Operator:

@@ -96,10 +96,10 @@ def nonnegative(name: str, value: chex.Numeric, dtype: Any) -> Scalar:
     return jnp.asarray(value, dtype)
 
 
-def known_above_zero(value: chex.Numeric, dtype: Any) -> bool:
-    """Whether an argument is known, when a program is traced, to be above zero in this dtype."""
+def is_known_zero(value: chex.Numeric, dtype: Any) -> bool:
+    """Whether an argument is known, when a program is traced, to be zero in this dtype, or below its normal numbers."""
     known = isinstance(value, (numbers.Real, np.ndarray, np.generic))
-    return known and float(np.asarray(value, dtype)) >= float(jnp.finfo(dtype).tiny)
+    return known and abs(float(np.asarray(value, dtype))) < float(jnp.finfo(dtype).tiny)
 
 
 def check_number(name: str, value: Any, expected: str = "one real number") -> None:

@@ -181,28 +181,22 @@ class FromScores(Operator):
         return self.spec.unravel(result * (factor**-power) * factor**-power)
 
     @once
-    def solve_row_space(self, e: Float[Array, " rows"], damping: Scalar, rtol: Static[float], positive: Static[bool]) -> Any:
+    def solve_row_space(self, e: Float[Array, " rows"], damping: Scalar, rtol: Static[float]) -> Any:
         """``x = (F + damping I)^-1 S^T diag(omega) e``: the solve for a vector known by its coordinates in the rows.
 
         This is the natural gradient's solve: the gradient of a mean of log-densities has the coordinates one. Nothing cancels.
-        With damping the residual is about ``rtol`` of the right-hand side. A damping known to be ``positive`` leaves out of the
-        program what only zero damping needs.
+        The residual is about ``rtol`` of the right-hand side. Where the rows are fewer than the parameters, a damping that
+        cannot be told from zero counts as the least that can.
         """
-        if positive.value:
-            return self._solve_damped(e, damping, rtol.value)
-        undamped = lambda: self._inverse(damping)(self.scores.rmv(self.scores.weights * e)).x  # noqa: E731
-        return cond(damping == 0, undamped, lambda: self._solve_damped(e, damping, rtol.value))
-
-    def _solve_damped(self, e: Float[Array, " rows"], damping: Scalar, rtol: float) -> Any:
         factor = to_unit(self.scores.bound(), jnp.sqrt(damping))
         scaled, damping = Scaled(self.scores, factor), twice(damping, factor)
         b = scaled.root * e
         if scaled.short:
-            x = solution(Damped(scaled.gram(), damping, scaled.rmv, scaled.mv, of_root=True), b, rtol)
+            x = solution(Damped(scaled.gram(), damping, scaled.rmv, scaled.mv, of_root=True), b, rtol.value)
         else:
             product = lambda x: scaled.out_of_rows(scaled.into_rows(x))  # noqa: E731
             system = Damped(scaled.moment(), damping, lambda x: x, product, of_root=False)
-            x = self.spec.unravel(solution(system, scaled.out_of_rows(b), rtol))
+            x = self.spec.unravel(solution(system, scaled.out_of_rows(b), rtol.value))
         return jax.tree.map(lambda leaf: leaf * factor, x)
 
 
