@@ -52,7 +52,7 @@ SHAPES = {
     causal: {"k": (2, 3, WIDTH), "b": (WIDTH,)},
     recurrent: {"w": (3, WIDTH), "u": (WIDTH, WIDTH), "b": (WIDTH,)},
 }
-PADDING = {"zeros": 0.0, "thirty": 30.0, "rubbish": 1e3}
+PADDING = {"zeros": 0.0, "thirty": 30.0, "largest": 1.7e308, "rubbish": 1e3}
 
 
 @functools.cache

@@ -108,7 +108,10 @@ def squares_along(
 
 def _turned(form: Form, basis: Basis, inputs: Float[Array, "groups rows inputs"]) -> Form:
     if isinstance(form, Product) and form.layout == basis.layout:
-        return Product(times(form.left, inputs), times(form.right, basis.outputs), basis.turned_layout)
+        # An input so huge that it overflows when it is turned may have a cotangent of zero.
+        missing = tuple(axis for axis in (0, 1) if form.left.shape[axis] == 1)
+        left = jnp.where(jnp.any(form.right != 0, (*missing, 4), keepdims=True), form.left, 0)
+        return Product(times(left, inputs), times(form.right, basis.outputs), basis.turned_layout)
     matrices = basis.layout.matrix(form.made().gradient())
     return Formed(matmul(matmul(inputs.swapaxes(1, 2), matrices), basis.outputs))
 
