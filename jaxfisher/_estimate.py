@@ -10,7 +10,6 @@ Random signs and Krylov spaces are matfree's, an optional extra: ``pip install '
 
 from __future__ import annotations
 
-import importlib
 import math
 import numbers
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
 
+from jaxfisher._lanczos import gauss, lanczos, log_sum, matfree
 from jaxfisher._linalg import norm
 from jaxfisher._once import Static, once
 from jaxfisher._operators.base import Operator, as_operator
@@ -190,12 +190,12 @@ def _logdet(
 ) -> Estimate:
     """`estimate_logdet` with a damping for each parameter."""
     spec = fisher.spec
-    lanczos = _lanczos("estimate_logdet", fisher, jax.lax.rsqrt(entries), num_matvecs.value)
+    jacobi_from = lanczos("estimate_logdet", fisher, jax.lax.rsqrt(entries), num_matvecs.value)
     constant = jnp.sum(jnp.log(entries))
 
     def probe(z: Float[Array, " p"]) -> _Bounded:
-        jacobi = lanczos(z)
-        upper, lower = (_log_sum(jacobi._replace(diagonal=diagonal)) for diagonal in (jacobi.diagonal, jacobi.radau()))
+        jacobi = jacobi_from(z)
+        upper, lower = (log_sum(jacobi._replace(diagonal=diagonal)) for diagonal in (jacobi.diagonal, jacobi.radau()))
         lower = jnp.where(jacobi.exhausted, upper, lower)
         rounding = jnp.finfo(spec.dtype).eps * jacobi.image
         return _Bounded(*(spec.size * x for x in (0.5 * upper + 0.5 * lower, 0.5 * (upper - lower), rounding)))
@@ -278,16 +278,16 @@ def _density(
 ) -> Estimate:
     """`spectral_density` without its checks."""
     # In units of the width: what is so small that its square is zero in this dtype is narrower than can be seen.
-    lanczos = _lanczos("spectral_density", fisher, jnp.broadcast_to(jax.lax.rsqrt(width), fisher.size), num_matvecs.value)
+    jacobi_from = lanczos("spectral_density", fisher, jnp.broadcast_to(jax.lax.rsqrt(width), fisher.size), num_matvecs.value)
     points = points / width
 
     def density(diagonal: Float[Array, " k"], off: Float[Array, " k-1"]) -> Float[Array, " x"]:
-        nodes, weights = _gauss(diagonal, off)
+        nodes, weights = gauss(diagonal, off)
         kernel = jnp.exp(-0.5 * jnp.square(points[:, None] - nodes[None, :])) / math.sqrt(2 * math.pi)
         return jnp.sum(kernel * weights[None, :], axis=1)
 
     def probe(z: Float[Array, " p"]) -> tuple[Array, Array]:
-        jacobi = lanczos(z)
+        jacobi = jacobi_from(z)
         half = (jacobi.diagonal.size + 1) // 2
         whole = density(jacobi.diagonal, jacobi.off)
         change = whole - density(jacobi.diagonal[:half], jacobi.off[: half - 1])
@@ -408,14 +408,11 @@ def _one_by_one(caller: str, fisher: Operator, probe: Callable[[Array], Any]) ->
 
 def _signs(caller: str, like: Any, key: Array, num: int) -> Any:
     """``num`` pytrees of random signs, stacked."""
-    return _matfree("stochtrace", caller).sampler_signs(like, num=num)(key)
+    return matfree("stochtrace", caller).sampler_signs(like, num=num)(key)
 
 
 def _tree_norm(tree: Any) -> Scalar:
     return norm(jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(tree)]))
-
-
-# --- Lanczos quadrature ---------------------------------------------------------------------------------------------------
 
 
 class _Bounded(NamedTuple):
@@ -426,97 +423,7 @@ class _Bounded(NamedTuple):
     rounding: Float[Array, ""]
 
 
-class _Jacobi(NamedTuple):
-    """The tridiagonal matrix of k Lanczos steps from one vector, as its diagonals.
-
-    Attributes:
-        diagonal: the main diagonal.
-        off: the one beside it. Where it is zero, what comes after has no weight.
-        largest: the largest entry, a stand-in for the norm.
-        image: the length of the operator's product with the unit vector that the steps began with.
-        exhausted: whether the steps reach everything that they can from this vector; quadrature is then exact.
-    """
-
-    diagonal: Float[Array, " k"]
-    off: Float[Array, " k-1"]
-    largest: Float[Array, ""]
-    image: Float[Array, ""]
-    exhausted: Bool[Array, ""]
-
-    def radau(self) -> Float[Array, " k"]:
-        """The main diagonal with another last entry, such that the smallest node is zero.
-
-        That entry less the last pivot of Gaussian elimination. Pivots of a positive definite matrix lie between zero and the
-        diagonal, and it is only rounding that takes them out.
-        """
-
-        def pivot(last: Array, entries: tuple[Array, Array]) -> tuple[Array, None]:
-            diagonal, off = entries
-            return jnp.maximum(diagonal - off * (off / jnp.maximum(last, least)), 0), None
-
-        rounding = _rounding(self.diagonal.size, self.largest)
-        least = jnp.maximum(rounding, jnp.finfo(rounding.dtype).tiny)
-        last, _ = jax.lax.scan(pivot, self.diagonal[0], (self.diagonal[1:], self.off))
-        return self.diagonal.at[-1].add(-last)
-
-
-def _lanczos(caller: str, fisher: Operator, roots: Float[Array, " p"], num_matvecs: int) -> Callable[[Array], _Jacobi]:
-    """``z -> `` the Jacobi matrix of ``diag(roots) F diag(roots)`` and z."""
-    spec, linear = fisher.spec, fisher.linearised()
-    steps = min(num_matvecs, spec.size)
-    # Not matfree's tridiagonal matrix, the mean of a Hessenberg matrix and its transpose. Once a Krylov space is exhausted, as
-    # it soon is for a Fisher of low rank, later vectors are not orthogonal to those before, and what then stands above the
-    # diagonal spoils the mean. Below it the end shows: as an entry that is zero to rounding, and often NaN after it.
-    decompose = _matfree("decomp", caller).hessenberg(steps, reortho="full", custom_vjp=False)
-
-    def product(v: Float[Array, " p"]) -> Float[Array, " p"]:
-        return roots * spec.ravel(linear(spec.unravel(roots * v)), "v")
-
-    def jacobi(z: Float[Array, " p"]) -> _Jacobi:
-        with jax.default_matmul_precision("highest"):
-            _, matrix, residual, _ = decompose(product, z)
-        diagonal, below = jnp.diagonal(matrix), jnp.append(jnp.diagonal(matrix, -1), norm(residual))
-        # The largest so far: entries after the end may be of any size.
-        largest = jax.lax.cummax(jnp.maximum(jnp.abs(diagonal), below))
-        on = jnp.cumprod(below > _rounding(steps, largest)).astype(bool)
-        # The first entry always stays, so that a NaN shows.
-        reached = jnp.append(jnp.ones(1, bool), on[:-1])
-        image = jnp.hypot(diagonal[0], below[0])
-        diagonal, off = jnp.where(reached, diagonal, 0), jnp.where(on, below, 0)[:-1]
-        return _Jacobi(diagonal, off, largest[jnp.sum(on[:-1])], image, ~on[-1])
-
-    return jacobi
-
-
-def _rounding(steps: int, largest: Array) -> Array:
-    """The rounding error of an eigenvalue of a Jacobi matrix with entries up to ``largest``."""
-    return 10 * steps * jnp.finfo(largest.dtype).eps * largest
-
-
-def _gauss(diagonal: Float[Array, " k"], off: Float[Array, " k-1"]) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
-    """Nodes and weights of the quadrature that a Jacobi matrix stands for; the weights sum to one."""
-    matrix = jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1)
-    nodes, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
-    return nodes, jnp.square(vectors[0])
-
-
-def _log_sum(jacobi: _Jacobi) -> Scalar:
-    """The quadrature of ``log(1 + x)``."""
-    nodes, weights = _gauss(jacobi.diagonal, jacobi.off)
-    # Rounding may take a node below zero. Where it is lower than that, F has a negative direction, and the sum may be NaN.
-    nodes = jnp.where((nodes < 0) & (nodes >= -_rounding(nodes.size, jacobi.largest)), 0, nodes)
-    return jnp.sum(weights * jnp.log1p(nodes))
-
-
 # --- arguments ------------------------------------------------------------------------------------------------------------
-
-
-def _matfree(module: str, caller: str) -> Any:
-    """A module of matfree, which is an extra."""
-    try:
-        return importlib.import_module(f"matfree.{module}")
-    except ImportError as error:
-        raise ImportError(f"{caller} needs matfree, an optional extra: pip install 'jaxfisher[estimate]'.") from error
 
 
 def _damping_entries(fisher: Operator, damping: Damping) -> Float[Array, " p"]:

@@ -10,7 +10,7 @@ import pytest
 from problems import classifier, data, flat, mlp_params
 
 import jaxfisher as jf
-from jaxfisher import _estimate as est
+from jaxfisher import _lanczos
 from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.provenance import Provenance
 from jaxfisher._tree import param_spec
@@ -64,11 +64,11 @@ def all_logs_by_leaf(matrix):
 
 # (what it estimates, how, its exact value). No tolerance: all probes are used.
 LAWS = {
-    "trace": (lambda F, key: est.estimate_trace(F, key, rtol=0.0, max_samples=40), np.trace),
-    "diagonal": (lambda F, key: est.estimate_diagonal(F, key, rtol=0.0, max_samples=40), np.diag),
-    "logdet": (lambda F, key: est.estimate_logdet(F, key, BY_LEAF, rtol=0.0, max_samples=60), all_logs_by_leaf),
+    "trace": (lambda F, key: jf.estimate_trace(F, key, rtol=0.0, max_samples=40), np.trace),
+    "diagonal": (lambda F, key: jf.estimate_diagonal(F, key, rtol=0.0, max_samples=40), np.diag),
+    "logdet": (lambda F, key: jf.estimate_logdet(F, key, BY_LEAF, rtol=0.0, max_samples=60), all_logs_by_leaf),
     "density": (
-        lambda F, key: est.spectral_density(F, key, POINTS, width=0.1, num_samples=30, num_matvecs=20),
+        lambda F, key: jf.spectral_density(F, key, POINTS, width=0.1, num_samples=30, num_matvecs=20),
         lambda matrix: smoothed(np.linalg.eigvalsh(matrix), POINTS, 0.1),
     ),
 }
@@ -96,8 +96,8 @@ def test_values_are_right_and_their_errors_are_honest(name, key):
 
 
 # Programs that several tests share: to compile them is most of the time.
-trace_of = jax.jit(est.estimate_trace, static_argnames="max_samples")
-logdet_of = jax.jit(est.estimate_logdet, static_argnames=("max_samples", "num_matvecs"))
+trace_of = jax.jit(jf.estimate_trace, static_argnames="max_samples")
+logdet_of = jax.jit(jf.estimate_logdet, static_argnames=("max_samples", "num_matvecs"))
 TRACED = []
 ORDINARY = jnp.float32(0.5), POINTS.astype(jnp.float32), jnp.float32(0.3)
 
@@ -106,10 +106,10 @@ ORDINARY = jnp.float32(0.5), POINTS.astype(jnp.float32), jnp.float32(0.3)
 def everything(F, key, damping, points, width):
     TRACED.append(F.spec.dtype)
     return (
-        est.estimate_trace(F, key, rtol=0.1),
-        est.estimate_diagonal(F, key, rtol=0.1),
-        est.estimate_logdet(F, key, damping, rtol=0.1),
-        est.spectral_density(F, key, points, width=width, num_samples=20),
+        jf.estimate_trace(F, key, rtol=0.1),
+        jf.estimate_diagonal(F, key, rtol=0.1),
+        jf.estimate_logdet(F, key, damping, rtol=0.1),
+        jf.spectral_density(F, key, points, width=width, num_samples=20),
     )
 
 
@@ -136,7 +136,7 @@ def test_the_rule_stops_early_or_says_that_it_did_not(key):
 
 def test_the_diagonal_stops_on_norms(key):
     F, matrix = problem()
-    estimate = jax.jit(lambda F, key: est.estimate_diagonal(F, key, rtol=0.1))(F, key)
+    estimate = jax.jit(lambda F, key: jf.estimate_diagonal(F, key, rtol=0.1))(F, key)
     error, value = np.linalg.norm(flat(estimate.standard_error)), np.linalg.norm(flat(estimate.value))
     assert np.linalg.norm(flat(estimate.value) - np.diag(matrix)) < 2 * error
     assert estimate.converged and 10 < estimate.samples < 1000
@@ -172,8 +172,8 @@ def test_gauss_and_radau_bound_every_probe_and_meet(dtype, key):
     z, damping = jnp.asarray(np.where(np.arange(12) % 3 == 0, -1, 1), dtype), 1e-3
 
     def both(F, steps):
-        jacobi = est._lanczos("here", F, jnp.full(12, damping**-0.5, dtype), steps)(z)
-        return est._log_sum(jacobi), est._log_sum(jacobi._replace(diagonal=jacobi.radau())), jacobi
+        jacobi = _lanczos.lanczos("here", F, jnp.full(12, damping**-0.5, dtype), steps)(z)
+        return _lanczos.log_sum(jacobi), _lanczos.log_sum(jacobi._replace(diagonal=jacobi.radau())), jacobi
 
     program = jax.jit(both, static_argnums=1)
     for name, values in SPECTRA.items():
@@ -220,7 +220,7 @@ def test_a_damping_below_rounding_is_not_called_converged(key):
 
 def test_a_density_is_one_and_says_when_its_kernel_is_too_narrow(key):
     grid = jnp.linspace(-2.0, 3.0, 501)
-    density = jax.jit(lambda F, width: est.spectral_density(F, key, grid, width=width, num_samples=50, num_matvecs=7))
+    density = jax.jit(lambda F, width: jf.spectral_density(F, key, grid, width=width, num_samples=50, num_matvecs=7))
     F = holding(rotated(np.linspace(0, 1, 40), key))
     wide, narrow = density(F, 0.4), density(F, 0.01)
     assert wide.converged and not narrow.converged
@@ -285,26 +285,26 @@ def small():
 
 
 MISTAKES = [
-    (lambda: est.estimate_trace(np.eye(3), KEY), TypeError, ["estimate_trace", "Fisher operator", "(3, 3)"]),
-    (lambda: est.estimate_diagonal(None, KEY), TypeError, ["estimate_diagonal", "Fisher operator", "None"]),
-    (lambda: est.estimate_logdet(3.0, KEY, 1.0), TypeError, ["estimate_logdet", "3.0"]),
-    (lambda: est.spectral_density(abs, KEY, POINTS, width=1.0), TypeError, ["spectral_density", "Call the function"]),
-    (lambda: est.estimate_trace(small(), 0), TypeError, ["`key` is 0", "jax.random.key(seed)"]),
-    (lambda: est.estimate_diagonal(small(), jax.random.split(KEY)), TypeError, ["`key`", "(2,)", "one random key"]),
-    (lambda: est.spectral_density(small(), 0, POINTS, width=1.0), TypeError, ["spectral_density", "`key` is 0"]),
-    (lambda: est.estimate_trace(small(), KEY, rtol=-0.1), ValueError, ["`rtol` is -0.1", "at least zero"]),
-    (lambda: est.estimate_logdet(small(), KEY, 1.0, rtol="x"), TypeError, ["`rtol` is 'x'", "real number"]),
-    (lambda: est.estimate_trace(small(), KEY, max_samples=1), ValueError, ["`max_samples` is 1", "at least 2"]),
-    (lambda: est.estimate_diagonal(small(), KEY, max_samples=1e3), ValueError, ["`max_samples` is 1000.0", "whole number"]),
-    (lambda: est.estimate_logdet(small(), KEY, 0.0), ValueError, ["`damping` is 0.0", "above zero", "small damping"]),
-    (lambda: est.estimate_logdet(small(), KEY, -1.0), ValueError, ["`damping` is -1.0"]),
-    (lambda: est.estimate_logdet(small(), KEY, [1.0]), TypeError, ["`damping` is a list"]),
-    (lambda: est.estimate_logdet(small(), KEY, 1.0, num_matvecs=0), ValueError, ["`num_matvecs` is 0", "at least 1"]),
-    (lambda: est.spectral_density(small(), KEY, 1.0, width=1.0), ValueError, ["`points` is 1.0", "one axis"]),
-    (lambda: est.spectral_density(small(), KEY, jnp.arange(3), width=1.0), ValueError, ["`points`", "real numbers"]),
-    (lambda: est.spectral_density(small(), KEY, POINTS, width=0), ValueError, ["`width` is 0", "above zero", "spikes"]),
-    (lambda: est.spectral_density(small(), KEY, POINTS, width=1.0, num_samples=True), ValueError, ["`num_samples` is True"]),
-    (lambda: est.spectral_density(small(), KEY, POINTS, width=1.0, num_matvecs=2.0), ValueError, ["`num_matvecs` is 2.0"]),
+    (lambda: jf.estimate_trace(np.eye(3), KEY), TypeError, ["estimate_trace", "Fisher operator", "(3, 3)"]),
+    (lambda: jf.estimate_diagonal(None, KEY), TypeError, ["estimate_diagonal", "Fisher operator", "None"]),
+    (lambda: jf.estimate_logdet(3.0, KEY, 1.0), TypeError, ["estimate_logdet", "3.0"]),
+    (lambda: jf.spectral_density(abs, KEY, POINTS, width=1.0), TypeError, ["spectral_density", "Call the function"]),
+    (lambda: jf.estimate_trace(small(), 0), TypeError, ["`key` is 0", "jax.random.key(seed)"]),
+    (lambda: jf.estimate_diagonal(small(), jax.random.split(KEY)), TypeError, ["`key`", "(2,)", "one random key"]),
+    (lambda: jf.spectral_density(small(), 0, POINTS, width=1.0), TypeError, ["spectral_density", "`key` is 0"]),
+    (lambda: jf.estimate_trace(small(), KEY, rtol=-0.1), ValueError, ["`rtol` is -0.1", "at least zero"]),
+    (lambda: jf.estimate_logdet(small(), KEY, 1.0, rtol="x"), TypeError, ["`rtol` is 'x'", "real number"]),
+    (lambda: jf.estimate_trace(small(), KEY, max_samples=1), ValueError, ["`max_samples` is 1", "at least 2"]),
+    (lambda: jf.estimate_diagonal(small(), KEY, max_samples=1e3), ValueError, ["`max_samples` is 1000.0", "whole number"]),
+    (lambda: jf.estimate_logdet(small(), KEY, 0.0), ValueError, ["`damping` is 0.0", "above zero", "small damping"]),
+    (lambda: jf.estimate_logdet(small(), KEY, -1.0), ValueError, ["`damping` is -1.0"]),
+    (lambda: jf.estimate_logdet(small(), KEY, [1.0]), TypeError, ["`damping` is a list"]),
+    (lambda: jf.estimate_logdet(small(), KEY, 1.0, num_matvecs=0), ValueError, ["`num_matvecs` is 0", "at least 1"]),
+    (lambda: jf.spectral_density(small(), KEY, 1.0, width=1.0), ValueError, ["`points` is 1.0", "one axis"]),
+    (lambda: jf.spectral_density(small(), KEY, jnp.arange(3), width=1.0), ValueError, ["`points`", "real numbers"]),
+    (lambda: jf.spectral_density(small(), KEY, POINTS, width=0), ValueError, ["`width` is 0", "above zero", "spikes"]),
+    (lambda: jf.spectral_density(small(), KEY, POINTS, width=1.0, num_samples=True), ValueError, ["`num_samples` is True"]),
+    (lambda: jf.spectral_density(small(), KEY, POINTS, width=1.0, num_matvecs=2.0), ValueError, ["`num_matvecs` is 2.0"]),
 ]
 
 
@@ -321,10 +321,10 @@ def test_without_matfree_the_message_says_how_to_get_it(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matfree", None)
     for call in (
-        lambda: est.estimate_trace(small(), KEY),
-        lambda: est.estimate_diagonal(small(), KEY),
-        lambda: est.estimate_logdet(small(), KEY, 1.0),
-        lambda: est.spectral_density(small(), KEY, POINTS, width=1.0),
+        lambda: jf.estimate_trace(small(), KEY),
+        lambda: jf.estimate_diagonal(small(), KEY),
+        lambda: jf.estimate_logdet(small(), KEY, 1.0),
+        lambda: jf.spectral_density(small(), KEY, POINTS, width=1.0),
     ):
         with pytest.raises(ImportError, match=r"pip install 'jaxfisher\[estimate\]'"):
             call()

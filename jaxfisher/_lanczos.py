@@ -1,0 +1,103 @@
+"""Lanczos steps with a Fisher, and the quadrature that they stand for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Scalar
+
+from jaxfisher._linalg import norm
+from jaxfisher._operators.base import Operator
+
+
+class Jacobi(NamedTuple):
+    """The tridiagonal matrix of k Lanczos steps from one vector, as its diagonals.
+
+    Attributes:
+        diagonal: the main diagonal.
+        off: the one beside it. Where it is zero, what comes after has no weight.
+        largest: the largest entry, a stand-in for the norm.
+        image: the length of the operator's product with the unit vector that the steps began with.
+        exhausted: whether the steps reach everything that they can from this vector; quadrature is then exact.
+    """
+
+    diagonal: Float[Array, " k"]
+    off: Float[Array, " k-1"]
+    largest: Float[Array, ""]
+    image: Float[Array, ""]
+    exhausted: Bool[Array, ""]
+
+    def radau(self) -> Float[Array, " k"]:
+        """The main diagonal with another last entry, such that the smallest node is zero.
+
+        That entry less the last pivot of Gaussian elimination. Pivots of a positive definite matrix lie between zero and the
+        diagonal, and it is only rounding that takes them out.
+        """
+
+        def pivot(last: Array, entries: tuple[Array, Array]) -> tuple[Array, None]:
+            diagonal, off = entries
+            return jnp.maximum(diagonal - off * (off / jnp.maximum(last, least)), 0), None
+
+        least = jnp.maximum(rounding(self.diagonal.size, self.largest), jnp.finfo(self.largest.dtype).tiny)
+        last, _ = jax.lax.scan(pivot, self.diagonal[0], (self.diagonal[1:], self.off))
+        return self.diagonal.at[-1].add(-last)
+
+
+def lanczos(caller: str, fisher: Operator, roots: Float[Array, " p"], num_matvecs: int) -> Callable[[Array], Jacobi]:
+    """``z -> `` the Jacobi matrix of ``diag(roots) F diag(roots)`` and z."""
+    spec, linear = fisher.spec, fisher.linearised()
+    steps = min(num_matvecs, spec.size)
+    # Not matfree's tridiagonal matrix, the mean of a Hessenberg matrix and its transpose. Once a Krylov space is exhausted, as
+    # it soon is for a Fisher of low rank, later vectors are not orthogonal to those before, and what then stands above the
+    # diagonal spoils the mean. Below it the end shows: as an entry that is zero to rounding, and often NaN after it.
+    decompose = matfree("decomp", caller).hessenberg(steps, reortho="full", custom_vjp=False)
+
+    def product(v: Float[Array, " p"]) -> Float[Array, " p"]:
+        return roots * spec.ravel(linear(spec.unravel(roots * v)), "v")
+
+    def jacobi(z: Float[Array, " p"]) -> Jacobi:
+        with jax.default_matmul_precision("highest"):
+            _, matrix, residual, _ = decompose(product, z)
+        diagonal, below = jnp.diagonal(matrix), jnp.append(jnp.diagonal(matrix, -1), norm(residual))
+        # The largest so far: entries after the end may be of any size.
+        largest = jax.lax.cummax(jnp.maximum(jnp.abs(diagonal), below))
+        on = jnp.cumprod(below > rounding(steps, largest)).astype(bool)
+        # The first entry always stays, so that a NaN shows.
+        reached = jnp.append(jnp.ones(1, bool), on[:-1])
+        image = jnp.hypot(diagonal[0], below[0])
+        diagonal, off = jnp.where(reached, diagonal, 0), jnp.where(on, below, 0)[:-1]
+        return Jacobi(diagonal, off, largest[jnp.sum(on[:-1])], image, ~on[-1])
+
+    return jacobi
+
+
+def rounding(steps: int, largest: Array) -> Array:
+    """The rounding error of an eigenvalue of a Jacobi matrix with entries up to ``largest``."""
+    return 10 * steps * jnp.finfo(largest.dtype).eps * largest
+
+
+def gauss(diagonal: Float[Array, " k"], off: Float[Array, " k-1"]) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
+    """Nodes and weights of the quadrature that a Jacobi matrix stands for; the weights sum to one."""
+    matrix = jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1)
+    nodes, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    return nodes, jnp.square(vectors[0])
+
+
+def log_sum(jacobi: Jacobi) -> Scalar:
+    """The quadrature of ``log(1 + x)``."""
+    nodes, weights = gauss(jacobi.diagonal, jacobi.off)
+    # Rounding may take a node below zero. Where it is lower than that, F has a negative direction, and the sum may be NaN.
+    nodes = jnp.where((nodes < 0) & (nodes >= -rounding(nodes.size, jacobi.largest)), 0, nodes)
+    return jnp.sum(weights * jnp.log1p(nodes))
+
+
+def matfree(module: str, caller: str) -> Any:
+    """A module of matfree, which is an extra."""
+    try:
+        return importlib.import_module(f"matfree.{module}")
+    except ImportError as error:
+        raise ImportError(f"{caller} needs matfree, an optional extra: pip install 'jaxfisher[estimate]'.") from error
