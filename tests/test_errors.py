@@ -699,7 +699,7 @@ MISTAKES = [
             ("exact_fisher", lambda **k: jf.exact_fisher(model, **k), "num_samples"),
             ("its function", lambda **k: exact(PARAMS, X, **k), "wieghts"),
             ("sampled_fisher", lambda **k: jf.sampled_fisher(model, **k), "samples"),
-            ("natural_grad", lambda **k: jf.natural_grad(log_prob, damping=0.1, **k), "rtol"),
+            ("natural_grad", lambda **k: jf.natural_grad(log_prob, damping=0.1, **k), "tol"),
             ("solve", lambda **k: jf.solve(None, None, 0.1, **k), "rtol"),
             ("scale_by_fisher", lambda **k: jf.scale_by_fisher(0.1, **k), "eps"),
             ("scale_to_kl", lambda **k: jf.scale_to_kl(0.1, **k), "max_kl"),
@@ -773,12 +773,11 @@ def test_any_real_scalar_is_a_damping(damping):
 
 
 def test_a_jax_array_is_a_run_time_number_and_is_not_clamped():
-    """Its value is not looked at: a negative damping is used as it stands, eagerly as under `jit`, and as a hyperparameter."""
+    """Its value is not looked at: with a negative damping ``F + damping I`` has no Cholesky factor, and the report says so."""
     operator = jf.exact_fisher(line)(np.ones(()), Y)
-    expected = 1 / (np.mean(Y**2) - 1)
     for solve in (jf.solve, jax.jit(jf.solve)):
-        solution = solve(operator, np.ones(()), jnp.array(-1.0))[0]
-        np.testing.assert_allclose(solution, expected, rtol=50 * np.finfo(np.float64).eps)
+        solution, info = solve(operator, np.ones(()), jnp.array(-1.0))
+        assert np.isnan(solution) and not info.finite and not info.converged
 
 
 @pytest.mark.parametrize("factor", [2, 2.0, np.float64(2), np.array(2.0), jnp.array(2.0)])
