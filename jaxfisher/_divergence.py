@@ -16,6 +16,7 @@ from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, mean_loss, of_one_
 from jaxfisher._once import once_for
 from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.provenance import Provenance
+from jaxfisher._targets import OfData
 from jaxfisher._tree import ParamSpec, cast_like, check_function
 from jaxfisher._varying import varying_like
 
@@ -201,7 +202,7 @@ def kl_hessian(model: Model) -> HessianFunction:
         batch = make_batch(params, inputs, weights, None)
         return Dense(_hessian_of_kl(model, params, batch), batch.spec, Provenance("KL Hessian", batch.size, batch.weighted))
 
-    return hessian_of
+    return OfData(hessian_of, takes_target=False)
 
 
 def observed_information(log_prob: LogProb) -> HessianFunction:
@@ -239,7 +240,7 @@ def observed_information(log_prob: LogProb) -> HessianFunction:
             Provenance("observed information", batch.size, batch.weighted),
         )
 
-    return information_of
+    return OfData(information_of, takes_target=True)
 
 
 @once_for

@@ -19,6 +19,7 @@ from jaxfisher._operators.implicit import Implicit
 from jaxfisher._operators.provenance import Provenance
 from jaxfisher._rows import ExactRows, Prediction, Rows, SampledRows, ScoreRows, prediction
 from jaxfisher._scores import CenteredScores, Scores, make_scores
+from jaxfisher._targets import OfData
 from jaxfisher._tree import as_key, check_function, threefry_key
 from jaxfisher._values import check_flag, described, whole
 from jaxfisher._varying import varying_like
@@ -84,7 +85,7 @@ def empirical_fisher(
             return FromScores(made.centered(), Provenance("empirical, centred", batch.size, batch.weighted))
         return FromScores(made, Provenance("empirical", batch.size, batch.weighted))
 
-    return fisher_of
+    return OfData(fisher_of, takes_target=True)
 
 
 def fisher_from_scores(scores: Scores) -> Operator:
@@ -112,7 +113,7 @@ def fisher_from_scores(scores: Scores) -> Operator:
     >>> F = jf.fisher_from_scores(S)
     >>> F
     Fisher(scores, centred, mean over 2, params 1, exact as scores)
-    >>> print(F.solve(4.5, damping=0.0))  # the variance is 2.25
+    >>> print(F.solve(4.5, damping=0.0).round(5))  # the variance is 2.25
     2.0
     """
     if not isinstance(scores, Scores):
@@ -165,7 +166,7 @@ def exact_fisher(model: Model, *, batch_size: int | None = None, max_bytes: int 
             known = prediction(model, params, batch.data)
         return _from_rows(_exact_kind(known), ExactRows(model, known.moving), params, batch)
 
-    return fisher_of
+    return OfData(fisher_of, takes_target=False)
 
 
 def sampled_fisher(
@@ -290,7 +291,7 @@ def implicit_fisher(model: Model, *, batch_size: int | None = None) -> ImplicitF
         params = varying_like(params, batch.data)
         return Implicit(model, params, batch.data, batch.weights, batch.batch_size, keep, batch.spec, provenance, views_of)
 
-    return fisher_of
+    return OfData(fisher_of, takes_target=False)
 
 
 def _from_rows(kind: str, rows: Rows, params: chex.ArrayTree, batch: Batch) -> Operator:

@@ -20,6 +20,7 @@ from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.provenance import Provenance
 from jaxfisher._scores import values_and_scores
 from jaxfisher._solve import Solver, check_solver, solve
+from jaxfisher._targets import taken_by
 from jaxfisher._tree import cast_like, check_function
 from jaxfisher._values import described, is_known_zero, nonnegative
 
@@ -65,8 +66,8 @@ def natural_grad(
 
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
-        fisher: ``(params, *data) -> operator``, called with all of the data; with an exact Fisher, which takes no targets,
-            write ``lambda params, x, y: jf.exact_fisher(model)(params, x)``.
+        fisher: such as ``jf.exact_fisher(model)``, which is called with the data but for their last entry, the target; or a
+            function of your own, ``(params, *data) -> operator``, called with all of the data.
         damping: ``>= 0``, absolute, in the units of F; or a pytree like the parameters with one number above zero a leaf. A
             number of zero asks for the minimum-norm solution. An array should be above zero: with ``fisher=None`` an array that
             turns out zero counts as about eps times the largest squared score, the least damping that can be told.
@@ -91,8 +92,7 @@ def natural_grad(
 
     >>> import jax.numpy as jnp, jaxfisher as jf
     >>> model = lambda theta: jf.Normal(theta, 2.0)
-    >>> exact = lambda theta, x: jf.exact_fisher(model)(theta)
-    >>> step = jf.natural_grad(jf.log_likelihood(model), exact, damping=0.0)
+    >>> step = jf.natural_grad(jf.log_likelihood(model), jf.exact_fisher(model), damping=0.0)
     >>> print(0.0 - step(0.0, jnp.array([1.0, 3.0])))  # one step to the maximum-likelihood mean
     2.0
     """
@@ -207,12 +207,13 @@ def _called(fisher: FisherFunction, params: chex.ArrayTree, data: tuple[Any, ...
     """The operator of this data; a call that fails says what it was called with."""
     keywords = {} if weights is None else {"weights": weights}
     try:
-        return fisher(params, *data, **keywords)
+        return fisher(params, *taken_by(fisher, data, data), **keywords)
     except TypeError as error:
         words = "".join(f" and {name}=" for name in keywords)
         error.add_note(
             f"jaxfisher.natural_grad called `fisher` with the parameters, all {len(data)} entries of the data{words}. "
-            "An exact Fisher takes no targets: give lambda params, x, y: jf.exact_fisher(model)(params, x)."
+            "An exact Fisher takes no targets: give jf.exact_fisher(model) itself, or lambda params, x, y: "
+            "jf.exact_fisher(model)(params, x)."
         )
         raise
 

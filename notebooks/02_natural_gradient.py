@@ -456,7 +456,7 @@ def run(direction, start, rate, steps):
 
 
 def natural_path(model, start, rate, steps, damping=0.0):
-    exact = lambda params, x, y: jf.exact_fisher(model)(params, x)
+    exact = jf.exact_fisher(model)
     return run(jf.natural_grad(jf.log_likelihood(model), exact, damping=damping), start, rate, steps)
 
 

@@ -71,7 +71,7 @@ start = {
 
 @jax.jit
 def train(params, x, y):
-    exact = lambda params, x, y: jf.exact_fisher(network)(params, x)
+    exact = jf.exact_fisher(network)
     direction = jf.value_and_natural_grad(log_prob, exact, damping=1e-2)
 
     def step(params, _):

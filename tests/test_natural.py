@@ -8,7 +8,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import N, assert_close, class_sum_fisher, classifier, data, flat, reference
+from problems import N, assert_close, class_sum_fisher, classifier, data, flat, mlp_params, reference
 
 import jaxfisher as jf
 
@@ -125,7 +125,7 @@ def test_one_trace_for_two_steps():
         params = jax.tree.map(lambda p, d: p - d, params, step(params, x, y))
 
 
-@pytest.mark.parametrize("fisher", [None, lambda p, x, y: jf.exact_fisher(classifier)(p, x)], ids=["empirical", "exact"])
+@pytest.mark.parametrize("fisher", [None, jf.exact_fisher(classifier)], ids=["empirical", "exact"])
 def test_with_a_solver_and_with_a_damping_for_each_leaf(fisher):
     params, x, y, _, rows = reference()
     dense = rows.T @ rows / len(rows) if fisher is None else class_sum_fisher(params, x)
@@ -136,3 +136,28 @@ def test_with_a_solver_and_with_a_damping_for_each_leaf(fisher):
     dampings = {"hidden": {"b": 0.3, "w": 0.1}, "out": [0.05, 0.7]}
     each = np.repeat(jax.tree.leaves(dampings), [4, 12, 12, 3])
     assert_close(flat(direction(damping=dampings)), np.linalg.solve(dense + np.diag(each), gradient), factor=1e4)
+
+
+MAKERS = {
+    "exact": jf.exact_fisher(classifier),
+    "implicit": jf.implicit_fisher(classifier),
+    "KL Hessian": jf.kl_hessian(classifier),
+    "empirical": jf.empirical_fisher(jf.log_likelihood(classifier)),
+    "observed": jf.observed_information(jf.log_likelihood(classifier)),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_makes_a_fisher_is_given_as_it_is(name, key):
+    """It knows whether it takes the targets; a function of the user's is called as it says."""
+    fisher, params, (x, y) = MAKERS[name], mlp_params(key), data(key)
+    whole = name in ("empirical", "observed")
+    operator = fisher(params, x, y) if whole else fisher(params, x)
+    solver = jf.CG(rtol=1e-10)
+    gradient = jax.grad(lambda p: -jnp.mean(jax.vmap(jf.log_likelihood(classifier), (None, 0, 0))(p, x, y)))(params)
+    expected = jf.solve(operator, gradient, 1.0, solver)[0]
+    found = jf.natural_grad(jf.log_likelihood(classifier), fisher, damping=1.0, solver=solver)(params, x, y)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), found, expected)
+    optimiser = jf.natural_gradient(1.0, 1.0, solver=solver)
+    moved, _, _ = jf.training_step(classifier, optimiser, fisher)(params, optimiser.init(params), x, y)
+    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a - b, c, rtol=1e-6, atol=1e-9), params, moved, expected)

@@ -13,6 +13,7 @@ from jaxfisher._divergence import kl
 from jaxfisher._examples import make_batch, needs_data
 from jaxfisher._fisher import FisherFunction, exact_fisher
 from jaxfisher._model import MODEL, Model, log_likelihood, mean_loss, of_one_example
+from jaxfisher._targets import taken_by
 from jaxfisher._tree import check_function, described
 
 
@@ -42,7 +43,8 @@ def training_step(model: Model, optimiser: optax.GradientTransformation, fisher:
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
         optimiser: a gradient transformation.
-        fisher: ``(params, *inputs) -> operator`` of the batch; None for `jaxfisher.exact_fisher` of the model.
+        fisher: such as ``jf.empirical_fisher(log_prob)`` or ``jf.exact_fisher(model)``, or a function of your own,
+            ``(params, *inputs) -> operator`` of the batch; None for `jaxfisher.exact_fisher` of the model.
 
     Returns:
         A function ``(params, state, *inputs, target, weights=None)`` to ``(params, state, loss)``, the loss in nats, a mean
@@ -90,7 +92,7 @@ def training_step(model: Model, optimiser: optax.GradientTransformation, fisher:
             grad=grads,
             value_fn=loss,
             kl_fn=lambda new: divergence(params, new, *inputs, **given),
-            fisher=lambda: curvature(params, *inputs, **given),
+            fisher=lambda: curvature(params, *taken_by(curvature, data, inputs), **given),
         )
         return optax.apply_updates(params, updates), state, value
 

@@ -1,0 +1,34 @@
+"""Fishers of data that know whether they take the targets, so that they can be given where all of the data are at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import chex
+
+R = TypeVar("R")
+
+
+@dataclasses.dataclass(frozen=True)
+class OfData(Generic[R]):
+    """``(params, *inputs, target, weights=None) -> operator``, or the same without the target.
+
+    Attributes:
+        function: what is called.
+        takes_target: whether the last entry of the data is the target.
+    """
+
+    function: Callable[..., R]
+    takes_target: bool
+
+    def __call__(self, params: chex.ArrayTree, /, *data: Any, **keywords: Any) -> R:
+        return self.function(params, *data, **keywords)
+
+
+def taken_by(fisher: Any, data: tuple[Any, ...], usual: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What of ``data``, whose last entry is the target, a Fisher is called with; ``usual`` for a user's own function."""
+    if not isinstance(fisher, OfData):
+        return usual
+    return data if fisher.takes_target else data[:-1]
