@@ -31,7 +31,7 @@ from jaxfisher._linalg import (
     unit_diagonal,
     without_noise,
 )
-from jaxfisher._null_space import combined, projected
+from jaxfisher._null_space import combined, is_unseen, projected
 from jaxfisher._varying import cond
 
 Map = Callable[[Float[Array, " p"]], Float[Array, " p"]]
@@ -120,7 +120,9 @@ class Inverse(NamedTuple):
     def astray(self, b: Float[Array, " m"], y: Float[Array, " m"]) -> Scalar:
         """See `Factored`."""
         coefficients = self.inverted * matmul(self.factor.T, b)
-        rounded = norm(self.unit * matmul(jnp.abs(self.factor), jnp.abs(coefficients)))
+        # What was projected off has the rounding of the whole column left in it.
+        columns = jnp.sqrt(jnp.sum(jnp.square(self.unit[:, None] * self.factor), 0))
+        rounded = jnp.vdot(columns, jnp.abs(coefficients))
         turned = norm(jnp.where(self.kept, 0, matmul(self.factor.T, self.unit * (self.unit * y))))
         return turned + 4 * jnp.finfo(y.dtype).eps * rounded
 
@@ -165,17 +167,24 @@ def by_invert(matrix: Float[Array, "m m"]) -> Callable[[Scalar], Inverse]:
 
 
 def by_eigenvectors(matrix: Float[Array, "m m"]) -> Callable[[Scalar], Decomposed]:
-    """One eigendecomposition for all dampings. What counts as zero without damping depends on the units here."""
+    """One eigendecomposition for all dampings. What counts as zero without damping depends on the units here, and is tested."""
     largest = jnp.min(unit_diagonal(jnp.abs(jnp.diagonal(matrix))), initial=1 / jnp.finfo(matrix.dtype).tiny)
     unit = jnp.broadcast_to(largest, matrix.shape[:1])
-    found, vectors = jnp.linalg.eigh(mirrored(largest * matrix * largest), symmetrize_input=False)
+    whole = mirrored(largest * matrix * largest)
+    found, vectors = jnp.linalg.eigh(whole, symmetrize_input=False)
+    roots = jnp.sqrt(jnp.abs(jnp.diagonal(whole)))
+    trial = unit_diagonal(jnp.square(roots)) * jnp.cos(jnp.arange(roots.size, dtype=roots.dtype))
+
+    def blind(kept: Bool[Array, " m"]) -> Bool[Array, ""]:
+        # What is small in its units only is no null direction, and this finds no better one.
+        return is_unseen(matmul(whole, matmul(vectors, jnp.where(kept, 0, matmul(vectors.T, trial)))), trial, roots)
 
     def at(damping: Scalar) -> Decomposed:
         shift = twice(damping, largest)
         values, kept, told = kept_of(found, shift)
         inverted = _inverted(values, kept, shift)
-        rank = jnp.sum(kept, dtype=jnp.int32)
-        return Decomposed(vectors, inverted, unit, rank, told, combined(vectors, ~kept), told | is_clear(values, kept))
+        rank, clear = jnp.sum(kept, dtype=jnp.int32), told | (is_clear(values, kept) & blind(kept))
+        return Decomposed(vectors, inverted, unit, rank, told, combined(vectors, ~kept), clear)
 
     return at
 

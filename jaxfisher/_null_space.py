@@ -55,7 +55,11 @@ def projected(
     # One after the other, and all of them twice: the second time shows how much the first one missed.
     begin = jnp.zeros((), jnp.int32), jnp.where(kept[None, :], 0, unit[:, None] * vectors), jnp.zeros_like(vectors)
     _, basis, off = while_loop(lambda state: state[0] < 2 * size, mend, begin)
-    rest = down[:, None] * aside(basis, aside(basis, unit[:, None] * vectors))
+    rest = unit[:, None] * vectors
+    # Mended vectors are orthonormal only as far as they were right before, and columns may be much longer than what is left.
+    for _ in range(4):
+        rest = aside(basis, rest)
+    rest = down[:, None] * rest
     null = down[:, None] * basis
     sizes = jnp.sqrt(jnp.sum(jnp.square(null), 0))
     balanced = null / jnp.where(sizes > 0, sizes, 1)[None, :]
@@ -65,3 +69,9 @@ def projected(
 def aside(basis: Float[Array, "m m"], vectors: Array) -> Array:
     """What is left of vectors beside orthonormal ones."""
     return vectors - matmul(basis, matmul(basis.T, vectors))
+
+
+def is_unseen(image: Float[Array, " p"], y: Float[Array, " p"], roots: Float[Array, " p"]) -> Bool[Array, ""]:
+    """Whether the image of ``y`` is nothing but rounding, entry by entry, of a matrix with these roots of its diagonal."""
+    rounded = 10 * y.size * jnp.finfo(y.dtype).eps * jnp.vdot(roots, jnp.abs(y))
+    return jnp.all(jnp.abs(image) <= rounded * roots)

@@ -140,11 +140,15 @@ FORMS = {
 }
 SOLVERS = {
     "exact": None,
+    "path": None,
     "cg": jf.CG(),
     "cg, by nystrom": jf.CG(preconditioner=lambda F: jf.nystrom(F, 3, jax.random.key(0))),
     "lsmr": jf.LSMR(),
 }
 WAYS = [(form, "exact") for form in FORMS] + [
+    ("scores", "path"),
+    ("dense", "path"),
+    ("kronecker", "path"),
     ("scores", "cg"),
     ("implicit", "cg"),
     ("scores", "cg, by nystrom"),
@@ -160,7 +164,10 @@ def program(form: str, solver: str):
     def one(problem):
         x, v, damping = problem
         F = FORMS[form](x)
-        found, info = jf.solve(F, F.spec.unravel(v), damping, solver=SOLVERS[solver])
+        if solver == "path":
+            found, info = jax.tree.map(lambda leaf: leaf[0], jf.solve_path(F, F.spec.unravel(v), damping[None]))
+        else:
+            found, info = jf.solve(F, F.spec.unravel(v), damping, solver=SOLVERS[solver])
         return F.spec.ravel(found, "x"), info, F.rank(), held(F, x)
 
     return jax.jit(lambda *problems: jax.lax.map(one, problems))
@@ -318,7 +325,7 @@ def judged(problem: Problem, x, info, kept, dtype: type, form: str, solver: str)
     promised = max(eps**0.5, {None: 0.0, jf.CG: 1e-5, jf.LSMR: 1e-5}[SOLVERS[solver] and type(SOLVERS[solver])])
     error = np.nan
     diagonal = max(float(F[i, i]) for i in range(len(v)))
-    if problem.damping > eps * diagonal or solver != "exact":
+    if problem.damping > eps * diagonal or SOLVERS[solver]:
         if converged and residual > 2 * promised:
             wrong.append("converged with a large residual")
     else:

@@ -74,7 +74,7 @@ class Diagonal(Spectral):
         # Entries are known one by one: none is a rounding error of another.
         return lambda values: values
 
-    def _tests(self, product: Callable[[Any], Any], damping: Scalar) -> Callable[..., Bool[Array, ""]]:
+    def _tests(self, fisher: Operator, damping: Scalar) -> Callable[..., Bool[Array, ""]]:
         # So is the solution: where an entry is not zero, what is left is rounding, unless the solution leaves the dtype.
         reached = self.spec.ravel(self.entries, "entries") + damping != 0
         most = jnp.finfo(self.spec.dtype).eps ** 0.5

@@ -150,7 +150,8 @@ class FromScores(Operator):
             system = partial(_by_gram, scaled, jax.lax.stop_gradient(matrix))
         else:
             scaled = scaled.centred()
-            system, matrix = partial(_by_moment, scaled), scaled.moment()
+            matrix = scaled.moment()
+            system = partial(_by_moment, scaled, jax.lax.stop_gradient(jnp.sqrt(jnp.diagonal(matrix))))
         # Derivatives go through the products that solutions satisfy.
         matrices = factorise(jax.lax.stop_gradient(matrix))
 
@@ -260,8 +261,8 @@ class Scaled:
         return jax.lax.map(lambda row: self.into_rows(units * (units * self.out_of_rows(row))), rows)
 
 
-def _by_moment(scaled: Scaled, damping: Scalar, inverse: Factored) -> System:
-    """The p x p route; both numbers in the units of ``scaled``."""
+def _by_moment(scaled: Scaled, columns: Float[Array, " p"], damping: Scalar, inverse: Factored) -> System:
+    """The p x p route, given the norms of the columns; all in the units of ``scaled``."""
     scores, size, units = scaled.scores, inverse.unit.size, inverse.unit * scaled.factor
     shares = twice(damping, inverse.unit)
 
@@ -276,7 +277,8 @@ def _by_moment(scaled: Scaled, damping: Scalar, inverse: Factored) -> System:
     def left_out(b: Array, y: Array) -> tuple[Bool[Array, ""], Scalar]:
         # Scores tell more than the moment does.
         null = factored.left_out
-        return norm(into_rows(null)) <= 10 * size * jnp.finfo(y.dtype).eps * norm(null), factored.astray(b, y)
+        rounding = 10 * size * jnp.finfo(y.dtype).eps * jnp.vdot(columns * inverse.unit, jnp.abs(null))
+        return norm(into_rows(null)) <= rounding, factored.astray(b, y)
 
     return System(product, factored.in_units, damping, units, factored, factored.rank, left_out)
 

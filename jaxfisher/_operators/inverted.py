@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._inverse import Factorise, Map
 from jaxfisher._linalg import twice
+from jaxfisher._null_space import is_unseen
 from jaxfisher._system import Solved, System, solved
 from jaxfisher._tree import ParamSpec
 
@@ -42,12 +43,6 @@ def solve_matrix(matrix: Float[Array, "p p"], exact: Map, factorise: Factorise) 
         return partial(solved, System(product, factored.in_units, damping, unit, factored, factored.rank, left_out))
 
     return at
-
-
-def is_unseen(image: Float[Array, " p"], y: Float[Array, " p"], roots: Float[Array, " p"]) -> Bool[Array, ""]:
-    """Whether the image of ``y`` is nothing but rounding, entry by entry, of a matrix with these roots of its diagonal."""
-    rounded = 10 * y.size * jnp.finfo(y.dtype).eps * jnp.vdot(roots, jnp.abs(y))
-    return jnp.all(jnp.abs(image) <= rounded * roots)
 
 
 def flat_inverse(spec: ParamSpec, inverse: FlatInverted) -> Inverted:

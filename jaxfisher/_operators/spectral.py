@@ -18,8 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._inverse import Factorise
 from jaxfisher._linalg import norm, resolved, unit_diagonal
+from jaxfisher._null_space import is_unseen
 from jaxfisher._operators.base import Operator
-from jaxfisher._operators.inverted import Inverted, is_unseen
+from jaxfisher._operators.inverted import Inverted
 from jaxfisher._system import Solved
 from jaxfisher._tree import ParamSpec
 from jaxfisher._varying import cond, linear_solve
@@ -71,34 +72,37 @@ class Spectral(Operator):
         return sum(parts[1:], start=parts[0])
 
     def _inverse(self, damping: Scalar) -> Inverted:
-        return self.inverse_of(self.linearised(), damping)
+        return self.inverse_of(self, damping)
 
-    def inverse_of(self, product: Callable[[Any], Any], damping: Scalar) -> Inverted:
-        """Of ``product``, which these are the eigenvectors of."""
+    def inverse_of(self, fisher: Operator, damping: Scalar) -> Inverted:
+        """Of an operator that these are the eigenvectors of."""
+        product = fisher.linearised()
         resolve = self._resolve(damping)
         rank = self._count(lambda values: resolve(values) + damping != 0)
         # Derivatives go through the products that solutions satisfy.
         still, at = jax.lax.stop_gradient((self, damping))
         solve = partial(still._power_mv, power=jnp.asarray(-1, self.spec.dtype), damping=at)
-        return applied_once(solve, product, damping, still._tests(product, at), rank, self.spec)
+        return applied_once(solve, product, damping, still._tests(jax.lax.stop_gradient(fisher), at), rank, self.spec)
 
-    def _tests(self, product: Callable[[Any], Any], damping: Scalar) -> Callable[..., Bool[Array, ""]]:
+    def _tests(self, fisher: Operator, damping: Scalar) -> Callable[..., Bool[Array, ""]]:
         """Whether a solution may be believed, from the right-hand side, itself, what it leaves and the correction for that."""
         eps, largest, resolve = jnp.finfo(self.spec.dtype).eps, self._largest(), self._resolve(damping)
         told, noise = ~(damping <= eps * largest), 4 * self.size * eps
         # Sums of squares that are zero come out at the square of rounding, and what lies between is neither.
         low = self._count(lambda values: (jnp.abs(values) > noise**2 * largest) & (jnp.abs(values) < noise * largest))
-        clear = told | ((low == 0) & cond(told, lambda: told, lambda: self._blind(product, resolve)))
+        clear = told | ((low == 0) & cond(told, lambda: told, lambda: self._blind(fisher, resolve)))
         # Its eigenvectors are orthonormal in the parameters' own units.
-        return Tests(damping, told, clear, jnp.asarray(True), jnp.ones((), self.spec.dtype), lambda v, x: jnp.zeros_like(x[0]))
+        return Tests(
+            damping, told, clear, jnp.asarray(True), jnp.ones((), self.spec.dtype), lambda v, x, rest: jnp.zeros_like(x[0])
+        )
 
-    def _blind(self, product: Callable[[Any], Any], resolve: Callable[[Array], Array]) -> Bool[Array, ""]:
-        """Whether the product does not see what counts as zero: it may be small in its units only."""
-        roots = jnp.sqrt(jnp.abs(self.spec.ravel(self.diagonal(), "diagonal")))
+    def _blind(self, fisher: Operator, resolve: Callable[[Array], Array]) -> Bool[Array, ""]:
+        """Whether the operator does not see what counts as zero: it may be small in its units only."""
+        roots = jnp.sqrt(jnp.abs(self.spec.ravel(fisher.diagonal(), "diagonal")))
         trial = unit_diagonal(jnp.square(roots)) * jnp.cos(jnp.arange(self.size, dtype=self.spec.dtype))
         left_out = self._apply(lambda values: (resolve(values) == 0).astype(values.dtype), self.spec.unravel(trial))
         # Where nothing was left out, this is rounding of the trial.
-        return is_unseen(self.spec.ravel(product(left_out), "v"), trial, roots)
+        return is_unseen(self.spec.ravel(fisher.linearised()(left_out), "v"), trial, roots)
 
     def _largest(self) -> Scalar:
         """The largest eigenvalue in absolute value."""
@@ -154,7 +158,7 @@ class Tests:
         clear: whether eigenvalues that were kept are above rounding.
         whole: whether all were kept.
         units: those in which F has a unit diagonal, if it is to have one.
-        astray: of ``v`` and ``x``, how much of ``x`` may lie along those that were not.
+        astray: of ``v``, ``x`` and what that leaves, how much of ``x`` may come of not knowing those that were not.
     """
 
     damping: Scalar
@@ -162,7 +166,7 @@ class Tests:
     clear: Bool[Array, ""]
     whole: Bool[Array, ""]
     units: Float[Array, "..."]
-    astray: Callable[[Array, Array], Scalar]
+    astray: Callable[[Array, Array, Array], Scalar]
 
     def __call__(
         self, v: Float[Array, " p"], x: Float[Array, " p"], rest: Float[Array, " p"], again: Float[Array, " p"]
@@ -171,7 +175,8 @@ class Tests:
         eps, tiny = jnp.finfo(x.dtype).eps, jnp.finfo(x.dtype).tiny
         own, small = (norm(scale * rest) <= eps**0.5 * norm(scale * v) for scale in (1, self.units))
         scale = jnp.where(self.whole, 1 / self.units, 1)
-        error = jnp.maximum(norm(scale * again), jnp.where(self.whole, 0, self.astray(v, x)))
+        astray = cond(self.whole, lambda: jnp.zeros_like(x[0]), lambda: self.astray(v, x, rest))
+        error = jnp.maximum(norm(scale * again), astray)
         near = error <= eps**0.5 / 8 * norm(scale * x)
         there = (norm(x) > tiny / eps) | (norm(v) == 0)
         untold = self.clear & near & ((small & self.whole) | (self.damping == 0))
