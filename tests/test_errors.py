@@ -591,8 +591,8 @@ MISTAKES = [
         ["`fisher`", "FromScores", "(params, *data) -> operator", "jf.solve"],
     ),
     (
-        "exact Fisher given targets",
-        lambda: jf.natural_grad(log_prob, exact, damping=0.1)(PARAMS, X, Y),
+        "function of inputs given targets",
+        lambda: jf.natural_grad(log_prob, lambda p, x: exact(p, x), damping=0.1)(PARAMS, X, Y),
         TypeError,
         ["`fisher`", "no targets", "lambda params, x, y"],
     ),

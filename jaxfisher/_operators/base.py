@@ -443,8 +443,5 @@ def as_operator(fisher: Any, caller: str) -> Operator:
     if isinstance(fisher, Operator):
         refuse_stack(fisher, caller)
         return fisher
-    hint = " Call the function it is with the parameters and the data first." if callable(fisher) else ""
-    raise TypeError(
-        f"{caller}: expected a Fisher operator, such as jf.exact_fisher(model)(params, x) returns, got "
-        f"{described(fisher)}.{hint}"
-    )
+    seen = "a function. Call the function with the parameters and the data first" if callable(fisher) else described(fisher)
+    raise TypeError(f"{caller}: expected a Fisher operator, such as jf.exact_fisher(model)(params, x) returns, got {seen}.")
