@@ -25,9 +25,11 @@ from jaxfisher._engine import Basis, unsealed
 from jaxfisher._inverse import Factored, Factorise, log_determinant, multiplied
 from jaxfisher._linalg import (
     eigenvalues,
+    inverse_power,
     matmul,
     mirrored,
     norm,
+    power_of_two,
     spectral_mv,
     to_unit,
     twice,
@@ -197,7 +199,11 @@ class FromScores(Operator):
         else:
             product = lambda x: scaled.out_of_rows(scaled.into_rows(x))  # noqa: E731
             system = Damped(scaled.moment(), damping, lambda x: x, product, of_root=False)
-            x = self.spec.unravel(solution(system, scaled.out_of_rows(b), rtol.value))
+            v = scaled.out_of_rows(b)
+            # Squares of a tiny right-hand side would vanish.
+            largest = jnp.max(jnp.abs(v), initial=0.0)
+            size = power_of_two(jnp.where(largest > 0, largest, 1))
+            x = self.spec.unravel(solution(system, v * inverse_power(size), rtol.value) * size)
         return jax.tree.map(lambda leaf: leaf * factor, x)
 
 
