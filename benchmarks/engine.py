@@ -432,17 +432,19 @@ def step(sizes: Sizes) -> list[Row]:
 def _step(widths: tuple[int, ...], n: int, goal: float, sizes: Sizes) -> list[Row]:
     arguments = mlp(widths, n)
     largest = largest_eigenvalue(mlp_log_prob, *arguments)
-    dampings = {share: largest * share for share in (1e-2, 1e-6)}
+    dampings = {f"damping {share:g} of the largest eigenvalue": largest * share for share in (1e-2, 1e-6)} | {
+        "damping 1e-3": 1e-3
+    }
     plain = compiled(plain_gradient(mlp_log_prob), *arguments)
-    first = compiled(natural_step(mlp_log_prob), *arguments, jnp.asarray(dampings[1e-2]))
+    first = compiled(natural_step(mlp_log_prob), *arguments, jnp.asarray(largest * 1e-2))
     ours = [Case(first.program, (*arguments, jnp.asarray(damping))) for damping in dampings.values()]
     times = time_in_turn([plain, *ours], sizes.repeats)
     name = shape_name(widths, n)
     rows = []
-    for (share, damping), case, own in zip(dampings.items(), ours, times[1:], strict=True):
+    for (label, damping), case, own in zip(dampings.items(), ours, times[1:], strict=True):
         left = jax.jit(residual(mlp_log_prob, damping))(*arguments, case())
-        note = f"damping {damping:.2g}, residual {float(left):.0e}"
-        rows.append(costs(f"{name}, damping {share:g} of the largest eigenvalue", times[0], own, goal, note))
+        note = f"{damping / largest:.1g} of the largest eigenvalue, residual {float(left):.0e}"
+        rows.append(costs(f"{name}, {label}", times[0], own, goal, note))
     rows.append(stays_below(f"{name}, temporary memory", plain, first, n))
     return rows
 
