@@ -109,7 +109,7 @@ class FromScores(Operator):
         return cond(own == self.scores.num_rows, lambda: own, lambda: unit_rank(scaled.gram_in_units()))
 
     def _logdet(self, damping: Scalar) -> Scalar:
-        factor = to_unit(self.scores.bound(), jnp.sqrt(damping))
+        factor = to_unit(self.scores.bound(), jnp.sqrt(jnp.abs(damping)))
         scaled, damping = Scaled(self.scores, factor), twice(damping, factor)
         small = scaled.gram() if scaled.short else scaled.moment()
         # Directions outside the rows' span have the damping for an eigenvalue.
@@ -145,7 +145,7 @@ class FromScores(Operator):
         return super()._plus(other)
 
     def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
-        factor = to_unit(self.scores.bound(), jnp.sqrt(largest))
+        factor = to_unit(self.scores.bound(), jnp.sqrt(jnp.abs(largest)))
         scaled = Scaled(self.scores, factor)
         if scaled.short:
             matrix = scaled.gram()
@@ -166,7 +166,7 @@ class FromScores(Operator):
     def _power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
         # With X = U diag(sqrt(s)) W^T the power is damping^q on the complement of W, so
         # (F + d I)^q v = d^q v + X^T U [((s + d)^q - d^q) / s] U^T X v, the difference by expm1 so that it does not cancel.
-        factor = to_unit(self.scores.bound(), jnp.sqrt(damping))
+        factor = to_unit(self.scores.bound(), jnp.sqrt(jnp.abs(damping)))
         scaled, damping = Scaled(self.scores, factor), twice(damping, factor)
         flat = self.spec.ravel(v, "v")
         if not scaled.short:
@@ -191,7 +191,9 @@ class FromScores(Operator):
         The residual is about ``rtol`` of the right-hand side. Where the rows are fewer than the parameters, a damping that
         cannot be told from zero counts as the least that can.
         """
-        factor = to_unit(self.scores.bound(), jnp.sqrt(damping))
+        # One that turns out negative would count as the least, too.
+        damping = jnp.where(damping < 0, jnp.nan, damping)
+        factor = to_unit(self.scores.bound(), jnp.sqrt(jnp.abs(damping)))
         scaled, damping = Scaled(self.scores, factor), twice(damping, factor)
         b = scaled.root * e
         if scaled.short:
