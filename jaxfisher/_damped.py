@@ -157,8 +157,12 @@ def _factored(system: Damped) -> _Factor:
     entries = jnp.sum(jnp.square(lower), 1)
     counts = entries if system.of_root else jnp.ones_like(entries)
     raised = jnp.maximum(rounding * entries, system.damping)
-    # Of right-hand sides in the null space of X^T nothing is wanted, but what a smaller damping divides cancels no more.
-    damping = jnp.maximum(system.damping, eps * jnp.max(entries)) if system.of_root else system.damping
+    # Of right-hand sides in the null space of X^T nothing is wanted, but what a smaller damping divides cancels no more. There
+    # is such a space where rows depend on each other, to rounding.
+    pivots = jnp.square(lower.reshape(-1)[:: count + 1])
+    dependent = jnp.min(pivots / entries) < 16 * rounding
+    floor = jnp.where(dependent, eps * jnp.max(entries), 0)
+    damping = jnp.maximum(system.damping, floor) if system.of_root else system.damping
 
     def solve(b: Array) -> Array:
         solved: Array = jax.scipy.linalg.cho_solve((lower, True), b)

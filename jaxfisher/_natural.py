@@ -69,8 +69,8 @@ def natural_grad(
         fisher: such as ``jf.exact_fisher(model)``, which is called with the data but for their last entry, the target; or a
             function of your own, ``(params, *data) -> operator``, called with all of the data.
         damping: ``>= 0``, absolute, in the units of F; or a pytree like the parameters with one number above zero a leaf. A
-            number of zero asks for the minimum-norm solution. An array should be above zero: with ``fisher=None`` an array that
-            turns out zero counts as about eps times the largest squared score, the least damping that can be told.
+            number of zero asks for the minimum-norm solution. An array should be above zero: with ``fisher=None``, where scores
+            depend on each other to rounding, less than eps times the largest squared score (over n) counts as that.
         view: applied to the operator before it is inverted, such as `jaxfisher.diagonal`.
         solver: as in `jaxfisher.solve`, such as ``jf.CG(rtol=1e-2, preconditioner=jf.kronecker)``; None for the exact route.
         batch_size: bound memory by running the model on pieces of so many examples.

@@ -77,7 +77,7 @@ class BlockDiagonal(Operator):
 
     @property
     def stack(self) -> tuple[int, ...]:
-        return self.blocks[0].stack
+        return self.blocks[0].stack if self.blocks else ()
 
     def as_matrix(self) -> Float[Array, "p p"]:
         matrix = jnp.zeros((self.size, self.size), self.spec.dtype)

@@ -33,8 +33,8 @@ class Diagonal(Spectral):
 
     @property
     def stack(self) -> tuple[int, ...]:
-        first: Array = jax.tree.leaves(self.entries)[0]
-        return first.shape[: first.ndim - len(self.spec.shapes[0])]
+        leaves: list[Array] = jax.tree.leaves(self.entries)
+        return leaves[0].shape[: leaves[0].ndim - len(self.spec.shapes[0])] if leaves else ()
 
     def as_matrix(self) -> Float[Array, "p p"]:
         return jnp.diag(self.spec.ravel(self.entries, "entries"))
