@@ -110,6 +110,8 @@ class Inverse(NamedTuple):
 
     def projected(self, product: Map) -> Inverse:
         """See `Factored`."""
+        if not self.kept.size:
+            return self
         factor, left_out = cond(
             jnp.all(self.kept),
             lambda: (self.factor, self.left_out),

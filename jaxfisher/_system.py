@@ -104,11 +104,12 @@ def solved(system: System, v: Float[Array, " p"]) -> Solved:
     down, shorter = inverse_power(units), inverse_power(length)
 
     def to_x(y: Array) -> Array:
-        return y * units * half * length * half
+        # Two factors of about one size: neither leaves the dtype before the product does.
+        return y * (units * half) * (length * half)
 
     def settled(y: Array) -> Array:
         # What underflows on the way to x is no longer part of the solution.
-        return to_x(y) * down * inverse_power(half) * shorter * inverse_power(half)
+        return to_x(y) * (down * inverse_power(half)) * (shorter * inverse_power(half))
 
     deficient = (system.rank < v.size) & ~factored.told
     # Of solutions that are told apart by their norm alone, that norm counts.
