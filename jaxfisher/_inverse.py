@@ -287,10 +287,12 @@ def log_determinant(matrix: Float[Array, "m m"], damping: Scalar) -> Scalar:
     well_posed = jnp.all(share > jnp.where(told, eps, size * eps))
 
     def by_eigenvalues() -> Scalar:
-        scale = jnp.where(told, 1, unit)
-        values = eigenvalues(scale[:, None] * matrix * scale[None, :] + jnp.where(told, 0, shares))
-        values = jnp.where(told, values + damping, jnp.where(values > size * eps * jnp.max(values, initial=0.0), values, 0))
-        return jnp.sum(jnp.log(values)) - 2 * jnp.sum(jnp.log(scale))
+        # In its own units what is zero to rounding has any damping for an eigenvalue.
+        damped = damping > 0
+        scale = jnp.where(damped, 1, unit)
+        values = eigenvalues(scale[:, None] * matrix * scale[None, :] + jnp.where(damped, 0, shares))
+        singular = jnp.where(values > size * eps * jnp.max(values, initial=0.0), values, 0)
+        return jnp.sum(jnp.log(jnp.where(damped, values + damping, singular))) - 2 * jnp.sum(jnp.log(scale))
 
     by_pivots: Scalar = cond(
         well_posed, lambda: 2 * jnp.sum(jnp.log(jnp.diagonal(factor))) - 2 * jnp.sum(jnp.log(unit)), by_eigenvalues

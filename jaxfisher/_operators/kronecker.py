@@ -146,9 +146,14 @@ class Kronecker(_Layer):
         def alone() -> Scalar:
             # By the determinants of the factors, which take them in units of their own.
             whole, sizes = jax.vmap(lambda x: log_determinant(x, jnp.zeros((), x.dtype))), (g.shape[1], a.shape[1])
-            return sizes[0] * jnp.sum(whole(factors[0])) + sizes[1] * jnp.sum(whole(factors[1]))
+            regular = sizes[0] * jnp.sum(whole(factors[0])) + sizes[1] * jnp.sum(whole(factors[1]))
+            # Where they are singular, any damping is what is left.
+            return jnp.where((damping > 0) & jnp.isneginf(regular), together(), regular)
 
-        logarithm: Scalar = cond(told, lambda: jnp.sum(jnp.log(values + damping)), alone)
+        def together() -> Scalar:
+            return jnp.sum(jnp.log(values + damping))
+
+        logarithm: Scalar = cond(told, together, alone)
         return logarithm
 
     def _inverse(self, damping: Scalar) -> Inverted:
