@@ -122,9 +122,9 @@ def test_a_step_is_a_small_program():
     eigen = re.compile("syevd")
     assert not eigen.search(lean) and not eigen.search(refined)
     assert eigen.search(whole), "the control: at zero damping eigenvectors are needed"
-    # XLA's older code generator for the CPU, which CI takes for its speed, needs some 50 more, and the newest XLA some 200.
-    assert instructions(lean) < 640, instructions(lean)
-    assert instructions(refined) < 1400, instructions(refined)
+    # XLA's older code generator for the CPU, which CI takes for its speed, needs some 100 more, and the newest XLA some 200.
+    assert instructions(lean) < 720, instructions(lean)
+    assert instructions(refined) < 1450, instructions(refined)
 
 
 def test_a_step_of_many_examples_takes_little_more_memory_than_a_gradient():
