@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from jaxfisher._linalg import cholesky, matmul
+from jaxfisher._linalg import cholesky, diagonals, matmul
 from jaxfisher._varying import cond, linear_solve, while_loop
 
 SWEEPS = 60
@@ -53,11 +53,11 @@ class _Sweep(NamedTuple):
         c: the solution.
         x: its image under ``out``.
         rest: what is left of the right-hand side.
-        ahead: the direction taken last, and ``rest^T (solve rest)`` before it was.
-        curvature: see ``ahead``.
+        ahead: the direction taken last.
+        curvature: ``rest^T (solve rest)`` before that direction was taken.
         size: of the right-hand side.
-        least: the smallest rest so far, and how often no smaller one was found in a row.
-        idle: see ``least``.
+        least: the smallest rest so far.
+        idle: how often in a row no smaller rest was found.
         steps: how often a factor was applied.
         going: whether to go on.
     """
@@ -151,16 +151,17 @@ def _factored(system: Damped) -> _Factor:
     eps = float(jnp.finfo(matrix.dtype).eps)
     # The rounding errors of a matrix with a unit diagonal are about those of a random one.
     rounding = 4 * math.sqrt(count) * eps
-    lower = cholesky(
-        jnp.where(jnp.eye(count, dtype=bool), jnp.maximum(matrix + system.damping, (1 + rounding) * matrix), matrix)
-    )
-    entries = jnp.sum(jnp.square(lower), 1)
+    damped = jnp.maximum(matrix + system.damping, (1 + rounding) * matrix)
+    # A row of zeros without a damping, as of a padded example, has any number for a pivot.
+    damped = jnp.where(damped == 0, 1, damped)
+    lower = cholesky(jnp.where(jnp.eye(count, dtype=bool), damped, matrix))
+    empty = (diagonals(matrix[None])[0] == 0) & (system.damping == 0)
+    entries = jnp.where(empty, 0, jnp.sum(jnp.square(lower), 1))
     counts = entries if system.of_root else jnp.ones_like(entries)
-    raised = jnp.maximum(rounding * entries, system.damping)
+    raised = jnp.where(empty, 1, jnp.maximum(rounding * entries, system.damping))
     # Of right-hand sides in the null space of X^T nothing is wanted, but what a smaller damping divides cancels no more. There
     # is such a space where rows depend on each other, to rounding.
-    pivots = jnp.square(lower.reshape(-1)[:: count + 1])
-    dependent = jnp.min(pivots / entries) < 16 * rounding
+    dependent = jnp.any(~empty & (jnp.square(diagonals(lower[None])[0]) < 16 * rounding * entries))
     floor = jnp.where(dependent, eps * jnp.max(entries), 0)
     damping = jnp.maximum(system.damping, floor) if system.of_root else system.damping
 

@@ -127,3 +127,19 @@ def test_an_rtol_beside_a_damping_by_leaf_is_refused():
     params, x, y = problem("plain")
     with pytest.raises(ValueError, match="`rtol` is given with a damping by leaf, on which it has no effect"):
         jf.natural_grad(log_prob, damping=jax.tree.map(lambda _: 1e-3, params), rtol=1e-3)(params, x, y)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 4)])
+@pytest.mark.parametrize("scale", [1.0, 1e20, 1e-20])
+def test_rows_of_zeros_change_nothing_at_any_damping(shape, scale):
+    """Padded rows, and scores that are all zero, where a damping is zero or vanishes beside scores of 1e20."""
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.standard_normal(size) * unit, jnp.float32) for size, unit in ((shape, scale), (shape[0], 1.0)))
+    weights, w = jnp.ones(shape[0], jnp.float32).at[-2:].set(0), jnp.zeros(shape[1], jnp.float32)
+    line = lambda w, x, y: -0.5 * jnp.square(jnp.dot(x, w) - y)  # noqa: E731
+    step = jax.jit(lambda x, y, weights, d: jf.natural_grad(line, damping=d)(w, x, y, weights=weights))
+    for damping in (1e-3, 1e-30, 0.0):
+        padded, plain = (step(x[:n], y[:n], weights[:n], jnp.float32(damping)) for n in (shape[0], shape[0] - 2))
+        assert np.all(np.isfinite(plain)) and np.any(plain != 0)
+        np.testing.assert_allclose(padded, plain, rtol=0, atol=1e-4 * np.max(np.abs(plain)), err_msg=str(damping))
+        assert np.all(step(x, 0 * y, weights, jnp.float32(damping)) == 0), damping
