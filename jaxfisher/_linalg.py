@@ -174,6 +174,11 @@ def twice(x: Scalar, factor: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(once == once, once, jnp.nan) * factor  # noqa: PLR0124
 
 
+def power_or_one(size: Scalar) -> Scalar:
+    """The `power_of_two` of a size; one where it is zero."""
+    return power_of_two(jnp.where(size > 0, size, 1))
+
+
 def inverse_power(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """``1 / x`` of powers of two, as something that XLA does not see as a quotient.
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._engine import unsealed
 from jaxfisher._inverse import by_eigenvectors
-from jaxfisher._linalg import inverse_power, norm, power_of_two, to_unit
+from jaxfisher._linalg import inverse_power, norm, power_or_one, to_unit
 from jaxfisher._once import once
 from jaxfisher._operators.base import Operator, View, as_operator
 from jaxfisher._operators.damping import Damping, Dampings
@@ -88,8 +88,7 @@ class CG:
         self, fisher, v, known = alike(self, fisher, v, known)
         spec = fisher.spec
         b = spec.ravel(v, "v")
-        size = norm(b)
-        size = power_of_two(jnp.where(size > 0, size, 1))
+        size = power_or_one(norm(b))
         exact = _damped(fisher, known)
         # F may be of a size whose products leave the dtype: the iteration solves (s F s) y = b / |b|, and x = |b| s^2 y.
         s = to_unit(fisher.root_size(exact), jnp.sqrt(jnp.max(_entries(fisher, known))))

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._inverse import Factored, Map
-from jaxfisher._linalg import inverse_power, norm, power_of_two
+from jaxfisher._linalg import inverse_power, norm, power_or_one
 from jaxfisher._varying import cond, linear_solve, while_loop
 
 
@@ -98,9 +98,9 @@ def solved(system: System, v: Float[Array, " p"]) -> Solved:
     units, factored = system.units, system.factored
     eps = jnp.finfo(v.dtype).eps
     # The size of v as a product of two, between which other factors are applied.
-    half = _power_or_one(jnp.sqrt(jnp.max(jnp.abs(v), initial=0.0)))
+    half = power_or_one(jnp.sqrt(jnp.max(jnp.abs(v), initial=0.0)))
     b = v * inverse_power(half) * inverse_power(half) * units
-    length = _power_or_one(norm(b))
+    length = power_or_one(norm(b))
     down, shorter = inverse_power(units), inverse_power(length)
 
     def to_x(y: Array) -> Array:
@@ -125,10 +125,6 @@ def solved(system: System, v: Float[Array, " p"]) -> Solved:
     # Without any damping the residual may hold what is out of reach, and be large where the solution is long.
     sound = jnp.where(factored.told, small & own, near & ((small & ~deficient) | (system.damping == 0)))
     return Solved(to_x(y), r * length * down * half * half, system.rank, sound)
-
-
-def _power_or_one(x: Scalar) -> Scalar:
-    return jnp.where(x > 0, power_of_two(x), 1)
 
 
 REFINING, MEASURING, WEIGHING, TURNING, LEAKING, DONE = range(6)

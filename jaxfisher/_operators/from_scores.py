@@ -29,7 +29,7 @@ from jaxfisher._linalg import (
     matmul,
     mirrored,
     norm,
-    power_of_two,
+    power_or_one,
     spectral_mv,
     to_unit,
     twice,
@@ -203,8 +203,7 @@ class FromScores(Operator):
             system = Damped(scaled.moment(), damping, lambda x: x, product, of_root=False)
             v = scaled.out_of_rows(b)
             # Squares of a tiny right-hand side would vanish.
-            largest = jnp.max(jnp.abs(v), initial=0.0)
-            size = power_of_two(jnp.where(largest > 0, largest, 1))
+            size = power_or_one(jnp.max(jnp.abs(v), initial=0.0))
             x = self.spec.unravel(solution(system, v * inverse_power(size), rtol.value) * size)
         return jax.tree.map(lambda leaf: leaf * factor, x)
 
