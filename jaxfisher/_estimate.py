@@ -25,7 +25,7 @@ from jaxfisher._lanczos import gauss, lanczos, log_sum, matfree
 from jaxfisher._linalg import norm
 from jaxfisher._once import Static, once
 from jaxfisher._operators.base import Operator, as_operator
-from jaxfisher._operators.damping import Damping
+from jaxfisher._operators.damping import Damping, entries_of
 from jaxfisher._tree import all_finite, as_key, described, dot, dtype_of
 from jaxfisher._values import is_array, nonnegative, whole
 from jaxfisher._varying import while_loop
@@ -428,11 +428,10 @@ class _Bounded(NamedTuple):
 
 def _damping_entries(fisher: Operator, damping: Damping) -> Float[Array, " p"]:
     """The damping of each parameter, all above zero."""
-    known, sizes = fisher.dampings(damping), fisher.spec.sizes
+    known = fisher.dampings(damping)
     for leaf in jax.tree.leaves(damping):
         _refuse_zero("damping", leaf, "It is the lower bound of the spectrum; where F has its own, a small damping will do.")
-    by_leaf = known if isinstance(known, tuple) else (known,) * len(sizes)
-    return jnp.concatenate([jnp.broadcast_to(d, size) for d, size in zip(by_leaf, sizes, strict=True)])
+    return entries_of(known, fisher.spec)
 
 
 def _refuse_zero(name: str, value: chex.Numeric, why: str) -> None:

@@ -18,7 +18,7 @@ from jaxfisher._inverse import by_eigenvectors
 from jaxfisher._linalg import inverse_power, norm, power_or_one, to_unit
 from jaxfisher._once import once
 from jaxfisher._operators.base import Operator, View, as_operator
-from jaxfisher._operators.damping import Damping, Dampings
+from jaxfisher._operators.damping import Damping, Dampings, entries_of
 from jaxfisher._scores import Scores
 from jaxfisher._system import SolveInfo
 from jaxfisher._tree import all_finite, cast_like, described, dtype_of
@@ -91,7 +91,7 @@ class CG:
         size = power_or_one(norm(b))
         exact = _damped(fisher, known)
         # F may be of a size whose products leave the dtype: the iteration solves (s F s) y = b / |b|, and x = |b| s^2 y.
-        s = to_unit(fisher.root_size(exact), jnp.sqrt(jnp.max(_entries(fisher, known))))
+        s = to_unit(fisher.root_size(exact), jnp.sqrt(jnp.max(entries_of(known, fisher.spec))))
         product: Callable[[Array], Array] = lambda y: s * exact(s * y)  # noqa: E731
         to_x: Callable[[Array], Array] = lambda y: y * s * size * s  # noqa: E731
         up, shorter = inverse_power(s), inverse_power(size)
@@ -131,15 +131,8 @@ def _check_rule(rtol: float, max_steps: int | None) -> None:
 
 def _damped(fisher: Operator, damping: Dampings) -> Callable[[Float[Array, " p"]], Float[Array, " p"]]:
     """``x -> (F + damping I) x`` on flat vectors."""
-    spec, product, entries = fisher.spec, fisher.linearised(), _entries(fisher, damping)
+    spec, product, entries = fisher.spec, fisher.linearised(), entries_of(damping, fisher.spec)
     return lambda x: spec.ravel(product(spec.unravel(x)), "x") + entries * x
-
-
-def _entries(fisher: Operator, damping: Dampings) -> Float[Array, " p"]:
-    """The damping of each parameter."""
-    sizes = fisher.spec.sizes
-    by_leaf = damping if isinstance(damping, tuple) else (damping,) * len(sizes)
-    return jnp.concatenate([jnp.broadcast_to(d, size) for d, size in zip(by_leaf, sizes, strict=True)])
 
 
 RESTARTS = 3

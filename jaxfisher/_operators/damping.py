@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Scalar
+from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._tree import ParamSpec
 from jaxfisher._values import described
@@ -28,3 +28,9 @@ def is_one_damping(damping: Damping, spec: ParamSpec) -> bool:
             f"number of at least zero, or a pytree like the parameters, {spec.treedef}, with one number for each leaf."
         )
     return False
+
+
+def entries_of(dampings: Dampings, spec: ParamSpec) -> Float[Array, " p"]:
+    """The damping of each parameter."""
+    by_leaf = dampings if isinstance(dampings, tuple) else (dampings,) * len(spec.sizes)
+    return jnp.concatenate([jnp.broadcast_to(d, size) for d, size in zip(by_leaf, spec.sizes, strict=True)])
