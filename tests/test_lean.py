@@ -113,18 +113,26 @@ def instructions(text):
     return len(re.findall(r"^\s+(?:ROOT )?%?[\w.\-]+ = ", text, re.M))
 
 
+def operations(lowered):
+    """How many operations a program has before XLA optimises it."""
+    return len(re.findall(r"^\s*%.* = ", lowered.as_text(), re.M))
+
+
 def test_a_step_is_a_small_program():
     """A damping above zero needs no eigenvectors, and a solution that is not refined no second product."""
     args = [(shape(i, o), shape(o)) for i, o in itertools.pairwise((64, 256, 256, 10))], *DATA
-    lean = jax.jit(jf.natural_grad(LOG_PROB, damping=1e-3, rtol=math.inf)).lower(*args).compile().as_text()
-    refined = jax.jit(lambda d, *args: jf.natural_grad(LOG_PROB, damping=d)(*args)).lower(shape(), *args).compile().as_text()
-    whole = jax.jit(jf.natural_grad(LOG_PROB, damping=0.0)).lower(*args).compile().as_text()
+    lean = jax.jit(jf.natural_grad(LOG_PROB, damping=1e-3, rtol=math.inf)).lower(*args)
+    refined = jax.jit(lambda d, *args: jf.natural_grad(LOG_PROB, damping=d)(*args)).lower(shape(), *args)
+    whole = jax.jit(jf.natural_grad(LOG_PROB, damping=0.0)).lower(*args)
     eigen = re.compile("syevd")
-    assert not eigen.search(lean) and not eigen.search(refined)
-    assert eigen.search(whole), "the control: at zero damping eigenvectors are needed"
-    # XLA's older code generator for the CPU, which CI takes for its speed, needs some 100 more, and the newest XLA some 200.
-    assert instructions(lean) < 720, instructions(lean)
-    assert instructions(refined) < 1450, instructions(refined)
+    assert not eigen.search(lean.as_text()) and not eigen.search(refined.as_text())
+    assert eigen.search(whole.as_text()), "the control: at zero damping eigenvectors are needed"
+    # What we hand to XLA is the same on every version; how often XLA then writes an instruction into several fusions is not:
+    # of the second program it makes 1,360 on the oldest JAX and 1,570 on the newest.
+    assert operations(lean) < 640, operations(lean)
+    assert operations(refined) < 860, operations(refined)
+    assert instructions(lean.compile().as_text()) < 720
+    assert instructions(refined.compile().as_text()) < 1700
 
 
 def test_a_step_of_many_examples_takes_little_more_memory_than_a_gradient():
