@@ -139,16 +139,6 @@ def with_optax(optimiser: optax.GradientTransformation, fisher: Fisher | None = 
     return trainer
 
 
-def line_search() -> optax.GradientTransformation:
-    """`optax.lbfgs`, which takes no other keywords than its line search's."""
-    inner = optax.lbfgs()
-
-    def update(updates: Any, state: Any, params: Any, *, value: Any, grad: Any, value_fn: Any, **_: Any) -> tuple[Any, Any]:
-        return inner.update(updates, state, params, value=value, grad=grad, value_fn=value_fn)
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
 def deterministic(trainer: Callable[[Task], Trainer]) -> Callable[[Task], Trainer]:
     """For a method that takes the loss to be the same function at every step."""
 
@@ -248,7 +238,7 @@ def entries() -> Iterator[Entry]:
     for name, make in {"Adam": optax.adam, "AdamW": optax.adamw, "Muon": optax.contrib.muon}.items():
         for rate in RATES:
             yield Entry(name, f"rate {rate:g}", with_optax(make(rate)))
-    yield Entry("L-BFGS", "", deterministic(with_optax(line_search())))
+    yield Entry("L-BFGS", "", deterministic(with_optax(optax.lbfgs())))
     for damping in DAMPINGS:
         yield Entry("kfac-jax", f"damping {damping:g}", functools.partial(kfac_jax, damping))
     for damping in DAMPINGS:

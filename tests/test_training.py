@@ -70,6 +70,45 @@ def test_the_first_step_of_kfac_by_hand(damping):
     assert not info.measured and info.residual == 0 and info.converged, "nobody computed the residual"
 
 
+def with_prior(params, x):
+    fisher = jf.implicit_fisher(classifier)(params, x, views_of=jf.exact_fisher(classifier)(params, x))
+    return fisher + jf.scaled_identity(fisher, PRIOR)
+
+
+def like_with_prior():
+    params, x, *_ = reference()
+    return with_prior(params, x)
+
+
+PRIOR = 0.03
+CHAIN = optax.chain(
+    jf.scale_by_fisher(damping=0.1, view=jf.kronecker, decay=0.95, update_every=5, like=like_with_prior),
+    jf.quadratic_model(damping=0.1),
+)
+
+
+@pytest.mark.parametrize(
+    ("opt", "light"),
+    [
+        (jf.kfac(like_with_prior, damping=0.1), None),
+        (jf.adapt_damping(CHAIN, damping=0.1), 0.1),
+        (CHAIN, 0.1),
+    ],
+    ids=["kfac", "the chain of the page on migrating", "without adapting"],
+)
+def test_a_prior_is_an_operator_in_the_step(opt, light):
+    """The view distributes over a sum: the factors are damped by the prior as well, and so is the length."""
+    params, x, y, _, rows = reference()
+    new, state, _ = jax.jit(jf.training_step(classifier, opt, with_prior))(params, opt.init(params), x, y)
+    g, dense = -rows.mean(0), class_sum_fisher(params, x) + PRIOR * np.eye(31)
+    factors = np.asarray(jf.kronecker(like()).as_matrix()) + PRIOR * np.eye(31)
+    light = max(1e-3, 1e-4 * np.trace(factors) / 31) if light is None else light
+    d = np.linalg.solve(factors + light * np.eye(31), g)
+    rate = (g @ d) / (d @ (dense + 0.1 * np.eye(31)) @ d)
+    assert_close(optax.tree.get(state, "learning_rate"), rate, factor=1e5, eps=1.2e-7)
+    np.testing.assert_allclose(flat(new), flat(params) - rate * d, rtol=1e-6)
+
+
 def test_the_direction_of_kfac_by_a_solver():
     """It is given the operator and the damping of the direction; the length fits whatever comes out."""
     params, x, y, _, rows = reference()

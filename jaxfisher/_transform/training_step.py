@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import chex
@@ -37,8 +39,11 @@ def training_step(model: Model, optimiser: optax.GradientTransformation, fisher:
             value_fn=lambda new: loss(new), kl_fn=lambda new: jf.kl(model)(params, new, x))
         params = optax.apply_updates(params, updates)
 
-    so one step takes `natural_gradient`, `adapt_damping`, `backtrack_kl`, a chain of them, or Adam. What the optimiser does not
-    call is not computed. Jit it, or scan it.
+    so one step takes `natural_gradient`, `adapt_damping`, `backtrack_kl`, a chain of them, and every optimiser of `optax` and
+    `optax.contrib` whose updates are of one mean gradient: line searches such as `optax.lbfgs` have ``value_fn``,
+    `optax.contrib.sophia` has ``obj_fn``, `optax.contrib.sam` has ``grad_fn``, both of the same loss. (`optax.contrib.dpsgd`
+    clips a gradient for each example, and there is none here.) What the optimiser does not call is not computed. Jit it, or
+    scan it.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
@@ -79,24 +84,42 @@ def training_step(model: Model, optimiser: optax.GradientTransformation, fisher:
         batch, inputs = make_batch(params, data, weights), data[:-1]
         given = {} if weights is None else {"weights": weights}
 
-        def loss(params: chex.ArrayTree) -> Scalar:
+        # Optax's line searches refuse a keyword that the signature of `value_fn` does not name, whoever it is for.
+        def loss(
+            params: chex.ArrayTree,
+            *,
+            fisher: Any = None,
+            kl_fn: Any = None,
+            obj_fn: Any = None,
+            grad_fn: Any = None,
+            damping: Any = None,
+        ) -> Scalar:
+            del fisher, kl_fn, obj_fn, grad_fn, damping
             return mean_loss(log_prob, params, batch.data, batch.weights)
 
         with of_one_example(log_prob, "model", params, batch.data):
             value, grads = jax.value_and_grad(loss)(params)
-        updates, state = update(
-            grads,
-            state,
-            params,
-            value=value,
-            grad=grads,
-            value_fn=loss,
-            kl_fn=lambda new: divergence(params, new, *inputs, **given),
-            fisher=lambda: curvature(params, *taken_by(curvature, data, inputs), **given),
-        )
+        known = {
+            "value": value,
+            "grad": grads,
+            "value_fn": loss,
+            "obj_fn": loss,
+            "grad_fn": lambda new, _: jax.grad(loss)(new),
+            "kl_fn": lambda new: divergence(params, new, *inputs, **given),
+            "fisher": lambda: curvature(params, *taken_by(curvature, data, inputs), **given),
+        }
+        updates, state = update(grads, state, params, **_taken(update, known))
         return optax.apply_updates(params, updates), state, value
 
     return step
+
+
+def _taken(update: Callable[..., Any], known: dict[str, Any]) -> dict[str, Any]:
+    """What of the keywords an update names; all, where it takes any: `optax.contrib.sam` takes one and no other."""
+    parameters = inspect.signature(update).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return known
+    return {name: value for name, value in known.items() if name in parameters}
 
 
 def _check_optimiser(optimiser: Any) -> None:

@@ -1,0 +1,107 @@
+"""Every optimiser of Optax takes a training step, without a word about what it asks for."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from problems import classifier, reference
+from problems import mean_loss as loss
+
+import jaxfisher as jf
+
+pytestmark = pytest.mark.relaxed  # Optax adds integers to floats
+
+OTHERS = {
+    "optax.lbfgs": lambda: optax.lbfgs(),
+    "optax.chain with a backtracking line search": lambda: optax.chain(
+        optax.sgd(1.0), optax.scale_by_backtracking_linesearch(max_backtracking_steps=5)
+    ),
+    "optax.polyak_sgd": lambda: optax.polyak_sgd(1.0),
+    "optax.contrib.dog": lambda: optax.contrib.dog(1.0),
+    "optax.contrib.sam": lambda: optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.05)),
+    "optax.contrib.sam, opaque": lambda: optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.05), opaque_mode=True),
+    "optax.contrib.schedule_free": lambda: optax.contrib.schedule_free(optax.sgd(0.1), 0.1),
+    "optax.contrib.schedule_free_sgd": lambda: optax.contrib.schedule_free_sgd(0.1),
+    "optax.contrib.mechanize": lambda: optax.contrib.mechanize(optax.sgd(0.1)),
+    "optax.contrib.momo": lambda: optax.contrib.momo(0.1),
+    "optax.chain with reduce_on_plateau": lambda: optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
+    "adapt_damping of a line search": lambda: jf.adapt_damping(
+        optax.chain(jf.natural_gradient(1.0, 0.1), optax.scale_by_backtracking_linesearch(max_backtracking_steps=5)), 0.1
+    ),
+    "jf.natural_gradient and a line search": lambda: optax.chain(
+        jf.natural_gradient(1.0, 0.1), optax.scale_by_zoom_linesearch(max_linesearch_steps=5)
+    ),
+}
+"""How those are made that take something else than a learning rate."""
+NEEDED = {"noisy_sgd": {"eta": 0.01, "gamma": 0.55, "key": 0}, "optimistic_adam": {"optimism": 0.1}}
+"""What some need beside it."""
+OF_EXAMPLES = {"dpsgd"}
+"""Those that take a gradient for each example."""
+
+
+def with_a_rate():
+    """Every function of Optax that makes an optimiser from a learning rate."""
+    found = {}
+    for module in (optax, optax.contrib):
+        for name, make in inspect.getmembers(module, inspect.isfunction):
+            if name.startswith(("_", "scale_by")) or name in OF_EXAMPLES:
+                continue
+            parameters = inspect.signature(make).parameters
+            if next(iter(parameters), None) != "learning_rate":
+                continue
+            found[f"{module.__name__}.{name}"] = lambda make=make, name=name: make(learning_rate=0.05, **NEEDED.get(name, {}))
+    return found
+
+
+OPTIMISERS = with_a_rate() | OTHERS
+
+
+def test_the_optimisers_are_found():
+    assert {"optax.adam", "optax.lamb", "optax.contrib.muon", "optax.contrib.sophia"} <= set(OPTIMISERS)
+    assert len(OPTIMISERS) > 40
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Explicitly requested dtype")
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_every_optimiser_of_optax_runs(name):
+    """Abstractly, which is enough to meet a keyword that is missing or refused; shapes of the state stay as they are."""
+    params, x, y, _, _ = reference()
+    opt = OPTIMISERS[name]()
+    state = jax.eval_shape(opt.init, params)
+    new, after, value = jax.eval_shape(jf.training_step(classifier, opt), params, state, x, y)
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, params)
+    assert jax.tree.map(lambda leaf: leaf.shape, after) == jax.tree.map(lambda leaf: leaf.shape, state)
+    assert value.shape == ()
+
+
+@pytest.mark.parametrize(
+    "name", ["optax.lbfgs", "optax.contrib.sam, opaque", "optax.contrib.sophia", "jf.natural_gradient and a line search"]
+)
+def test_those_that_evaluate_the_loss_lower_it(name):
+    params, x, y, _, _ = reference()
+    opt = OPTIMISERS[name]()
+    step, state, start = jax.jit(jf.training_step(classifier, opt)), opt.init(params), loss(params, x, y)
+    for _ in range(5):
+        params, state, _ = step(params, state, x, y)
+    assert loss(params, x, y) < start
+
+
+def test_lbfgs_is_the_one_written_by_hand():
+    params, x, y, _, _ = reference()
+    opt = optax.lbfgs()
+    new, _, value = jax.jit(jf.training_step(classifier, opt))(params, opt.init(params), x, y)
+
+    @jax.jit
+    def by_hand(params):
+        of = lambda p: loss(p, x, y)  # noqa: E731
+        value, grads = jax.value_and_grad(of)(params)
+        updates, _ = opt.update(grads, opt.init(params), params, value=value, grad=grads, value_fn=of)
+        return optax.apply_updates(params, updates), value
+
+    expected, first = by_hand(params)
+    np.testing.assert_allclose(value, first, rtol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), new, expected)
