@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,6 @@ from jaxtyping import Array, Bool, Float
 
 from jaxfisher._tree import ParamSpec, at_least_float32, param_spec, path_names, refuse_sparse
 from jaxfisher._values import check_array, described, dtype_of, is_array, whole
-from jaxfisher._varying import varying_like
 
 
 def num_examples(data: tuple[Any, ...], name: str) -> int:
@@ -249,50 +247,3 @@ def map_examples(function: Any, params: chex.ArrayTree, data: tuple[Any, ...]) -
     """``function(params, *example)`` of every example, results stacked along a leading axis."""
     axes = (None, *(0 for _ in data))
     return jax.vmap(function, in_axes=axes, axis_size=num_examples(data, "data"))(params, *data)
-
-
-def map_batches(function: Callable[..., Any], data: tuple[Any, ...], batch_size: int | None) -> Any:
-    """``function`` of each piece of ``data``, results joined along their leading axis.
-
-    ``function`` takes a batch; pieces have ``batch_size`` examples, the last one what remains.
-    """
-    starts, rest = _split(data, batch_size)
-    if starts is None:
-        return function(*data)
-    stacked = jax.lax.map(lambda start: function(*_piece(data, start, batch_size)), starts)
-    joined = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), stacked)
-    if rest is None:
-        return joined
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), joined, function(*rest))
-
-
-def sum_batches(function: Callable[..., Any], data: tuple[Any, ...], batch_size: int | None) -> Any:
-    """The sum over pieces of ``function`` of each piece: one piece in memory at a time."""
-    starts, rest = _split(data, batch_size)
-    if starts is None:
-        return function(*data)
-    shapes = jax.eval_shape(lambda start: function(*_piece(data, start, batch_size)), starts[0])
-    zero = varying_like(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), data)
-
-    def step(total: Any, start: Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(*_piece(data, start, batch_size))), None
-
-    total, _ = jax.lax.scan(step, zero, starts)
-    return total if rest is None else jax.tree.map(jnp.add, total, function(*rest))
-
-
-def _split(data: tuple[Any, ...], batch_size: int | None) -> tuple[Any, Any]:
-    """``(where whole pieces start, remainder)``; ``(None, None)`` where one piece holds everything."""
-    leaves = jax.tree.leaves(data)
-    n = leaves[0].shape[0] if leaves else 1
-    if not leaves or batch_size is None or batch_size >= n:
-        return None, None
-    count = n // batch_size
-    rest = None if count * batch_size == n else jax.tree.map(lambda leaf: leaf[count * batch_size :], data)
-    return batch_size * jnp.arange(count), rest
-
-
-def _piece(data: tuple[Any, ...], start: Array, batch_size: int | None) -> tuple[Any, ...]:
-    """``batch_size`` examples, cut out when they are needed: the data is not copied."""
-    cut: tuple[Any, ...] = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, batch_size or 1), data)
-    return cut

@@ -49,7 +49,7 @@ def empirical_fisher(
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
         center: subtract the (weighted) mean score from every score.
-        batch_size: make the scores again in pieces of so many examples, instead of holding their factors.
+        batch_size: make the scores again in pieces of at most so many examples, instead of holding their factors.
         max_bytes: as in `jaxfisher.scores`, instead of a ``batch_size``.
 
     Returns:
@@ -140,7 +140,7 @@ def exact_fisher(model: Model, *, batch_size: int | None = None, max_bytes: int 
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
-        batch_size: make the rows again in pieces of so many examples, instead of holding their factors.
+        batch_size: make the rows again in pieces of at most so many examples, instead of holding their factors.
         max_bytes: as in `jaxfisher.scores`, instead of a ``batch_size``.
 
     Returns:
@@ -186,7 +186,7 @@ def sampled_fisher(
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
         num_samples: draws for each example, m.
-        batch_size: make the rows again in pieces of so many examples, instead of holding their factors.
+        batch_size: make the rows again in pieces of at most so many examples, instead of holding their factors.
         max_bytes: as in `jaxfisher.scores`, instead of a ``batch_size``.
 
     Returns:
@@ -253,7 +253,7 @@ def implicit_fisher(model: Model, *, batch_size: int | None = None) -> ImplicitF
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
-        batch_size: run the model on pieces of so many examples, which bounds the activations held.
+        batch_size: run the model on pieces of at most so many examples, which bounds the activations held.
 
     Returns:
         A function ``(params, *inputs, weights=None, views_of=None)`` that returns an operator. ``views_of`` is an operator over

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._examples import Batch, make_batch, needs_data, sum_batches
+from jaxfisher._examples import Batch, make_batch, needs_data
 from jaxfisher._fisher import FisherFunction
 from jaxfisher._model import LOG_PROB, LogProb, mean_loss, of_one_example
 from jaxfisher._once import Static, once_for
@@ -18,6 +18,7 @@ from jaxfisher._operators.base import VIEW, Operator, View, as_operator
 from jaxfisher._operators.damping import Damping, is_one_damping
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.provenance import Provenance
+from jaxfisher._pieces import sum_batches
 from jaxfisher._scores import values_and_scores
 from jaxfisher._solve import Solver, check_solver, solve
 from jaxfisher._targets import taken_by
@@ -73,7 +74,7 @@ def natural_grad(
             depend on each other to rounding, less than eps times the largest squared score (over n) counts as that.
         view: applied to the operator before it is inverted, such as `jaxfisher.diagonal`.
         solver: as in `jaxfisher.solve`, such as ``jf.CG(rtol=1e-2, preconditioner=jf.kronecker)``; None for the exact route.
-        batch_size: bound memory by running the model on pieces of so many examples.
+        batch_size: bound memory by running the model on pieces of at most so many examples.
         max_bytes: with ``fisher=None``, as in `jaxfisher.scores`, instead of a ``batch_size``.
         rtol: how accurate the solve must be with ``fisher=None`` and a positive damping, as a residual relative to the
             gradient; None for ``1e-3``, which serves training (a standard error wants 1e-5). The solution is refined only where

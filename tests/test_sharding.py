@@ -10,6 +10,8 @@ import numpy as np
 from sharded import EXAMPLES
 
 PARAMETERS = 6 * 8 + 8 + 8 * 3
+SHARED, NUMBERS = 128, 21**2 + 25**2 + 24**2 + 5**2
+"""The examples of `shares.py`, and the largest number of results that a sum over examples has there: Kronecker factors."""
 
 
 def said(script, devices):
@@ -46,3 +48,22 @@ def test_eight_devices_take_the_step_of_one():
         # The condition of F + damping is below 1e3.
         assert each["off"] <= 1e3 * np.finfo(np.float64).eps, each
         assert max(each["gathered"], default=0) <= EXAMPLES * EXAMPLES < EXAMPLES * PARAMETERS, each
+
+
+def test_each_device_works_on_its_share_of_the_examples():
+    """With weights, and in pieces too: an eighth of the work, and no example is sent to another device.
+
+    The Gram matrix alone needs the factors of all examples everywhere, n T (d_in + d_out) numbers a layer.
+    """
+    found = said("shares.py", 8)
+    assert len(found) == 14
+    for each in found:
+        assert each["off"] <= 64 * np.finfo(np.float64).eps, each
+        gram = each["name"] == "Gram"
+        # What each device does with the matrix of n x n, or with a solution, is no smaller on more devices.
+        share = each["products"] if gram else each["flops"]
+        assert share <= (0.17 if each["name"] == "loss" else 1.2 / 8), each
+        sent = each["sent"]
+        assert max(sent.get("all-gather", []), default=0) <= (SHARED * (24 + 20) if gram else 8), each
+        assert max(sent.get("all-reduce", []), default=0) <= (SHARED**2 if gram else NUMBERS), each
+        assert set(sent) <= {"all-gather", "all-reduce"} | ({"all-to-all"} if gram else set()), each

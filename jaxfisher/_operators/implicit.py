@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._engine import Basis
-from jaxfisher._examples import make_batch, map_examples, sum_batches
+from jaxfisher._examples import make_batch, map_examples
 from jaxfisher._model import Model, float_fields, predict, tangent
 from jaxfisher._operators.base import Operator
 from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.provenance import Provenance
+from jaxfisher._pieces import sum_batches
 from jaxfisher._rows import ExactRows, prediction
 from jaxfisher._scores import Scores, make_scores
 from jaxfisher._tree import ParamSpec, cast_like, kept, narrowed

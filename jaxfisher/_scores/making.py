@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxfisher._engine import Traced, leaf_forms, trace, working
-from jaxfisher._examples import Batch, make_batch, map_batches, map_examples, needs_data
+from jaxfisher._examples import Batch, make_batch, map_examples, needs_data
 from jaxfisher._model import LOG_PROB, LogProb, of_one_example
 from jaxfisher._once import Static, once_for
+from jaxfisher._pieces import map_batches
 from jaxfisher._rows import Rows, ScoreRows
 from jaxfisher._scores.held import HeldScores
 from jaxfisher._scores.map import Scores
@@ -99,7 +100,8 @@ def scores(
     Args:
         log_prob: ``(params, *example) -> scalar``, the log-density of ONE example; the library maps it over the data.
         center: subtract the (weighted) mean score, so that ``S^T S / n`` is the covariance of the score.
-        batch_size: make the scores again in pieces of so many examples whenever they are needed, instead of holding them.
+        batch_size: make the scores again in pieces of at most so many examples whenever they are needed, instead of holding
+            them.
         max_bytes: instead of a ``batch_size``: as many examples at a time as keep what is held and what is made of it below
             this, results aside.
 

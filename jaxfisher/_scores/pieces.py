@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._engine import Basis, Leaf, Moments, Seal, cross_gram, leaf_forms, trace
-from jaxfisher._examples import map_batches, num_examples, sum_batches
+from jaxfisher._examples import num_examples
 from jaxfisher._once import once
+from jaxfisher._pieces import Pieces, map_batches, pieces, sum_batches
 from jaxfisher._rows import Rows
 from jaxfisher._scores.centred import CenteredScores
 from jaxfisher._scores.held import HeldScores, kept_leaves
@@ -59,7 +60,7 @@ class ScoresInPieces(Scores):
         return self._map(HeldScores.as_matrix)
 
     def bound(self) -> Scalar:
-        return jnp.max(self._map(lambda held: held.bound()[None]))
+        return jnp.max(self._map(lambda held: jnp.full(held.num_rows, held.bound())))
 
 
 @partial(
@@ -132,25 +133,33 @@ class StreamedScores(ScoresInPieces, FactoredScores):
         return (self._by_example(self.weights), self.live, *self.data)
 
     def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
-        # Tiles of the upper triangle, each from two blocks of rows made on the spot.
-        n = num_examples(self.data, "data")
-        blocks = -(-n // self.batch_size)
-        index = jnp.minimum(jnp.arange(blocks * self.batch_size), n - 1).reshape(blocks, self.batch_size)
-        data = self._weighted_data()
+        cut = pieces(self._weighted_data(), self.batch_size)
+        if cut is None:
+            return self._held(*self._weighted_data()).gram_upper(factor)
+        whole = self._gram_of_pieces(cut, factor)
+        if cut.rest is None:
+            return whole
+        last = self._held(*cut.rest)
+        block = lambda i: cross_gram(self._held(*cut.piece(i)).leaves, last.leaves, factor)  # noqa: E731
+        beside = cut.in_order(jax.lax.map(block, jnp.arange(cut.count)))
+        return jnp.block([[whole, beside], [jnp.zeros_like(beside.T), last.gram_upper(factor)]])
 
-        def block(i: Array) -> tuple[Leaf, ...]:
-            return self._held(*jax.tree.map(lambda leaf: leaf[index[i]], data)).leaves
-
-        upper, lower = np.triu_indices(blocks)
+    def _gram_of_pieces(self, cut: Pieces, factor: Scalar) -> Float[Array, "rows rows"]:
+        """The inner products of pairs of pieces, each pair once, both pieces being made on the spot."""
+        one, other = np.triu_indices(cut.count)
 
         def tile(pair: tuple[Array, Array]) -> Array:
-            return cross_gram(block(pair[0]), block(pair[1]), factor)
+            first, second = (self._held(*cut.piece(i)).leaves for i in pair)
+            return cross_gram(first, second, factor)
 
-        tiles = jax.lax.map(tile, (jnp.asarray(upper), jnp.asarray(lower)))
+        tiles = jax.lax.map(tile, (jnp.asarray(one), jnp.asarray(other)))
         side = tiles.shape[1]
-        grid = jnp.zeros((blocks, blocks, side, side), tiles.dtype)
-        grid = grid.at[upper, lower].set(tiles)
-        return grid.swapaxes(1, 2).reshape(blocks * side, blocks * side)[: self.num_rows, : self.num_rows]
+        grid = jnp.zeros((cut.count, cut.count, side, side), tiles.dtype).at[one, other].set(tiles)
+        rows = cut.in_order(grid.swapaxes(1, 2))  # [rows, piece, row]
+        known = cut.in_order(jnp.moveaxis(rows, 0, -1)).T
+        # Of two rows, the product was taken once, with the row of the earlier piece first.
+        piece = cut.in_order(jnp.repeat(jnp.arange(cut.count)[:, None], side, axis=1))
+        return jnp.where(piece[:, None] <= piece, known, known.T)
 
     def expanded_moments(self) -> tuple[Moments | None, ...]:
         found: tuple[Moments | None, ...] = self._sum(HeldScores.expanded_moments)
@@ -161,7 +170,7 @@ class StreamedScores(ScoresInPieces, FactoredScores):
         return found
 
     def centered(self) -> Scores:
-        # Any constant near the mean will do for the shift: that of the first examples.
+        # Any constant near the mean will do for the shift: the mean of one piece.
         return CenteredScores(dataclasses.replace(self, shift=_first_means(self)), self.weights)
 
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> StreamedScores:
@@ -171,9 +180,10 @@ class StreamedScores(ScoresInPieces, FactoredScores):
 
 @once
 def _first_means(scores: StreamedScores) -> tuple[Any, ...]:
-    """The means of the factors over the first examples."""
-    weights, _, *first = jax.tree.map(lambda leaf: leaf[: scores.batch_size], scores._weighted_data())
-    return tuple(leaf.means(jnp.ones_like(weights)) for leaf in scores._leaves(*first))
+    """The means of the factors over the examples of one piece."""
+    cut = pieces(scores._weighted_data(), scores.batch_size)
+    weights, _, *data = scores._weighted_data() if cut is None else cut.piece(jnp.zeros((), jnp.int32))
+    return tuple(leaf.means(jnp.ones_like(weights)) for leaf in scores._leaves(*data))
 
 
 def masked(leaves: tuple[Leaf, ...], live: Bool[Array, " n"] | None) -> tuple[Leaf, ...]:

@@ -22,8 +22,8 @@ from jaxfisher._engine.forms.leaf import Leaf
 from jaxfisher._engine.forms.moments import has_moments, products
 from jaxfisher._engine.forms.product import Product
 from jaxfisher._engine.forms.squares import diagonal
-from jaxfisher._examples import sum_batches
 from jaxfisher._linalg import matmul
+from jaxfisher._pieces import sum_batches
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("inputs", "outputs"), meta_fields=("layout", "weight", "bias"))

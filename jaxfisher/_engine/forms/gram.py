@@ -18,8 +18,8 @@ from jaxfisher._engine.forms.leaf import Leaf
 from jaxfisher._engine.forms.lookup import Lookup
 from jaxfisher._engine.forms.product import Product
 from jaxfisher._engine.forms.tiles import by_columns
-from jaxfisher._examples import map_batches
 from jaxfisher._linalg import matmul
+from jaxfisher._pieces import map_batches
 
 
 class Sizes(NamedTuple):

@@ -16,7 +16,7 @@ from jaxfisher._engine.forms.arrays import Seal, few, masked, taken, total
 from jaxfisher._engine.forms.form import Form, Made
 from jaxfisher._engine.forms.formed import Formed
 from jaxfisher._engine.forms.layout import Layout, plain_layout
-from jaxfisher._examples import map_batches, sum_batches
+from jaxfisher._pieces import map_batches, sum_batches
 
 
 @partial(

@@ -25,8 +25,8 @@ from jaxfisher._engine.forms.layout import Layout, matrix_layout
 from jaxfisher._engine.forms.leaf import Leaf
 from jaxfisher._engine.forms.product import Product
 from jaxfisher._engine.forms.tiles import by_columns
-from jaxfisher._examples import sum_batches
 from jaxfisher._linalg import diagonals, matmul
+from jaxfisher._pieces import sum_batches
 
 
 @partial(

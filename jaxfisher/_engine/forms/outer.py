@@ -15,8 +15,8 @@ from jaxfisher._engine.forms.formed import Formed
 from jaxfisher._engine.forms.layout import Layout
 from jaxfisher._engine.forms.leaf import Leaf
 from jaxfisher._engine.forms.product import Product
-from jaxfisher._examples import sum_batches
 from jaxfisher._linalg import matmul
+from jaxfisher._pieces import sum_batches
 
 
 class Outer(NamedTuple):

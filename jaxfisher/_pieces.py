@@ -1,0 +1,130 @@
+"""Pieces: how a batch is cut up so that one piece of it is in memory at a time, and how the results are put together."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxfisher._varying import varying_like
+
+
+def map_batches(function: Callable[..., Any], data: tuple[Any, ...], batch_size: int | None) -> Any:
+    """``function`` of each piece of ``data``, results joined in the order of the examples along their leading axis.
+
+    ``function`` takes a batch and gives as many rows for each of its examples; pieces have at most ``batch_size`` examples.
+    """
+    cut = pieces(data, batch_size)
+    if cut is None:
+        return function(*data)
+    stacked = jax.lax.map(lambda i: function(*cut.piece(i)), jnp.arange(cut.count))
+    joined = jax.tree.map(cut.in_order, stacked)
+    if cut.rest is None:
+        return joined
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), joined, function(*cut.rest))
+
+
+def sum_batches(function: Callable[..., Any], data: tuple[Any, ...], batch_size: int | None) -> Any:
+    """The sum over pieces of ``function`` of each piece."""
+    cut = pieces(data, batch_size)
+    if cut is None:
+        return function(*data)
+    shapes = jax.eval_shape(lambda i: function(*cut.piece(i)), jnp.zeros((), jnp.int32))
+    zero = varying_like(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), data)
+
+    def step(total: Any, i: Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(*cut.piece(i))), None
+
+    total, _ = jax.lax.scan(step, zero, jnp.arange(cut.count))
+    return total if cut.rest is None else jax.tree.map(jnp.add, total, function(*cut.rest))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces(abc.ABC):
+    """A batch in pieces of one size and what remains. A piece is taken when it is needed: the data is not copied.
+
+    Attributes:
+        data: the arrays of the batch.
+        count: how many pieces there are.
+        size: how many examples a piece has.
+    """
+
+    data: tuple[Any, ...]
+    count: int
+    size: int
+
+    @property
+    @abc.abstractmethod
+    def rest(self) -> tuple[Any, ...] | None:
+        """The examples that remain; None where there are none."""
+
+    @abc.abstractmethod
+    def piece(self, i: Array) -> tuple[Any, ...]:
+        """The examples of piece ``i``."""
+
+    @abc.abstractmethod
+    def in_order(self, stacked: Array) -> Array:
+        """Rows of all pieces, ``[count, rows, ...]``, in the order of their examples."""
+
+
+class Interleaved(Pieces):
+    """Pieces of every ``count``-th example.
+
+    Where examples are spread over devices, each device works on a part of its own share in every piece, and no example is
+    sent to another device: an axis of examples is split into (size, count), and the first of these stays spread.
+    """
+
+    @property
+    def rest(self) -> None:
+        return None
+
+    def piece(self, i: Array) -> tuple[Any, ...]:
+        def taken(leaf: Array) -> Array:
+            apart = leaf.reshape(self.size, self.count, *leaf.shape[1:])
+            return jax.lax.dynamic_index_in_dim(apart, i, axis=1, keepdims=False)
+
+        made: tuple[Any, ...] = jax.tree.map(taken, self.data)
+        return made
+
+    def in_order(self, stacked: Array) -> Array:
+        rows, *rest = stacked.shape[1:]
+        apart = stacked.reshape(self.count, self.size, rows // self.size, *rest)
+        return apart.swapaxes(0, 1).reshape(self.count * rows, *rest)
+
+
+class Consecutive(Pieces):
+    """Pieces of neighbouring examples, whose number need not be a multiple of the size of a piece."""
+
+    @property
+    def rest(self) -> tuple[Any, ...] | None:
+        end = self.count * self.size
+        left: tuple[Any, ...] = jax.tree.map(lambda leaf: leaf[end:], self.data)
+        return left
+
+    def piece(self, i: Array) -> tuple[Any, ...]:
+        cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i * self.size, self.size)  # noqa: E731
+        made: tuple[Any, ...] = jax.tree.map(cut, self.data)
+        return made
+
+    def in_order(self, stacked: Array) -> Array:
+        return stacked.reshape(stacked.shape[0] * stacked.shape[1], *stacked.shape[2:])
+
+
+def pieces(data: tuple[Any, ...], batch_size: int | None) -> Pieces | None:
+    """``data`` in pieces of at most ``batch_size`` examples; None where one piece holds everything.
+
+    All pieces have one size where the number of examples has a divisor between half of ``batch_size`` and the whole.
+    """
+    leaves = jax.tree.leaves(data)
+    n = leaves[0].shape[0] if leaves else 1
+    if batch_size is None or batch_size >= n:
+        return None
+    size = next((size for size in range(batch_size, batch_size // 2, -1) if n % size == 0), None)
+    if size is None:
+        return Consecutive(data, n // batch_size, batch_size)
+    return Interleaved(data, n // size, size)
