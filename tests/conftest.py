@@ -1,11 +1,19 @@
 """What holds for every test: float64 available, no silent promotion, one fixed key, and compiling kept cheap."""
 
+import gc
+import importlib.metadata
 import os
 import pathlib
 
 # Nearly all the time of the suite is XLA compiling programs that run once. CI runs the suite both ways: set this to 0 for the
 # optimised programs that users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# A program takes the older code generator, which JAX had until 0.10, half the time that it takes the newer one.
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) <= (0, 10):
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
+# No test reads where in the source an operation of a compiled program comes from.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+os.environ.setdefault("JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS", "0")
 # What was compiled once is kept for the next run on this machine; CI compiles everything anew. `rm -r .jax_cache` forgets it.
 if "CI" not in os.environ:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
@@ -18,6 +26,13 @@ import jax
 import pytest
 
 jax.config.update("jax_enable_x64", True)
+
+
+def pytest_collection_finish():
+    """Look for garbage seldom, and not among what was imported: otherwise looking takes a tenth of all the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Leaves made of random numbers, with no model behind them, and what they must give, from dense gradients in NumPy."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -192,6 +193,7 @@ USUAL = ((OWN, OF_ROW), (OF_EXAMPLE, OWN), (OF_EXAMPLE, OF_ROW))
 """Row axes of left and right factors that differ in what depends on the row of an example, and on the example."""
 
 
+@functools.cache
 def cases(dtype, seed=0):
     """Leaves of every form, of every kind of row axes, of one position and more, alone, added, and with a bias."""
     rng = np.random.default_rng(seed)
