@@ -159,7 +159,7 @@ class StreamedScores(ScoresInPieces, FactoredScores):
         known = cut.in_order(jnp.moveaxis(rows, 0, -1)).T
         # Of two rows, the product was taken once, with the row of the earlier piece first.
         piece = cut.in_order(jnp.repeat(jnp.arange(cut.count)[:, None], side, axis=1))
-        return jnp.where(piece[:, None] <= piece, known, known.T)
+        return jnp.where(piece[:, None] <= piece[None, :], known, known.T)
 
     def expanded_moments(self) -> tuple[Moments | None, ...]:
         found: tuple[Moments | None, ...] = self._sum(HeldScores.expanded_moments)
