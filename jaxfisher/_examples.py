@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from jaxfisher._automatic import automatic
 from jaxfisher._tree import ParamSpec, at_least_float32, param_spec, path_names, refuse_sparse
 from jaxfisher._values import check_array, described, dtype_of, is_array, whole
 
@@ -240,7 +241,7 @@ def _checked_max_bytes(batch_size: int | None, max_bytes: int | None) -> int | N
 
 def shape_of_one(data: Any) -> Any:
     """Shapes and dtypes of one example of ``data``, and the axes of a mesh over which they vary under ``shard_map``."""
-    return jax.eval_shape(lambda data: jax.tree.map(lambda leaf: leaf[0], data), data)
+    return jax.eval_shape(automatic(lambda data: jax.tree.map(lambda leaf: leaf[0], data)), data)
 
 
 def map_examples(function: Any, params: chex.ArrayTree, data: tuple[Any, ...]) -> Any:

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool
 
+from jaxfisher._automatic import automatic
 from jaxfisher._varying import cond, while_loop
 
 P = ParamSpec("P")
@@ -34,12 +35,13 @@ class Static(Generic[T]):
     value: T
 
 
-def once(function: Callable[P, R]) -> Callable[P, R]:
+def once(function: Callable[P, R], examples: Callable[..., Any] | None = None) -> Callable[P, R]:
     """A function of pytrees as one program for each structure and shape of its arguments, given by position.
 
-    Arguments that JAX cannot take are left to the function itself, which knows what to say of them.
+    Arguments that JAX cannot take are left to the function itself, which knows what to say of them. ``examples`` takes the
+    arguments and gives those with rows for each example, where the results have such rows too.
     """
-    program = jax.jit(function, inline=True)
+    program = jax.jit(automatic(function, examples), inline=True)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -77,8 +79,10 @@ class Around:
     """A frozen dataclass around functions of the user's: two around the same ones are equal."""
 
 
-def once_for(function: Callable[P, R]) -> Callable[P, R]:
+def once_for(function: Callable[P, R], examples: Callable[..., Any] | None = None) -> Callable[P, R]:
     """`once` for a function whose first argument is the user's, or is `Around` it: one program for each such function.
+
+    ``examples`` is given the other arguments.
 
     A program is found again by the user's function, and forgotten with it: neither it nor what it closes over is kept alive.
     Where a global or a closed-over variable that the function names is bound to something else, as happens in notebooks, the
@@ -99,7 +103,7 @@ def once_for(function: Callable[P, R]) -> Callable[P, R]:
             for owner in owners:
                 weakref.finalize(owner, programs.pop, key, None).atexit = False
         if program is None or program.reads != reads:
-            program = programs[key] = _Program(function, reads)
+            program = programs[key] = _Program(function, examples, reads)
         result: R = program(of, rest)
         return result
 
@@ -109,14 +113,14 @@ def once_for(function: Callable[P, R]) -> Callable[P, R]:
 class _Program:
     """A jitted function of which the first argument is there only during calls: tracing happens in them."""
 
-    def __init__(self, function: Callable[..., Any], reads: tuple[Hashable, ...]) -> None:
+    def __init__(self, function: Callable[..., Any], examples: Callable[..., Any] | None, reads: tuple[Hashable, ...]) -> None:
         self.reads = reads
         self._given = threading.local()
 
         def run(*rest: Any) -> Any:
             return function(self._given.of, *rest)
 
-        self._jitted = jax.jit(run, inline=True)
+        self._jitted = jax.jit(automatic(run, examples), inline=True)
 
     def __call__(self, of: Any, rest: Sequence[Any]) -> Any:
         outer = getattr(self._given, "of", None)

@@ -62,8 +62,7 @@ def main():
             with jax.set_mesh(mesh):
                 everywhere, apart = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("examples",)))
                 given = (*jax.device_put((params, state), everywhere), *jax.device_put((x, y), apart))
-                spread = step if kind == AxisType.Auto else jax.sharding.auto_axes(step, out_sharding=PartitionSpec())
-                program = jax.jit(spread).lower(*given).compile()
+                program = jax.jit(step).lower(*given).compile()
                 many = program(*given)
             pairs = zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True)
             off = max(float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)))) for a, b in pairs)

@@ -34,8 +34,16 @@ def test_inside_shard_map_each_device_has_the_answers_for_its_own_examples():
     assert refused["name"] == "LSMR" and "jf.CG()" in refused["says"]
 
 
+def test_examples_spread_over_explicit_axes_give_the_answers_of_one_device():
+    """As ``jax.make_mesh`` makes them unless it is told otherwise."""
+    found = said("explicit.py", 2)
+    assert len(found) == 21
+    for each in found:
+        assert each["off"] <= 1e3 * np.finfo(np.float64).eps, each
+
+
 def test_eight_devices_take_the_step_of_one():
-    """On meshes with automatic axes as it is, with explicit ones through ``jax.sharding.auto_axes``."""
+    """On meshes with automatic axes and with explicit ones."""
     found = said("sharded.py", 8)
     assert [(each["name"], each["kind"]) for each in found] == [
         ("exact", "Auto"),

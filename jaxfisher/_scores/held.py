@@ -27,6 +27,7 @@ from jaxfisher._engine import (
     squares_along,
 )
 from jaxfisher._linalg import matmul
+from jaxfisher._once import once
 from jaxfisher._scores.centred import CenteredScores
 from jaxfisher._scores.map import FactoredScores, Role, Scores, roles_of, total
 from jaxfisher._tree import ParamSpec
@@ -90,6 +91,7 @@ class HeldScores(FactoredScores):
     def squares_along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
         return squares_along(basis, self.leaves, self._omega)
 
+    @partial(once, examples=lambda scores: scores)
     def centered(self) -> Scores:
         means = [leaf.means(self._omega) for leaf in self.leaves]
         shifted = tuple(leaf.shifted(mean) for leaf, mean in zip(self.leaves, means, strict=True))

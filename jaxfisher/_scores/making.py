@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import chex
@@ -36,7 +37,7 @@ def values_and_scores(log_prob: LogProb, params: chex.ArrayTree, batch: Batch) -
     return values.astype(batch.spec.dtype), made
 
 
-@once_for
+@partial(once_for, examples=lambda params, batch, *_: batch.data)
 def _values(log_prob: LogProb, params: chex.ArrayTree, batch: Batch, pieces: Static[int]) -> Float[Array, " n"]:
     values: Array = map_batches(lambda *piece: map_examples(log_prob, params, piece), batch.data, pieces.value)
     return values
@@ -51,7 +52,7 @@ def _values_and_scores(rows: Rows, params: chex.ArrayTree, batch: Batch) -> tupl
     return None, StreamedScores(rows, params, batch.data, weights, batch.spec, made.value, keep, batch.live)
 
 
-@once_for
+@partial(once_for, examples=lambda params, batch: batch.data)
 def _run(rows: Rows, params: chex.ArrayTree, batch: Batch) -> tuple[tuple[Any, Any] | Static[int], Float[Array, " rows"]]:
     """What rows come with and the forms of their leaves, or how many examples make them at a time; and their weights."""
     with of_one_example(rows.function, rows.name, params, batch.data[rows.own :]):

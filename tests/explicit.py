@@ -1,0 +1,52 @@
+"""Answers where examples are spread over explicit axes of a mesh, against those of one device; run by `test_sharding`.
+
+Answers are asked for one by one, training steps inside ``jit``. Prints a line of JSON for each: the largest difference,
+relative to the largest number.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from mapped import LOG_PROB, answers, model
+
+import jaxfisher as jf
+
+EXAMPLES, DEVICES = 8, 2
+
+
+def trained(params, keys, x, y):
+    """Steps of what users train with, in the ways they are called."""
+    exact, drawn = jf.natural_gradient(0.1, 0.1), jf.kfac(like=jf.exact_fisher(model)(params, x))
+    steps = {
+        "step": jf.training_step(model, exact)(params, exact.init(params), x, y)[0],
+        "kfac": jf.training_step(model, drawn)(params, drawn.init(params), x, y)[0],
+        "descent": jax.tree.map(lambda p, d: p - 0.1 * d, params, jf.natural_grad(LOG_PROB, damping=0.1)(params, x, y)),
+    }
+    return {name: jax.flatten_util.ravel_pytree(found)[0] for name, found in steps.items()}
+
+
+def main():
+    jax.config.update("jax_enable_x64", True)
+    keys = jax.random.split(jax.random.key(0), 5)
+    params = {
+        "a": jax.random.normal(keys[0], (3, 4)),
+        "b": jnp.zeros(4),
+        "c": jax.random.normal(keys[1], (4, 3)),
+    }
+    x, y = jax.random.normal(keys[2], (EXAMPLES, 3)), jax.random.randint(keys[3], (EXAMPLES,), 0, 3)
+    mesh = jax.make_mesh((DEVICES,), ("examples",), axis_types=(AxisType.Explicit,))
+    everywhere, apart = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("examples",)))
+    for ask, run in ((answers, answers), (trained, jax.jit(trained))):
+        expected = jax.jit(ask)(params, keys[4:], x, y)
+        with jax.set_mesh(mesh):
+            given = (*jax.device_put((params, keys[4:]), everywhere), *jax.device_put((x, y), apart))
+            for name, value in run(*given).items():
+                off = np.abs(np.asarray(value) - np.asarray(expected[name])).max() / np.abs(expected[name]).max()
+                print(json.dumps({"name": name, "off": float(off)}))
+
+
+if __name__ == "__main__":
+    main()
