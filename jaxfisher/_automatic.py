@@ -32,9 +32,10 @@ def automatic(function: Callable[..., R], examples: Callable[..., Any] | None = 
         mesh = spread[0].sharding.mesh
         everywhere = NamedSharding(mesh, PartitionSpec())
         run = partial(jax.sharding.auto_axes, function, axes=mesh.explicit_axes)
-        if examples is None:
+        spread = [] if examples is None else _spread(examples(*args))
+        if not spread:
             return run(out_sharding=everywhere)(*args)
-        rows = min(_spread(examples(*args)), key=lambda kind: kind.shape[0])
+        rows = min(spread, key=lambda kind: kind.shape[0])
         apart = NamedSharding(mesh, PartitionSpec(rows.sharding.spec[0]))
         shapes = jax.eval_shape(run(out_sharding=everywhere), *args)
         whole = lambda leaf: leaf.ndim == 0 or leaf.shape[0] % rows.shape[0] or not leaf.shape[0]  # noqa: E731
