@@ -137,3 +137,11 @@ def test_products_with_constant_vectors_inside_a_jit(key):
         sums = jax.jit(lambda S, value=value: S.rmv(jnp.full(S.num_rows, value, jnp.float32)))(F.scores)
         given = jax.jit(lambda S, w: S.rmv(w))(F.scores, jnp.full(F.scores.num_rows, value, jnp.float32))
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3), sums, given)
+
+
+def test_the_words_for_scores_are_one_line():
+    params, x = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
+    log_prob = lambda params, x: -jnp.sum((x @ params["w"]) ** 2)  # noqa: E731
+    assert repr(jf.scores(log_prob)(params, x)) == "Scores(4 rows, params 6, held)"
+    assert repr(jf.scores(log_prob, batch_size=2)(params, x)) == "Scores(4 rows, params 6, in pieces of 2)"
+    assert repr(jf.scores(log_prob, center=True)(params, x)) == "Scores(4 rows, params 6, held, centred)"

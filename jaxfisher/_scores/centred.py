@@ -18,7 +18,7 @@ from jaxfisher._tree import ParamSpec, dot
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("scores", "mean_weights"), meta_fields=())
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class CenteredScores(Scores):
     r"""``Q S`` with ``Q = diag(live) (I - 1 omega^T)``: every row less the weighted mean row, and zero where it is padding.
 
@@ -28,6 +28,10 @@ class CenteredScores(Scores):
 
     scores: Scores
     mean_weights: Float[Array, " rows"]
+
+    @property
+    def way(self) -> str:
+        return f"{self.scores.way}, centred"
 
     @property
     def spec(self) -> ParamSpec:  # type: ignore[override]

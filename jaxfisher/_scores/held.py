@@ -34,13 +34,17 @@ from jaxfisher._tree import ParamSpec
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("leaves", "weights"), meta_fields=("spec",))
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class HeldScores(FactoredScores):
     """Scores in memory, each parameter leaf in its own form: factors of its gradients where the gradients have some."""
 
     leaves: tuple[Leaf, ...]
     weights: Float[Array, " rows"]
     spec: ParamSpec
+
+    @property
+    def way(self) -> str:
+        return "held"
 
     @property
     def _omega(self) -> Float[Array, "examples rows"]:

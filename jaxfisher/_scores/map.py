@@ -38,6 +38,14 @@ class Scores(abc.ABC):
             if name in vars(cls):
                 setattr(cls, name, once(of_one(name)(vars(cls)[name])))
 
+    def __repr__(self) -> str:
+        return f"Scores({self.num_rows:,} rows, params {self.spec.size:,}, {self.way})"
+
+    @property
+    @abc.abstractmethod
+    def way(self) -> str:
+        """How the rows are held, as `repr` says it."""
+
     @property
     def stack(self) -> tuple[int, ...]:
         """The axes that `jax.vmap` or `jax.lax.scan` has put before the rows; () of one matrix of scores."""

@@ -68,7 +68,7 @@ class ScoresInPieces(Scores):
     data_fields=("params", "data", "weights", "live", "shift", "factors"),
     meta_fields=("rows", "spec", "batch_size", "keep"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class StreamedScores(ScoresInPieces, FactoredScores):
     """Scores made again, ``batch_size`` examples at a time, whenever they are needed.
 
@@ -85,6 +85,10 @@ class StreamedScores(ScoresInPieces, FactoredScores):
     live: Bool[Array, " n"] | None = None
     shift: tuple[Any, ...] | None = None
     factors: tuple[Scalar, ...] | None = None
+
+    @property
+    def way(self) -> str:
+        return f"in pieces of {self.batch_size:,}"
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -192,11 +196,15 @@ def masked(leaves: tuple[Leaf, ...], live: Bool[Array, " n"] | None) -> tuple[Le
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("parts",), meta_fields=())
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class JoinedScores(ScoresInPieces):
     """The rows of several blocks of scores, one after the other."""
 
     parts: tuple[HeldScores, ...]
+
+    @property
+    def way(self) -> str:
+        return f"in {len(self.parts)} blocks"
 
     @property
     def spec(self) -> ParamSpec:  # type: ignore[override]
