@@ -41,7 +41,10 @@ from jaxfisher._fisher import implicit_fisher as implicit_fisher
 from jaxfisher._fisher import sampled_fisher as sampled_fisher
 
 # Operators, and their views.
-from jaxfisher._operators.base import Operator as Operator
+from jaxfisher._operators.operator import Operator as Operator
+from jaxfisher._operators.form import Form as Form
+from jaxfisher._operators.provenance import Provenance as Provenance
+from jaxfisher._pytree import array_fields as array_fields
 from jaxfisher._operators.block import block_diagonal as block_diagonal
 from jaxfisher._operators.dense import dense as dense
 from jaxfisher._operators.diagonal import diagonal as diagonal

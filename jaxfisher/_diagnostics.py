@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
-from jaxfisher._operators.base import Operator, as_operator
+from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._values import check_number, nonnegative
 
 

@@ -15,6 +15,7 @@ from jaxfisher._examples import Batch, make_batch, map_examples, needs_data
 from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, mean_loss, of_one_example, predict, scalar
 from jaxfisher._once import once_for
 from jaxfisher._operators.dense import Dense
+from jaxfisher._operators.operator import Operator
 from jaxfisher._operators.provenance import Provenance
 from jaxfisher._targets import OfData
 from jaxfisher._tree import ParamSpec, cast_like, check_function
@@ -32,7 +33,7 @@ class KLFunction(Protocol):
 class HessianFunction(Protocol):
     """``(params, *data, weights=None) -> Dense``."""
 
-    def __call__(self, params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Dense: ...
+    def __call__(self, params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Operator: ...
 
 
 def kl_divergence(p: Any, q: Any) -> Float[Array, "*batch"]:
@@ -198,9 +199,10 @@ def kl_hessian(model: Model) -> HessianFunction:
     """
     check_function("model", model, MODEL)
 
-    def hessian_of(params: chex.ArrayTree, /, *inputs: Any, weights: Float[Array, " n"] | None = None) -> Dense:
+    def hessian_of(params: chex.ArrayTree, /, *inputs: Any, weights: Float[Array, " n"] | None = None) -> Operator:
         batch = make_batch(params, inputs, weights, None)
-        return Dense(_hessian_of_kl(model, params, batch), batch.spec, Provenance("KL Hessian", batch.size, batch.weighted))
+        form = Dense(_hessian_of_kl(model, params, batch), batch.spec)
+        return Operator(form, Provenance("KL Hessian", batch.size, batch.weighted))
 
     return OfData(hessian_of, takes_target=False)
 
@@ -231,14 +233,11 @@ def observed_information(log_prob: LogProb) -> HessianFunction:
     """
     check_function("log_prob", log_prob, LOG_PROB)
 
-    def information_of(params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Dense:
+    def information_of(params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Operator:
         needs_data(data, "observed_information")
         batch = make_batch(params, data, weights, None)
-        return Dense(
-            _hessian_of_loss(log_prob, params, batch),
-            batch.spec,
-            Provenance("observed information", batch.size, batch.weighted),
-        )
+        form = Dense(_hessian_of_loss(log_prob, params, batch), batch.spec)
+        return Operator(form, Provenance("observed information", batch.size, batch.weighted))
 
     return OfData(information_of, takes_target=True)
 

@@ -24,8 +24,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
 from jaxfisher._lanczos import gauss, lanczos, log_sum, matfree
 from jaxfisher._linalg import norm
 from jaxfisher._once import Static, once
-from jaxfisher._operators.base import Operator, as_operator
-from jaxfisher._operators.damping import Damping, entries_of
+from jaxfisher._operators.damping import Damping, checked_damping, entries_of
+from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._tree import all_finite, as_key, described, dot, dtype_of
 from jaxfisher._values import is_array, nonnegative, whole
 from jaxfisher._varying import while_loop
@@ -383,7 +383,7 @@ def _hutchinson(
 
 @once
 def _mean_of(fisher: Operator, key: Array, rtol: Scalar, how: Static[tuple[str, Any, int]]) -> Estimate:
-    (caller, form, most), product = how.value, fisher.linearised()
+    (caller, form, most), product = how.value, fisher.form.product()
 
     # Leaf by leaf: the product of a flat z, drawn in the same program, and a concatenated F z is compiled to wrong numbers by
     # jaxlib 0.10.2 on a CPU.
@@ -428,7 +428,7 @@ class _Bounded(NamedTuple):
 
 def _damping_entries(fisher: Operator, damping: Damping) -> Float[Array, " p"]:
     """The damping of each parameter, all above zero."""
-    known = fisher.dampings(damping)
+    known = checked_damping(damping, fisher.spec)
     for leaf in jax.tree.leaves(damping):
         _refuse_zero("damping", leaf, "It is the lower bound of the spectrum; where F has its own, a small damping will do.")
     return entries_of(known, fisher.spec)

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxfisher._examples import Batch, make_batch, needs_data
 from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example
-from jaxfisher._operators.base import Operator, as_operator
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.implicit import Implicit
+from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._operators.provenance import Provenance
 from jaxfisher._rows import ExactRows, Prediction, Rows, SampledRows, ScoreRows, prediction
 from jaxfisher._scores import CenteredScores, Scores, make_scores
@@ -82,8 +82,8 @@ def empirical_fisher(
         batch = make_batch(params, data, weights, batch_size, max_bytes)
         made = make_scores(ScoreRows(log_prob), params, batch)
         if center:
-            return FromScores(made.centered(), Provenance("empirical, centred", batch.size, batch.weighted))
-        return FromScores(made, Provenance("empirical", batch.size, batch.weighted))
+            return Operator(FromScores(made.centered()), Provenance("empirical, centred", batch.size, batch.weighted))
+        return Operator(FromScores(made), Provenance("empirical", batch.size, batch.weighted))
 
     return OfData(fisher_of, takes_target=True)
 
@@ -123,7 +123,7 @@ def fisher_from_scores(scores: Scores) -> Operator:
             f"returns.{hint}"
         )
     kind = "scores, centred" if isinstance(scores, CenteredScores) else "scores"
-    return FromScores(scores, Provenance(kind, scores.num_rows))
+    return Operator(FromScores(scores), Provenance(kind, scores.num_rows))
 
 
 def exact_fisher(model: Model, *, batch_size: int | None = None, max_bytes: int | None = None) -> FisherFunction:
@@ -289,13 +289,14 @@ def implicit_fisher(model: Model, *, batch_size: int | None = None) -> ImplicitF
         keep = (True,) * len(batch.spec.paths)
         provenance = Provenance(kind, batch.size, batch.weighted)
         params = varying_like(params, batch.data)
-        return Implicit(model, params, batch.data, batch.weights, batch.batch_size, keep, batch.spec, provenance, views_of)
+        form = Implicit(model, params, batch.data, batch.weights, batch.batch_size, keep, batch.spec)
+        return Operator(form, provenance, views_of)
 
     return OfData(fisher_of, takes_target=False)
 
 
 def _from_rows(kind: str, rows: Rows, params: chex.ArrayTree, batch: Batch) -> Operator:
-    return FromScores(make_scores(rows, params, batch), Provenance(kind, batch.size, batch.weighted))
+    return Operator(FromScores(make_scores(rows, params, batch)), Provenance(kind, batch.size, batch.weighted))
 
 
 def _exact_kind(known: Prediction) -> str:

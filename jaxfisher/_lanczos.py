@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._linalg import norm
-from jaxfisher._operators.base import Operator
+from jaxfisher._operators.operator import Operator
 
 
 class Jacobi(NamedTuple):
@@ -49,7 +49,7 @@ class Jacobi(NamedTuple):
 
 def lanczos(caller: str, fisher: Operator, roots: Float[Array, " p"], num_matvecs: int) -> Callable[[Array], Jacobi]:
     """``z -> `` the Jacobi matrix of ``diag(roots) F diag(roots)`` and z."""
-    spec, linear = fisher.spec, fisher.linearised()
+    spec, linear = fisher.spec, fisher.form.product()
     steps = min(num_matvecs, spec.size)
     # Not matfree's tridiagonal matrix, the mean of a Hessenberg matrix and its transpose. Once a Krylov space is exhausted, as
     # it soon is for a Fisher of low rank, later vectors are not orthogonal to those before, and what then stands above the

@@ -14,9 +14,9 @@ from jaxfisher._examples import Batch, make_batch, needs_data
 from jaxfisher._fisher import FisherFunction
 from jaxfisher._model import LOG_PROB, LogProb, mean_loss, of_one_example
 from jaxfisher._once import Static, once_for
-from jaxfisher._operators.base import VIEW, Operator, View, as_operator
 from jaxfisher._operators.damping import Damping, is_one_damping
 from jaxfisher._operators.from_scores import FromScores
+from jaxfisher._operators.operator import VIEW, Operator, View, as_operator
 from jaxfisher._operators.provenance import Provenance
 from jaxfisher._pieces import sum_batches
 from jaxfisher._scores import values_and_scores
@@ -143,13 +143,14 @@ def value_and_natural_grad(
         batch = make_batch(params, data, weights, batch_size, max_bytes)
         if fisher is None:
             values, scores = values_and_scores(log_prob, params, batch)
-            operator: Any = FromScores(scores, Provenance("empirical", batch.size, batch.weighted))
+            form = FromScores(scores)
+            operator: Any = Operator(form, Provenance("empirical", batch.size, batch.weighted))
             loss = -jnp.sum(scores.weights * values)
             one = is_one_damping(damping, scores.spec)
             if rtol is not None and not one:
                 raise ValueError("`rtol` is given with a damping by leaf, on which it has no effect: leave it out.")
             if view is None and solver is None and one and not is_known_zero(damping, scores.spec.dtype):
-                return loss, cast_like(_direction(operator, damping, RTOL if rtol is None else float(rtol)), params)
+                return loss, cast_like(_direction(form, damping, RTOL if rtol is None else float(rtol)), params)
             gradient = scores.rmv(-scores.weights)
         else:
             loss, gradient = _value_and_grad(log_prob, params, batch)
@@ -197,11 +198,11 @@ def _check_rtol(rtol: Any, others: dict[str, Any]) -> None:
         )
 
 
-def _direction(fisher: FromScores, damping: chex.Numeric, rtol: float) -> Any:
+def _direction(form: FromScores, damping: chex.Numeric, rtol: float) -> Any:
     """The solve for the mean gradient, which is minus the mean of the scores: its coordinates in the rows are minus one."""
-    dtype = fisher.spec.dtype
-    ones = jnp.ones(fisher.scores.num_rows, dtype)
-    return fisher.solve_row_space(-ones, nonnegative("damping", damping, dtype), Static(rtol))
+    dtype = form.spec.dtype
+    ones = jnp.ones(form.scores.num_rows, dtype)
+    return form.solve_row_space(-ones, nonnegative("damping", damping, dtype), Static(rtol))
 
 
 def _called(fisher: FisherFunction, params: chex.ArrayTree, data: tuple[Any, ...], weights: Any) -> Operator:

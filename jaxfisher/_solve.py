@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import chex
@@ -17,11 +16,13 @@ from jaxfisher._engine import unsealed
 from jaxfisher._inverse import by_eigenvectors
 from jaxfisher._linalg import inverse_power, norm, power_or_one, to_unit
 from jaxfisher._once import once
-from jaxfisher._operators.base import Operator, View, as_operator
-from jaxfisher._operators.damping import Damping, Dampings, entries_of
+from jaxfisher._operators.damping import Damping, Dampings, checked_damping, damped_inverse, entries_of
+from jaxfisher._operators.inverted import reported
+from jaxfisher._operators.operator import Operator, View, as_operator, exact_solve, scores_of
+from jaxfisher._pytree import array_fields
 from jaxfisher._scores import Scores
 from jaxfisher._system import SolveInfo
-from jaxfisher._tree import all_finite, cast_like, described, dtype_of
+from jaxfisher._tree import ParamSpec, all_finite, cast_like, described, dtype_of
 from jaxfisher._values import check_array, is_array, nonnegative, whole
 from jaxfisher._varying import alike, cond, linear_solve, varying_axes, while_loop
 
@@ -32,8 +33,7 @@ class Solver(Protocol):
     def __call__(self, fisher: Operator, v: chex.ArrayTree, damping: Any) -> tuple[Any, SolveInfo]: ...
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("preconditioner", "start"), meta_fields=("rtol", "max_steps"))
-@dataclasses.dataclass(frozen=True)
+@array_fields("preconditioner", "start")
 class CG:
     r"""Preconditioned conjugate gradients: for operators known by their products only.
 
@@ -80,7 +80,9 @@ class CG:
             # Here and not in the program: a view is a function of the user's, and may be a new one at each call.
             near = as_operator(near(fisher) if callable(near) else near, "CG: `preconditioner`")
             fisher.spec.check_same(near.spec, f"CG: cannot precondition {fisher} with `preconditioner`, {near}")
-        x, info = dataclasses.replace(self, preconditioner=near)._solution(fisher, fisher._vector(v), fisher.dampings(damping))
+        x, info = dataclasses.replace(self, preconditioner=near)._solution(
+            fisher, fisher.spec.vector(v), checked_damping(damping, fisher.spec)
+        )
         return cast_like(x, v), info
 
     @once
@@ -91,7 +93,7 @@ class CG:
         size = power_or_one(norm(b))
         exact = _damped(fisher, known)
         # F may be of a size whose products leave the dtype: the iteration solves (s F s) y = b / |b|, and x = |b| s^2 y.
-        s = to_unit(fisher.root_size(exact), jnp.sqrt(jnp.max(entries_of(known, fisher.spec))))
+        s = to_unit(_root_size(fisher.spec, exact), jnp.sqrt(jnp.max(entries_of(known, fisher.spec))))
         product: Callable[[Array], Array] = lambda y: s * exact(s * y)  # noqa: E731
         to_x: Callable[[Array], Array] = lambda y: y * s * size * s  # noqa: E731
         up, shorter = inverse_power(s), inverse_power(size)
@@ -99,7 +101,7 @@ class CG:
         start = None if self.start is None else to_y(spec.ravel(self.start, "start"))
         precondition: Callable[[Array], Array] = lambda r: r  # noqa: E731
         if isinstance(self.preconditioner, Operator):
-            inverse = self.preconditioner.inverse(known)
+            inverse = damped_inverse(self.preconditioner.form, known)
             precondition = lambda r: spec.ravel(inverse(spec.unravel(r * up)).x, "r") * up  # noqa: E731
         most = 10 * spec.size if self.max_steps is None else self.max_steps
 
@@ -119,7 +121,7 @@ class CG:
         x = to_x(jnp.where(jnp.isfinite(residual), y, jnp.nan))
         finite = all_finite(x)
         converged = finite & (residual <= self.rtol) & ~indefinite
-        info = SolveInfo(residual, steps, converged, finite, fisher.full_rank, indefinite)
+        info = SolveInfo(residual, steps, converged, finite, jnp.asarray(spec.size, jnp.int32), indefinite)
         return spec.unravel(x), info
 
 
@@ -131,8 +133,16 @@ def _check_rule(rtol: float, max_steps: int | None) -> None:
 
 def _damped(fisher: Operator, damping: Dampings) -> Callable[[Float[Array, " p"]], Float[Array, " p"]]:
     """``x -> (F + damping I) x`` on flat vectors."""
-    spec, product, entries = fisher.spec, fisher.linearised(), entries_of(damping, fisher.spec)
+    spec, product, entries = fisher.spec, fisher.form.product(), entries_of(damping, fisher.spec)
     return lambda x: spec.ravel(product(spec.unravel(x)), "x") + entries * x
+
+
+def _root_size(spec: ParamSpec, product: Callable[[Float[Array, " p"]], Float[Array, " p"]]) -> Scalar:
+    """The order of magnitude of the root of the largest eigenvalue of a product; zero where it cannot be told."""
+    # A vector so small that the product is finite also where F itself is beyond the dtype.
+    small = 2.0**-40
+    trial = jnp.cos(jnp.arange(spec.size, dtype=spec.dtype)) * (small / spec.size**0.5)
+    return jnp.sqrt(norm(product(trial))) * small**-0.5
 
 
 RESTARTS = 3
@@ -254,12 +264,12 @@ class LSMR:
                 "jf.LSMR().least_squares(scores, e, damping=0.0)."
             )
         strength = nonnegative("damping", damping, fisher.spec.dtype)
-        x, info = self._solution(fisher, fisher._vector(v), strength)
+        x, info = self._solution(fisher, fisher.spec.vector(v), strength)
         return cast_like(x, v), info
 
     @once
     def _solution(self, fisher: Operator, v: Any, strength: Scalar) -> tuple[Any, SolveInfo]:
-        scores, right = fisher.rows("LSMR"), fisher.spec.ravel(v, "v")
+        scores, right = scores_of(fisher, "LSMR"), fisher.spec.ravel(v, "v")
         size = norm(right)
         size = jnp.where(size > 0, size, 1)
         # v = X^T 0 + sqrt(damping) (v / sqrt(damping))
@@ -361,14 +371,14 @@ def solve_path(fisher: Operator, v: chex.ArrayTree, dampings: Float[Array, " k"]
             "jnp.array([1e-3, 1e-2])."
         )
     dampings = jnp.asarray(dampings).astype(fisher.spec.dtype)
-    x, info = _path(fisher, fisher._vector(v), dampings)
+    x, info = _path(fisher, fisher.spec.vector(v), dampings)
     return cast_like(x, v), info
 
 
 @once
 def _path(fisher: Operator, v: Any, dampings: Float[Array, " k"]) -> tuple[Any, SolveInfo]:
-    inverses = fisher.inverses(jnp.max(dampings, initial=0.0), by_eigenvectors)
-    found: tuple[Any, SolveInfo] = jax.vmap(lambda damping: fisher.report(inverses(damping), v))(dampings)
+    inverses = fisher.form.inverses(jnp.max(dampings, initial=0.0), by_eigenvectors)
+    found: tuple[Any, SolveInfo] = jax.vmap(lambda damping: reported(fisher.spec, inverses(damping), v))(dampings)
     return found
 
 
@@ -407,7 +417,7 @@ def solve(fisher: Operator, v: chex.ArrayTree, damping: Damping, solver: Solver 
     """
     fisher = as_operator(fisher, "solve")
     check_solver(solver)
-    return fisher.solve_with_info(v, damping) if solver is None else solver(fisher, v, damping)
+    return exact_solve(fisher, v, damping) if solver is None else solver(fisher, v, damping)
 
 
 def check_solver(solver: Any) -> None:
@@ -437,4 +447,4 @@ def as_lineax(fisher: Operator) -> lineax.AbstractLinearOperator:
     """
     fisher = as_operator(fisher, "as_lineax")
     structure = jax.eval_shape(fisher.spec.zeros)
-    return lineax.FunctionLinearOperator(fisher.linearised(), structure, lineax.positive_semidefinite_tag)
+    return lineax.FunctionLinearOperator(fisher.form.product(), structure, lineax.positive_semidefinite_tag)

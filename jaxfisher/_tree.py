@@ -54,6 +54,10 @@ class ParamSpec:
         self.check(tree, name)
         return [jnp.asarray(leaf).astype(self.dtype) for leaf in jax.tree.leaves(tree)]
 
+    def vector(self, tree: chex.ArrayTree, name: str = "v") -> Any:
+        """A vector in the statistics dtype, after checking that it is shaped like the parameters."""
+        return self.tree(self.leaves(tree, name))
+
     def tree(self, leaves: list[Array]) -> Any:
         """The parameter-shaped pytree with these leaves."""
         return jax.tree.unflatten(self.treedef, leaves)

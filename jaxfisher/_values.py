@@ -29,7 +29,8 @@ def described(value: Any) -> str:
         return f"an array of shape {np.shape(value)} and dtype {value.dtype}"
     if hasattr(value, "dtype") or isinstance(value, (numbers.Number, str, type(None))):
         return repr(value)
-    return f"a {type(value).__name__}"
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
 
 
 def is_number(value: Any) -> bool:

@@ -55,7 +55,6 @@ METHODS = {
     "mv": lambda F: F.mv(vector()),
     "quadratic": lambda F: F.quadratic(vector()),
     "solve": lambda F: F.solve(vector(), 0.1),
-    "solve_with_info": lambda F: F.solve_with_info(vector(), 0.1),
     "power_mv": lambda F: F.power_mv(vector(), 0.3, 0.1),
     "sqrt_mv": lambda F: F.sqrt_mv(vector(), 0.1),
     "inv_sqrt_mv": lambda F: F.inv_sqrt_mv(vector(), 0.1),
@@ -67,25 +66,7 @@ METHODS = {
     "frobenius_norm": lambda F: F.frobenius_norm(),
     "rank": lambda F: F.rank(),
     "null_space": lambda F: F.null_space(),
-    "factorised": lambda F: jax.tree.leaves(F.factorised()),
 }
-PARTS = {
-    *(
-        "along",
-        "dampings",
-        "inverse",
-        "inverses",
-        "linearised",
-        "pieces",
-        "report",
-        "rescaled",
-        "restrict",
-        "root_size",
-        "rows",
-        "with_arrays",
-    ),
-}
-"""Methods for use inside a program: they check, choose among what is held, or return functions."""
 
 
 def natural(*args, **options):

@@ -168,35 +168,35 @@ def program(form: str, solver: str):
             found, info = jax.tree.map(lambda leaf: leaf[0], jf.solve_path(F, F.spec.unravel(v), damping[None]))
         else:
             found, info = jf.solve(F, F.spec.unravel(v), damping, solver=SOLVERS[solver])
-        return F.spec.ravel(found, "x"), info, F.rank(), held(F, x)
+        return F.spec.ravel(found, "x"), info, F.rank(), held(F.form, x)
 
     return jax.jit(lambda *problems: jax.lax.map(one, problems))
 
 
-def held(F, x):
-    """The numbers that the operator holds: pairs of rows and their weights, and a matrix that is added."""
-    match type(F).__name__:
+def held(form, x):
+    """The numbers that a form holds: pairs of rows and their weights, and a matrix that is added."""
+    match type(form).__name__:
         case "Dense":
-            return (), F.matrix
+            return (), form.matrix
         case "Diagonal":
-            return (), jnp.diag(F.spec.ravel(F.entries, "entries"))
+            return (), jnp.diag(form.spec.ravel(form.entries, "entries"))
         case "LowRank":
-            return ((F.vectors.T, F.values),), None
-        case "BlockDiagonal" if hasattr(F.blocks[0], "values"):
-            return (), (F.blocks[0].inputs[0], F.blocks[0].outputs[0], F.blocks[0].values[0])
-        case "BlockDiagonal" if hasattr(F.blocks[0], "inputs"):
-            return (), (F.blocks[0].inputs[0], F.blocks[0].outputs[0])
+            return ((form.vectors.T, form.values),), None
+        case "BlockDiagonal" if hasattr(form.blocks[0], "values"):
+            return (), (form.blocks[0].inputs[0], form.blocks[0].outputs[0], form.blocks[0].values[0])
+        case "BlockDiagonal" if hasattr(form.blocks[0], "inputs"):
+            return (), (form.blocks[0].inputs[0], form.blocks[0].outputs[0])
         case "BlockDiagonal":
-            first = jnp.arange(x.shape[1]) < F.spec.sizes[0]
-            return tuple((jnp.where(first == side, x, 0), F.blocks[0].scores.weights) for side in (True, False)), None
+            first = jnp.arange(x.shape[1]) < form.spec.sizes[0]
+            return tuple((jnp.where(first == side, x, 0), form.blocks[0].scores.weights) for side in (True, False)), None
         case "Sum":
-            return ((x[: len(x) // 2], F.terms[0].scores.weights),), F.terms[1].matrix
+            return ((x[: len(x) // 2], form.terms[0].scores.weights),), form.terms[1].matrix
         case "Shifted":
-            return held(F.base, x)
+            return held(form.base, x)
         case "Implicit":
-            return ((x, F.weights),), None
+            return ((x, form.weights),), None
         case _:
-            return ((x, F.scores.weights),), None
+            return ((x, form.scores.weights),), None
 
 
 # --- the oracle ------------------------------------------------------------------------------------------------------------

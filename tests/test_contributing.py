@@ -21,7 +21,7 @@ from jaxfisher._distributions.excess import exp_excess
 from jaxfisher._engine import terms
 from jaxfisher._engine.rule import Rule, each
 from jaxfisher._engine.rules import RULES
-from jaxfisher._operators.base import Operator
+from jaxfisher._operators.operator import Operator
 from jaxfisher._transform.given import fisher_for
 
 # --- a distribution ----------------------------------------------------------------------------------------------------------

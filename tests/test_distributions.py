@@ -394,7 +394,7 @@ def test_a_field_that_does_not_move_has_no_rows():
     """Known when the model is traced, through calls and where the parameters' values, but no derivatives, come in."""
 
     def rows(model, params):
-        return jax.eval_shape(jf.exact_fisher(model), params, jnp.ones((3, 2))).scores.num_rows // 3
+        return jax.eval_shape(jf.exact_fisher(model), params, jnp.ones((3, 2))).form.scores.num_rows // 3
 
     mean = jax.jit(lambda w, x: (w @ x, 2.0))
     w, s = jnp.ones(2), jnp.ones(())
@@ -425,4 +425,4 @@ def test_the_fisher_is_the_same_where_a_field_stands_still():
 def test_a_covariance_has_a_row_for_each_entry_of_its_triangle():
     model = lambda p: jf.MultivariateNormal(p["loc"], p["tril"])  # noqa: E731
     F = jax.eval_shape(jf.exact_fisher(model), {"loc": jnp.zeros(4), "tril": jnp.eye(4)})
-    assert F.scores.num_rows == 4 + 10
+    assert F.form.scores.num_rows == 4 + 10

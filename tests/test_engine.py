@@ -258,7 +258,7 @@ def test_fishers_of_models_equal_dense_sums(model, key):
 
     def asked(fisher):
         """The rows themselves too: their Gram matrix has nothing to be compared with but them."""
-        scores = fisher.scores
+        scores = fisher.form.scores
         return {
             "as_matrix": fisher.as_matrix(),
             "diagonal": ravel_pytree(fisher.diagonal())[0],

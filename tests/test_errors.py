@@ -588,7 +588,7 @@ MISTAKES = [
         "operator for a function",
         lambda: jf.natural_grad(log_prob, fisher(), damping=0.1),
         TypeError,
-        ["`fisher`", "FromScores", "(params, *data) -> operator", "jf.solve"],
+        ["`fisher`", "an Operator", "(params, *data) -> operator", "jf.solve"],
     ),
     (
         "function of inputs given targets",
@@ -613,7 +613,7 @@ MISTAKES = [
     ("1 + F", lambda: 1 + fisher(), TypeError, ["cannot add", "Fisher and 1", "two Fishers"]),
     ("matrix + F", lambda: np.eye(4) + fisher(), TypeError, ["cannot add", "(4, 4)", "two Fishers"]),
     ("vector * F", lambda: np.ones(4) * fisher(), TypeError, ["`c * F`", "(4,)", "one real number"]),
-    ("F * F", lambda: fisher() * fisher(), TypeError, ["`c * F`", "FromScores", "one real number"]),
+    ("F * F", lambda: fisher() * fisher(), TypeError, ["`c * F`", "an Operator", "one real number"]),
     *[
         (f"{name} of {what}", lambda call=call, bad=bad: call(bad), TypeError, [f"{name}: expected", "operator", *words])
         for what, bad, words in [
@@ -753,9 +753,9 @@ def test_numpy_floats_and_scalars_are_parameters():
 
 def test_numpy_whole_numbers_count_examples_rows_and_draws():
     for four in (np.int64(4), np.uint8(4)):
-        assert jf.exact_fisher(model, batch_size=four)(PARAMS, X).scores.batch_size == 4
-        assert jf.sampled_fisher(model, four)(PARAMS, KEY, X).scores.num_rows == 20
-        assert jf.low_rank(fisher(), np.int64(2)).vectors.shape == (4, 2)
+        assert jf.exact_fisher(model, batch_size=four)(PARAMS, X).form.scores.batch_size == 4
+        assert jf.sampled_fisher(model, four)(PARAMS, KEY, X).form.scores.num_rows == 20
+        assert jf.low_rank(fisher(), np.int64(2)).form.vectors.shape == (4, 2)
 
 
 def test_a_column_of_plain_numbers_is_data():

@@ -12,7 +12,6 @@ from problems import classifier, data, flat, mlp_params
 import jaxfisher as jf
 from jaxfisher import _lanczos
 from jaxfisher._operators.dense import Dense
-from jaxfisher._operators.provenance import Provenance
 from jaxfisher._tree import param_spec
 
 KEYS = 64
@@ -37,7 +36,8 @@ def problem():
 
 def holding(matrix, dtype=jnp.float64):
     """An operator with this matrix."""
-    return Dense(jnp.asarray(matrix, dtype), param_spec(np.zeros(len(matrix), dtype)), Provenance("exact", 1))
+    form = Dense(jnp.asarray(matrix, dtype), param_spec(np.zeros(len(matrix), dtype)))
+    return jf.Operator(form, jf.Provenance("exact", 1))
 
 
 def rotated(values, key):

@@ -54,9 +54,9 @@ def test_draws_belong_to_examples_whatever_the_key(implementation):
     """A key of another implementation draws other numbers under `jax.vmap` than alone; here as many at a time as one likes."""
     key, x, loc = jax.random.key(5, impl=implementation), jnp.arange(5.0), jnp.ones(())
     drawn = lambda size: jf.sampled_fisher(lambda loc, x: jf.Normal(loc * x, 1.0), 2, batch_size=size)  # noqa: E731
-    rows = {size: jax.jit(lambda size=size: drawn(size)(loc, key, x).scores.as_matrix())() for size in (None, 2)}
+    rows = {size: jax.jit(lambda size=size: drawn(size)(loc, key, x).form.scores.as_matrix())() for size in (None, 2)}
     assert_close(rows[2], rows[None])
-    mapped = jax.jit(jax.vmap(lambda key: drawn(None)(loc, key, x).scores.as_matrix()))(jnp.stack([key, key]))
+    mapped = jax.jit(jax.vmap(lambda key: drawn(None)(loc, key, x).form.scores.as_matrix()))(jnp.stack([key, key]))
     assert_close(mapped[1], rows[None])
     assert np.unique(rows[None][2:]).size == 8
 
@@ -64,15 +64,15 @@ def test_draws_belong_to_examples_whatever_the_key(implementation):
 def test_draws_belong_to_examples(key):
     """Pieces, and what else is in the batch, do not change a draw; the key does."""
     params, x, _, _, _ = reference()
-    whole = jf.sampled_fisher(classifier, num_samples=2)(params, key, x).scores.as_matrix()
+    whole = jf.sampled_fisher(classifier, num_samples=2)(params, key, x).form.scores.as_matrix()
     for batch_size in (1, 2, 3):
-        pieces = jf.sampled_fisher(classifier, num_samples=2, batch_size=batch_size)(params, key, x).scores.as_matrix()
+        pieces = jf.sampled_fisher(classifier, num_samples=2, batch_size=batch_size)(params, key, x).form.scores.as_matrix()
         assert_close(pieces, np.asarray(whole))
-    first = jf.sampled_fisher(classifier, num_samples=2)(params, key, x[:4]).scores.as_matrix()
+    first = jf.sampled_fisher(classifier, num_samples=2)(params, key, x[:4]).form.scores.as_matrix()
     assert_close(first, np.asarray(whole)[:8])
-    other = jf.sampled_fisher(classifier, num_samples=2)(params, jax.random.key(1), x).scores.as_matrix()
+    other = jf.sampled_fisher(classifier, num_samples=2)(params, jax.random.key(1), x).form.scores.as_matrix()
     assert np.max(np.abs(other - whole)) > 0.1
-    raw = jf.sampled_fisher(classifier, num_samples=2)(params, jax.random.key_data(key), x).scores.as_matrix()
+    raw = jf.sampled_fisher(classifier, num_samples=2)(params, jax.random.key_data(key), x).form.scores.as_matrix()
     assert np.array_equal(raw, whole)
 
 

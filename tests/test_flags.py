@@ -31,17 +31,17 @@ def abstractly(calls):
 
 
 def test_every_public_function_is_in_the_table():
-    types = {name for name in vars(jf) if inspect.isclass(getattr(jf, name)) and name not in {*DISTRIBUTIONS, "CG", "LSMR"}}
+    # A decorator of classes computes nothing.
+    types = {"array_fields"} | {
+        name for name in vars(jf) if inspect.isclass(getattr(jf, name)) and name not in {*DISTRIBUTIONS, "CG", "LSMR"}
+    }
     public = {name for name, value in vars(jf).items() if callable(value) and not name.startswith("_")} - types
     called = {str(name).split(",")[0] for name in everything()}
     assert public - called == set()
 
 
 PARTS = {
-    jf.Operator: {
-        *("along", "dampings", "inverse", "inverses", "linearised", "pieces", "report", "rescaled", "restrict", "root_size"),
-        *("rows", "with_arrays"),
-    },
+    jf.Operator: {"restrict"},
     jf.Scores: {
         *("bound", "centered", "gram_upper", "product", "rescaled", "restrict", "reweighted", "scaled_moment"),
         "squares_along",

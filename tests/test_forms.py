@@ -314,7 +314,7 @@ def test_moments_of_an_exact_fisher_share_the_input():
         made = []
         for size in (None, 2):
             fisher = jf.exact_fisher(lambda p, x: jf.Categorical(logits=x @ p["w"] + p["b"]), batch_size=size)
-            scores = fisher(params, x, weights=weights).scores
+            scores = fisher(params, x, weights=weights).form.scores
             made += [scores.expanded_moments()[1].factors(), scores.reduced_moments()[1].factors()]
         return made
 
@@ -607,7 +607,7 @@ def test_scores_of_any_scale_solve(scale, batch_size):
     @jax.jit
     def run(params, x, y):
         fisher = jf.empirical_fisher(scaled, batch_size=batch_size)(params, x, y)
-        gradient = fisher.scores.rmv(-fisher.scores.weights)
+        gradient = fisher.form.scores.rmv(-fisher.form.scores.weights)
         return jf.natural_grad(scaled, damping=0.0, batch_size=batch_size)(params, x, y), jf.solve(
             fisher, gradient, damping=0.0
         )[0]
@@ -820,7 +820,7 @@ def test_explain_prints_a_table():
 def test_explain_takes_a_model():
     params, x = arrays(w=(4, 3), b=(3,)), jnp.ones((N, 4))
     explanation = jf.explain(softmax, params, x)
-    held = jf.exact_fisher(softmax)(params, x).scores
+    held = jf.exact_fisher(softmax)(params, x).form.scores
     assert (explanation.rows, explanation.examples) == (3, N)
     assert explanation.bytes == sum(array.nbytes for array in jax.tree.leaves(held.leaves))
     # The input is held once for an example: n I + 2 n C O numbers, those of the weight and of the bias.

@@ -153,7 +153,7 @@ def flops(function, *args):
 
 
 def exact_rows(params, x):
-    return jf.exact_fisher(model)(params, x).scores
+    return jf.exact_fisher(model)(params, x).form.scores
 
 
 def test_an_exact_fisher_runs_the_model_once_an_example():

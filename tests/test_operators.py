@@ -353,40 +353,38 @@ def dense_form():
 def broken(**methods):
     """It with methods of another kind."""
     good = dense_form()
-    cls = dataclasses.dataclass(frozen=True, repr=False)(type("Broken", (type(good),), methods))
-    jax.tree_util.register_dataclass(cls, data_fields=("matrix",), meta_fields=("spec", "provenance"))
-    return cls(good.matrix, good.spec, good.provenance)
+    cls = jf.array_fields("matrix", repr=False)(type("Broken", (type(good.form),), methods))
+    return jf.Operator(cls(good.form.matrix, good.spec), good.provenance)
 
 
 def with_matrix(change):
     """It with another matrix."""
-    return dataclasses.replace(dense_form(), matrix=change(dense_form().matrix))
+    good = dense_form()
+    return dataclasses.replace(good, form=dataclasses.replace(good.form, matrix=change(good.form.matrix)))
 
 
 def usual(name, *arguments):
     """What the method gives that is not broken."""
-    return getattr(type(dense_form()), name)(*arguments)
+    return getattr(type(dense_form().form), name)(*arguments)
 
 
 BROKEN = {
-    "scaled product": lambda: broken(linearised=lambda self: lambda v: jax.tree.map(lambda leaf: 2 * leaf, v)),
+    "scaled product": lambda: broken(product=lambda self: lambda v: jax.tree.map(lambda leaf: 2 * leaf, v)),
     "not symmetric": lambda: with_matrix(lambda matrix: matrix.at[0, 1].add(0.01)),
     "indefinite": lambda: with_matrix(lambda matrix: matrix - 0.5 * jnp.eye(len(matrix))),
-    "affine": lambda: broken(linearised=lambda self: lambda v: jax.tree.map(lambda leaf: leaf + 1, v)),
+    "affine": lambda: broken(product=lambda self: lambda v: jax.tree.map(lambda leaf: leaf + 1, v)),
     "wrong diagonal": lambda: broken(diagonal=lambda self: self.spec.unravel(jnp.diagonal(self.matrix) + 1e-3)),
     "wrong trace": lambda: broken(trace=lambda self: 1.001 * jnp.trace(self.matrix)),
-    "half the form": lambda: broken(_quadratic=lambda self, v: 0.5 * usual("_quadratic", self, v)),
-    "relative damping": lambda: broken(
-        _inverse=lambda self, damping: usual("_inverse", self, damping * jnp.trace(self.matrix))
-    ),
-    "sum of eigenvalues": lambda: broken(_logdet=lambda self, damping: jnp.sum(self.eigvalsh() + damping)),
+    "half the form": lambda: broken(quadratic=lambda self, v: 0.5 * usual("quadratic", self, v)),
+    "relative damping": lambda: broken(inverse=lambda self, damping: usual("inverse", self, damping * jnp.trace(self.matrix))),
+    "sum of eigenvalues": lambda: broken(logdet=lambda self, damping: jnp.sum(self.eigvalsh() + damping)),
     "descending": lambda: broken(eigvalsh=lambda self: usual("eigvalsh", self)[::-1]),
     "doubled norm": lambda: broken(frobenius_norm=lambda self: 2 * jnp.linalg.norm(self.matrix)),
-    "full rank": lambda: broken(rank=lambda self: self.full_rank),
-    "one damping for all leaves": lambda: broken(_inverse_by_leaf=lambda self, dampings: self._inverse(dampings[0])),
-    "inverse for root": lambda: broken(
-        _power_mv=lambda self, v, power, damping: usual("_power_mv", self, v, 2 * power, damping)
+    "full rank": lambda: broken(rank=lambda self: jnp.asarray(len(self.matrix))),
+    "one damping for all leaves": lambda: broken(
+        with_unit_damping=lambda self, dampings: usual("with_unit_damping", self, [dampings[0]] * len(dampings))
     ),
+    "inverse for root": lambda: broken(power_mv=lambda self, v, power, damping: usual("power_mv", self, v, 2 * power, damping)),
 }
 """Dense operators, each wrong in one way."""
 

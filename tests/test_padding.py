@@ -97,7 +97,7 @@ def test_padding_in_a_sum_of_fishers():
     @jax.jit
     def joined(params, x, y):
         fisher = jf.empirical_fisher(log_prob)(params, x, y, weights=WEIGHTS)
-        both = (fisher + 2.0 * fisher).scores
+        both = (fisher + 2.0 * fisher).form.scores
         return both.as_matrix(), both.squared_norms(), both.centered().as_matrix()
 
     matrix, norms, centred = joined(params, padded_x, padded_y)

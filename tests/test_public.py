@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(jf.__file__).parent
 PUBLIC = sorted(name for name, value in vars(jf).items() if not name.startswith("_") and not inspect.ismodule(value))
 VALUES = {
     *("AdaptDampingState", "BacktrackKLState", "QuadraticModelState", "ScaleByFisherState"),
-    *("Distribution", "Estimate", "FisherCheck", "Operator", "Scores", "SolveInfo", "Spectrum"),
+    *("Distribution", "Estimate", "FisherCheck", "Form", "Operator", "Provenance", "Scores", "SolveInfo", "Spectrum"),
 }
 """Types that users meet as results and do not make."""
 
@@ -64,7 +64,7 @@ ROOMS = {
     "Divergences": "_divergence",
     "Scores": "_scores _explain",
     "Fishers": "_fisher",
-    "Operators": "_operators",
+    "Operators": "_operators _pytree",
     "Solving": "_solve _system",
     "Natural gradients": "_natural",
     "Optax": "_transform",
@@ -102,3 +102,35 @@ def test_nothing_outside_a_room_imports_a_file_inside_the_engine():
 def test_only_documented_jax():
     for path in PACKAGE.rglob("*.py"):
         assert "jax._src" not in path.read_text(), path
+
+
+def class_nodes():
+    """Every class of the package."""
+    nodes = [node for path in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    return [node for node in nodes if isinstance(node, ast.ClassDef)]
+
+
+def public_methods(node):
+    """The methods and properties that a class has in its body."""
+    return {part.name for part in node.body if isinstance(part, ast.FunctionDef) and not part.name.startswith("_")}
+
+
+def inherited(node, nodes):
+    """Those that it has from classes of the package."""
+    bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+    return set().union(*(public_methods(other) | inherited(other, nodes) for other in nodes if other.name in bases))
+
+
+def test_no_file_is_long_and_no_class_is_wide():
+    """At most 450 lines a file; at most 20 public methods that a class brings, properties among them."""
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 450, path
+    nodes = class_nodes()
+    assert {"Operator", "Form", "Scores"} <= {node.name for node in nodes}
+    for node in nodes:
+        brought = public_methods(node) - inherited(node, nodes)
+        assert len(brought) <= 20, f"{node.name}: {sorted(brought)}"
+
+
+def test_the_public_type_of_operators_is_final():
+    assert jf.Operator.__final__

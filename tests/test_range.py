@@ -125,7 +125,7 @@ def program(log_prob):
 
     def run(params, x, y, damping):
         fisher = jf.empirical_fisher(log_prob)(params, x, y)
-        scores = fisher.scores
+        scores = fisher.form.scores
         gradient = scores.rmv(-scores.weights)
         return {
             "natural_grad": ravel_pytree(jf.natural_grad(log_prob, damping=damping)(params, x, y))[0],

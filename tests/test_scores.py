@@ -131,11 +131,11 @@ def test_products_with_constant_vectors_inside_a_jit(key):
     F = jf.exact_fisher(model)(params, jax.random.normal(keys[2], (256, 64), jnp.float32))
     constant = lambda value: jax.tree.map(lambda leaf: jnp.full(leaf.shape, value, leaf.dtype), params)  # noqa: E731
     for value in (0.0, 1.0):
-        expected = jax.jit(lambda S, v: (S.mv(v), S.rmv(S.mv(v))))(F.scores, constant(value))
-        inside = jax.jit(lambda S, value=value: (S.mv(constant(value)), S.rmv(S.mv(constant(value)))))(F.scores)
+        expected = jax.jit(lambda S, v: (S.mv(v), S.rmv(S.mv(v))))(F.form.scores, constant(value))
+        inside = jax.jit(lambda S, value=value: (S.mv(constant(value)), S.rmv(S.mv(constant(value)))))(F.form.scores)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), inside, expected)
-        sums = jax.jit(lambda S, value=value: S.rmv(jnp.full(S.num_rows, value, jnp.float32)))(F.scores)
-        given = jax.jit(lambda S, w: S.rmv(w))(F.scores, jnp.full(F.scores.num_rows, value, jnp.float32))
+        sums = jax.jit(lambda S, value=value: S.rmv(jnp.full(S.num_rows, value, jnp.float32)))(F.form.scores)
+        given = jax.jit(lambda S, w: S.rmv(w))(F.form.scores, jnp.full(F.form.scores.num_rows, value, jnp.float32))
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3), sums, given)
 
 

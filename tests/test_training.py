@@ -115,7 +115,7 @@ def test_the_direction_of_kfac_by_a_solver():
     seen = []
 
     def steepest(fisher, v, damping):
-        seen.append(fisher.form)
+        seen.append(fisher.form.name)
         return jax.tree.map(lambda leaf: leaf / damping, v), jf.solve(fisher, v, damping)[1]
 
     opt = jf.kfac(like, damping=0.1, solver=steepest)

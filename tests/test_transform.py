@@ -142,13 +142,13 @@ def test_the_running_mean_of_factors_is_the_kronecker_view_of_their_means(proble
     opt = jf.scale_by_fisher(0.1, view=jf.kronecker, decay=0.8, like=like)
     state = opt.init(params)
     step = jax.jit(lambda s, f: opt.update(gradient, s, params, fisher=f))
-    blocks = jax.jit(jf.kronecker)(fisher).blocks
+    blocks = jax.jit(jf.kronecker)(fisher).form.blocks
     for t, scale in enumerate((1.0, 3.0), start=1):
         updates, state = step(state, scale * fisher)
         weights = np.array([0.2 * 0.8 ** (t - k) for k in range(1, t + 1)]) / (1 - 0.8**t)
         # A multiple of a Fisher is held by the outputs' factor.
         mean = np.dot(weights, [1.0, 3.0][:t])
-        expected = [np.linalg.inv(mean * np.asarray(block.as_matrix()) + 0.1 * np.eye(block.size)) for block in blocks]
+        expected = [np.linalg.inv(mean * np.asarray(block.as_matrix()) + 0.1 * np.eye(block.spec.size)) for block in blocks]
         parts = [flat([gradient["hidden"]["b"], gradient["hidden"]["w"]]), flat(gradient["out"])]
         assert_close(flat(updates), np.concatenate([a @ g for a, g in zip(expected, parts, strict=True)]), factor=1e4)
 

@@ -12,6 +12,8 @@ import pytest
 from problems import assert_close, class_sum_fisher, classifier, flat, reference
 
 import jaxfisher as jf
+from jaxfisher._operators.averaging import arrays_of, with_arrays
+from jaxfisher._operators.kronecker import factorised
 
 F64 = np.finfo(np.float64).eps
 
@@ -97,9 +99,9 @@ def test_ekfac_is_nearer_than_kfac_and_than_its_neighbours():
 
         def view(F):
             stale = jf.eigen_kronecker(F, basis=jf.kronecker(jf.exact_fisher(classifier)(params, x[:3])))
-            block = stale.blocks[0]
-            block = dataclasses.replace(block, values=block.values.at[0, 1, 2].add(by))
-            return dataclasses.replace(stale, blocks=(block, *stale.blocks[1:]))
+            first, *others = stale.form.blocks
+            first = dataclasses.replace(first, values=first.values.at[0, 1, 2].add(by))
+            return dataclasses.replace(stale, form=dataclasses.replace(stale.form, blocks=(first, *others)))
 
         return view
 
@@ -152,7 +154,7 @@ def test_factored_damping_is_another_thing_and_says_so():
     damping = 0.2
     found, info = jax.jit(lambda K, v: jf.solve(K, v, damping, solver=jf.factored_damping))(K, v)
     expected = []
-    for block, group in zip(K.blocks, K.members, strict=True):
+    for block, group in zip(K.form.blocks, K.form.members, strict=True):
         a, g = np.asarray(block.inputs[0]), np.asarray(block.outputs[0])
         pi = np.sqrt(np.trace(a) / len(a) / (np.trace(g) / len(g)))
         root = np.sqrt(damping)
@@ -166,7 +168,8 @@ def test_factored_damping_is_another_thing_and_says_so():
     off = flat(v) - np.asarray(K.as_matrix()) @ flat(found) - damping * flat(found)
     np.testing.assert_allclose(info.residual, np.linalg.norm(off) / np.linalg.norm(flat(v)), rtol=1e-8)
     assert info.residual > 0.05
-    held, again = jax.jit(lambda K, v: jf.solve(K.factorised(), v, damping, solver=jf.factored_damping))(K, v)
+    by_vectors = lambda K: dataclasses.replace(K, form=factorised(K.form))  # noqa: E731
+    held, again = jax.jit(lambda K, v: jf.solve(by_vectors(K), v, damping, solver=jf.factored_damping))(K, v)
     assert_close(flat(held), flat(found), factor=1e4)  # by eigenvectors, as between refreshes
     np.testing.assert_allclose(again.residual, info.residual, rtol=1e-8)
     for other in (jf.dense(K), jf.eigen_kronecker(jf.exact_fisher(classifier)(params, x))):
@@ -311,10 +314,10 @@ def test_derivatives_in_the_damping(name):
 
 
 def test_a_running_mean_of_kfac_is_one_of_its_factors():
-    K = held_forms()["kronecker"]
-    assert K.averages and not held_forms()["eigen-kronecker"].averages
-    half = K.with_arrays(jax.tree.map(lambda leaf: 0.5 * leaf, K.arrays))
-    both = jax.jit(lambda *Fs: [F.as_matrix() for F in Fs])(half, K)
+    K = held_forms()["kronecker"].form
+    assert K.averages and not held_forms()["eigen-kronecker"].form.averages
+    half = with_arrays(K, jax.tree.map(lambda leaf: 0.5 * leaf, arrays_of(K)))
+    both = jax.jit(lambda *forms: [form.as_matrix() for form in forms])(half, K)
     assert_close(both[0], 0.25 * np.asarray(both[1]))
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import chex
@@ -15,30 +14,29 @@ from jaxtyping import Array, Float, Int, Scalar
 
 from jaxfisher._inverse import Factorise
 from jaxfisher._linalg import norm
-from jaxfisher._operators.base import VIEW, Operator, View, as_operator
-from jaxfisher._operators.damping import Dampings
 from jaxfisher._operators.diagonal import Diagonal
+from jaxfisher._operators.form import Form
 from jaxfisher._operators.inverted import Inverted
-from jaxfisher._operators.provenance import Provenance
+from jaxfisher._operators.operator import VIEW, Operator, View, as_operator, viewed
+from jaxfisher._operators.sum import added
+from jaxfisher._pytree import array_fields
 from jaxfisher._system import Solved
 from jaxfisher._tree import ParamSpec, check_function, path_names
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("blocks",), meta_fields=("members", "spec", "provenance"))
-@dataclasses.dataclass(frozen=True, repr=False)
-class BlockDiagonal(Operator):
-    """Operators over disjoint groups of leaves. ``members`` has the places of each group's leaves; its vectors are lists."""
+@array_fields("blocks", repr=False)
+class BlockDiagonal(Form):
+    """Forms over disjoint groups of leaves. ``members`` has the places of each group's leaves; its vectors are lists."""
 
-    blocks: tuple[Operator, ...]
+    blocks: tuple[Form, ...]
     members: tuple[tuple[int, ...], ...]
     spec: ParamSpec
-    provenance: Provenance
 
     @property
-    def form(self) -> str:  # type: ignore[override]
-        """The forms of the blocks, and how many have each."""
-        counts = Counter(block.form for block in self.blocks)
-        return "block-diagonal: " + ", ".join(f"{count} {form}" for form, count in counts.items())
+    def name(self) -> str:  # type: ignore[override]
+        """The names of the blocks, and how many have each."""
+        counts = Counter(block.name for block in self.blocks)
+        return "block-diagonal: " + ", ".join(f"{count} {name}" for name, count in counts.items())
 
     @property
     def averages(self) -> bool:  # type: ignore[override]
@@ -46,41 +44,22 @@ class BlockDiagonal(Operator):
         return all(block.averages for block in self.blocks)
 
     @property
-    def arrays(self) -> tuple[Any, ...]:
-        return tuple(block.arrays for block in self.blocks)
+    def stack(self) -> tuple[int, ...]:
+        return self.blocks[0].stack if self.blocks else ()
 
-    def with_arrays(self, arrays: tuple[Any, ...]) -> BlockDiagonal:
-        return self._with(block.with_arrays(part) for block, part in zip(self.blocks, arrays, strict=True))
-
-    @property
-    def viewed(self) -> BlockDiagonal:
-        return self._with(block.viewed for block in self.blocks)
-
-    def pieces(self) -> tuple[tuple[tuple[int, ...], Operator], ...]:
-        parts = [(group, piece) for group, block in zip(self.members, self.blocks, strict=True) for piece in block.pieces()]
-        return tuple((tuple(group[i] for i in places), operator) for group, (places, operator) in parts)
-
-    def factorised(self) -> BlockDiagonal:
-        return self._with(block.factorised() for block in self.blocks)
-
-    def _split(self, v: Any) -> list[list[Array]]:
+    def split(self, v: Any) -> list[list[Array]]:
+        """The part of a vector that each block acts on."""
         leaves = jax.tree.leaves(v)
         return [[leaves[i] for i in group] for group in self.members]
 
-    def _join(self, parts: Sequence[list[Array]]) -> Any:
+    def join(self, parts: Sequence[list[Array]]) -> Any:
+        """The vector that has these parts."""
         places = [i for group in self.members for i in group]
         leaves = dict(zip(places, [leaf for part in parts for leaf in part], strict=True))
         return self.spec.tree([leaves[i] for i in range(len(places))])
 
-    def _each(self, function: Callable[[Operator], list[Array]]) -> Any:
-        return self._join([function(block) for block in self.blocks])
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        return self.blocks[0].stack if self.blocks else ()
-
     def as_matrix(self) -> Float[Array, "p p"]:
-        matrix = jnp.zeros((self.size, self.size), self.spec.dtype)
+        matrix = jnp.zeros((self.spec.size, self.spec.size), self.spec.dtype)
         starts = [sum(self.spec.sizes[:i]) for i in range(len(self.spec.sizes))]
         for group, block in zip(self.members, self.blocks, strict=True):
             index = jnp.concatenate([starts[i] + jnp.arange(self.spec.sizes[i]) for i in group])
@@ -88,11 +67,11 @@ class BlockDiagonal(Operator):
         return matrix
 
     def diagonal(self) -> Any:
-        return self._each(lambda block: block.diagonal())
+        return self.join([block.diagonal() for block in self.blocks])
 
-    def linearised(self) -> Callable[[Any], Any]:
-        products = [block.linearised() for block in self.blocks]
-        return lambda v: self._join([product(part) for product, part in zip(products, self._split(v), strict=True)])
+    def product(self) -> Callable[[Any], Any]:
+        products = [block.product() for block in self.blocks]
+        return lambda v: self.join([product(part) for product, part in zip(products, self.split(v), strict=True)])
 
     def trace(self) -> Scalar:
         return _total([block.trace() for block in self.blocks])
@@ -114,66 +93,57 @@ class BlockDiagonal(Operator):
             if any(inside):
                 blocks.append(block if all(inside) else block.restrict(inside, _listed(sum(inside))))
                 members.append(tuple(place[i] for i in group if i in place))
-        return BlockDiagonal(tuple(blocks), tuple(members), self.spec.restrict(keep, treedef), self.provenance)
+        return BlockDiagonal(tuple(blocks), tuple(members), self.spec.restrict(keep, treedef))
 
     def rescaled(self, factors: Sequence[Scalar]) -> BlockDiagonal:
         pairs = zip(self.members, self.blocks, strict=True)
         return self._with(block.rescaled([factors[i] for i in group]) for group, block in pairs)
 
-    def _scaled(self, factor: Any) -> BlockDiagonal:
-        return dataclasses.replace(
-            self, blocks=tuple(block._scaled(factor) for block in self.blocks), provenance=self.provenance.times()
-        )
+    def with_unit_damping(self, dampings: Sequence[Scalar]) -> tuple[BlockDiagonal, tuple[Scalar, ...]]:
+        pairs = zip(self.members, self.blocks, strict=True)
+        made = [block.with_unit_damping([dampings[i] for i in group]) for group, block in pairs]
+        places = [i for group in self.members for i in group]
+        roots = dict(zip(places, [root for _, part in made for root in part], strict=True))
+        return self._with(block for block, _ in made), tuple(roots[i] for i in range(len(places)))
 
-    def _with(self, blocks: Any) -> BlockDiagonal:
+    def scaled(self, factor: Scalar) -> BlockDiagonal:
+        return self._with(block.scaled(factor) for block in self.blocks)
+
+    def _with(self, blocks: Iterable[Form]) -> BlockDiagonal:
         return dataclasses.replace(self, blocks=tuple(blocks))
 
-    def _plus(self, other: Operator) -> Operator:
+    def plus(self, other: Form) -> BlockDiagonal | None:
         if isinstance(other, Diagonal):
-            other = _grouped(other, self.members, lambda part: part)
+            other = BlockDiagonal(tuple(form_over(other, group) for group in self.members), self.members, self.spec)
         if not isinstance(other, BlockDiagonal) or other.members != self.members:
-            return super()._plus(other)
-        blocks = tuple(a + b for a, b in zip(self.blocks, other.blocks, strict=True))
-        return BlockDiagonal(blocks, self.members, self.spec, self.provenance.plus(other.provenance))
+            return None
+        return self._with(added(a, b) for a, b in zip(self.blocks, other.blocks, strict=True))
 
-    def _quadratic(self, v: Any) -> Scalar:
-        return _total([block._quadratic(part) for block, part in zip(self.blocks, self._split(v), strict=True)])
+    def quadratic(self, v: Any) -> Scalar:
+        return _total([block.quadratic(part) for block, part in zip(self.blocks, self.split(v), strict=True)])
 
-    def _inverse(self, damping: Scalar) -> Inverted:
-        return self._inverse_of_blocks([block._inverse(damping) for block in self.blocks])
+    def inverse(self, damping: Scalar) -> Inverted:
+        return self._inverse_of_blocks([block.inverse(damping) for block in self.blocks])
 
     def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
         blocks = [block.inverses(largest, factorise) for block in self.blocks]
         return lambda damping: self._inverse_of_blocks([block(damping) for block in blocks])
 
-    def _inverse_by_leaf(self, dampings: tuple[Scalar, ...]) -> Inverted:
-        pairs = zip(self.blocks, self._by_group(dampings), strict=True)
-        return self._inverse_of_blocks([block.inverse(part) for block, part in pairs])
-
     def _inverse_of_blocks(self, inverses: Sequence[Inverted]) -> Inverted:
         def apply(v: Any) -> Solved:
-            solved = [inverse(part) for inverse, part in zip(inverses, self._split(v), strict=True)]
-            x, rest = (self._join([getattr(part, name) for part in solved]) for name in ("x", "rest"))
+            solved = [inverse(part) for inverse, part in zip(inverses, self.split(v), strict=True)]
+            x, rest = (self.join([getattr(part, name) for part in solved]) for name in ("x", "rest"))
             sound = jnp.all(jnp.stack([part.sound for part in solved]))
             return Solved(x, rest, _total([part.rank for part in solved]), sound)
 
         return apply
 
-    def _logdet(self, damping: Scalar) -> Scalar:
-        return _total([block._logdet(damping) for block in self.blocks])
+    def logdet(self, damping: Scalar) -> Scalar:
+        return _total([block.logdet(damping) for block in self.blocks])
 
-    def _logdet_by_leaf(self, dampings: tuple[Scalar, ...]) -> Scalar:
-        pairs = zip(self.blocks, self._by_group(dampings), strict=True)
-        return _total(
-            [block._logdet_by_leaf(part) if isinstance(part, tuple) else block._logdet(part) for block, part in pairs]
-        )
-
-    def _by_group(self, dampings: tuple[Scalar, ...]) -> list[Dampings]:
-        return [dampings[group[0]] if len(group) == 1 else tuple(dampings[i] for i in group) for group in self.members]
-
-    def _power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
-        pairs = zip(self.blocks, self._split(v), strict=True)
-        return self._join([block._power_mv(part, power, damping) for block, part in pairs])
+    def power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
+        pairs = zip(self.blocks, self.split(v), strict=True)
+        return self.join([block.power_mv(part, power, damping) for block, part in pairs])
 
 
 def _total(parts: Sequence[Any]) -> Any:
@@ -185,18 +155,18 @@ def _listed(count: int) -> Any:
     return jax.tree.structure([0] * count)
 
 
-def part_of(fisher: Operator, group: Sequence[int]) -> Operator:
-    """The principal sub-operator over some leaves, for vectors that are lists."""
+def form_over(form: Form, group: Sequence[int]) -> Form:
+    """The principal submatrix of some leaves, for vectors that are lists."""
     inside = set(group)
-    return fisher.restrict(tuple(i in inside for i in range(len(fisher.spec.paths))), _listed(len(group)))
+    return form.restrict(tuple(i in inside for i in range(len(form.spec.paths))), _listed(len(group)))
 
 
-def _grouped(fisher: Operator, members: tuple[tuple[int, ...], ...], view: View) -> BlockDiagonal:
-    blocks = tuple(view(part_of(fisher, group)) for group in members)
-    return BlockDiagonal(blocks, members, fisher.spec, fisher.provenance)
+def part_of(fisher: Operator, group: Sequence[int]) -> Operator:
+    """The operator of that."""
+    return Operator(form_over(fisher.form, group), fisher.provenance)
 
 
-def block_diagonal(fisher: Operator, groups: chex.ArrayTree | None = None, view: View | None = None) -> BlockDiagonal:
+def block_diagonal(fisher: Operator, groups: chex.ArrayTree | None = None, view: View | None = None) -> Operator:
     r"""The Fisher with entries between groups of leaves dropped.
 
     .. math:: F \approx \mathrm{diag}(F_1, \dots, F_k), \qquad F_b = \frac1n \sum_i s_{ib} s_{ib}^T.
@@ -211,7 +181,7 @@ def block_diagonal(fisher: Operator, groups: chex.ArrayTree | None = None, view:
         view: applied to each block, as `jaxfisher.dense`; None leaves it as it is held.
 
     Returns:
-        A block-diagonal operator of the same kind.
+        An operator of the same kind, held block-diagonal.
 
     Raises:
         TypeError: ``fisher`` is not an operator, or ``view`` returns none.
@@ -226,11 +196,14 @@ def block_diagonal(fisher: Operator, groups: chex.ArrayTree | None = None, view:
     [[1. 0.]
      [0. 5.]]
     """
-    fisher = as_operator(fisher, "block_diagonal").viewed
+    fisher = viewed(fisher, "block_diagonal")
     if view is not None:
         check_function("view", view, VIEW)
-    checked = (lambda part: part) if view is None else (lambda part: as_operator(view(part), "block_diagonal: `view`"))
-    return _grouped(fisher, _members(fisher.spec, groups), checked)
+    members = _members(fisher.spec, groups)
+    parts = [part_of(fisher, group) for group in members]
+    if view is not None:
+        parts = [as_operator(view(part), "block_diagonal: `view`") for part in parts]
+    return Operator(BlockDiagonal(tuple(part.form for part in parts), members, fisher.spec), fisher.provenance)
 
 
 def _members(spec: ParamSpec, groups: chex.ArrayTree | None) -> tuple[tuple[int, ...], ...]:

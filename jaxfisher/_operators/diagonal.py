@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,24 +10,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._engine import Basis
-from jaxfisher._operators.base import Operator, as_operator
-from jaxfisher._operators.provenance import Provenance
+from jaxfisher._operators.form import Form
+from jaxfisher._operators.operator import Operator, viewed
 from jaxfisher._operators.spectral import Spectral
+from jaxfisher._pytree import array_fields
 from jaxfisher._tree import ParamSpec, kept
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("entries",), meta_fields=("spec", "provenance"))
-@dataclasses.dataclass(frozen=True, repr=False)
+@array_fields("entries", repr=False)
 class Diagonal(Spectral):
     """A diagonal matrix, one number a parameter, held as a pytree like the parameters."""
 
     entries: Any
     spec: ParamSpec
-    provenance: Provenance
 
-    form = "diagonal"
+    name = "diagonal"
     averages = True
-    held = ("entries",)
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -47,41 +43,38 @@ class Diagonal(Spectral):
 
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Diagonal:
         spec = self.spec.restrict(keep, treedef)
-        return Diagonal(spec.tree(list(kept(jax.tree.leaves(self.entries), keep))), spec, self.provenance)
+        return Diagonal(spec.tree(list(kept(jax.tree.leaves(self.entries), keep))), spec)
 
     def rescaled(self, factors: Sequence[Scalar]) -> Diagonal:
         leaves = jax.tree.leaves(self.entries)
-        return Diagonal(
-            self.spec.tree([f * f * leaf for f, leaf in zip(factors, leaves, strict=True)]), self.spec, self.provenance
-        )
+        return Diagonal(self.spec.tree([f * f * leaf for f, leaf in zip(factors, leaves, strict=True)]), self.spec)
 
-    def _scaled(self, factor: Any) -> Diagonal:
-        return Diagonal(jax.tree.map(lambda leaf: factor * leaf, self.entries), self.spec, self.provenance.times())
+    def scaled(self, factor: Scalar) -> Diagonal:
+        return Diagonal(jax.tree.map(lambda leaf: factor * leaf, self.entries), self.spec)
 
-    def _plus(self, other: Operator) -> Operator:
-        if isinstance(other, Diagonal):
-            entries = jax.tree.map(jnp.add, self.entries, other.entries)
-            return Diagonal(entries, self.spec, self.provenance.plus(other.provenance))
-        return super()._plus(other)
+    def plus(self, other: Form) -> Diagonal | None:
+        if not isinstance(other, Diagonal):
+            return None
+        return Diagonal(jax.tree.map(jnp.add, self.entries, other.entries), self.spec)
 
-    def _eigenvalues(self) -> list[tuple[Array, int]]:
+    def counted_eigenvalues(self) -> list[tuple[Array, int]]:
         return [(leaf, 1) for leaf in jax.tree.leaves(self.entries)]
 
-    def _apply(self, function: Callable[[Array], Array], v: Any) -> Any:
+    def apply(self, function: Callable[[Array], Array], v: Any) -> Any:
         return jax.tree.map(lambda d, x: function(d) * x, self.entries, v)
 
-    def _resolve(self, damping: Scalar) -> Callable[[Array], Array]:
+    def resolve(self, damping: Scalar) -> Callable[[Array], Array]:
         # Entries are known one by one: none is a rounding error of another.
         return lambda values: values
 
-    def _tests(self, fisher: Operator, damping: Scalar) -> Callable[..., Bool[Array, ""]]:
+    def tests(self, form: Form, damping: Scalar) -> Callable[..., Bool[Array, ""]]:
         # So is the solution: where an entry is not zero, what is left is rounding, unless the solution leaves the dtype.
         reached = self.spec.ravel(self.entries, "entries") + damping != 0
         most = jnp.finfo(self.spec.dtype).eps ** 0.5
         return lambda v, x, rest, again: jnp.all(jnp.abs(rest) <= most * jnp.abs(v), where=reached)
 
 
-def diagonal(fisher: Operator) -> Diagonal:
+def diagonal(fisher: Operator) -> Operator:
     r"""The Fisher's diagonal as an operator: ``F_jj = 1/n sum_i s_ij^2``, off-diagonal entries dropped.
 
     With the empirical Fisher of batches of one and ``power=0.5`` this is the second moment of AdaGrad, RMSprop and Adam. It is
@@ -91,7 +84,7 @@ def diagonal(fisher: Operator) -> Diagonal:
         fisher: any operator. From scores it costs no n x p buffer beyond the scores themselves.
 
     Returns:
-        A `Diagonal` operator of the same kind, entries as a pytree like the parameters.
+        An operator of the same kind, held diagonal: its entries are a pytree like the parameters.
 
     Raises:
         TypeError: ``fisher`` is not an operator.
@@ -104,5 +97,5 @@ def diagonal(fisher: Operator) -> Diagonal:
     >>> print(jf.diagonal(jf.empirical_fisher(log_prob)(0.0, jnp.array([1.0, -2.0]))).diagonal())
     2.5
     """
-    fisher = as_operator(fisher, "diagonal").viewed
-    return Diagonal(fisher.diagonal(), fisher.spec, fisher.provenance)
+    fisher = viewed(fisher, "diagonal")
+    return Operator(Diagonal(fisher.diagonal(), fisher.spec), fisher.provenance)

@@ -14,10 +14,12 @@ from jaxtyping import Scalar
 
 from jaxfisher._linalg import norm
 from jaxfisher._once import once
-from jaxfisher._operators.base import Operator
 from jaxfisher._operators.block import BlockDiagonal
+from jaxfisher._operators.form import Form
 from jaxfisher._operators.identity import Shifted
+from jaxfisher._operators.inverted import reported
 from jaxfisher._operators.kronecker import EigenKronecker, Kronecker
+from jaxfisher._operators.operator import Operator
 from jaxfisher._system import Solved, SolveInfo
 from jaxfisher._tree import cast_like
 from jaxfisher._values import nonnegative
@@ -52,35 +54,34 @@ def factored_damping(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric)
     >>> print(x.round(4)[0])  # 1 / ((2 + sqrt(2)) (1 + 1 / sqrt(2))), where (F + I)^-1 is 1/3
     [0.1716 0.1716]
     """
-    if isinstance(fisher, Shifted):
-        return factored_damping(fisher.base, v, damping + fisher.shift)
-    if not isinstance(fisher, BlockDiagonal) or not any(_kronecker_in(block) for block in fisher.blocks):
+    form, shift = (fisher.form.base, fisher.form.shift) if isinstance(fisher.form, Shifted) else (fisher.form, 0)
+    if not isinstance(form, BlockDiagonal) or not any(_kronecker_in(block) for block in form.blocks):
         raise TypeError(f"factored_damping: {fisher} has no Kronecker factors to damp; expected jf.kronecker(fisher).")
-    if isinstance(damping, (numbers.Real, np.ndarray, np.generic)) and float(damping) == 0:
+    if form is fisher.form and isinstance(damping, (numbers.Real, np.ndarray, np.generic)) and float(damping) == 0:
         raise ValueError(
             "factored_damping: `damping` is 0, without which factors may be singular. Give a number above zero, or leave the "
             "solver out: jf.solve(F, v, 0.0) is then exact."
         )
-    x, info = _by_factors(fisher, fisher._vector(v), nonnegative("damping", damping, fisher.spec.dtype))
+    x, info = _by_factors(form, form.spec.vector(v), nonnegative("damping", damping, form.spec.dtype) + shift)
     return cast_like(x, v), info
 
 
 @once
-def _by_factors(fisher: BlockDiagonal, v: Any, damping: Scalar) -> tuple[Any, SolveInfo]:
+def _by_factors(form: BlockDiagonal, v: Any, damping: Scalar) -> tuple[Any, SolveInfo]:
     """`factored_damping` without its checks."""
-    blocks = [_factored_inverse(block, damping) for block in fisher.blocks]
-    product = fisher.linearised()
+    blocks = [_factored_inverse(block, damping) for block in form.blocks]
+    product = form.product()
 
     def inverse(v: Any) -> Solved:
-        x = fisher._join([block(part) for block, part in zip(blocks, fisher._split(v), strict=True)])
+        x = form.join([block(part) for block, part in zip(blocks, form.split(v), strict=True)])
         rest = jax.tree.map(lambda b, f, y: b - f - damping * y, v, product(x), x)
-        left, size = (norm(fisher.spec.ravel(tree, "v")) for tree in (rest, v))
-        return Solved(x, rest, fisher.full_rank, left <= jnp.finfo(fisher.spec.dtype).eps ** 0.5 * size)
+        left, size = (norm(form.spec.ravel(tree, "v")) for tree in (rest, v))
+        return Solved(x, rest, jnp.asarray(form.spec.size, jnp.int32), left <= jnp.finfo(form.spec.dtype).eps ** 0.5 * size)
 
-    return fisher.report(inverse, v)
+    return reported(form.spec, inverse, v)
 
 
-def _factored_inverse(block: Operator, damping: Scalar) -> Callable[[Any], Any]:
+def _factored_inverse(block: Form, damping: Scalar) -> Callable[[Any], Any]:
     kronecker = _kronecker_in(block)
     if kronecker is None:
         inverse = block.inverse(damping)
@@ -88,7 +89,7 @@ def _factored_inverse(block: Operator, damping: Scalar) -> Callable[[Any], Any]:
     return kronecker.factored_inverse(damping + block.shift if isinstance(block, Shifted) else damping)
 
 
-def _kronecker_in(block: Operator) -> Kronecker | EigenKronecker | None:
+def _kronecker_in(block: Form) -> Kronecker | EigenKronecker | None:
     """The Kronecker product that a block is, up to a multiple of the identity; None if it is none."""
     if isinstance(block, Shifted):
         return _kronecker_in(block.base)

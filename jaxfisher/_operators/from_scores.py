@@ -38,24 +38,22 @@ from jaxfisher._linalg import (
     without_noise,
 )
 from jaxfisher._once import Static, once
-from jaxfisher._operators.base import Operator
+from jaxfisher._operators.form import Form
 from jaxfisher._operators.inverted import Inverted, flat_inverse
-from jaxfisher._operators.provenance import Provenance
+from jaxfisher._pytree import array_fields
 from jaxfisher._scores import HeldScores, JoinedScores, Scores
 from jaxfisher._system import System, solved
 from jaxfisher._tree import ParamSpec
 from jaxfisher._varying import cond, while_loop
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("scores",), meta_fields=("provenance",))
-@dataclasses.dataclass(frozen=True, repr=False)
-class FromScores(Operator):
+@array_fields("scores", repr=False)
+class FromScores(Form):
     """``S^T diag(omega) S`` with the scores themselves held."""
 
     scores: Scores
-    provenance: Provenance
 
-    form = "exact as scores"
+    name = "exact as scores"
 
     @property
     def spec(self) -> ParamSpec:  # type: ignore[override]
@@ -72,17 +70,14 @@ class FromScores(Operator):
     def diagonal(self) -> Any:
         return self.scores.diagonal()
 
-    def linearised(self) -> Callable[[Any], Any]:
+    def product(self) -> Callable[[Any], Any]:
         return lambda v: self.scores.rmv(self.scores.weights * self.scores.mv(v))
 
     def trace(self) -> Scalar:
         return jnp.sum(self.scores.weights * self.scores.squared_norms())
 
-    def _quadratic(self, v: Any) -> Scalar:
+    def quadratic(self, v: Any) -> Scalar:
         return jnp.sum(self.scores.weights * jnp.square(self.scores.mv(v)))
-
-    def root_size(self, product: Callable[[Float[Array, " p"]], Float[Array, " p"]]) -> Scalar:
-        return self.scores.bound()
 
     def eigvalsh(self) -> Float[Array, " p"]:
         """The p eigenvalues, ascending, from the smaller of the two matrices."""
@@ -91,7 +86,7 @@ class FromScores(Operator):
         small = scaled.gram() if scaled.short else scaled.moment()
         # No clamping is hidden here: X^T X cannot have a negative eigenvalue, so one that is negative is rounding.
         values = without_noise(jnp.maximum(eigenvalues(small), 0)) * (1 / factor) * (1 / factor)
-        return jnp.concatenate([jnp.zeros(self.size - small.shape[0], values.dtype), values])
+        return jnp.concatenate([jnp.zeros(self.spec.size - small.shape[0], values.dtype), values])
 
     def frobenius_norm(self) -> Scalar:
         factor = to_unit(self.scores.bound())
@@ -108,41 +103,34 @@ class FromScores(Operator):
         # There are no more directions than rows. Where some seem to be missing, they may be small in their units only.
         return cond(own == self.scores.num_rows, lambda: own, lambda: unit_rank(scaled.gram_in_units()))
 
-    def _logdet(self, damping: Scalar) -> Scalar:
+    def logdet(self, damping: Scalar) -> Scalar:
         factor = to_unit(self.scores.bound(), jnp.sqrt(jnp.abs(damping)))
         scaled, damping = Scaled(self.scores, factor), twice(damping, factor)
         small = scaled.gram() if scaled.short else scaled.moment()
         # Directions outside the rows' span have the damping for an eigenvalue.
-        missing = self.size - small.shape[0]
+        missing = self.spec.size - small.shape[0]
         outside = missing * jnp.log(damping) if missing else 0
-        return log_determinant(small, damping) + outside - 2 * self.size * jnp.log(factor)
+        return log_determinant(small, damping) + outside - 2 * self.spec.size * jnp.log(factor)
 
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> FromScores:
-        return FromScores(self.scores.restrict(keep, self.spec.restrict(keep, treedef)), self.provenance)
+        return FromScores(self.scores.restrict(keep, self.spec.restrict(keep, treedef)))
 
-    @property
-    def scored(self) -> Scores:
+    def as_scores(self) -> Scores:
         return self.scores
-
-    def pieces(self) -> tuple[tuple[tuple[int, ...], Operator], ...]:
-        if not isinstance(self.scores, JoinedScores):
-            return super().pieces()
-        # Of joined rows each block is a term of the sum.
-        return tuple(piece for part in self.scores.parts for piece in FromScores(part, self.provenance).pieces())
 
     def along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
         return self.scores.squares_along(basis)
 
     def rescaled(self, factors: Sequence[Scalar]) -> FromScores:
-        return FromScores(self.scores.rescaled(tuple(factors)), self.provenance)
+        return FromScores(self.scores.rescaled(tuple(factors)))
 
-    def _scaled(self, factor: Any) -> FromScores:
-        return FromScores(self.scores.reweighted(factor), self.provenance.times())
+    def scaled(self, factor: Scalar) -> FromScores:
+        return FromScores(self.scores.reweighted(factor))
 
-    def _plus(self, other: Operator) -> Operator:
-        if isinstance(other, FromScores) and isinstance(self.scores, HeldScores) and isinstance(other.scores, HeldScores):
-            return FromScores(JoinedScores((self.scores, other.scores)), self.provenance.plus(other.provenance))
-        return super()._plus(other)
+    def plus(self, other: Form) -> FromScores | None:
+        if not (isinstance(other, FromScores) and isinstance(self.scores, HeldScores) and isinstance(other.scores, HeldScores)):
+            return None
+        return FromScores(JoinedScores((self.scores, other.scores)))
 
     def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
         factor = to_unit(self.scores.bound(), jnp.sqrt(jnp.abs(largest)))
@@ -163,7 +151,7 @@ class FromScores(Operator):
 
         return at
 
-    def _power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
+    def power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
         # With X = U diag(sqrt(s)) W^T the power is damping^q on the complement of W, so
         # (F + d I)^q v = d^q v + X^T U [((s + d)^q - d^q) / s] U^T X v, the difference by expm1 so that it does not cancel.
         factor = to_unit(self.scores.bound(), jnp.sqrt(jnp.abs(damping)))

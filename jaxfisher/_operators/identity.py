@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import chex
@@ -14,35 +13,34 @@ from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._engine import Basis
 from jaxfisher._inverse import Factorise
-from jaxfisher._operators.base import Operator
 from jaxfisher._operators.diagonal import Diagonal
+from jaxfisher._operators.form import Form
 from jaxfisher._operators.inverted import Inverted
+from jaxfisher._operators.operator import Operator
 from jaxfisher._operators.provenance import Provenance
 from jaxfisher._operators.spectral import Spectral
+from jaxfisher._operators.sum import added
+from jaxfisher._pytree import array_fields
 from jaxfisher._tree import ParamSpec, param_spec
 from jaxfisher._values import nonnegative
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("scale",), meta_fields=("spec", "provenance"))
-@dataclasses.dataclass(frozen=True, repr=False)
+@array_fields("scale", repr=False)
 class ScaledIdentity(Spectral):
     """``scale I``."""
 
     scale: Scalar
     spec: ParamSpec
-    provenance: Provenance
 
-    form = "scaled identity"
+    name = "scaled identity"
     averages = True
-    held = ("scale",)
-    takes_sums = 2
 
     @property
     def stack(self) -> tuple[int, ...]:
         return jnp.shape(self.scale)
 
     def as_matrix(self) -> Float[Array, "p p"]:
-        return self.scale * jnp.eye(self.size, dtype=self.spec.dtype)
+        return self.scale * jnp.eye(self.spec.size, dtype=self.spec.dtype)
 
     def diagonal(self) -> Any:
         return jax.tree.map(lambda leaf: jnp.full_like(leaf, 1) * self.scale, self.spec.zeros())
@@ -54,36 +52,31 @@ class ScaledIdentity(Spectral):
         return dataclasses.replace(self, spec=self.spec.restrict(keep, treedef))
 
     def rescaled(self, factors: Sequence[Scalar]) -> Diagonal:
-        return Diagonal(self.diagonal(), self.spec, self.provenance).rescaled(factors)
+        return Diagonal(self.diagonal(), self.spec).rescaled(factors)
 
-    def _scaled(self, factor: Any) -> ScaledIdentity:
-        return dataclasses.replace(self, scale=factor * self.scale, provenance=self.provenance.times())
+    def scaled(self, factor: Scalar) -> ScaledIdentity:
+        return dataclasses.replace(self, scale=factor * self.scale)
 
-    def _plus(self, other: Operator) -> Operator:
+    def plus(self, other: Form) -> Form:
         if isinstance(other, ScaledIdentity):
-            return ScaledIdentity(self.scale + other.scale, self.spec, self.provenance.plus(other.provenance))
-        provenance = other.provenance.plus(self.provenance)
+            return dataclasses.replace(self, scale=self.scale + other.scale)
         if isinstance(other, Shifted):
-            return Shifted(other.base, other.shift + self.scale, provenance)
-        return Shifted(other, self.scale, provenance)
+            return other.plus(self)
+        return Shifted(other, self.scale)
 
-    def _eigenvalues(self) -> list[tuple[Array, int]]:
-        return [(self.scale[None], self.size)]
+    def counted_eigenvalues(self) -> list[tuple[Array, int]]:
+        return [(self.scale[None], self.spec.size)]
 
-    def _apply(self, function: Callable[[Array], Array], v: Any) -> Any:
+    def apply(self, function: Callable[[Array], Array], v: Any) -> Any:
         return jax.tree.map(lambda leaf: function(self.scale) * leaf, v)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("base", "shift"), meta_fields=("provenance",))
-@dataclasses.dataclass(frozen=True, repr=False)
-class Shifted(Operator):
+@array_fields("base", "shift", repr=False)
+class Shifted(Form):
     """``F + shift I``, in the form of F: the shift is a damping that is always there."""
 
-    base: Operator
+    base: Form
     shift: Scalar
-    provenance: Provenance
-
-    takes_sums = 1
 
     @property
     def spec(self) -> ParamSpec:  # type: ignore[override]
@@ -91,9 +84,9 @@ class Shifted(Operator):
         return self.base.spec
 
     @property
-    def form(self) -> str:  # type: ignore[override]
-        """The form of what is shifted."""
-        return f"{self.base.form} + scaled identity"
+    def name(self) -> str:  # type: ignore[override]
+        """The name of what is shifted."""
+        return f"{self.base.name} + scaled identity"
 
     @property
     def averages(self) -> bool:  # type: ignore[override]
@@ -101,45 +94,32 @@ class Shifted(Operator):
         return self.base.averages
 
     @property
-    def arrays(self) -> tuple[Any, ...]:
-        return self.base.arrays, self.shift
-
-    def with_arrays(self, arrays: tuple[Any, ...]) -> Shifted:
-        return dataclasses.replace(self, base=self.base.with_arrays(arrays[0]), shift=arrays[1])
-
-    @property
-    def viewed(self) -> Shifted:
-        return dataclasses.replace(self, base=self.base.viewed)
-
-    def pieces(self) -> tuple[tuple[tuple[int, ...], Operator], ...]:
-        everything = tuple(range(len(self.spec.paths)))
-        return (*self.base.pieces(), (everything, ScaledIdentity(self.shift, self.spec, self.provenance)))
-
-    def factorised(self) -> Shifted:
-        return dataclasses.replace(self, base=self.base.factorised())
+    def formed(self) -> bool:  # type: ignore[override]
+        """Whether what is shifted holds its matrix."""
+        return self.base.formed
 
     @property
     def stack(self) -> tuple[int, ...]:
         return self.base.stack or jnp.shape(self.shift)
 
     def as_matrix(self) -> Float[Array, "p p"]:
-        return self.base.as_matrix() + self.shift * jnp.eye(self.size, dtype=self.spec.dtype)
+        return self.base.as_matrix() + self.shift * jnp.eye(self.spec.size, dtype=self.spec.dtype)
 
     def diagonal(self) -> Any:
         return jax.tree.map(lambda leaf: leaf + self.shift, self.base.diagonal())
 
-    def linearised(self) -> Callable[[Any], Any]:
-        product = self.base.linearised()
+    def product(self) -> Callable[[Any], Any]:
+        product = self.base.product()
         return lambda v: jax.tree.map(lambda f, x: f + self.shift * x, product(v), v)
 
     def trace(self) -> Scalar:
-        return self.base.trace() + self.size * self.shift
+        return self.base.trace() + self.spec.size * self.shift
 
     def eigvalsh(self) -> Float[Array, " p"]:
         return self.base.eigvalsh() + self.shift
 
     def frobenius_norm(self) -> Scalar:
-        both = jnp.stack([self.base.frobenius_norm(), self.size**0.5 * self.shift])
+        both = jnp.stack([self.base.frobenius_norm(), self.spec.size**0.5 * self.shift])
         largest = jnp.maximum(jnp.max(both), jnp.finfo(both.dtype).tiny)
         cross = 2 * (self.base.trace() / largest) * (self.shift / largest)
         return largest * jnp.sqrt(jnp.sum(jnp.square(both / largest)) + cross)
@@ -147,39 +127,37 @@ class Shifted(Operator):
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Shifted:
         return dataclasses.replace(self, base=self.base.restrict(keep, treedef))
 
-    def _scaled(self, factor: Any) -> Shifted:
-        return Shifted(self.base._scaled(factor), factor * self.shift, self.provenance.times())
+    def scaled(self, factor: Scalar) -> Shifted:
+        return Shifted(self.base.scaled(factor), factor * self.shift)
 
-    def _plus(self, other: Operator) -> Operator:
-        provenance = self.provenance.plus(other.provenance)
+    def rescaled(self, factors: Sequence[Scalar]) -> Form:
+        return added(self.base.rescaled(factors), ScaledIdentity(self.shift, self.spec).rescaled(factors))
+
+    def with_unit_damping(self, dampings: Sequence[Scalar]) -> tuple[Form, tuple[Scalar, ...]]:
+        return self.base.with_unit_damping([damping + self.shift for damping in dampings])
+
+    def plus(self, other: Form) -> Shifted:
+        if isinstance(other, ScaledIdentity):
+            return dataclasses.replace(self, shift=self.shift + other.scale)
         if isinstance(other, Shifted):
-            return Shifted(self.base._plus(other.base), self.shift + other.shift, provenance)
-        return Shifted(self.base._plus(other), self.shift, provenance)
+            return Shifted(added(self.base, other.base), self.shift + other.shift)
+        return dataclasses.replace(self, base=added(self.base, other))
 
-    def _inverse(self, damping: Scalar) -> Inverted:
-        return self.base._inverse(damping + self.shift)
+    def inverse(self, damping: Scalar) -> Inverted:
+        return self.base.inverse(damping + self.shift)
 
     def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
         base = self.base.inverses(largest + self.shift, factorise)
         return lambda damping: base(damping + self.shift)
 
-    def _inverse_by_leaf(self, dampings: tuple[Scalar, ...]) -> Inverted:
-        return self.base._inverse_by_leaf(tuple(damping + self.shift for damping in dampings))
+    def logdet(self, damping: Scalar) -> Scalar:
+        return self.base.logdet(damping + self.shift)
 
-    def _logdet(self, damping: Scalar) -> Scalar:
-        return self.base._logdet(damping + self.shift)
-
-    def _logdet_by_leaf(self, dampings: tuple[Scalar, ...]) -> Scalar:
-        return self.base._logdet_by_leaf(tuple(damping + self.shift for damping in dampings))
-
-    def _power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
-        return self.base._power_mv(v, power, damping + self.shift)
-
-    def _small_matrix(self, method: str) -> Float[Array, "p p"]:
-        return self.base._small_matrix(method) + self.shift * jnp.eye(self.size, dtype=self.spec.dtype)
+    def power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
+        return self.base.power_mv(v, power, damping + self.shift)
 
 
-def scaled_identity(like: Operator | chex.ArrayTree, scale: chex.Numeric) -> ScaledIdentity:
+def scaled_identity(like: Operator | chex.ArrayTree, scale: chex.Numeric) -> Operator:
     r"""``scale I`` as an operator, to add to a Fisher: the precision of an isotropic Gaussian prior, or a ridge.
 
     ``F + jf.scaled_identity(F, c)`` keeps the form of F: it is solved, factored and drawn from as F is with a damping of ``c``.
@@ -203,7 +181,7 @@ def scaled_identity(like: Operator | chex.ArrayTree, scale: chex.Numeric) -> Sca
     0.5
     """
     spec = like.spec if isinstance(like, Operator) else param_spec(like)
-    return ScaledIdentity(nonnegative("scale", scale, spec.dtype), spec, Provenance("scaled identity", 0))
+    return Operator(ScaledIdentity(nonnegative("scale", scale, spec.dtype), spec), Provenance("scaled identity", 0))
 
 
 def relative_damping(fisher: Operator, share: chex.Numeric) -> Scalar:

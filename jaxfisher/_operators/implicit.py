@@ -14,27 +14,21 @@ from jaxtyping import Array, Float, Scalar
 from jaxfisher._engine import Basis
 from jaxfisher._examples import make_batch, map_examples
 from jaxfisher._model import Model, float_fields, predict, tangent
-from jaxfisher._operators.base import Operator
 from jaxfisher._operators.dense import Dense
-from jaxfisher._operators.provenance import Provenance
+from jaxfisher._operators.form import Form, small_matrix
 from jaxfisher._pieces import sum_batches
+from jaxfisher._pytree import array_fields
 from jaxfisher._rows import ExactRows, prediction
 from jaxfisher._scores import Scores, make_scores
 from jaxfisher._tree import ParamSpec, cast_like, kept, narrowed
 from jaxfisher._varying import varying_like
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("params", "inputs", "weights", "views_of"),
-    meta_fields=("model", "batch_size", "keep", "spec", "provenance"),
-)
-@dataclasses.dataclass(frozen=True, repr=False)
-class Implicit(Operator):
+@array_fields("params", "inputs", "weights", repr=False)
+class Implicit(Form):
     """The exact Fisher as products; the model is static, so a second trace comes only with another model.
 
-    ``keep`` marks the parameter leaves the operator acts on: all of them, or the part an optimiser was given. ``views_of`` is
-    what views are taken of, where that is not this operator.
+    ``keep`` marks the parameter leaves that the matrix is over: all of them, or the part an optimiser was given.
     """
 
     model: Model
@@ -44,19 +38,14 @@ class Implicit(Operator):
     batch_size: int | None
     keep: tuple[bool, ...]
     spec: ParamSpec
-    provenance: Provenance
-    views_of: Operator | None = None
+
+    name = "implicit, products only"
 
     @property
-    def form(self) -> str:  # type: ignore[override]
-        """Products only, and what is looked at in their stead by views."""
-        return "implicit, products only" + ("" if self.views_of is None else f"; views of {self.views_of.provenance}")
+    def stack(self) -> tuple[int, ...]:
+        return self.weights.shape[:-1]
 
-    @property
-    def viewed(self) -> Operator:
-        return self if self.views_of is None else self.views_of
-
-    def linearised(self) -> Callable[[Any], Any]:
+    def product(self) -> Callable[[Any], Any]:
         if self.batch_size is not None and self.batch_size < self.weights.shape[0]:
             data = (self.weights, *self.inputs)
             return lambda v: sum_batches(lambda w, *inputs: self._pull_back(w, inputs)(v), data, self.batch_size)
@@ -96,14 +85,10 @@ class Implicit(Operator):
         merged = [next(rest) if flag else leaf for leaf, flag in zip(leaves, self.keep, strict=True)]
         return cast_like(jax.tree.unflatten(treedef, merged), self.params)
 
-    def pieces(self) -> tuple[tuple[tuple[int, ...], Operator], ...]:
-        return super().pieces() if self.views_of is None else self.views_of.pieces()
-
     def along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
-        return self.scored.squares_along(basis)
+        return self.as_scores().squares_along(basis)
 
-    @property
-    def scored(self) -> Scores:
+    def as_scores(self) -> Scores:
         """The exact Fisher's rows, streamed: for what products cannot give in less than p of them."""
         batch = make_batch(self.params, self.inputs, None, self.batch_size or 1)
         moving = prediction(self.model, self.params, self.inputs).moving
@@ -112,27 +97,18 @@ class Implicit(Operator):
         scores = whole.restrict(self.keep, self.spec)
         return dataclasses.replace(scores, weights=jnp.repeat(self.weights, count))  # type: ignore[type-var]
 
-    @property
-    def stack(self) -> tuple[int, ...]:
-        return self.weights.shape[:-1]
-
     def as_matrix(self) -> Float[Array, "p p"]:
-        return self.scored.second_moment()
+        return self.as_scores().second_moment()
 
     def diagonal(self) -> Any:
-        return self.scored.diagonal()
+        return self.as_scores().diagonal()
 
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Implicit:
-        part = dataclasses.replace(self, keep=narrowed(self.keep, keep), spec=self.spec.restrict(keep, treedef))
-        return part._looked_at(lambda views_of: views_of.restrict(keep, treedef))
+        return dataclasses.replace(self, keep=narrowed(self.keep, keep), spec=self.spec.restrict(keep, treedef))
 
     def rescaled(self, factors: Sequence[Scalar]) -> Dense:
         # Its solves make the matrix in any case.
-        return Dense(self._small_matrix("a damping for each leaf"), self.spec, self.provenance).rescaled(factors)
+        return Dense(small_matrix(self, "a damping for each leaf"), self.spec).rescaled(factors)
 
-    def _scaled(self, factor: Any) -> Implicit:
-        multiple = dataclasses.replace(self, weights=factor * self.weights, provenance=self.provenance.times())
-        return multiple._looked_at(lambda views_of: views_of._scaled(factor))
-
-    def _looked_at(self, change: Callable[[Operator], Operator]) -> Implicit:
-        return self if self.views_of is None else dataclasses.replace(self, views_of=change(self.views_of))
+    def scaled(self, factor: Scalar) -> Implicit:
+        return dataclasses.replace(self, weights=factor * self.weights)

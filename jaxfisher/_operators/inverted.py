@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Scalar
 from jaxfisher._inverse import Factorise, Map
 from jaxfisher._linalg import twice
 from jaxfisher._null_space import is_unseen
-from jaxfisher._system import Solved, System, solved
+from jaxfisher._system import Solved, SolveInfo, System, direct_info, solved
 from jaxfisher._tree import ParamSpec
 
 Inverted = Callable[[Any], Solved]
@@ -55,21 +55,8 @@ def flat_inverse(spec: ParamSpec, inverse: FlatInverted) -> Inverted:
     return apply
 
 
-def by_leaf(
-    spec: ParamSpec, inside: Inverted, product: Callable[[Any], Any], roots: Sequence[Scalar], dampings: Sequence[Scalar]
-) -> Inverted:
-    """The inverse with a damping for each leaf, from that of an operator rescaled by their inverse roots.
-
-    With D the dampings, ``(F + D)^-1 = D^-1/2 (D^-1/2 F D^-1/2 + I)^-1 D^-1/2``, and what is inside has the form of F.
-    """
-
-    def scaled(v: Any, factors: Sequence[Scalar]) -> Any:
-        return spec.tree([f * leaf for f, leaf in zip(factors, jax.tree.leaves(v), strict=True)])
-
-    def apply(v: Any) -> Solved:
-        found = inside(scaled(v, roots))
-        x = scaled(found.x, roots)
-        rest = jax.tree.map(lambda b, f, d: b - f - d, v, product(x), scaled(x, dampings))
-        return found._replace(x=x, rest=rest)
-
-    return apply
+def reported(spec: ParamSpec, inverse: Inverted, v: Any) -> tuple[Any, SolveInfo]:
+    """What an inverse finds for ``v``, and the report on it."""
+    found = inverse(v)
+    flat = found._replace(x=spec.ravel(found.x, "x"), rest=spec.ravel(found.rest, "v"))
+    return found.x, direct_info(flat, spec.ravel(v, "v"))

@@ -18,16 +18,17 @@ from jaxfisher._engine import Basis, Layout
 from jaxfisher._inverse import Factorise, eigen, log_determinant, multiplied
 from jaxfisher._linalg import cholesky, diagonals, eigenpairs, eigenvalues, matmul, norm, resolved, unit_diagonal, unit_rank
 from jaxfisher._null_space import projected
-from jaxfisher._operators.base import Operator
 from jaxfisher._operators.dense import Dense
+from jaxfisher._operators.form import Form, small_matrix
 from jaxfisher._operators.inverted import Inverted
-from jaxfisher._operators.provenance import Provenance
 from jaxfisher._operators.spectral import Spectral, Tests, applied_once
+from jaxfisher._operators.sum import Sum
+from jaxfisher._pytree import array_fields
 from jaxfisher._tree import ParamSpec
 from jaxfisher._varying import cond
 
 
-class _Layer(Operator):
+class _Layer(Form):
     """The block of one layer; its vectors are lists of a weight and perhaps a bias, in the parameters' order."""
 
     layout: Layout
@@ -78,12 +79,7 @@ class _Layer(Operator):
         return full[order][:, order]
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("inputs", "outputs"),
-    meta_fields=("layout", "weight", "sharing", "spec", "provenance"),
-)
-@dataclasses.dataclass(frozen=True, repr=False)
+@array_fields("inputs", "outputs", repr=False)
 class Kronecker(_Layer):
     """``A (x) G`` of one layer, both factors held; a running mean is one of the factors, as KFAC has it."""
 
@@ -93,13 +89,11 @@ class Kronecker(_Layer):
     weight: int
     sharing: str
     spec: ParamSpec
-    provenance: Provenance
 
     averages = True
-    held = ("inputs", "outputs")
 
     @property
-    def form(self) -> str:  # type: ignore[override]
+    def name(self) -> str:  # type: ignore[override]
         """Kronecker, and how positions that share the weight were counted."""
         return f"Kronecker ({self.sharing})"
 
@@ -114,7 +108,7 @@ class Kronecker(_Layer):
         inputs, outputs = diagonals(self.inputs), diagonals(self.outputs)
         return self._leaves(inputs[:, :, None] * outputs[:, None, :])
 
-    def linearised(self) -> Callable[[Any], Any]:
+    def product(self) -> Callable[[Any], Any]:
         return lambda v: self._leaves(matmul(matmul(self.inputs, self._matrix(v)), self.outputs))
 
     def trace(self) -> Scalar:
@@ -128,7 +122,7 @@ class Kronecker(_Layer):
         """By its eigenvectors, those of the factors."""
         (a, inputs), (g, outputs) = _eigh(self.inputs), _eigh(self.outputs)
         values = a[:, :, None] * g[:, None, :]
-        return EigenKronecker(inputs, outputs, values, self.layout, self.weight, True, self.spec, self.provenance)
+        return EigenKronecker(inputs, outputs, values, self.layout, self.weight, True, self.spec)
 
     def eigvalsh(self) -> Float[Array, " p"]:
         return self.factorised().eigvalsh()
@@ -137,7 +131,7 @@ class Kronecker(_Layer):
         ranks = (jax.vmap(unit_rank)(factors) for factors in (self.inputs, self.outputs))
         return jnp.sum(jnp.multiply(*ranks), dtype=jnp.int32)
 
-    def _logdet(self, damping: Scalar) -> Scalar:
+    def logdet(self, damping: Scalar) -> Scalar:
         eps, factors = jnp.finfo(self.spec.dtype).eps, (self.inputs, self.outputs)
         a, g = (jax.vmap(eigenvalues)(factor) for factor in factors)
         values = a[:, :, None] * g[:, None, :]
@@ -156,7 +150,7 @@ class Kronecker(_Layer):
         logarithm: Scalar = cond(told, together, alone)
         return logarithm
 
-    def _inverse(self, damping: Scalar) -> Inverted:
+    def inverse(self, damping: Scalar) -> Inverted:
         """By the eigenvectors of the factors; without a damping, the product of their pseudo-inverses."""
         # Derivatives go through the products that solutions satisfy.
         *factors, at = jax.lax.stop_gradient((self.inputs, self.outputs, damping))
@@ -174,7 +168,7 @@ class Kronecker(_Layer):
         def solve(v: Any) -> Any:
             return self._leaves(matmul(matmul(inputs, coefficients(v)), outputs.swapaxes(1, 2)))
 
-        product = self.linearised()
+        product = self.product()
 
         def astray(v: Array, x: Array, rest: Array) -> Scalar:
             along, found = jnp.abs(coefficients(self.spec.unravel(v))), self._matrix(self.spec.unravel(x))
@@ -195,8 +189,8 @@ class Kronecker(_Layer):
         # The residual is against the factors: two products, where the eigenvectors would take four.
         return partial(self.factorised().inverse_of, self)
 
-    def _power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
-        return self.factorised()._power_mv(v, power, damping)
+    def power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
+        return self.factorised().power_mv(v, power, damping)
 
     def factored_inverse(self, damping: Scalar) -> Callable[[Any], Any]:
         """``(A + pi sqrt(damping) I)^-1 V (G + sqrt(damping) / pi I)^-1``, ``pi`` balancing the factors' mean eigenvalues."""
@@ -222,14 +216,14 @@ class Kronecker(_Layer):
         a, g = (jnp.sum(q * matmul(x, q), 1) for q, x in zip(turns, (self.inputs, self.outputs), strict=True))
         return a[:, :, None] * g[:, None, :]
 
-    def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Operator:
+    def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Form:
         spec = self.spec.restrict(keep, treedef)
         if all(keep):
             return dataclasses.replace(self, spec=spec)
         if keep[self.weight]:
             size = self.layout.inputs
             return dataclasses.replace(self, inputs=self.inputs[:, :size, :size], weight=0, spec=spec)
-        return Dense(self.inputs[0, -1, -1] * self.outputs[0], spec, self.provenance)
+        return Dense(self.inputs[0, -1, -1] * self.outputs[0], spec)
 
     def turned_to(self, layout: Layout) -> Kronecker | None:
         """The same block in another layout, perhaps with inputs and outputs the other way round; None where that cannot be."""
@@ -253,8 +247,18 @@ class Kronecker(_Layer):
         by_input = self._per_input(factors)
         return dataclasses.replace(self, inputs=by_input[None, :, None] * self.inputs * by_input[None, None, :])
 
-    def _scaled(self, factor: Any) -> Kronecker:
-        return dataclasses.replace(self, outputs=factor * self.outputs, provenance=self.provenance.times())
+    def scaled(self, factor: Scalar) -> Kronecker:
+        return dataclasses.replace(self, outputs=factor * self.outputs)
+
+
+def factorised(form: Form) -> Form:
+    """The same form with its Kronecker products by their eigenvectors, so that solves at any damping take products only."""
+    # Terms of a sum stay as they are: its solves take the matrix.
+    return jax.tree.map(
+        lambda part: part.factorised() if isinstance(part, Kronecker) else part,
+        form,
+        is_leaf=lambda part: isinstance(part, Kronecker | Sum),
+    )
 
 
 class _Side(NamedTuple):
@@ -337,12 +341,7 @@ def _eigh(x: Float[Array, "groups m m"]) -> tuple[Float[Array, "groups m"], Floa
     return resolved(values, jnp.zeros((), x.dtype), largest, x.shape[-1]), vectors
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("inputs", "outputs", "values"),
-    meta_fields=("layout", "weight", "separable", "spec", "provenance"),
-)
-@dataclasses.dataclass(frozen=True, repr=False)
+@array_fields("inputs", "outputs", "values", repr=False)
 class EigenKronecker(_Layer, Spectral):
     """``(Q_A (x) Q_G) diag(values) (Q_A (x) Q_G)^T`` of one layer, bases and eigenvalues held.
 
@@ -356,14 +355,13 @@ class EigenKronecker(_Layer, Spectral):
     weight: int
     separable: bool
     spec: ParamSpec
-    provenance: Provenance
 
-    form = "eigen-Kronecker"
+    name = "eigen-Kronecker"
 
-    def _eigenvalues(self) -> list[tuple[Array, int]]:
+    def counted_eigenvalues(self) -> list[tuple[Array, int]]:
         return [(self.values, 1)]
 
-    def _apply(self, function: Callable[[Array], Array], v: Any) -> Any:
+    def apply(self, function: Callable[[Array], Array], v: Any) -> Any:
         inside = matmul(matmul(self.inputs.swapaxes(1, 2), self._matrix(v)), self.outputs)
         return self._leaves(matmul(matmul(self.inputs, function(self.values) * inside), self.outputs.swapaxes(1, 2)))
 
@@ -373,7 +371,7 @@ class EigenKronecker(_Layer, Spectral):
         a, g = _partial_traces(self.values)
         shifts = _shifts(jnp.mean(a, 1), jnp.mean(g, 1), damping, (a.shape[1], g.shape[1]))
         inverted = 1 / ((a + shifts[0][:, None])[:, :, None] * (g + shifts[1][:, None])[:, None, :])
-        return partial(self._apply, lambda _: inverted)
+        return partial(self.apply, lambda _: inverted)
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -400,17 +398,17 @@ class EigenKronecker(_Layer, Spectral):
         a, g = _partial_traces(self.values)
         inputs = matmul(self.inputs * a[:, None, :], self.inputs.swapaxes(1, 2))
         outputs = matmul(self.outputs * g[:, None, :], self.outputs.swapaxes(1, 2))
-        return Kronecker(inputs, outputs, self.layout, self.weight, sharing, self.spec, self.provenance)
+        return Kronecker(inputs, outputs, self.layout, self.weight, sharing, self.spec)
 
-    def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Operator:
+    def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Form:
         spec = self.spec.restrict(keep, treedef)
         if all(keep):
             return dataclasses.replace(self, spec=spec)
         if keep[self.weight]:
             # Each output has other eigenvectors of the inputs then.
-            return Dense(self._small_matrix("the weight's part"), self.spec, self.provenance).restrict(keep, treedef)
+            return Dense(small_matrix(self, "the weight's part"), self.spec).restrict(keep, treedef)
         values = matmul(jnp.square(self.inputs[0, -1]), self.values[0])
-        return Dense(matmul(self.outputs[0] * values[None, :], self.outputs[0].T), spec, self.provenance)
+        return Dense(matmul(self.outputs[0] * values[None, :], self.outputs[0].T), spec)
 
     def rescaled(self, factors: Sequence[Scalar]) -> EigenKronecker:
         if self.has_bias:
@@ -421,5 +419,5 @@ class EigenKronecker(_Layer, Spectral):
         # Inputs of a layer without a bias are all scaled alike: what was separable still is.
         return dataclasses.replace(self, values=jnp.square(factors[0]) * self.values)
 
-    def _scaled(self, factor: Any) -> EigenKronecker:
-        return dataclasses.replace(self, values=factor * self.values, provenance=self.provenance.times())
+    def scaled(self, factor: Scalar) -> EigenKronecker:
+        return dataclasses.replace(self, values=factor * self.values)

@@ -16,16 +16,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Scalar
 
 from jaxfisher._engine import Moments
-from jaxfisher._operators.base import VIEW, Operator, View, as_operator
-from jaxfisher._operators.block import BlockDiagonal, part_of
+from jaxfisher._once import once
+from jaxfisher._operators.block import BlockDiagonal, form_over, part_of
 from jaxfisher._operators.diagonal import Diagonal, diagonal
-from jaxfisher._operators.identity import ScaledIdentity, scaled_identity
+from jaxfisher._operators.form import Form
+from jaxfisher._operators.identity import ScaledIdentity, Shifted
 from jaxfisher._operators.kronecker import EigenKronecker, Kronecker, merged
+from jaxfisher._operators.operator import VIEW, Operator, View, as_operator, scores_of, viewed
+from jaxfisher._operators.sum import added
+from jaxfisher._operators.terms import Places, terms_of
 from jaxfisher._scores import FactoredScores
 from jaxfisher._tree import ParamSpec, check_function
-
-Places = tuple[int, ...]
-"""Where some leaves are among the parameters' leaves, in their order."""
 
 
 class Sharing(NamedTuple):
@@ -39,7 +40,7 @@ EXPAND = Sharing("expand", lambda scores: scores.expanded_moments())
 REDUCE = Sharing("reduce", lambda scores: scores.reduced_moments())
 
 
-def kronecker(fisher: Operator, rest: View = diagonal) -> BlockDiagonal:
+def kronecker(fisher: Operator, rest: View = diagonal) -> Operator:
     r"""KFAC with positions as if they were examples (*expand*): the block of each layer as a Kronecker product.
 
     .. math:: F_\ell \approx A \otimes G, \qquad A = \frac{E \sum_t a_t a_t^T}{E \sum_t 1}, \quad
@@ -81,10 +82,10 @@ def kronecker(fisher: Operator, rest: View = diagonal) -> BlockDiagonal:
     >>> jf.kronecker(F)
     Fisher(exact, mean over 4, params 8, block-diagonal: 1 Kronecker (expand))
     """
-    return _layered(as_operator(fisher, "kronecker").viewed, EXPAND, rest, "kronecker")
+    return _layered(viewed(fisher, "kronecker"), EXPAND, rest, "kronecker")
 
 
-def kronecker_reduce(fisher: Operator, rest: View = diagonal) -> BlockDiagonal:
+def kronecker_reduce(fisher: Operator, rest: View = diagonal) -> Operator:
     r"""KFAC with a layer's positions taken together (*reduce*), for weights shared over positions that are then averaged.
 
     .. math:: A = E[\bar a \bar a^T], \quad \bar a = \tfrac1T \sum_t a_t, \qquad
@@ -102,10 +103,10 @@ def kronecker_reduce(fisher: Operator, rest: View = diagonal) -> BlockDiagonal:
     >>> jf.kronecker_reduce(F)
     Fisher(exact, mean over 4, params 6, block-diagonal: 1 Kronecker (reduce))
     """
-    return _layered(as_operator(fisher, "kronecker_reduce").viewed, REDUCE, rest, "kronecker_reduce")
+    return _layered(viewed(fisher, "kronecker_reduce"), REDUCE, rest, "kronecker_reduce")
 
 
-def eigen_kronecker(fisher: Operator, basis: BlockDiagonal | None = None, rest: View = diagonal) -> BlockDiagonal:
+def eigen_kronecker(fisher: Operator, basis: Operator | None = None, rest: View = diagonal) -> Operator:
     r"""EKFAC: the eigenbasis of KFAC with the exact second moments along it as eigenvalues, from the same scores.
 
     .. math:: F_\ell \approx (Q_A \otimes Q_G)\, \mathrm{diag}(\lambda)\, (Q_A \otimes Q_G)^T, \qquad
@@ -137,16 +138,16 @@ def eigen_kronecker(fisher: Operator, basis: BlockDiagonal | None = None, rest: 
     >>> jf.eigen_kronecker(F)
     Fisher(exact, mean over 4, params 8, block-diagonal: 1 eigen-Kronecker)
     """
-    fisher = as_operator(fisher, "eigen_kronecker").viewed
+    fisher = viewed(fisher, "eigen_kronecker")
     if basis is None:
         basis = _layered(fisher, EXPAND, rest, "eigen_kronecker")
-    if not isinstance(basis, BlockDiagonal):
+    if not isinstance(basis, Operator) or not isinstance(basis.form, BlockDiagonal):
         raise TypeError(f"eigen_kronecker: `basis` is {basis!r}; expected jf.kronecker(fisher) or jf.eigen_kronecker(fisher).")
     fisher.spec.check_same(basis.spec, f"eigen_kronecker: cannot view {fisher} in `basis`, {basis}")
-    pieces = [_Term(places, operator, ()) for places, operator in fisher.pieces()]
-    blocks: list[Operator] = []
+    pieces = [_Term(places, form, ()) for places, form in terms_of(fisher.form)]
+    blocks: list[Form] = []
     members: list[Places] = []
-    for group, block in _bases(basis):
+    for group, block in _bases(basis.form):
         values = [
             piece.part(inside).along(block.basis_over([group.index(place) for place in inside]))
             for piece in pieces
@@ -154,19 +155,18 @@ def eigen_kronecker(fisher: Operator, basis: BlockDiagonal | None = None, rest: 
             if inside
         ]
         total = functools.reduce(jnp.add, values)
-        spec = _spec_of(fisher.spec, group)
-        blocks.append(dataclasses.replace(block, values=total, separable=False, spec=spec, provenance=fisher.provenance))
+        blocks.append(dataclasses.replace(block, values=total, separable=False, spec=_spec_of(fisher.spec, group)))
         members.append(group)
     return _with_rest(fisher, blocks, members, rest)
 
 
-def _bases(view: Operator) -> list[tuple[Places, EigenKronecker]]:
+def _bases(view: Form) -> list[tuple[Places, EigenKronecker]]:
     """The eigenvectors of a view's layers; of a layer that has several in different layouts, those of the first."""
     found: list[tuple[Places, EigenKronecker]] = []
-    for places, operator in view.pieces():
+    for places, form in terms_of(view):
         taken = {place for group, _ in found for place in group}
-        if isinstance(operator, Kronecker | EigenKronecker) and taken.isdisjoint(places):
-            found.append((places, operator.factorised() if isinstance(operator, Kronecker) else operator))
+        if isinstance(form, Kronecker | EigenKronecker) and taken.isdisjoint(places):
+            found.append((places, form.factorised() if isinstance(form, Kronecker) else form))
     return found
 
 
@@ -193,10 +193,10 @@ def layers(fisher: Operator) -> Any:
     >>> jf.layers(F)
     {'b': "['w']", 'w': "['w']"}
     """
-    fisher = as_operator(fisher, "layers").viewed
-    known = [(places, _joins(operator)) for places, operator in fisher.pieces()]
+    fisher = viewed(fisher, "layers")
+    known = [(places, _joins(form)) for places, form in terms_of(fisher.form)]
     if all(joins is None for _, joins in known):
-        fisher.rows("layers")
+        scores_of(fisher, "layers")
     weights = {tuple(places[i] for i in group): places[weight] for places, joins in known for group, weight in joins or ()}
     owners = list(range(len(fisher.spec.paths)))
     for members in _connected(weights):
@@ -206,13 +206,14 @@ def layers(fisher: Operator) -> Any:
     return fisher.spec.tree([fisher.spec.paths[owner] for owner in owners])  # type: ignore[misc]
 
 
-def _joins(operator: Operator) -> list[tuple[Places, int]] | None:
+def _joins(form: Form) -> list[tuple[Places, int]] | None:
     """The leaves of each layer with a bias, and which of them is the weight; None for what knows nothing of layers."""
-    if isinstance(operator, Kronecker | EigenKronecker):
-        return [(tuple(range(len(operator.spec.paths))), operator.weight)]
-    if operator.scored is None:
+    if isinstance(form, Kronecker | EigenKronecker):
+        return [(tuple(range(len(form.spec.paths))), form.weight)]
+    scores = form.as_scores()
+    if scores is None:
         return None
-    roles = operator.scored.roles if isinstance(operator.scored, FactoredScores) else ()
+    roles = scores.roles if isinstance(scores, FactoredScores) else ()
     owners = [(k, role.layer) for k, role in enumerate(roles) if role.layer is not None]
     return [((min(k, owner), max(k, owner)), owner) for k, owner in owners]
 
@@ -222,50 +223,49 @@ class _Term:
     """One term of what a view is taken of: the places of its leaves, and the layers of it that have factors."""
 
     places: Places
-    operator: Operator
+    form: Form
     layers: tuple[tuple[Places, Kronecker], ...]
 
     @property
     def loose(self) -> Places:
         """The leaves that it depends on and that have no factors in it."""
-        scores = self.operator.scored
+        scores = self.form.as_scores()
         touched = [role.touched for role in scores.roles] if isinstance(scores, FactoredScores) else [True] * len(self.places)
         inside = {place for group, _ in self.layers for place in group}
         return tuple(place for place, flag in zip(self.places, touched, strict=True) if flag and place not in inside)
 
-    def part(self, group: Iterable[int]) -> Operator:
+    def part(self, group: Iterable[int]) -> Form:
         """The part of it that is over these leaves."""
-        return part_of(self.operator, [self.places.index(place) for place in group])
+        return form_over(self.form, [self.places.index(place) for place in group])
 
 
 def _terms(fisher: Operator, sharing: Sharing, caller: str) -> list[_Term]:
-    terms = [_Term(places, operator, _layers(places, operator, sharing)) for places, operator in fisher.pieces()]
-    if not any(term.layers or term.operator.scored is not None for term in terms):
-        fisher.rows(caller)
+    terms = [_Term(places, form, _layers(places, form, sharing)) for places, form in terms_of(fisher.form)]
+    if not any(term.layers or term.form.as_scores() is not None for term in terms):
+        scores_of(fisher, caller)
     return terms
 
 
-def _layers(places: Places, operator: Operator, sharing: Sharing) -> tuple[tuple[Places, Kronecker], ...]:
+def _layers(places: Places, form: Form, sharing: Sharing) -> tuple[tuple[Places, Kronecker], ...]:
     """The layers of one term that have factors, and those."""
-    if isinstance(operator, EigenKronecker):
-        operator = operator.nearest_kronecker(sharing.name)
-    if isinstance(operator, Kronecker):
-        return ((places, operator),)
-    scores = operator.scored
+    if isinstance(form, EigenKronecker):
+        form = form.nearest_kronecker(sharing.name)
+    if isinstance(form, Kronecker):
+        return ((places, form),)
+    scores = form.as_scores()
     if scores is None:
         return ()
     if not isinstance(scores, FactoredScores):
         raise TypeError(
-            f"{operator} is a covariance of scores, which is no sum of Kronecker products and has no factors. Take the view of "
-            "scores that are not centred, or jf.eigen_kronecker(fisher, basis) in the basis of such a view."
+            f"a Fisher held {form.name} is a covariance of scores, which is no sum of Kronecker products and has no factors. "
+            "Take the view of scores that are not centred, or jf.eigen_kronecker(fisher, basis) in the basis of such a view."
         )
     found: list[tuple[Places, Kronecker]] = []
     for k, made in enumerate(sharing.moments(scores)):
         if made is not None:
             group = tuple(i for i, role in enumerate(scores.roles) if k in (i, role.layer))
             inputs, outputs = map(_symmetric, made.factors())
-            spec = _spec_of(operator.spec, group)
-            block = Kronecker(inputs, outputs, made.layout, group.index(k), sharing.name, spec, operator.provenance)
+            block = Kronecker(inputs, outputs, made.layout, group.index(k), sharing.name, _spec_of(form.spec, group))
             found.append((tuple(places[i] for i in group), block))
     return tuple(found)
 
@@ -287,28 +287,28 @@ def _connected(groups: Iterable[Places]) -> list[Places]:
     return sorted(tuple(sorted(group)) for group in found)
 
 
-def _layered(fisher: Operator, sharing: Sharing, rest: View, caller: str) -> BlockDiagonal:
+def _layered(fisher: Operator, sharing: Sharing, rest: View, caller: str) -> Operator:
     check_function("rest", rest, VIEW)
     terms = _terms(fisher, sharing, caller)
     members = _connected(group for term in terms for group, _ in term.layers)
-    blocks = [_block(_spec_of(fisher.spec, group), group, terms, fisher) for group in members]
+    blocks = [_block(_spec_of(fisher.spec, group), group, terms) for group in members]
     return _with_rest(fisher, blocks, members, rest)
 
 
-def _block(spec: ParamSpec, members: Places, terms: Sequence[_Term], fisher: Operator) -> Operator:
+def _block(spec: ParamSpec, members: Places, terms: Sequence[_Term]) -> Form:
     """The block over some leaves: of the terms that have factors there one product, or several; and what the others add."""
     factors = [(group, block) for term in terms for group, block in term.layers if group[0] in members]
     products = [(group, merged(alike)) for group, alike in _alike(factors)]
     shift, entries = _added(spec, members, terms)
     if len(products) == 1:
         ((_, product),) = products
-        product = dataclasses.replace(product, spec=spec, provenance=fisher.provenance)
-        block: Operator = product if entries is None else merged([product, product.of_diagonal(entries)])
+        product = dataclasses.replace(product, spec=spec)
+        block: Form = product if entries is None else merged([product, product.of_diagonal(entries)])
     else:
         parts = [_embedded(group, product, members, spec) for group, product in products]
-        parts += [] if entries is None else [Diagonal(entries, spec, fisher.provenance)]
-        block = functools.reduce(lambda a, b: a + b, parts)
-    return block if shift is None else block + scaled_identity(block, shift)
+        parts += [] if entries is None else [Diagonal(entries, spec)]
+        block = functools.reduce(added, parts)
+    return block if shift is None else Shifted(block, shift)
 
 
 def _alike(factors: Sequence[tuple[Places, Kronecker]]) -> list[tuple[Places, list[Kronecker]]]:
@@ -331,10 +331,10 @@ def _added(spec: ParamSpec, members: Places, terms: Sequence[_Term]) -> tuple[Sc
     entries: dict[int, Array] = {}
     for term in terms:
         group = [place for place in term.loose if place in members]
-        if isinstance(term.operator, ScaledIdentity) and len(group) == len(members):
-            shift = term.operator.scale if shift is None else shift + term.operator.scale
+        if isinstance(term.form, ScaledIdentity) and len(group) == len(members):
+            shift = term.form.scale if shift is None else shift + term.form.scale
         elif group:
-            for place, leaf in zip(group, jax.tree.leaves(term.part(group).diagonal()), strict=True):
+            for place, leaf in zip(group, jax.tree.leaves(_diagonal(term.part(group))), strict=True):
                 entries[place] = entries[place] + leaf if place in entries else leaf
     if not entries:
         return shift, None
@@ -342,26 +342,28 @@ def _added(spec: ParamSpec, members: Places, terms: Sequence[_Term]) -> tuple[Sc
     return shift, spec.tree([entries.get(place, zeros[place]) for place in members])
 
 
-def _embedded(group: Places, block: Operator, members: Places, spec: ParamSpec) -> Operator:
+_diagonal = once(lambda form: form.diagonal())
+
+
+def _embedded(group: Places, block: Kronecker, members: Places, spec: ParamSpec) -> Form:
     """A block over some of the leaves as one over all of them; zero elsewhere."""
     others = tuple(i for i, place in enumerate(members) if place not in group)
     if not others:
-        return dataclasses.replace(block, spec=spec)  # type: ignore[type-var]
+        return dataclasses.replace(block, spec=spec)
     empty = _spec_of(spec, others)
     places = tuple(i for i, place in enumerate(members) if place in group)
-    zero = Diagonal(empty.zeros(), empty, block.provenance)
-    return BlockDiagonal((block, zero), (places, others), spec, block.provenance)
+    return BlockDiagonal((block, Diagonal(empty.zeros(), empty)), (places, others), spec)
 
 
-def _with_rest(fisher: Operator, blocks: list[Operator], members: list[Places], rest: View) -> BlockDiagonal:
+def _with_rest(fisher: Operator, blocks: list[Form], members: list[Places], rest: View) -> Operator:
     inside = {i for group in members for i in group}
     others = tuple(i for i in range(len(fisher.spec.paths)) if i not in inside)
     if others:
-        made = as_operator(rest(part_of(fisher, others)), "kronecker: `rest`")
+        made = as_operator(rest(part_of(fisher, others)), "kronecker: `rest`").form
         if isinstance(made, BlockDiagonal):
             blocks += made.blocks
             members += [tuple(others[i] for i in group) for group in made.members]
         else:
             blocks.append(made)
             members.append(others)
-    return BlockDiagonal(tuple(blocks), tuple(members), fisher.spec, fisher.provenance)
+    return Operator(BlockDiagonal(tuple(blocks), tuple(members), fisher.spec), fisher.provenance)

@@ -14,18 +14,18 @@ from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 from jaxfisher._engine import Basis
 from jaxfisher._linalg import matmul, mirrored, norm, to_unit
 from jaxfisher._once import Static, once
-from jaxfisher._operators.base import Operator, as_operator
+from jaxfisher._operators.form import Form, small_matrix
 from jaxfisher._operators.from_scores import FromScores, Scaled
 from jaxfisher._operators.identity import ScaledIdentity, Shifted
-from jaxfisher._operators.provenance import Provenance
+from jaxfisher._operators.operator import Operator, viewed
 from jaxfisher._operators.spectral import Spectral
+from jaxfisher._pytree import array_fields
 from jaxfisher._scores import Scores
 from jaxfisher._tree import ParamSpec, as_key, described
 from jaxfisher._values import whole
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("vectors", "values", "floor"), meta_fields=("spec", "provenance"))
-@dataclasses.dataclass(frozen=True, repr=False)
+@array_fields("vectors", "values", "floor", repr=False)
 class LowRank(Spectral):
     """``U diag(values) U^T + floor (I - U U^T)``: some eigenpairs, and one eigenvalue for all other directions."""
 
@@ -33,17 +33,16 @@ class LowRank(Spectral):
     values: Float[Array, " k"]
     floor: Scalar
     spec: ParamSpec
-    provenance: Provenance
 
     @property
-    def form(self) -> str:  # type: ignore[override]
+    def name(self) -> str:  # type: ignore[override]
         """Low rank, and how many eigenpairs."""
         return f"low rank: {self.values.shape[0]:,} eigenpairs"
 
-    def _eigenvalues(self) -> list[tuple[Array, int]]:
-        return [(self.values, 1), (self.floor[None], self.size - self.values.shape[0])]
+    def counted_eigenvalues(self) -> list[tuple[Array, int]]:
+        return [(self.values, 1), (self.floor[None], self.spec.size - self.values.shape[0])]
 
-    def _apply(self, function: Callable[[Array], Array], v: Any) -> Any:
+    def apply(self, function: Callable[[Array], Array], v: Any) -> Any:
         flat, rest = self.spec.ravel(v, "v"), function(self.floor)
         # Vectors are orthonormal to rounding, which f(rest) may be large enough to show: what lies along them is removed twice.
         inside = matmul(self.vectors.T, flat)
@@ -57,14 +56,14 @@ class LowRank(Spectral):
 
     def as_matrix(self) -> Float[Array, "p p"]:
         full = matmul(self.vectors * (self.values - self.floor)[None, :], self.vectors.T)
-        return 0.5 * (full + full.T) + self.floor * jnp.eye(self.size, dtype=full.dtype)
+        return 0.5 * (full + full.T) + self.floor * jnp.eye(self.spec.size, dtype=full.dtype)
 
     def diagonal(self) -> Any:
         return self.spec.unravel(matmul(jnp.square(self.vectors), self.values - self.floor) + self.floor)
 
     def along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
         turned = jax.vmap(lambda vector: basis.turned(self.spec.unravel(vector)))(self.vectors.T)
-        ones = self.spec.unravel(jnp.ones(self.size, self.spec.dtype))
+        ones = self.spec.unravel(jnp.ones(self.spec.size, self.spec.dtype))
         inside = jnp.einsum("k,kgio->gio", self.values - self.floor, jnp.square(turned), precision=jax.lax.Precision.HIGHEST)
         return inside + self.floor * basis.of_diagonal(ones)
 
@@ -77,19 +76,17 @@ class LowRank(Spectral):
         inner = matmul(root * (self.values - self.floor)[None, :], root.T)
         values, vectors = jnp.linalg.eigh(0.5 * (inner + inner.T), symmetrize_input=False)
         spec = self.spec.restrict(keep, treedef)
-        return LowRank(matmul(basis, vectors), values + self.floor, self.floor, spec, self.provenance)
+        return LowRank(matmul(basis, vectors), values + self.floor, self.floor, spec)
 
     def _by_leaf(self) -> list[Float[Array, "size k"]]:
         ends = [sum(self.spec.sizes[: i + 1]) for i in range(len(self.spec.sizes))]
         return jnp.split(self.vectors, ends[:-1])
 
-    def _scaled(self, factor: Any) -> LowRank:
-        return dataclasses.replace(
-            self, values=factor * self.values, floor=factor * self.floor, provenance=self.provenance.times()
-        )
+    def scaled(self, factor: Scalar) -> LowRank:
+        return dataclasses.replace(self, values=factor * self.values, floor=factor * self.floor)
 
 
-def low_rank(fisher: Operator, rank: int) -> LowRank:
+def low_rank(fisher: Operator, rank: int) -> Operator:
     r"""The Fisher's largest eigenpairs, exactly; all other eigenvalues are taken for zero.
 
     Of ``F + c I`` it is that of F, plus ``c I`` whole: a prior is kept in every direction.
@@ -107,7 +104,7 @@ def low_rank(fisher: Operator, rank: int) -> LowRank:
         rank: the number of eigenpairs, k: at least 1, at most p; of scores, at most the number of rows.
 
     Returns:
-        A `LowRank` operator of the same kind.
+        An operator of the same kind, held by its eigenpairs.
 
     Raises:
         TypeError: ``fisher`` is not an operator.
@@ -121,19 +118,22 @@ def low_rank(fisher: Operator, rank: int) -> LowRank:
     >>> print(jf.low_rank(F, 1).eigvalsh().round(4))  # of 2 and 1/2
     [0. 2.]
     """
-    fisher = as_operator(fisher, "low_rank").viewed
-    if isinstance(fisher, Shifted):
-        made = low_rank(fisher.base, rank)
-        values, floor = (part + fisher.shift for part in (made.values, made.floor))
-        return dataclasses.replace(made, values=values, floor=floor, provenance=fisher.provenance)
-    if isinstance(fisher, FromScores) and fisher.scores.num_rows < fisher.size:
-        _check_rank(rank, fisher.scores.num_rows, "low_rank")
-        values, vectors = _largest_of_rows(fisher.scores, Static(rank))
+    fisher = viewed(fisher, "low_rank")
+    return Operator(_truncated(fisher.form, rank), fisher.provenance)
+
+
+def _truncated(form: Form, rank: int) -> LowRank:
+    if isinstance(form, Shifted):
+        made = _truncated(form.base, rank)
+        return dataclasses.replace(made, values=made.values + form.shift, floor=made.floor + form.shift)
+    if isinstance(form, FromScores) and form.scores.num_rows < form.spec.size:
+        _check_rank(rank, form.scores.num_rows, "low_rank")
+        values, vectors = _largest_of_rows(form.scores, Static(rank))
     else:
-        _check_rank(rank, fisher.size, "low_rank")
-        values, vectors = _largest(fisher._small_matrix("low_rank"), rank)
-    floor = fisher.scale if isinstance(fisher, ScaledIdentity) else jnp.zeros((), fisher.spec.dtype)
-    return LowRank(vectors, values, floor, fisher.spec, fisher.provenance)
+        _check_rank(rank, form.spec.size, "low_rank")
+        values, vectors = _largest(small_matrix(form, "low_rank"), rank)
+    floor = form.scale if isinstance(form, ScaledIdentity) else jnp.zeros((), form.spec.dtype)
+    return LowRank(vectors, values, floor, form.spec)
 
 
 @once
@@ -201,7 +201,7 @@ def _moved(
     return (values[-rank:], vectors[:, -rank:]), tangents
 
 
-def nystrom(fisher: Operator, rank: int, key: PRNGKeyArray) -> LowRank:
+def nystrom(fisher: Operator, rank: int, key: PRNGKeyArray) -> Operator:
     r"""A randomised sketch of the largest eigenpairs from ``rank`` products, made for preconditioning.
 
     With ``Y = F Omega`` for a random orthonormal ``Omega``, ``Y (Omega^T Y)^+ Y^T`` is the best approximation of F from below
@@ -227,17 +227,17 @@ def nystrom(fisher: Operator, rank: int, key: PRNGKeyArray) -> LowRank:
     >>> print(jf.nystrom(F, 2, jax.random.key(0)).trace().round(4))  # with all directions, F itself: 2 + 1/2
     2.5
     """
-    fisher = as_operator(fisher, "nystrom").viewed
+    fisher = viewed(fisher, "nystrom")
     _check_rank(rank, fisher.size, "nystrom")
     sketch = jnp.linalg.qr(jax.random.normal(as_key(key, "nystrom"), (fisher.size, rank), fisher.spec.dtype))[0]
-    vectors, values = _seen_by(fisher, sketch)
-    return LowRank(vectors, values, values[-1], fisher.spec, fisher.provenance)
+    vectors, values = _seen_by(fisher.form, sketch)
+    return Operator(LowRank(vectors, values, values[-1], fisher.spec), fisher.provenance)
 
 
 @once
-def _seen_by(fisher: Operator, sketch: Float[Array, "p k"]) -> tuple[Float[Array, "p k"], Float[Array, " k"]]:
+def _seen_by(form: Form, sketch: Float[Array, "p k"]) -> tuple[Float[Array, "p k"], Float[Array, " k"]]:
     """The eigenvectors and eigenvalues that products with the orthonormal columns of a sketch tell."""
-    spec, product, rank = fisher.spec, fisher.linearised(), sketch.shape[1]
+    spec, product, rank = form.spec, form.product(), sketch.shape[1]
     # One product at a time: a batch of them would be a batch of all factors. In units of the image, whose size may be anything.
     image = jax.lax.map(lambda v: spec.ravel(product(spec.unravel(v)), "v"), sketch.T).T
     size = norm(image.reshape(-1))
@@ -251,7 +251,7 @@ def _seen_by(fisher: Operator, sketch: Float[Array, "p k"]) -> tuple[Float[Array
     return vectors, jnp.maximum(jnp.square(singular) - shift, 0) * size
 
 
-def partial_cholesky(fisher: Operator, rank: int) -> LowRank:
+def partial_cholesky(fisher: Operator, rank: int) -> Operator:
     r"""The first columns of a pivoted Cholesky factor, as eigenpairs, made for preconditioning.
 
     ``F \approx L L^T`` with ``rank`` columns of F, each time the one whose diagonal is worst approximated; other eigenvalues
@@ -274,18 +274,18 @@ def partial_cholesky(fisher: Operator, rank: int) -> LowRank:
     >>> print(jf.partial_cholesky(F, 1).eigvalsh().round(4))  # all that is left is the 1/2
     [0.5 2. ]
     """
-    fisher = as_operator(fisher, "partial_cholesky").viewed
+    fisher = viewed(fisher, "partial_cholesky")
     _check_rank(rank, fisher.size, "partial_cholesky")
-    factor, floor = _columns(fisher, jnp.zeros((fisher.size, rank), fisher.spec.dtype))
+    factor, floor = _columns(fisher.form, jnp.zeros((fisher.size, rank), fisher.spec.dtype))
     vectors, singular, _ = jnp.linalg.svd(factor, full_matrices=False)
-    return LowRank(vectors, jnp.square(singular), floor, fisher.spec, fisher.provenance)
+    return Operator(LowRank(vectors, jnp.square(singular), floor, fisher.spec), fisher.provenance)
 
 
 @once
-def _columns(fisher: Operator, empty: Float[Array, "p k"]) -> tuple[Float[Array, "p k"], Scalar]:
+def _columns(form: Form, empty: Float[Array, "p k"]) -> tuple[Float[Array, "p k"], Scalar]:
     """As many columns of the pivoted Cholesky factor as ``empty`` has, and the mean of what is left of the diagonal."""
-    spec, product, rank = fisher.spec, fisher.linearised(), empty.shape[1]
-    left = spec.ravel(fisher.diagonal(), "diagonal")
+    spec, product, rank = form.spec, form.product(), empty.shape[1]
+    left = spec.ravel(form.diagonal(), "diagonal")
     start = jnp.sum(left)
 
     def column(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:

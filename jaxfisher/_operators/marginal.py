@@ -8,12 +8,12 @@ import jax
 import numpy as np
 
 from jaxfisher._linalg import matmul
-from jaxfisher._operators.base import Operator, as_operator
 from jaxfisher._operators.dense import Dense
+from jaxfisher._operators.operator import Operator, viewed
 from jaxfisher._tree import check_function
 
 
-def marginal(fisher: Operator, keep: Callable[[str], bool]) -> Dense:
+def marginal(fisher: Operator, keep: Callable[[str], bool]) -> Operator:
     r"""The information on some of the parameters, with the others unknown: the Schur complement over those that go.
 
     .. math:: F_{kk} - F_{kr} F_{rr}^{+} F_{rk}, \qquad \big(F_{kk} - F_{kr} F_{rr}^{-1} F_{rk}\big)^{-1} = (F^{-1})_{kk}.
@@ -26,7 +26,7 @@ def marginal(fisher: Operator, keep: Callable[[str], bool]) -> Dense:
         keep: which parameter leaves stay, a function from the path of a leaf, such as ``"['layer']['w']"``, to a bool.
 
     Returns:
-        A `Dense` operator over the kept leaves. Its vectors are trees like the parameters with None for each leaf that is gone.
+        A dense operator over the kept leaves. Its vectors are trees like the parameters with None for each leaf that is gone.
 
     Raises:
         TypeError: ``fisher`` is not an operator; ``keep`` is not a function.
@@ -41,20 +41,20 @@ def marginal(fisher: Operator, keep: Callable[[str], bool]) -> Dense:
     >>> print(slope.as_matrix().round(4))  # the variance of x, where its second moment is 5/3
     [[0.6667]]
     """
-    fisher = as_operator(fisher, "marginal").viewed
+    fisher = viewed(fisher, "marginal")
     check_function("keep", keep, "path -> bool, of the path of a parameter leaf")
     spec = fisher.spec
     flags = tuple(bool(keep(path)) for path in spec.paths)
     if all(flags) or not any(flags):
         what = "every leaf" if all(flags) else "no leaf"
         raise ValueError(f"marginal: `keep` keeps {what} of {list(spec.paths)}. Keep some of them, and not all.")
-    whole = Dense(fisher.as_matrix(), spec, fisher.provenance)
+    whole = Dense(fisher.as_matrix(), spec)
     gone = tuple(not flag for flag in flags)
     stays, goes = (whole.restrict(flagged, _structure(spec.treedef, flagged)) for flagged in (flags, gone))
-    cross = _cross_block(whole, flags)
-    explained = jax.vmap(lambda column: goes.spec.ravel(goes.solve(goes.spec.unravel(column), 0.0), "x"))(cross)
+    cross, rest = _cross_block(whole, flags), Operator(goes, fisher.provenance)
+    explained = jax.vmap(lambda column: goes.spec.ravel(rest.solve(goes.spec.unravel(column), 0.0), "x"))(cross)
     matrix = stays.matrix - matmul(cross, explained.T)
-    return Dense(0.5 * (matrix + matrix.T), stays.spec, fisher.provenance)
+    return Operator(Dense(0.5 * (matrix + matrix.T), stays.spec), fisher.provenance)
 
 
 def _structure(treedef: jax.tree_util.PyTreeDef, flags: tuple[bool, ...]) -> jax.tree_util.PyTreeDef:

@@ -1,4 +1,4 @@
-r"""Operators that know their eigenvectors: every function of one is that function of its eigenvalues.
+r"""Forms that know their eigenvectors: every function of one is that function of its eigenvalues.
 
 ``F = Q diag(lambda) Q^T`` gives ``f(F) = Q diag(f(lambda)) Q^T``: solves, roots, determinants and norms at any damping, from
 what is held.
@@ -19,107 +19,106 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 from jaxfisher._inverse import Factorise
 from jaxfisher._linalg import norm, resolved, unit_diagonal
 from jaxfisher._null_space import is_unseen
-from jaxfisher._operators.base import Operator
+from jaxfisher._operators.form import Form
 from jaxfisher._operators.inverted import Inverted
 from jaxfisher._system import Solved
 from jaxfisher._tree import ParamSpec
 from jaxfisher._varying import cond, linear_solve
 
 
-class Spectral(Operator):
-    """An operator with its eigenvalues, and what applies a function of them."""
+class Spectral(Form):
+    """A form that knows its eigenvalues, and applies a function of them: such a one gives these two in place of `product`."""
 
     @abc.abstractmethod
-    def _eigenvalues(self) -> list[tuple[Array, int]]:
+    def counted_eigenvalues(self) -> list[tuple[Array, int]]:
         """Arrays of eigenvalues, each with the number of times it occurs."""
 
     @abc.abstractmethod
-    def _apply(self, function: Callable[[Array], Array], v: Any) -> Any:
+    def apply(self, function: Callable[[Array], Array], v: Any) -> Any:
         """``Q diag(function(lambda)) Q^T v``."""
 
-    def _resolve(self, damping: Scalar) -> Callable[[Array], Array]:
+    def resolve(self, damping: Scalar) -> Callable[[Array], Array]:
         """Eigenvalues to what they count as: zero inside rounding error, which is that of the largest of them."""
         largest = self._largest()
-        return lambda values: resolved(values, damping, largest, self.size)
+        return lambda values: resolved(values, damping, largest, self.spec.size)
 
-    def linearised(self) -> Callable[[Any], Any]:
-        return lambda v: self._apply(lambda values: values, v)
+    def product(self) -> Callable[[Any], Any]:
+        return lambda v: self.apply(lambda values: values, v)
 
     def eigvalsh(self) -> Float[Array, " p"]:
         """The p eigenvalues, ascending."""
-        return jnp.sort(jnp.concatenate([jnp.repeat(values.reshape(-1), count) for values, count in self._eigenvalues()]))
+        return jnp.sort(
+            jnp.concatenate([jnp.repeat(values.reshape(-1), count) for values, count in self.counted_eigenvalues()])
+        )
 
     def trace(self) -> Scalar:
         return self._sum(lambda values: values)
 
     def frobenius_norm(self) -> Scalar:
-        return norm(jnp.concatenate([(values * count**0.5).reshape(-1) for values, count in self._eigenvalues()]))
+        return norm(jnp.concatenate([(values * count**0.5).reshape(-1) for values, count in self.counted_eigenvalues()]))
 
     def rank(self) -> Int[Array, ""]:
-        resolve = self._resolve(jnp.zeros((), self.spec.dtype))
+        resolve = self.resolve(jnp.zeros((), self.spec.dtype))
         return self._count(lambda values: resolve(values) != 0)
 
-    def _logdet(self, damping: Scalar) -> Scalar:
-        resolve = self._resolve(damping)
+    def logdet(self, damping: Scalar) -> Scalar:
+        resolve = self.resolve(damping)
         return self._sum(lambda values: jnp.log(resolve(values) + damping))
 
     def _sum(self, function: Callable[[Array], Array]) -> Scalar:
-        parts = [count * jnp.sum(function(values)) for values, count in self._eigenvalues()]
+        parts = [count * jnp.sum(function(values)) for values, count in self.counted_eigenvalues()]
         return sum(parts[1:], start=parts[0])
 
     def _count(self, flags: Callable[[Array], Array]) -> Int[Array, ""]:
-        parts = [count * jnp.sum(flags(values), dtype=jnp.int32) for values, count in self._eigenvalues()]
+        parts = [count * jnp.sum(flags(values), dtype=jnp.int32) for values, count in self.counted_eigenvalues()]
         return sum(parts[1:], start=parts[0])
 
-    def _inverse(self, damping: Scalar) -> Inverted:
-        return self.inverse_of(self, damping)
-
-    def inverse_of(self, fisher: Operator, damping: Scalar) -> Inverted:
-        """Of an operator that these are the eigenvectors of."""
-        product = fisher.linearised()
-        resolve = self._resolve(damping)
+    def inverse_of(self, form: Form, damping: Scalar) -> Inverted:
+        """The inverse of a form that these are the eigenvectors of."""
+        product = form.product()
+        resolve = self.resolve(damping)
         rank = self._count(lambda values: resolve(values) + damping != 0)
         # Derivatives go through the products that solutions satisfy.
         still, at = jax.lax.stop_gradient((self, damping))
-        solve = partial(still._power_mv, power=jnp.asarray(-1, self.spec.dtype), damping=at)
-        return applied_once(solve, product, damping, still._tests(jax.lax.stop_gradient(fisher), at), rank, self.spec)
+        solve = partial(still.power_mv, power=jnp.asarray(-1, self.spec.dtype), damping=at)
+        return applied_once(solve, product, damping, still.tests(jax.lax.stop_gradient(form), at), rank, self.spec)
 
-    def _tests(self, fisher: Operator, damping: Scalar) -> Callable[..., Bool[Array, ""]]:
+    def tests(self, form: Form, damping: Scalar) -> Callable[..., Bool[Array, ""]]:
         """Whether a solution may be believed, from the right-hand side, itself, what it leaves and the correction for that."""
-        eps, largest, resolve = jnp.finfo(self.spec.dtype).eps, self._largest(), self._resolve(damping)
-        told, noise = ~(damping <= eps * largest), 4 * self.size * eps
+        eps, largest, resolve = jnp.finfo(self.spec.dtype).eps, self._largest(), self.resolve(damping)
+        told, noise = ~(damping <= eps * largest), 4 * self.spec.size * eps
         # Sums of squares that are zero come out at the square of rounding, and what lies between is neither.
         low = self._count(lambda values: (jnp.abs(values) > noise**2 * largest) & (jnp.abs(values) < noise * largest))
-        clear = told | ((low == 0) & cond(told, lambda: told, lambda: self._blind(fisher, resolve)))
+        clear = told | ((low == 0) & cond(told, lambda: told, lambda: self._blind(form, resolve)))
         # Its eigenvectors are orthonormal in the parameters' own units.
         return Tests(
             damping, told, clear, jnp.asarray(True), jnp.ones((), self.spec.dtype), lambda v, x, rest: jnp.zeros_like(x[0])
         )
 
-    def _blind(self, fisher: Operator, resolve: Callable[[Array], Array]) -> Bool[Array, ""]:
-        """Whether the operator does not see what counts as zero: it may be small in its units only."""
-        roots = jnp.sqrt(jnp.abs(self.spec.ravel(fisher.diagonal(), "diagonal")))
-        trial = unit_diagonal(jnp.square(roots)) * jnp.cos(jnp.arange(self.size, dtype=self.spec.dtype))
-        left_out = self._apply(lambda values: (resolve(values) == 0).astype(values.dtype), self.spec.unravel(trial))
+    def _blind(self, form: Form, resolve: Callable[[Array], Array]) -> Bool[Array, ""]:
+        """Whether the form does not see what counts as zero: it may be small in its units only."""
+        roots = jnp.sqrt(jnp.abs(self.spec.ravel(form.diagonal(), "diagonal")))
+        trial = unit_diagonal(jnp.square(roots)) * jnp.cos(jnp.arange(self.spec.size, dtype=self.spec.dtype))
+        left_out = self.apply(lambda values: (resolve(values) == 0).astype(values.dtype), self.spec.unravel(trial))
         # Where nothing was left out, this is rounding of the trial.
-        return is_unseen(self.spec.ravel(fisher.linearised()(left_out), "v"), trial, roots)
+        return is_unseen(self.spec.ravel(form.product()(left_out), "v"), trial, roots)
 
     def _largest(self) -> Scalar:
         """The largest eigenvalue in absolute value."""
-        return jnp.max(jnp.stack([jnp.max(jnp.abs(values), initial=0.0) for values, _ in self._eigenvalues()]))
+        return jnp.max(jnp.stack([jnp.max(jnp.abs(values), initial=0.0) for values, _ in self.counted_eigenvalues()]))
 
     def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
-        return self._inverse
+        return partial(self.inverse_of, self)
 
-    def _power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
-        resolve = self._resolve(damping)
+    def power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
+        resolve = self.resolve(damping)
 
         def powers(values: Array) -> Array:
             shifted = resolve(values) + damping
             kept = shifted != 0
             return jnp.where(kept, jnp.where(kept, shifted, 1) ** power, 0)
 
-        return self._apply(powers, v)
+        return self.apply(powers, v)
 
 
 def applied_once(

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._once import either
-from jaxfisher._operators.base import Operator
+from jaxfisher._operators.operator import Operator
 from jaxfisher._transform.given import check_params, check_state, fisher_for, function_for, value_for
 from jaxfisher._tree import described, dot
 from jaxfisher._values import check_number, nonnegative
@@ -154,7 +154,7 @@ def adapting(
             "damping": state.damping,
         }
         step, after = chain.update(updates, state.inner, params, **given)
-        g, u = operator._vector(updates), operator._vector(step)
+        g, u = operator.spec.vector(updates), operator.spec.vector(step)
         predicted = decrease(operator, g, u, after)
         actual = (start - loss(optax.apply_updates(params, step))).astype(operator.spec.dtype)
         # Comparisons with a NaN are false: such a step is not taken. Where nothing was promised, nothing was broken.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from jaxfisher._operators.base import Operator, as_operator
+from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._tree import described, path_names, refuse_sparse
 from jaxfisher._values import is_number
 

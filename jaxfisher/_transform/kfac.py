@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Scalar
 
-from jaxfisher._operators.base import VIEW, Operator, View
 from jaxfisher._operators.factored import factored_damping
 from jaxfisher._operators.identity import relative_damping
 from jaxfisher._operators.layered import kronecker
+from jaxfisher._operators.operator import VIEW, Operator, View, viewed
 from jaxfisher._solve import Solver, check_solver, solve
 from jaxfisher._system import SolveInfo
 from jaxfisher._transform.adapt_damping import Rule, adapting
@@ -89,7 +89,7 @@ def kfac(
     if view is not None:
         check_function("view", view, VIEW)
 
-    def viewed(fisher: Operator) -> Operator:
+    def checked(fisher: Operator) -> Operator:
         _refuse_empirical(fisher)
         assert view is not None
         return view(fisher)
@@ -107,7 +107,7 @@ def kfac(
         return x, info
 
     direction = scale_by_fisher(
-        damping, view=None if view is None else viewed, solver=lightly, decay=decay, update_every=update_every, like=like
+        damping, view=None if view is None else checked, solver=lightly, decay=decay, update_every=update_every, like=like
     )
     # That model knows what it promised: one product with the Fisher less.
     return adapting(optax.chain(direction, quadratic_model(damping)), damping, RULE, _promised)
@@ -121,7 +121,7 @@ def _promised(operator: Operator, g: Any, u: Any, after: Any) -> Scalar:
 
 def _refuse_empirical(fisher: Operator) -> None:
     """Raise `ValueError` where the curvature, or what its views are taken of, is an empirical Fisher."""
-    for operator in (fisher, fisher.viewed):
+    for operator in (fisher, viewed(fisher, "kfac")):
         kinds = [part.kind for part in operator.provenance.parts or (operator.provenance,)]
         if "empirical" in kinds:
             raise ValueError(

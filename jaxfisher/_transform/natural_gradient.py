@@ -7,7 +7,7 @@ from collections.abc import Callable
 import chex
 import optax
 
-from jaxfisher._operators.base import Operator, View
+from jaxfisher._operators.operator import Operator, View
 from jaxfisher._solve import Solver
 from jaxfisher._transform.given import ScalarOrSchedule, scheduled
 from jaxfisher._transform.scale_by_fisher import scale_by_fisher

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._linalg import matmul
-from jaxfisher._operators.base import Operator
+from jaxfisher._operators.operator import Operator
 from jaxfisher._transform.given import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
 from jaxfisher._tree import cast_like, param_spec
 from jaxfisher._values import nonnegative
@@ -99,7 +99,7 @@ def quadratic_model(damping: ScalarOrSchedule) -> optax.GradientTransformationEx
         check_vector_of_state(state.step, updates, "quadratic_model")
         operator = fisher_for(updates, fisher, "quadratic_model")
         strength = nonnegative("damping", damping_for(damping, usual, state.count, "quadratic_model"), operator.spec.dtype)
-        g, d = operator.spec.tree(operator.spec.leaves(grad, "grad")), operator._vector(updates)
+        g, d = operator.spec.tree(operator.spec.leaves(grad, "grad")), operator.spec.vector(updates)
         columns = jax.tree.map(lambda d, v: jnp.stack([-d, v]), d, state.step)
         (alpha, mu), change = _minimum(operator, g, columns, strength)
         step = jax.tree.map(lambda d, v: mu * v - alpha * d, d, state.step)
@@ -113,7 +113,7 @@ def _minimum(operator: Operator, g: Any, columns: Any, damping: Scalar) -> tuple
 
     Only the part of the second direction that is not along the first counts, and there may be no such part.
     """
-    images = jax.vmap(operator.linearised())(columns)
+    images = jax.vmap(operator.form.product())(columns)
     curvature, lengths = _products(columns, images), _products(columns, columns)
     slopes = _products(columns, jax.tree.map(lambda leaf: leaf[None], g))[:, 0]
     damped = curvature + damping * lengths

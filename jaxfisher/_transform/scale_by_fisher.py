@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 from collections.abc import Callable
 from functools import partial
@@ -15,8 +16,10 @@ import optax
 from jaxtyping import Array, Int
 
 from jaxfisher._once import either
-from jaxfisher._operators.base import VIEW, Operator, View, as_operator
+from jaxfisher._operators.averaging import arrays_of, with_arrays
 from jaxfisher._operators.diagonal import Diagonal
+from jaxfisher._operators.kronecker import factorised
+from jaxfisher._operators.operator import VIEW, Operator, View, as_operator
 from jaxfisher._operators.provenance import Provenance
 from jaxfisher._solve import Solver, check_solver, solve
 from jaxfisher._system import SolveInfo
@@ -121,7 +124,7 @@ def scale_by_fisher(
     def init(params: chex.ArrayTree) -> ScaleByFisherState:
         dtype = param_spec(params).dtype
         zeros = partial(_zeros, dtype=dtype)
-        mean = zeros(_averaging(_shape_of_view(params, like, viewed)).arrays) if decay is not None else ()
+        mean = zeros(arrays_of(_averaging(_shape_of_view(params, like, viewed)).form)) if decay is not None else ()
         held = zeros(_held_arrays(_shape_of_view(params, like, viewed))) if update_every is not None else ()
         previous = () if momentum is None else jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), params)
         return ScaleByFisherState(jnp.zeros((), jnp.int32), mean, held, previous, _no_info(params))
@@ -169,7 +172,7 @@ def _precondition(
     previous: tuple[chex.Numeric, Any] | None,
 ) -> tuple[Any, SolveInfo]:
     """``(F + damping I)^-power`` times the updates in the statistics dtype, with a report."""
-    updates = operator._vector(updates)
+    updates = operator.spec.vector(updates)
 
     def by_solve() -> tuple[Any, SolveInfo]:
         if previous is None:
@@ -183,9 +186,9 @@ def _precondition(
     def by_spectrum() -> tuple[Any, SolveInfo]:
         result = operator.power_mv(updates, -jnp.asarray(power), damping)
         finite = all_finite(result)
-        info = SolveInfo(
-            jnp.zeros((), operator.spec.dtype), jnp.zeros((), jnp.int32), finite, finite, operator.full_rank, jnp.asarray(False)
-        )
+        size = jnp.asarray(operator.size, jnp.int32)
+        nothing = jnp.zeros((), operator.spec.dtype)
+        info = SolveInfo(nothing, jnp.zeros((), jnp.int32), finite, finite, size, jnp.asarray(False))
         return result, info
 
     if isinstance(power, numbers.Real):
@@ -205,10 +208,10 @@ def _refreshed(
 
     def made() -> tuple[tuple[Array, ...], Any]:
         operator, mean = fresh(state.count // every)
-        return tuple(jax.tree.leaves(operator.factorised())), mean
+        return tuple(jax.tree.leaves(_factorised(operator))), mean
 
     # The structure is found without running anything, so that updates in between do not pay for it.
-    shape = jax.eval_shape(lambda: fresh(state.count)[0].factorised())
+    shape = jax.eval_shape(lambda: _factorised(fresh(state.count)[0]))
     leaves, treedef = jax.tree.flatten(shape)
     if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in state.held]:
         seen, expected = ([leaf.shape for leaf in arrays] for arrays in (leaves, state.held))
@@ -224,18 +227,18 @@ def _running_mean(operator: Operator, mean: Any, before: Int[Array, ""], decay: 
     """The debiased running mean, as an operator and as arrays; ``before`` is the number of operators already in it."""
     if decay is None:
         return operator, mean
-    new = _averaging(operator).arrays
+    new = arrays_of(_averaging(operator).form)
     check_vector_of_state(mean, new, "scale_by_fisher")
     beta = jnp.asarray(decay, operator.spec.dtype)
     # The newest operator has the weight that it has in a debiased mean of ``before + 1``, so the mean stays debiased.
     share = (1 - beta) / (1 - beta ** (before + 1).astype(beta.dtype))
     mean = jax.tree.map(lambda a, b: a + share * (b - a), mean, new)
-    return operator.with_arrays(mean), mean
+    return dataclasses.replace(operator, form=with_arrays(operator.form, mean)), mean
 
 
 def _averaging(operator: Operator) -> Operator:
-    if not operator.averages:
-        raise ValueError(_NO_MEAN.format(form=operator.form))
+    if not operator.form.averages:
+        raise ValueError(_NO_MEAN.format(form=operator.form.name))
     return operator
 
 
@@ -245,7 +248,7 @@ def _shape_of_view(params: chex.ArrayTree, like: Any, viewed: Callable[[Operator
     def make() -> Operator:
         if like is None:
             spec = param_spec(params)
-            return viewed(Diagonal(spec.zeros(), spec, Provenance("zero", 0)))
+            return viewed(Operator(Diagonal(spec.zeros(), spec), Provenance("zero", 0)))
         operator = like() if callable(like) and not isinstance(like, Operator) else like
         # Optax calls `init` with a pytree without leaves, to find where a state holds parameters.
         return viewed(fisher_for(params, operator, "scale_by_fisher: `like`") if jax.tree.leaves(params) else operator)
@@ -258,9 +261,14 @@ def _shape_of_view(params: chex.ArrayTree, like: Any, viewed: Callable[[Operator
         raise
 
 
+def _factorised(operator: Operator) -> Operator:
+    """The operator held so that solves between refreshes take products only."""
+    return dataclasses.replace(operator, form=factorised(operator.form))
+
+
 def _held_arrays(operator: Operator) -> tuple[Array, ...]:
     """The arrays of the operator that solves between refreshes."""
-    return tuple(jax.tree.leaves(jax.eval_shape(lambda operator: operator.factorised(), operator)))
+    return tuple(jax.tree.leaves(jax.eval_shape(_factorised, operator)))
 
 
 def _zeros(tree: Any, dtype: Any) -> Any:

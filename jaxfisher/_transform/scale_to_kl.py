@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxfisher._operators.base import Operator
+from jaxfisher._operators.operator import Operator
 from jaxfisher._transform.given import fisher_for
 from jaxfisher._tree import scaled
 from jaxfisher._values import nonnegative

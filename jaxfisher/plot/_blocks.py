@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.patheffects import Normal, Stroke
 
-from jaxfisher._operators.base import Operator, as_operator
+from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher.plot._look import axes_or_new
 
 LARGEST = 2048

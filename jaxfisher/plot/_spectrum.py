@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from jaxfisher._operators.base import Operator, as_operator
+from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._values import check_number
 from jaxfisher.plot._look import BLACK, BLUE, ORANGE, VERMILION, axes_or_new, legend, light_grid
 

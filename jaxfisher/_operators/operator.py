@@ -1,0 +1,364 @@
+"""What every Fisher is to its user: a symmetric linear operator on parameter pytrees that knows its kind, its n and its form.
+
+An operator checks what it is given, runs its form's part in a program that is compiled once, and casts what comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, final
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Scalar
+
+from jaxfisher._linalg import null_vectors
+from jaxfisher._once import once
+from jaxfisher._operators.damping import Damping, Dampings, checked_damping, damped_inverse, damped_logdet
+from jaxfisher._operators.form import Form, small_matrix
+from jaxfisher._operators.inverted import reported
+from jaxfisher._operators.provenance import Provenance
+from jaxfisher._operators.sum import added
+from jaxfisher._pytree import array_fields
+from jaxfisher._scores import Scores
+from jaxfisher._stack import refuse_stack
+from jaxfisher._system import SolveInfo
+from jaxfisher._tree import ParamSpec, cast_like
+from jaxfisher._values import check_number, described, nonnegative
+from jaxfisher._varying import alike
+
+View = Callable[["Operator"], "Operator"]
+VIEW = "operator -> operator, such as jf.diagonal"
+"""What a view is, as messages show it."""
+
+
+@final
+@array_fields("form", "views_of", repr=False)
+class Operator:
+    """A symmetric operator on pytrees shaped like the parameters; positive semi-definite if it is a Fisher.
+
+    The matrix ``F`` below is over the p parameters in `jax.flatten_util.ravel_pytree` order. A vector ``v`` is a pytree like
+    the parameters, of real floating leaves; the result has the leaf dtypes of ``v``. Matrices and scalars have the statistics
+    dtype: float32, or float64 if a parameter is float64. ``F + G`` and ``c * F`` are operators; ``c`` must not be negative.
+    ``F @ v`` is `mv`, and ``np.asarray(F)`` is `as_matrix`. Costs are in products with F, which for scores take two passes over
+    the factors that are held, and for `jaxfisher.implicit_fisher` about three gradients of the model.
+
+    `logdet`, `trace`, `diagonal`, `quadratic` and `solve` are differentiable in parameters, data and damping, forward and in
+    reverse, also where eigenvalues are equal. Of an undamped solve with a deficient rank the null space counts as fixed.
+
+    A vector of another structure, shape or dtype raises `ValueError` or `TypeError` with its first bad path; a matrix that
+    would have to be made for p above 4096 raises `ValueError`; and so does an operator that came out of `jax.vmap`.
+
+    Attributes:
+        form: how the matrix is held.
+        provenance: where it comes from: its kind, and the examples that its mean is over.
+        views_of: the operator that views are taken of, where that is not this one.
+    """
+
+    form: Form
+    provenance: Provenance
+    views_of: Operator | None = None
+
+    @property
+    def spec(self) -> ParamSpec:
+        """The paths, shapes and dtypes of the parameters."""
+        return self.form.spec
+
+    @property
+    def size(self) -> int:
+        """Number of parameters, p."""
+        return self.form.spec.size
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the matrix, ``(p, p)``."""
+        return self.size, self.size
+
+    @property
+    def n(self) -> int:
+        """The number of examples that the mean was taken over; of a sum, those of all terms."""
+        return self.provenance.examples
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The axes that `jax.vmap` or `jax.lax.scan` has put before those of what is held; () of one operator."""
+        return self.form.stack
+
+    def mv(self, v: chex.ArrayTree) -> chex.ArrayTree:
+        """``F v``, a pytree like ``v``, at the cost of one product.
+
+        >>> import jax.numpy as jnp, jaxfisher as jf
+        >>> F = jf.exact_fisher(lambda w, x: jf.Normal(x @ w, 1.0))(jnp.zeros(2), jnp.array([[2.0, 0.0], [2.0, 2.0]]))
+        >>> print(F.mv(jnp.array([1.0, 0.0])))
+        [4. 2.]
+        """
+        return cast_like(_product(self, self.spec.vector(v)), v)
+
+    def quadratic(self, v: chex.ArrayTree) -> Scalar:
+        """``v^T F v``, a scalar: twice the KL divergence moved by a small step ``v``, in nats. At most the cost of one product.
+
+        >>> import jax.numpy as jnp, jaxfisher as jf
+        >>> F = jf.exact_fisher(lambda mu: jf.Normal(mu, 2.0))(0.0)  # 1/4
+        >>> print(F.quadratic(2.0), 2 * jf.kl(lambda mu: jf.Normal(mu, 2.0))(0.0, 2.0))
+        1.0 1.0
+        """
+        return _quadratic(self, self.spec.vector(v))
+
+    def solve(self, v: chex.ArrayTree, damping: Damping) -> chex.ArrayTree:
+        """``(F + damping I)^-1 v``, a pytree like ``v``; the minimum-norm solution where F is singular and the damping zero.
+
+        ``damping`` is one number, or a pytree like the parameters with one number above zero for each leaf. For many right-hand
+        sides, `jax.vmap` over ``v``: what does not depend on it is factored once. The cost is that of a factor of the smaller
+        of p x p and n x n for scores, of p x p for a matrix, of each factor for a Kronecker product, and a few products more.
+        `jaxfisher.solve` tells how the solve went, and takes other solvers.
+
+        >>> import jax.numpy as jnp, jaxfisher as jf
+        >>> F = jf.exact_fisher(lambda w, x: jf.Bernoulli(logits=w * x))(0.0, jnp.array([1.0, 3.0]))  # 5/4
+        >>> print(F.solve(2.5, damping=1.25))
+        1.0
+        """
+        return exact_solve(self, v, damping)[0]
+
+    def logdet(self, damping: Damping) -> Scalar:
+        """``log det (F + damping I)``, a scalar: minus infinity where it is singular, NaN where it is negative.
+
+        It costs one factor, as `solve` does. `jaxfisher.estimate_logdet` is the estimate from products.
+
+        >>> import jax.numpy as jnp, jaxfisher as jf
+        >>> F = jf.scaled_identity(jnp.zeros(3), 0.5)
+        >>> print(F.logdet(damping=0.5))  # of the identity
+        0.0
+        """
+        return _log_determinant(self, checked_damping(damping, self.spec))
+
+    def power_mv(self, v: chex.ArrayTree, power: chex.Numeric, damping: chex.Numeric = 0.0) -> chex.ArrayTree:
+        """``(F + damping I)^power v``, a pytree like ``v``; at zero damping only along directions where F is not zero.
+
+        What is zero to rounding counts as zero. It costs an eigendecomposition of what `solve` factors; a diagonal and what is
+        held by eigenvectors cost one product.
+
+        >>> import jax.numpy as jnp, jaxfisher as jf
+        >>> print(jf.scaled_identity(jnp.zeros(2), 4.0).power_mv(jnp.ones(2), power=1.5))
+        [8. 8.]
+        """
+        check_number("power", power)
+        power = jnp.asarray(power, self.spec.dtype)
+        strength = nonnegative("damping", damping, self.spec.dtype)
+        return cast_like(_power_of(self, self.spec.vector(v), power, strength), v)
+
+    def sqrt_mv(self, v: chex.ArrayTree, damping: chex.Numeric = 0.0) -> chex.ArrayTree:
+        """``(F + damping I)^(1/2) v``, the symmetric root: of white noise, noise with covariance ``F + damping I``.
+
+        The result is a pytree like ``v``, at the cost of `power_mv`.
+
+        >>> import jax.numpy as jnp, jaxfisher as jf
+        >>> print(jf.scaled_identity(jnp.zeros(2), 3.0).sqrt_mv(jnp.ones(2), damping=1.0))
+        [2. 2.]
+        """
+        return self.power_mv(v, 0.5, damping)
+
+    def inv_sqrt_mv(self, v: chex.ArrayTree, damping: chex.Numeric = 0.0) -> chex.ArrayTree:
+        """``(F + damping I)^(-1/2) v``: of white noise, noise with precision ``F + damping I``, as a Laplace posterior draws.
+
+        At zero damping only along directions in which F is not zero to rounding. The result is a pytree like ``v``, at the cost
+        of `power_mv`.
+
+        >>> import jax.numpy as jnp, jaxfisher as jf
+        >>> print(jf.scaled_identity(jnp.zeros(2), 3.0).inv_sqrt_mv(jnp.ones(2), damping=1.0))
+        [0.5 0.5]
+        """
+        return self.power_mv(v, -0.5, damping)
+
+    def as_matrix(self) -> Float[Array, "p p"]:
+        """``F`` as a dense matrix, shape ``[p, p]``, at any p. From scores it costs ``n p^2`` flops, else up to p products.
+
+        >>> import jax.numpy as jnp, jaxfisher as jf
+        >>> F = jf.exact_fisher(lambda w, x: jf.Normal(x @ w, 1.0))(jnp.zeros(2), jnp.array([[2.0, 0.0], [2.0, 2.0]]))
+        >>> print(F.as_matrix())
+        [[4. 2.]
+         [2. 2.]]
+        """
+        return _matrix(self)
+
+    def diagonal(self) -> chex.ArrayTree:
+        """The diagonal ``F_jj``, a pytree like the parameters in the statistics dtype. From scores it costs about one product.
+
+        >>> import jax.numpy as jnp, jaxfisher as jf
+        >>> F = jf.exact_fisher(lambda w, x: jf.Normal(x @ w, 1.0))(jnp.zeros(2), jnp.array([[2.0, 0.0], [2.0, 2.0]]))
+        >>> print(F.diagonal())
+        [4. 2.]
+        """
+        return _diagonal(self)
+
+    def trace(self) -> Scalar:
+        """``tr F``, a scalar, at the cost of `diagonal` or less; `jaxfisher.estimate_trace` is the estimate from products.
+
+        >>> import jax.numpy as jnp, jaxfisher as jf
+        >>> F = jf.exact_fisher(lambda w, x: jf.Normal(x @ w, 1.0))(jnp.zeros(2), jnp.array([[2.0, 0.0], [2.0, 2.0]]))
+        >>> print(F.trace())
+        6.0
+        """
+        return _trace(self)
+
+    def eigvalsh(self) -> Float[Array, " p"]:
+        """The p eigenvalues of ``F``, ascending, shape ``[p]``; those inside rounding error are exactly zero.
+
+        From scores they cost an eigendecomposition of the smaller of p x p and n x n.
+
+        >>> import jax.numpy as jnp, jaxfisher as jf
+        >>> F = jf.exact_fisher(lambda w, x: jf.Normal(x @ w, 1.0))(jnp.zeros(2), jnp.array([[2.0, 2.0]]))
+        >>> print(F.eigvalsh().round(5))
+        [0. 8.]
+        """
+        return _eigenvalues(self)
+
+    def frobenius_norm(self) -> Scalar:
+        """``sqrt(sum_ij F_ij^2)``, a scalar: also the root of the sum of squared eigenvalues.
+
+        From scores it costs the smaller of the matrices ``S^T S`` and ``S S^T``.
+
+        >>> import jax.numpy as jnp, jaxfisher as jf
+        >>> print(jf.scaled_identity(jnp.zeros(4), 3.0).frobenius_norm())
+        6.0
+        """
+        return _frobenius_norm(self)
+
+    def rank(self) -> Int[Array, ""]:
+        """The number of eigenvalues that are not zero to rounding, after F is scaled to a unit diagonal; an int32 scalar.
+
+        It costs what `eigvalsh` does.
+
+        >>> import jax.numpy as jnp, jaxfisher as jf
+        >>> F = jf.exact_fisher(lambda w, x: jf.Normal(x @ w, 1.0))(jnp.zeros(2), jnp.array([[2.0, 2.0]]))
+        >>> print(F.rank())
+        1
+        """
+        return _rank(self)
+
+    def null_space(self) -> chex.ArrayTree:
+        """An orthonormal basis of the directions in which F is zero to rounding: vectors stacked along a leading axis.
+
+        Such directions are not identified by the data: no prediction depends on them. How many there are is known only when F
+        is, so this does not run under ``jit``. It costs the matrix and its eigendecomposition.
+
+        >>> import jax.numpy as jnp, jaxfisher as jf
+        >>> F = jf.exact_fisher(lambda w, x: jf.Normal(x @ w, 1.0))(jnp.zeros(2), jnp.array([[2.0, 2.0]]))
+        >>> print(jnp.abs(F.null_space() @ jnp.array([1.0, -1.0])).round(4))  # the direction of their difference
+        [1.4142]
+        """
+        basis = null_vectors(_small_matrix(self))
+        null: chex.ArrayTree = jax.vmap(self.spec.unravel)(basis.T)
+        return null
+
+    def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Operator:
+        """The principal sub-operator of the parameter leaves whose flag is set: the entries of F between these.
+
+        ``keep`` has one flag for each leaf, in their order, and ``treedef`` is the structure of the vectors that it acts on,
+        whose leaves are those kept. Nothing is computed. `jaxfisher.marginal` takes the other parameters for unknown.
+
+        >>> import jax, jax.numpy as jnp, jaxfisher as jf
+        >>> F = jf.exact_fisher(lambda p, x: jf.Normal(p["a"] * x + p["b"], 1.0))({"a": 1.0, "b": 0.0}, jnp.array([1.0, 3.0]))
+        >>> print(F.restrict((True, False), jax.tree.structure({"a": 0})).as_matrix())
+        [[5.]]
+        """
+        part = None if self.views_of is None else self.views_of.restrict(keep, treedef)
+        return Operator(self.form.restrict(keep, treedef), self.provenance, part)
+
+    # NumPy would take an operator for a scalar and make an array of operators: this hands the arithmetic to the methods below.
+    __array_ufunc__ = None
+
+    def __add__(self, other: Any) -> Operator:
+        if not isinstance(other, Operator):
+            raise TypeError(
+                f"cannot add a Fisher and {described(other)}: expected two Fishers over the same parameters. A multiple of "
+                "the identity is jf.scaled_identity(F, c), or `damping`, an argument of solve, logdet and natural_grad."
+            )
+        self.spec.check_same(other.spec, f"cannot add to {self} the operator {other}")
+        views_of = None if self.views_of is None and other.views_of is None else _looked_at(self) + _looked_at(other)
+        return Operator(added(self.form, other.form), self.provenance.plus(other.provenance), views_of)
+
+    __radd__ = __add__
+
+    def __mul__(self, factor: Any) -> Operator:
+        c = nonnegative("c` in `c * F", factor, self.spec.dtype)
+        views_of = None if self.views_of is None else c * self.views_of
+        return Operator(self.form.scaled(c), self.provenance.times(), views_of)
+
+    __rmul__ = __mul__
+
+    def __matmul__(self, v: chex.ArrayTree) -> chex.ArrayTree:
+        return self.mv(v)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        return np.asarray(self.as_matrix(), dtype=dtype)
+
+    def __repr__(self) -> str:
+        views = "" if self.views_of is None else f"; views of {self.views_of.provenance}"
+        return f"Fisher({self.provenance}, params {self.size:,}, {self.form.name}{views})"
+
+
+def _program(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
+    """What a method computes of the form of one operator, without its checks, as one program."""
+    program = once(compute)
+
+    def call(fisher: Operator, *arguments: Any) -> Any:
+        refuse_stack(fisher, name)
+        return program(fisher.form, *arguments)
+
+    return call
+
+
+def _solved(form: Form, v: Any, damping: Dampings) -> tuple[Any, SolveInfo]:
+    form, v, damping = alike(form, v, damping)
+    return reported(form.spec, damped_inverse(form, damping), v)
+
+
+_product = _program("mv", lambda form, v: form.product()(v))
+_quadratic = _program("quadratic", lambda form, v: form.quadratic(v))
+_solution = _program("solve", _solved)
+_log_determinant = _program("logdet", damped_logdet)
+_power_of = _program("power_mv", lambda form, v, power, damping: form.power_mv(v, power, damping))
+_matrix = _program("as_matrix", lambda form: form.as_matrix())
+_small_matrix = _program("null_space", lambda form: small_matrix(form, "null_space"))
+_diagonal = _program("diagonal", lambda form: form.diagonal())
+_trace = _program("trace", lambda form: form.trace())
+_eigenvalues = _program("eigvalsh", lambda form: form.eigvalsh())
+_frobenius_norm = _program("frobenius_norm", lambda form: form.frobenius_norm())
+_rank = _program("rank", lambda form: form.rank())
+
+
+def exact_solve(fisher: Operator, v: chex.ArrayTree, damping: Damping) -> tuple[Any, SolveInfo]:
+    """The exact solution of ``(F + damping I) x = v``, and a report on it."""
+    x, info = _solution(fisher, fisher.spec.vector(v), checked_damping(damping, fisher.spec))
+    return cast_like(x, v), info
+
+
+def scores_of(fisher: Operator, caller: str) -> Scores:
+    """The scores that F is made of, or a `TypeError` that says what has some."""
+    scores = fisher.form.as_scores()
+    if scores is None:
+        raise TypeError(
+            f"{caller}: {fisher} is not held as scores. Give what jf.exact_fisher, jf.empirical_fisher, jf.sampled_fisher, "
+            "jf.implicit_fisher or jf.fisher_from_scores returns."
+        )
+    return scores
+
+
+def as_operator(fisher: Any, caller: str) -> Operator:
+    """``fisher`` if it is an operator, else a `TypeError` that says what makes one."""
+    if isinstance(fisher, Operator):
+        refuse_stack(fisher, caller)
+        return fisher
+    seen = "a function. Call the function with the parameters and the data first" if callable(fisher) else described(fisher)
+    raise TypeError(f"{caller}: expected a Fisher operator, such as jf.exact_fisher(model)(params, x) returns, got {seen}.")
+
+
+def viewed(fisher: Any, caller: str) -> Operator:
+    """What views of an operator are taken of, or the `TypeError` of `as_operator`."""
+    return _looked_at(as_operator(fisher, caller))
+
+
+def _looked_at(fisher: Operator) -> Operator:
+    return fisher if fisher.views_of is None else fisher.views_of

@@ -1,0 +1,29 @@
+"""What a form is the sum of, down to what is held: views of layers are taken term by term."""
+
+from __future__ import annotations
+
+from jaxfisher._operators.block import BlockDiagonal
+from jaxfisher._operators.form import Form
+from jaxfisher._operators.from_scores import FromScores
+from jaxfisher._operators.identity import ScaledIdentity, Shifted
+from jaxfisher._operators.sum import Sum
+from jaxfisher._scores import JoinedScores
+
+Places = tuple[int, ...]
+"""Where some leaves are among the parameters' leaves, in their order."""
+
+
+def terms_of(form: Form) -> tuple[tuple[Places, Form], ...]:
+    """The terms of a form, each with the places of the leaves that it is over."""
+    everything = tuple(range(len(form.spec.paths)))
+    if isinstance(form, Sum):
+        return tuple(term for part in form.terms for term in terms_of(part))
+    if isinstance(form, Shifted):
+        return (*terms_of(form.base), (everything, ScaledIdentity(form.shift, form.spec)))
+    if isinstance(form, BlockDiagonal):
+        parts = [(group, term) for group, block in zip(form.members, form.blocks, strict=True) for term in terms_of(block)]
+        return tuple((tuple(group[i] for i in places), term) for group, (places, term) in parts)
+    if isinstance(form, FromScores) and isinstance(form.scores, JoinedScores):
+        # Of joined rows each block is a term of the sum.
+        return tuple(term for part in form.scores.parts for term in terms_of(FromScores(part)))
+    return ((everything, form),)
