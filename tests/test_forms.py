@@ -501,7 +501,7 @@ def test_second_moment_of_an_exact_fisher_is_the_dense_sum(name, monkeypatch):
     @jax.jit
     def run(params, x, weights):
         held, streamed = (jf.exact_fisher(model, batch_size=size)(params, x, weights=weights) for size in (None, 2))
-        return held.as_matrix(), streamed.as_matrix(), held.scores.gram(), held.scores.as_matrix()
+        return held.as_matrix(), streamed.as_matrix(), held.form.scores.gram(), held.form.scores.as_matrix()
 
     held, streamed, gram, rows = run(params, x, jnp.asarray(WEIGHTS))
     expected = reference(model, params, x)
@@ -556,7 +556,7 @@ def test_a_sum_of_fishers_is_that_of_all_rows(name):
         parts = jf.empirical_fisher(first)(params, *one), jf.empirical_fisher(second)(params, *two)
         both, turned = parts[0] + parts[1], parts[1] + parts[0]
         solution, _ = jf.solve(both, v, damping=0.1)
-        return both.as_matrix(), both.mv(v), solution, both.scores.gram(), turned.scores.gram()
+        return both.as_matrix(), both.mv(v), solution, both.form.scores.gram(), turned.form.scores.gram()
 
     matrix, product, solution, gram, turned = run(params, one, two)
     rows = plain(first, params, one), plain(second, params, two)

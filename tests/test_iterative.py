@@ -154,7 +154,7 @@ def test_lsmr_steps_grow_with_the_root_of_the_condition_number():
         damping = 1 / condition
         e = np.cos(np.arange(240))
         run = jax.jit(lambda S, e, d: jf.LSMR(rtol=1e-8).least_squares(S, e, d))
-        x, info = run(F.scores, jnp.asarray(e), damping)
+        x, info = run(F.form.scores, jnp.asarray(e), damping)
         assert info.converged
         expected = solved(X, X.T @ e / np.sqrt(240), damping)
         assert np.linalg.norm(x - expected) < 1e-4 * np.linalg.norm(expected)
@@ -172,7 +172,7 @@ def test_lsmr_solves_for_any_vector_and_keeps_digits_in_float32():
     assert np.linalg.norm(np.asarray(x) - solved(X, v, 0.1)) < 1e-4 * np.linalg.norm(solved(X, v, 0.1))
     e = np.cos(np.arange(30))
     run = jax.jit(lambda S, e: jf.LSMR(rtol=1e-7, max_steps=400).least_squares(S, e, damping))
-    x, _ = run(F.scores, jnp.asarray(e, jnp.float32))
+    x, _ = run(F.form.scores, jnp.asarray(e, jnp.float32))
     x = np.asarray(x, np.float64)
     right = X.T @ e / np.sqrt(30)
     assert np.linalg.norm(right - X.T @ (X @ x) - damping * x) < 1e-4 * np.linalg.norm(right)

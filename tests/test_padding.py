@@ -114,7 +114,7 @@ def test_padding_in_an_exact_and_in_a_sampled_fisher():
     def matrices(params, x):
         exact = jf.exact_fisher(classifier)(params, x, weights=WEIGHTS)
         sampled = jf.sampled_fisher(classifier, 2, batch_size=2)(params, jax.random.key(0), x, weights=WEIGHTS)
-        return exact.as_matrix(), exact.scores.as_matrix(), sampled.scores.as_matrix()
+        return exact.as_matrix(), exact.form.scores.as_matrix(), sampled.form.scores.as_matrix()
 
     fisher, *scores = matrices(params, padded_x)
     assert_close(fisher, class_sum_fisher(params, x, WEIGHTS[LIVE]))

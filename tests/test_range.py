@@ -199,7 +199,13 @@ def test_a_saturated_example_is_none_for_the_others_in_any_form(scale):
         streamed = jf.empirical_fisher(saturated, batch_size=4)(params, x, y)
         centred = jf.scores(saturated, center=True)(params, x, y)
         exact = jf.exact_fisher(model)(params, x)
-        return streamed.scores.gram(), streamed.eigvalsh()[-N:], centred.gram(), exact.as_matrix(), exact.scores.as_matrix()
+        return (
+            streamed.form.scores.gram(),
+            streamed.eigvalsh()[-N:],
+            centred.gram(),
+            exact.as_matrix(),
+            exact.form.scores.as_matrix(),
+        )
 
     streamed, values, centred, exact, roots = map(wide, run(params, x, y))
     rows = dense_rows(saturated, params, x, y)
