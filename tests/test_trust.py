@@ -9,6 +9,7 @@ from problems import assert_close, class_sum_fisher, classifier, flat, reference
 from problems import mean_loss as loss
 
 import jaxfisher as jf
+from jaxfisher._transform.adapt_damping import Evidence, Rule, next_damping
 
 
 def log_probs(params, x):
@@ -100,9 +101,79 @@ def test_the_ratio_is_the_actual_over_the_predicted_decrease(problem, damping):
     picked = lambda p: -np.mean(log_probs(p, x)[np.arange(len(y)), np.asarray(y)])  # noqa: E731
     ratio = (picked(params) - picked(new)) / -(g @ u + 0.5 * u @ dense @ u)
     np.testing.assert_allclose(state.ratio, ratio, rtol=1e-4)
-    expected = damping * (1 / 3 if ratio > 0.75 else 3 if ratio < 0.25 else 1)
+    beyond = damping * (u @ u) > 10 * (u @ dense @ u)
+    assert beyond == (damping == 10.0), "out of reach, and in reach"
+    expected = damping * (3**-4 if beyond else 1 / 3 if ratio > 0.75 else 3 if ratio < 0.25 else 1)
     np.testing.assert_allclose(state.damping, expected, rtol=1e-6)
     assert state.accepted
+
+
+RULE = Rule(factor=2.0, lower=0.25, upper=0.75, least=1e-8, most=1e8)
+GOOD = {"accepted": True, "rejected": 0, "ratio": 0.9, "clear": True, "beyond": False, "overshot": False}
+
+
+@pytest.mark.parametrize(
+    ("seen", "change"),
+    [
+        ({}, 1 / 2),
+        ({"ratio": 0.5}, 1),
+        ({"ratio": 0.1}, 2),
+        ({"overshot": True}, 2),
+        ({"overshot": True, "beyond": True}, 1),
+        ({"beyond": True}, 1 / 16),
+        ({"beyond": True, "ratio": 0.5}, 1),
+        ({"accepted": False, "rejected": 1, "ratio": -1.0}, 4),
+        ({"accepted": False, "rejected": 2, "ratio": -1.0, "beyond": True}, 16),
+        ({"accepted": False, "rejected": 3, "ratio": jnp.nan}, 256),
+        ({"accepted": False, "rejected": 9, "ratio": -1.0}, 256),
+        ({"accepted": False, "rejected": 1, "ratio": -1.0, "clear": False}, 1),
+        ({"clear": False}, 1),
+    ],
+    ids=str,
+)
+def test_the_damping_follows_the_evidence(seen, change):
+    known = Evidence(**{name: jnp.asarray(value) for name, value in (GOOD | seen).items()})
+    np.testing.assert_allclose(next_damping(jnp.float32(0.5), known, RULE), 0.5 * change, rtol=1e-6)
+    narrow = RULE._replace(least=0.4, most=0.6)
+    np.testing.assert_allclose(next_damping(jnp.float32(0.5), known, narrow), np.clip(0.5 * change, 0.4, 0.6), rtol=1e-6)
+
+
+def test_the_gradient_of_the_next_batch_judges_the_last_step(problem):
+    """Of two last steps one still points downhill and one uphill: that one went too far, and the damping rises."""
+    opt = jf.adapt_damping(jf.natural_gradient(0.1, 0.5), 0.3)
+    step, state = adapted(opt, problem)
+    assert_close(flat(state.taken), flat(step))
+    params = optax.apply_updates(problem[0], step)
+    _, same = adapted(opt, problem, state, jax.grad(loss)(params, *problem[1:3]), params)
+    opposite = state._replace(taken=jax.tree.map(jnp.negative, state.taken))
+    _, other = adapted(opt, problem, opposite, jax.grad(loss)(params, *problem[1:3]), params)
+    assert same.accepted and other.accepted and same.ratio == other.ratio > 0.75
+    np.testing.assert_allclose([same.damping, other.damping], [state.damping / 2, state.damping * 2], rtol=1e-6)
+
+
+def test_after_convergence_the_damping_stays():
+    """A loss that cannot fall any more promises less than its rounding, and says nothing of the damping."""
+    opt = jf.adapt_damping(jf.natural_gradient(1.0, 1e-3), 1e-3)
+    step = jax.jit(jf.training_step(lambda mu, x: jf.Normal(mu * x, 1.0), opt))
+    mu, x = jnp.float32(0.0), jnp.ones(5, jnp.float32)
+    state = opt.init(mu)
+    for _ in range(60):
+        mu, state, _ = step(mu, state, x, 3 * x)
+    np.testing.assert_allclose(mu, 3, rtol=1e-5)
+    assert state.damping < 1e-3
+    for _ in range(3):
+        mu, state, _ = step(mu, state, x, 5 * x)
+    np.testing.assert_allclose(mu, 5, rtol=1e-5)
+
+
+def test_a_damping_far_above_its_reach_finds_back_in_a_few_steps():
+    opt = jf.adapt_damping(jf.natural_gradient(1.0, 1e-3), 1e8)
+    step = jax.jit(jf.training_step(lambda mu, x: jf.Normal(mu * x, 1.0), opt))
+    mu, x = jnp.float64(0.0), jnp.ones(5, jnp.float64)
+    state = opt.init(mu)
+    for _ in range(12):
+        mu, state, _ = step(mu, state, x, 3 * x)
+    np.testing.assert_allclose(mu, 3, rtol=0.01)
 
 
 def test_a_bad_step_leaves_everything_but_the_damping(problem):

@@ -9,12 +9,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Scalar
+from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._once import either
 from jaxfisher._operators.operator import Operator
 from jaxfisher._transform.given import check_params, check_state, fisher_for, function_for, value_for
-from jaxfisher._tree import described, dot
+from jaxfisher._tree import described, dot, param_spec
 from jaxfisher._values import check_number, nonnegative
 
 
@@ -26,12 +26,16 @@ class AdaptDampingState(NamedTuple):
         damping: the damping of the next step.
         ratio: the loss's actual decrease by the last step over the predicted one; one before the first step.
         accepted: whether the last step was taken.
+        rejected: how many steps in a row were not, int32.
+        taken: the last step, zero where it was not taken, in the statistics dtype.
     """
 
     inner: Any
     damping: Float[Array, ""]
     ratio: Float[Array, ""]
     accepted: Bool[Array, ""]
+    rejected: Int[Array, ""]
+    taken: Any
 
 
 def adapt_damping(
@@ -50,9 +54,26 @@ def adapt_damping(
         \lambda \leftarrow \begin{cases} \lambda / c & \rho > \text{upper} \\ c \lambda & \rho < \text{lower} \end{cases}
 
     with ``c`` the ``factor``. A step after which the loss is not lower, or not finite, is not taken: the updates are zero, the
-    inner state stays as it was, and the damping rises by ``c^2``. So with a fixed batch the loss never goes up; with
-    minibatches each batch's own loss does not. Where a step makes its own data stale, as in reinforcement learning,
-    that loss says little: chain a `backtrack_kl` inside. Wrap the whole chain, learning rate included::
+    inner state stays as it was, and the damping rises by ``c^2``, and by the square of the last rise where the step before was
+    not taken either, up to ``c^8``. So with a fixed batch the loss never goes up; with minibatches each batch's own loss does
+    not. Where a step makes its own data stale, as in reinforcement learning, that loss says little: chain a `backtrack_kl`
+    inside.
+
+    **Minibatches.** The ratio is that of the batch which the step was computed from, and a small batch is fitted by steps that
+    are far too long for the others. So the last step is also judged by the gradient of the next batch, which is there anyway:
+
+    .. math:: g_{t+1}^T u_t > 0 \Rightarrow \lambda \leftarrow c \lambda .
+
+    A positive slope at the end of a step says that it went too far. Then the damping rises, whatever the ratio. One slope is
+    noisy. Its noise averages in the logarithm of the damping, which takes equal steps up and down, and so stays where a slope
+    is as often positive as negative: at the length of step that lowers the loss of new data most. The smaller ``c`` is, the
+    longer the average. With a fixed batch a step of a good ratio ends in a slope that is not positive, up to the error of the
+    model, and the rule is the classic one.
+
+    **Reach.** A damping above ten times the curvature along the step, ``u^T F u / |u|^2``, only shortens it. So it does not
+    rise above that unless a step was not taken, and from above that it falls by ``c^4``. A decrease that is promised to be less
+    than the rounding of the loss, as after convergence, says nothing: then the damping stays. Wrap the whole chain, learning
+    rate included::
 
         opt = jf.adapt_damping(jf.natural_gradient(learning_rate=1.0, damping=0.1), damping=0.1)
         updates, state = opt.update(grads, state, params, fisher=F, value=value, value_fn=lambda new: loss(new, x, y))
@@ -76,7 +97,10 @@ def adapt_damping(
         ValueError: numbers out of order; (at update) ``params``, ``fisher`` or ``value_fn`` is missing.
         TypeError: ``inner`` is no gradient transformation.
 
-    Reference: Marquardt (J. SIAM 1963); More, The Levenberg-Marquardt algorithm (1978); Martens (JMLR 2020), section 6.5.
+    Reference: Marquardt (J. SIAM 1963); More, The Levenberg-Marquardt algorithm (1978); Martens (JMLR 2020), section 6.5;
+    Nielsen, Damping parameter in Marquardt's method (1999), for rises that grow; Almeida, Langlois, Amaral and Plakhov,
+    Parameter adaptation in stochastic optimization (1998), section 2, and Baydin et al. (ICLR 2018), equation 5, for the slope
+    in the next batch.
 
     >>> import jax, jax.numpy as jnp, jaxfisher as jf
     >>> model = lambda mu: jf.Normal(mu, 1.0)
@@ -98,6 +122,41 @@ class Rule(NamedTuple):
     upper: chex.Numeric
     least: chex.Numeric
     most: chex.Numeric
+
+
+class Evidence(NamedTuple):
+    """What is known of a step when the damping is set for the next one.
+
+    Attributes:
+        accepted: whether it was taken.
+        rejected: how many in a row were not, with this one.
+        ratio: the actual decrease over the promised one.
+        clear: whether the promised one is above the rounding of the loss.
+        beyond: whether the damping is above its reach.
+        overshot: whether the last step went too far in the eyes of this batch.
+    """
+
+    accepted: Bool[Array, ""]
+    rejected: Int[Array, ""]
+    ratio: Float[Array, ""]
+    clear: Bool[Array, ""]
+    beyond: Bool[Array, ""]
+    overshot: Bool[Array, ""]
+
+
+REACH = 10.0
+"""The damping's reach, in curvatures along the step."""
+
+
+def next_damping(damping: Scalar, seen: Evidence, rule: Rule) -> Scalar:
+    """The damping of the next step."""
+    c, low, high, floor, ceiling = (jnp.asarray(x, jnp.float32) for x in rule)
+    # A step that is not taken after one that was not raises it by the square of the last rise.
+    after_rejection = c ** jnp.minimum(jnp.exp2(seen.rejected.astype(jnp.float32)), 8)
+    change = jnp.where(seen.ratio > high, jnp.where(seen.beyond, c**-4, 1 / c), 1)
+    change = jnp.where(seen.overshot | (seen.ratio < low), jnp.where(seen.beyond, 1, c), change)
+    change = jnp.where(seen.clear, jnp.where(seen.accepted, change, after_rejection), 1)
+    return jnp.clip(damping * change, floor, ceiling)
 
 
 def _decrease(operator: Operator, g: Any, u: Any, after: Any) -> Scalar:
@@ -124,8 +183,15 @@ def adapting(
     chain = optax.with_extra_args_support(inner)
 
     def init(params: chex.ArrayTree) -> AdaptDampingState:
-        one = jnp.ones((), jnp.float32)
-        return AdaptDampingState(chain.init(params), jnp.asarray(damping, jnp.float32), one, jnp.asarray(True))
+        dtype = param_spec(params).dtype
+        return AdaptDampingState(
+            chain.init(params),
+            jnp.asarray(damping, jnp.float32),
+            ratio=jnp.ones((), jnp.float32),
+            accepted=jnp.asarray(True),
+            rejected=jnp.zeros((), jnp.int32),
+            taken=jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), params),
+        )
 
     def update(
         updates: Any,
@@ -160,12 +226,28 @@ def adapting(
         # Comparisons with a NaN are false: such a step is not taken. Where nothing was promised, nothing was broken.
         accepted = actual > 0
         ratio = jnp.where(predicted > 0, actual / jnp.where(predicted > 0, predicted, 1), 0).astype(jnp.float32)
-        c, low, high, floor, ceiling = (jnp.asarray(x, jnp.float32) for x in (factor, lower, upper, least, most))
-        grow = jnp.where(accepted, jnp.where(ratio > high, 1 / c, jnp.where(ratio < low, c, 1)), c**2)
-        next_damping = jnp.clip(state.damping * grow, floor, ceiling)
+        curvature = -2 * (dot(g, u) + predicted)
+        # Losses are in nats, and a small one is a difference of larger numbers.
+        rounding = 8 * jnp.finfo(predicted.dtype).eps * jnp.maximum(jnp.abs(start).astype(predicted.dtype), 1)
+        seen = Evidence(
+            accepted,
+            rejected=jnp.where(accepted, 0, state.rejected + 1),
+            ratio=ratio,
+            # The negation is true of a NaN, which rounding does not explain.
+            clear=~(jnp.abs(predicted) <= rounding),
+            beyond=state.damping.astype(curvature.dtype) * dot(u, u) > REACH * curvature,
+            overshot=dot(g, state.taken) > 0,
+        )
         nothing = jax.tree.map(jnp.zeros_like, step)
         taken, kept = either(accepted, lambda: (step, after), lambda: (nothing, state.inner))
-        return taken, AdaptDampingState(kept, next_damping, ratio, accepted)
+        return taken, AdaptDampingState(
+            kept,
+            next_damping(state.damping, seen, rule),
+            ratio,
+            accepted,
+            seen.rejected,
+            operator.spec.vector(taken),
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -25,8 +25,8 @@ SHARE = 1e-2
 """The damping of the direction, as a share of that of the length: the best of a few powers of ten on four tasks."""
 LEAST = 1e-4
 """The least damping of the direction, in mean eigenvalues of the operator that is inverted."""
-RULE = Rule(factor=2.0, lower=0.25, upper=0.75, least=1e-8, most=1e8)
-"""How the damping adapts: the defaults of `adapt_damping`."""
+RULE = Rule(factor=2.0**0.5, lower=0.25, upper=0.75, least=1e-8, most=1e8)
+"""How the damping adapts: in smaller steps than `adapt_damping` by default, since they average over minibatches."""
 
 
 def kfac(
