@@ -121,9 +121,14 @@ FISHERS = {
     "low_rank": lambda: jf.low_rank(fisher(), 2),
     "nystrom": lambda: jf.nystrom(fisher(), 2, key()),
     "partial_cholesky": lambda: jf.partial_cholesky(fisher(), 2),
+    "spread_solves": lambda: jf.spread_solves(fisher(), mesh(), "rows").solve(problem()[0], 0.1),
     "marginal": lambda: jf.marginal(fisher(), lambda path: "w" in path),
     "scaled_identity": lambda: jf.scaled_identity(fisher(), 2.0),
 }
+
+
+def mesh():
+    return jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def key():

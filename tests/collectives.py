@@ -22,6 +22,13 @@ def products(text):
     return sum(_elements(shape) for shape in re.findall(r"^.* = (\S+) dot\(", text, re.M))
 
 
+def largest(text):
+    """The number of elements of the largest array of a program, on one device."""
+    return max(
+        math.prod(int(size) for size in sizes.split(",") if size) for sizes in re.findall(r"\b[a-z]+\d+\[([\d,]*)\]", text)
+    )
+
+
 def _elements(shapes):
     sizes = re.findall(r"\w+\[([\d,]*)\]", shapes)
     return sum(math.prod(int(size) for size in shape.split(",") if size) for shape in sizes)

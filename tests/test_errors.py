@@ -324,6 +324,30 @@ MISTAKES = [
         TypeError,
         ["`key` is 0", "jax.random.key", "(params, key, *inputs)"],
     ),
+    (
+        "spread_solves, another axis",
+        lambda: jf.spread_solves(fisher(), jax.make_mesh((1,), ("a",)), "b"),
+        ValueError,
+        ["spread_solves: `mesh` has no axis 'b'", "['a']"],
+    ),
+    (
+        "spread_solves, an explicit axis",
+        lambda: jf.spread_solves(fisher(), jax.make_mesh((1,), ("a",), axis_types=(jax.sharding.AxisType.Explicit,)), "a"),
+        ValueError,
+        ["the axis 'a' of `mesh` is explicit", "AxisType.Auto"],
+    ),
+    (
+        "spread_solves, of a view",
+        lambda: jf.spread_solves(jf.diagonal(fisher()), jax.make_mesh((1,), ("a",)), "a"),
+        TypeError,
+        ["spread_solves", "is not held as scores", "jf.empirical_fisher"],
+    ),
+    (
+        "spread_solves, a block of no columns",
+        lambda: jf.spread_solves(fisher(), jax.make_mesh((1,), ("a",)), "a", block=0),
+        TypeError,
+        ["spread_solves: `block` is 0", "at least one"],
+    ),
     ("nystrom, a number for a key", lambda: jf.nystrom(fisher(), 2, 0), TypeError, ["nystrom: `key` is 0", "jax.random.key"]),
     ("data as key", lambda: jf.sampled_fisher(model)(PARAMS, X), TypeError, ["`key`", "(5, 3)", "jax.random.key"]),
     (

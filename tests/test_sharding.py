@@ -58,6 +58,21 @@ def test_eight_devices_take_the_step_of_one():
         assert max(each["gathered"], default=0) <= EXAMPLES * EXAMPLES < EXAMPLES * PARAMETERS, each
 
 
+def test_a_solve_by_rows_that_are_spread_is_the_dense_one_and_no_device_has_the_square():
+    *found, program = said("spread.py", 8)
+    assert len(found) == 8
+    for each in found:
+        eps = np.finfo(each["dtype"]).eps
+        # The largest eigenvalue is below 10.
+        assert each["rest"] <= 10 / each["damping"] * 100 * eps, each
+        assert each["converged"] and abs(each["rest"] - each["residual"]) <= 0.5 * each["rest"] + 100 * eps, each
+    rows = 512
+    assert program["largest"] == rows**2 / 8
+    # Factors of all rows, the widest layer's being 40, and of the Cholesky factor 64 columns at a time.
+    assert max(program["sent"]["all-gather"]) <= rows * 64
+    assert max(program["sent"]["all-reduce"]) <= 64**2
+
+
 def test_each_device_works_on_its_share_of_the_examples():
     """With weights, and in pieces too: an eighth of the work, and no example is sent to another device.
 

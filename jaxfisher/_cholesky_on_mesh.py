@@ -1,0 +1,139 @@
+"""Cholesky's factorisation of a matrix whose rows are spread over the devices of a mesh, and solves with the factor.
+
+Each device keeps its own strip of rows, n^2 / D numbers, and no device ever has the square. The factor is made block column by
+block column: every device divides its part of the column, sends it to the others, n numbers for each column of the block, and
+takes its product from its own strip.
+
+Reference: Blackford et al., ScaLAPACK Users' Guide (SIAM 1997), for right-looking factorisation of distributed matrices.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jaxfisher._linalg import matmul
+
+
+class Strips(NamedTuple):
+    """Where the rows of a square matrix are: spread over an axis of a mesh, and worked on in blocks of so many columns."""
+
+    mesh: Mesh
+    axis: str
+    block: int
+
+    @property
+    def sharding(self) -> NamedSharding:
+        """That of the matrix."""
+        return NamedSharding(self.mesh, PartitionSpec(self.axis, None))
+
+
+class Lower(NamedTuple):
+    """A Cholesky factor, its rows spread.
+
+    Attributes:
+        rows: ``L``.
+        corners: its diagonal blocks, the same on every device.
+    """
+
+    rows: Float[Array, "n n"]
+    corners: Float[Array, "blocks b b"]
+
+
+def block_size(n: int, most: int) -> int:
+    """The largest number of columns of a block, no more than ``most``, that divides n."""
+    return next(size for size in range(min(n, most), 0, -1) if n % size == 0)
+
+
+def factorised(matrix: Float[Array, "n n"], strips: Strips) -> Lower:
+    """``L L^T`` of a symmetric positive definite matrix; NaN where it is not."""
+    run = jax.shard_map(
+        partial(_factorised, axis=strips.axis, block=strips.block),
+        mesh=strips.mesh,
+        in_specs=PartitionSpec(strips.axis, None),
+        out_specs=_places(strips),
+        check_vma=False,
+    )
+    lower: Lower = run(matrix)
+    return lower
+
+
+def solved_by(lower: Lower, b: Float[Array, " n"], strips: Strips) -> Float[Array, " n"]:
+    """``(L L^T)^-1 b``; b and the answer are the same on every device."""
+    run = jax.shard_map(
+        partial(_solved, axis=strips.axis, block=strips.block),
+        mesh=strips.mesh,
+        in_specs=(_places(strips), PartitionSpec()),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    x: Array = run(lower, b)
+    return x
+
+
+def _places(strips: Strips) -> Any:
+    """How a factor is spread."""
+    return Lower(rows=PartitionSpec(strips.axis, None), corners=PartitionSpec())  # type: ignore[arg-type]
+
+
+def _factorised(rows: Float[Array, "m n"], axis: str, block: int) -> Lower:
+    count, size = rows.shape
+    own, columns = _own_rows(count, axis), jnp.arange(size)
+
+    def step(k: Array, state: Lower) -> Lower:
+        rows, corners = state
+        start = k * block
+        panel = jax.lax.dynamic_slice_in_dim(rows, start, block, axis=1)
+        corner = jnp.linalg.cholesky(_in_block(panel, own - start, axis), symmetrize_input=False)
+        divided = jax.lax.linalg.triangular_solve(corner, panel, left_side=False, lower=True, transpose_a=True)
+        divided = jnp.where(own[:, None] >= (start + jnp.arange(block))[None, :], divided, 0)
+        everyone = jax.lax.all_gather(divided, axis, tiled=True)
+        later = jnp.where((columns >= start + block)[:, None], everyone, 0)
+        rows = jax.lax.dynamic_update_slice_in_dim(rows - matmul(divided, later.T), divided, start, axis=1)
+        return Lower(rows, corners.at[k].set(corner))
+
+    corners = jnp.zeros((size // block, block, block), rows.dtype)
+    rows, corners = jax.lax.fori_loop(0, size // block, step, Lower(rows, corners))
+    return Lower(jnp.where(own[:, None] >= columns[None, :], rows, 0), corners)
+
+
+def _solved(lower: Lower, b: Float[Array, " n"], axis: str, block: int) -> Float[Array, " n"]:
+    rows, corners = lower
+    own = _own_rows(rows.shape[0], axis)
+    solve = partial(jax.scipy.linalg.solve_triangular, lower=True)
+
+    def panel(k: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(rows, k * block, block, axis=1)
+
+    def forward(k: Array, rest: Array) -> Array:
+        y = solve(corners[k], jax.lax.dynamic_slice_in_dim(rest, k * block, block))
+        below = jnp.where(own >= (k + 1) * block, matmul(panel(k), y), 0)
+        rest = rest - jax.lax.all_gather(below, axis, tiled=True)
+        return jax.lax.dynamic_update_slice_in_dim(rest, y, k * block, axis=0)
+
+    def backward(i: Array, x: Array) -> Array:
+        k = corners.shape[0] - 1 - i
+        below = jnp.where(own >= (k + 1) * block, x[own], 0)
+        rest = jax.lax.dynamic_slice_in_dim(x, k * block, block) - jax.lax.psum(matmul(below, panel(k)), axis)
+        return jax.lax.dynamic_update_slice_in_dim(x, solve(corners[k], rest, trans=1), k * block, axis=0)
+
+    y = jax.lax.fori_loop(0, corners.shape[0], forward, b)
+    return jax.lax.fori_loop(0, corners.shape[0], backward, y)
+
+
+def _own_rows(count: int, axis: str) -> Int[Array, " m"]:
+    return jax.lax.axis_index(axis) * count + jnp.arange(count)
+
+
+def _in_block(panel: Float[Array, "m b"], places: Int[Array, " m"], axis: str) -> Float[Array, "b b"]:
+    """The rows of a panel whose places are inside the block, from whatever devices have them."""
+    block = panel.shape[1]
+    inside = (places >= 0) & (places < block)
+    mine = jnp.zeros((block, block), panel.dtype).at[jnp.where(inside, places, block)].set(panel, mode="drop")
+    whole: Array = jax.lax.psum(mine, axis)
+    return whole
