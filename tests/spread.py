@@ -3,6 +3,7 @@
 Prints a line of JSON for each dtype and damping, and one for the size of what a compiled solve holds and sends.
 """
 
+import itertools
 import json
 
 import jax
@@ -28,7 +29,7 @@ LOG_PROB = jf.log_likelihood(model)
 
 def problem(dtype):
     keys = jax.random.split(jax.random.key(0), len(WIDTHS) + 1)
-    shapes = list(zip(WIDTHS[:-1], WIDTHS[1:], strict=True))
+    shapes = list(itertools.pairwise(WIDTHS))
     params = [jax.random.normal(key, shape, dtype) / shape[0] ** 0.5 for key, shape in zip(keys, shapes, strict=False)]
     return params, jax.random.normal(keys[-2], (EXAMPLES, 10), dtype), jax.random.randint(keys[-1], (EXAMPLES,), 0, 4)
 

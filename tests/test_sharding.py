@@ -64,8 +64,8 @@ def test_a_solve_by_rows_that_are_spread_is_the_dense_one_and_no_device_has_the_
     for each in found:
         eps = np.finfo(each["dtype"]).eps
         # The largest eigenvalue is below 10.
-        assert each["rest"] <= 10 / each["damping"] * 100 * eps, each
-        assert each["converged"] and abs(each["rest"] - each["residual"]) <= 0.5 * each["rest"] + 100 * eps, each
+        bound = 10 / each["damping"] * 100 * eps
+        assert each["rest"] <= bound and each["residual"] <= bound and each["converged"], each
     rows = 512
     assert program["largest"] == rows**2 / 8
     # Factors of all rows, the widest layer's being 40, and of the Cholesky factor 64 columns at a time.
