@@ -370,12 +370,12 @@ assert np.allclose(left, 100)
 #
 # ## The short way
 #
-# In a training loop of your own it is three lines: an optimiser, a step, and its state. `jf.kfac` is KFAC that chooses its
+# In a training loop of your own it is three lines: a step, its state, and the call. `jf.kfac` is KFAC that chooses its
 # learning rate, momentum and damping at every step. `training_step` hands over the loss, the gradient and the Fisher, and the
 # optimiser takes what it needs.
 #
 # ```text
-# opt = jf.kfac(like=lambda: jf.exact_fisher(model)(params, x))
-# step, state = jax.jit(jf.training_step(model, opt)), opt.init(params)
-# params, state, value = step(params, state, x, y)
+# step = jf.training_step(model, jf.kfac())
+# state = step.init(params, x, y)
+# params, state, value = jax.jit(step)(params, state, x, y)
 # ```

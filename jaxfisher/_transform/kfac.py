@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -17,6 +16,7 @@ from jaxfisher._operators.operator import VIEW, Operator, View, viewed
 from jaxfisher._solve import Solver, check_solver, solve
 from jaxfisher._system import SolveInfo
 from jaxfisher._transform.adapt_damping import Rule, adapting
+from jaxfisher._transform.like import Like
 from jaxfisher._transform.quadratic_model import quadratic_model
 from jaxfisher._transform.scale_by_fisher import scale_by_fisher
 from jaxfisher._tree import check_function
@@ -30,7 +30,7 @@ RULE = Rule(factor=2.0**0.5, lower=0.25, upper=0.75, least=1e-8, most=1e8)
 
 
 def kfac(
-    like: Operator | Callable[[], Operator],
+    like: Like | None = None,
     *,
     damping: chex.Numeric = 1e-2,
     view: View | None = kronecker,
@@ -51,12 +51,12 @@ def kfac(
     `jaxfisher.implicit_fisher` with ``views_of`` a sampled one. The empirical one is refused: the length of the step comes from
     the Fisher's size, and that of the empirical Fisher falls with the loss, whatever the curvature::
 
-        opt = jf.kfac(like=lambda: jf.exact_fisher(model)(params, x))
-        step = jax.jit(jf.training_step(model, opt))
-        params, state, loss = step(params, opt.init(params), x, y)
+        step = jf.training_step(model, jf.kfac())
+        state = step.init(params, x, y)
+        params, state, loss = jax.jit(step)(params, state, x, y)
 
     Args:
-        like: an operator such as ``fisher=`` will be, or a function that makes one, never run: as in `scale_by_fisher`.
+        like: as in `scale_by_fisher`; not needed for a state that `jaxfisher.training_step` makes.
         damping: the first lambda, in the units of F.
         view: what is averaged and inverted; `jaxfisher.kronecker_reduce`, or with ``decay=None`` `jaxfisher.eigen_kronecker`.
         solver: of the direction, with gamma its damping; None for the exact one. `jaxfisher.factored_damping` needs Cholesky
@@ -80,8 +80,8 @@ def kfac(
     >>> model = lambda w, x: jf.Normal(x @ w, jnp.ones(2))
     >>> x, y = jnp.eye(3), jnp.arange(6.0).reshape(3, 2)
     >>> w = jnp.zeros((3, 2))
-    >>> opt = jf.kfac(like=lambda: jf.exact_fisher(model)(w, x))
-    >>> w, state, loss = jf.training_step(model, opt)(w, opt.init(w), x, y)
+    >>> step = jf.training_step(model, jf.kfac())
+    >>> w, state, loss = step(w, step.init(w, x, y), x, y)
     >>> print(jnp.max(jnp.abs(w - y)) < 0.2, state.accepted)  # the first of a few steps
     True True
     """

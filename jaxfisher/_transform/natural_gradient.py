@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import chex
 import optax
 
-from jaxfisher._operators.operator import Operator, View
+from jaxfisher._operators.operator import View
 from jaxfisher._solve import Solver
 from jaxfisher._transform.given import ScalarOrSchedule, scheduled
+from jaxfisher._transform.like import Like
 from jaxfisher._transform.scale_by_fisher import scale_by_fisher
 from jaxfisher._transform.scale_to_kl import scale_to_kl
 from jaxfisher._values import check_number
@@ -23,7 +22,7 @@ def natural_gradient(
     solver: Solver | None = None,
     decay: chex.Numeric | None = None,
     update_every: chex.Numeric | None = None,
-    like: Operator | Callable[[], Operator] | None = None,
+    like: Like | None = None,
     radius: chex.Numeric | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Natural-gradient descent: precondition, take the learning rate, and stay inside a KL ball if asked.

@@ -17,13 +17,12 @@ from jaxtyping import Array, Int
 
 from jaxfisher._once import either
 from jaxfisher._operators.averaging import arrays_of, with_arrays
-from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._operators.kronecker import factorised
 from jaxfisher._operators.operator import VIEW, Operator, View, as_operator
-from jaxfisher._operators.provenance import Provenance
 from jaxfisher._solve import Solver, check_solver, solve
 from jaxfisher._system import SolveInfo
 from jaxfisher._transform.given import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
+from jaxfisher._transform.like import Like, shape_of_view
 from jaxfisher._tree import all_finite, cast_like, check_function, param_spec, scaled
 from jaxfisher._values import check_number, nonnegative
 
@@ -55,7 +54,7 @@ def scale_by_fisher(
     decay: chex.Numeric | None = None,
     update_every: chex.Numeric | None = None,
     momentum: chex.Numeric | None = None,
-    like: Operator | Callable[[], Operator] | None = None,
+    like: Like | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiply updates by ``(F + damping I)^-power``, with ``F`` given at each update as ``fisher=``.
 
@@ -92,8 +91,9 @@ def scale_by_fisher(
         update_every: make the operator (and add it to the mean) only once in so many updates; None for every update. Give
             ``fisher`` as a function of no arguments: it is not run in between.
         momentum: ``mu`` in ``[0, 1)``; amplifies a constant gradient by at most ``1 / (1 - mu)``. With ``power=1`` only.
-        like: an operator like the later ``fisher=``, or a function that makes one and is never run: it shapes the state.
-            Needed with ``update_every`` or ``decay``, except for the views `jaxfisher.diagonal` and `jaxfisher.dense`.
+        like: an operator like the later ``fisher=``, what `jax.eval_shape` gives of one, or a function that makes one and is
+            never run: it shapes the state. Needed with ``update_every`` or ``decay``, except for the views `jaxfisher.diagonal`
+            and `jaxfisher.dense`, and for a state that `jaxfisher.training_step` makes.
 
     Returns:
         A gradient transformation whose ``update`` takes ``fisher=``, an operator or a function of no arguments that returns
@@ -124,8 +124,8 @@ def scale_by_fisher(
     def init(params: chex.ArrayTree) -> ScaleByFisherState:
         dtype = param_spec(params).dtype
         zeros = partial(_zeros, dtype=dtype)
-        mean = zeros(arrays_of(_averaging(_shape_of_view(params, like, viewed)).form)) if decay is not None else ()
-        held = zeros(_held_arrays(_shape_of_view(params, like, viewed))) if update_every is not None else ()
+        mean = zeros(arrays_of(_averaging(shape_of_view(params, like, viewed)).form)) if decay is not None else ()
+        held = zeros(_held_arrays(shape_of_view(params, like, viewed))) if update_every is not None else ()
         previous = () if momentum is None else jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), params)
         return ScaleByFisherState(jnp.zeros((), jnp.int32), mean, held, previous, _no_info(params))
 
@@ -240,25 +240,6 @@ def _averaging(operator: Operator) -> Operator:
     if not operator.form.averages:
         raise ValueError(_NO_MEAN.format(form=operator.form.name))
     return operator
-
-
-def _shape_of_view(params: chex.ArrayTree, like: Any, viewed: Callable[[Operator], Operator]) -> Operator:
-    """The view of an operator over these parameters, its arrays without values."""
-
-    def make() -> Operator:
-        if like is None:
-            spec = param_spec(params)
-            return viewed(Operator(Diagonal(spec.zeros(), spec), Provenance("zero", 0)))
-        operator = like() if callable(like) and not isinstance(like, Operator) else like
-        # Optax calls `init` with a pytree without leaves, to find where a state holds parameters.
-        return viewed(fisher_for(params, operator, "scale_by_fisher: `like`") if jax.tree.leaves(params) else operator)
-
-    try:
-        return jax.eval_shape(make)
-    except TypeError as error:
-        if like is None:
-            error.add_note("scale_by_fisher: the view of a Fisher held otherwise has its shape from `like`; pass one.")
-        raise
 
 
 def _factorised(operator: Operator) -> Operator:

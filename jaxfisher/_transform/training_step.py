@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import chex
 import jax
@@ -15,16 +16,29 @@ from jaxfisher._divergence import kl
 from jaxfisher._examples import make_batch, needs_data
 from jaxfisher._fisher import FisherFunction, exact_fisher
 from jaxfisher._model import MODEL, Model, log_likelihood, mean_loss, of_one_example
+from jaxfisher._operators.operator import Operator
 from jaxfisher._targets import taken_by
+from jaxfisher._transform.like import fishers_like
 from jaxfisher._tree import check_function, described
 
 
-class TrainingStep(Protocol):
-    """``(params, state, *inputs, target, weights=None) -> (params, state, loss)``."""
+@dataclasses.dataclass(frozen=True)
+class TrainingStep:
+    """``(params, state, *inputs, target, weights=None) -> (params, state, loss)``, and what makes the first state.
+
+    Attributes:
+        step: what is called.
+        init: ``(params, *inputs, target, weights=None) -> state``, the optimiser's state for batches like this one. Only the
+            shapes of the data count: give the first batch, or what `jax.eval_shape` gives of it.
+    """
+
+    step: Callable[..., tuple[Any, Any, Scalar]]
+    init: Callable[..., Any]
 
     def __call__(
         self, params: chex.ArrayTree, state: Any, /, *data: Any, weights: Float[Array, " n"] | None = None
-    ) -> tuple[Any, Any, Scalar]: ...
+    ) -> tuple[Any, Any, Scalar]:
+        return self.step(params, state, *data, weights=weights)
 
 
 def training_step(model: Model, optimiser: optax.GradientTransformation, fisher: FisherFunction | None = None) -> TrainingStep:
@@ -53,7 +67,9 @@ def training_step(model: Model, optimiser: optax.GradientTransformation, fisher:
 
     Returns:
         A function ``(params, state, *inputs, target, weights=None)`` to ``(params, state, loss)``, the loss in nats, a mean
-        over the batch, at the parameters given.
+        over the batch, at the parameters given. Its ``init(params, *inputs, target, weights=None)`` makes the first state, for
+        batches of these shapes: ``optimiser.init(params)``, which finds the shapes of Fishers to come by itself, where a
+        ``decay`` or ``update_every`` would ask for ``like``.
 
     Raises:
         TypeError: an argument is not what it should be; (when called) as in `jaxfisher.log_likelihood`.
@@ -111,7 +127,17 @@ def training_step(model: Model, optimiser: optax.GradientTransformation, fisher:
         updates, state = update(grads, state, params, **_taken(update, known))
         return optax.apply_updates(params, updates), state, value
 
-    return step
+    def init(params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Any:
+        needs_data(data, "training_step(...).init")
+
+        def made(params: chex.ArrayTree, data: tuple[Any, ...], weights: Any) -> Operator:
+            given = {} if weights is None else {"weights": weights}
+            return curvature(params, *taken_by(curvature, data, data[:-1]), **given)
+
+        with fishers_like(lambda: jax.eval_shape(made, params, data, weights)):
+            return optimiser.init(params)
+
+    return TrainingStep(step, init)
 
 
 def _taken(update: Callable[..., Any], known: dict[str, Any]) -> dict[str, Any]:
