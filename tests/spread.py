@@ -52,7 +52,7 @@ def main():
         for weights in (None, w):
             omega = np.ones(EXAMPLES) / EXAMPLES if weights is None else np.asarray(w, np.float64) / np.sum(np.asarray(w))
             matrix = scores.T @ (omega[:, None] * scores)
-            for damping in (1e-5, 1.0):
+            for damping in (1e-5 if dtype == jnp.float64 else 1e-3, 1.0):
                 x_of, info = jax.jit(step)(*given, damping, weights)
                 found = np.asarray(ravel_pytree(x_of)[0], np.float64)
                 damped = matrix + damping * np.eye(len(matrix))
