@@ -1,14 +1,17 @@
-r"""A damped system by one Cholesky factor, refined as far as is asked for: the solve of a training step.
+r"""A damped system by one Cholesky factor, refined as far as is asked for: a training step, and solves at a known damping.
 
 The matrix ``M`` of ``(M + damping I) c = b`` is known with rounding errors; its product is known better, by way of what ``M``
 is made of. With a damping above zero no eigenvectors are needed. Where the damping is below what rounding does to the diagonal,
-the factor is that of a larger one, and refinement takes the difference back.
+the factor is that of a larger one, and refinement takes the difference back: conjugate gradients, preconditioned by the factor,
+one or two where that is near, more where rounding made the matrix another one.
 
-Reference: Higham, Accuracy and Stability of Numerical Algorithms (2002), chapters 10 and 12.
+References: Higham, Accuracy and Stability of Numerical Algorithms (2002), chapters 10 and 12; Saad, Iterative Methods for
+Sparse Linear Systems (2003), algorithm 9.1.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,11 +20,82 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from jaxfisher._linalg import cholesky, diagonals, matmul
+from jaxfisher._inverse import Map
+from jaxfisher._linalg import cholesky, diagonals, inverse_power, matmul, norm, power_or_one, twice, unit_diagonal
+from jaxfisher._system import Factorise, Solved, System, scaled
 from jaxfisher._varying import cond, linear_solve, while_loop
 
 SWEEPS = 60
 """How often a solution is refined at most."""
+
+
+class _State(NamedTuple):
+    """Where conjugate gradients are.
+
+    Attributes:
+        found: the solution: its coordinates, and what else is made of them.
+        rest: what is left of the right-hand side.
+        ahead: the coordinates of the direction to go.
+        curvature: ``rest^T (solve rest)`` for the rest that this direction was made of.
+        left: the size of the rest.
+        target: what that is to come down to.
+        least: the smallest so far.
+        idle: how often in a row no smaller one was found.
+        sweeps: how often a step was taken.
+    """
+
+    found: tuple[Any, ...]
+    rest: Float[Array, " m"]
+    ahead: Float[Array, " m"]
+    curvature: Scalar
+    left: Scalar
+    target: Scalar
+    least: Scalar
+    idle: Int[Array, ""]
+    sweeps: Int[Array, ""]
+
+
+def _begin(lifted: Callable[[Array], tuple[Any, ...]], b: Float[Array, " m"], target: Scalar) -> _State:
+    found = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(lifted, b))
+    infinite, none = jnp.full((), jnp.inf, b.dtype), jnp.zeros((), jnp.int32)
+    return _State(found, b, jnp.zeros_like(b), infinite, infinite, target, infinite, none, none)
+
+
+def _turned(solve: Map, state: _State) -> _State:
+    """With the next direction."""
+    change = solve(state.rest)
+    curvature = jnp.vdot(state.rest, change)
+    return state._replace(ahead=change + curvature / state.curvature * state.ahead, curvature=curvature)
+
+
+def _stepped(
+    lifted: Callable[[Array], tuple[Any, ...]], image: Callable[..., Array], size: Callable[[Array], Scalar], state: _State
+) -> _State:
+    """As far along the direction as makes the error smallest, in the norm of the matrix."""
+    ahead = lifted(state.ahead)
+    product = image(*ahead)
+    along = jnp.vdot(state.ahead, product)
+    length = state.curvature / jnp.where(along != 0, along, 1)
+    rest = state.rest - length * product
+    left = size(rest)
+    # Where part of the solution is made of the other, directions are added to both: most of one may cancel in the other, and so
+    # would what is small in it. What is added is what the product was taken of, with its rounding.
+    return state._replace(
+        found=jax.tree.map(lambda x, by: x + length * by, state.found, ahead),
+        rest=rest,
+        left=left,
+        least=jnp.minimum(left, state.least),
+        idle=jnp.where(left < 0.9 * state.least, 0, state.idle + 1),
+        sweeps=state.sweeps + 1,
+    )
+
+
+def _going(state: _State) -> Bool[Array, ""]:
+    # Written so that a NaN is not taken for a solution.
+    return ~(state.left <= state.target) & (state.idle < 10) & (state.sweeps < SWEEPS)
+
+
+# --- known by coordinates in the rows -------------------------------------------------------------------------------------
 
 
 class Damped(NamedTuple):
@@ -46,85 +120,30 @@ class Damped(NamedTuple):
         return self.into(x) + self.damping * c
 
 
-class _Sweep(NamedTuple):
-    """Where conjugate gradients are.
-
-    Attributes:
-        c: the solution.
-        x: its image under ``out``.
-        rest: what is left of the right-hand side.
-        ahead: the direction taken last.
-        curvature: ``rest^T (solve rest)`` before that direction was taken.
-        size: of the right-hand side.
-        least: the smallest rest so far.
-        idle: how often in a row no smaller rest was found.
-        steps: how often a factor was applied.
-        going: whether to go on.
-    """
-
-    c: Float[Array, " m"]
-    x: Any
-    rest: Float[Array, " m"]
-    ahead: Float[Array, " m"]
-    curvature: Scalar
-    size: Scalar
-    least: Scalar
-    idle: Int[Array, ""]
-    steps: Int[Array, ""]
-    going: Bool[Array, ""]
-
-
 def solution(system: Damped, b: Float[Array, " m"], rtol: float) -> Any:
-    """``x`` whose residual is about ``rtol`` of ``b``, or what rounding leaves; unrefined where ``rtol`` is infinite.
-
-    Corrections are conjugate gradients, preconditioned by the factor: one or two where it is near, more where rounding made the
-    matrix another one.
-    """
+    """``x`` whose residual is about ``rtol`` of ``b``, or what rounding leaves; unrefined where ``rtol`` is infinite."""
     factor = _factored(system)
     system = system._replace(damping=factor.damping)
+    product: Map = lambda c: system.image(c, system.out(c))  # noqa: E731
+    lifted: Callable[[Array], tuple[Array, Any]] = lambda c: (c, system.out(c))  # noqa: E731
+    if math.isinf(rtol):
+        return system.out(linear_solve(product, b, lambda _, b: (factor.solve(b), ()))[0])
 
-    def once(b: Array) -> tuple[Array, Any]:
-        c = factor.solve(b)
-        return c, system.out(c)
+    def iterate(_: Map, b: Array) -> tuple[Array, Any]:
+        least = factor.least(b)
+        begin = _turned(factor.solve, _begin(lifted, b, rtol * least))
 
-    def iterate(b: Array) -> tuple[Array, Any]:
-        def sweep(state: _Sweep) -> _Sweep:
-            first = state.steps == 0
-            change = factor.solve(state.rest)
-            curvature = jnp.vdot(state.rest, change)
-            ahead = change + curvature / state.curvature * state.ahead
-            moved = system.out(ahead)
-            size = jnp.where(first, jnp.maximum(factor.least(b), system.damping * _size(moved)), state.size)
-            # A product is taken only where a first solution may be off by more than is asked for.
-            enough = first & (factor.error(ahead) <= rtol * size)
-            image = cond(enough, lambda: state.rest, lambda: system.image(ahead, moved))
-            along = jnp.vdot(ahead, image)
-            length = curvature / jnp.where(along != 0, along, 1)
-            rest = state.rest - length * image
-            left = factor.size(rest)
-            idle = jnp.where(left < 0.9 * state.least, 0, state.idle + 1)
-            # Directions are added to x as well: most of c may cancel in it, and so would what is small in c.
-            return _Sweep(
-                state.c + length * ahead,
-                jax.tree.map(lambda x, by: x + length * by, state.x, moved),
-                rest,
-                ahead,
-                curvature,
-                size,
-                jnp.minimum(left, state.least),
-                idle,
-                state.steps + 1,
-                ~enough & (left > rtol * size) & (idle < 10) & (state.steps < SWEEPS),
-            )
+        def step(state: _State) -> _State:
+            after = _stepped(lifted, system.image, factor.size, state)
+            # The right-hand side is at least the damping times the solution, of which the first one is near.
+            size = jnp.where(state.sweeps == 0, system.damping * _size(after.found[1]), 0)
+            return _turned(factor.solve, after._replace(target=jnp.maximum(state.target, rtol * size)))
 
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(system.out, b))
-        zeros, infinite, none = jnp.zeros_like(b), jnp.full((), jnp.inf, b.dtype), jnp.zeros((), jnp.int32)
-        start = _Sweep(zeros, nothing, b, zeros, infinite, infinite, infinite, none, none, jnp.asarray(True))
-        end = while_loop(lambda state: state.going, sweep, start)
-        return end.c, end.x
+        # A product is taken only where the first solution may be off by more than is asked for.
+        enough = factor.error(begin.ahead) <= begin.target
+        return cond(enough, lambda: lifted(begin.ahead), lambda: while_loop(_going, step, begin).found)
 
-    product: Callable[[Array], Array] = lambda c: system.image(c, system.out(c))  # noqa: E731
-    c, x = linear_solve(product, b, lambda _, b: once(b) if math.isinf(rtol) else iterate(b))
+    c, x = linear_solve(product, b, iterate)
     return _with_derivatives_of(x, system.out(c))
 
 
@@ -140,21 +159,29 @@ class _Factor(NamedTuple):
     """
 
     damping: Scalar
-    solve: Callable[[Array], Array]
+    solve: Map
     error: Callable[[Array], Scalar]
     size: Callable[[Array], Scalar]
     least: Callable[[Array], Scalar]
 
 
-def _factored(system: Damped) -> _Factor:
-    matrix, count = system.matrix, system.matrix.shape[0]
-    eps = float(jnp.finfo(matrix.dtype).eps)
-    # The rounding errors of a matrix with a unit diagonal are about those of a random one.
-    rounding = 4 * math.sqrt(count) * eps
-    damped = jnp.maximum(matrix + system.damping, (1 + rounding) * matrix)
+def _rounding(matrix: Float[Array, "m m"]) -> float:
+    """What rounding may do to an eigenvalue of a matrix with a unit diagonal: its errors are about those of a random one."""
+    return 4 * math.sqrt(matrix.shape[0]) * float(jnp.finfo(matrix.dtype).eps)
+
+
+def _raised_cholesky(matrix: Float[Array, "m m"], damping: Float[Array, "*m"]) -> Float[Array, "m m"]:
+    """The lower factor of ``matrix + damping``, which stands on the diagonal and is no less than rounding does to that."""
+    damped = jnp.maximum(matrix + damping, (1 + _rounding(matrix)) * matrix)
     # A row of zeros without a damping, as of a padded example, has any number for a pivot.
     damped = jnp.where(damped == 0, 1, damped)
-    lower = cholesky(jnp.where(jnp.eye(count, dtype=bool), damped, matrix))
+    return cholesky(jnp.where(jnp.eye(matrix.shape[0], dtype=bool), damped, matrix))
+
+
+def _factored(system: Damped) -> _Factor:
+    matrix, rounding = system.matrix, _rounding(system.matrix)
+    eps = float(jnp.finfo(matrix.dtype).eps)
+    lower = _raised_cholesky(matrix, system.damping)
     empty = (diagonals(matrix[None])[0] == 0) & (system.damping == 0)
     entries = jnp.where(empty, 0, jnp.sum(jnp.square(lower), 1))
     counts = entries if system.of_root else jnp.ones_like(entries)
@@ -200,3 +227,126 @@ def _with_derivatives_of(x: Any, same: Any) -> Any:
 @_with_derivatives_of.defjvp
 def _with_derivatives_of_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
     return primals[0], tangents[1]
+
+
+# --- any vector -----------------------------------------------------------------------------------------------------------
+
+
+class Triangular(NamedTuple):
+    """`Factored` by one Cholesky factor, of a damping that is known to be above zero.
+
+    Attributes:
+        lower: the factor of ``unit (matrix + damping I) unit``, or of one whose diagonal was raised by its rounding.
+        unit: what the matrix is multiplied by on both sides.
+        told: whether the damping could be told from zero.
+        pivots: which are above the rounding of the matrix.
+    """
+
+    lower: Float[Array, "m m"]
+    unit: Float[Array, " m"]
+    told: Bool[Array, ""]
+    pivots: Bool[Array, " m"]
+
+    @property
+    def rank(self) -> Int[Array, ""]:
+        """See `Factored`; where the damping cannot be told, the pivots that are above rounding are counted."""
+        return jnp.where(self.told, self.unit.size, jnp.sum(self.pivots, dtype=jnp.int32))
+
+    @property
+    def clear(self) -> Bool[Array, ""]:
+        """See `Factored`."""
+        return self.told | jnp.all(self.pivots)
+
+    @property
+    def floor(self) -> Scalar:
+        """See `Factored`: of what the dtype takes for singular, the least that can be told from zero.
+
+        Without it the rounding of a right-hand side, along directions that F does not see, would be divided by next to nothing.
+        """
+        return jnp.where(self.clear, 0, 16 * _rounding(self.lower))
+
+    @property
+    def left_out(self) -> Float[Array, " m"]:
+        """See `Factored`: nothing is."""
+        return jnp.zeros_like(self.unit)
+
+    def in_units(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
+        """See `Factored`."""
+        solved: Array = jax.scipy.linalg.cho_solve((self.lower, True), b)
+        return solved
+
+    def apply(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
+        """See `Factored`."""
+        return self.unit * self.in_units(self.unit * b)
+
+    def projected(self, product: Map) -> Triangular:
+        """See `Factored`: nothing was left out."""
+        return self
+
+    def astray(self, b: Float[Array, " m"], y: Float[Array, " m"]) -> Scalar:
+        """See `Factored`."""
+        return jnp.zeros((), b.dtype)
+
+
+def triangular(matrix: Float[Array, "m m"], damping: Scalar) -> Triangular:
+    """One Cholesky factor of ``matrix + damping I``. Only the upper triangle is read."""
+    eps = jnp.finfo(matrix.dtype).eps
+    # One that turns out negative must not pass for the rounding of the diagonal.
+    damping = jnp.where(damping < 0, jnp.nan, damping)
+    diagonal = jnp.abs(diagonals(matrix[None])[0]) + damping
+    unit = unit_diagonal(diagonal)
+    told = ~(damping <= eps * jnp.max(diagonal, initial=0.0))
+    lower = _raised_cholesky(unit[:, None] * matrix * unit[None, :], twice(damping, unit)[:, None])
+    pivots = (diagonal > 0) & (jnp.square(diagonals(lower[None])[0]) > 16 * _rounding(matrix) * twice(diagonal, unit))
+    return Triangular(lower, unit, told, pivots)
+
+
+@functools.cache
+def by_cholesky(rtol: float) -> Factorise:
+    """One triangular factor for each damping, all of them known to be above zero, and solutions to a relative residual.
+
+    They are as accurate as rounding allows where ``rtol`` is zero. There is one object for each ``rtol``: programs are found
+    again by it.
+    """
+    return Factorise(lambda matrix: functools.partial(triangular, matrix), functools.partial(_solved, rtol=rtol))
+
+
+def _solved(system: System, v: Float[Array, " p"], rtol: float) -> Solved:
+    """The solution of a system whose ``solve`` is near, and what was measured of it."""
+    units, factored, other = system.units, system.factored, 1.375
+    # By way of the rows there are directions outside their span in any case, and a damping that is not told leaves them out.
+    floor = factored.floor if factored.unit.size == v.size else jnp.zeros((), v.dtype)
+    eps = float(jnp.finfo(v.dtype).eps)
+    b, down, to_x, to_rest, settled = scaled(units, v)
+    scales = [jnp.ones((), b.dtype), down * inverse_power(power_or_one(norm(down * b)))][: 1 + down.ndim]
+    sizes = [_size(scale * b) for scale in scales]
+
+    def size(r: Array) -> Scalar:
+        """Relative to the right-hand side: in its units, and in the parameters' own where there are several."""
+        parts = [_size(scale * r) / jnp.where(whole > 0, whole, 1) for scale, whole in zip(scales, sizes, strict=True)]
+        return functools.reduce(jnp.maximum, parts)
+
+    def iterate(product: Map, b: Array) -> tuple[Array, tuple[Array, Array]]:
+        lifted: Callable[[Array], tuple[Array]] = lambda y: (y,)  # noqa: E731
+        image: Map = lambda y: product(y) + floor * y  # noqa: E731
+        step = lambda state: _stepped(lifted, image, size, _turned(system.solve, state))  # noqa: E731
+        begin = _begin(lifted, b, jnp.full((), max(rtol, 32 * eps), b.dtype))._replace(left=size(b))
+        end = while_loop(_going, step, begin)
+        (y,) = end.found
+        # Of the solution that is given, and on another way through the product than the one that led there: the two differ by
+        # rounding, from which the true residual differs as much.
+        rest = b - (1 / other) * product(other * settled(y))
+        return y, (rest, rest - end.rest - floor * y)
+
+    y, (rest, noise) = linear_solve(system.product, b, iterate)
+    small = size(rest) + 4 * size(noise) <= max(rtol, eps**0.5)
+    sound = small & (factored.told | _is_near(system, jax.lax.stop_gradient(y), rest + 2 * noise))
+    return Solved(to_x(y), to_rest(rest), system.rank, sound)
+
+
+def _is_near(system: System, y: Float[Array, " p"], rest: Float[Array, " p"]) -> Bool[Array, ""]:
+    """Whether a solution is right although its damping cannot be told from zero: a correction is as large as the error."""
+    if system.factored.unit.size < y.size:
+        return jnp.asarray(False)
+    bound = float(jnp.finfo(y.dtype).eps) ** 0.5 / 8 * norm(y)
+    return system.factored.clear & (norm(system.solve(rest)) <= bound)

@@ -46,6 +46,7 @@ class Factored(Protocol):
         told: whether the damping could be told from zero; where not, this is the pseudo-inverse.
         left_out: a combination of all directions that were left out, in those units; zero if there are none.
         clear: whether every eigenvalue that was kept is well above rounding; true with a damping.
+        floor: what is inverted has this on its diagonal besides, in those units.
     """
 
     @property
@@ -58,6 +59,8 @@ class Factored(Protocol):
     def left_out(self) -> Float[Array, " m"]: ...
     @property
     def clear(self) -> Bool[Array, ""]: ...
+    @property
+    def floor(self) -> Scalar: ...
 
     def in_units(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
         """The inverse of ``unit (matrix + damping I) unit``, as well as one application of the factors does it."""
@@ -95,6 +98,11 @@ class Inverse(NamedTuple):
     def rank(self) -> Int[Array, ""]:
         """See `Factored`."""
         return jnp.sum(self.kept, dtype=jnp.int32)
+
+    @property
+    def floor(self) -> Scalar:
+        """See `Factored`."""
+        return jnp.zeros((), self.unit.dtype)
 
     def in_units(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
         """See `Factored`."""
@@ -140,6 +148,11 @@ class Decomposed(NamedTuple):
     left_out: Float[Array, " m"]
     clear: Bool[Array, ""]
 
+    @property
+    def floor(self) -> Scalar:
+        """See `Factored`."""
+        return jnp.zeros((), self.unit.dtype)
+
     def in_units(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
         """See `Factored`."""
         return matmul(self.vectors, self.inverted * matmul(self.vectors.T, b))
@@ -157,10 +170,6 @@ class Decomposed(NamedTuple):
         # An eigenvector has of another what rounding is of the distance of their eigenvalues.
         turned = norm(self.unit * jnp.square(self.inverted) * matmul(self.vectors.T, b))
         return jnp.finfo(y.dtype).eps * (turned + 4 * norm(self.unit * y))
-
-
-Factorise = Callable[[Float[Array, "m m"]], Callable[[Scalar], Factored]]
-"""From a matrix, given by its upper triangle, to its inverse at any damping."""
 
 
 def by_invert(matrix: Float[Array, "m m"]) -> Callable[[Scalar], Inverse]:

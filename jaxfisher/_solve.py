@@ -13,7 +13,6 @@ import lineax
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._engine import unsealed
-from jaxfisher._inverse import by_eigenvectors
 from jaxfisher._linalg import inverse_power, norm, power_or_one, to_unit
 from jaxfisher._once import once
 from jaxfisher._operators.damping import Damping, Dampings, checked_damping, damped_inverse, entries_of
@@ -21,7 +20,7 @@ from jaxfisher._operators.inverted import reported
 from jaxfisher._operators.operator import Operator, View, as_operator, exact_solve, scores_of
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores import Scores
-from jaxfisher._system import SolveInfo
+from jaxfisher._system import PATH, SolveInfo
 from jaxfisher._tree import ParamSpec, all_finite, cast_like, described, dtype_of
 from jaxfisher._values import check_array, is_array, nonnegative, whole
 from jaxfisher._varying import alike, cond, linear_solve, varying_axes, while_loop
@@ -377,7 +376,7 @@ def solve_path(fisher: Operator, v: chex.ArrayTree, dampings: Float[Array, " k"]
 
 @once
 def _path(fisher: Operator, v: Any, dampings: Float[Array, " k"]) -> tuple[Any, SolveInfo]:
-    inverses = fisher.form.inverses(jnp.max(dampings, initial=0.0), by_eigenvectors)
+    inverses = fisher.form.inverses(jnp.max(dampings, initial=0.0), PATH)
     found: tuple[Any, SolveInfo] = jax.vmap(lambda damping: reported(fisher.spec, inverses(damping), v))(dampings)
     return found
 
@@ -395,7 +394,8 @@ def solve(fisher: Operator, v: chex.ArrayTree, damping: Damping, solver: Solver 
         fisher: the operator.
         v: a pytree shaped like the parameters, for instance a gradient.
         damping: ``>= 0``, absolute, in the units of F; the same meaning in every form. Or a pytree like the parameters with one
-            number above zero for each leaf; see also `relative_damping`.
+            number above zero for each leaf; see also `relative_damping`. A Python number above zero compiles no eigenvectors.
+            Where F is singular, one below eps times its largest diagonal entry counts as the least above.
         solver: such as `CG`, `LSMR` or `factored_damping`; None for the exact route.
 
     Returns:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from jaxfisher._inverse import Factored, Map
+from jaxfisher._inverse import Factored, Map, by_eigenvectors, by_invert
 from jaxfisher._linalg import inverse_power, norm, power_or_one
 from jaxfisher._varying import cond, linear_solve, while_loop
 
@@ -77,7 +77,7 @@ class System(NamedTuple):
         product: ``units (F + damping I) units``.
         solve: its inverse, as well as one application of factors does it.
         damping: in the units of F.
-        units: one for each parameter.
+        units: one for each parameter, or one for all.
         factored: what the inverse is made of.
         rank: number of directions inverted.
         left_out: called with ``b`` and ``y`` where directions were left out: whether F does not see them, and how much of
@@ -87,16 +87,44 @@ class System(NamedTuple):
     product: Map
     solve: Map
     damping: Scalar
-    units: Float[Array, " p"]
+    units: Float[Array, "*p"]
     factored: Factored
     rank: Int[Array, ""]
     left_out: Callable[[Float[Array, " p"], Float[Array, " p"]], tuple[Bool[Array, ""], Scalar]]
 
 
-def solved(system: System, v: Float[Array, " p"]) -> Solved:
-    """The refined solution of a system, and what was measured of it. Nothing leaves the dtype but what the result does."""
-    units, factored = system.units, system.factored
-    eps = jnp.finfo(v.dtype).eps
+class Factorise(NamedTuple):
+    """A way to invert: how a matrix is factored, and how a system is solved with the factors.
+
+    Attributes:
+        factor: from a matrix, given by its upper triangle, to its inverse at any damping.
+        solved: the solution of a system that has such an inverse, and what was measured of it.
+    """
+
+    factor: Callable[[Float[Array, "m m"]], Callable[[Scalar], Factored]]
+    solved: Callable[[System, Float[Array, " p"]], Solved]
+
+
+class Scaled(NamedTuple):
+    """The right-hand side of a system in its units, of about unit length, and the ways back.
+
+    Attributes:
+        b: the right-hand side.
+        down: what it is multiplied by for the parameters' own units.
+        to_x: from the solution for ``b`` to that of the system.
+        to_rest: from what is left of ``b`` to what is left of the right-hand side.
+        settled: a solution less what underflows on the way to ``x`` and is no longer part of it.
+    """
+
+    b: Float[Array, " p"]
+    down: Float[Array, "*p"]
+    to_x: Map
+    to_rest: Map
+    settled: Map
+
+
+def scaled(units: Float[Array, "*p"], v: Float[Array, " p"]) -> Scaled:
+    """A right-hand side in these units, in which nothing leaves the dtype but what the result does."""
     # The size of v as a product of two, between which other factors are applied.
     half = power_or_one(jnp.sqrt(jnp.max(jnp.abs(v), initial=0.0)))
     b = v * inverse_power(half) * inverse_power(half) * units
@@ -108,13 +136,22 @@ def solved(system: System, v: Float[Array, " p"]) -> Solved:
         return y * (units * half) * (length * half)
 
     def settled(y: Array) -> Array:
-        # What underflows on the way to x is no longer part of the solution.
         return to_x(y) * (down * inverse_power(half)) * (shorter * inverse_power(half))
 
+    def to_rest(r: Array) -> Array:
+        return r * length * down * half * half
+
+    return Scaled(b * shorter, down, to_x, to_rest, settled)
+
+
+def solved(system: System, v: Float[Array, " p"]) -> Solved:
+    """The refined solution of a system, and what was measured of it."""
+    units, factored = system.units, system.factored
+    eps = jnp.finfo(v.dtype).eps
+    b, down, to_x, to_rest, settled = scaled(units, v)
     deficient = (system.rank < v.size) & ~factored.told
     # Of solutions that are told apart by their norm alone, that norm counts.
     metric = jnp.where(deficient, units, jnp.ones_like(units))
-    b = b * shorter
     y, (r, noise, error) = _refined(system, settled, b, metric, deficient)
     nothing = jnp.asarray(True), jnp.zeros((), b.dtype)
     unseen, astray = cond(deficient, lambda: system.left_out(b, jax.lax.stop_gradient(y)), lambda: nothing)
@@ -124,7 +161,13 @@ def solved(system: System, v: Float[Array, " p"]) -> Solved:
     own = norm(down * r) + 4 * norm(down * noise) <= eps**0.5 * norm(down * b)
     # Without any damping the residual may hold what is out of reach, and be large where the solution is long.
     sound = jnp.where(factored.told, small & own, near & ((small & ~deficient) | (system.damping == 0)))
-    return Solved(to_x(y), r * length * down * half * half, system.rank, sound)
+    return Solved(to_x(y), to_rest(r), system.rank, sound)
+
+
+TRUSTED = Factorise(by_invert, solved)
+"""A factorisation for each damping, the one that can be trusted, with eigenvectors where it must be."""
+PATH = Factorise(by_eigenvectors, solved)
+"""One eigendecomposition for all dampings."""
 
 
 REFINING, MEASURING, WEIGHING, TURNING, LEAKING, DONE = range(6)

@@ -103,6 +103,12 @@ def is_known_zero(value: chex.Numeric, dtype: Any) -> bool:
     return known and abs(float(np.asarray(value, dtype))) < float(jnp.finfo(dtype).tiny)
 
 
+def is_known_positive(value: chex.Numeric, dtype: Any) -> bool:
+    """Whether an argument is known, when a program is traced, to be above zero in this dtype, and above what underflows."""
+    known = isinstance(value, (numbers.Real, np.ndarray, np.generic))
+    return known and float(np.asarray(value, dtype)) >= float(jnp.finfo(dtype).tiny)
+
+
 def check_number(name: str, value: Any, expected: str = "one real number") -> None:
     """Raise `TypeError` unless the argument is a real scalar: Python's, NumPy's, or an array without axes."""
     if not is_number(value):

@@ -129,10 +129,21 @@ def test_a_step_is_a_small_program():
     assert eigen.search(whole.as_text()), "the control: at zero damping eigenvectors are needed"
     # What we hand to XLA is the same on every version; how often XLA then writes an instruction into several fusions is not:
     # of the second program it makes 1,360 on the oldest JAX and 1,570 on the newest.
-    assert operations(lean) < 640, operations(lean)
-    assert operations(refined) < 860, operations(refined)
+    assert operations(lean) < 580, operations(lean)
+    assert operations(refined) < 880, operations(refined)
     assert instructions(lean.compile().as_text()) < 720
-    assert instructions(refined.compile().as_text()) < 1700
+    assert instructions(refined.compile().as_text()) < 1800
+
+
+def test_a_solve_is_half_the_program_where_its_damping_is_known_to_be_positive():
+    """No eigenvectors, and no choice between factors."""
+    args = [(shape(i, o), shape(o)) for i, o in itertools.pairwise((64, 256, 256, 10))], *DATA
+    fisher = jf.empirical_fisher(LOG_PROB)
+    known = jax.jit(lambda v, *args: jf.solve(fisher(*args), v, 1e-3)).lower(args[0], *args)
+    unknown = jax.jit(lambda d, v, *args: jf.solve(fisher(*args), v, d)).lower(shape(), args[0], *args)
+    assert operations(known) < 1300, operations(known)
+    assert operations(unknown) > 1.4 * operations(known), "the control"
+    assert instructions(known.compile().as_text()) < 3000
 
 
 def test_a_step_of_many_examples_takes_little_more_memory_than_a_gradient():
@@ -142,9 +153,8 @@ def test_a_step_of_many_examples_takes_little_more_memory_than_a_gradient():
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     bound = 2 * temporary(jax.grad(mean_loss), params, *data) + 3 * n * n * 4 + 4 * size * 4
     step, lean = (temporary(jf.natural_grad(LOG_PROB, damping=1e-3, rtol=rtol), params, *data) for rtol in (None, math.inf))
-    assert lean <= bound, (lean, bound)
-    # Refinement keeps one more matrix of n x n around its loop.
-    assert step <= bound + 1.5 * n * n * 4, (step, bound)
+    # What refines is in a branch of its own, around which no matrix is copied.
+    assert max(step, lean) <= bound, (step, lean, bound)
 
 
 def flops(function, *args):

@@ -7,6 +7,9 @@ import random_solves
 SAMPLE = [
     ("tall", "scores", "float32"),
     ("short", "scores", "float32"),
+    ("tall", "scores", "float32", "cholesky"),
+    ("short", "scores", "float64", "cholesky, as training needs"),
+    ("square", "dense", "float32", "cholesky"),
     ("square", "dense", "float64"),
     ("tall", "diagonal", "float32"),
     ("tall", "kronecker", "float64"),
@@ -17,9 +20,10 @@ SAMPLE = [
 """Each is a program of its own, and programs are what takes time: `python tests/random_solves.py` runs all that there are."""
 
 
-@pytest.mark.parametrize(("shape", "form", "dtype"), SAMPLE)
-def test_no_solve_is_converged_and_wrong(shape, form, dtype):
-    (found,) = random_solves.groups(60, 5, (shape,), (dtype,), ((form, "exact"),))
+@pytest.mark.parametrize("case", SAMPLE, ids=" ".join)
+def test_no_solve_is_converged_and_wrong(case):
+    shape, form, dtype, solver = (*case, "exact")[:4]
+    (found,) = random_solves.groups(60, 5, (shape,), (dtype,), ((form, solver),))
     verdicts = list(random_solves.verdicts(*found[1:]))
     wrong = [random_solves.described(*pair) for pair in verdicts if pair[1].wrong]
     assert not wrong, "\n".join(wrong)

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
-from jaxfisher._inverse import Factorise
 from jaxfisher._linalg import norm
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._operators.form import Form
@@ -20,7 +19,7 @@ from jaxfisher._operators.inverted import Inverted
 from jaxfisher._operators.operator import VIEW, Operator, View, as_operator, viewed
 from jaxfisher._operators.sum import added
 from jaxfisher._pytree import array_fields
-from jaxfisher._system import Solved
+from jaxfisher._system import Factorise, Solved
 from jaxfisher._tree import ParamSpec, check_function, path_names
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.inverted import Inverted
-from jaxfisher._system import Solved
+from jaxfisher._system import Factorise, Solved
 from jaxfisher._tree import ParamSpec
 from jaxfisher._values import described, nonnegative
 
@@ -47,13 +47,13 @@ def entries_of(dampings: Dampings, spec: ParamSpec) -> Float[Array, " p"]:
     return jnp.concatenate([jnp.broadcast_to(d, size) for d, size in zip(by_leaf, spec.sizes, strict=True)])
 
 
-def damped_inverse(form: Form, dampings: Dampings) -> Inverted:
-    """``v -> (F + D)^-1 v`` with a damping ``D`` of either kind.
+def damped_inverse(form: Form, dampings: Dampings, factorise: Factorise | None = None) -> Inverted:
+    """``v -> (F + D)^-1 v`` with a damping ``D`` of either kind; of one number, perhaps by a way to factor of one's choice.
 
     For one of each leaf ``F + D = R^-1 (G + I) R^-1``, so ``(F + D)^-1 = R (G + I)^-1 R``, and G has the form of F.
     """
     if not isinstance(dampings, tuple):
-        return form.inverse(dampings)
+        return form.inverse(dampings) if factorise is None else form.inverses(dampings, factorise)(dampings)
     spec, product = form.spec, form.product()
     inside, roots = form.with_unit_damping(dampings)
     inverse = inside.inverse(jnp.ones((), spec.dtype))

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
 from jaxfisher._engine import Basis
-from jaxfisher._inverse import Factorise, by_invert, log_determinant
+from jaxfisher._inverse import log_determinant
 from jaxfisher._linalg import eigenvalues, norm, spectral_mv, unit_rank
 from jaxfisher._once import once
 from jaxfisher._operators.inverted import Inverted, flat_inverse, solve_matrix
 from jaxfisher._scores import Scores
+from jaxfisher._system import TRUSTED, Factorise
 from jaxfisher._tree import ParamSpec, dot
 
 EXACT_LIMIT = 4096
@@ -103,7 +104,7 @@ class Form(abc.ABC):
 
     def inverse(self, damping: Scalar) -> Inverted:
         """``v -> (F + damping I)^-1 v``; what does not depend on ``v`` is done once."""
-        return self.inverses(damping, by_invert)(damping)
+        return self.inverses(damping, TRUSTED)(damping)
 
     def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
         """`inverse` for dampings up to the largest, with everything done once that depends on none of them."""

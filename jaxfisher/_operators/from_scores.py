@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._damped import Damped, solution
 from jaxfisher._engine import Basis, unsealed
-from jaxfisher._inverse import Factored, Factorise, log_determinant, multiplied
+from jaxfisher._inverse import Factored, log_determinant, multiplied
 from jaxfisher._linalg import (
     eigenvalues,
     inverse_power,
@@ -42,7 +42,7 @@ from jaxfisher._operators.form import Form
 from jaxfisher._operators.inverted import Inverted, flat_inverse
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores import HeldScores, JoinedScores, Scores
-from jaxfisher._system import System, solved
+from jaxfisher._system import Factorise, System
 from jaxfisher._tree import ParamSpec
 from jaxfisher._varying import cond, while_loop
 
@@ -143,11 +143,12 @@ class FromScores(Form):
             matrix = scaled.moment()
             system = partial(_by_moment, scaled, jax.lax.stop_gradient(jnp.sqrt(jnp.diagonal(matrix))))
         # Derivatives go through the products that solutions satisfy.
-        matrices = factorise(jax.lax.stop_gradient(matrix))
+        matrices = factorise.factor(jax.lax.stop_gradient(matrix))
 
         def at(damping: Scalar) -> Inverted:
             damping = twice(damping, scaled.factor)
-            return flat_inverse(self.spec, partial(solved, system(damping, matrices(jax.lax.stop_gradient(damping)))))
+            inverse = system(damping, matrices(jax.lax.stop_gradient(damping)))
+            return flat_inverse(self.spec, partial(factorise.solved, inverse))
 
         return at
 
@@ -284,15 +285,24 @@ def _by_gram(scaled: Scaled, gram: Float[Array, "rows rows"], damping: Scalar, i
     ``v = X^T e + r`` gives ``x = X^T A e + (r - X^T A X r) / damping`` with ``A = (X X^T + damping I)^-1``, exactly, for any
     ``e``. Woodbury's identity is ``e = 0``, and cancels all the more the smaller the damping; ``e = A X v`` leaves an ``r`` in
     which little is left to cancel. Without damping, ``x = X^T A e`` is the minimum-norm solution.
+
+    It is symmetric in ``v`` and positive also where ``A`` is only near: ``x = X^T A^2 X v + (1 - X^T A X)^2 v / damping``.
     """
     scores, told, factored = scaled.scores, inverse.told, inverse.projected(multiplied(gram, damping, inverse.unit))
 
     def split(v: Array) -> Array:
-        e = factored.apply(scaled.into_rows(v))
-        rest = v - scaled.out_of_rows(e)
         share = jnp.where(told, 1 / jnp.where(told, damping, 1), 0)
-        inside = factored.apply(e) - share * factored.apply(scaled.into_rows(rest))
-        return scaled.out_of_rows(inside) + share * rest
+
+        def half(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+            count, e, rest, image = state
+            rest = rest - image
+            e = factored.apply(e + jnp.where(count == 0, 1, -share) * scaled.into_rows(rest))
+            return count + 1, e, rest, scaled.out_of_rows(e)
+
+        # A loop, so that the products stand in the program once: A X v at first, and then the solution.
+        begin = jnp.zeros((), jnp.int32), jnp.zeros_like(scaled.root), v, jnp.zeros_like(v)
+        _, _, rest, inside = while_loop(lambda state: state[0] < 2, half, begin)
+        return inside + share * rest
 
     def product(y: Array) -> Array:
         return scaled.out_of_rows(scaled.into_rows(y)) + damping * y
@@ -303,7 +313,7 @@ def _by_gram(scaled: Scaled, gram: Float[Array, "rows rows"], damping: Scalar, i
 
     size = scores.spec.size
     rank = jnp.where(told, jnp.asarray(size, jnp.int32), factored.rank)
-    return System(product, split, damping, jnp.broadcast_to(scaled.factor, size), factored, rank, left_out)
+    return System(product, split, damping, scaled.factor, factored, rank, left_out)
 
 
 def _is_unseen(scaled: Scaled, factored: Factored) -> Bool[Array, ""]:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._engine import Basis
-from jaxfisher._inverse import Factorise
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.inverted import Inverted
@@ -21,6 +20,7 @@ from jaxfisher._operators.provenance import Provenance
 from jaxfisher._operators.spectral import Spectral
 from jaxfisher._operators.sum import added
 from jaxfisher._pytree import array_fields
+from jaxfisher._system import Factorise
 from jaxfisher._tree import ParamSpec, param_spec
 from jaxfisher._values import nonnegative
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Scalar
 
-from jaxfisher._inverse import Factorise, Map
+from jaxfisher._inverse import Map
 from jaxfisher._linalg import twice
 from jaxfisher._null_space import is_unseen
-from jaxfisher._system import Solved, SolveInfo, System, direct_info, solved
+from jaxfisher._system import Factorise, Solved, SolveInfo, System, direct_info
 from jaxfisher._tree import ParamSpec
 
 Inverted = Callable[[Any], Solved]
@@ -25,7 +25,7 @@ FlatInverted = Callable[[Float[Array, " p"]], Solved]
 def solve_matrix(matrix: Float[Array, "p p"], exact: Map, factorise: Factorise) -> Callable[[Scalar], FlatInverted]:
     """``v -> (F + damping I)^-1 v`` from the matrix of F, refined against ``exact``, the product with F; nothing overflows."""
     # Derivatives go through the products that solutions satisfy.
-    inverses = factorise(jax.lax.stop_gradient(matrix))
+    inverses = factorise.factor(jax.lax.stop_gradient(matrix))
     roots = jnp.sqrt(jnp.abs(jnp.diagonal(jax.lax.stop_gradient(matrix))))
 
     def at(damping: Scalar) -> FlatInverted:
@@ -40,7 +40,7 @@ def solve_matrix(matrix: Float[Array, "p p"], exact: Map, factorise: Factorise) 
         def left_out(b: Array, y: Array) -> tuple[Bool[Array, ""], Scalar]:
             return is_unseen(product(factored.left_out), factored.left_out, roots * unit), factored.astray(b, y)
 
-        return partial(solved, System(product, factored.in_units, damping, unit, factored, factored.rank, left_out))
+        return partial(factorise.solved, System(product, factored.in_units, damping, unit, factored, factored.rank, left_out))
 
     return at
 

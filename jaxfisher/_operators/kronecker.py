@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._engine import Basis, Layout
-from jaxfisher._inverse import Factorise, eigen, log_determinant, multiplied
+from jaxfisher._inverse import eigen, log_determinant, multiplied
 from jaxfisher._linalg import cholesky, diagonals, eigenpairs, eigenvalues, matmul, norm, resolved, unit_diagonal, unit_rank
 from jaxfisher._null_space import projected
 from jaxfisher._operators.dense import Dense
@@ -24,6 +24,7 @@ from jaxfisher._operators.inverted import Inverted
 from jaxfisher._operators.spectral import Spectral, Tests, applied_once
 from jaxfisher._operators.sum import Sum
 from jaxfisher._pytree import array_fields
+from jaxfisher._system import Factorise
 from jaxfisher._tree import ParamSpec
 from jaxfisher._varying import cond
 

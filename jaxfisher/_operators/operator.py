@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Scalar
 
+from jaxfisher._damped import by_cholesky
 from jaxfisher._linalg import null_vectors
-from jaxfisher._once import once
+from jaxfisher._once import Static, once
 from jaxfisher._operators.damping import Damping, Dampings, checked_damping, damped_inverse, damped_logdet
 from jaxfisher._operators.form import Form, small_matrix
 from jaxfisher._operators.inverted import reported
@@ -24,9 +25,9 @@ from jaxfisher._operators.sum import added
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores import Scores
 from jaxfisher._stack import refuse_stack
-from jaxfisher._system import SolveInfo
+from jaxfisher._system import Factorise, SolveInfo
 from jaxfisher._tree import ParamSpec, cast_like
-from jaxfisher._values import check_number, described, nonnegative
+from jaxfisher._values import check_number, described, is_known_positive, nonnegative
 from jaxfisher._varying import alike
 
 View = Callable[["Operator"], "Operator"]
@@ -310,9 +311,9 @@ def _program(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _solved(form: Form, v: Any, damping: Dampings) -> tuple[Any, SolveInfo]:
+def _solved(form: Form, v: Any, damping: Dampings, factorise: Static[Factorise | None]) -> tuple[Any, SolveInfo]:
     form, v, damping = alike(form, v, damping)
-    return reported(form.spec, damped_inverse(form, damping), v)
+    return reported(form.spec, damped_inverse(form, damping, factorise.value), v)
 
 
 _product = _program("mv", lambda form, v: form.product()(v))
@@ -329,9 +330,14 @@ _frobenius_norm = _program("frobenius_norm", lambda form: form.frobenius_norm())
 _rank = _program("rank", lambda form: form.rank())
 
 
-def exact_solve(fisher: Operator, v: chex.ArrayTree, damping: Damping) -> tuple[Any, SolveInfo]:
-    """The exact solution of ``(F + damping I) x = v``, and a report on it."""
-    x, info = _solution(fisher, fisher.spec.vector(v), checked_damping(damping, fisher.spec))
+def exact_solve(
+    fisher: Operator, v: chex.ArrayTree, damping: Damping, factorise: Factorise | None = None
+) -> tuple[Any, SolveInfo]:
+    """The exact solution of ``(F + damping I) x = v``, and a report on it; by one way to factor, or by what a damping needs."""
+    known = checked_damping(damping, fisher.spec)
+    if factorise is None and is_known_positive(damping, fisher.spec.dtype):
+        factorise = by_cholesky(0.0)
+    x, info = _solution(fisher, fisher.spec.vector(v), known, Static(factorise))
     return cast_like(x, v), info
 
 

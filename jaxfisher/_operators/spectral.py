@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from jaxfisher._inverse import Factorise
 from jaxfisher._linalg import norm, resolved, unit_diagonal
 from jaxfisher._null_space import is_unseen
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.inverted import Inverted
-from jaxfisher._system import Solved
+from jaxfisher._system import Factorise, Solved
 from jaxfisher._tree import ParamSpec
 from jaxfisher._varying import cond, linear_solve
 

@@ -12,14 +12,13 @@ from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._cholesky_on_mesh import Lower, Strips, block_size, factorised, solved_by
 from jaxfisher._engine import cross_gram
-from jaxfisher._inverse import Factorise
 from jaxfisher._linalg import inverse_power, norm, power_or_one, to_unit, twice
 from jaxfisher._operators.from_scores import FromScores, Scaled
 from jaxfisher._operators.inverted import Inverted, flat_inverse
 from jaxfisher._operators.operator import Operator, as_operator, scores_of
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores import HeldScores
-from jaxfisher._system import Solved
+from jaxfisher._system import Factorise, Solved
 from jaxfisher._values import described, whole
 from jaxfisher._varying import linear_solve
 
