@@ -62,6 +62,7 @@ from jaxfisher._operators.low_rank import partial_cholesky as partial_cholesky
 from jaxfisher._operators.spread import spread_solves as spread_solves
 
 # Solving.
+from jaxfisher._cholesky import Cholesky as Cholesky
 from jaxfisher._solve import CG as CG
 from jaxfisher._solve import LSMR as LSMR
 from jaxfisher._solve import as_lineax as as_lineax

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
+from jaxfisher._cholesky import TRAINING, training_solve
 from jaxfisher._examples import Batch, make_batch, needs_data
 from jaxfisher._fisher import FisherFunction
 from jaxfisher._model import LOG_PROB, LogProb, mean_loss, of_one_example
@@ -20,13 +21,10 @@ from jaxfisher._operators.operator import VIEW, Operator, View, as_operator
 from jaxfisher._operators.provenance import Provenance
 from jaxfisher._pieces import sum_batches
 from jaxfisher._scores import values_and_scores
-from jaxfisher._solve import Solver, check_solver, solve
+from jaxfisher._solve import Solver, check_solver
 from jaxfisher._targets import taken_by
 from jaxfisher._tree import cast_like, check_function
 from jaxfisher._values import described, is_known_zero, nonnegative
-
-RTOL = 1e-3
-"""The accuracy of the solve that serves training, as a residual relative to the gradient."""
 
 
 class NaturalGradFunction(Protocol):
@@ -70,10 +68,12 @@ def natural_grad(
         fisher: such as ``jf.exact_fisher(model)``, which is called with the data but for their last entry, the target; or a
             function of your own, ``(params, *data) -> operator``, called with all of the data.
         damping: ``>= 0``, absolute, in the units of F; or a pytree like the parameters with one number above zero a leaf. A
-            number of zero asks for the minimum-norm solution. An array should be above zero: with ``fisher=None``, where scores
-            depend on each other to rounding, less than eps times the largest squared score (over n) counts as that.
+            number of zero asks for the minimum-norm solution. An array should be above zero where F is held as scores: with
+            ``fisher=None``, where scores depend on each other to rounding, less than eps times the largest squared score (over
+            n) counts as that; otherwise see `Cholesky`.
         view: applied to the operator before it is inverted, such as `jaxfisher.diagonal`.
-        solver: as in `jaxfisher.solve`, such as ``jf.CG(rtol=1e-2, preconditioner=jf.kronecker)``; None for the exact route.
+        solver: as in `jaxfisher.solve`, such as ``jf.CG(rtol=1e-2, preconditioner=jf.kronecker)``; None for the exact route, of
+            a Fisher held as scores as accurate as training needs, ``jf.Cholesky(rtol=1e-3)``.
         batch_size: bound memory by running the model on pieces of at most so many examples.
         max_bytes: with ``fisher=None``, as in `jaxfisher.scores`, instead of a ``batch_size``.
         rtol: how accurate the solve must be with ``fisher=None`` and a positive damping, as a residual relative to the
@@ -150,7 +150,7 @@ def value_and_natural_grad(
             if rtol is not None and not one:
                 raise ValueError("`rtol` is given with a damping by leaf, on which it has no effect: leave it out.")
             if view is None and solver is None and one and not is_known_zero(damping, scores.spec.dtype):
-                return loss, cast_like(_direction(form, damping, RTOL if rtol is None else float(rtol)), params)
+                return loss, cast_like(_direction(form, damping, TRAINING.rtol if rtol is None else float(rtol)), params)
             gradient = scores.rmv(-scores.weights)
         else:
             loss, gradient = _value_and_grad(log_prob, params, batch)
@@ -164,7 +164,7 @@ def value_and_natural_grad(
             )
         if view is not None:
             operator = as_operator(view(operator), "natural_grad: `view`")
-        return loss, cast_like(solve(operator, gradient, damping, solver)[0], params)
+        return loss, cast_like(training_solve(operator, gradient, damping, solver)[0], params)
 
     return value_and_direction
 
@@ -189,12 +189,14 @@ def _check_arguments(log_prob: Any, fisher: Any, damping: Any, view: Any, solver
 def _check_rtol(rtol: Any, others: dict[str, Any]) -> None:
     """Raise unless it is a number above zero, known when a program is traced, and the solve is the one that it speaks of."""
     if isinstance(rtol, bool) or not isinstance(rtol, numbers.Real) or not float(rtol) > 0:
-        raise ValueError(f"`rtol` is {described(rtol)}; expected a Python number above zero, such as 1e-5, or None for {RTOL}.")
+        raise ValueError(
+            f"`rtol` is {described(rtol)}; expected a Python number above zero, such as 1e-5, or None for {TRAINING.rtol}."
+        )
     given = [name for name, other in others.items() if other is not None]
     if given:
         raise ValueError(
             f"`rtol` is given with `{given[0]}`, on which it has no effect: only the exact solve of the empirical Fisher takes "
-            "it. Leave it out, or give a solver that has one, such as jf.CG(rtol=1e-5)."
+            "it. Leave it out, or give a solver that has one, such as jf.Cholesky(rtol=1e-5)."
         )
 
 

@@ -395,7 +395,7 @@ def solve(fisher: Operator, v: chex.ArrayTree, damping: Damping, solver: Solver 
         v: a pytree shaped like the parameters, for instance a gradient.
         damping: ``>= 0``, absolute, in the units of F; the same meaning in every form. Or a pytree like the parameters with one
             number above zero for each leaf; see also `relative_damping`. A Python number above zero compiles no eigenvectors.
-            Where F is singular, one below eps times its largest diagonal entry counts as the least above.
+            Where F is singular, one below eps times its largest diagonal entry counts as the least above; see `Cholesky`.
         solver: such as `CG`, `LSMR` or `factored_damping`; None for the exact route.
 
     Returns:

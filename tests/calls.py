@@ -155,6 +155,7 @@ NUMBERS = {
     "solve": lambda: jf.solve(fisher(), vector(), 0.1),
     "solve, many right-hand sides": lambda: jax.vmap(lambda v: fisher().solve(v, 0.1))(stacked()),
     "solve_path": lambda: jf.solve_path(fisher(), vector(), jnp.array([0.1, 1.0])),
+    "Cholesky": lambda: jf.solve(fisher(), vector(), 0.1, jf.Cholesky(rtol=1e-3)),
     "CG": lambda: jf.solve(fisher(), vector(), 0.1, jf.CG()),
     "CG, by a view": lambda: jf.solve(fisher("sum"), vector(), 0.1, jf.CG(preconditioner=lambda F: jf.diagonal(F))),
     "LSMR": lambda: jf.solve(fisher("streamed"), vector(), 0.1, jf.LSMR()),

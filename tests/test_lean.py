@@ -136,12 +136,19 @@ def test_a_step_is_a_small_program():
 
 
 def test_a_solve_is_half_the_program_where_its_damping_is_known_to_be_positive():
-    """No eigenvectors, and no choice between factors."""
+    """So it is in an optimiser, whatever the damping: no eigenvectors, and no choice between factors."""
     args = [(shape(i, o), shape(o)) for i, o in itertools.pairwise((64, 256, 256, 10))], *DATA
     fisher = jf.empirical_fisher(LOG_PROB)
+    optimiser = jf.natural_gradient(1.0, 1e-3)
+
+    def update(d, v, *args):
+        return optimiser.update(v, optimiser.init(v), args[0], fisher=fisher(*args), damping=d)
+
     known = jax.jit(lambda v, *args: jf.solve(fisher(*args), v, 1e-3)).lower(args[0], *args)
     unknown = jax.jit(lambda d, v, *args: jf.solve(fisher(*args), v, d)).lower(shape(), args[0], *args)
+    step = jax.jit(update).lower(shape(), args[0], *args)
     assert operations(known) < 1300, operations(known)
+    assert operations(step) < 1300, operations(step)
     assert operations(unknown) > 1.4 * operations(known), "the control"
     assert instructions(known.compile().as_text()) < 3000
 

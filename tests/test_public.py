@@ -65,7 +65,7 @@ ROOMS = {
     "Scores": "_scores _explain",
     "Fishers": "_fisher",
     "Operators": "_operators _pytree",
-    "Solving": "_solve _system",
+    "Solving": "_cholesky _solve _system",
     "Natural gradients": "_natural",
     "Optax": "_transform",
     "Looking": "_check _diagnostics _estimate",

@@ -15,11 +15,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int
 
+from jaxfisher._cholesky import training_solve
 from jaxfisher._once import either
 from jaxfisher._operators.averaging import arrays_of, with_arrays
 from jaxfisher._operators.kronecker import factorised
 from jaxfisher._operators.operator import VIEW, Operator, View, as_operator
-from jaxfisher._solve import Solver, check_solver, solve
+from jaxfisher._solve import Solver, check_solver
 from jaxfisher._system import SolveInfo
 from jaxfisher._transform.given import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
 from jaxfisher._transform.like import Like, shape_of_view
@@ -86,7 +87,9 @@ def scale_by_fisher(
         view: applied to the operator, such as `jaxfisher.kronecker`; None for the operator as it comes.
         power: ``q``. 1 is the natural gradient; others need an eigendecomposition, except on the diagonal, where 0.5 gives
             the family of RMSprop and Adam.
-        solver: as in `jaxfisher.solve`, such as ``jf.CG(rtol=1e-2, preconditioner=jf.kronecker)``; None for the exact route.
+        solver: as in `jaxfisher.solve`, such as ``jf.CG(rtol=1e-2, preconditioner=jf.kronecker)``; None for the exact route. A
+            Fisher held as scores is then solved as accurately as training needs, by ``jf.Cholesky(rtol=1e-3)``, unless the
+            damping is known to be zero: give a smaller ``rtol`` for more.
         decay: ``beta`` in ``[0, 1)`` of a running mean of the view, whose shape must not depend on n.
         update_every: make the operator (and add it to the mean) only once in so many updates; None for every update. Give
             ``fisher`` as a function of no arguments: it is not run in between.
@@ -176,11 +179,11 @@ def _precondition(
 
     def by_solve() -> tuple[Any, SolveInfo]:
         if previous is None:
-            return solve(operator, updates, damping, solver)
+            return training_solve(operator, updates, damping, solver)
         mu, last = previous
         kept = scaled(last, mu)
         # The solve is for the rest and not for g + damping mu u, whose part outside the rows' span it would have to invert.
-        rest, info = solve(operator, jax.tree.map(jnp.subtract, updates, operator.mv(kept)), damping, solver)
+        rest, info = training_solve(operator, jax.tree.map(jnp.subtract, updates, operator.mv(kept)), damping, solver)
         return jax.tree.map(jnp.add, kept, rest), info
 
     def by_spectrum() -> tuple[Any, SolveInfo]:

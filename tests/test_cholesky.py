@@ -1,0 +1,138 @@
+"""The solve by one triangular factor: as accurate as asked for, honest about it, and without eigenvectors in its program."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxfisher as jf
+
+
+def log_prob(w, x, y):
+    """A line with a Gaussian error, whose scores are the inputs times what it is off by."""
+    return -0.5 * jnp.square(jnp.dot(x, w, precision="highest") - y)
+
+
+SHAPES = {"more rows": (30, 7), "fewer rows": (7, 30)}
+
+
+def problem(shape, condition):
+    """Float32 scores of a condition number, and right-hand sides in the rows' span and outside it."""
+    rng = np.random.default_rng(0)
+    n, p = SHAPES[shape]
+    rank = min(n, p)
+    u, w = (np.linalg.qr(rng.normal(size=(size, rank)))[0] for size in (n, p))
+    x = (np.sqrt(n) * (u * np.geomspace(1, condition**-0.5, rank)) @ w.T).astype(np.float32)
+    F = jf.empirical_fisher(log_prob)(jnp.zeros(p, jnp.float32), x, np.ones(n, np.float32))
+    wide = x.astype(float)
+    vectors = {"gradient": wide.mean(0), "anything": rng.normal(size=p)}
+    return F, wide.T @ wide / n, {name: v.astype(np.float32) for name, v in vectors.items()}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("condition", [10.0, 1e6])
+def test_residuals_are_as_small_as_asked_for(shape, condition):
+    """Against the matrix in float64; what float32 cannot hold is left out, and not called converged."""
+    F, matrix, vectors = problem(shape, condition)
+    largest, eps = np.linalg.norm(matrix, 2), np.finfo(np.float32).eps
+    for rtol, share, (name, v) in itertools.product((1e-3, 1e-5), (1.0, 1e-3, 1e-5), vectors.items()):
+        damping = np.float32(share * largest)
+        for d in (float(damping), jnp.asarray(damping)):
+            x, info = jf.solve(F, v, d, solver=jf.Cholesky(rtol=rtol))
+            found = np.asarray(x, float)
+            rest = np.linalg.norm(v - matrix @ found - damping * found) / np.linalg.norm(v)
+            floor = 20 * eps * (largest + damping) * np.linalg.norm(found) / np.linalg.norm(v)
+            case = (name, rtol, share, rest, floor)
+            assert rest <= 2 * rtol + floor, case
+            assert abs(float(info.residual) - rest) <= 0.1 * rest + floor, case
+            assert bool(info.converged) or floor > 1e-4, case
+
+
+def test_a_smaller_rtol_is_more_accurate():
+    F, matrix, vectors = problem("more rows", 1e6)
+    damping = float(3e-6 * np.linalg.norm(matrix, 2))
+    residuals = [
+        float(jf.solve(F, vectors["gradient"], damping, solver=jf.Cholesky(rtol=rtol))[1].residual) for rtol in (0.1, 0)
+    ]
+    assert residuals[1] < residuals[0], residuals
+
+
+@pytest.mark.parametrize("view", [lambda F: F, jf.dense])
+def test_a_damping_that_cannot_be_told_divides_no_rounding(view):
+    """Along directions that F does not see, rounding over next to nothing would be all that there is of a solution."""
+    F, matrix, vectors = problem("fewer rows", 10.0)
+    g = vectors["gradient"]
+    x, info = jf.solve(view(F), g, 1e-12)
+    found, least = np.asarray(x, float), np.linalg.norm(np.linalg.pinv(matrix, rcond=1e-5) @ g)
+    assert np.linalg.norm(found) < 2 * least, "the control: rounding of g over 1e-12 would be ten thousand times that"
+    assert np.linalg.norm(matrix @ found - g) < 1e-4 * np.linalg.norm(g)
+    assert not info.converged
+
+
+def test_a_small_damping_of_a_regular_fisher_is_right_and_says_so():
+    F, matrix, vectors = problem("more rows", 10.0)
+    for name, v in vectors.items():
+        x, info = jf.solve(F, v, 1e-12)
+        expected = np.linalg.solve(matrix, v.astype(float))
+        assert info.converged, name
+        np.testing.assert_allclose(x, expected, rtol=0, atol=1e-4 * np.max(np.abs(expected)))
+
+
+def program(function, *args):
+    return jax.jit(function).lower(*args).as_text()
+
+
+def test_no_eigenvectors_are_compiled_where_a_damping_is_known_to_be_positive():
+    F, _, vectors = problem("fewer rows", 10.0)
+    v = vectors["gradient"]
+    exact = lambda F, v, d: jf.solve(F, v, d)[0]  # noqa: E731
+    named = lambda F, v, d: jf.solve(F, v, d, solver=jf.Cholesky())[0]  # noqa: E731
+    optimiser = jf.scale_by_fisher(0.1)
+
+    def update(F, v, d):
+        return optimiser.update(v, optimiser.init(v), fisher=F, damping=d)[0]
+
+    d = jnp.float32(0.1)
+    for form in (F, jf.dense(F), jf.block_diagonal(F)):
+        assert "syevd" not in program(lambda form, v: exact(form, v, 0.1), form, v)
+    for function in (named, update):
+        assert "syevd" not in program(function, F, v, d)
+    assert "syevd" in program(exact, F, v, d), "the control: an array may be zero"
+    assert "syevd" in program(lambda F, v: exact(F, v, 0.0), F, v)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.5])
+def test_the_optimisers_solve_as_accurately_as_training_needs_or_as_is_asked(momentum):
+    """One factor leaves 1e-3 at most; with a solver that asks for more, what that asks for."""
+    F, matrix, vectors = problem("fewer rows", 1e6)
+    g, damping = vectors["gradient"], np.float32(1e-5 * np.linalg.norm(matrix, 2))
+    for rtol, options in ((1e-3, {}), (1e-5, {"solver": jf.Cholesky(rtol=1e-5)})):
+        optimiser = (
+            jf.natural_gradient(1.0, damping, **options)
+            if momentum is None
+            else jf.scale_by_fisher(damping, momentum=momentum, **options)
+        )
+        updates, state = optimiser.update(g, optimiser.init(g), fisher=F)
+        d = np.asarray(updates, float) * (-1 if momentum is None else 1)
+        rest = np.linalg.norm(g - matrix @ d - damping * d) / np.linalg.norm(g)
+        info = optax.tree.get(state, "info")
+        assert rest <= 2 * rtol and info.converged and info.measured, (rest, info)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda F, v: jf.solve(F, v, 0.0, jf.Cholesky()), ValueError, "Cholesky: `damping` is 0.0"),
+        (lambda F, v: jf.solve(jf.diagonal(F), v, 0.1, jf.Cholesky()), TypeError, "Cholesky: .* is not held as scores"),
+        (lambda F, v: jf.Cholesky(rtol=jnp.float32(1e-3)), TypeError, "Cholesky: `rtol` is .*; expected a Python number"),
+        (lambda F, v: jf.Cholesky(rtol=-1e-3), ValueError, "`rtol` is -0.001"),
+        (lambda F, v: jf.Cholesky(rtol=float("inf")), ValueError, "`rtol` is inf"),
+    ],
+)
+def test_mistakes_are_named(call, error, message):
+    F, _, vectors = problem("more rows", 10.0)
+    with pytest.raises(error, match=message):
+        call(F, vectors["gradient"])
