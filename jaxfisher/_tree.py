@@ -213,6 +213,14 @@ def dot(a: chex.ArrayTree, b: chex.ArrayTree) -> Scalar:
     return sum(jax.tree.leaves(products), start=jnp.zeros((), jnp.result_type(*jax.tree.leaves(a))))
 
 
+def products(a: chex.ArrayTree, b: chex.ArrayTree) -> Float[Array, "k m"]:
+    """The inner products of vectors stacked along a leading axis."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    highest = jax.lax.Precision.HIGHEST
+    parts = [jnp.matmul(x.reshape(len(x), -1), y.reshape(len(y), -1).T, precision=highest) for x, y in pairs]
+    return sum(parts[1:], start=parts[0])
+
+
 def all_finite(tree: chex.ArrayTree) -> Scalar:
     """Whether every number of the tree is finite."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))

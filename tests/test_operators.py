@@ -202,6 +202,7 @@ def check_operator(F, dense, key, damping=0.1, eps=None, by_leaf=True):
             "diagonal": flat_jax(F.diagonal()),
             "trace": F.trace(),
             "quadratic": F.quadratic(v),
+            "inner products": F.form.inner_products(jax.tree.map(lambda a, b: jnp.stack([a, b]), v, w)),
             "solve": flat_jax(F.solve(v, damping)),
             "logdet": F.logdet(damping),
             "eigenvalues": F.eigvalsh(),
@@ -226,6 +227,8 @@ def check_operator(F, dense, key, damping=0.1, eps=None, by_leaf=True):
     close(seen["trace"], np.trace(dense))
     close(seen["quadratic"], v @ dense @ v)
     assert seen["quadratic"] >= 0, "positive semi-definite"
+    pair = np.stack([flat(vector).astype(np.float64) for vector in vectors[:2]])
+    close(seen["inner products"], pair @ dense @ pair.T)
     damped = dense + damping * identity
     close(seen["solve"], np.linalg.solve(damped, v), factor=1e4)
     close(seen["logdet"], np.linalg.slogdet(damped)[1], factor=1e3)
@@ -375,7 +378,7 @@ BROKEN = {
     "affine": lambda: broken(product=lambda self: lambda v: jax.tree.map(lambda leaf: leaf + 1, v)),
     "wrong diagonal": lambda: broken(diagonal=lambda self: self.spec.unravel(jnp.diagonal(self.matrix) + 1e-3)),
     "wrong trace": lambda: broken(trace=lambda self: 1.001 * jnp.trace(self.matrix)),
-    "half the form": lambda: broken(quadratic=lambda self, v: 0.5 * usual("quadratic", self, v)),
+    "twice the inner products": lambda: broken(inner_products=lambda self, vectors: 2 * usual("inner_products", self, vectors)),
     "relative damping": lambda: broken(inverse=lambda self, damping: usual("inverse", self, damping * jnp.trace(self.matrix))),
     "sum of eigenvalues": lambda: broken(logdet=lambda self, damping: jnp.sum(self.eigvalsh() + damping)),
     "descending": lambda: broken(eigvalsh=lambda self: usual("eigvalsh", self)[::-1]),
@@ -393,6 +396,18 @@ BROKEN = {
 def test_the_laws_see_a_broken_operator(name, key):
     with pytest.raises(AssertionError):
         check_operator(BROKEN[name](), form("dense")[1], key)
+
+
+def test_inner_products_of_an_implicit_fisher_take_no_transposed_product():
+    """Two jvps where two products are four passes: XLA counts at most 0.7 of the operations, the forward pass included."""
+    params, x, *_ = reference()
+    F = jf.implicit_fisher(classifier)(params, jnp.tile(x, (20, 1)))
+    vectors = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+
+    def flops(of):
+        return jax.jit(of).lower(F, vectors).compile().cost_analysis()["flops"]
+
+    assert flops(lambda F, v: F.form.inner_products(v)) < 0.7 * flops(lambda F, v: jax.vmap(F.form.product())(v))
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -118,8 +118,8 @@ class BlockDiagonal(Form):
             return None
         return self._with(added(a, b) for a, b in zip(self.blocks, other.blocks, strict=True))
 
-    def quadratic(self, v: Any) -> Scalar:
-        return _total([block.quadratic(part) for block, part in zip(self.blocks, self.split(v), strict=True)])
+    def inner_products(self, vectors: Any) -> Float[Array, "k k"]:
+        return _total([block.inner_products(part) for block, part in zip(self.blocks, self.split(vectors), strict=True)])
 
     def inverse(self, damping: Scalar) -> Inverted:
         return self._inverse_of_blocks([block.inverse(damping) for block in self.blocks])

@@ -22,7 +22,7 @@ from jaxfisher._once import once
 from jaxfisher._operators.inverted import Inverted, flat_inverse, solve_matrix
 from jaxfisher._scores import Scores
 from jaxfisher._system import TRUSTED, Factorise
-from jaxfisher._tree import ParamSpec, dot
+from jaxfisher._tree import ParamSpec, products
 
 EXACT_LIMIT = 4096
 """Largest p for which a form that holds no matrix makes one in order to invert it exactly."""
@@ -98,9 +98,12 @@ class Form(abc.ABC):
         roots = tuple(1 / jnp.sqrt(damping) for damping in dampings)
         return self.rescaled(roots), roots
 
-    def quadratic(self, v: Any) -> Scalar:
-        """``v^T F v``."""
-        return dot(v, self.product()(v))
+    def inner_products(self, vectors: Any) -> Float[Array, "k k"]:
+        """``v_i^T F v_j`` for vectors stacked along a leading axis.
+
+        A form that is ``H^T H`` needs the halves ``H v_i`` only, and no product with the transpose.
+        """
+        return products(vectors, jax.vmap(self.product())(vectors))
 
     def inverse(self, damping: Scalar) -> Inverted:
         """``v -> (F + damping I)^-1 v``; what does not depend on ``v`` is done once."""

@@ -76,8 +76,9 @@ class FromScores(Form):
     def trace(self) -> Scalar:
         return jnp.sum(self.scores.weights * self.scores.squared_norms())
 
-    def quadratic(self, v: Any) -> Scalar:
-        return jnp.sum(self.scores.weights * jnp.square(self.scores.mv(v)))
+    def inner_products(self, vectors: Any) -> Float[Array, "k k"]:
+        halves = jax.vmap(self.scores.mv)(vectors)
+        return matmul(self.scores.weights[None] * halves, halves.T)
 
     def eigvalsh(self) -> Float[Array, " p"]:
         """The p eigenvalues, ascending, from the smaller of the two matrices."""

@@ -21,7 +21,7 @@ from jaxfisher._operators.spectral import Spectral
 from jaxfisher._operators.sum import added
 from jaxfisher._pytree import array_fields
 from jaxfisher._system import Factorise
-from jaxfisher._tree import ParamSpec, param_spec
+from jaxfisher._tree import ParamSpec, param_spec, products
 from jaxfisher._values import nonnegative
 
 
@@ -111,6 +111,9 @@ class Shifted(Form):
     def product(self) -> Callable[[Any], Any]:
         product = self.base.product()
         return lambda v: jax.tree.map(lambda f, x: f + self.shift * x, product(v), v)
+
+    def inner_products(self, vectors: Any) -> Float[Array, "k k"]:
+        return self.base.inner_products(vectors) + self.shift * products(vectors, vectors)
 
     def trace(self) -> Scalar:
         return self.base.trace() + self.spec.size * self.shift

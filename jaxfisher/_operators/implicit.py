@@ -20,7 +20,7 @@ from jaxfisher._pieces import sum_batches
 from jaxfisher._pytree import array_fields
 from jaxfisher._rows import ExactRows, prediction
 from jaxfisher._scores import Scores, make_scores
-from jaxfisher._tree import ParamSpec, cast_like, kept, narrowed
+from jaxfisher._tree import ParamSpec, cast_like, kept, narrowed, products
 from jaxfisher._varying import varying_like
 
 
@@ -51,24 +51,31 @@ class Implicit(Form):
             return lambda v: sum_batches(lambda w, *inputs: self._pull_back(w, inputs)(v), data, self.batch_size)
         return self._pull_back(self.weights, self.inputs)
 
+    def inner_products(self, vectors: Any) -> Float[Array, "k k"]:
+        """``sum_i w_i (J_i v_k)^T M_i J_i v_l``: a jvp for each vector, and no vjp."""
+        return sum_batches(partial(self._metric_along, vectors), (self.weights, *self.inputs), self.batch_size)
+
+    def _metric_along(self, vectors: Any, weights: Float[Array, " n"], *inputs: Any) -> Float[Array, "k k"]:
+        _, forward, predicted = jax.linearize(partial(self._fields, inputs), self._moving(), has_aux=True)
+        along = jax.vmap(forward)(varying_like(vectors, inputs))
+        pushed = jax.vmap(lambda one: jax.vmap(_weighted_metric)(predicted, one, weights))(along)
+        dtype = self.spec.dtype
+        return products(*(jax.tree.map(lambda leaf: leaf.astype(dtype), tree) for tree in (along, pushed)))
+
+    def _fields(self, inputs: tuple[Any, ...], moving: Any) -> tuple[list[Array], Any]:
+        """The real fields of what is predicted, and the predictions themselves."""
+        predicted = map_examples(partial(predict, self.model), self._all_leaves(moving), inputs)
+        return float_fields(predicted), predicted
+
     def _pull_back(self, weights: Float[Array, " n"], inputs: tuple[Any, ...]) -> Callable[[Any], Any]:
         """``v -> sum_i w_i J_i^T M_i J_i v`` of one piece, the model run forward once."""
-
-        def fields(moving: Any) -> Any:
-            predicted = map_examples(partial(predict, self.model), self._all_leaves(moving), inputs)
-            return float_fields(predicted), predicted
-
         moving = self._moving()
-        _, forward, predicted = jax.linearize(fields, moving, has_aux=True)
+        _, forward, predicted = jax.linearize(partial(self._fields, inputs), moving, has_aux=True)
         backward = jax.linear_transpose(forward, moving)
-
-        def weighted_metric(distribution: Any, along: list[Array], weight: Array) -> list[Array]:
-            pushed = float_fields(distribution.fisher_mv(tangent(distribution, along)))
-            return [weight.astype(leaf.dtype) * leaf for leaf in pushed]
 
         def product(v: Any) -> Any:
             v = varying_like(v, inputs)
-            (pulled,) = backward(jax.vmap(weighted_metric)(predicted, forward(v), weights))
+            (pulled,) = backward(jax.vmap(_weighted_metric)(predicted, forward(v), weights))
             return pulled
 
         return product
@@ -112,3 +119,9 @@ class Implicit(Form):
 
     def scaled(self, factor: Scalar) -> Implicit:
         return dataclasses.replace(self, weights=factor * self.weights)
+
+
+def _weighted_metric(distribution: Any, along: list[Array], weight: Array) -> list[Array]:
+    """``w M t`` for a tangent ``t`` in the fields of one prediction."""
+    pushed = float_fields(distribution.fisher_mv(tangent(distribution, along)))
+    return [weight.astype(leaf.dtype) * leaf for leaf in pushed]

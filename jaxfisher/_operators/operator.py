@@ -316,8 +316,14 @@ def _solved(form: Form, v: Any, damping: Dampings, factorise: Static[Factorise |
     return reported(form.spec, damped_inverse(form, damping, factorise.value), v)
 
 
+def _quadratic_of(form: Form, v: Any) -> Scalar:
+    return form.inner_products(jax.tree.map(lambda leaf: leaf[None], v))[0, 0]
+
+
 _product = _program("mv", lambda form, v: form.product()(v))
-_quadratic = _program("quadratic", lambda form, v: form.quadratic(v))
+
+
+_quadratic = _program("quadratic", _quadratic_of)
 _solution = _program("solve", _solved)
 _log_determinant = _program("logdet", damped_logdet)
 _power_of = _program("power_mv", lambda form, v, power, damping: form.power_mv(v, power, damping))

@@ -55,8 +55,8 @@ class Sum(Form):
     def scaled(self, factor: Scalar) -> Sum:
         return Sum(tuple(term.scaled(factor) for term in self.terms), self.spec)
 
-    def quadratic(self, v: Any) -> Scalar:
-        return _total(term.quadratic(v) for term in self.terms)
+    def inner_products(self, vectors: Any) -> Float[Array, "k k"]:
+        return _total(term.inner_products(vectors) for term in self.terms)
 
 
 def added(a: Form, b: Form) -> Form:

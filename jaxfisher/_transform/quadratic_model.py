@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Scalar
 from jaxfisher._linalg import matmul
 from jaxfisher._operators.operator import Operator
 from jaxfisher._transform.given import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
-from jaxfisher._tree import cast_like, param_spec
+from jaxfisher._tree import cast_like, param_spec, products
 from jaxfisher._values import nonnegative
 
 
@@ -42,8 +42,9 @@ def quadratic_model(damping: ScalarOrSchedule) -> optax.GradientTransformationEx
     .. math:: \min_{\alpha, \mu}\; g^T s + \tfrac12 s^T (F + \lambda I) s, \qquad s = -\alpha d + \mu v.
 
     ``d`` is what comes in, the direction of a `scale_by_fisher` whose view may be an approximation; F is the Fisher as it is
-    given, so the length of the step is right with any view. The model needs one product with F for each of ``d`` and ``v``. It
-    takes the place of a learning rate, and its updates are negated::
+    given, so the length of the step is right with any view. The model needs three numbers of F, ``d^T F d``, ``d^T F v`` and
+    ``v^T F v``: of a Fisher ``J^T M J`` half a product for each of ``d`` and ``v``, without the transpose. It takes the place
+    of a learning rate, and its updates are negated::
 
         opt = optax.chain(jf.scale_by_fisher(1e-3, view=jf.kronecker), jf.quadratic_model(1e-3))
         updates, state = opt.update(grads, state, params, fisher=F, grad=grads)
@@ -113,9 +114,8 @@ def _minimum(operator: Operator, g: Any, columns: Any, damping: Scalar) -> tuple
 
     Only the part of the second direction that is not along the first counts, and there may be no such part.
     """
-    images = jax.vmap(operator.form.product())(columns)
-    curvature, lengths = _products(columns, images), _products(columns, columns)
-    slopes = _products(columns, jax.tree.map(lambda leaf: leaf[None], g))[:, 0]
+    curvature, lengths = operator.form.inner_products(columns), products(columns, columns)
+    slopes = products(columns, jax.tree.map(lambda leaf: leaf[None], g))[:, 0]
     damped = curvature + damping * lengths
     along = _over(damped[0, 1], damped[0, 0])
     own = damped[1, 1] - along * damped[0, 1]
@@ -125,13 +125,6 @@ def _minimum(operator: Operator, g: Any, columns: Any, damping: Scalar) -> tuple
     first = -_over(slopes[0], damped[0, 0]) - along * second
     rates = jnp.stack([first, second])
     return (first, second), matmul(rates, slopes + 0.5 * matmul(curvature, rates))
-
-
-def _products(a: Any, b: Any) -> Float[Array, "k m"]:
-    """Inner products of stacked vectors."""
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    parts = [matmul(x.reshape(len(x), -1), y.reshape(len(y), -1).T) for x, y in pairs]
-    return sum(parts[1:], start=parts[0])
 
 
 def _over(a: Scalar, b: Scalar) -> Scalar:
