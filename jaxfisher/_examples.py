@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from functools import partial
 from typing import Any
 
 import chex
@@ -13,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxfisher._automatic import automatic
+from jaxfisher._pytree import array_fields
 from jaxfisher._tree import ParamSpec, at_least_float32, param_spec, path_names, refuse_sparse
 from jaxfisher._values import check_array, described, dtype_of, is_array, whole
 
@@ -85,12 +84,7 @@ def needs_data(data: tuple[Any, ...], function: str, call: str = "(params, *data
         )
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("data", "weights", "live"),
-    meta_fields=("spec", "size", "batch_size", "max_bytes"),
-)
-@dataclasses.dataclass(frozen=True)
+@array_fields("data", "weights", "live")
 class Batch:
     """Checked examples: the parameters' spec, the data as arrays, weights that sum to one, and what bounds memory.
 

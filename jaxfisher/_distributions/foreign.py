@@ -9,7 +9,6 @@ which.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +25,7 @@ from jaxfisher._distributions.libraries import LIBRARIES, Library, independent, 
 from jaxfisher._distributions.outcomes import Outcomes, outcomes_of
 from jaxfisher._distributions.root import Root, triangle
 from jaxfisher._linalg import matmul
+from jaxfisher._pytree import array_fields
 from jaxfisher._tree import at_least_float32
 
 _NUM_SAMPLES = 1024
@@ -81,8 +81,7 @@ class _Form:
     outcomes: Outcomes | None
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("fields", "carried"), meta_fields=("form",))
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@array_fields("fields", "carried", eq=False, repr=False)
 class Foreign(Distribution):
     r"""A distribution of another library that has no counterpart among ours. Made by `as_distribution`, not by hand.
 

@@ -7,7 +7,7 @@ once for the example, and what depends on neither once for all.
 from __future__ import annotations
 
 import dataclasses
-from functools import partial, reduce
+from functools import reduce
 from operator import or_
 from typing import Any
 
@@ -25,6 +25,7 @@ from jaxfisher._engine.program import Program, flatten
 from jaxfisher._engine.rule import EXAMPLE, ROW
 from jaxfisher._engine.terms import Unformed
 from jaxfisher._examples import num_examples, shape_of_one
+from jaxfisher._pytree import array_fields
 from jaxfisher._rows import Rows
 from jaxfisher._tree import ParamSpec
 from jaxfisher._varying import varying_like
@@ -61,8 +62,7 @@ def _example_flag(program: Program, params: chex.ArrayTree) -> int:
     return reduce(or_, (found[atom] for atom in program.outputs if isinstance(atom, int)), 0)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("treedef", "flags", "whys", "weights"))
-@dataclasses.dataclass(frozen=True)
+@array_fields()
 class _Skeleton:
     """What is known of the factors without their numbers: it comes out of ``vmap`` beside them."""
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxfisher._pytree import array_fields
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("image",),
-    meta_fields=("outputs", "offsets", "strides", "dilations", "row_groups", "depth_groups"),
-)
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@array_fields("image", eq=False)
 class Windows:
     """An image seen through the window of a convolution; `array` makes the windows, which take many times the image's memory.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import chex
@@ -13,12 +12,12 @@ from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._engine import Basis, Seal
 from jaxfisher._linalg import matmul, mirrored
+from jaxfisher._pytree import array_fields
 from jaxfisher._scores.map import Scores
 from jaxfisher._tree import ParamSpec, dot
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("scores", "mean_weights"), meta_fields=())
-@dataclasses.dataclass(frozen=True, repr=False)
+@array_fields("scores", "mean_weights", repr=False)
 class CenteredScores(Scores):
     r"""``Q S`` with ``Q = diag(live) (I - 1 omega^T)``: every row less the weighted mean row, and zero where it is padding.
 

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import chex
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
@@ -28,13 +27,13 @@ from jaxfisher._engine import (
 )
 from jaxfisher._linalg import matmul
 from jaxfisher._once import once
+from jaxfisher._pytree import array_fields
 from jaxfisher._scores.centred import CenteredScores
 from jaxfisher._scores.map import FactoredScores, Role, Scores, roles_of, total
 from jaxfisher._tree import ParamSpec
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("leaves", "weights"), meta_fields=("spec",))
-@dataclasses.dataclass(frozen=True, repr=False)
+@array_fields("leaves", "weights", repr=False)
 class HeldScores(FactoredScores):
     """Scores in memory, each parameter leaf in its own form: factors of its gradients where the gradients have some."""
 

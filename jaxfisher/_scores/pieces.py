@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import chex
@@ -18,6 +17,7 @@ from jaxfisher._engine import Basis, Leaf, Moments, Seal, cross_gram, leaf_forms
 from jaxfisher._examples import num_examples
 from jaxfisher._once import once
 from jaxfisher._pieces import Pieces, map_batches, pieces, sum_batches
+from jaxfisher._pytree import array_fields
 from jaxfisher._rows import Rows
 from jaxfisher._scores.centred import CenteredScores
 from jaxfisher._scores.held import HeldScores, kept_leaves
@@ -63,12 +63,7 @@ class ScoresInPieces(Scores):
         return jnp.max(self._map(lambda held: jnp.full(held.num_rows, held.bound())))
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("params", "data", "weights", "live", "shift", "factors"),
-    meta_fields=("rows", "spec", "batch_size", "keep"),
-)
-@dataclasses.dataclass(frozen=True, repr=False)
+@array_fields("params", "data", "weights", "live", "shift", "factors", repr=False)
 class StreamedScores(ScoresInPieces, FactoredScores):
     """Scores made again, ``batch_size`` examples at a time, whenever they are needed.
 
@@ -195,8 +190,7 @@ def masked(leaves: tuple[Leaf, ...], live: Bool[Array, " n"] | None) -> tuple[Le
     return leaves if live is None else tuple(leaf.masked(live) for leaf in leaves)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("parts",), meta_fields=())
-@dataclasses.dataclass(frozen=True, repr=False)
+@array_fields("parts", repr=False)
 class JoinedScores(ScoresInPieces):
     """The rows of several blocks of scores, one after the other."""
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -24,10 +23,10 @@ from jaxfisher._engine.forms.product import Product
 from jaxfisher._engine.forms.squares import diagonal
 from jaxfisher._linalg import matmul
 from jaxfisher._pieces import sum_batches
+from jaxfisher._pytree import array_fields
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("inputs", "outputs"), meta_fields=("layout", "weight", "bias"))
-@dataclasses.dataclass(frozen=True)
+@array_fields("inputs", "outputs")
 class Basis:
     """Vectors ``q_a (x) q_g`` of a layer, for what is over its weight, its bias, or both: the leaves at these places.
 

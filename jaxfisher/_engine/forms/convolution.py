@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,10 @@ from jaxfisher._engine.forms.arrays import extent, mean
 from jaxfisher._engine.forms.layout import Layout
 from jaxfisher._engine.forms.product import Product
 from jaxfisher._engine.windows import Windows
+from jaxfisher._pytree import array_fields
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("windows", "right"), meta_fields=("layout",))
-@dataclasses.dataclass(frozen=True)
+@array_fields("windows", "right")
 class Convolution:
     """A product whose left factors are an image seen through windows; the image is held, which takes less memory by far."""
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +12,10 @@ from jaxtyping import Array, Float
 from jaxfisher._engine.forms.arrays import Seal, mean, sum_to
 from jaxfisher._engine.forms.layout import Layout
 from jaxfisher._linalg import matmul
+from jaxfisher._pytree import array_fields
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=())
-@dataclasses.dataclass(frozen=True)
+@array_fields("value")
 class Formed:
     """Gradients that are no larger than what they are made of, or could not be cut."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,14 +16,10 @@ from jaxfisher._engine.forms.form import Form, Made
 from jaxfisher._engine.forms.formed import Formed
 from jaxfisher._engine.forms.layout import Layout, plain_layout
 from jaxfisher._pieces import map_batches, sum_batches
+from jaxfisher._pytree import array_fields
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("forms",),
-    meta_fields=("shape", "dtype", "examples", "rows", "why", "layer", "bias"),
-)
-@dataclasses.dataclass(frozen=True)
+@array_fields("forms")
 class Leaf:
     """The gradients of one parameter leaf for ``examples x rows`` rows: the sum of its forms, which is zero without a form.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxfisher._engine.forms.arrays import Seal, weighted
 from jaxfisher._engine.forms.layout import Layout
 from jaxfisher._linalg import matmul
+from jaxfisher._pytree import array_fields
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("indices", "right"), meta_fields=("layout",))
-@dataclasses.dataclass(frozen=True)
+@array_fields("indices", "right")
 class Lookup:
     """Gradients of a table whose rows are looked up: ``right_t`` in the row ``indices [n, rows, T]``, of one group.
 

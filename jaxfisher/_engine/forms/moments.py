@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -27,14 +25,10 @@ from jaxfisher._engine.forms.product import Product
 from jaxfisher._engine.forms.tiles import by_columns
 from jaxfisher._linalg import diagonals, matmul
 from jaxfisher._pieces import sum_batches
+from jaxfisher._pytree import array_fields
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("inputs", "outputs", "count", "trace"),
-    meta_fields=("layout",),
-)
-@dataclasses.dataclass(frozen=True)
+@array_fields("inputs", "outputs", "count", "trace")
 class Moments:
     """Weighted sums over the rows of a leaf, for its Kronecker approximation; those of several blocks of rows add up.
 

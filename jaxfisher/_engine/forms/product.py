@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,10 @@ from jaxtyping import Array, Float
 from jaxfisher._engine.forms.arrays import Seal, contracted, extent, magnitude, mean, near_one, sum_to, times, weighted
 from jaxfisher._engine.forms.layout import Layout
 from jaxfisher._linalg import matmul
+from jaxfisher._pytree import array_fields
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("left", "right"), meta_fields=("layout",))
-@dataclasses.dataclass(frozen=True)
+@array_fields("left", "right")
 class Product:
     """Gradients ``sum_t left_t (x) right_t``, group by group: inputs and cotangents at the T positions that share a weight."""
 
