@@ -83,7 +83,7 @@ def _places(strips: Strips) -> Any:
 
 def _factorised(rows: Float[Array, "m n"], axis: str, block: int) -> Lower:
     count, size = rows.shape
-    own, columns = _own_rows(count, axis), jnp.arange(size)
+    own, columns = _own_rows(count, axis), jnp.arange(size, dtype=jnp.int32)
 
     def step(k: Array, state: Lower) -> Lower:
         rows, corners = state
@@ -91,14 +91,14 @@ def _factorised(rows: Float[Array, "m n"], axis: str, block: int) -> Lower:
         panel = jax.lax.dynamic_slice_in_dim(rows, start, block, axis=1)
         corner = jnp.linalg.cholesky(_in_block(panel, own - start, axis), symmetrize_input=False)
         divided = jax.lax.linalg.triangular_solve(corner, panel, left_side=False, lower=True, transpose_a=True)
-        divided = jnp.where(own[:, None] >= (start + jnp.arange(block))[None, :], divided, 0)
+        divided = jnp.where(own[:, None] >= (start + jnp.arange(block, dtype=jnp.int32))[None, :], divided, 0)
         everyone = jax.lax.all_gather(divided, axis, tiled=True)
         later = jnp.where((columns >= start + block)[:, None], everyone, 0)
         rows = jax.lax.dynamic_update_slice_in_dim(rows - matmul(divided, later.T), divided, start, axis=1)
         return Lower(rows, corners.at[k].set(corner))
 
     corners = jnp.zeros((size // block, block, block), rows.dtype)
-    rows, corners = jax.lax.fori_loop(0, size // block, step, Lower(rows, corners))
+    rows, corners = jax.lax.fori_loop(jnp.int32(0), jnp.int32(size // block), step, Lower(rows, corners))
     return Lower(jnp.where(own[:, None] >= columns[None, :], rows, 0), corners)
 
 
@@ -117,17 +117,17 @@ def _solved(lower: Lower, b: Float[Array, " n"], axis: str, block: int) -> Float
         return jax.lax.dynamic_update_slice_in_dim(rest, y, k * block, axis=0)
 
     def backward(i: Array, x: Array) -> Array:
-        k = corners.shape[0] - 1 - i
+        k = end - 1 - i
         below = jnp.where(own >= (k + 1) * block, x[own], 0)
         rest = jax.lax.dynamic_slice_in_dim(x, k * block, block) - jax.lax.psum(matmul(below, panel(k)), axis)
         return jax.lax.dynamic_update_slice_in_dim(x, solve(corners[k], rest, trans=1), k * block, axis=0)
 
-    y = jax.lax.fori_loop(0, corners.shape[0], forward, b)
-    return jax.lax.fori_loop(0, corners.shape[0], backward, y)
+    first, end = jnp.int32(0), jnp.int32(corners.shape[0])
+    return jax.lax.fori_loop(first, end, backward, jax.lax.fori_loop(first, end, forward, b))
 
 
 def _own_rows(count: int, axis: str) -> Int[Array, " m"]:
-    return jax.lax.axis_index(axis) * count + jnp.arange(count)
+    return jax.lax.axis_index(axis) * count + jnp.arange(count, dtype=jnp.int32)
 
 
 def _in_block(panel: Float[Array, "m b"], places: Int[Array, " m"], axis: str) -> Float[Array, "b b"]:

@@ -16,7 +16,7 @@ from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, mean_loss, of_one_
 from jaxfisher._once import once_for
 from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.operator import Operator
-from jaxfisher._operators.provenance import Provenance
+from jaxfisher._operators.provenance import mean_over
 from jaxfisher._targets import OfData
 from jaxfisher._tree import ParamSpec, cast_like, check_function
 from jaxfisher._varying import varying_like
@@ -202,7 +202,7 @@ def kl_hessian(model: Model) -> HessianFunction:
     def hessian_of(params: chex.ArrayTree, /, *inputs: Any, weights: Float[Array, " n"] | None = None) -> Operator:
         batch = make_batch(params, inputs, weights, None)
         form = Dense(_hessian_of_kl(model, params, batch), batch.spec)
-        return Operator(form, Provenance("KL Hessian", batch.size, batch.weighted))
+        return Operator(form, mean_over("KL Hessian", batch))
 
     return OfData(hessian_of, takes_target=False)
 
@@ -237,7 +237,7 @@ def observed_information(log_prob: LogProb) -> HessianFunction:
         needs_data(data, "observed_information")
         batch = make_batch(params, data, weights, None)
         form = Dense(_hessian_of_loss(log_prob, params, batch), batch.spec)
-        return Operator(form, Provenance("observed information", batch.size, batch.weighted))
+        return Operator(form, mean_over("observed information", batch))
 
     return OfData(information_of, takes_target=True)
 

@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._automatic import automatic
 from jaxfisher._pytree import array_fields
@@ -84,7 +84,7 @@ def needs_data(data: tuple[Any, ...], function: str, call: str = "(params, *data
         )
 
 
-@array_fields("data", "weights", "live")
+@array_fields("data", "weights", "live", "mass")
 class Batch:
     """Checked examples: the parameters' spec, the data as arrays, weights that sum to one, and what bounds memory.
 
@@ -98,6 +98,8 @@ class Batch:
     live: Bool[Array, " n"] | None
     batch_size: int | None
     max_bytes: int | None
+    mass: Scalar | None = None
+    """The sum of the weights that were given."""
 
     @property
     def weighted(self) -> bool:
@@ -125,7 +127,7 @@ def make_batch(
     weights = _checked_weights(weights, n)
     omega = _normalised(weights).astype(spec.dtype)
     live = omega != 0
-    return Batch(spec, n, _filled(data, omega, live), omega, live, batch_size, max_bytes)
+    return Batch(spec, n, _filled(data, omega, live), omega, live, batch_size, max_bytes, jnp.sum(weights))
 
 
 def _checked_weights(weights: Any, n: int) -> Float[Array, " n"]:

@@ -16,7 +16,7 @@ from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.implicit import Implicit
 from jaxfisher._operators.operator import Operator, as_operator
-from jaxfisher._operators.provenance import Provenance
+from jaxfisher._operators.provenance import Provenance, mean_over
 from jaxfisher._rows import ExactRows, Prediction, Rows, SampledRows, ScoreRows, prediction
 from jaxfisher._scores import CenteredScores, Scores, make_scores
 from jaxfisher._targets import OfData
@@ -82,8 +82,8 @@ def empirical_fisher(
         batch = make_batch(params, data, weights, batch_size, max_bytes)
         made = make_scores(ScoreRows(log_prob), params, batch)
         if center:
-            return Operator(FromScores(made.centered()), Provenance("empirical, centred", batch.size, batch.weighted))
-        return Operator(FromScores(made), Provenance("empirical", batch.size, batch.weighted))
+            return Operator(FromScores(made.centered()), mean_over("empirical, centred", batch))
+        return Operator(FromScores(made), mean_over("empirical", batch))
 
     return OfData(fisher_of, takes_target=True)
 
@@ -287,7 +287,7 @@ def implicit_fisher(model: Model, *, batch_size: int | None = None) -> ImplicitF
             views_of = as_operator(views_of, "implicit_fisher: `views_of`")
             batch.spec.check_same(views_of.spec, f"implicit_fisher: cannot take views of `views_of`, {views_of}")
         keep = (True,) * len(batch.spec.paths)
-        provenance = Provenance(kind, batch.size, batch.weighted)
+        provenance = mean_over(kind, batch)
         params = varying_like(params, batch.data)
         form = Implicit(model, params, batch.data, batch.weights, batch.batch_size, keep, batch.spec)
         return Operator(form, provenance, views_of)
@@ -296,7 +296,7 @@ def implicit_fisher(model: Model, *, batch_size: int | None = None) -> ImplicitF
 
 
 def _from_rows(kind: str, rows: Rows, params: chex.ArrayTree, batch: Batch) -> Operator:
-    return Operator(FromScores(make_scores(rows, params, batch)), Provenance(kind, batch.size, batch.weighted))
+    return Operator(FromScores(make_scores(rows, params, batch)), mean_over(kind, batch))
 
 
 def _exact_kind(known: Prediction) -> str:

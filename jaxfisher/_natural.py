@@ -18,7 +18,7 @@ from jaxfisher._once import Static, once_for
 from jaxfisher._operators.damping import Damping, is_one_damping
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.operator import VIEW, Operator, View, as_operator
-from jaxfisher._operators.provenance import Provenance
+from jaxfisher._operators.provenance import mean_over
 from jaxfisher._pieces import sum_batches
 from jaxfisher._scores import values_and_scores
 from jaxfisher._solve import Solver, check_solver
@@ -144,7 +144,7 @@ def value_and_natural_grad(
         if fisher is None:
             values, scores = values_and_scores(log_prob, params, batch)
             form = FromScores(scores)
-            operator: Any = Operator(form, Provenance("empirical", batch.size, batch.weighted))
+            operator: Any = Operator(form, mean_over("empirical", batch))
             loss = -jnp.sum(scores.weights * values)
             one = is_one_damping(damping, scores.spec)
             if rtol is not None and not one:

@@ -874,7 +874,7 @@ def test_a_running_mean_that_a_loop_carries():
         )
 
     start = lambda: jf.diagonal(fisher())  # noqa: E731
-    with pytest.raises(TypeError, match=r"scaled mean over 5.*must average their arrays.*jax\.tree\.map\(lambda mean, new"):
+    with pytest.raises(TypeError, match=r"scaled mean.*must average their arrays.*jax\.tree\.map\(lambda mean, new"):
         run(lambda mean, new: 0.9 * mean + 0.1 * new)
     carried, _ = run(lambda mean, new: jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, mean, new))
     assert repr(carried) == repr(jax.eval_shape(start))

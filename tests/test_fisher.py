@@ -234,3 +234,18 @@ def test_more_rows_than_parameters_and_fewer(key):
         v = jax.tree.map(jnp.ones_like, params)
         dense = np.asarray(F.as_matrix())
         assert_close(flat(F.solve(v, 0.1)), np.linalg.solve(dense + 0.1 * np.eye(31), flat(v)), factor=1e4)
+
+
+def test_fishers_of_different_numbers_of_examples_have_one_structure():
+    """So that a last short batch, a loop's carry and a mean array by array take them; the counts are averaged with the rest."""
+    log_prob = jf.log_likelihood(lambda mu: jf.Normal(mu, 1.0))
+    one, other = (jf.diagonal(jf.empirical_fisher(log_prob)(0.0, jnp.arange(n, dtype=float))) for n in (4, 12))
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    mean = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, one, other)
+    assert repr(mean) == "Fisher(empirical, mean over 6, params 1, diagonal)"
+    expected = 0.75 * np.mean(np.arange(4.0) ** 2) + 0.25 * np.mean(np.arange(12.0) ** 2)
+    np.testing.assert_allclose(mean.trace(), expected, rtol=1e-12)
+    traced = []
+    jax.jit(lambda F: (traced.append(repr(F)), F.mv(1.0))[1])(one)
+    assert traced == ["Fisher(empirical, mean over n, params 1, diagonal)"]
+    assert (one + other).n == 16

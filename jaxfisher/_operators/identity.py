@@ -184,7 +184,7 @@ def scaled_identity(like: Operator | chex.ArrayTree, scale: chex.Numeric) -> Ope
     0.5
     """
     spec = like.spec if isinstance(like, Operator) else param_spec(like)
-    return Operator(ScaledIdentity(nonnegative("scale", scale, spec.dtype), spec), Provenance("scaled identity", 0))
+    return Operator(ScaledIdentity(nonnegative("scale", scale, spec.dtype), spec), Provenance("scaled identity"))
 
 
 def relative_damping(fisher: Operator, share: chex.Numeric) -> Scalar:

@@ -36,7 +36,7 @@ VIEW = "operator -> operator, such as jf.diagonal"
 
 
 @final
-@array_fields("form", "views_of", repr=False)
+@array_fields("form", "provenance", "views_of", repr=False)
 class Operator:
     """A symmetric operator on pytrees shaped like the parameters; positive semi-definite if it is a Fisher.
 
@@ -78,9 +78,9 @@ class Operator:
         return self.size, self.size
 
     @property
-    def n(self) -> int:
-        """The number of examples that the mean was taken over; of a sum, those of all terms."""
-        return self.provenance.examples
+    def n(self) -> Scalar:
+        """The number of examples that the mean was taken over, a floating scalar; of a sum, those of all terms."""
+        return self.provenance.n
 
     @property
     def stack(self) -> tuple[int, ...]:

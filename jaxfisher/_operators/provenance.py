@@ -1,42 +1,97 @@
-"""Where a Fisher comes from, as its `repr` says it."""
+"""Where a Fisher comes from, as its `repr` says it, and how much went into its mean."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Scalar
+
+from jaxfisher._examples import Batch
+from jaxfisher._pytree import array_fields
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Provenance:
-    """Where a Fisher comes from: its kind, how many examples its mean is over, and how the mean is taken."""
+class Mean:
+    """How a mean is taken: with weights or without, and whether a multiple is taken of it."""
 
-    kind: str
-    examples: int
     weighted: bool = False
     scaled: bool = False
+
+    def __str__(self) -> str:
+        return " ".join(["scaled"] * self.scaled + ["weighted"] * self.weighted + ["mean"])
+
+    def __repr__(self) -> str:
+        """What JAX shows in its error where two pytrees do not match, such as those that a loop carries in and out."""
+        if not self.scaled:
+            return f"<{self}>"
+        return (
+            f"<{self}; a loop that carries a running mean of Fishers must average their arrays, which keeps the structure: "
+            "jax.tree.map(lambda mean, new: 0.9 * mean + 0.1 * new, mean, fisher), or jf.merge(mean, fisher)>"
+        )
+
+
+@array_fields("examples", "mass", "parts", repr=False, eq=False)
+class Provenance:
+    """Where a Fisher comes from: its kind, and what its mean is over.
+
+    Counts are arrays, so that Fishers of different numbers of examples are pytrees of one structure. They are floating, since a
+    mean of Fishers, array by array, averages them too.
+
+    Attributes:
+        kind: what it is, in words.
+        examples: how many examples its mean is over; None of an operator that is no mean.
+        mass: the sum of the weights of these examples, by which means are merged; without weights, the number of examples.
+        mean: how the mean is taken.
+        parts: of a sum, the provenances of the terms.
+    """
+
+    kind: str
+    examples: chex.Numeric | None = None
+    mass: chex.Numeric | None = None
+    mean: Mean = Mean()
     parts: tuple[Provenance, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.examples is None:
+            return
+        for name, value in (("examples", self.examples), ("mass", self.examples if self.mass is None else self.mass)):
+            object.__setattr__(self, name, value if isinstance(value, jax.Array) else jnp.asarray(float(value)))
 
     def __str__(self) -> str:
         if self.parts:
             return " + ".join(f"({part})" for part in self.parts)
-        if not self.examples:
+        if self.examples is None:
             return self.kind
-        words = ["scaled"] * self.scaled + ["weighted"] * self.weighted + ["mean"]
-        return f"{self.kind}, {' '.join(words)} over {self.examples:,}"
+        return f"{self.kind}, {self.mean} over {_shown(self.examples)}"
 
-    def __repr__(self) -> str:
-        """What JAX shows in its error where two pytrees do not match, such as those that a loop carries in and out."""
-        if not (self.parts or self.scaled):
-            return f"<{self}>"
-        return (
-            f"<{self}; a loop that carries a running mean of Fishers must average their arrays, which keeps the structure: "
-            "jax.tree.map(lambda mean, new: 0.9 * mean + 0.1 * new, mean, fisher)>"
-        )
+    @property
+    def n(self) -> Scalar:
+        """The number of examples; of a sum, those of all terms; zero of what is no mean."""
+        counts = [part.n for part in self.parts] or [jnp.zeros(()) if self.examples is None else jnp.asarray(self.examples)]
+        return functools.reduce(lambda a, b: a + b.astype(a.dtype), counts)
 
     def times(self) -> Provenance:
         """The provenance of a multiple."""
-        return dataclasses.replace(self, scaled=True, parts=tuple(part.times() for part in self.parts))
+        mean = dataclasses.replace(self.mean, scaled=True)
+        return dataclasses.replace(self, mean=mean, parts=tuple(part.times() for part in self.parts))
 
     def plus(self, other: Provenance) -> Provenance:
         """The provenance of a sum."""
-        parts = (self.parts or (self,)) + (other.parts or (other,))
-        return Provenance("sum", sum(part.examples for part in parts), parts=parts)
+        return Provenance("sum", mean=Mean(scaled=True), parts=(self.parts or (self,)) + (other.parts or (other,)))
+
+
+def mean_over(kind: str, batch: Batch) -> Provenance:
+    """The provenance of a mean over a batch."""
+    size = jnp.asarray(batch.size, batch.spec.dtype)
+    mass = size if batch.mass is None else batch.mass.astype(size.dtype)
+    return Provenance(kind, size, mass, Mean(batch.weighted))
+
+
+def _shown(count: chex.Numeric) -> str:
+    """The number as it is printed, or a letter where the number is not known, as inside ``jit``."""
+    unknown = isinstance(count, jax.core.Tracer) or not isinstance(count, jax.Array) or count.ndim > 0
+    return "n" if unknown else f"{float(count):,.0f}"

@@ -72,4 +72,4 @@ def _shape(params: chex.ArrayTree, like: Like | None) -> Operator:
     if known is not None:
         return known()
     spec = param_spec(params)
-    return Operator(Diagonal(spec.zeros(), spec), Provenance("zero", 0))
+    return Operator(Diagonal(spec.zeros(), spec), Provenance("zero"))
