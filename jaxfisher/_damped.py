@@ -27,6 +27,8 @@ from jaxfisher._varying import cond, linear_solve, while_loop
 
 SWEEPS = 60
 """How often a solution is refined at most."""
+EMPTY = 2.0**100
+"""The pivot of a row of zeros: no other one is as large, since the largest score is near one."""
 
 
 class _State(NamedTuple):
@@ -173,8 +175,8 @@ def _rounding(matrix: Float[Array, "m m"]) -> float:
 def _raised_cholesky(matrix: Float[Array, "m m"], damping: Float[Array, "*m"]) -> Float[Array, "m m"]:
     """The lower factor of ``matrix + damping``, which stands on the diagonal and is no less than rounding does to that."""
     damped = jnp.maximum(matrix + damping, (1 + _rounding(matrix)) * matrix)
-    # A row of zeros without a damping, as of a padded example, has any number for a pivot.
-    damped = jnp.where(damped == 0, 1, damped)
+    # A row of zeros without a damping, as of a padded example, has any number for a pivot, and is known by this one.
+    damped = jnp.where(damped == 0, EMPTY, damped)
     return cholesky(jnp.where(jnp.eye(matrix.shape[0], dtype=bool), damped, matrix))
 
 
@@ -182,8 +184,10 @@ def _factored(system: Damped) -> _Factor:
     matrix, rounding = system.matrix, _rounding(system.matrix)
     eps = float(jnp.finfo(matrix.dtype).eps)
     lower = _raised_cholesky(matrix, system.damping)
-    empty = (diagonals(matrix[None])[0] == 0) & (system.damping == 0)
-    entries = jnp.where(empty, 0, jnp.sum(jnp.square(lower), 1))
+    # The diagonal, of the factor: where that of the matrix is used, XLA makes the whole matrix again.
+    entries = jnp.sum(jnp.square(lower), 1)
+    empty = entries == EMPTY
+    entries = jnp.where(empty, 0, entries)
     counts = entries if system.of_root else jnp.ones_like(entries)
     raised = jnp.where(empty, 1, jnp.maximum(rounding * entries, system.damping))
     # Of right-hand sides in the null space of X^T nothing is wanted, but what a smaller damping divides cancels no more. There
@@ -202,7 +206,7 @@ def _factored(system: Damped) -> _Factor:
         return rounded + jnp.vdot(jnp.sqrt(counts) * (raised - damping), jnp.abs(c))
 
     def size(rest: Array) -> Scalar:
-        return jnp.linalg.norm(matmul(rest, lower) if system.of_root else rest)
+        return jnp.linalg.norm(matmul(jnp.where(empty, 0, rest), lower) if system.of_root else rest)
 
     def least(b: Array) -> Scalar:
         """``|X^T b|^2 = b^T M b``, where that is more than its rounding error."""
