@@ -377,8 +377,8 @@ def solve_path(fisher: Operator, v: chex.ArrayTree, dampings: Float[Array, " k"]
 @once
 def _path(fisher: Operator, v: Any, dampings: Float[Array, " k"]) -> tuple[Any, SolveInfo]:
     inverses = fisher.form.inverses(jnp.max(dampings, initial=0.0), PATH)
-    found: tuple[Any, SolveInfo] = jax.vmap(lambda damping: reported(fisher.spec, inverses(damping), v))(dampings)
-    return found
+    # One after the other: mapped at once, each would take all branches, and as many corrections as the worst.
+    return jax.lax.map(lambda damping: reported(fisher.spec, inverses(damping), v), dampings)
 
 
 def solve(fisher: Operator, v: chex.ArrayTree, damping: Damping, solver: Solver | None = None) -> tuple[Any, SolveInfo]:
