@@ -14,7 +14,7 @@ if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) <= (0, 1
 # No test reads where in the source an operation of a compiled program comes from.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 os.environ.setdefault("JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS", "0")
-# What was compiled once is kept for the next run on this machine; CI compiles everything anew. `rm -r .jax_cache` forgets it.
+# What was compiled once is kept for the next run on this machine; CI begins with nothing. `rm -r .jax_cache` forgets it.
 if "CI" not in os.environ:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
