@@ -42,9 +42,6 @@ from jaxfisher._fisher import sampled_fisher as sampled_fisher
 
 # Operators, and their views.
 from jaxfisher._operators.operator import Operator as Operator
-from jaxfisher._operators.form import Form as Form
-from jaxfisher._operators.provenance import Provenance as Provenance
-from jaxfisher._pytree import array_fields as array_fields
 from jaxfisher._operators.block import block_diagonal as block_diagonal
 from jaxfisher._operators.dense import dense as dense
 from jaxfisher._operators.diagonal import diagonal as diagonal
@@ -99,5 +96,20 @@ from jaxfisher._estimate import estimate_diagonal as estimate_diagonal
 from jaxfisher._estimate import estimate_logdet as estimate_logdet
 from jaxfisher._estimate import estimate_trace as estimate_trace
 from jaxfisher._estimate import spectral_density as spectral_density
+
+# Extending: what is to be filled in, and the laws that it is held to.
+from jaxfisher._distributions.base import family as family
+from jaxfisher._model import LogProb as LogProb
+from jaxfisher._model import Model as Model
+from jaxfisher._fisher import FisherFunction as FisherFunction
+from jaxfisher._operators.form import Form as Form
+from jaxfisher._operators.operator import View as View
+from jaxfisher._operators.provenance import Provenance as Provenance
+from jaxfisher._pytree import array_fields as array_fields
+from jaxfisher._tree import ParamSpec as ParamSpec
+from jaxfisher._operators.operator import Solver as Solver
+from jaxfisher._transform.given import fisher_for as fisher_for
+from jaxfisher._laws import LawCheck as LawCheck
+from jaxfisher._laws import check_laws as check_laws
 
 __version__ = "0.1.0"

@@ -22,6 +22,7 @@ from jaxfisher._once import Static, once_for
 from jaxfisher._scores import scores
 from jaxfisher._tree import as_key, cast_like, check_function, described, dot
 from jaxfisher._values import whole
+from jaxfisher._verdict import Check, Verdict
 
 LENGTHS = 0.5 ** np.arange(1, 13)
 """Lengths of the displacements, in standard deviations of one draw: halved from one half on."""
@@ -39,69 +40,28 @@ DRAWS = 1024
 """How many draws are made together, where there are not more examples."""
 
 
-class Check(NamedTuple):
-    """One thing that must hold.
-
-    Attributes:
-        name: what is measured.
-        value: the number that is furthest off, measured by its tolerance, over the random directions.
-        expected: what it should be.
-        tolerance: how far off it may be by rounding, by the remainder of a limit, or by chance.
-        passed: whether ``value`` is within its tolerance; None where the numbers do not decide.
-    """
-
-    name: str
-    value: float
-    expected: float
-    tolerance: float
-    passed: bool | None
-
-
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
-class FisherCheck:
+class FisherCheck(Verdict):
     """A verdict on the Fisher of a model at its parameters; ``print`` it for a table.
 
     Attributes:
         checks: one entry for each thing that must hold.
-        reason: what the failures together point to; empty where there are none.
         notes: why a check could not be decided.
+        reason: what the failures together point to; empty where there are none.
         lengths: of the displacements t d, in units in which ``d^T F d = 1``.
         quotients: ``KL(theta || theta + t d) / (1/2 t^2 d^T F d)``, shape ``[directions, lengths]``; empty without a KL.
         leaves: the paths of the parameters whose scores, as the library holds them, are not those of JAX; empty where all are.
     """
 
-    checks: tuple[Check, ...]
+    agreement = "Fisher, KL, density and draws agree"
+
     reason: str
-    notes: tuple[str, ...]
     lengths: np.ndarray
     quotients: np.ndarray
     leaves: tuple[str, ...] = ()
 
-    @property
-    def passed(self) -> bool:
-        """Whether no check failed."""
-        return not self.failed
-
-    @property
-    def failed(self) -> tuple[str, ...]:
-        """The names of the checks that failed."""
-        return tuple(check.name for check in self.checks if check.passed is False)
-
-    @property
-    def undecided(self) -> tuple[str, ...]:
-        """The names of the checks that could not be decided."""
-        return tuple(check.name for check in self.checks if check.passed is None)
-
-    def __str__(self) -> str:
-        said = {True: "ok", False: "FAILED", None: "not told"}
-        lines = [f"{'check':36}{'found':>12}{'expected':>10}{'within':>10}"]
-        lines += [f"{c.name:36}{c.value:>12.6g}{c.expected:>10.3g}{c.tolerance:>10.2g}  {said[c.passed]}" for c in self.checks]
-        agrees = "passed: Fisher, KL, density and draws agree" + ", as far as could be told" * bool(self.notes)
-        verdict = agrees if self.passed else f"FAILED: {self.reason}"
-        return "\n".join([*lines, verdict, *(f"note: {note}" for note in self.notes)])
-
-    def __repr__(self) -> str:
-        return "FisherCheck(passed)" if self.passed else f"FisherCheck(failed: {'; '.join(self.failed)})"
+    def _failure(self) -> str:
+        return self.reason
 
 
 ZERO, QUOTIENT, HESSIAN, MEAN, SQUARE = (
@@ -211,7 +171,7 @@ def check_fisher(
         notes += (
             "not told: rounding or the remainder is too large, kinks too near, or what matters too rare among num_draws draws",
         )
-    return FisherCheck(checks, _reason(checks, leaves), notes, LENGTHS, measured.quotients[0], leaves)
+    return FisherCheck(checks, notes, _reason(checks, leaves), LENGTHS, measured.quotients[0], leaves)
 
 
 class _Measured(NamedTuple):

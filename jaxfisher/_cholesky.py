@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from jaxfisher._damped import by_cholesky
 from jaxfisher._operators.damping import Damping, is_one_damping
-from jaxfisher._operators.operator import Operator, exact_solve, scores_of
-from jaxfisher._solve import Solver, solve
+from jaxfisher._operators.operator import Operator, Solver, exact_solve, scores_of
+from jaxfisher._solve import solve
 from jaxfisher._system import SolveInfo
 from jaxfisher._values import described, is_known_zero, is_number, nonnegative
 

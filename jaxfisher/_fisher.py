@@ -26,7 +26,10 @@ from jaxfisher._varying import varying_like
 
 
 class FisherFunction(Protocol):
-    """``fisher(params, *data, weights=None) -> Operator``."""
+    """``fisher(params, *data, weights=None) -> Operator``: a Fisher as a function of the parameters and the data.
+
+    What `exact_fisher` and its like return. A function of your own is called with all of the data, the targets last.
+    """
 
     def __call__(self, params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Operator: ...
 

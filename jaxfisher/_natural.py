@@ -17,11 +17,11 @@ from jaxfisher._model import LOG_PROB, LogProb, mean_loss, of_one_example
 from jaxfisher._once import Static, once_for
 from jaxfisher._operators.damping import Damping, is_one_damping
 from jaxfisher._operators.from_scores import FromScores
-from jaxfisher._operators.operator import VIEW, Operator, View, as_operator
+from jaxfisher._operators.operator import VIEW, Operator, Solver, View, as_operator
 from jaxfisher._operators.provenance import mean_over
 from jaxfisher._pieces import sum_batches
 from jaxfisher._scores import values_and_scores
-from jaxfisher._solve import Solver, check_solver
+from jaxfisher._solve import check_solver
 from jaxfisher._targets import taken_by
 from jaxfisher._tree import cast_like, check_function
 from jaxfisher._values import described, is_known_zero, nonnegative

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -17,19 +17,13 @@ from jaxfisher._linalg import inverse_power, norm, power_or_one, to_unit
 from jaxfisher._once import once
 from jaxfisher._operators.damping import Damping, Dampings, checked_damping, damped_inverse, entries_of
 from jaxfisher._operators.inverted import reported
-from jaxfisher._operators.operator import Operator, View, as_operator, exact_solve, scores_of
+from jaxfisher._operators.operator import Operator, Solver, View, as_operator, exact_solve, scores_of
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores import Scores
 from jaxfisher._system import PATH, SolveInfo
 from jaxfisher._tree import ParamSpec, all_finite, cast_like, described, dtype_of
 from jaxfisher._values import check_array, is_array, nonnegative, whole
 from jaxfisher._varying import alike, cond, linear_solve, varying_axes, while_loop
-
-
-class Solver(Protocol):
-    """``solver(fisher, v, damping) -> (x, info)``."""
-
-    def __call__(self, fisher: Operator, v: chex.ArrayTree, damping: Any) -> tuple[Any, SolveInfo]: ...
 
 
 @array_fields("preconditioner", "start")

@@ -14,9 +14,11 @@ PACKAGE = pathlib.Path(jf.__file__).parent
 PUBLIC = sorted(name for name, value in vars(jf).items() if not name.startswith("_") and not inspect.ismodule(value))
 VALUES = {
     *("AdaptDampingState", "BacktrackKLState", "QuadraticModelState", "ScaleByFisherState"),
-    *("Distribution", "Estimate", "FisherCheck", "Form", "Operator", "Provenance", "Scores", "SolveInfo", "Spectrum"),
+    *("Distribution", "Estimate", "FisherCheck", "Form", "LawCheck", "Operator"),
+    *("Provenance", "Scores", "SolveInfo", "Spectrum"),
+    *("FisherFunction", "LogProb", "Model", "ParamSpec", "Solver", "View"),
 }
-"""Types that users meet as results and do not make."""
+"""Types that users meet as results, and protocols that a function of theirs may follow."""
 
 
 def modules_after(statement):
@@ -64,11 +66,12 @@ ROOMS = {
     "Divergences": "_divergence",
     "Scores": "_scores _explain",
     "Fishers": "_fisher",
-    "Operators": "_operators _pytree",
+    "Operators": "_operators",
     "Solving": "_cholesky _solve _system",
     "Natural gradients": "_natural",
     "Optax": "_transform",
     "Looking": "_check _diagnostics _estimate",
+    "Extending": "_distributions _fisher _laws _model _operators _pytree _transform _tree",
 }
 """The headings of the public names by their first words, in reading order, and the rooms whose names stand under each."""
 

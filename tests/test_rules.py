@@ -9,17 +9,21 @@ import dataclasses
 import itertools
 import math
 
+import catalogue
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from models import compiled
+from problems import assert_close, flat
 
+import jaxfisher as jf
 from jaxfisher._engine import parts, rules, terms
 from jaxfisher._engine.forms import Leaf
 from jaxfisher._engine.machine import Output
 from jaxfisher._engine.program import flatten
-from jaxfisher._engine.rule import EXAMPLE, Operand
+from jaxfisher._engine.rule import EXAMPLE, Operand, Rule, each
 from jaxfisher._engine.rules import RULES
 from jaxfisher._engine.terms import Axis, Factor, Term, Unformed, dim
 from jaxfisher._engine.windows import Windows
@@ -525,3 +529,23 @@ def test_terms_of_every_kind_are_drawn():
         seen |= {"hot"} if any(factor.hot is not None for factor in term.factors) else set()
         seen |= {f"{len(term.factors)} factors"}
     assert seen >= {"contracted", "repeated", "shared", "length one", "hot", "1 factors", "2 factors", "3 factors"}
+
+
+def test_a_rule_of_your_own(monkeypatch):
+    """The catalogue's invented primitive doubles and reverses. With a rule for it the weight behind it is held as factors."""
+    row = catalogue.row("invented_primitive_on_a_weight")
+    explained = lambda: jf.explain(row.log_prob, row.params, *row.data)  # noqa: E731
+    assert explained().plain == ("['w']",)
+
+    def doubled_and_reversed(term, params):
+        last = len(term.dims) - 1
+        size = math.prod(axis.size for axis in term.dims[last])
+        reversed_ = terms.along(term, last, lambda array, axis: jnp.flip(array, axis), size)
+        return None if reversed_ is None else terms.scale(reversed_, 2)
+
+    monkeypatch.setitem(RULES, "invented", Rule("invented", each(doubled_and_reversed)))
+    assert not explained().plain and explained().leaves[-1].form == "outer product"
+    moment = compiled(lambda params, *data: jf.scores(row.log_prob)(params, *data).second_moment())(row.params, *row.data)
+    rows = compiled(jax.vmap(jax.grad(row.log_prob), (None, *(0 for _ in row.data))))(row.params, *row.data)
+    dense = np.stack([flat(jax.tree.map(lambda leaf, i=i: leaf[i], rows)) for i in range(len(row.data[0]))])
+    assert_close(moment, dense.T @ dense / len(dense))

@@ -6,7 +6,7 @@ An operator checks what it is given, runs its form's part in a program that is c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import chex
 import jax
@@ -30,7 +30,28 @@ from jaxfisher._tree import ParamSpec, cast_like
 from jaxfisher._values import check_number, described, is_known_positive, nonnegative
 from jaxfisher._varying import alike
 
-View = Callable[["Operator"], "Operator"]
+
+class View(Protocol):
+    """``view(fisher) -> Operator`` over the same parameters: a part of a Fisher, or an approximation of it.
+
+    Any function will do that takes an operator and returns one, such as `jaxfisher.diagonal`. It is called while JAX traces, so
+    it makes what it returns of the operator's methods, its ``form`` and other views, and reads no numbers.
+    """
+
+    def __call__(self, fisher: Operator, /) -> Operator: ...
+
+
+class Solver(Protocol):
+    """``solver(fisher, v, damping) -> (x, info)``: solves ``(F + damping I) x = v``.
+
+    ``v`` is a pytree like the parameters, and so is ``x``, in the leaf dtypes of ``v``. ``damping`` is one number, or a pytree
+    like the parameters with one number a leaf. The solver is called while JAX traces. In the `SolveInfo` that it returns,
+    ``residual`` is computed from the ``x`` that it gives, and ``converged`` is never true of a wrong answer.
+    """
+
+    def __call__(self, fisher: Operator, v: chex.ArrayTree, damping: Any) -> tuple[Any, SolveInfo]: ...
+
+
 VIEW = "operator -> operator, such as jf.diagonal"
 """What a view is, as messages show it."""
 

@@ -21,10 +21,29 @@ ScalarOrSchedule: TypeAlias = float | Array | Callable[[Array], Any]
 
 
 def fisher_for(updates: Any, fisher: Operator | Callable[[], Operator] | None, caller: str) -> Operator:
-    """The operator over just the leaves of ``updates``.
+    """The operator that an update is given as ``fisher=``, checked, over just the leaves of ``updates``.
 
     Under `optax.masked` and `optax.partition` the updates are a part of the parameters: the operator's principal sub-operator
-    over that part is what preconditions it.
+    over that part, ``F_AA``, is what preconditions it. A transformation of your own calls this first, and then works there too.
+
+    Args:
+        updates: the pytree of updates.
+        fisher: an operator, or a function of no arguments that gives one.
+        caller: the name of the transformation, for messages.
+
+    Returns:
+        An operator whose vectors are pytrees like ``updates``.
+
+    Raises:
+        ValueError: ``fisher`` is None, or is over other parameters.
+        TypeError: it is neither an operator nor a function of no arguments that gives one.
+
+    Reference: the documentation of Optax, "Extra arguments"; the masked leaves are those of `optax.MaskedNode`.
+
+    >>> import jax, jax.numpy as jnp, jaxfisher as jf
+    >>> F = jf.exact_fisher(lambda p, x: jf.Normal(p["a"] * x + p["b"], 1.0))({"a": 1.0, "b": 0.0}, jnp.array([1.0, 3.0]))
+    >>> jf.fisher_for({"a": 0.5}, F, "my_transformation").as_matrix()
+    Array([[5.]], dtype=float32)
     """
     if fisher is None:
         raise ValueError(

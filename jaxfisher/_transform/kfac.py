@@ -12,8 +12,8 @@ from jaxtyping import Scalar
 from jaxfisher._operators.factored import factored_damping
 from jaxfisher._operators.identity import relative_damping
 from jaxfisher._operators.layered import kronecker
-from jaxfisher._operators.operator import VIEW, Operator, View, viewed
-from jaxfisher._solve import Solver, check_solver, solve
+from jaxfisher._operators.operator import VIEW, Operator, Solver, View, viewed
+from jaxfisher._solve import check_solver, solve
 from jaxfisher._system import SolveInfo
 from jaxfisher._transform.adapt_damping import Rule, adapting
 from jaxfisher._transform.like import Like

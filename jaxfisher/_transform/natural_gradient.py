@@ -5,8 +5,7 @@ from __future__ import annotations
 import chex
 import optax
 
-from jaxfisher._operators.operator import View
-from jaxfisher._solve import Solver
+from jaxfisher._operators.operator import Solver, View
 from jaxfisher._transform.given import ScalarOrSchedule, scheduled
 from jaxfisher._transform.like import Like
 from jaxfisher._transform.scale_by_fisher import scale_by_fisher

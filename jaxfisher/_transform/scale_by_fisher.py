@@ -19,8 +19,8 @@ from jaxfisher._cholesky import training_solve
 from jaxfisher._once import either
 from jaxfisher._operators.averaging import arrays_of, with_arrays
 from jaxfisher._operators.kronecker import factorised
-from jaxfisher._operators.operator import VIEW, Operator, View, as_operator
-from jaxfisher._solve import Solver, check_solver
+from jaxfisher._operators.operator import VIEW, Operator, Solver, View, as_operator
+from jaxfisher._solve import check_solver
 from jaxfisher._system import SolveInfo
 from jaxfisher._transform.given import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
 from jaxfisher._transform.like import Like, shape_of_view
