@@ -22,7 +22,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m jaxfisher", description=__doc__.split("\n\n")[1].replace("\n", " "))
     parser.add_argument("--figure", type=Path, default=Path("jaxfisher_demo.png"), help="where the figure goes (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of initial parameters, batches and draws (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of initial parameters, batches and draws (%(default)s)")
     return parser.parse_args(argv)
 
 
@@ -54,7 +54,7 @@ def show_training(digits: demo.Digits, seed: int) -> list[demo.Run]:
     """Train with every optimiser and print the table."""
     from threadpoolctl import threadpool_limits
 
-    # On CPU JAX factorises with SciPy's BLAS, whose threads fight XLA's: with one of them, natural steps take half the time.
+    # On a CPU JAX factorises with SciPy's BLAS, whose threads fight XLA's: with one thread a natural step takes half the time.
     with threadpool_limits(limits=1, user_api="blas"):
         runs = compared(digits, seed)
     print(demo.training_intro())

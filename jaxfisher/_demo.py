@@ -129,8 +129,8 @@ class Routes(NamedTuple):
 def three_routes(params: Any, x: Float[Array, "n pixels"]) -> Routes:
     """The Fisher of softmax regression on these images: from the KL, from the scores, from the log-density's Hessian.
 
-    The third is a sum over the outcomes: the observed information at one outcome for all images, a mean with the probabilities
-    of that outcome as weights, counts with the outcome's share of the probability.
+    The third is a sum over the outcomes. The observed information at one outcome for all images is a mean whose weights are the
+    probabilities of that outcome; it counts with the outcome's share of the probability.
     """
     information = jax.jit(jf.observed_information(jf.log_likelihood(softmax_regression)))
     probabilities = jax.vmap(lambda image: softmax_regression(params, image).probs)(x)
@@ -172,26 +172,26 @@ Fisher = Callable[[Any, PRNGKeyArray, Array, Array], jf.Operator | None]
 
 
 def no_fisher(params: Any, key: PRNGKeyArray, x: Array, y: Array) -> None:
-    """For Adam and SGD."""
+    """No curvature, for Adam and SGD."""
 
 
 def exact(params: Any, key: PRNGKeyArray, x: Array, y: Array) -> jf.Operator:
-    """The expectation over the model's own predictions."""
+    """The Fisher as the expectation over the model's own predictions."""
     return jf.exact_fisher(mlp)(params, x)
 
 
 def sampled(params: Any, key: PRNGKeyArray, x: Array, y: Array) -> jf.Operator:
-    """The same from labels drawn from the model."""
+    """The Fisher from labels drawn from the model."""
     return jf.sampled_fisher(mlp, DRAWS)(params, key, x)
 
 
 def empirical(params: Any, key: PRNGKeyArray, x: Array, y: Array) -> jf.Operator:
-    """At the data's labels: no expectation under the model."""
+    """The Fisher at the data's labels, which is no expectation under the model."""
     return jf.empirical_fisher(log_prob)(params, x, y)
 
 
 class Recipe(NamedTuple):
-    """An optimiser and the curvature it is given."""
+    """An optimiser, and the curvature that it is given."""
 
     name: str
     optimiser: optax.GradientTransformation
@@ -232,7 +232,7 @@ class Run(NamedTuple):
 
     @property
     def reached(self) -> bool:
-        """Whether the last step is at the target; training stops at the first that is."""
+        """Whether the last step is at the target; training stops at the first such step."""
         return bool(self.losses[-1] <= TARGET)
 
 
@@ -271,7 +271,7 @@ def train(recipe: Recipe, digits: Digits, seed: int, show: Callable[[int, float]
     Args:
         recipe: what to train with.
         digits: the data.
-        seed: of all that is random.
+        seed: the seed of everything random.
         show: called after each chunk with its number of steps and the loss.
         max_steps: a multiple of the chunk.
     """
@@ -306,7 +306,7 @@ def train(recipe: Recipe, digits: Digits, seed: int, show: Callable[[int, float]
 
 
 def best(runs: Sequence[Run]) -> Run:
-    """The run that reaches the target in the fewest steps; where none does, the one of the lowest last loss."""
+    """The run that reaches the target in the fewest steps; where no run does, the run with the lowest last loss."""
     return min(
         runs, key=lambda run: (not run.reached, run.steps if run.reached else 0, np.nan_to_num(run.losses[-1], nan=np.inf))
     )
@@ -316,7 +316,7 @@ def best(runs: Sequence[Run]) -> Run:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest entry: the first to the left, the others to the right."""
+    """A table whose columns are as wide as their widest entry: the first is aligned left, the others right."""
     lines = [tuple(header), *map(tuple, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
 
@@ -346,7 +346,7 @@ def _listed(rates: Sequence[float]) -> str:
 
 
 def training_table(runs: Sequence[Run]) -> str:
-    """Steps, seconds, losses and accuracies, a run a line."""
+    """Steps, seconds, losses and accuracies, with a line for each run."""
     header = ("optimiser", "steps", "seconds", "compiling", "training loss", "test accuracy")
     rows = [
         (
@@ -404,7 +404,7 @@ _LOOKS = (
     ("#E69F00", (0, (8, 2)), "P"),
     ("#56B4E9", (0, (3, 1, 1, 1)), "X"),
 )
-"""Colours that colour-blind readers tell apart (Okabe and Ito), each with a dash and a marker of its own for print in grey."""
+"""Colours that colour-blind readers tell apart (Okabe and Ito), each with its own dash and marker for prints in grey."""
 
 
 def draw_losses(runs: Sequence[Run], path: Path) -> None:

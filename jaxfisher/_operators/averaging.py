@@ -12,7 +12,7 @@ F = TypeVar("F", bound=Form)
 
 
 def arrays_of(form: Form) -> tuple[Any, ...]:
-    """What is held, without what is known of it: the trees of its fields, so that one like the parameters stays so."""
+    """The arrays that are held, without the static fields: the trees of the fields keep the structures that they have."""
     return tuple(_without_forms(child) for child in jax.tree_util.default_registry.flatten_one_level(form)[0])
 
 

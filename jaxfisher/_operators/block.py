@@ -1,4 +1,4 @@
-"""A Fisher with entries between groups of parameter leaves dropped: one operator a group, each in a form of its own."""
+"""A Fisher without the entries between groups of parameter leaves: one operator a group, each in a form of its own."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class BlockDiagonal(Form):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """The names of the blocks, and how many have each."""
+        """The names of the blocks' forms, and how many blocks have each."""
         counts = Counter(block.name for block in self.blocks)
         return "block-diagonal: " + ", ".join(f"{count} {name}" for name, count in counts.items())
 
@@ -161,7 +161,7 @@ def form_over(form: Form, group: Sequence[int]) -> Form:
 
 
 def part_of(fisher: Operator, group: Sequence[int]) -> Operator:
-    """The operator of that."""
+    """The operator whose form that is."""
     return Operator(form_over(fisher.form, group), fisher.provenance)
 
 
@@ -170,13 +170,13 @@ def block_diagonal(fisher: Operator, groups: chex.ArrayTree | None = None, view:
 
     .. math:: F \approx \mathrm{diag}(F_1, \dots, F_k), \qquad F_b = \frac1n \sum_i s_{ib} s_{ib}^T.
 
-    Each block is exact. It is held as F is: blocks of scores are scores, so that a leaf of a million parameters takes no matrix
-    of a million squared, and is solved through its n x n Gram matrix.
+    Each block is exact, and is held as F is. A block of scores is scores: a leaf of a million parameters needs no matrix of a
+    million squared, since its solve goes through its n x n Gram matrix.
 
     Args:
         fisher: any operator.
         groups: a label for each leaf: a pytree prefix of the parameters, as ``{"encoder": 0, "decoder": 1}``, or
-            `jaxfisher.layers`; leaves with equal labels share a block. None for a block a leaf.
+            `jaxfisher.layers`; leaves with equal labels share a block. None gives each leaf its own block.
         view: applied to each block, as `jaxfisher.dense`; None leaves it as it is held.
 
     Returns:

@@ -18,7 +18,7 @@ from jaxfisher._values import described, nonnegative
 Damping: TypeAlias = Any
 """One number, or a pytree like the parameters with one number for each leaf."""
 Dampings = Scalar | tuple[Scalar, ...]
-"""The same, checked and cast: one number, or those of the leaves in order."""
+"""The damping checked and cast: one number, or the leaves' numbers in order."""
 
 
 def is_one_damping(damping: Damping, spec: ParamSpec) -> bool:
@@ -35,7 +35,7 @@ def is_one_damping(damping: Damping, spec: ParamSpec) -> bool:
 
 
 def checked_damping(damping: Damping, spec: ParamSpec) -> Dampings:
-    """The argument checked and cast: one number, or those of the leaves."""
+    """The argument checked and cast: one number, or the numbers of the leaves."""
     if is_one_damping(damping, spec):
         return nonnegative("damping", damping, spec.dtype)
     return tuple(nonnegative("damping", leaf, spec.dtype) for leaf in jax.tree.leaves(damping))
@@ -48,9 +48,9 @@ def entries_of(dampings: Dampings, spec: ParamSpec) -> Float[Array, " p"]:
 
 
 def damped_inverse(form: Form, dampings: Dampings, factorise: Factorise | None = None) -> Inverted:
-    """``v -> (F + D)^-1 v`` with a damping ``D`` of either kind; of one number, perhaps by a way to factor of one's choice.
+    """``v -> (F + D)^-1 v`` with a damping ``D`` of either kind; a damping of one number may be given a way to factor.
 
-    For one of each leaf ``F + D = R^-1 (G + I) R^-1``, so ``(F + D)^-1 = R (G + I)^-1 R``, and G has the form of F.
+    With one number a leaf, ``F + D = R^-1 (G + I) R^-1``, so ``(F + D)^-1 = R (G + I)^-1 R``, and G has the form of F.
     """
     if not isinstance(dampings, tuple):
         return form.inverse(dampings) if factorise is None else form.inverses(dampings, factorise)(dampings)

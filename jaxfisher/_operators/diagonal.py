@@ -64,11 +64,11 @@ class Diagonal(Spectral):
         return jax.tree.map(lambda d, x: function(d) * x, self.entries, v)
 
     def resolve(self, damping: Scalar) -> Callable[[Array], Array]:
-        # Entries are known one by one: none is a rounding error of another.
+        # The entries are known one by one: no entry is a rounding error of another.
         return lambda values: values
 
     def tests(self, form: Form, damping: Scalar) -> Callable[..., Bool[Array, ""]]:
-        # So is the solution: where an entry is not zero, what is left is rounding, unless the solution leaves the dtype.
+        # So are those of the solution: the residual of one that is not zero is rounding, unless it leaves the dtype's range.
         reached = self.spec.ravel(self.entries, "entries") + damping != 0
         most = jnp.finfo(self.spec.dtype).eps ** 0.5
         return lambda v, x, rest, again: jnp.all(jnp.abs(rest) <= most * jnp.abs(v), where=reached)

@@ -33,13 +33,13 @@ def factored_damping(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric)
 
     This is *not* ``(F + damping I)^-1``: it is the inverse of ``A (x) G`` plus the damping plus cross terms. It needs two
     Cholesky factors a layer where the exact one needs two eigendecompositions. Blocks of other forms are damped exactly. The
-    residual in the report is that of ``(F + damping I) x = v``, and shows the difference: ``converged`` is that of an exact
-    solve, and rarely true.
+    residual in the report is that of ``(F + damping I) x = v``, and shows the difference: ``converged`` is the test of an
+    exact solve, and is rarely true.
 
     Args:
         fisher: a `jaxfisher.kronecker` view.
         v: a pytree shaped like the parameters.
-        damping: ``> 0``. One that is too small for the dtype to tell counts as the least that can be told.
+        damping: ``> 0``. A damping that the dtype cannot tell from zero is replaced by the smallest one that it can.
 
     Raises:
         TypeError: ``fisher`` is no Kronecker view.
@@ -90,7 +90,7 @@ def _factored_inverse(block: Form, damping: Scalar) -> Callable[[Any], Any]:
 
 
 def _kronecker_in(block: Form) -> Kronecker | EigenKronecker | None:
-    """The Kronecker product that a block is, up to a multiple of the identity; None if it is none."""
+    """The Kronecker product that a block is, up to a multiple of the identity; None if there is none."""
     if isinstance(block, Shifted):
         return _kronecker_in(block.base)
     return block if isinstance(block, Kronecker) or (isinstance(block, EigenKronecker) and block.separable) else None

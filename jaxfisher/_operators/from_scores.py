@@ -1,10 +1,10 @@
 r"""A Fisher held as its scores: ``F = S^T diag(omega) S``, exact, and never formed.
 
-With ``X = diag(sqrt(omega)) S`` a damped solve has two routes, and the smaller matrix chooses:
+With ``X = diag(sqrt(omega)) S`` a damped solve has two routes, of which the one with the smaller matrix is taken:
 
 * p x p: ``(X^T X + damping I) x = v``.
-* rows x rows (push-through): for ``v = X^T e``, ``x = X^T (X X^T + damping I)^-1 e``; any other ``v`` has a rest outside the
-  rows' span, which only the damping acts on.
+* rows x rows (push-through): for ``v = X^T e``, ``x = X^T (X X^T + damping I)^-1 e``; any other ``v`` has a
+  part outside the rows' span, on which only the damping acts.
 
 Reference: Ren and Goldfarb, Efficient subsampled Gauss-Newton and natural gradient methods (arXiv 1906.02353), section 3.
 """
@@ -85,7 +85,7 @@ class FromScores(Form):
         factor = to_unit(self.scores.bound())
         scaled = Scaled(self.scores, factor)
         small = scaled.gram() if scaled.short else scaled.moment()
-        # No clamping is hidden here: X^T X cannot have a negative eigenvalue, so one that is negative is rounding.
+        # This hides nothing: X^T X cannot have a negative eigenvalue, so that a negative one is a rounding error.
         values = without_noise(jnp.maximum(eigenvalues(small), 0)) * (1 / factor) * (1 / factor)
         return jnp.concatenate([jnp.zeros(self.spec.size - small.shape[0], values.dtype), values])
 
@@ -101,14 +101,14 @@ class FromScores(Form):
         if not scaled.short:
             return unit_rank(scaled.centred().moment())
         own = unit_rank(mirrored(scaled.gram()))
-        # There are no more directions than rows. Where some seem to be missing, they may be small in their units only.
+        # The rank is at most the number of rows. Where a direction seems to be missing, it may only be small in its units.
         return cond(own == self.scores.num_rows, lambda: own, lambda: unit_rank(scaled.gram_in_units()))
 
     def logdet(self, damping: Scalar) -> Scalar:
         factor = to_unit(self.scores.bound(), jnp.sqrt(jnp.abs(damping)))
         scaled, damping = Scaled(self.scores, factor), twice(damping, factor)
         small = scaled.gram() if scaled.short else scaled.moment()
-        # Directions outside the rows' span have the damping for an eigenvalue.
+        # In directions outside the rows' span the eigenvalue is the damping.
         missing = self.spec.size - small.shape[0]
         outside = missing * jnp.log(damping) if missing else 0
         return log_determinant(small, damping) + outside - 2 * self.spec.size * jnp.log(factor)
@@ -179,9 +179,9 @@ class FromScores(Form):
 
         This is the natural gradient's solve: the gradient of a mean of log-densities has the coordinates one. Nothing cancels.
         The residual is about ``rtol`` of the right-hand side. Where the rows are fewer than the parameters, a damping that
-        cannot be told from zero counts as the least that can.
+        the dtype cannot tell from zero is replaced by the smallest one that it can.
         """
-        # One that turns out negative would count as the least, too.
+        # A negative damping would be replaced in the same way.
         damping = jnp.where(damping < 0, jnp.nan, damping)
         factor = to_unit(self.scores.bound(), jnp.sqrt(jnp.abs(damping)))
         scaled, damping = Scaled(self.scores, factor), twice(damping, factor)
@@ -192,7 +192,7 @@ class FromScores(Form):
             product = lambda x: scaled.out_of_rows(scaled.into_rows(x))  # noqa: E731
             system = Damped(scaled.moment(), damping, lambda x: x, product, of_root=False)
             v = scaled.out_of_rows(b)
-            # Squares of a tiny right-hand side would vanish.
+            # The squares of a tiny right-hand side would vanish.
             size = power_or_one(jnp.max(jnp.abs(v), initial=0.0))
             x = self.spec.unravel(solution(system, v * inverse_power(size), rtol.value) * size)
         return jax.tree.map(lambda leaf: leaf * factor, x)
@@ -240,9 +240,9 @@ class Scaled:
         return self.scores.scaled_moment(self.factor)
 
     def centred(self) -> Scaled:
-        """The same with the largest score well above one.
+        """The same scores, scaled so that the largest is well above one.
 
-        Parameters may have units that differ by more than squares of float32 do, unless the middle of these is near one.
+        The units of parameters may differ by more than float32 can hold the squares of, unless the middle of them is near one.
         """
         return Scaled(self.scores, self.factor * 2.0**50)
 
@@ -252,14 +252,14 @@ class Scaled:
         return self.scores.spec.ravel(scores.diagonal(), "diagonal")
 
     def gram_in_units(self) -> Float[Array, "rows rows"]:
-        """``X D^2 X^T`` with D scaling the columns to unit norm: the product of X and of each row in turn, which is slow."""
+        """``X D^2 X^T``, where D scales the columns to unit norm: one product of X with each row in turn, which is slow."""
         units = unit_diagonal(self.columns())
         rows = jnp.eye(self.scores.num_rows, dtype=units.dtype)
         return jax.lax.map(lambda row: self.into_rows(units * (units * self.out_of_rows(row))), rows)
 
 
 def _by_moment(scaled: Scaled, columns: Float[Array, " p"], damping: Scalar, inverse: Factored) -> System:
-    """The p x p route, given the norms of the columns; all in the units of ``scaled``."""
+    """The p x p route, given the norms of the columns; all numbers are in the units of ``scaled``."""
     scores, size, units = scaled.scores, inverse.unit.size, inverse.unit * scaled.factor
     shares = twice(damping, inverse.unit)
 
@@ -272,7 +272,7 @@ def _by_moment(scaled: Scaled, columns: Float[Array, " p"], damping: Scalar, inv
     factored = inverse.projected(lambda y: jax.lax.stop_gradient(product(y)))
 
     def left_out(b: Array, y: Array) -> tuple[Bool[Array, ""], Scalar]:
-        # Scores tell more than the moment does.
+        # The scores tell more of the null space than their second moment does.
         null = factored.left_out
         rounding = 10 * size * jnp.finfo(y.dtype).eps * jnp.vdot(columns * inverse.unit, jnp.abs(null))
         return norm(into_rows(null)) <= rounding, factored.astray(b, y)
@@ -284,10 +284,11 @@ def _by_gram(scaled: Scaled, gram: Float[Array, "rows rows"], damping: Scalar, i
     """The rows x rows route for any ``v``, split into its part in the rows' span, ``X^T e``, and the rest.
 
     ``v = X^T e + r`` gives ``x = X^T A e + (r - X^T A X r) / damping`` with ``A = (X X^T + damping I)^-1``, exactly, for any
-    ``e``. Woodbury's identity is ``e = 0``, and cancels all the more the smaller the damping; ``e = A X v`` leaves an ``r`` in
-    which little is left to cancel. Without damping, ``x = X^T A e`` is the minimum-norm solution.
+    ``e``. With ``e = 0`` this is Woodbury's identity, in which more digits cancel the smaller the damping is; with
+    ``e = A X v`` little of ``r`` is left to cancel. Without damping, ``x = X^T A e`` is the minimum-norm solution.
 
-    It is symmetric in ``v`` and positive also where ``A`` is only near: ``x = X^T A^2 X v + (1 - X^T A X)^2 v / damping``.
+    The result is symmetric in ``v`` and positive also where ``A`` is only approximate:
+    ``x = X^T A^2 X v + (1 - X^T A X)^2 v / damping``.
     """
     scores, told, factored = scaled.scores, inverse.told, inverse.projected(multiplied(gram, damping, inverse.unit))
 
@@ -300,7 +301,7 @@ def _by_gram(scaled: Scaled, gram: Float[Array, "rows rows"], damping: Scalar, i
             e = factored.apply(e + jnp.where(count == 0, 1, -share) * scaled.into_rows(rest))
             return count + 1, e, rest, scaled.out_of_rows(e)
 
-        # A loop, so that the products stand in the program once: A X v at first, and then the solution.
+        # This is a loop, so that the program contains the products once: the first pass gives A X v, the second the solution.
         begin = jnp.zeros((), jnp.int32), jnp.zeros_like(scaled.root), v, jnp.zeros_like(v)
         _, _, rest, inside = while_loop(lambda state: state[0] < 2, half, begin)
         return inside + share * rest
@@ -309,7 +310,7 @@ def _by_gram(scaled: Scaled, gram: Float[Array, "rows rows"], damping: Scalar, i
         return scaled.out_of_rows(scaled.into_rows(y)) + damping * y
 
     def left_out(b: Array, y: Array) -> tuple[Bool[Array, ""], Scalar]:
-        # Nothing was projected: the last correction tells all of that.
+        # Nothing was projected: the last correction is the whole error.
         return _is_unseen(scaled, factored), jnp.zeros((), b.dtype)
 
     size = scores.spec.size
@@ -318,10 +319,10 @@ def _by_gram(scaled: Scaled, gram: Float[Array, "rows rows"], damping: Scalar, i
 
 
 def _is_unseen(scaled: Scaled, factored: Factored) -> Bool[Array, ""]:
-    """Whether a combination of rows that counts as zero has no entry but rounding beside the norm of its column.
+    """Whether a combination of rows that counts as zero has only rounding errors for entries, next to its columns' norms.
 
-    What it has of the directions that were kept is taken out first. Norms of columns are told by random combinations of rows,
-    well inside the margin. All by one loop, so that the products stand in the program once.
+    Its part along the directions that were kept is taken out first. The norms of columns are estimated from random
+    combinations of rows, well inside the margin. One loop does it all, so that the program contains the products once.
     """
     rows, trials = scaled.scores.num_rows, 8
     places = jnp.arange(rows, dtype=scaled.root.dtype)

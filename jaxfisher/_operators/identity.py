@@ -73,7 +73,7 @@ class ScaledIdentity(Spectral):
 
 @array_fields("base", "shift", repr=False)
 class Shifted(Form):
-    """``F + shift I``, in the form of F: the shift is a damping that is always there."""
+    """``F + shift I``, with F in its own form: the shift acts as a damping that is always there."""
 
     base: Form
     shift: Scalar
@@ -163,7 +163,7 @@ class Shifted(Form):
 def scaled_identity(like: Operator | chex.ArrayTree, scale: chex.Numeric) -> Operator:
     r"""``scale I`` as an operator, to add to a Fisher: the precision of an isotropic Gaussian prior, or a ridge.
 
-    ``F + jf.scaled_identity(F, c)`` keeps the form of F: it is solved, factored and drawn from as F is with a damping of ``c``.
+    ``F + jf.scaled_identity(F, c)`` keeps the form of F: its solves, factors and draws are those of F with a damping of ``c``.
     A Fisher is a mean over examples, so a prior of precision ``1/s^2`` over n examples is ``c = 1 / (n s^2)``.
 
     Args:

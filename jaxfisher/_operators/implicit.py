@@ -1,4 +1,4 @@
-r"""A Fisher held as nothing but its model and the point: ``F v = 1/n sum_i J_i^T M_i J_i v`` by jvp, output metric, vjp."""
+r"""A Fisher that holds only its model and the parameters: ``F v = 1/n sum_i J_i^T M_i J_i v`` by jvp, output metric, vjp."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from jaxfisher._varying import varying_like
 
 @array_fields("params", "inputs", "weights", repr=False)
 class Implicit(Form):
-    """The exact Fisher as products; the model is static, so a second trace comes only with another model.
+    """The exact Fisher by its products; the model is static, so that only another model causes a second trace.
 
-    ``keep`` marks the parameter leaves that the matrix is over: all of them, or the part an optimiser was given.
+    ``keep`` marks the parameter leaves that the matrix is over: all of them, or the part that an optimiser was given.
     """
 
     model: Model
@@ -68,7 +68,7 @@ class Implicit(Form):
         return float_fields(predicted), predicted
 
     def _pull_back(self, weights: Float[Array, " n"], inputs: tuple[Any, ...]) -> Callable[[Any], Any]:
-        """``v -> sum_i w_i J_i^T M_i J_i v`` of one piece, the model run forward once."""
+        """``v -> sum_i w_i J_i^T M_i J_i v`` of one piece; the model is run forward once."""
         moving = self._moving()
         _, forward, predicted = jax.linearize(partial(self._fields, inputs), moving, has_aux=True)
         backward = jax.linear_transpose(forward, moving)
@@ -96,7 +96,7 @@ class Implicit(Form):
         return self.as_scores().squares_along(basis)
 
     def as_scores(self) -> Scores:
-        """The exact Fisher's rows, streamed: for what products cannot give in less than p of them."""
+        """The exact Fisher's rows, streamed: for numbers that would take p products."""
         batch = make_batch(self.params, self.inputs, None, self.batch_size or 1)
         moving = prediction(self.model, self.params, self.inputs).moving
         whole = make_scores(ExactRows(self.model, moving), self.params, batch)
@@ -114,7 +114,7 @@ class Implicit(Form):
         return dataclasses.replace(self, keep=narrowed(self.keep, keep), spec=self.spec.restrict(keep, treedef))
 
     def rescaled(self, factors: Sequence[Scalar]) -> Dense:
-        # Its solves make the matrix in any case.
+        # A solve with it makes the matrix in any case.
         return Dense(small_matrix(self, "a damping for each leaf"), self.spec).rescaled(factors)
 
     def scaled(self, factor: Scalar) -> Implicit:

@@ -1,4 +1,4 @@
-"""Inverses as functions of the damping and of a vector: what is inverted is factored once."""
+"""Inverses as functions of the damping and of a vector: the matrix is factored once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxfisher._tree import ParamSpec
 Inverted = Callable[[Any], Solved]
 """``(F + damping I)^-1`` on vectors of the statistics dtype."""
 FlatInverted = Callable[[Float[Array, " p"]], Solved]
-"""The same on flat ones."""
+"""The same on flat vectors."""
 
 
 def solve_matrix(matrix: Float[Array, "p p"], exact: Map, factorise: Factorise) -> Callable[[Scalar], FlatInverted]:
@@ -46,7 +46,7 @@ def solve_matrix(matrix: Float[Array, "p p"], exact: Map, factorise: Factorise) 
 
 
 def flat_inverse(spec: ParamSpec, inverse: FlatInverted) -> Inverted:
-    """An inverse of flat vectors as one of parameter-shaped ones."""
+    """An inverse on flat vectors, as an inverse on vectors shaped like the parameters."""
 
     def apply(v: Any) -> Solved:
         found = inverse(spec.ravel(v, "v"))

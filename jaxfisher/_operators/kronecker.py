@@ -1,6 +1,6 @@
-r"""Kronecker-factored blocks: that of a layer as ``A (x) G``, or by eigenvectors ``Q_A (x) Q_G`` and their eigenvalues.
+r"""Kronecker-factored blocks: a layer's block as ``A (x) G``, or by eigenvectors ``Q_A (x) Q_G`` and their eigenvalues.
 
-Bias and weight of a layer are one block: the bias is the weight of an input that is always one.
+The bias and the weight of a layer share one block: the bias is the weight of an input that is always one.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class _Layer(Form):
     outputs: Float[Array, "groups outputs outputs"]
 
     def basis_over(self, places: Sequence[int]) -> Basis:
-        """Its factors as the vectors of a basis, for what is over the leaves at these of its places."""
+        """The vectors of its factors as a basis, for forms over the leaves at these places among its own."""
         here = {place: i for i, place in enumerate(places)}
         bias = here.get(1 - self.weight) if self.has_bias else None
         return Basis(self.inputs, self.outputs, self.layout, here.get(self.weight), bias)
 
     @property
     def has_bias(self) -> bool:
-        """Whether the last input is the one that the bias is the weight of."""
+        """Whether the bias is there, as the weight of a last input that is always one."""
         return len(self.spec.shapes) > 1
 
     def _matrix(self, v: Any) -> Float[Array, "groups inputs outputs"]:
@@ -65,7 +65,7 @@ class _Layer(Form):
         return self.spec.tree(leaves)
 
     def _per_input(self, factors: Sequence[Scalar]) -> Float[Array, " inputs"]:
-        """A factor for each leaf as one for each input."""
+        """A factor for each leaf, as a factor for each input."""
         parts = [jnp.full(self.layout.inputs, 1, self.spec.dtype) * factors[self.weight]]
         if self.has_bias:
             parts.append(jnp.ones(1, self.spec.dtype) * factors[1 - self.weight])
@@ -95,7 +95,7 @@ class Kronecker(_Layer):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """Kronecker, and how positions that share the weight were counted."""
+        """The word Kronecker, and how positions that share the weight were counted."""
         return f"Kronecker ({self.sharing})"
 
     @property
@@ -120,7 +120,7 @@ class Kronecker(_Layer):
         return norm(norms)
 
     def factorised(self) -> EigenKronecker:
-        """By its eigenvectors, those of the factors."""
+        """The same block by its eigenvectors, which are those of the factors."""
         (a, inputs), (g, outputs) = _eigh(self.inputs), _eigh(self.outputs)
         values = a[:, :, None] * g[:, None, :]
         return EigenKronecker(inputs, outputs, values, self.layout, self.weight, True, self.spec)
@@ -139,10 +139,10 @@ class Kronecker(_Layer):
         told = ~(damping <= eps * jnp.max(values, initial=0.0))
 
         def alone() -> Scalar:
-            # By the determinants of the factors, which take them in units of their own.
+            # The determinants of the factors tell it; each factor is taken in its own units.
             whole, sizes = jax.vmap(lambda x: log_determinant(x, jnp.zeros((), x.dtype))), (g.shape[1], a.shape[1])
             regular = sizes[0] * jnp.sum(whole(factors[0])) + sizes[1] * jnp.sum(whole(factors[1]))
-            # Where they are singular, any damping is what is left.
+            # Where the factors are singular, the damping alone decides.
             return jnp.where((damping > 0) & jnp.isneginf(regular), together(), regular)
 
         def together() -> Scalar:
@@ -152,7 +152,7 @@ class Kronecker(_Layer):
         return logarithm
 
     def inverse(self, damping: Scalar) -> Inverted:
-        """By the eigenvectors of the factors; without a damping, the product of their pseudo-inverses."""
+        """The inverse by the eigenvectors of the factors; without a damping, the product of the factors' pseudo-inverses."""
         # Derivatives go through the products that solutions satisfy.
         *factors, at = jax.lax.stop_gradient((self.inputs, self.outputs, damping))
         entries, eps = [diagonals(factor) for factor in factors], jnp.finfo(self.spec.dtype).eps
@@ -173,11 +173,11 @@ class Kronecker(_Layer):
 
         def astray(v: Array, x: Array, rest: Array) -> Scalar:
             along, found = jnp.abs(coefficients(self.spec.unravel(v))), self._matrix(self.spec.unravel(x))
-            # What was projected off has the rounding of whole columns left in it.
+            # The part that was projected off keeps the rounding errors of whole columns.
             sizes = [jnp.sqrt(jnp.sum(jnp.square(columns), 1)) for columns in (inputs, outputs)]
             rounded = jnp.sum(sizes[0][:, :, None] * along * sizes[1][:, None, :])
             turned = matmul(a.off.swapaxes(1, 2), found), matmul(found, g.off)
-            # What of the unreachable part of v comes back out of the product, since the null space is not known exactly.
+            # The null space is not known exactly: some of the unreachable part of v comes back out of the product.
             leak = self.spec.ravel(solve(solve(product(self.spec.unravel(rest)))), "v")
             return 4 * eps * rounded + norm(leak) + norm(jnp.concatenate([part.reshape(-1) for part in turned]))
 
@@ -187,7 +187,7 @@ class Kronecker(_Layer):
         return applied_once(solve, product, damping, tests, jnp.sum(kept, dtype=jnp.int32), self.spec)
 
     def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
-        # The residual is against the factors: two products, where the eigenvectors would take four.
+        # The residual is taken with the factors: that is two products, where the eigenvectors would need four.
         return partial(self.factorised().inverse_of, self)
 
     def power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
@@ -202,7 +202,7 @@ class Kronecker(_Layer):
         solve = partial(jax.lax.linalg.triangular_solve, lower=True)
 
         def apply(v: Any) -> Any:
-            # LAPACK has matrices by columns: of the transpose no copy is made.
+            # LAPACK stores matrices by columns, so that no copy is made of the transpose.
             x = self._matrix(v).swapaxes(1, 2)
             x = solve(g, solve(g, x, left_side=True), left_side=True, transpose_a=True)
             x = solve(a, solve(a, x, left_side=False, transpose_a=True), left_side=False)
@@ -227,7 +227,7 @@ class Kronecker(_Layer):
         return Dense(self.inputs[0, -1, -1] * self.outputs[0], spec)
 
     def turned_to(self, layout: Layout) -> Kronecker | None:
-        """The same block in another layout, perhaps with inputs and outputs the other way round; None where that cannot be."""
+        """The same block in another layout, perhaps with inputs and outputs exchanged; None where there is no such layout."""
         if layout == self.layout:
             return self
         if self.has_bias or self.layout.groups != 1 or self.layout.turned() != layout:
@@ -235,7 +235,7 @@ class Kronecker(_Layer):
         return dataclasses.replace(self, inputs=self.outputs, outputs=self.inputs, layout=layout)
 
     def widened(self, like: Kronecker) -> Kronecker:
-        """Over the leaves of another block of the same weight, which may have a bias that this one has not; zero there."""
+        """The block over the leaves of another one of the same weight; zero at a bias that only the other has."""
         extra = like.inputs.shape[1] - self.inputs.shape[1]
         return dataclasses.replace(like, inputs=jnp.pad(self.inputs, ((0, 0), (0, extra), (0, extra))), outputs=self.outputs)
 
@@ -253,8 +253,8 @@ class Kronecker(_Layer):
 
 
 def factorised(form: Form) -> Form:
-    """The same form with its Kronecker products by their eigenvectors, so that solves at any damping take products only."""
-    # Terms of a sum stay as they are: its solves take the matrix.
+    """The same form with its Kronecker products held by eigenvectors, so that solves at any damping need products only."""
+    # The terms of a sum stay as they are, since a solve with the sum makes its matrix.
     return jax.tree.map(
         lambda part: part.factorised() if isinstance(part, Kronecker) else part,
         form,
@@ -263,14 +263,14 @@ def factorised(form: Form) -> Form:
 
 
 class _Side(NamedTuple):
-    """One factor of a Kronecker product by its eigenvectors, in own units; without a damping, projected off its null space.
+    """One factor of a Kronecker product by its eigenvectors, in its units; without a damping, projected off its null space.
 
     Attributes:
-        vectors: what takes the place of eigenvectors; zero where left out.
+        vectors: the vectors that take the place of eigenvectors; zero for those that are left out.
         values: eigenvalues, in the units of ``vectors``.
-        kept: which are not left out.
-        clear: whether these are well above rounding.
-        off: how far off the null vectors that were left out may be.
+        kept: which of the vectors are not left out.
+        clear: whether the eigenvalues that are kept are well above rounding.
+        off: the null vectors that were left out, in the parameters' units.
     """
 
     vectors: Float[Array, "m m"]
@@ -293,14 +293,14 @@ def _side(matrix: Float[Array, "m m"], unit: Float[Array, " m"], told: Bool[Arra
 
 
 def merged(terms: Sequence[Kronecker]) -> Kronecker:
-    r"""One Kronecker product for a sum of some over the same leaves: the one that has the partial traces of the sum.
+    r"""One Kronecker product for a sum of Kronecker products over the same leaves: the one with the partial traces of the sum.
 
     .. math:: A \otimes G, \qquad A \propto \sum_k \mathrm{tr}(G_k) A_k, \quad G \propto \sum_k \mathrm{tr}(A_k) G_k, \qquad
         \mathrm{tr} A\, \mathrm{tr} G = \sum_k \mathrm{tr} A_k\, \mathrm{tr} G_k.
 
-    So it has the trace of the sum on every leaf, is the sum where that is a Kronecker product, and does not depend on the order
-    in which terms are merged. Of all Kronecker products of its trace it is the nearest in relative entropy, as the product of
-    marginals is to a joint distribution. Group by group.
+    So the product has the trace of the sum on every leaf, is the sum where the sum is a Kronecker product, and does not depend
+    on the order in which terms are merged. Of all Kronecker products of its trace it is the nearest in relative entropy, as the
+    product of marginals is to a joint distribution. Each group is merged by itself.
     """
     if len(terms) == 1:
         return terms[0]
@@ -318,7 +318,7 @@ def merged(terms: Sequence[Kronecker]) -> Kronecker:
 def _partial_traces(
     values: Float[Array, "groups inputs outputs"],
 ) -> tuple[Float[Array, "groups inputs"], Float[Array, "groups outputs"]]:
-    """The sums over outputs and over inputs, as those of one product; the first has a mean of one."""
+    """The sums over outputs and over inputs, scaled as the factors of one product; the first factor has a mean of one."""
     a, g = jnp.mean(values, 2), jnp.mean(values, 1)
     whole = jnp.mean(a, 1, keepdims=True)
     return jnp.where(whole > 0, a / jnp.where(whole > 0, whole, 1), 1), g
@@ -327,7 +327,7 @@ def _partial_traces(
 def _shifts(
     a: Float[Array, " groups"], g: Float[Array, " groups"], damping: Scalar, sizes: tuple[int, int]
 ) -> tuple[Float[Array, " groups"], Float[Array, " groups"]]:
-    """What is added to each factor, from their mean eigenvalues and sizes: at least what keeps a singular one invertible."""
+    """What is added to each factor, from their mean eigenvalues and sizes: at least what makes a singular one invertible."""
     balance = jnp.sqrt(jnp.where((a > 0) & (g > 0), a / jnp.where(g > 0, g, 1), 1))
     shifts = jnp.sqrt(damping) * balance, jnp.sqrt(damping) / balance
     rounding = [10 * size * jnp.finfo(mean.dtype).eps * mean for mean, size in zip((a, g), sizes, strict=True)]
@@ -336,7 +336,7 @@ def _shifts(
 
 
 def _eigh(x: Float[Array, "groups m m"]) -> tuple[Float[Array, "groups m"], Float[Array, "groups m m"]]:
-    """Eigenvalues, those inside rounding error zero, and eigenvectors of positive semi-definite factors."""
+    """The eigenvalues, zero inside rounding error, and the eigenvectors of positive semi-definite factors."""
     values, vectors = jax.vmap(eigenpairs)(x)
     largest = jnp.max(jnp.abs(values), -1, keepdims=True)
     return resolved(values, jnp.zeros((), x.dtype), largest, x.shape[-1]), vectors
@@ -346,7 +346,7 @@ def _eigh(x: Float[Array, "groups m m"]) -> tuple[Float[Array, "groups m"], Floa
 class EigenKronecker(_Layer, Spectral):
     """``(Q_A (x) Q_G) diag(values) (Q_A (x) Q_G)^T`` of one layer, bases and eigenvalues held.
 
-    ``separable`` says that the values are products of one for the input and one for the output: that it is a `Kronecker`.
+    ``separable`` says that each value is a product of one for the input and one for the output, as those of a `Kronecker` are.
     """
 
     inputs: Float[Array, "groups inputs inputs"]
@@ -367,7 +367,7 @@ class EigenKronecker(_Layer, Spectral):
         return self._leaves(matmul(matmul(self.inputs, function(self.values) * inside), self.outputs.swapaxes(1, 2)))
 
     def factored_inverse(self, damping: Scalar) -> Callable[[Any], Any]:
-        """That of the `Kronecker` that it is."""
+        """The factored inverse of the `Kronecker` with these eigenvectors."""
         # How the values are shared between the factors does not matter.
         a, g = _partial_traces(self.values)
         shifts = _shifts(jnp.mean(a, 1), jnp.mean(g, 1), damping, (a.shape[1], g.shape[1]))
@@ -395,7 +395,7 @@ class EigenKronecker(_Layer, Spectral):
         return matmul(matmul(inputs.swapaxes(1, 2), self.values), outputs)
 
     def nearest_kronecker(self, sharing: str) -> Kronecker:
-        """The Kronecker product with its partial traces; itself, where it is one."""
+        """The Kronecker product with the same partial traces; the same matrix where the values are separable."""
         a, g = _partial_traces(self.values)
         inputs = matmul(self.inputs * a[:, None, :], self.inputs.swapaxes(1, 2))
         outputs = matmul(self.outputs * g[:, None, :], self.outputs.swapaxes(1, 2))
@@ -406,7 +406,7 @@ class EigenKronecker(_Layer, Spectral):
         if all(keep):
             return dataclasses.replace(self, spec=spec)
         if keep[self.weight]:
-            # Each output has other eigenvectors of the inputs then.
+            # Without the bias each output has different eigenvectors of the inputs.
             return Dense(small_matrix(self, "the weight's part"), self.spec).restrict(keep, treedef)
         values = matmul(jnp.square(self.inputs[0, -1]), self.values[0])
         return Dense(matmul(self.outputs[0] * values[None, :], self.outputs[0].T), spec)
@@ -415,9 +415,9 @@ class EigenKronecker(_Layer, Spectral):
         if self.has_bias:
             raise NotImplementedError(
                 f"the layer of {self.spec.paths[self.weight]} has one eigenbasis for weight and bias: in eigen-Kronecker form "
-                "they cannot have a damping each. Give one number, or use jf.kronecker."
+                "each of them cannot have its own damping. Give one number, or use jf.kronecker."
             )
-        # Inputs of a layer without a bias are all scaled alike: what was separable still is.
+        # The inputs of a layer without a bias are all scaled alike, so that separable values stay separable.
         return dataclasses.replace(self, values=jnp.square(factors[0]) * self.values)
 
     def scaled(self, factor: Scalar) -> EigenKronecker:

@@ -36,7 +36,7 @@ class LowRank(Spectral):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """Low rank, and how many eigenpairs."""
+        """The words low rank, and how many eigenpairs are held."""
         return f"low rank: {self.values.shape[0]:,} eigenpairs"
 
     def counted_eigenvalues(self) -> list[tuple[Array, int]]:
@@ -44,7 +44,7 @@ class LowRank(Spectral):
 
     def apply(self, function: Callable[[Array], Array], v: Any) -> Any:
         flat, rest = self.spec.ravel(v, "v"), function(self.floor)
-        # Vectors are orthonormal to rounding, which f(rest) may be large enough to show: what lies along them is removed twice.
+        # The vectors are orthonormal only to rounding, and f(rest) may be so large that this shows: it is removed twice.
         inside = matmul(self.vectors.T, flat)
         outside = flat - matmul(self.vectors, inside)
         outside = outside - matmul(self.vectors, matmul(self.vectors.T, outside))
@@ -70,7 +70,7 @@ class LowRank(Spectral):
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> LowRank:
         if all(keep):
             return dataclasses.replace(self, spec=self.spec.restrict(keep, treedef))
-        # A part has other eigenvectors: those of what is left of these, which are no longer orthonormal.
+        # A part has eigenvectors of its own: what is left of these vectors is no longer orthonormal.
         part = jnp.concatenate([rows for rows, flag in zip(self._by_leaf(), keep, strict=True) if flag])
         basis, root = jnp.linalg.qr(part)
         inner = matmul(root * (self.values - self.floor)[None, :], root.T)
@@ -89,7 +89,7 @@ class LowRank(Spectral):
 def low_rank(fisher: Operator, rank: int) -> Operator:
     r"""The Fisher's largest eigenpairs, exactly; all other eigenvalues are taken for zero.
 
-    Of ``F + c I`` it is that of F, plus ``c I`` whole: a prior is kept in every direction.
+    The view of ``F + c I`` is the view of F plus the whole of ``c I``: a prior is kept in every direction.
 
     .. math:: F \approx U_k \Lambda_k U_k^T, \qquad (F + \lambda I)^{-1} v \approx U_k (\Lambda_k + \lambda)^{-1} U_k^T v +
         \tfrac1\lambda (v - U_k U_k^T v).
@@ -144,7 +144,7 @@ def _largest_of_rows(scores: Scores, rank: Static[int]) -> tuple[Float[Array, " 
     values, rows = _largest_of_gram(mirrored(scaled.gram()), rank.value)
     # u = X^T w / sqrt(value), and nothing where the value is zero.
     weights = jnp.where(values > 0, jax.lax.rsqrt(jnp.where(values > 0, values, 1)), 0)
-    # One at a time: a batch of them would be a batch of all factors.
+    # One vector at a time: a batch of vectors would need a batch of all factors.
     vectors = jax.lax.map(scaled.out_of_rows, (rows * weights[None, :]).T).T
     return values * (1 / factor) * (1 / factor), vectors
 
@@ -160,14 +160,14 @@ def _largest(matrix: Float[Array, "m m"], rank: int) -> tuple[Float[Array, " k"]
 
 @_largest.defjvp
 def _largest_jvp(rank: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
-    # What U diag(values) U^T has between two eigenvectors of one value cannot come of a rotation of these: they are no longer
-    # orthogonal, by half of it each.
+    # An entry of U diag(values) U^T between two eigenvectors of one value cannot come from rotating them. Instead the two stop
+    # being orthogonal, each by half of it.
     return _moved(*primals, *tangents, rank, lambda change, one, two: change / (one + two))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _largest_of_gram(gram: Float[Array, "n n"], rank: int) -> tuple[Float[Array, " k"], Float[Array, "n k"]]:
-    """`_largest` of ``X X^T``; derivatives are those of ``X^T W W^T X`` with W the vectors: a rotation of W changes nothing."""
+    """`_largest` of ``X X^T``; its derivatives are those of ``X^T W W^T X``, W the vectors: rotating W changes nothing."""
     return _largest(gram, rank)
 
 
@@ -186,11 +186,11 @@ def _pairs(matrix: Float[Array, "m m"]) -> tuple[Float[Array, " m"], Float[Array
 def _moved(
     matrix: Array, change: Array, rank: int, equal: Callable[[Array, Array, Array], Array]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """The largest eigenpairs, and how they move with the matrix; ``equal`` tells it of pairs that have one value."""
+    """The largest eigenpairs, and how they move with the matrix; ``equal`` gives that for pairs that share one value."""
     values, vectors = _pairs(matrix)
     change = matmul(vectors.T, matmul(change, vectors))[:, -rank:]
     one, two = values[:, None], values[None, -rank:]
-    # Near to each other is equal: what comes of a small gap is lost in rounding.
+    # Values near to each other count as equal: a derivative divided by a small gap would be lost in rounding.
     near = jnp.abs(two - one) <= 1e-3 * values[-1]
     inside = (jnp.arange(values.size) >= values.size - rank)[:, None] & (one > 0) & (two > 0)
     same = jnp.arange(values.size)[:, None] == jnp.arange(values.size)[None, -rank:]
@@ -205,7 +205,7 @@ def nystrom(fisher: Operator, rank: int, key: PRNGKeyArray) -> Operator:
     r"""A randomised sketch of the largest eigenpairs from ``rank`` products, made for preconditioning.
 
     With ``Y = F Omega`` for a random orthonormal ``Omega``, ``Y (Omega^T Y)^+ Y^T`` is the best approximation of F from below
-    that ``Y`` knows of. All other eigenvalues are taken for the smallest one found, so that
+    that can be made of ``Y``. All other eigenvalues are taken for the smallest one found, so that
     ``jf.CG(preconditioner=jf.nystrom(F, k, key))`` is the Nystrom preconditioner; ``k`` of about twice the effective dimension
     at the damping makes the condition number small.
 
@@ -236,9 +236,9 @@ def nystrom(fisher: Operator, rank: int, key: PRNGKeyArray) -> Operator:
 
 @once
 def _seen_by(form: Form, sketch: Float[Array, "p k"]) -> tuple[Float[Array, "p k"], Float[Array, " k"]]:
-    """The eigenvectors and eigenvalues that products with the orthonormal columns of a sketch tell."""
+    """The eigenvectors and eigenvalues that follow from products with the orthonormal columns of a sketch."""
     spec, product, rank = form.spec, form.product(), sketch.shape[1]
-    # One product at a time: a batch of them would be a batch of all factors. In units of the image, whose size may be anything.
+    # One product at a time: a batch of products would need a batch of all factors. The image, of any size, is its own unit.
     image = jax.lax.map(lambda v: spec.ravel(product(spec.unravel(v)), "v"), sketch.T).T
     size = norm(image.reshape(-1))
     image = image / jnp.where(size > 0, size, 1)
@@ -254,8 +254,9 @@ def _seen_by(form: Form, sketch: Float[Array, "p k"]) -> tuple[Float[Array, "p k
 def partial_cholesky(fisher: Operator, rank: int) -> Operator:
     r"""The first columns of a pivoted Cholesky factor, as eigenpairs, made for preconditioning.
 
-    ``F \approx L L^T`` with ``rank`` columns of F, each time the one whose diagonal is worst approximated; other eigenvalues
-    are taken for the mean of what is left of the diagonal. It needs the diagonal and ``rank`` products, and no random numbers.
+    ``F \approx L L^T`` is made of ``rank`` columns of F, each time the one whose diagonal entry is approximated worst. Other
+    eigenvalues are taken to be the mean of what is left of the diagonal. The factor needs the diagonal and ``rank`` products,
+    and no random numbers.
 
     Args:
         fisher: any operator.

@@ -1,7 +1,7 @@
-r"""Forms that know their eigenvectors: every function of one is that function of its eigenvalues.
+r"""Forms that know their eigenvectors, so that a function of the matrix is that function of the eigenvalues.
 
-``F = Q diag(lambda) Q^T`` gives ``f(F) = Q diag(f(lambda)) Q^T``: solves, roots, determinants and norms at any damping, from
-what is held.
+``F = Q diag(lambda) Q^T`` gives ``f(F) = Q diag(f(lambda)) Q^T``: solves, roots, determinants and norms at any damping follow
+from what is held.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jaxfisher._varying import cond, linear_solve
 
 
 class Spectral(Form):
-    """A form that knows its eigenvalues, and applies a function of them: such a one gives these two in place of `product`."""
+    """A form that knows its eigenvalues and can apply a function of them: it gives these two methods in place of `product`."""
 
     @abc.abstractmethod
     def counted_eigenvalues(self) -> list[tuple[Array, int]]:
@@ -37,7 +37,7 @@ class Spectral(Form):
         """``Q diag(function(lambda)) Q^T v``."""
 
     def resolve(self, damping: Scalar) -> Callable[[Array], Array]:
-        """Eigenvalues to what they count as: zero inside rounding error, which is that of the largest of them."""
+        """A map from eigenvalues to what they count as: zero inside the rounding error of the largest one."""
         largest = self._largest()
         return lambda values: resolved(values, damping, largest, self.spec.size)
 
@@ -73,7 +73,7 @@ class Spectral(Form):
         return sum(parts[1:], start=parts[0])
 
     def inverse_of(self, form: Form, damping: Scalar) -> Inverted:
-        """The inverse of a form that these are the eigenvectors of."""
+        """The inverse of a form that has these eigenvectors."""
         product = form.product()
         resolve = self.resolve(damping)
         rank = self._count(lambda values: resolve(values) + damping != 0)
@@ -83,10 +83,10 @@ class Spectral(Form):
         return applied_once(solve, product, damping, still.tests(jax.lax.stop_gradient(form), at), rank, self.spec)
 
     def tests(self, form: Form, damping: Scalar) -> Callable[..., Bool[Array, ""]]:
-        """Whether a solution may be believed, from the right-hand side, itself, what it leaves and the correction for that."""
+        """Whether a solution can be trusted, from the right-hand side, the solution, its residual and the next correction."""
         eps, largest, resolve = jnp.finfo(self.spec.dtype).eps, self._largest(), self.resolve(damping)
         told, noise = ~(damping <= eps * largest), 4 * self.spec.size * eps
-        # Sums of squares that are zero come out at the square of rounding, and what lies between is neither.
+        # A sum of squares that should be zero comes out at the square of rounding; a value between the two is told for neither.
         low = self._count(lambda values: (jnp.abs(values) > noise**2 * largest) & (jnp.abs(values) < noise * largest))
         clear = told | ((low == 0) & cond(told, lambda: told, lambda: self._blind(form, resolve)))
         # Its eigenvectors are orthonormal in the parameters' own units.
@@ -99,7 +99,7 @@ class Spectral(Form):
         roots = jnp.sqrt(jnp.abs(self.spec.ravel(form.diagonal(), "diagonal")))
         trial = unit_diagonal(jnp.square(roots)) * jnp.cos(jnp.arange(self.spec.size, dtype=self.spec.dtype))
         left_out = self.apply(lambda values: (resolve(values) == 0).astype(values.dtype), self.spec.unravel(trial))
-        # Where nothing was left out, this is rounding of the trial.
+        # Where nothing was left out, this is the rounding error of the trial.
         return is_unseen(self.spec.ravel(form.product()(left_out), "v"), trial, roots)
 
     def _largest(self) -> Scalar:
@@ -128,9 +128,9 @@ def applied_once(
     rank: Int[Array, ""],
     spec: ParamSpec,
 ) -> Inverted:
-    """The inverse of ``product``, plus a damping, as ``solve`` has it without refinement.
+    """The inverse of ``product`` plus a damping, as ``solve`` gives it, without refinement.
 
-    ``sound`` tells from ``v``, ``x``, what that leaves and the correction for it, all flat, whether it may be believed.
+    ``sound`` tells from ``v``, ``x``, its residual and the next correction, all flat, whether ``x`` can be trusted.
     """
 
     def damped(x: Any) -> Any:
@@ -139,7 +139,7 @@ def applied_once(
     def apply(v: Any) -> Solved:
         x, _ = linear_solve(damped, v, lambda _, b: (solve(b), ()))
         rest = jax.tree.map(jnp.subtract, v, damped(x))
-        # The inverse of an infinity looks like an answer.
+        # The inverse of an infinite number looks like an answer.
         x = jax.tree.map(lambda y, r: jnp.where(jnp.isnan(r), r, y), x, rest)
         return Solved(x, rest, rank, sound(*(spec.ravel(tree, "v") for tree in (v, x, rest, solve(rest)))))
 
@@ -152,11 +152,11 @@ class Tests:
 
     Attributes:
         damping: in the units of F.
-        told: whether the dtype tells it from zero.
-        clear: whether eigenvalues that were kept are above rounding.
-        whole: whether all were kept.
-        units: those in which F has a unit diagonal, if it is to have one.
-        astray: of ``v``, ``x`` and what that leaves, how much of ``x`` may come of not knowing those that were not.
+        told: whether the dtype can tell the damping from zero.
+        clear: whether the eigenvalues that were kept are above rounding.
+        whole: whether all of them were kept.
+        units: the units in which F has a unit diagonal, if it is to have one.
+        astray: from ``v``, ``x`` and the residual, how much of ``x`` may be due to directions that were left out inexactly.
     """
 
     damping: Scalar
@@ -169,7 +169,7 @@ class Tests:
     def __call__(
         self, v: Float[Array, " p"], x: Float[Array, " p"], rest: Float[Array, " p"], again: Float[Array, " p"]
     ) -> Bool[Array, ""]:
-        """Of ``v``, ``x``, what that leaves, and the correction for it."""
+        """The test of ``v``, ``x``, its residual, and the next correction."""
         eps, tiny = jnp.finfo(x.dtype).eps, jnp.finfo(x.dtype).tiny
         own, small = (norm(scale * rest) <= eps**0.5 * norm(scale * v) for scale in (1, self.units))
         scale = jnp.where(self.whole, 1 / self.units, 1)

@@ -60,7 +60,7 @@ class Sum(Form):
 
 
 def added(a: Form, b: Form) -> Form:
-    """The sum of two forms over the same parameters: as one of the two has it, else both as they are."""
+    """The sum of two forms over the same parameters: one form, where one of the two can make it, else both as they are."""
     made = a.plus(b)
     if made is None:
         made = b.plus(a)

@@ -1,4 +1,4 @@
-"""What a form is the sum of, down to what is held: views of layers are taken term by term."""
+"""The terms that a form is the sum of, down to what is held: views of layers are taken term by term."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def terms_of(form: Form) -> tuple[tuple[Places, Form], ...]:
         parts = [(group, term) for group, block in zip(form.members, form.blocks, strict=True) for term in terms_of(block)]
         return tuple((tuple(group[i] for i in places), term) for group, (places, term) in parts)
     if isinstance(form, FromScores) and isinstance(form.scores, JoinedScores):
-        # Of joined rows each block is a term of the sum.
+        # Each block of joined rows is a term of the sum.
         return tuple(term for part in form.scores.parts for term in terms_of(FromScores(part)))
     return ((everything, form),)

@@ -54,7 +54,7 @@ def _values_and_scores(rows: Rows, params: chex.ArrayTree, batch: Batch) -> tupl
 
 @partial(once_for, examples=lambda params, batch: batch.data)
 def _run(rows: Rows, params: chex.ArrayTree, batch: Batch) -> tuple[tuple[Any, Any] | Static[int], Float[Array, " rows"]]:
-    """What rows come with and the forms of their leaves, or how many examples make them at a time; and their weights."""
+    """What rows come with and the forms of their leaves, or the number of examples in a piece; and the rows' weights."""
     with of_one_example(rows.function, rows.name, params, batch.data[rows.own :]):
         traced = trace(rows, params, batch.data)
     weights = jnp.repeat(batch.weights, traced.rows)
@@ -66,7 +66,7 @@ def _run(rows: Rows, params: chex.ArrayTree, batch: Batch) -> tuple[tuple[Any, A
 
 
 PLAIN_BYTES = 2**30
-"""What gradients formed against the library's wish may take in all before they are made in pieces instead of held."""
+"""The bytes that gradients which could not be left as factors may take before they are made in pieces instead of held."""
 
 
 def _batch_size(traced: Traced, rows: Rows, params: chex.ArrayTree, batch: Batch) -> int | None:
@@ -103,17 +103,17 @@ def scores(
         center: subtract the (weighted) mean score, so that ``S^T S / n`` is the covariance of the score.
         batch_size: make the scores again in pieces of at most so many examples whenever they are needed, instead of holding
             them.
-        max_bytes: instead of a ``batch_size``: as many examples at a time as keep what is held and what is made of it below
-            this, results aside.
+        max_bytes: instead of a ``batch_size``: take as many examples at a time as keep the scores that are held, and what is
+            made of them, below this, results aside.
 
     Returns:
         A function of the parameters and the data, every array of which has a leading axis of n examples; ``weights``, shape
-        ``[n]``, turn means into ``sum w_i (.) / sum w_i``, and a weight of zero is padding: a row of zeros, whatever the data.
+        ``[n]``, turn means into ``sum w_i (.) / sum w_i``. A weight of zero marks padding: its row is zero, whatever the data.
 
     Raises:
         ValueError: (when called) arrays of different lengths, a non-scalar ``log_prob``, one that is a batch mean, weights of
             another shape, or known to be negative, not finite or all zero; a ``batch_size`` below one, a ``max_bytes`` that
-            one example exceeds. Weights whose values are not known when it is traced, and that are such, give NaN.
+            one example exceeds. Weights of this kind whose values are not known at trace time give NaN.
         TypeError: ``center`` is neither True nor False; (when called) a parameter that is not a real floating array.
 
     Reference: Amari, Natural gradient works efficiently in learning (Neural Computation 1998), section 2.

@@ -32,7 +32,7 @@ class Scores(abc.ABC):
     weights: Float[Array, " rows"]
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """What each way of holding rows computes in its own way is one program, compiled once."""
+        """Compile each method that a subclass overrides into one program."""
         super().__init_subclass__(**options)
         for name in _PROGRAMS:
             if name in vars(cls):
@@ -64,8 +64,8 @@ class Scores(abc.ABC):
     def product(self, v: chex.ArrayTree, seal: Seal) -> Float[Array, " rows"]:
         """``S v``, for use inside a program.
 
-        `unsealed`, of a vector that was computed in the same program and is no constant of it: that takes less memory, and
-        `jax.linear_transpose` takes it. Else `sealed`.
+        ``seal`` is `unsealed` for a vector that was computed in the same program and is no constant of it: this needs less
+        memory, and `jax.linear_transpose` accepts it. For any other vector it is `sealed`.
         """
 
     @abc.abstractmethod
@@ -79,9 +79,9 @@ class Scores(abc.ABC):
 
     @abc.abstractmethod
     def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
-        """The upper triangle of ``(factor S) (factor S)^T``; what is below it means nothing.
+        """The upper triangle of ``(factor S) (factor S)^T``; the entries below it mean nothing.
 
-        Multiplied in such a way that nothing overflows or underflows which the result can hold.
+        The products are taken in such a way that no number overflows or underflows which the result can hold.
         """
 
     @abc.abstractmethod
@@ -99,11 +99,11 @@ class Scores(abc.ABC):
 
     @abc.abstractmethod
     def scaled_moment(self, factor: Scalar) -> Float[Array, "p p"]:
-        """The second moment of ``factor S``, as `gram_upper` is the Gram matrix of it."""
+        """The second moment of ``factor S``, of which `gram_upper` is the Gram matrix."""
 
     @abc.abstractmethod
     def squares_along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
-        """The diagonal of ``S^T diag(omega) S`` in the basis of the layer that all its leaves are: the eigenvalues of EKFAC.
+        """The diagonal of ``S^T diag(omega) S`` in the basis of the one layer that it is over: the eigenvalues of EKFAC.
 
         Reference: George et al., Fast approximate natural gradient descent in a Kronecker-factored eigenbasis (NeurIPS 2018).
         """
@@ -159,7 +159,7 @@ class Role(NamedTuple):
     """What a leaf is to a function.
 
     Attributes:
-        layer: of the bias of a layer, the place of the layer's weight among the leaves; None of other leaves.
+        layer: for the bias of a layer, the place of the layer's weight among the leaves; None for other leaves.
         touched: whether the function depends on it at all; where it does not, its scores are zero.
     """
 
@@ -168,7 +168,7 @@ class Role(NamedTuple):
 
 
 def roles_of(leaves: Sequence[Leaf]) -> tuple[Role, ...]:
-    """Those of leaves as the engine gives them."""
+    """The roles of leaves as the engine gives them."""
     return tuple(Role(leaf.layer, bool(leaf.forms)) for leaf in leaves)
 
 
@@ -187,8 +187,8 @@ class FactoredScores(Scores):
     def reduced_moments(self) -> tuple[Moments | None, ...]:
         """Second moments of each leaf's factors taken together over positions; None for a leaf without factors.
 
-        Those of the mean of ``a_t`` over positions that carry a gradient, and of the sum of ``g_t``. Reference: Eschenhagen et
-        al. (NeurIPS 2023), KFAC-reduce.
+        They are the moments of the mean of ``a_t`` over positions that carry a gradient, and of the sum of ``g_t``. Reference:
+        Eschenhagen et al. (NeurIPS 2023), KFAC-reduce.
         """
 
     @property

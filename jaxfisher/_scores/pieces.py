@@ -1,4 +1,4 @@
-"""Scores worked on in pieces: made again whenever they are needed, or several blocks of rows joined."""
+"""Scores that are worked on in pieces: made again whenever they are needed, or several blocks of rows joined."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from jaxfisher._tree import ParamSpec, kept, narrowed, param_spec
 
 
 class ScoresInPieces(Scores):
-    """Scores of which one block of held rows after the other is worked on; how blocks come is told by two methods."""
+    """Scores that are worked on in one block of held rows after the other; two methods say how the blocks come."""
 
     @abc.abstractmethod
     def _map(self, function: Callable[..., Array], *given: Array) -> Array:
-        """``function`` of the held rows of each block, and of the entries of what is given for these, joined along rows."""
+        """``function`` of each block's held rows, and of the entries of ``given`` that belong to them, joined along rows."""
 
     @abc.abstractmethod
     def _sum(self, function: Callable[..., Any], *given: Array) -> Any:
-        """The sum over blocks of ``function`` of the same."""
+        """The sum over blocks of ``function`` of the same arguments."""
 
     def product(self, v: chex.ArrayTree, seal: Seal) -> Float[Array, " rows"]:
         return self._map(lambda held: held.product(v, seal))
@@ -67,7 +67,7 @@ class ScoresInPieces(Scores):
 class StreamedScores(ScoresInPieces, FactoredScores):
     """Scores made again, ``batch_size`` examples at a time, whenever they are needed.
 
-    ``live`` tells the examples from padding; None where nothing is padding.
+    ``live`` is true of the examples and false of padding; None where there is no padding.
     """
 
     rows: Rows
@@ -156,7 +156,7 @@ class StreamedScores(ScoresInPieces, FactoredScores):
         grid = jnp.zeros((cut.count, cut.count, side, side), tiles.dtype).at[one, other].set(tiles)
         rows = cut.in_order(grid.swapaxes(1, 2))  # [rows, piece, row]
         known = cut.in_order(jnp.moveaxis(rows, 0, -1)).T
-        # Of two rows, the product was taken once, with the row of the earlier piece first.
+        # The product of two rows was taken once, with the row of the earlier piece first.
         piece = cut.in_order(jnp.repeat(jnp.arange(cut.count)[:, None], side, axis=1))
         return jnp.where(piece[:, None] <= piece[None, :], known, known.T)
 

@@ -31,15 +31,15 @@ def kl_along(
 
     .. math:: KL(\theta \,\|\, \theta + t d) \quad\text{and}\quad \tfrac12 t^2\, d^T F(\theta)\, d,
 
-    with F the exact Fisher; both are means over the examples, in nats. Where the curves part, a step is too long for the metric
-    at its start.
+    where F is the exact Fisher; both are means over the examples, in nats. Where the curves part, a step is too long for the
+    metric at its start.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
         params: the parameters at t = 0.
         direction: d, a pytree like the parameters.
         steps: the values of t, shape ``[m]``, of either sign, in the order in which they are joined.
-        *inputs: what the model takes besides the parameters, with a leading axis of n examples; none for a family without.
+        *inputs: what the model takes besides the parameters, with a leading axis of n examples; nothing where it takes none.
         weights: of the examples, shape ``[n]``.
         ax: the axes to draw on; None makes a figure.
 
@@ -77,7 +77,7 @@ def kl_along(
             moved = jax.tree.map(lambda x, v: x + step * v, start, d)
             return kl(model)(params, cast_like(moved, params), *inputs, weights=weights)
 
-        # One step after another: all at once would hold the model's activations as often as there are steps.
+        # One step after another: all at once would hold the model's activations once for every step.
         divergences = jax.lax.map(divergence_at, steps)
         return divergences, implicit_fisher(model)(params, *inputs, weights=weights).quadratic(d)
 

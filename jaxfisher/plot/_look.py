@@ -17,12 +17,12 @@ BLACK, ORANGE, SKY, GREEN, VERMILION, BLUE, PURPLE = (
 )  # fmt: skip
 """Okabe and Ito's colours, without the yellow, which is lost on white."""
 
-# Neighbours in the list differ in lightness too, for print in grey.
+# Neighbours in the list differ in lightness too, for prints in grey.
 _COLOURS = (BLACK, VERMILION, SKY, BLUE, ORANGE, GREEN, PURPLE)
 INSIDE = 4
-"""Most entries of a legend that is put inside the axes."""
+"""The most entries that a legend inside the axes may have."""
 COLUMN = 20
-"""Most entries of one column of it."""
+"""The most entries in one column of a legend."""
 
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1)), (0, (4, 1, 1, 1, 1, 1)), (0, (1, 1)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -87,6 +87,6 @@ def named(name: str, value: Any, entry: str) -> Mapping[str, Any]:
 
 
 def counted(label: str, drawn: np.ndarray, why: str) -> str:
-    """The label, with how many numbers are not drawn and why, where there are any."""
+    """The label; where numbers are not drawn, it says how many and why."""
     lost = int(np.sum(~drawn))
     return f"{label} ({lost} of {drawn.size} not drawn:\n{why})" if lost else label

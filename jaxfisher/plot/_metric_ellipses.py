@@ -41,7 +41,7 @@ def metric_ellipses(
             ``{"loc": [m], "log_scale": [m]}``: two numbers a point. The first, in `jax.flatten_util.ravel_pytree` order, is on
             the horizontal axis. A family of more parameters is cut to two by closing over the others.
         radius: c, in nats.
-        *inputs: what the model takes besides the parameters, with a leading axis of n examples; none for a family without.
+        *inputs: what the model takes besides the parameters, with a leading axis of n examples; nothing where it takes none.
         weights: of the examples, shape ``[n]``.
         ax: the axes to draw on; None makes a figure.
 

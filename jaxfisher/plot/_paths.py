@@ -30,12 +30,12 @@ def paths(
         \theta_{k+1} = \theta_k - \eta\, F(\theta_k)^{-1} \nabla L(\theta_k).
 
     Contours are at evenly spaced quantiles of the loss over the area shown, so that they show a long valley as well as a steep
-    wall; every other one is labelled. The area is that of the paths and some room around them.
+    wall; every second contour is labelled. The area holds the paths and some room around them.
 
     Args:
         loss: a JAX function of one point, shape ``[2]``, to a scalar.
-        paths: from the name of each path to its points, shape ``[steps + 1, 2]``, the start included. Starts have a ring, ends
-            a larger marker.
+        paths: from the name of each path to its points, shape ``[steps + 1, 2]``, the start included. A start has a ring, an
+            end a larger marker.
         ax: the axes to draw on; None makes a figure.
 
     Returns:
@@ -122,7 +122,7 @@ def _draw(ax: Axes, name: str, path: Float[np.ndarray, "steps 2"], k: int, end_s
     halo = [Stroke(linewidth=3.2, foreground="white"), Normal()]
     ax.plot(*path.T, **look(k), linewidth=1.6, markersize=3.5, label=label, zorder=3, path_effects=halo)
     start, end = path[kept][0], path[kept][-1]
-    # Ends that fall together stay visible: the later, the smaller.
+    # Ends that fall together stay visible: a later end is smaller.
     colour, marker = look(k)["color"], look(k)["marker"]
     ax.scatter(end[0], end[1], s=end_size, color=colour, marker=marker, edgecolors="white", zorder=4)
     ax.scatter(start[0], start[1], s=130, facecolors="none", edgecolors="black", marker="o", zorder=4)

@@ -21,7 +21,7 @@ def spectrum(fisher: Operator, damping: chex.Numeric | None = None, ax: Axes | N
 
     Eigenvalues inside rounding error are exactly zero (`Operator.eigvalsh`). A log axis has no place for them: they stand as
     triangles on its lower edge. Negative ones, which no Fisher has but an observed information may, are drawn by size as
-    crosses. The legend counts both. Along eigenvectors with an eigenvalue below the damping, ``(F + damping I)^-1`` is about
+    crosses. The legend counts both. Along an eigenvector whose eigenvalue is below the damping, ``(F + damping I)^-1`` is about
     ``1 / damping``, whatever F is.
 
     Args:

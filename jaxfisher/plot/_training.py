@@ -15,7 +15,7 @@ ENTRY = "the values y, an array with one axis, or a tuple (x, y) of two such arr
 
 
 def training(curves: Mapping[str, Any], xlabel: str = "step", ylabel: str = "loss (nats)", ax: Axes | None = None) -> Axes:
-    r"""Training curves, one a name, the loss on a log axis.
+    r"""Training curves, one for each name, with the loss on a log axis.
 
     .. math:: y_k = L(\theta_k), \qquad k = 0, 1, 2, \dots
 
@@ -49,7 +49,7 @@ def training(curves: Mapping[str, Any], xlabel: str = "step", ylabel: str = "los
     for k, (name, (x, y)) in enumerate(pairs.items()):
         drawn = np.isfinite(y) & (y > 0)
         label = counted(name, drawn, "not positive and finite")
-        # Markers of neighbouring curves do not fall on the same steps.
+        # The markers of neighbouring curves do not fall on the same steps.
         every = (0.03 * (k % 4), 0.12) if len(x) > 20 else None
         ax.plot(x, np.where(drawn, y, np.nan), **look(k), linewidth=1.5, markersize=5, markevery=every, label=label)
     ax.set(yscale="log", xlabel=xlabel, ylabel=ylabel)
@@ -67,7 +67,7 @@ def _curve(name: str, curve: Any) -> tuple[Float[np.ndarray, " steps"], Float[np
         raise ValueError(f"`{where}` is a tuple of {len(curve)}; expected {ENTRY}.")
     x, y = (numbers(f"{where}[{place}]", part, 1) for place, part in enumerate(curve))
     if x.shape != y.shape:
-        raise ValueError(f"`{where}` has {len(x)} values of x and {len(y)} of y; expected as many of both.")
+        raise ValueError(f"`{where}` has {len(x)} values of x and {len(y)} of y; expected as many of one as of the other.")
     if not np.all(np.isfinite(x)):
         raise ValueError(f"`{where}[0]`, its x, holds {x[~np.isfinite(x)][0]}; expected finite numbers.")
     return x, y
