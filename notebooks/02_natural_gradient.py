@@ -242,7 +242,7 @@ np.testing.assert_allclose(natural, newton, rtol=1e4 * EPS)
 
 
 # %% [markdown]
-# In other parameters they part. For a normal distribution in mean and scale, far from the maximum, the Hessian is not even
+# In other parameters the two differ. For a normal distribution in mean and scale, far from the maximum, the Hessian is not even
 # positive: Newton's step goes uphill. The Fisher is a covariance, so its step goes downhill wherever it is not zero.
 
 

@@ -85,7 +85,7 @@ trained, losses = train(start, inputs, targets)
 print(f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} after training (nats)")
 
 # %% [markdown]
-# The distance to the exact Fisher, in the Frobenius norm and relative to it. The sampled Fisher's falls with the root of the
+# The distance to the exact Fisher, in the Frobenius norm and relative to it. For sampled Fishers it falls with the root of the
 # number of draws, as an average does.
 
 # %%
@@ -346,7 +346,7 @@ plt.show()
 
 # %% [markdown]
 # It depends on the size of the batch. Near a minimum it is the Fisher divided by $B$; far from one it is mostly the square of
-# the mean, a matrix of rank one. No factor makes it a Fisher in both. Only for batches of one it is the empirical Fisher, in
+# the mean, a matrix of rank one. No factor makes it a Fisher in both. Only for batches of one is it the empirical Fisher, in
 # expectation. Importances of parameters that are made this way, as for elastic weight consolidation, change with the batch
 # size; those of `jf.diagonal(jf.empirical_fisher(log_prob)(params, x, y))` do not.
 #

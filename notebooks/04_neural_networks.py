@@ -86,7 +86,7 @@ print(exact_fisher(start, batch[0]))
 # %% [markdown]
 # ## What `explain` says
 #
-# `explain` reads the model without computing anything. Of the **model** it tells how the rows of its exact Fisher are held:
+# `explain` reads the model without computing anything. It tells how the rows of the **model**'s exact Fisher are held:
 # ten rows an image here, one for each class.
 
 # %%
@@ -285,8 +285,8 @@ assert all(2 * first_below(losses[name]) < first_below(losses[best_adam]) for na
 # EKFAC follow, and Adam, at the best of its rates, takes more than twice as many. The diagonal does not pay at this setting:
 # what makes the loss hard is the coupling between parameters, which a diagonal has no room for.
 #
-# Against **seconds** (right) the picture is another. A step with the exact Fisher factorises a matrix as wide as the network
-# has parameters. The Kronecker views are far cheaper, and Adam is cheaper still: a step of it costs one gradient. On a
+# Against **seconds** (right) the picture is different. A step with the exact Fisher factorises a matrix as wide as the network
+# has parameters. The Kronecker views are far cheaper, and Adam is cheaper still: its step costs one gradient. On a
 # network this small, its many cheap steps are hard to beat.
 
 # %%

@@ -124,7 +124,7 @@ print("held:", [leaf.shape for leaf in jax.tree.leaves(scores)])
 print(jf.explain(log_prob, params, x, y))
 
 # %% [markdown]
-# The axes of length one are for rows, groups and positions, which this model has one of. The last array is the weights of the
+# The axes of length one are for rows, groups and positions, of which this model has one. The last array is the weights of the
 # examples.
 #
 # ## The Gram matrix without scores
@@ -171,7 +171,7 @@ def three_ways(params, x, y):
 
 by_parameters, by_examples, library = three_ways(params, x, y)
 directions = [jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]) for tree in (by_examples, library)]
-# The library's is the natural gradient of the loss, which is minus the mean log-density.
+# The library gives the natural gradient of the loss, which is minus the mean log-density.
 for direction in (directions[0], -directions[1]):
     assert jnp.allclose(direction, by_parameters, rtol=0, atol=1e-5 * jnp.max(jnp.abs(by_parameters)))
 print(f"a {flat.shape[1]} x {flat.shape[1]} and a {n} x {n} system give one direction, which is that of jf.natural_grad")
@@ -207,7 +207,7 @@ assert found.plain == ("['normed']",)
 # %% [markdown]
 # - `shared` meets five words: factors. The `kernel` meets a whole image: its gradients are formed, which is cheaper, and only
 #   a few at a time.
-# - `table` is looked up in: its gradient is nearly all zeros, and it is held as positions and rows.
+# - `table` is a table of rows: its gradient is nearly all zeros, and it is held as positions and rows.
 # - `scale` has a gradient that is no larger than what it is made of, so it is simply held.
 # - `normed` is divided by the lengths of its own columns. No rule takes an outer product through that, so its gradient is
 #   formed, and the table says why.
@@ -215,7 +215,7 @@ assert found.plain == ("['normed']",)
 # Nothing is ever wrong for want of a rule; it is only larger. `assert not jf.explain(...).plain` in a test of your own keeps
 # a model in the fast form.
 #
-# With more words the choice for `shared` turns over:
+# With more words the choice for `shared` is reversed:
 
 # %%
 for positions in (1, 4, 5, 6, 8, 16, 64):

@@ -290,7 +290,7 @@ np.testing.assert_allclose(error[1] / error[2], 0.5, rtol=0.1)
 # ## What damping has to do with it
 #
 # The natural gradient is long where the Fisher is small: along directions that hardly change the policy at first. A long way
-# along them the Fisher is another one. Damping shortens exactly those parts of the step. Here are steps of the same predicted
+# along them the Fisher has changed. Damping shortens exactly those parts of the step. Here are steps of the same predicted
 # divergence at several dampings.
 
 
