@@ -354,7 +354,7 @@ assert np.all(np.isfinite(evidence)) and np.all(np.diff(dimension) < 0) and np.a
 
 # %% [markdown]
 # With a weak prior the fit is best and the households held out are not. The evidence says so without seeing them, and its
-# choice is as good as the best there. The Hessian is a different quadratic. Where it is not positive its log-determinant is NaN,
+# choice is as good as the best there. The Hessian is a different quadratic. If it is not positive, its log-determinant is NaN,
 # rather than a number that means nothing; the Fisher is positive everywhere. Where both exist, their difference tells how many
 # nats of the evidence are a matter of approximation.
 #
