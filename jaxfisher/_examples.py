@@ -127,7 +127,8 @@ def make_batch(
     weights = _checked_weights(weights, n)
     omega = _normalised(weights).astype(spec.dtype)
     live = omega != 0
-    return Batch(spec, n, _filled(data, omega, live), omega, live, batch_size, max_bytes, jnp.sum(weights))
+    mass = jnp.sum(jnp.where(weights >= 0, weights, jnp.nan))
+    return Batch(spec, n, _filled(data, omega, live), omega, live, batch_size, max_bytes, mass)
 
 
 def _checked_weights(weights: Any, n: int) -> Float[Array, " n"]:

@@ -124,7 +124,12 @@ FISHERS = {
     "spread_solves": lambda: jf.spread_solves(fisher(), mesh(), "rows").solve(problem()[0], 0.1),
     "marginal": lambda: jf.marginal(fisher(), lambda path: "w" in path),
     "scaled_identity": lambda: jf.scaled_identity(fisher(), 2.0),
+    "accumulate": lambda: accumulated(problem()[0], 2 * [(problem()[1],)]),
+    "merge": lambda: jf.merge(fisher("Kronecker"), fisher("Kronecker")),
 }
+
+
+accumulated = jf.accumulate(jf.exact_fisher(model), jf.kronecker)
 
 
 def mesh():

@@ -65,7 +65,7 @@ ROOMS = {
     "Models": "_model",
     "Divergences": "_divergence",
     "Scores": "_scores _explain",
-    "Fishers": "_fisher",
+    "Fishers": "_accumulate _fisher",
     "Operators": "_operators",
     "Solving": "_cholesky _solve _system",
     "Natural gradients": "_natural",

@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Scalar
 
-from jaxfisher._engine import Basis, Layout
+from jaxfisher._engine import Basis, Layout, Moments
 from jaxfisher._inverse import eigen, log_determinant, multiplied
 from jaxfisher._linalg import cholesky, diagonals, eigenpairs, eigenvalues, matmul, norm, resolved, unit_diagonal, unit_rank
 from jaxfisher._null_space import projected
+from jaxfisher._operators.averaging import mean_of
 from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.form import Form, small_matrix
 from jaxfisher._operators.inverted import Inverted
+from jaxfisher._operators.layer import Layer
 from jaxfisher._operators.spectral import Spectral, Tests, applied_once
 from jaxfisher._operators.sum import Sum
 from jaxfisher._pytree import array_fields
@@ -29,63 +31,21 @@ from jaxfisher._tree import ParamSpec
 from jaxfisher._varying import cond
 
 
-class _Layer(Form):
-    """The block of one layer; its vectors are lists of a weight and perhaps a bias, in the parameters' order."""
+@array_fields("inputs", "outputs", "count", "unit", repr=False)
+class Kronecker(Layer):
+    """``A (x) G`` of one layer, both factors held; a running mean is one of the factors, as KFAC has it.
 
-    layout: Layout
-    weight: int
-    """The place of the weight in the lists."""
-
-    inputs: Float[Array, "groups inputs inputs"]
-    outputs: Float[Array, "groups outputs outputs"]
-
-    def basis_over(self, places: Sequence[int]) -> Basis:
-        """The vectors of its factors as a basis, for forms over the leaves at these places among its own."""
-        here = {place: i for i, place in enumerate(places)}
-        bias = here.get(1 - self.weight) if self.has_bias else None
-        return Basis(self.inputs, self.outputs, self.layout, here.get(self.weight), bias)
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether the bias is there, as the weight of a last input that is always one."""
-        return len(self.spec.shapes) > 1
-
-    def _matrix(self, v: Any) -> Float[Array, "groups inputs outputs"]:
-        leaves = jax.tree.leaves(v)
-        matrix = self.layout.matrix(leaves[self.weight])
-        if not self.has_bias:
-            return matrix
-        return jnp.concatenate([matrix, leaves[1 - self.weight].reshape(1, 1, -1)], axis=1)
-
-    def _leaves(self, matrix: Float[Array, "groups inputs outputs"]) -> Any:
-        leaves = [self.layout.leaf(matrix[:, : self.layout.inputs])]
-        if self.has_bias:
-            bias = matrix[:, -1].reshape(self.spec.shapes[1 - self.weight])
-            leaves.insert(1 - self.weight, bias)
-        return self.spec.tree(leaves)
-
-    def _per_input(self, factors: Sequence[Scalar]) -> Float[Array, " inputs"]:
-        """A factor for each leaf, as a factor for each input."""
-        parts = [jnp.full(self.layout.inputs, 1, self.spec.dtype) * factors[self.weight]]
-        if self.has_bias:
-            parts.append(jnp.ones(1, self.spec.dtype) * factors[1 - self.weight])
-        return jnp.concatenate(parts)
-
-    def _as_matrix(self, blocks: Float[Array, "groups size size"]) -> Float[Array, "p p"]:
-        """Dense blocks in the order of the parameters."""
-        groups, size, _ = blocks.shape
-        full = (jnp.eye(groups, dtype=blocks.dtype)[:, None, :, None] * blocks[:, :, None, :]).reshape(groups * size, -1)
-        shape = (groups, -1, self.layout.outputs)
-        order = self.spec.ravel(self._leaves(jnp.arange(groups * size).reshape(shape).astype(self.spec.dtype)), "v").astype(int)
-        return full[order][:, order]
-
-
-@array_fields("inputs", "outputs", repr=False)
-class Kronecker(_Layer):
-    """``A (x) G`` of one layer, both factors held; a running mean is one of the factors, as KFAC has it."""
+    Attributes:
+        inputs: ``A``, a mean over positions.
+        outputs: ``G``.
+        count: how many positions an example has in the mean.
+        unit: what ``G`` is a multiple of the mean ``g g^T`` by, so that the trace is that of the block.
+    """
 
     inputs: Float[Array, "groups inputs inputs"]
     outputs: Float[Array, "groups outputs outputs"]
+    count: Float[Array, " groups"]
+    unit: Float[Array, " groups"]
     layout: Layout
     weight: int
     sharing: str
@@ -249,7 +209,7 @@ class Kronecker(_Layer):
         return dataclasses.replace(self, inputs=by_input[None, :, None] * self.inputs * by_input[None, None, :])
 
     def scaled(self, factor: Scalar) -> Kronecker:
-        return dataclasses.replace(self, outputs=factor * self.outputs)
+        return dataclasses.replace(self, outputs=factor * self.outputs, unit=factor * self.unit)
 
 
 def factorised(form: Form) -> Form:
@@ -343,7 +303,7 @@ def _eigh(x: Float[Array, "groups m m"]) -> tuple[Float[Array, "groups m"], Floa
 
 
 @array_fields("inputs", "outputs", "values", repr=False)
-class EigenKronecker(_Layer, Spectral):
+class EigenKronecker(Layer, Spectral):
     """``(Q_A (x) Q_G) diag(values) (Q_A (x) Q_G)^T`` of one layer, bases and eigenvalues held.
 
     ``separable`` says that each value is a product of one for the input and one for the output, as those of a `Kronecker` are.
@@ -399,7 +359,8 @@ class EigenKronecker(_Layer, Spectral):
         a, g = _partial_traces(self.values)
         inputs = matmul(self.inputs * a[:, None, :], self.inputs.swapaxes(1, 2))
         outputs = matmul(self.outputs * g[:, None, :], self.outputs.swapaxes(1, 2))
-        return Kronecker(inputs, outputs, self.layout, self.weight, sharing, self.spec)
+        one = jnp.ones(inputs.shape[:1], inputs.dtype)
+        return Kronecker(inputs, outputs, one, one, self.layout, self.weight, sharing, self.spec)
 
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Form:
         spec = self.spec.restrict(keep, treedef)
@@ -422,3 +383,32 @@ class EigenKronecker(_Layer, Spectral):
 
     def scaled(self, factor: Scalar) -> EigenKronecker:
         return dataclasses.replace(self, values=factor * self.values)
+
+
+@mean_of.register
+def _(block: Kronecker, other: Kronecker, share: Scalar) -> Kronecker:
+    """The view of the mean, of two views of scores: second moments add up, and the trace is the mean of the traces."""
+    shares = [x.astype(block.inputs.dtype) for x in (1 - share, share)]
+
+    def mean(quantity: Callable[[Kronecker], Array]) -> Array:
+        return shares[0] * quantity(block) + shares[1] * quantity(other)
+
+    moments = Moments(
+        mean(lambda of: of.count[:, None, None] * of.inputs),
+        mean(lambda of: of.outputs / jnp.where(of.unit == 0, 1, of.unit)[:, None, None]),
+        mean(lambda of: of.count),
+        mean(lambda of: jnp.sum(diagonals(of.inputs), 1) * jnp.sum(diagonals(of.outputs), 1)),
+        block.layout,
+    )
+    inputs, outputs = moments.factors()
+    return dataclasses.replace(block, inputs=inputs, outputs=outputs, count=moments.count, unit=moments.unit())
+
+
+@mean_of.register
+def _(block: EigenKronecker, other: EigenKronecker, share: Scalar) -> EigenKronecker:
+    """In the basis that both have; NaN where they have not."""
+    near = float(jnp.finfo(block.values.dtype).eps) ** 0.5
+    pairs = ((block.inputs, other.inputs), (block.outputs, other.outputs))
+    same = jnp.stack([jnp.max(jnp.abs(a - b), initial=0.0) <= near for a, b in pairs])
+    values = block.values + share.astype(block.values.dtype) * (other.values - block.values)
+    return dataclasses.replace(block, values=jnp.where(jnp.all(same), values, jnp.nan))

@@ -265,7 +265,8 @@ def _layers(places: Places, form: Form, sharing: Sharing) -> tuple[tuple[Places,
         if made is not None:
             group = tuple(i for i, role in enumerate(scores.roles) if k in (i, role.layer))
             inputs, outputs = map(_symmetric, made.factors())
-            block = Kronecker(inputs, outputs, made.layout, group.index(k), sharing.name, _spec_of(form.spec, group))
+            spec = _spec_of(form.spec, group)
+            block = Kronecker(inputs, outputs, made.count, made.unit(), made.layout, group.index(k), sharing.name, spec)
             found.append((tuple(places[i] for i in group), block))
     return tuple(found)
 

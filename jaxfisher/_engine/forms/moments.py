@@ -54,10 +54,12 @@ class Moments:
         .. math:: A = \frac{\sum \omega\, a a^T}{\sum \omega}, \qquad G = c \sum \omega\, g g^T, \qquad
             \mathrm{tr} A\, \mathrm{tr} G = \sum \omega\, |D|^2.
         """
-        inputs = self.inputs / _or_one(self.count)[:, None, None]
-        sizes = [_or_one(jnp.sum(diagonals(factor), 1)) for factor in (inputs, self.outputs)]
-        scale = self.trace / sizes[0] / sizes[1]
-        return inputs, self.outputs * scale[:, None, None]
+        return self.inputs / _or_one(self.count)[:, None, None], self.outputs * self.unit()[:, None, None]
+
+    def unit(self) -> Float[Array, " groups"]:
+        """The number ``c``."""
+        sizes = [_or_one(jnp.sum(diagonals(factor), 1)) for factor in (self.inputs, self.outputs)]
+        return self.trace / (sizes[0] / _or_one(self.count)) / sizes[1]
 
 
 def _or_one(x: Float[Array, " groups"]) -> Float[Array, " groups"]:

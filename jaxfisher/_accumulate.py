@@ -1,0 +1,140 @@
+"""Means over more data than memory holds: Fishers of one batch after the other, merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxfisher._fisher import FisherFunction
+from jaxfisher._once import once
+from jaxfisher._operators.averaging import mean_of
+from jaxfisher._operators.operator import VIEW, Operator, View, as_operator
+from jaxfisher._operators.provenance import Provenance
+from jaxfisher._tree import check_function
+from jaxfisher._values import described
+
+
+def merge(one: Operator, other: Operator) -> Operator:
+    r"""The mean over the examples of two Fishers, in the form that both have.
+
+    .. math:: \frac{W F + V G}{W + V}, \qquad W = \sum w_i \text{ over the examples of } F,
+
+    with W their number where no weights were given. It is exact: the view of both batches together, whatever their sizes. The
+    factors of Kronecker views of scores are means of second moments, of a number of positions that each view has counted, and
+    are merged as such. What is held by eigenvectors is merged where both have the same ones.
+
+    Args:
+        one: a view of one batch, or what was merged before. It must have a form that does not grow with the examples.
+        other: the same view of another batch.
+
+    Returns:
+        An operator of the same structure, so that a loop can carry it: also inside `jax.lax.scan`.
+
+    Raises:
+        TypeError: an argument that is no operator; a form that has no mean in itself, such as scores; a sum, or an operator
+            that is no mean over examples.
+        ValueError: operators over other parameters, or of other kinds or forms.
+
+    Reference: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances (1979),
+    section 2, for merging means.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> fisher = jf.empirical_fisher(jf.log_likelihood(lambda mu: jf.Normal(mu, 1.0)))
+    >>> F, G = (jf.dense(fisher(0.0, x)) for x in (jnp.array([1.0, 2.0]), jnp.array([4.0])))
+    >>> print(jf.merge(F, G), jf.merge(F, G).as_matrix())  # (1 + 4 + 16) / 3
+    Fisher(empirical, mean over 3, params 1, dense) [[7.]]
+    """
+    one, other = as_operator(one, "merge"), as_operator(other, "merge")
+    one.spec.check_same(other.spec, f"merge: cannot merge {one} and {other}")
+    for fisher in (one, other):
+        if fisher.provenance.mass is None:
+            raise TypeError(f"merge: {fisher} is no mean over examples; merge means, and add or multiply afterwards.")
+    structures: list[Any] = [jax.tree.structure(fisher) for fisher in (one, other)]
+    if structures[0] != structures[1]:
+        raise ValueError(f"merge: {one} and {other} have different structures; expected the same view of Fishers of one kind.")
+    return _merged(one, other)
+
+
+@once
+def _merged(one: Operator, other: Operator) -> Operator:
+    mine, theirs = one.provenance, other.provenance
+    mass = mine.mass + theirs.mass  # type: ignore[operator]
+    provenance = Provenance(mine.kind, mine.examples + theirs.examples, mass, mine.mean)  # type: ignore[operator]
+    views_of = None if one.views_of is None or other.views_of is None else _merged(one.views_of, other.views_of)
+
+    def chosen(a: Array, b: Array, both: Array) -> Array:
+        # A batch of padding has no mean, and no part in one.
+        return jnp.where(theirs.mass == 0, a, jnp.where(mine.mass == 0, b, both))
+
+    form = jax.tree.map(chosen, one.form, other.form, mean_of(one.form, other.form, theirs.mass / mass))
+    return Operator(form, provenance, views_of)
+
+
+class Accumulation(Protocol):
+    """``accumulated(params, batches, start=None) -> Operator``."""
+
+    def __call__(self, params: chex.ArrayTree, batches: Iterable[Any], start: Operator | None = None) -> Operator: ...
+
+
+def accumulate(fisher: FisherFunction, view: View) -> Accumulation:
+    r"""The view of a Fisher over a stream of batches, of which one at a time is in memory: the exact mean over all examples.
+
+    .. math:: F = \frac{\sum_b W_b F_b}{\sum_b W_b}, \qquad W_b = \sum_{i \in b} w_i.
+
+    Batches may differ in size, which costs a compilation for every size. The result is an operator: saved as the pytree that it
+    is, and given as ``start``, it goes on to the same bits. To save on the way, take some batches at a time
+    (`itertools.islice`). For a progress bar, give ``tqdm(batches)``. On a mesh, give batches that are spread over it.
+
+    **When it is the wrong one.** `jaxfisher.scale_by_fisher` takes running means while parameters move. Where all data fit, a
+    ``batch_size`` bounds memory as well. Low-rank views of batches have no exact mean of their rank.
+
+    Args:
+        fisher: ``(params, *batch) -> operator``, such as `jaxfisher.exact_fisher` returns, or a function of your own that gives
+            ``weights=`` or draws with a key that is a part of the batch.
+        view: of a form that does not grow with the examples: `jaxfisher.diagonal`, `jaxfisher.dense`,
+            `jaxfisher.kronecker`, ``lambda F: jf.block_diagonal(jf.dense(F))``; or, in a second pass over the data, ``lambda F:
+            jf.eigen_kronecker(F, basis)`` in the basis of what the first pass gave.
+
+    Returns:
+        A function ``(params, batches, start=None)`` of any iterable of batches, each what ``fisher`` takes after the
+        parameters: a tuple or list of its data, or its only array. NumPy arrays will do.
+
+    Raises:
+        TypeError: a ``fisher`` or ``view`` that is no function; (when called) batches that cannot be iterated over.
+        ValueError: (when called) no batch and no ``start``; and what `jaxfisher.merge` raises.
+
+    Reference: George, Laurent, Bouthillier, Ballas and Vincent, Fast approximate natural gradient descent in a
+    Kronecker-factored eigenbasis (NeurIPS 2018), for the two passes of the eigen-Kronecker form.
+
+    >>> import numpy as np, jaxfisher as jf
+    >>> batches = [(np.array([1.0, 3.0]),), (np.array([2.0]),)]
+    >>> fisher = jf.exact_fisher(lambda w, x: jf.Poisson(log_rate=w * x))
+    >>> F = jf.accumulate(fisher, jf.diagonal)(0.0, batches)
+    >>> print(F, F.trace().round(4))  # mean of x^2
+    Fisher(exact, mean over 3, params 1, diagonal) 4.6667
+    """
+    check_function("fisher", fisher, "(params, *batch) -> operator")
+    check_function("view", view, VIEW)
+
+    @jax.jit
+    def of_batch(params: chex.ArrayTree, batch: tuple[Any, ...]) -> Operator:
+        made = as_operator(fisher(params, *batch), "accumulate: `fisher`")
+        return as_operator(view(made), "accumulate: `view`")
+
+    def accumulated(params: chex.ArrayTree, batches: Iterable[Any], start: Operator | None = None) -> Operator:
+        if not isinstance(batches, Iterable):
+            raise TypeError(f"accumulate: `batches` is {described(batches)}; expected an iterable of batches, each a tuple.")
+        mean = start
+        for batch in batches:
+            new = of_batch(params, tuple(batch) if isinstance(batch, tuple | list) else (batch,))
+            mean = new if mean is None else merge(mean, new)
+        if mean is None:
+            raise ValueError("accumulate: `batches` has no batch; a mean needs at least one.")
+        return mean
+
+    return accumulated

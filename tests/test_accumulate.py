@@ -1,0 +1,137 @@
+"""Means over streams: merged views of batches are the view of all examples, whatever the sizes and weights of the batches."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxfisher as jf
+
+SIZES = (7, 3, 6, 1)
+BOUNDS = np.cumsum((0, *SIZES))
+EPS = np.finfo(np.float64).eps
+
+
+def model(params, x, length):
+    """Sequences of different lengths, whose positions share a weight: views count those that carry a gradient."""
+    hidden = jnp.tanh(x @ params["a"] + params["b"][None])
+    inside = (jnp.arange(x.shape[0]) < length)[:, None]
+    return jf.Categorical(logits=jnp.sum(jnp.where(inside, hidden, 0), 0) @ params["c"])
+
+
+def log_prob(params, x, length, y):
+    return model(params, x, length).log_prob(y)
+
+
+def problem():
+    rng = np.random.default_rng(0)
+    n = BOUNDS[-1]
+    params = {"a": rng.normal(size=(3, 4)), "b": rng.normal(size=4), "c": rng.normal(size=(4, 3))}
+    data = rng.normal(size=(n, 5, 3)), rng.integers(1, 6, n), rng.integers(0, 3, n)
+    return jax.tree.map(jnp.asarray, params), data, rng.uniform(0, 2, n) * (rng.uniform(size=n) > 0.3)
+
+
+def batches(*data):
+    """NumPy arrays, one batch at a time."""
+    return (tuple(array[a:b] for array in data) for a, b in itertools.pairwise(BOUNDS))
+
+
+VIEWS = {
+    "dense": jf.dense,
+    "diagonal": jf.diagonal,
+    "block-diagonal": lambda F: jf.block_diagonal(jf.dense(F)),
+    "Kronecker": jf.kronecker,
+    "Kronecker, reduced": jf.kronecker_reduce,
+}
+
+
+def weighted(params, x, length, y, weights):
+    return jf.empirical_fisher(log_prob)(params, x, length, y, weights=weights)
+
+
+def assert_same(found, expected):
+    for name, a, b in (
+        ("matrix", found.as_matrix(), expected.as_matrix()),
+        ("trace", found.trace(), expected.trace()),
+        ("count", found.n, expected.n),
+    ):
+        np.testing.assert_allclose(a, b, rtol=0, atol=64 * EPS * float(jnp.max(jnp.abs(b))), err_msg=name)
+    assert repr(found) == repr(expected)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_stream_gives_the_view_of_all_examples(name):
+    params, data, w = problem()
+    view, exact = VIEWS[name], jf.exact_fisher(model)
+    assert_same(jf.accumulate(exact, view)(params, batches(*data[:2])), view(exact(params, *data[:2])))
+    # Weights do not sum to one in any batch, and the last one has only padding.
+    w[-1] = 0
+    streamed = jf.accumulate(weighted, view)(params, batches(*data, w))
+    assert_same(streamed, view(weighted(params, *data, w)))
+
+
+def test_the_eigenvectors_of_a_first_pass_serve_a_second():
+    params, data, _ = problem()
+    fisher = jf.exact_fisher(model)
+    basis = jf.accumulate(fisher, jf.kronecker)(params, batches(*data[:2]))
+    view = lambda F: jf.eigen_kronecker(F, basis)  # noqa: E731
+    assert_same(jf.accumulate(fisher, view)(params, batches(*data[:2])), view(fisher(params, *data[:2])))
+    # Each batch in its own basis has no mean, and says so.
+    own = jf.accumulate(fisher, jf.eigen_kronecker)(params, batches(*data[:2]))
+    assert np.isnan(own.trace())
+
+
+def test_a_stream_that_goes_on_has_the_same_bits():
+    params, data, _ = problem()
+    accumulated = jf.accumulate(jf.exact_fisher(model), jf.kronecker)
+    whole = accumulated(params, batches(*data[:2]))
+    first = accumulated(params, itertools.islice(batches(*data[:2]), 2))
+    # As a checkpoint has it: arrays out, and in again.
+    arrays, structure = jax.tree.flatten(first)
+    kept = jax.tree.unflatten(structure, [jnp.asarray(np.array(array)) for array in arrays])
+    again = accumulated(params, itertools.islice(batches(*data[:2]), 2, None), start=kept)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_loop_carries_a_mean():
+    params, data, _ = problem()
+    x, length = (array[:16].reshape(4, 4, *array.shape[1:]) for array in data[:2])
+    view = lambda x, length: jf.kronecker(jf.exact_fisher(model)(params, x, length))  # noqa: E731
+
+    @jax.jit
+    def run(x, length):
+        step = lambda mean, batch: (jf.merge(mean, view(*batch)), None)  # noqa: E731
+        return jax.lax.scan(step, view(x[0], length[0]), (x[1:], length[1:]))[0]
+
+    assert_same(run(x, length), view(data[0][:16], data[1][:16]))
+
+
+def test_what_has_no_mean_is_refused():
+    params, data, _ = problem()
+    fisher = jf.exact_fisher(model)(params, *data[:2])
+    for ask, kind, words in [
+        (lambda: jf.merge(fisher, fisher), TypeError, "exact as scores has no mean in the same form.*jf.diagonal"),
+        (lambda: jf.merge(*2 * [jf.block_diagonal(fisher)]), TypeError, "exact as scores has no mean in the same form"),
+        (lambda: jf.merge(jf.low_rank(fisher, 2), jf.low_rank(fisher, 2)), TypeError, "has no mean in the same form"),
+        (lambda: jf.merge(jf.diagonal(fisher), jf.dense(fisher)), ValueError, "different structures.*the same view"),
+        (
+            lambda: jf.merge(jf.scaled_identity(params, 1.0), jf.scaled_identity(params, 1.0)),
+            TypeError,
+            "no mean over examples",
+        ),
+        (lambda: jf.merge(jf.dense(fisher) + jf.dense(fisher), jf.dense(fisher)), TypeError, "no mean over examples"),
+        (lambda: jf.accumulate(jf.exact_fisher(model), jf.diagonal)(params, []), ValueError, "`batches` has no batch"),
+        (lambda: jf.accumulate(jf.exact_fisher(model), jf.diagonal)(params, 3), TypeError, "`batches` is 3"),
+        (lambda: jf.accumulate(fisher, jf.diagonal), TypeError, "`fisher`"),
+    ]:
+        with pytest.raises(kind, match=words):
+            ask()
+
+
+def test_weights_that_are_no_weights_are_not_lost_in_a_mean():
+    params, data, w = problem()
+    w[0] = -np.sum(w[1 : SIZES[0]])
+    assert np.isnan(jf.accumulate(weighted, jf.diagonal)(params, batches(*data, w)).trace())
