@@ -161,7 +161,7 @@ def inverses(sizes: Sizes) -> list[Cost]:
             ),
             Entry(
                 "factored damping of KFAC (Cholesky of every factor)",
-                compiled(lambda f, v, d: jf.solve(f, v, d, jf.factored_damping)[0], factors, gradient, _damping(factors)),
+                compiled(lambda f, v, d: jf.solve(f, v, d, jf.factored_solve)[0], factors, gradient, _damping(factors)),
             ),
             Entry(
                 "block-diagonal by layer, empirical Fisher, n x n a layer",
@@ -189,7 +189,7 @@ def sketches(sizes: Sizes) -> list[Cost]:
             *(
                 Entry(
                     f"nystrom({rank}), exact Fisher, {name}",
-                    compiled(lambda fisher, key: jf.nystrom(fisher, rank, key), fisher, jax.random.key(0)),
+                    compiled(lambda fisher, key: jf.nystrom(fisher, key, rank), fisher, jax.random.key(0)),
                 )
                 for name, fisher in exact.items()
             ),

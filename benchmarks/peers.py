@@ -229,7 +229,7 @@ def entries() -> Iterator[Entry]:
     """Ours first."""
     yield Entry("jf.kfac", "", natural(jf.kfac, exact))
     yield Entry("jf.kfac, drawn", "", natural(jf.kfac, drawn))
-    factored = functools.partial(jf.kfac, solver=jf.factored_damping)
+    factored = functools.partial(jf.kfac, solver=jf.factored_solve)
     yield Entry("jf.kfac, drawn, factored", "", natural(factored, drawn))
     ekfac = functools.partial(jf.kfac, view=jf.eigen_kronecker, decay=None)
     yield Entry("jf.kfac, EKFAC", "", natural(ekfac, exact))
@@ -247,4 +247,4 @@ def entries() -> Iterator[Entry]:
 
 def newton() -> optax.GradientTransformation:
     """Fisher scoring with Levenberg and Marquardt's damping, which falls fast where the data are all there."""
-    return jf.adapt_damping(jf.natural_gradient(learning_rate=1.0, damping=1e-2), damping=1e-2, factor=4.0)
+    return jf.adapt_damping(jf.natural_gradient(learning_rate=1.0), damping=1e-2, factor=4.0)

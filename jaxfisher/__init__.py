@@ -49,7 +49,7 @@ from jaxfisher._operators.dense import dense as dense
 from jaxfisher._operators.diagonal import diagonal as diagonal
 from jaxfisher._operators.identity import relative_damping as relative_damping
 from jaxfisher._operators.identity import scaled_identity as scaled_identity
-from jaxfisher._operators.factored import factored_damping as factored_damping
+from jaxfisher._operators.factored import factored_solve as factored_solve
 from jaxfisher._operators.layered import eigen_kronecker as eigen_kronecker
 from jaxfisher._operators.layered import kronecker as kronecker
 from jaxfisher._operators.layered import kronecker_reduce as kronecker_reduce

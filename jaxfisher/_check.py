@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
@@ -78,9 +78,13 @@ FORWARD, BY_LEAF, BACKWARD = (
 )
 
 
-def check_fisher(
-    model: Model, params: chex.ArrayTree, *inputs: Any, key: PRNGKeyArray, num_directions: int = 4, num_draws: int = 16384
-) -> FisherCheck:
+class CheckFunction(Protocol):
+    """``check(params, key, *inputs) -> FisherCheck``."""
+
+    def __call__(self, params: chex.ArrayTree, key: PRNGKeyArray, /, *inputs: Any) -> FisherCheck: ...
+
+
+def check_fisher(model: Model, *, num_directions: int = 4, num_samples: int = 16384) -> CheckFunction:
     r"""Whether the exact Fisher of a model is the Fisher of its KL divergence, of its log-density and of its draws.
 
     Along random directions d, with ``d^T F d = 1``:
@@ -100,39 +104,53 @@ def check_fisher(
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
-        params: the parameters, any pytree.
-        *inputs: arrays with a leading axis of n examples.
-        key: a random key, for directions and draws.
         num_directions: how many directions.
-        num_draws: how many draws from the model in all, at least one for each example.
+        num_samples: how many draws from the model in all, at least one for each example.
 
     Returns:
-        A `FisherCheck`; ``print`` it for a table, test ``.passed``. For four directions it costs some 200 KL divergences of the
-        batch, the scores of the draws and one compilation. A foreign distribution without a KL is checked by draws alone.
+        A function ``(params, key, *inputs)``: the random key is for directions and draws, and the inputs are arrays with a
+        leading axis of n examples. It returns a `FisherCheck`; ``print`` it for a table, test ``.passed``. For four directions
+        it costs some 200 KL divergences of the batch, the scores of the draws and one compilation. A foreign distribution
+        without a KL is checked by draws alone.
 
     Raises:
-        TypeError: a model that returns no distribution, a parameter that is not a real floating array; a key that is not one;
-            called under ``jit``, where there are no numbers to judge.
-        ValueError: arrays of different lengths; a count that is not a whole number of at least one.
+        TypeError: (when called) a model that returns no distribution, a parameter that is not a real floating array; a key that
+            is not one; under ``jit``, where there are no numbers to judge.
+        ValueError: a count that is not a whole number of at least one; (when called) arrays of different lengths.
 
     Reference: Amari, Information Geometry and Its Applications (2016), section 1.3, for the limit; Lehmann and Casella, Theory
     of Point Estimation (1998), lemma 2.5.3, for the score.
 
     >>> import jax, jax.numpy as jnp, jaxfisher as jf
     >>> model = lambda w, x: jf.Poisson(log_rate=w * x)
-    >>> verdict = jf.check_fisher(model, 0.5, jnp.array([1.0, -2.0]), key=jax.random.key(0))
+    >>> verdict = jf.check_fisher(model)(0.5, jax.random.key(0), jnp.array([1.0, -2.0]))
     >>> verdict
     FisherCheck(passed)
     """
     check_function("model", model, MODEL)
-    keys = jax.random.split(as_key(key, "check_fisher"), 3)
-    for name, count in (("num_directions", num_directions), ("num_draws", num_draws)):
+    for name, count in (("num_directions", num_directions), ("num_samples", num_samples)):
         if (whole(count) or 0) < 1:
             raise ValueError(f"`{name}` is {described(count)}; expected a whole number of at least 1.")
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, inputs, key))):
-        raise TypeError(
-            "check_fisher returns a verdict on numbers, and there are none under jit, vmap or grad. Call it outside."
-        )
+
+    def check(params: chex.ArrayTree, key: PRNGKeyArray, /, *inputs: Any) -> FisherCheck:
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, inputs, key))):
+            raise TypeError(
+                "check_fisher returns a verdict on numbers, and there are none under jit, vmap or grad. Call it outside."
+            )
+        return _verdict(model, params, as_key(key, "check_fisher"), inputs, num_directions, num_samples)
+
+    return check
+
+
+def _verdict(
+    model: Model,
+    params: chex.ArrayTree,
+    key: PRNGKeyArray,
+    inputs: tuple[Any, ...],
+    num_directions: int,
+    num_samples: int,
+) -> FisherCheck:
+    keys = jax.random.split(key, 3)
     batch = make_batch(params, inputs, None)
     sources: list[str] = []
 
@@ -154,8 +172,8 @@ def check_fisher(
     noise = jax.random.normal(keys[0], (num_directions, size), dtype)
     nudges = 2 * eps * jax.random.rademacher(keys[1], (POINTS, size), dtype).at[0].set(0)
     # Few examples are drawn for many times at once.
-    together = batch.size * max(1, min(num_draws, DRAWS) // batch.size)
-    draw_keys = jax.random.split(keys[2], (-(-num_draws // together), together))
+    together = batch.size * max(1, min(num_samples, DRAWS) // batch.size)
+    draw_keys = jax.random.split(keys[2], (-(-num_samples // together), together))
     noise, nudges = map(jax.vmap(batch.spec.unravel), (noise, nudges))
     found = _found(model, batch, Static(has_kl), params, noise, nudges, draw_keys)
     measured, along, log_probs, compared = jax.tree.map(partial(np.asarray, dtype=float), found)
@@ -168,9 +186,7 @@ def check_fisher(
         checks = (*exact, *_sampled_checks(along, from_samples), *engine)
     notes: tuple[str, ...] = () if has_kl else ("the distribution has no KL divergence: checked by draws alone",)
     if any(check.passed is None for check in checks):
-        notes += (
-            "not told: rounding or the remainder is too large, kinks too near, or what matters too rare among num_draws draws",
-        )
+        notes += ("not told: rounding or the remainder is too large, kinks too near, or what matters too rare among the draws",)
     return FisherCheck(checks, notes, _reason(checks, leaves), LENGTHS, measured.quotients[0], leaves)
 
 

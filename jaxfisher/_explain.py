@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import chex
 import jax
@@ -104,7 +104,13 @@ class Explanation:
         return "\n".join(line.rstrip() for line in (lines[0], "-" * max(map(len, lines)), *lines[1:]))
 
 
-def explain(function: Callable[..., Any], params: chex.ArrayTree, *data: Any) -> Explanation:
+class ExplainFunction(Protocol):
+    """``explain(params, *data) -> Explanation``."""
+
+    def __call__(self, params: chex.ArrayTree, /, *data: Any) -> Explanation: ...
+
+
+def explain(function: Callable[..., Any]) -> ExplainFunction:
     r"""How the scores of a log-density, or the rows of a model's exact Fisher, are held; nothing is computed.
 
     The gradient of a weight used in T places is a sum of outer products, :math:`D_i = \sum_t a_{it} g_{it}^T`. Scores hold
@@ -113,16 +119,15 @@ def explain(function: Callable[..., Any], params: chex.ArrayTree, *data: Any) ->
 
     Args:
         function: ``log_prob(params, *example) -> scalar`` or ``model(params, *inputs) -> distribution``, of ONE example.
-        params: the parameters, any pytree.
-        *data: as for `jaxfisher.scores` or `jaxfisher.exact_fisher`; arrays with a leading axis of n examples. Any array here
-            and in ``params`` may be a `jax.ShapeDtypeStruct`.
 
     Returns:
-        An `Explanation`: a table when printed, and a value to test on, for instance ``assert not explanation.plain``.
+        A function ``(params, *data)``, with data as for `jaxfisher.scores` or `jaxfisher.exact_fisher`: arrays with a leading
+        axis of n examples. Any of its arrays may be a `jax.ShapeDtypeStruct`. It returns an `Explanation`: a table when
+        printed, and a value to test on, for instance ``assert not explanation.plain``.
 
     Raises:
-        TypeError: ``function`` is neither of the two; a parameter that is not a real floating array.
-        ValueError: arrays of different lengths, a non-scalar log-density.
+        TypeError: ``function`` is neither of the two; (when called) a parameter that is not a real floating array.
+        ValueError: (when called) arrays of different lengths, a non-scalar log-density.
 
     Reference: Rochette, Manoel and Tramel, Efficient per-example gradient computations in convolutional neural networks
     (arXiv 1912.06015), section 3, for the outer products; Bu, Mao and Xu, Scalable and efficient training of large
@@ -130,22 +135,26 @@ def explain(function: Callable[..., Any], params: chex.ArrayTree, *data: Any) ->
 
     >>> import jax.numpy as jnp, jaxfisher as jf
     >>> model = lambda w, x: jf.Categorical(logits=x @ w)
-    >>> explanation = jf.explain(jf.log_likelihood(model), jnp.ones((784, 10)), jnp.ones((32, 784)), jnp.zeros(32, int))
+    >>> explanation = jf.explain(jf.log_likelihood(model))(jnp.ones((784, 10)), jnp.ones((32, 784)), jnp.zeros(32, int))
     >>> explanation.leaves[0].form, explanation.bytes, explanation.plain_bytes
     ('outer product', 101632, 1003520)
     """
     check_function("function", function, "log_prob(params, *example) -> scalar or model(params, *inputs) -> distribution")
-    leaves, treedef = jax.tree.flatten((params, data))
-    shapes = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
-    found = []
 
-    def run(arrays: dict[int, Any]) -> tuple[()]:
-        params, data = jax.tree.unflatten(treedef, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
-        found.append(_explanation(function, params, data))
-        return ()
+    def explained(params: chex.ArrayTree, /, *data: Any) -> Explanation:
+        leaves, treedef = jax.tree.flatten((params, data))
+        shapes = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
+        found = []
 
-    jax.eval_shape(run, shapes)
-    return found[-1]
+        def run(arrays: dict[int, Any]) -> tuple[()]:
+            params, data = jax.tree.unflatten(treedef, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+            found.append(_explanation(function, params, data))
+            return ()
+
+        jax.eval_shape(run, shapes)
+        return found[-1]
+
+    return explained
 
 
 def _explanation(function: Callable[..., Any], params: chex.ArrayTree, data: tuple[Any, ...]) -> Explanation:

@@ -277,7 +277,7 @@ def _of_distribution(p: Distribution, key: Array) -> LawCheck:
     seen = jax.tree.map(np.asarray, _moments(p, draw_key))
     with np.errstate(invalid="ignore", divide="ignore"):
         checks = [*_shapes(p), *_draw_laws(seen), *_batch_laws(p)]
-    verdict = check_fisher(_OfFields(type(p)), jax.tree.leaves(p), key=fisher_key)
+    verdict = check_fisher(_OfFields(type(p)))(jax.tree.leaves(p), fisher_key)
     notes = verdict.notes
     if any(check.passed is None for check in checks):
         notes += ("not told: a mean, a variance, a mode or an entropy that is not finite, or not given",)

@@ -33,8 +33,8 @@ class CG:
     Attributes:
         rtol: stop when ``|v - (F + damping I) x| <= rtol |v|``. The residual is made anew before that is believed.
         max_steps: give up after so many products; None means ten times the number of parameters.
-        preconditioner: an operator near F that is cheap to solve with, such as ``jf.kronecker(F)`` or ``jf.nystrom(F, 50,
-            key)``, or a view that makes one of F, such as ``jf.kronecker``; it is inverted with the same damping, once.
+        preconditioner: an operator near F that is cheap to solve with, such as ``jf.kronecker(F)`` or ``jf.nystrom(F, key,
+            50)``, or a view that makes one of F, such as ``jf.kronecker``; it is inverted with the same damping, once.
         start: a first guess of ``x``, such as the last step's solution; None for zero.
 
     The answer is not exact: read ``info.converged`` and ``info.residual``. The stopping rule does not depend on the scale of
@@ -390,7 +390,7 @@ def solve(fisher: Operator, v: chex.ArrayTree, damping: Damping, solver: Solver 
         damping: ``>= 0``, absolute, in the units of F; the same meaning in every form. Or a pytree like the parameters with one
             number above zero for each leaf; see also `relative_damping`. A Python number above zero compiles no eigenvectors.
             Where F is singular, one below eps times its largest diagonal entry counts as the least above; see `Cholesky`.
-        solver: such as `CG`, `LSMR` or `factored_damping`; None for the exact route.
+        solver: such as `CG`, `LSMR` or `factored_solve`; None for the exact route.
 
     Returns:
         ``(x, info)``: ``x`` like ``v``, and a `SolveInfo` with residual, iterations, converged, finite and rank. Nothing is

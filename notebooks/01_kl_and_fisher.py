@@ -321,7 +321,7 @@ plt.show()
 # `jf.check_fisher` makes this comparison, and those of the routes above, for a model of your own.
 
 # %%
-check = jf.check_fisher(network, params, inputs, key=jax.random.key(3))
+check = jf.check_fisher(network)(params, jax.random.key(3), inputs)
 print(check)
 assert check.passed
 

@@ -90,7 +90,7 @@ print(exact_fisher(start, batch[0]))
 # ten rows an image here, one for each class.
 
 # %%
-explanation = jf.explain(model, start, batch[0])
+explanation = jf.explain(model)(start, batch[0])
 print(explanation)
 assert not explanation.plain and explanation.rows == 10
 
@@ -104,7 +104,7 @@ assert not explanation.plain and explanation.rows == 10
 
 # %%
 wide = initial((64, 256, 256, 10))
-of_model, of_data = jf.explain(model, wide, batch[0]), jf.explain(log_prob, wide, *batch)
+of_model, of_data = jf.explain(model)(wide, batch[0]), jf.explain(log_prob)(wide, *batch)
 for name, found in (("exact Fisher", of_model), ("scores at the data", of_data)):
     megabytes = found.bytes / 1e6, found.plain_bytes / 1e6
     print(

@@ -121,7 +121,7 @@ assert jnp.allclose(bias, gradients["b1"], rtol=1e-5, atol=1e-6) and jnp.array_e
 # %%
 scores = jf.scores(log_prob)(params, x, y)
 print("held:", [leaf.shape for leaf in jax.tree.leaves(scores)])
-print(jf.explain(log_prob, params, x, y))
+print(jf.explain(log_prob)(params, x, y))
 
 # %% [markdown]
 # The axes of length one are for rows, groups and positions, of which this model has one. The last array is the weights of the
@@ -200,7 +200,7 @@ def mixed(params, image, tokens, y):
 sizes = {"table": (500, 64), "scale": (64,), "shared": (64, 64), "kernel": (8, 3, 3, 3), "normed": (72, 10)}
 leaves = {name: normal(*shape) for name, shape in sizes.items()}
 data = normal(128, 3, 16, 16), jnp.asarray(rng.integers(0, 500, (128, 5))), normal(128, 10)
-found = jf.explain(mixed, leaves, *data)
+found = jf.explain(mixed)(leaves, *data)
 print(found)
 assert found.plain == ("['normed']",)
 
@@ -212,7 +212,7 @@ assert found.plain == ("['normed']",)
 # - `normed` is divided by the lengths of its own columns. No rule takes an outer product through that, so its gradient is
 #   formed, and the table says why.
 #
-# Nothing is ever wrong for want of a rule; it is only larger. `assert not jf.explain(...).plain` in a test of your own keeps
+# Nothing is ever wrong for want of a rule; it is only larger. `assert not explanation.plain` in a test of your own keeps
 # a model in the fast form.
 #
 # With more words the choice for `shared` is reversed:
@@ -220,7 +220,7 @@ assert found.plain == ("['normed']",)
 # %%
 for positions in (1, 4, 5, 6, 8, 16, 64):
     more = data[0], jnp.zeros((128, positions), jnp.int32), data[2]
-    shared = next(leaf for leaf in jf.explain(mixed, leaves, *more).leaves if leaf.path == "['shared']")
+    shared = next(leaf for leaf in jf.explain(mixed)(leaves, *more).leaves if leaf.path == "['shared']")
     print(f"T = {positions:2}: {shared.why}")
     assert ("inner products of factors" in shared.why) == (positions**2 * (64 + 64) <= 64 * 64)
 
@@ -355,7 +355,7 @@ assert steps["natural gradient"].memory_analysis().temp_size_in_bytes < 4 * larg
 
 # %%
 huge = [(jnp.zeros((i, o)), jnp.zeros(o)) for i, o in itertools.pairwise((64, 3072, 3072, 3072, 10))]
-held = jf.explain(network, huge, jnp.zeros((512, 64)), jnp.zeros(512, jnp.int32))
+held = jf.explain(network)(huge, jnp.zeros((512, 64)), jnp.zeros(512, jnp.int32))
 count = sum(leaf.size for leaf in jax.tree.leaves(huge))
 print(f"p = {count:,}, n = {held.examples}: {held.bytes / 1e6:.0f} MB of factors, {held.plain_bytes / 1e9:.0f} GB of gradients")
 assert held.bytes * 100 < held.plain_bytes

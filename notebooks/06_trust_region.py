@@ -357,7 +357,7 @@ def plain(rate):
 
 
 def adaptive(damping):
-    return jf.adapt_damping(jf.natural_gradient(learning_rate=1.0, damping=1.0), damping=damping)
+    return jf.adapt_damping(jf.natural_gradient(learning_rate=1.0), damping=damping)
 
 
 def train(make, setting, seed):

@@ -308,7 +308,7 @@ def fit(alpha):
         data = -jnp.mean(jax.vmap(log_prob, (None, 0, 0))(params, x, y))
         return data + 0.5 * alpha / n * optax.tree.norm(params, squared=True)
 
-    opt = jf.adapt_damping(jf.natural_gradient(learning_rate=1.0, damping=1.0), damping=1e-2)
+    opt = jf.adapt_damping(jf.natural_gradient(learning_rate=1.0), damping=1e-2)
 
     def step(carry, _):
         params, state = carry

@@ -119,7 +119,7 @@ FISHERS = {
     "kronecker, of a sum": lambda: jf.kronecker(fisher("sum") + jf.scaled_identity(fisher(), 2.0)),
     "eigen_kronecker, of a sum": lambda: jf.eigen_kronecker(fisher("sum") + 2 * fisher("streamed")),
     "low_rank": lambda: jf.low_rank(fisher(), 2),
-    "nystrom": lambda: jf.nystrom(fisher(), 2, key()),
+    "nystrom": lambda: jf.nystrom(fisher(), key(), 2),
     "partial_cholesky": lambda: jf.partial_cholesky(fisher(), 2),
     "spread_solves": lambda: jf.spread_solves(fisher(), mesh(), "rows").solve(problem()[0], 0.1),
     "marginal": lambda: jf.marginal(fisher(), lambda path: "w" in path),
@@ -165,7 +165,7 @@ NUMBERS = {
     "CG, by a view": lambda: jf.solve(fisher("sum"), vector(), 0.1, jf.CG(preconditioner=lambda F: jf.diagonal(F))),
     "LSMR": lambda: jf.solve(fisher("streamed"), vector(), 0.1, jf.LSMR()),
     "LSMR, least squares": lambda: jf.LSMR().least_squares(scores(None), scores(None).weights, 0.1),
-    "factored_damping": lambda: jf.solve(fisher("Kronecker"), vector(), 0.1, jf.factored_damping),
+    "factored_solve": lambda: jf.solve(fisher("Kronecker"), vector(), 0.1, jf.factored_solve),
 }
 OPTIMISERS = {
     "scale_by_fisher": lambda: jf.scale_by_fisher(0.1, momentum=0.5),
@@ -216,11 +216,11 @@ def asked(make):
 OTHERS = {
     "training_step": lambda: trained(),
     "training_step of kfac": lambda: trained(jf.kfac(fisher("exact"))),
-    "check_fisher": lambda: jf.check_fisher(model, *problem()[:2], key=key(), num_draws=20).passed,
+    "check_fisher": lambda: jf.check_fisher(model)(num_samples=20)(problem()[0], key(), problem()[1]).passed,
     "check_laws": lambda: jf.check_laws(fisher("exact"), key=key()).passed,
     "check_laws of a family": lambda: jf.check_laws(jf.Bernoulli(logits=jnp.array([0.3, -0.5])), key=key()).passed,
     "fisher_for": lambda: jf.fisher_for(vector(), fisher, "a transformation").diagonal(),
-    "explain": lambda: jf.explain(model, *problem()[:2]).bytes,
+    "explain": lambda: jf.explain(model)(*problem()[:2]).bytes,
     "layers": lambda: jax.tree.map(len, jf.layers(fisher())),
     "as_lineax": lambda: jf.as_lineax(fisher()).mv(vector()),
     "solve of blocks": lambda: jf.block_diagonal(fisher()).solve(vector(), 0.1),

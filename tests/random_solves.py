@@ -146,7 +146,7 @@ SOLVERS = {
     "exact": None,
     "path": None,
     "cg": jf.CG(),
-    "cg, by nystrom": jf.CG(preconditioner=lambda F: jf.nystrom(F, 3, jax.random.key(0))),
+    "cg, by nystrom": jf.CG(preconditioner=lambda F: jf.nystrom(F, jax.random.key(0), 3)),
     "lsmr": jf.LSMR(),
     "cholesky": None,
     "cholesky, as training needs": None,

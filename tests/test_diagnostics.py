@@ -146,7 +146,7 @@ RIGHT = {
 @pytest.mark.parametrize("name", RIGHT)
 def test_models_that_are_right_pass(name, key):
     model, params, x = RIGHT[name]
-    verdict = jf.check_fisher(model, params, x, key=key)
+    verdict = jf.check_fisher(model)(params, key, x)
     assert verdict.passed and not verdict.undecided and not verdict.notes, str(verdict)
     assert repr(verdict) == "FisherCheck(passed)"
     assert "passed: Fisher, KL, density and draws agree" in str(verdict)
@@ -158,7 +158,7 @@ def test_models_that_are_right_pass(name, key):
 def test_the_quotient_is_that_of_the_closed_form(key):
     """One parameter has two unit directions, +-1/sqrt(rate), and KL(log r, log r + h) = r (e^h - 1 - h)."""
     rate = np.exp(0.4)
-    verdict = jf.check_fisher(lambda a: jf.Poisson(a), 0.4, key=key, num_directions=8)
+    verdict = jf.check_fisher(lambda a: jf.Poisson(a), num_directions=8)(0.4, key)
     assert verdict.passed and not verdict.undecided, str(verdict)
     t = verdict.lengths
     rows = [rate * (np.expm1(h) - h) / (0.5 * t**2) for h in (t / np.sqrt(rate), -t / np.sqrt(rate))]
@@ -173,14 +173,14 @@ def test_the_quotient_is_that_of_the_closed_form(key):
 
 def test_the_draws_find_the_exact_moments(key):
     """A Bernoulli with p = 1/2: every score is +-1 along a unit direction, so the second moment is exactly one."""
-    verdict = jf.check_fisher(lambda a: jf.Bernoulli(a), 0.0, key=key)
+    verdict = jf.check_fisher(lambda a: jf.Bernoulli(a))(0.0, key)
     assert verdict.passed and abs(verdict.checks[MEAN].value) < 4
     np.testing.assert_allclose(verdict.checks[SQUARE].value, 1, rtol=1e-14)
 
 
 def test_outcomes_too_rare_to_be_drawn_are_no_failure(key):
     """At a probability of 1e-6 the Fisher is that of an outcome which 16,384 draws do not hold: not told, and said so."""
-    verdict = jf.check_fisher(lambda a: jf.Bernoulli(a), np.log(1e-6), key=key)
+    verdict = jf.check_fisher(lambda a: jf.Bernoulli(a))(np.log(1e-6), key)
     assert verdict.passed and verdict.checks[SQUARE].name in verdict.undecided
     assert "not told" in str(verdict) and "as far as could be told" in str(verdict)
 
@@ -198,12 +198,12 @@ def test_a_broken_engine_is_named_with_the_leaf(name, key, monkeypatch):
     model = lambda p, x: jf.Categorical(jnp.tanh(x * p["a"]) @ p["b"])  # noqa: E731
     held = type(jf.scores(jf.log_likelihood(model))(params, X, jnp.zeros(len(X), int)))
     monkeypatch.setattr(held, name, BREAKS[name](getattr(held, name)))
-    verdict = jf.check_fisher(model, params, X, key=key, num_draws=64)
+    verdict = jf.check_fisher(model)(num_samples=64)(params, key, X)
     assert verdict.leaves == ("['b']",), str(verdict)
     assert "scores by ['b'] are not JAX's own" in verdict.reason
     monkeypatch.undo()
     # Another function object, since programs are kept for the one above.
-    again = jf.check_fisher(lambda p, x: model(p, x), params, X, key=key, num_draws=64)
+    again = jf.check_fisher(lambda p, x: model(p, x))(num_samples=64)(params, key, X)
     assert again.passed and again.leaves == (), str(again)
 
 
@@ -258,7 +258,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_models_that_are_wrong_fail_where_they_are(name, key):
     model, expected, reason = WRONG[name]
-    verdict = jf.check_fisher(model, jnp.array([0.7, 0.3]), key=key)
+    verdict = jf.check_fisher(model)(jnp.array([0.7, 0.3]), key)
     failed = {i for i, check in enumerate(verdict.checks) if check.passed is False}
     # A model that changes from call to call, and one without a Fisher, may fail anywhere.
     exactly = name not in ("hidden state", "constant")
@@ -289,7 +289,7 @@ def test_a_foreign_metric_is_the_hessian_of_a_kl_and_only_draws_can_judge_it(wro
             return 2 * super().kl_divergence(other, **kwargs)
 
     kind = Gumbel if wrong else distrax.Gumbel
-    verdict = jf.check_fisher(lambda a: kind(a[0], jnp.exp(a[1])), jnp.array([0.7, 0.3]), key=key)
+    verdict = jf.check_fisher(lambda a: kind(a[0], jnp.exp(a[1])))(jnp.array([0.7, 0.3]), key)
     assert [i for i, check in enumerate(verdict.checks) if check.passed is not True] == ([SQUARE] if wrong else []), str(
         verdict
     )
@@ -298,7 +298,7 @@ def test_a_foreign_metric_is_the_hessian_of_a_kl_and_only_draws_can_judge_it(wro
 
 def test_a_foreign_distribution_without_a_kl_is_checked_by_draws_alone(key):
     nd = library("numpyro.distributions")
-    verdict = jf.check_fisher(lambda a: nd.LogNormal(a[0], jnp.exp(a[1])), jnp.array([0.7, 0.3]), key=key)
+    verdict = jf.check_fisher(lambda a: nd.LogNormal(a[0], jnp.exp(a[1])))(jnp.array([0.7, 0.3]), key)
     assert verdict.passed and len(verdict.checks) == 5 and verdict.quotients.size == 0
     assert "has no KL divergence" in str(verdict)
 
@@ -317,16 +317,16 @@ for _test in (
 def test_errors_of_check_fisher(key):
     model = lambda a: jf.Poisson(a)  # noqa: E731
     with pytest.raises(TypeError, match="`key` is 3; expected one random key"):
-        jf.check_fisher(model, 0.4, key=3)
+        jf.check_fisher(model)(0.4, 3)
     with pytest.raises(ValueError, match="`num_directions` is 0"):
-        jf.check_fisher(model, 0.4, key=key, num_directions=0)
-    with pytest.raises(ValueError, match="`num_draws` is True"):
-        jf.check_fisher(model, 0.4, key=key, num_draws=True)
+        jf.check_fisher(model, num_directions=0)(0.4, key)
+    with pytest.raises(ValueError, match="`num_samples` is True"):
+        jf.check_fisher(model)(num_samples=True)(0.4, key)
     with pytest.raises(TypeError, match="none under jit"):
-        jax.jit(lambda a: jf.check_fisher(model, a, key=key).checks[0].value)(0.4)
+        jax.jit(lambda a: jf.check_fisher(model)(a, key).checks[0].value)(0.4)
     with pytest.raises(TypeError, match="none under jit"):
-        jax.jit(lambda key: jf.check_fisher(model, 0.4, key=key).checks[0].value)(key)
+        jax.jit(lambda key: jf.check_fisher(model)(0.4, key).checks[0].value)(key)
     with pytest.raises(TypeError, match="Expected a distribution"):
-        jf.check_fisher(lambda a: a, 0.4, key=key)
+        jf.check_fisher(lambda a: a)(0.4, key)
     with pytest.raises(TypeError, match="`model` is 1"):
-        jf.check_fisher(1, 0.4, key=key)
+        jf.check_fisher(1)(0.4, key)

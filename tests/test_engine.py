@@ -140,7 +140,7 @@ def test_the_comparison_sees_one_lost_use_of_a_tied_leaf():
 @pytest.mark.parametrize("name", ROWS)
 def test_leaves_are_held_as_stated(name):
     row = catalogue.row(name)
-    explained = jf.explain(row.log_prob, row.params, *row.data)
+    explained = jf.explain(row.log_prob)(row.params, *row.data)
     assert [leaf.path for leaf in explained.leaves] == paths_of(row.params)
     assert set(explained.factored) == set(row.factored)
     assert set(explained.plain) == set(row.plain)
@@ -155,8 +155,8 @@ def test_leaves_are_held_as_stated(name):
 @pytest.mark.parametrize("name", sorted(catalogue.WRAPPED))
 def test_wrapping_a_model_changes_nothing(name):
     wrapped, bare = catalogue.row(name), catalogue.row(catalogue.row(name).like)
-    assert jf.explain(wrapped.log_prob, wrapped.params, *wrapped.data).leaves == (
-        jf.explain(bare.log_prob, bare.params, *bare.data).leaves
+    assert jf.explain(wrapped.log_prob)(wrapped.params, *wrapped.data).leaves == (
+        jf.explain(bare.log_prob)(bare.params, *bare.data).leaves
     )
 
 

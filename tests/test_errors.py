@@ -313,7 +313,7 @@ MISTAKES = [
         for make in (jf.scores, jf.empirical_fisher)
         for bad in ("yes", 1, None)
     ],
-    ("explain no function", lambda: jf.explain(3, PARAMS, X), TypeError, ["`function` is 3", "log_prob", "model"]),
+    ("explain no function", lambda: jf.explain(3)(PARAMS, X), TypeError, ["`function` is 3", "log_prob", "model"]),
     *[
         (f"num_samples {m!r}", lambda m=m: jf.sampled_fisher(model, m), ValueError, [f"`num_samples` is {m!r}", "at least 1"])
         for m in (0, 1.5, True)
@@ -348,7 +348,7 @@ MISTAKES = [
         TypeError,
         ["spread_solves: `block` is 0", "at least one"],
     ),
-    ("nystrom, a number for a key", lambda: jf.nystrom(fisher(), 2, 0), TypeError, ["nystrom: `key` is 0", "jax.random.key"]),
+    ("nystrom, a number for a key", lambda: jf.nystrom(fisher(), 0, 2), TypeError, ["nystrom: `key` is 0", "jax.random.key"]),
     ("data as key", lambda: jf.sampled_fisher(model)(PARAMS, X), TypeError, ["`key`", "(5, 3)", "jax.random.key"]),
     (
         "many keys",
@@ -446,6 +446,8 @@ MISTAKES = [
             ("scale_to_kl", "radius", lambda d: jf.scale_to_kl(d)),
             ("c * F", "c` in `c * F", lambda d: fisher() * d),
         ]
+        # A transformation without a damping takes that of each update.
+        if not (bad is None and where == "scale_by_fisher")
     ],
     *[
         (f"damping {bad!r}, injected", lambda bad=bad: inject(bad), TypeError, ["`damping`", seen, "at least zero"])

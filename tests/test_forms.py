@@ -772,7 +772,7 @@ def mixed(p, tokens, y):
 
 def test_explain_states_what_is_held():
     tokens, y = jnp.zeros((N, 3), int), jnp.ones((N, 6))
-    explanation = jf.explain(mixed, EXPLAINED, tokens, y)
+    explanation = jf.explain(mixed)(EXPLAINED, tokens, y)
     held = jf.scores(mixed)(EXPLAINED, tokens, y)
     by_path = {leaf.path: leaf for leaf in explanation.leaves}
     assert [leaf.path for leaf in explanation.leaves] == ["['b']", "['kernel']", "['table']", "['unused']", "['w']"]
@@ -795,11 +795,11 @@ def test_explain_states_what_is_held():
     assert by_path["['w']"].flops == 2 * N * N * (4 + 6)
     assert by_path["['unused']"].why == "the function does not depend on it"
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (EXPLAINED, tokens, y))
-    assert jf.explain(mixed, *shapes) == jf.explain(mixed, EXPLAINED, *shapes[1:]) == explanation
+    assert jf.explain(mixed)(*shapes) == jf.explain(mixed)(EXPLAINED, *shapes[1:]) == explanation
 
 
 def test_explain_prints_a_table():
-    text = str(jf.explain(mixed, EXPLAINED, jnp.zeros((N, 3), int), jnp.ones((N, 6))))
+    text = str(jf.explain(mixed)(EXPLAINED, jnp.zeros((N, 3), int), jnp.ones((N, 6))))
     lines = text.splitlines()
     assert lines[0].split() == ["leaf", "shape", "held", "as", "T", "memory", "Gram", "flops", "Kronecker", "why"]
     assert set(lines[1]) == {"-"}
@@ -811,7 +811,7 @@ def test_explain_prints_a_table():
     assert "400 B" in lines[6]
     assert "T^2 (I + O) = 10, I O = 24" in lines[6]
     explained = {
-        leaf.path: leaf.kronecker for leaf in jf.explain(mixed, EXPLAINED, jnp.zeros((N, 3), int), jnp.ones((N, 6))).leaves
+        leaf.path: leaf.kronecker for leaf in jf.explain(mixed)(EXPLAINED, jnp.zeros((N, 3), int), jnp.ones((N, 6))).leaves
     }
     assert explained["['w']"] == explained["['kernel']"] == "yes"
     assert explained["['table']"] == "no: a table" and explained["['unused']"] == "no: no factors"
@@ -819,7 +819,7 @@ def test_explain_prints_a_table():
 
 def test_explain_takes_a_model():
     params, x = arrays(w=(4, 3), b=(3,)), jnp.ones((N, 4))
-    explanation = jf.explain(softmax, params, x)
+    explanation = jf.explain(softmax)(params, x)
     held = jf.exact_fisher(softmax)(params, x).form.scores
     assert (explanation.rows, explanation.examples) == (3, N)
     assert explanation.bytes == sum(array.nbytes for array in jax.tree.leaves(held.leaves))
@@ -831,22 +831,22 @@ def test_explain_takes_a_model():
 def test_explain_refuses_what_is_neither():
     params, x = arrays(w=(4, 3), b=(3,)), jnp.ones((N, 4))
     with pytest.raises(TypeError, match="function"):
-        jf.explain("log_prob", params, x)
+        jf.explain("log_prob")(params, x)
     with pytest.raises(TypeError, match="distribution"):
-        jf.explain(lambda p, x: {"logits": x @ p["w"]}, params, x)
+        jf.explain(lambda p, x: {"logits": x @ p["w"]})(params, x)
     with pytest.raises(ValueError, match="scalar"):
-        jf.explain(lambda p, x: x @ p["w"], params, x)
+        jf.explain(lambda p, x: x @ p["w"])(params, x)
     with pytest.raises(ValueError, match="leading axis"):
-        jf.explain(dense, params, x, jnp.ones((N + 1, 3)))
+        jf.explain(dense)(params, x, jnp.ones((N + 1, 3)))
     with pytest.raises(TypeError, match="float"):
-        jf.explain(dense, {"w": jnp.ones((4, 3), int), "b": params["b"]}, x, jnp.ones((N, 3)))
+        jf.explain(dense)({"w": jnp.ones((4, 3), int), "b": params["b"]}, x, jnp.ones((N, 3)))
 
 
 def test_explain_says_what_had_to_be_formed():
     def log_prob(p, x):
         return jnp.sum(jnp.sin(x @ jnp.cumsum(p["w"], axis=0)))
 
-    explanation = jf.explain(log_prob, {"w": jnp.ones((4, 3))}, jnp.ones((N, 4)))
+    explanation = jf.explain(log_prob)({"w": jnp.ones((4, 3))}, jnp.ones((N, 4)))
     assert (explanation.plain, explanation.factored) == (("['w']",), ())
     assert "cumsum" in explanation.leaves[0].why
     assert explanation.leaves[0].why in str(explanation)

@@ -36,7 +36,7 @@ def solved(X, v, damping):
 PRECONDITIONERS = {
     "exact": lambda F: F,
     "diagonal": jf.diagonal,
-    "nystrom": lambda F: jf.nystrom(F, 15, jax.random.key(0)),
+    "nystrom": lambda F: jf.nystrom(F, jax.random.key(0), 15),
     "partial cholesky": lambda F: jf.partial_cholesky(F, 15),
     "low rank": lambda F: jf.low_rank(F, 15),
 }
@@ -288,7 +288,7 @@ def test_cg_stays_where_it_was_best(name):
     """Part of the right-hand side is out of reach, and there is no damping: the iteration would go off along the null space."""
     x = jnp.asarray(numbers(3, 80, 50) * (np.arange(50) < 7))
     v = numbers(6, 50)
-    view = {"nystrom": lambda F: jf.nystrom(F, 1, jax.random.key(0)), "partial cholesky": lambda F: jf.partial_cholesky(F, 5)}
+    view = {"nystrom": lambda F: jf.nystrom(F, jax.random.key(0), 1), "partial cholesky": lambda F: jf.partial_cholesky(F, 5)}
 
     @jax.jit
     def run(x, v):

@@ -248,7 +248,7 @@ def quantities(params):
 def test_streamed_products_stay_below_the_bound(name):
     log_prob, params, data, limits = BOUNDED[name]
     n = data[0].shape[0]
-    explanation = jf.explain(log_prob, params, *(jnp.zeros(leaf.shape, leaf.dtype) for leaf in data))
+    explanation = jf.explain(log_prob)(params, *(jnp.zeros(leaf.shape, leaf.dtype) for leaf in data))
     assert explanation.bytes > 2 * limits[0], "the control: what is held would not fit"
     assert ("['a']" in explanation.plain) == (name == "normalised")
     for limit in limits:

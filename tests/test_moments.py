@@ -200,6 +200,6 @@ def test_a_weight_of_one_output_has_its_exact_block(readout, column):
     bias = [0] if readout is once else []
     block = np.ix_(*[[*bias, *range(19, 25)]] * 2)
     np.testing.assert_allclose(view[block], fisher[block], rtol=0, atol=1e-13 * np.abs(fisher[block]).max())
-    explained = {leaf.path: leaf for leaf in jf.explain(model, params, x).leaves}
+    explained = {leaf.path: leaf for leaf in jf.explain(model)(params, x).leaves}
     assert explained["['w']"].kronecker == "yes"
     assert explained["['b']"].kronecker == ("with ['w']" if bias else "no: no factors")

@@ -161,7 +161,7 @@ FORMS = {
     "low rank": lambda p: (jf.low_rank(p.E, 5), truncated(p.exact, 5)),
     "low rank, all": lambda p: (jf.low_rank(p.F, 7), p.empirical),
     "low rank of dense": lambda p: (jf.low_rank(jf.dense(p.E), 9), truncated(p.exact, 9)),
-    "nystrom, all": lambda p: (jf.nystrom(p.E, 20, jax.random.key(1)), p.exact),
+    "nystrom, all": lambda p: (jf.nystrom(p.E, jax.random.key(1), 20), p.exact),
     "partial cholesky, all": lambda p: (jf.partial_cholesky(p.E, 20), p.exact),
     "identity": lambda p: (p.prior, 0.25 * p.identity),
     "prior and scores": lambda p: (p.E + p.prior, p.exact + 0.25 * p.identity),

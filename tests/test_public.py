@@ -137,3 +137,42 @@ def test_no_file_is_long_and_no_class_is_wide():
 
 def test_the_public_type_of_operators_is_final():
     assert jf.Operator.__final__
+
+
+MADE = {
+    "check_fisher(model)": lambda: jf.check_fisher(lambda mu: jf.Normal(mu, 1.0)),
+    "sampled_fisher(model)": lambda: jf.sampled_fisher(lambda mu: jf.Normal(mu, 1.0)),
+}
+"""Functions that a maker returns, and that draw."""
+
+
+def signatures():
+    """The parameters of every public function, of the methods of every public class, and of what makers return."""
+    found = {name: getattr(jf, name) for name in PUBLIC} | {name: make() for name, make in MADE.items()}
+    for cls in [value for value in found.values() if inspect.isclass(value)]:
+        found |= {f"{cls.__name__}.{name}": method for name, method in inspect.getmembers(cls, inspect.isfunction)}
+    return {name: list(inspect.signature(f).parameters) for name, f in found.items() if inspect.isfunction(f)}
+
+
+def test_a_random_key_is_the_second_argument():
+    found = {name: parameters for name, parameters in signatures().items() if "key" in parameters}
+    assert {"nystrom", "estimate_trace", "sampled_fisher(model)", "Normal.sample"} <= found.keys()
+    for name, parameters in found.items():
+        assert parameters.index("key") == 1, f"{name}({', '.join(parameters)})"
+
+
+def test_a_number_of_draws_has_one_name():
+    names = {parameter for parameters in signatures().values() for parameter in parameters}
+    assert "num_samples" in names and "num_draws" not in names
+
+
+def test_every_function_of_a_model_is_a_maker():
+    """It takes the model and options, and returns a function of parameters and data."""
+    first = {
+        name: parameters
+        for name, parameters in signatures().items()
+        if parameters[:1] in (["model"], ["log_prob"], ["function"])
+    }
+    assert {"explain", "check_fisher", "kl", "exact_fisher", "scores", "natural_grad", "training_step"} <= first.keys()
+    for name, parameters in first.items():
+        assert not {"params", "data", "inputs"} & set(parameters), name

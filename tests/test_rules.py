@@ -534,7 +534,7 @@ def test_terms_of_every_kind_are_drawn():
 def test_a_rule_of_your_own(monkeypatch):
     """The catalogue's invented primitive doubles and reverses. With a rule for it the weight behind it is held as factors."""
     row = catalogue.row("invented_primitive_on_a_weight")
-    explained = lambda: jf.explain(row.log_prob, row.params, *row.data)  # noqa: E731
+    explained = lambda: jf.explain(row.log_prob)(row.params, *row.data)  # noqa: E731
     assert explained().plain == ("['w']",)
 
     def doubled_and_reversed(term, params):

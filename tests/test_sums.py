@@ -475,8 +475,8 @@ def test_solves_running_means_and_factored_damping_of_a_shifted_view():
             "exact": (view.solve(v, 0.1), bare.solve(v, 0.1 + prior)),
             "averaged": (updates, bare.solve(v, 0.1 + prior)),
         }
-        factored = [jf.solve(F, v, d, jf.factored_damping)[0] for F, d in ((view, 0.1), (bare, 0.1 + prior))]
-        added = jf.solve(bare + jf.scaled_identity(bare, prior), v, 0.1, jf.factored_damping)[0]
+        factored = [jf.solve(F, v, d, jf.factored_solve)[0] for F, d in ((view, 0.1), (bare, 0.1 + prior))]
+        added = jf.solve(bare + jf.scaled_identity(bare, prior), v, 0.1, jf.factored_solve)[0]
         return found | {"factored": factored, "factored, a prior added to the view": (added, factored[1])}
 
     for name, (made, expected) in compiled(make)(fisher).items():

@@ -122,7 +122,7 @@ FISHERS = {
 
 def explained(model, given, options):
     """A plain value that is no pytree: what can be said of it is that its leaves are those of the parameters."""
-    made = jf.explain(jf.log_likelihood(model), given.params, *given.data, given.target)
+    made = jf.explain(jf.log_likelihood(model))(given.params, *given.data, given.target)
     assert len(made.leaves) == len(jax.tree.leaves(given.params))
     return ()
 
@@ -150,7 +150,7 @@ VIEWS = {
     "kronecker_reduce": jf.kronecker_reduce,
     "eigen_kronecker": jf.eigen_kronecker,
     "low_rank": lambda fisher: jf.low_rank(fisher, 1),
-    "nystrom": lambda fisher: jf.nystrom(fisher, 1, jax.random.key(0)),
+    "nystrom": lambda fisher: jf.nystrom(fisher, jax.random.key(0), 1),
     "partial_cholesky": lambda fisher: jf.partial_cholesky(fisher, 1),
 }
 

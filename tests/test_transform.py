@@ -190,12 +190,12 @@ def test_in_between_refreshes_the_fisher_is_not_made(problem, view):
 def test_in_between_refreshes_factors_can_be_damped(problem):
     """They are held by their eigenvectors then; the factored damping is the same."""
     params, gradient, fisher, _ = problem
-    opt = jf.scale_by_fisher(0.1, view=jf.kronecker, solver=jf.factored_damping, update_every=2, like=like)
+    opt = jf.scale_by_fisher(0.1, view=jf.kronecker, solver=jf.factored_solve, update_every=2, like=like)
     step = jax.jit(lambda c, s: opt.update(gradient, s, params, fisher=c * fisher))
     state = opt.init(params)
     for given, used in ((1.0, 1.0), (5.0, 1.0), (3.0, 3.0)):
         updates, state = step(given, state)
-        assert_close(flat(updates), flat(jf.factored_damping(jf.kronecker(used * fisher), gradient, 0.1)[0]), factor=1e4)
+        assert_close(flat(updates), flat(jf.factored_solve(jf.kronecker(used * fisher), gradient, 0.1)[0]), factor=1e4)
 
 
 def test_momentum_is_spring(problem):
@@ -295,9 +295,10 @@ def backtracking(learning_rate, radius):
     return optax.chain(jf.natural_gradient(learning_rate, 0.1), jf.backtrack_kl(radius))
 
 
-def adaptive(damping, factor, lower, upper, least, most):
-    inner = jf.natural_gradient(1.0, damping)
-    return jf.adapt_damping(inner, damping, factor=factor, lower=lower, upper=upper, least=least, most=most)
+def adaptive(damping, factor, lower_ratio, upper_ratio, lower_damping, upper_damping):
+    bounds = {"lower_damping": lower_damping, "upper_damping": upper_damping}
+    ratios = {"lower_ratio": lower_ratio, "upper_ratio": upper_ratio}
+    return jf.adapt_damping(jf.natural_gradient(1.0), damping, factor=factor, **ratios, **bounds)
 
 
 def modelled(damping):
@@ -331,10 +332,10 @@ OPTIMISERS = {
         {
             "damping": (0.1, 0.2),
             "factor": (2.0, 3.0),
-            "lower": (0.25, 0.9),
-            "upper": (0.75, 0.99),
-            "least": (1e-8, 0.15),
-            "most": (1e8, 2.0),
+            "lower_ratio": (0.25, 0.9),
+            "upper_ratio": (0.75, 0.99),
+            "lower_damping": (1e-8, 0.15),
+            "upper_damping": (1e8, 2.0),
         },
     ),
     "quadratic_model": (modelled, {}, {"damping": (0.1, 10.0)}),

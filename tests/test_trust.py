@@ -1,5 +1,6 @@
 """Steps that are held back: the actual divergence, Levenberg and Marquardt's damping, rates from the quadratic model."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,7 +94,7 @@ def adapted(opt, problem, state=None, gradient=None, params=None):
 @pytest.mark.parametrize("damping", [0.03, 0.3, 10.0])
 def test_the_ratio_is_the_actual_over_the_predicted_decrease(problem, damping):
     params, x, y, gradient, _, dense = problem
-    opt = jf.adapt_damping(jf.natural_gradient(1.0, 0.5), damping, lower=0.25, upper=0.75, factor=3.0)
+    opt = jf.adapt_damping(jf.natural_gradient(1.0, 0.5), damping, lower_ratio=0.25, upper_ratio=0.75, factor=3.0)
     step, state = adapted(opt, problem)
     g, u = flat(gradient), flat(step)
     assert_close(u, -np.linalg.solve(dense + damping * np.eye(31), g), factor=1e5, eps=1.2e-7 * damping)
@@ -108,7 +109,7 @@ def test_the_ratio_is_the_actual_over_the_predicted_decrease(problem, damping):
     assert state.accepted
 
 
-RULE = Rule(factor=2.0, lower=0.25, upper=0.75, least=1e-8, most=1e8)
+RULE = Rule(factor=2.0, lower_ratio=0.25, upper_ratio=0.75, lower_damping=1e-8, upper_damping=1e8)
 GOOD = {"accepted": True, "rejected": 0, "ratio": 0.9, "clear": True, "beyond": False, "overshot": False}
 
 
@@ -134,7 +135,7 @@ GOOD = {"accepted": True, "rejected": 0, "ratio": 0.9, "clear": True, "beyond": 
 def test_the_damping_follows_the_evidence(seen, change):
     known = Evidence(**{name: jnp.asarray(value) for name, value in (GOOD | seen).items()})
     np.testing.assert_allclose(next_damping(jnp.float32(0.5), known, RULE), 0.5 * change, rtol=1e-6)
-    narrow = RULE._replace(least=0.4, most=0.6)
+    narrow = RULE._replace(lower_damping=0.4, upper_damping=0.6)
     np.testing.assert_allclose(next_damping(jnp.float32(0.5), known, narrow), np.clip(0.5 * change, 0.4, 0.6), rtol=1e-6)
 
 
@@ -149,6 +150,17 @@ def test_the_gradient_of_the_next_batch_judges_the_last_step(problem):
     _, other = adapted(opt, problem, opposite, jax.grad(loss)(params, *problem[1:3]), params)
     assert same.accepted and other.accepted and same.ratio == other.ratio > 0.75
     np.testing.assert_allclose([same.damping, other.damping], [state.damping / 2, state.damping * 2], rtol=1e-6)
+
+
+def test_inside_it_a_transformation_needs_no_damping_of_its_own(problem):
+    """That of the state is given to each update: another one would never be used."""
+    makers = (
+        lambda *own: jf.natural_gradient(1.0, *own),
+        lambda *own: optax.chain(jf.scale_by_fisher(*own), jf.quadratic_model(*own)),
+    )
+    for make in makers:
+        one, other = (adapted(jf.adapt_damping(make(*own), 0.3), problem)[0] for own in ((), (7.0,)))
+        chex.assert_trees_all_equal(one, other)
 
 
 def test_after_convergence_the_damping_stays():
@@ -279,6 +291,11 @@ def test_after_an_exact_direction_the_rate_is_one(problem):
 # --- what is missing or wrong ------------------------------------------------------------------------------------------------
 
 
+def unit():
+    """An operator over two parameters."""
+    return jf.scaled_identity(jnp.ones(2), 1.0)
+
+
 @pytest.mark.parametrize(
     ("make", "given", "match"),
     [
@@ -286,6 +303,8 @@ def test_after_an_exact_direction_the_rate_is_one(problem):
         (lambda: jf.backtrack_kl(1.0), {"kl_fn": jnp.sum}, "backtrack_kl: `update` needs `value_fn`"),
         (lambda: jf.adapt_damping(optax.sgd(1.0), 1.0), {}, "adapt_damping: `update` needs `value_fn`"),
         (lambda: jf.adapt_damping(optax.sgd(1.0), 1.0), {"value_fn": jnp.sum}, "adapt_damping: `update` needs the curvature"),
+        (lambda: jf.natural_gradient(1.0), {"fisher": unit}, "scale_by_fisher: .* without a `damping`.*jf.adapt_damping"),
+        (lambda: jf.quadratic_model(), {"fisher": unit, "grad": jnp.ones(2)}, "quadratic_model: .* without a `damping`"),
         (lambda: jf.quadratic_model(1.0), {}, "quadratic_model: `update` needs `grad`"),
         (lambda: jf.quadratic_model(1.0), {"grad": jnp.ones(2)}, "quadratic_model: `update` needs the curvature"),
     ],
@@ -304,7 +323,11 @@ def test_what_an_update_lacks_is_named(make, given, match):
         (lambda: jf.adapt_damping("sgd", 1.0), TypeError, "`inner` is 'sgd'; expected a gradient transformation"),
         (lambda: jf.adapt_damping(optax.sgd(1.0), -1.0), ValueError, "`damping` is -1.0"),
         (lambda: jf.adapt_damping(optax.sgd(1.0), 1.0, factor=0.5), ValueError, "factor 0.5.*expected factor > 1"),
-        (lambda: jf.adapt_damping(optax.sgd(1.0), 1.0, least=2.0), ValueError, "least 2.0.*least <= damping"),
+        (
+            lambda: jf.adapt_damping(optax.sgd(1.0), 1.0, lower_damping=2.0),
+            ValueError,
+            "lower_damping 2.0.*lower_damping <= damping",
+        ),
         (lambda: jf.quadratic_model(-1.0), ValueError, "`damping` is -1.0"),
         (lambda: jf.scale_by_fisher(1.0, momentum=1.0), ValueError, r"`momentum` is 1.0; expected a number in \[0, 1\)"),
         (lambda: jf.scale_by_fisher(1.0, momentum=0.5, power=0.5), ValueError, "`momentum` is given with power=0.5"),

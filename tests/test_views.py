@@ -127,7 +127,7 @@ def test_all_structures_of_one_layer_and_one_datum_are_one_matrix_at_any_damping
         "reduce": jf.kronecker_reduce,
         "eigen-kronecker": jf.eigen_kronecker,
         "low rank": lambda F: jf.low_rank(F, 4),
-        "nystrom": lambda F: jf.nystrom(F, 16, jax.random.key(0)),
+        "nystrom": lambda F: jf.nystrom(F, jax.random.key(0), 16),
         "prior": lambda F: F + jf.scaled_identity(F, 0.0),
     }
     dampings = jnp.array([1e-4, 1e-1, 10.0])
@@ -152,7 +152,7 @@ def test_factored_damping_is_another_thing_and_says_so():
     K = jax.jit(lambda p, x: jf.kronecker(jf.exact_fisher(classifier)(p, x)))(params, x)
     v = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=float)).reshape(leaf.shape), params)
     damping = 0.2
-    found, info = jax.jit(lambda K, v: jf.solve(K, v, damping, solver=jf.factored_damping))(K, v)
+    found, info = jax.jit(lambda K, v: jf.solve(K, v, damping, solver=jf.factored_solve))(K, v)
     expected = []
     for block, group in zip(K.form.blocks, K.form.members, strict=True):
         a, g = np.asarray(block.inputs[0]), np.asarray(block.outputs[0])
@@ -169,12 +169,12 @@ def test_factored_damping_is_another_thing_and_says_so():
     np.testing.assert_allclose(info.residual, np.linalg.norm(off) / np.linalg.norm(flat(v)), rtol=1e-8)
     assert info.residual > 0.05
     by_vectors = lambda K: dataclasses.replace(K, form=factorised(K.form))  # noqa: E731
-    held, again = jax.jit(lambda K, v: jf.solve(by_vectors(K), v, damping, solver=jf.factored_damping))(K, v)
+    held, again = jax.jit(lambda K, v: jf.solve(by_vectors(K), v, damping, solver=jf.factored_solve))(K, v)
     assert_close(flat(held), flat(found), factor=1e4)  # by eigenvectors, as between refreshes
     np.testing.assert_allclose(again.residual, info.residual, rtol=1e-8)
     for other in (jf.dense(K), jf.eigen_kronecker(jf.exact_fisher(classifier)(params, x))):
         with pytest.raises(TypeError, match=r"jf\.kronecker"):
-            jf.factored_damping(other, v, damping)
+            jf.factored_solve(other, v, damping)
 
 
 def test_relative_damping_is_a_share_of_the_mean_eigenvalue():
@@ -408,7 +408,7 @@ VIEWS = {
     "kronecker": jf.kronecker,
     "eigen-kronecker": jf.eigen_kronecker,
     "low rank": lambda F: jf.low_rank(F, 1),
-    "nystrom": lambda F: jf.nystrom(F, 2, jax.random.key(0)),
+    "nystrom": lambda F: jf.nystrom(F, jax.random.key(0), 2),
     "partial cholesky": lambda F: jf.partial_cholesky(F, 2),
 }
 CASES = {
@@ -540,6 +540,6 @@ def test_factored_damping_of_singular_factors(dtype):
     K = jf.kronecker(jf.exact_fisher(model)(jnp.ones((4, 3), dtype), x))
     v = jnp.ones((4, 3), dtype)
     with pytest.raises(ValueError, match=r"`damping` is 0, without which factors may be singular"):
-        jf.solve(K, v, 0.0, solver=jf.factored_damping)
-    found, info = jax.jit(lambda K, v, d: jf.solve(K, v, d, solver=jf.factored_damping))(K, v, 0.0)
+        jf.solve(K, v, 0.0, solver=jf.factored_solve)
+    found, info = jax.jit(lambda K, v, d: jf.solve(K, v, d, solver=jf.factored_solve))(K, v, 0.0)
     assert np.all(np.isfinite(found)) and info.finite and not info.converged

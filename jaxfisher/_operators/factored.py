@@ -25,7 +25,7 @@ from jaxfisher._tree import cast_like
 from jaxfisher._values import nonnegative
 
 
-def factored_damping(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric) -> tuple[Any, SolveInfo]:
+def factored_solve(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric) -> tuple[Any, SolveInfo]:
     r"""KFAC's own, approximate damping, a solver for `jaxfisher.solve`: each factor is damped instead of the product.
 
     .. math:: \Big(A + \pi \sqrt{\lambda} I\Big)^{-1} V \Big(G + \tfrac{\sqrt\lambda}{\pi} I\Big)^{-1}, \qquad
@@ -50,16 +50,16 @@ def factored_damping(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric)
     >>> import jax.numpy as jnp, jaxfisher as jf
     >>> model = lambda w, x: jf.Normal(x @ w, jnp.ones(2))
     >>> F = jf.kronecker(jf.exact_fisher(model)(jnp.ones((2, 2)), 2.0 * jnp.eye(2)))  # A = 2 I, G = I
-    >>> x, _ = jf.solve(F, jnp.ones((2, 2)), damping=1.0, solver=jf.factored_damping)
+    >>> x, _ = jf.solve(F, jnp.ones((2, 2)), damping=1.0, solver=jf.factored_solve)
     >>> print(x.round(4)[0])  # 1 / ((2 + sqrt(2)) (1 + 1 / sqrt(2))), where (F + I)^-1 is 1/3
     [0.1716 0.1716]
     """
     form, shift = (fisher.form.base, fisher.form.shift) if isinstance(fisher.form, Shifted) else (fisher.form, 0)
     if not isinstance(form, BlockDiagonal) or not any(_kronecker_in(block) for block in form.blocks):
-        raise TypeError(f"factored_damping: {fisher} has no Kronecker factors to damp; expected jf.kronecker(fisher).")
+        raise TypeError(f"factored_solve: {fisher} has no Kronecker factors to damp; expected jf.kronecker(fisher).")
     if form is fisher.form and isinstance(damping, (numbers.Real, np.ndarray, np.generic)) and float(damping) == 0:
         raise ValueError(
-            "factored_damping: `damping` is 0, without which factors may be singular. Give a number above zero, or leave the "
+            "factored_solve: `damping` is 0, without which factors may be singular. Give a number above zero, or leave the "
             "solver out: jf.solve(F, v, 0.0) is then exact."
         )
     x, info = _by_factors(form, form.spec.vector(v), nonnegative("damping", damping, form.spec.dtype) + shift)
@@ -68,7 +68,7 @@ def factored_damping(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric)
 
 @once
 def _by_factors(form: BlockDiagonal, v: Any, damping: Scalar) -> tuple[Any, SolveInfo]:
-    """`factored_damping` without its checks."""
+    """`factored_solve` without its checks."""
     blocks = [_factored_inverse(block, damping) for block in form.blocks]
     product = form.product()
 

@@ -201,18 +201,18 @@ def _moved(
     return (values[-rank:], vectors[:, -rank:]), tangents
 
 
-def nystrom(fisher: Operator, rank: int, key: PRNGKeyArray) -> Operator:
+def nystrom(fisher: Operator, key: PRNGKeyArray, rank: int) -> Operator:
     r"""A randomised sketch of the largest eigenpairs from ``rank`` products, made for preconditioning.
 
     With ``Y = F Omega`` for a random orthonormal ``Omega``, ``Y (Omega^T Y)^+ Y^T`` is the best approximation of F from below
     that can be made of ``Y``. All other eigenvalues are taken for the smallest one found, so that
-    ``jf.CG(preconditioner=jf.nystrom(F, k, key))`` is the Nystrom preconditioner; ``k`` of about twice the effective dimension
+    ``jf.CG(preconditioner=jf.nystrom(F, key, k))`` is the Nystrom preconditioner; ``k`` of about twice the effective dimension
     at the damping makes the condition number small.
 
     Args:
         fisher: any operator; only its products are used.
-        rank: number of products, at least 1, at most p.
         key: a random key.
+        rank: number of products, at least 1, at most p.
 
     Raises:
         TypeError: ``fisher`` is not an operator, ``key`` no random key.
@@ -224,7 +224,7 @@ def nystrom(fisher: Operator, rank: int, key: PRNGKeyArray) -> Operator:
     >>> import jax, jax.numpy as jnp, jaxfisher as jf
     >>> model = lambda p, x: jf.Normal(jnp.dot(x, p), 1.0)
     >>> F = jf.implicit_fisher(model)(jnp.zeros(2), jnp.array([[2.0, 0.0], [0.0, 1.0]]))
-    >>> print(jf.nystrom(F, 2, jax.random.key(0)).trace().round(4))  # with all directions, F itself: 2 + 1/2
+    >>> print(jf.nystrom(F, jax.random.key(0), 2).trace().round(4))  # with all directions, F itself: 2 + 1/2
     2.5
     """
     fisher = viewed(fisher, "nystrom")

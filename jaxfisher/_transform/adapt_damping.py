@@ -43,10 +43,10 @@ def adapt_damping(
     damping: chex.Numeric,
     *,
     factor: chex.Numeric = 2.0,
-    lower: chex.Numeric = 0.25,
-    upper: chex.Numeric = 0.75,
-    least: chex.Numeric = 1e-8,
-    most: chex.Numeric = 1e8,
+    lower_ratio: chex.Numeric = 0.25,
+    upper_ratio: chex.Numeric = 0.75,
+    lower_damping: chex.Numeric = 1e-8,
+    upper_damping: chex.Numeric = 1e8,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Run ``inner`` with a damping that rises where the quadratic model promised too much and falls where it can be trusted.
 
@@ -75,7 +75,7 @@ def adapt_damping(
     than the rounding of the loss, as after convergence, says nothing: then the damping stays. Wrap the whole chain, learning
     rate included::
 
-        opt = jf.adapt_damping(jf.natural_gradient(learning_rate=1.0, damping=0.1), damping=0.1)
+        opt = jf.adapt_damping(jf.natural_gradient(learning_rate=1.0), damping=0.1)
         updates, state = opt.update(grads, state, params, fisher=F, value=value, value_fn=lambda new: loss(new, x, y))
 
     Args:
@@ -83,10 +83,10 @@ def adapt_damping(
             operator itself, which the ratio needs at every update: ``update_every`` saves the view, not the Fisher.
         damping: the first lambda, above zero.
         factor: ``c > 1``.
-        lower: below this ratio the damping rises.
-        upper: above this ratio the damping falls.
-        least: the damping does not go below this.
-        most: the damping does not go above this.
+        lower_ratio: below this ratio the damping rises.
+        upper_ratio: above this ratio the damping falls.
+        lower_damping: the damping does not go below this.
+        upper_damping: the damping does not go above this.
 
     Returns:
         A gradient transformation whose ``update`` takes ``params`` and, by keyword, ``fisher``, ``value_fn`` (parameters to the
@@ -104,24 +104,24 @@ def adapt_damping(
 
     >>> import jax, jax.numpy as jnp, jaxfisher as jf
     >>> model = lambda mu: jf.Normal(mu, 1.0)
-    >>> opt = jf.adapt_damping(jf.natural_gradient(1.0, 0.1), damping=1.0)
+    >>> opt = jf.adapt_damping(jf.natural_gradient(1.0), damping=1.0)
     >>> loss = lambda mu: 0.5 * (mu - 3.0) ** 2
     >>> F = jf.exact_fisher(model)(0.0)
     >>> updates, state = opt.update(jax.grad(loss)(0.0), opt.init(0.0), 0.0, fisher=F, value_fn=loss)
-    >>> print(updates, state.ratio, state.damping)  # the loss is its quadratic model
+    >>> print(updates.round(5), state.ratio.round(5), state.damping)  # the loss is its quadratic model
     1.5 1.0 0.5
     """
-    return adapting(inner, damping, Rule(factor, lower, upper, least, most), _decrease)
+    return adapting(inner, damping, Rule(factor, lower_ratio, upper_ratio, lower_damping, upper_damping), _decrease)
 
 
 class Rule(NamedTuple):
     """When the damping changes, by how much, and within which bounds: the numbers of `adapt_damping`."""
 
     factor: chex.Numeric
-    lower: chex.Numeric
-    upper: chex.Numeric
-    least: chex.Numeric
-    most: chex.Numeric
+    lower_ratio: chex.Numeric
+    upper_ratio: chex.Numeric
+    lower_damping: chex.Numeric
+    upper_damping: chex.Numeric
 
 
 class Evidence(NamedTuple):
@@ -174,12 +174,12 @@ def adapting(
     """`adapt_damping` by what ``decrease(operator, gradient, step, inner state after it)`` says was promised."""
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(f"adapt_damping: `inner` is {described(inner)}; expected a gradient transformation, such as a chain.")
-    factor, lower, upper, least, most = rule
-    for name, value in (("damping", damping), ("least", least), ("most", most)):
+    factor, lower_ratio, upper_ratio, lower_damping, upper_damping = rule
+    for name, value in (("damping", damping), ("lower_damping", lower_damping), ("upper_damping", upper_damping)):
         nonnegative(name, value, jnp.float32)
-    for name, value in (("factor", factor), ("lower", lower), ("upper", upper)):
+    for name, value in (("factor", factor), ("lower_ratio", lower_ratio), ("upper_ratio", upper_ratio)):
         check_number(name, value)
-    _check_order(damping, factor, lower, upper, least, most)
+    _check_order(damping, factor, lower_ratio, upper_ratio, lower_damping, upper_damping)
     chain = optax.with_extra_args_support(inner)
 
     def init(params: chex.ArrayTree) -> AdaptDampingState:
@@ -256,9 +256,10 @@ def _check_order(*numbers: chex.Numeric) -> None:
     """Raise `ValueError` where numbers that are known are out of order."""
     if not all(isinstance(number, (int, float)) for number in numbers):
         return
-    damping, factor, lower, upper, least, most = numbers
-    if not (factor > 1 and lower < upper and 0 < least <= damping <= most):
+    damping, factor, lower_ratio, upper_ratio, lower_damping, upper_damping = numbers
+    if not (factor > 1 and lower_ratio < upper_ratio and 0 < lower_damping <= damping <= upper_damping):
         raise ValueError(
-            f"adapt_damping: damping {damping}, factor {factor}, lower {lower}, upper {upper}, least {least}, most {most}; "
-            "expected factor > 1, lower < upper and 0 < least <= damping <= most."
+            f"adapt_damping: damping {damping}, factor {factor}, lower_ratio {lower_ratio}, upper_ratio {upper_ratio}, "
+            f"lower_damping {lower_damping}, upper_damping {upper_damping}; expected factor > 1, lower_ratio < upper_ratio and "
+            "0 < lower_damping <= damping <= upper_damping."
         )

@@ -80,10 +80,15 @@ def _needs_no_arguments(fisher: Callable[[], Operator], caller: str) -> None:
         ) from error
 
 
-def damping_for(given: chex.Numeric | None, usual: ScalarOrSchedule, count: Int[Array, ""], caller: str) -> Any:
+def damping_for(given: chex.Numeric | None, usual: ScalarOrSchedule | None, count: Int[Array, ""], caller: str) -> Any:
     """The damping of one update: the one it is given, else the optimiser's own, a number or a schedule."""
     if given is not None:
         return given
+    if usual is None:
+        raise ValueError(
+            f"{caller}: it was made without a `damping`, and `update` is given none. Give it one, as in "
+            f"jf.{caller}(damping=1e-3), or put jf.adapt_damping around the chain, which gives one to each update."
+        )
     return scheduled("damping", usual, "one real number of at least zero", caller)(count) if callable(usual) else usual
 
 

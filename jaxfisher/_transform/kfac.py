@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Scalar
 
-from jaxfisher._operators.factored import factored_damping
+from jaxfisher._operators.factored import factored_solve
 from jaxfisher._operators.identity import relative_damping
 from jaxfisher._operators.layered import kronecker
 from jaxfisher._operators.operator import VIEW, Operator, Solver, View, viewed
@@ -25,7 +25,7 @@ SHARE = 1e-2
 """The damping of the direction, as a share of that of the length: the best of a few powers of ten on four tasks."""
 LEAST = 1e-4
 """The least damping of the direction, in mean eigenvalues of the operator that is inverted."""
-RULE = Rule(factor=2.0**0.5, lower=0.25, upper=0.75, least=1e-8, most=1e8)
+RULE = Rule(factor=2.0**0.5, lower_ratio=0.25, upper_ratio=0.75, lower_damping=1e-8, upper_damping=1e8)
 """How the damping adapts: in smaller steps than `adapt_damping` by default, since they average over minibatches."""
 
 
@@ -59,7 +59,7 @@ def kfac(
         like: as in `scale_by_fisher`; not needed for a state that `jaxfisher.training_step` makes.
         damping: the first lambda, in the units of F.
         view: what is averaged and inverted; `jaxfisher.kronecker_reduce`, or with ``decay=None`` `jaxfisher.eigen_kronecker`.
-        solver: of the direction, with gamma its damping; None for the exact one. `jaxfisher.factored_damping` needs Cholesky
+        solver: of the direction, with gamma its damping; None for the exact one. `jaxfisher.factored_solve` needs Cholesky
             factors in place of eigenvectors: cheaper steps, and somewhat more of them.
         decay: of the running mean, None for the batch's own view.
         update_every: as in `scale_by_fisher`.
@@ -99,7 +99,7 @@ def kfac(
         # Of a direction whose length will be damped by ``damping``.
         least = relative_damping(fisher, LEAST)
         x, info = solve(fisher, v, jnp.maximum(SHARE * damping.astype(least.dtype), least), solver)
-        if solver is None or solver is factored_damping:
+        if solver is None or solver is factored_solve:
             # The residual takes as long to compute as x does, and the loss judges the step: it is left out.
             info = info._replace(
                 residual=jnp.zeros_like(info.residual), converged=info.finite, measured=jnp.zeros_like(info.finite)

@@ -15,7 +15,7 @@ from jaxfisher._values import check_number
 
 def natural_gradient(
     learning_rate: ScalarOrSchedule,
-    damping: ScalarOrSchedule,
+    damping: ScalarOrSchedule | None = None,
     *,
     view: View | None = None,
     solver: Solver | None = None,
@@ -34,7 +34,7 @@ def natural_gradient(
 
     Args:
         learning_rate: alpha, a number or a schedule. One is Fisher scoring.
-        damping: lambda ``>= 0``, absolute, a number or a schedule.
+        damping: lambda ``>= 0``, absolute, a number or a schedule; None inside `adapt_damping`, which gives one to each update.
         view: as in `scale_by_fisher`, and so are ``solver``, ``decay``, ``update_every`` and ``like``.
         solver: see ``view``.
         decay: see ``view``.

@@ -36,7 +36,7 @@ class QuadraticModelState(NamedTuple):
     change: Float[Array, ""]
 
 
-def quadratic_model(damping: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTransformationExtraArgs:
     r"""Take the step ``-alpha d + mu v`` that minimises the damped quadratic model, with ``v`` the last step.
 
     .. math:: \min_{\alpha, \mu}\; g^T s + \tfrac12 s^T (F + \lambda I) s, \qquad s = -\alpha d + \mu v.
@@ -54,7 +54,8 @@ def quadratic_model(damping: ScalarOrSchedule) -> optax.GradientTransformationEx
     that mean; `adapt_damping` around the chain gives it so.
 
     Args:
-        damping: lambda ``>= 0``, as in `scale_by_fisher`; an update that is given ``damping=`` takes that.
+        damping: lambda ``>= 0``, as in `scale_by_fisher`; an update that is given ``damping=`` takes that. None where each is
+            given one, as inside `adapt_damping`.
 
     Returns:
         A gradient transformation whose ``update`` takes by keyword ``fisher`` and ``grad``, the gradient before it was
@@ -73,7 +74,7 @@ def quadratic_model(damping: ScalarOrSchedule) -> optax.GradientTransformationEx
     -4.0 4.0
     """
     usual = damping
-    if not callable(usual):
+    if usual is not None and not callable(usual):
         nonnegative("damping", usual, jnp.float32)
 
     def init(params: chex.ArrayTree) -> QuadraticModelState:

@@ -34,20 +34,20 @@ class ScaleByFisherState(NamedTuple):
     Attributes:
         count: updates made so far, int32.
         mean: with ``decay``, the arrays of the running mean of the view, debiased; else empty.
-        held: with ``update_every`` above one, the arrays of the operator in use between refreshes; else empty.
+        in_use: with ``update_every`` above one, the arrays of the operator in use between refreshes; else empty.
         previous: with ``momentum``, the last result; else empty.
         info: the report of the last solve, for you to read.
     """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # Optax's name; it hides tuple.count
     mean: Any
-    held: tuple[Array, ...]
+    in_use: tuple[Array, ...]
     previous: Any
     info: SolveInfo
 
 
 def scale_by_fisher(
-    damping: ScalarOrSchedule,
+    damping: ScalarOrSchedule | None = None,
     *,
     view: View | None = None,
     power: chex.Numeric = 1.0,
@@ -83,7 +83,7 @@ def scale_by_fisher(
 
     Args:
         damping: ``>= 0``, absolute, in the units of F; or a schedule of it (a function of the update count). An update that is
-            given ``damping=``, as by `jaxfisher.adapt_damping`, takes that.
+            given ``damping=``, as by `jaxfisher.adapt_damping`, takes that; None where each update is given one.
         view: applied to the operator, such as `jaxfisher.kronecker`; None for the operator as it comes.
         power: ``q``. 1 is the natural gradient; others need an eigendecomposition, except on the diagonal, where 0.5 gives
             the family of RMSprop and Adam.
@@ -216,13 +216,13 @@ def _refreshed(
     # The structure is found without running anything, so that updates in between do not pay for it.
     shape = jax.eval_shape(lambda: _factorised(fresh(state.count)[0]))
     leaves, treedef = jax.tree.flatten(shape)
-    if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in state.held]:
-        seen, expected = ([leaf.shape for leaf in arrays] for arrays in (leaves, state.held))
+    if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in state.in_use]:
+        seen, expected = ([leaf.shape for leaf in arrays] for arrays in (leaves, state.in_use))
         raise ValueError(
             f"scale_by_fisher: `fisher`, {shape}, holds arrays of shapes {seen}; the state has {expected} of `like`. Make the "
             "state for the same parameters, and give `like` an operator of the same model and number of examples."
         )
-    held, mean = either(state.count % every == 0, made, lambda: (state.held, state.mean))
+    held, mean = either(state.count % every == 0, made, lambda: (state.in_use, state.mean))
     return jax.tree.unflatten(treedef, held), mean, held
 
 
@@ -281,7 +281,7 @@ _NO_MEAN = (
 
 
 def _check_arguments(damping: Any, view: Any, power: Any, solver: Any, decay: Any, update_every: Any, momentum: Any) -> None:
-    if not callable(damping):
+    if damping is not None and not callable(damping):
         nonnegative("damping", damping, jnp.float32)
     if view is not None:
         check_function("view", view, VIEW)

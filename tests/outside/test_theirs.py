@@ -89,7 +89,7 @@ def test_a_solver_that_is_wrong(key):
 
 
 def test_a_model_and_a_log_density(key):
-    assert jf.check_fisher(Wind(), PARAMS, X, key=key).passed
+    assert jf.check_fisher(Wind())(PARAMS, key, X).passed
     ours, theirs = (jf.empirical_fisher(f)(PARAMS, X, SPEEDS) for f in (jf.log_likelihood(Wind()), WindSpeed()))
     np.testing.assert_allclose(ours.as_matrix(), theirs.as_matrix(), rtol=1e-12)
 

@@ -226,7 +226,7 @@ def _faults_of_factors(log_prob, params, data, exact):
         return one.diagonal(), jf.eigen_kronecker(fisher).trace()
 
     try:
-        leaves = {leaf.path: leaf for leaf in jf.explain(log_prob, params, *data).leaves}
+        leaves = {leaf.path: leaf for leaf in jf.explain(log_prob)(params, *data).leaves}
         diagonal, trace = _evaluated(run, params, data, first)
     except Exception as error:
         return [Fault("crashed", "kronecker", _said(error))]
