@@ -232,6 +232,13 @@ def test_a_call_outside_jit_gives_what_one_inside_gives(name, key):
     inside = jax.jit(asked)(F, v)
     for what, value in asked(F, v).items():
         assert_close(flat(value), flat(inside[what]), factor=1e4)
+    # A batch of vectors is its members, from one factorisation.
+    both = jax.tree.map(lambda leaf: jnp.stack([leaf, 1 - leaf]), v)
+    solved = jax.jit(jax.vmap(lambda v: (F.mv(v), F.solve(v, 0.1))))(both)
+    for i in range(2):
+        single, member = (jax.tree.map(lambda leaf, i=i: leaf[i], tree) for tree in (both, solved))
+        assert_close(flat(member[0]), flat(F.mv(single)), factor=100)
+        assert_close(flat(member[1]), flat(F.solve(single, 0.1)), factor=1e4)
 
 
 ONE_OF_EACH = (
