@@ -88,8 +88,8 @@ from jaxfisher._transform.scale_to_kl import scale_to_kl as scale_to_kl
 from jaxfisher._transform.training_step import training_step as training_step
 
 # Looking: a verdict on a model, a spectrum, estimates with an error.
-from jaxfisher._check import FisherCheck as FisherCheck
-from jaxfisher._check import check_fisher as check_fisher
+from jaxfisher._check_fisher import FisherCheck as FisherCheck
+from jaxfisher._check_fisher import check_fisher as check_fisher
 from jaxfisher._diagnostics import Spectrum as Spectrum
 from jaxfisher._diagnostics import effective_dimension as effective_dimension
 from jaxfisher._diagnostics import spectrum as spectrum
@@ -110,7 +110,7 @@ from jaxfisher._operators.provenance import Provenance as Provenance
 from jaxfisher._pytree import array_fields as array_fields
 from jaxfisher._tree import ParamSpec as ParamSpec
 from jaxfisher._operators.operator import Solver as Solver
-from jaxfisher._transform.given import fisher_for as fisher_for
+from jaxfisher._transform.update_arguments import fisher_for as fisher_for
 from jaxfisher._laws import LawCheck as LawCheck
 from jaxfisher._laws import check_laws as check_laws
 

@@ -12,7 +12,7 @@ import jax
 from jaxfisher._engine import Leaf, by_factors, gram_flops, has_moments, inner_cost, leaf_forms, trace
 from jaxfisher._examples import make_batch, shape_of_one
 from jaxfisher._model import of_one_example
-from jaxfisher._rows import ExactRows, Rows, ScoreRows, prediction
+from jaxfisher._row_functions import ExactRows, Rows, ScoreRows, prediction
 from jaxfisher._tree import check_function
 
 

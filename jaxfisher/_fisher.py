@@ -17,7 +17,7 @@ from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.implicit import Implicit
 from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._operators.provenance import Provenance, mean_over
-from jaxfisher._rows import ExactRows, Prediction, Rows, SampledRows, ScoreRows, prediction
+from jaxfisher._row_functions import ExactRows, Prediction, Rows, SampledRows, ScoreRows, prediction
 from jaxfisher._scores import CenteredScores, Scores, make_scores
 from jaxfisher._targets import OfData
 from jaxfisher._tree import as_key, check_function, threefry_key

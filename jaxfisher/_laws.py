@@ -13,7 +13,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PRNGKeyArray
 
-from jaxfisher._check import check_fisher
+from jaxfisher._check_fisher import check_fisher
 from jaxfisher._distributions.base import Distribution
 from jaxfisher._once import Around
 from jaxfisher._operators.operator import Operator, Solver

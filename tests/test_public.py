@@ -70,7 +70,7 @@ ROOMS = {
     "Solving": "_cholesky _solve _system",
     "Natural gradients": "_natural",
     "Optax": "_transform",
-    "Looking": "_check _diagnostics _estimate",
+    "Looking": "_check_fisher _diagnostics _estimate",
     "Extending": "_distributions _fisher _laws _model _operators _pytree _transform _tree",
 }
 """The headings of the public names by their first words, in reading order, and the rooms whose names stand under each."""

@@ -26,7 +26,7 @@ from jaxfisher._engine.rule import EXAMPLE, ROW
 from jaxfisher._engine.terms import Unformed
 from jaxfisher._examples import num_examples, shape_of_one
 from jaxfisher._pytree import array_fields
-from jaxfisher._rows import Rows
+from jaxfisher._row_functions import Rows
 from jaxfisher._tree import ParamSpec
 from jaxfisher._varying import varying_like
 

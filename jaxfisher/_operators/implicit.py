@@ -18,7 +18,7 @@ from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.form import Form, small_matrix
 from jaxfisher._pieces import sum_batches
 from jaxfisher._pytree import array_fields
-from jaxfisher._rows import ExactRows, prediction
+from jaxfisher._row_functions import ExactRows, prediction
 from jaxfisher._scores import Scores, make_scores
 from jaxfisher._tree import ParamSpec, cast_like, kept, narrowed, products
 from jaxfisher._varying import varying_like

@@ -16,7 +16,7 @@ from jaxfisher._examples import Batch, make_batch, map_examples, needs_data
 from jaxfisher._model import LOG_PROB, LogProb, of_one_example
 from jaxfisher._once import Static, once_for
 from jaxfisher._pieces import map_batches
-from jaxfisher._rows import Rows, ScoreRows
+from jaxfisher._row_functions import Rows, ScoreRows
 from jaxfisher._scores.held import HeldScores
 from jaxfisher._scores.map import Scores
 from jaxfisher._scores.pieces import StreamedScores, masked

@@ -18,7 +18,7 @@ from jaxfisher._examples import num_examples
 from jaxfisher._once import once
 from jaxfisher._pieces import Pieces, map_batches, pieces, sum_batches
 from jaxfisher._pytree import array_fields
-from jaxfisher._rows import Rows
+from jaxfisher._row_functions import Rows
 from jaxfisher._scores.centred import CenteredScores
 from jaxfisher._scores.held import HeldScores, kept_leaves
 from jaxfisher._scores.map import FactoredScores, Role, Scores, roles_of, total

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._once import either
 from jaxfisher._operators.operator import Operator
-from jaxfisher._transform.given import check_params, check_state, fisher_for, function_for, value_for
+from jaxfisher._transform.update_arguments import check_params, check_state, fisher_for, function_for, value_for
 from jaxfisher._tree import described, dot, param_spec
 from jaxfisher._values import check_number, nonnegative
 

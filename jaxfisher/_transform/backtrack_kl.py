@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._once import repeat
-from jaxfisher._transform.given import check_params, check_state, function_for, value_for
+from jaxfisher._transform.update_arguments import check_params, check_state, function_for, value_for
 from jaxfisher._tree import scaled, select
 from jaxfisher._values import nonnegative
 

@@ -6,10 +6,10 @@ import chex
 import optax
 
 from jaxfisher._operators.operator import Solver, View
-from jaxfisher._transform.given import ScalarOrSchedule, scheduled
 from jaxfisher._transform.like import Like
 from jaxfisher._transform.scale_by_fisher import scale_by_fisher
 from jaxfisher._transform.scale_to_kl import scale_to_kl
+from jaxfisher._transform.update_arguments import ScalarOrSchedule, scheduled
 from jaxfisher._values import check_number
 
 

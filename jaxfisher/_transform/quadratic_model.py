@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._linalg import matmul
 from jaxfisher._operators.operator import Operator
-from jaxfisher._transform.given import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
+from jaxfisher._transform.update_arguments import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
 from jaxfisher._tree import cast_like, param_spec, products
 from jaxfisher._values import nonnegative
 

@@ -22,8 +22,8 @@ from jaxfisher._operators.kronecker import factorised
 from jaxfisher._operators.operator import VIEW, Operator, Solver, View, as_operator
 from jaxfisher._solve import check_solver
 from jaxfisher._system import SolveInfo
-from jaxfisher._transform.given import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
 from jaxfisher._transform.like import Like, shape_of_view
+from jaxfisher._transform.update_arguments import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
 from jaxfisher._tree import all_finite, cast_like, check_function, param_spec, scaled
 from jaxfisher._values import check_number, nonnegative
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxfisher._operators.operator import Operator
-from jaxfisher._transform.given import fisher_for
+from jaxfisher._transform.update_arguments import fisher_for
 from jaxfisher._tree import scaled
 from jaxfisher._values import nonnegative
 
