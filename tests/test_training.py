@@ -53,8 +53,8 @@ def like():
 def test_the_first_step_of_kfac_by_hand(damping):
     """The direction from the factors, its length from the Fisher itself, the damping from what became of the loss."""
     params, x, y, _, rows = reference()
-    opt = jf.kfac(like, damping=damping)
-    new, state, value = jax.jit(jf.training_step(classifier, opt))(params, opt.init(params), x, y)
+    opt = jf.kfac(like, damping=damping, solver=None)
+    new, state, value = jax.jit(jf.training_step(classifier, opt, jf.exact_fisher(classifier)))(params, opt.init(params), x, y)
     g, dense = -rows.mean(0), class_sum_fisher(params, x)
     factors = np.asarray(jf.kronecker(like()).as_matrix())
     light = max(damping / 100, 1e-4 * np.trace(factors) / 31)
@@ -90,7 +90,7 @@ CHAIN = optax.chain(
 @pytest.mark.parametrize(
     ("opt", "light"),
     [
-        (jf.kfac(like_with_prior, damping=0.1), None),
+        (jf.kfac(like_with_prior, damping=0.1, solver=None), None),
         (jf.adapt_damping(CHAIN, damping=0.1), 0.1),
         (CHAIN, 0.1),
     ],
@@ -128,6 +128,87 @@ def test_the_direction_of_kfac_by_a_solver():
     assert all("Kronecker" in form for form in seen)
     info = optax.tree.get(state, "info")
     assert info.measured and info.residual < 1e-4, "the solver's own report"
+
+
+def gaussian(params, x):
+    """One output with a scale of its own: two rows an example."""
+    return jf.Normal(jnp.tanh(x @ params["w"]) @ params["v"], jnp.exp(params["s"]))
+
+
+GAUSSIAN = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), "v": jnp.linspace(0.3, 1.0, 4), "s": jnp.zeros(())}
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_the_default_fisher_of_kfac_is_exact_where_outputs_are_few(few):
+    """The step is the one with that Fisher given: exact for two rows an example, with a drawn view for three classes."""
+    _, x, y, *_ = reference()
+    key = jax.random.fold_in(jax.random.key(3), 0)
+    if few:
+        model, params, y = gaussian, GAUSSIAN, x[:, 0] ** 2
+        given = jf.exact_fisher(model)
+    else:
+        model, params = classifier, reference()[0]
+        drawn = jf.sampled_fisher(model)
+        given = lambda p, x: jf.implicit_fisher(model)(p, x, views_of=drawn(p, key, x))  # noqa: E731
+    opt = jf.kfac(seed=3)
+    step, expected = jf.training_step(model, opt), jf.training_step(model, opt, given)
+    state = step.init(params, x, y)
+    (new, _, value), (other, _, same) = (jax.jit(f)(params, state, x, y) for f in (step, expected))
+    np.testing.assert_allclose([value, *flat(new)], [same, *flat(other)], rtol=1e-10)
+
+
+def test_each_step_of_kfac_draws_anew_by_its_count():
+    """Two steps from one point: the same draw in the same state, another one at another count."""
+    params, x, y, *_ = reference()
+    step = jf.training_step(classifier, jf.kfac(decay=None))
+    state = step.init(params, x, y)
+    later = optax.tree.set(state, count=jnp.asarray(5, jnp.int32))
+    first, again, other = (flat(jax.jit(step)(params, s, x, y)[0]) for s in (state, state, later))
+    np.testing.assert_array_equal(first, again)
+    assert np.max(np.abs(first - other)) > 1e-6
+
+
+def test_what_is_not_due_is_not_run():
+    """Factors, draws and inverses are inside the branch of a refresh: outside it no random number and no Cholesky factor."""
+    params, x, y, *_ = reference()
+    step = jf.training_step(classifier, jf.kfac(update_every=4))
+    jaxpr = jax.make_jaxpr(step)(params, step.init(params, x, y), x, y).jaxpr
+    dead, _ = jax.interpreters.partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    outside = _outside_branches(dead)
+    assert not outside & {"random_bits", "random_wrap", "cholesky", "triangular_solve"}, outside
+    assert "cond" in outside and "dot_general" in outside
+
+
+def _outside_branches(jaxpr):
+    """The primitives of a program, but for what is inside `cond`."""
+    found = set()
+    for eqn in jaxpr.eqns:
+        found.add(eqn.primitive.name)
+        if eqn.primitive.name == "cond":
+            continue
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found |= _outside_branches(inner)
+    return found
+
+
+def test_between_refreshes_the_direction_is_of_the_inverses_held():
+    """Two steps by hand at every=4: the second has the factors, and the damping of them, of the first."""
+    params, x, y, *_ = reference()
+    opt = jf.kfac(update_every=4)
+    step = jax.jit(jf.training_step(classifier, opt, jf.exact_fisher(classifier)))
+    state = jf.training_step(classifier, opt, jf.exact_fisher(classifier)).init(params, x, y)
+    K = jf.kronecker(like())
+    gamma = max(1e-4, 1e-4 * float(K.trace()) / 31)
+    for k in range(2):
+        g = jax.grad(loss)(params, x, y)
+        d = flat(jf.solve(K, g, gamma, solver=jf.factored_solve)[0])
+        last = np.zeros(31) if k == 0 else flat(optax.tree.get(state, "step"))
+        new, state, _ = step(params, state, x, y)
+        rates = [float(optax.tree.get(state, name)) for name in ("learning_rate", "momentum")]
+        np.testing.assert_allclose(flat(new), flat(params) - rates[0] * d + rates[1] * last, rtol=1e-6)
+        params = new
 
 
 def test_kfac_fits_without_tuning():

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Scalar
+from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._linalg import norm
+from jaxfisher._linalg import cholesky, matmul, norm
 from jaxfisher._once import once
 from jaxfisher._operators.block import BlockDiagonal
+from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.identity import Shifted
 from jaxfisher._operators.inverted import reported
 from jaxfisher._operators.kronecker import EigenKronecker, Kronecker
 from jaxfisher._operators.operator import Operator
+from jaxfisher._pytree import array_fields
 from jaxfisher._system import Solved, SolveInfo
 from jaxfisher._tree import cast_like
 from jaxfisher._values import nonnegative
@@ -55,7 +58,7 @@ def factored_solve(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric) -
     [0.1716 0.1716]
     """
     form, shift = (fisher.form.base, fisher.form.shift) if isinstance(fisher.form, Shifted) else (fisher.form, 0)
-    if not isinstance(form, BlockDiagonal) or not any(_kronecker_in(block) for block in form.blocks):
+    if not isinstance(form, BlockDiagonal) or not has_factors(form):
         raise TypeError(f"factored_solve: {fisher} has no Kronecker factors to damp; expected jf.kronecker(fisher).")
     if form is fisher.form and isinstance(damping, (numbers.Real, np.ndarray, np.generic)) and float(damping) == 0:
         raise ValueError(
@@ -79,6 +82,61 @@ def _by_factors(form: BlockDiagonal, v: Any, damping: Scalar) -> tuple[Any, Solv
         return Solved(x, rest, jnp.asarray(form.spec.size, jnp.int32), left <= jnp.finfo(form.spec.dtype).eps ** 0.5 * size)
 
     return reported(form.spec, inverse, v)
+
+
+def has_factors(form: Form) -> bool:
+    """Whether `factored_solve` has something to damp in it."""
+    form = form.base if isinstance(form, Shifted) else form
+    return isinstance(form, BlockDiagonal) and any(_kronecker_in(block) for block in form.blocks)
+
+
+@array_fields("blocks", repr=False)
+class InvertedBlocks(BlockDiagonal):
+    """The inverses of damped blocks, each in the form of the block: products with it are solves."""
+
+    name = "inverses of damped blocks"
+
+
+def factored_inverse(form: Form, damping: Scalar) -> InvertedBlocks | None:
+    """What `factored_solve` solves with, formed: Kronecker factors and diagonals inverted; None for blocks of other forms.
+
+    Factors of equal size are inverted in one call. The rounding of an inverse that is formed grows with the condition of the
+    damped factor, which the damping bounds: it is for directions, whose length is found by other means.
+    """
+    form, shift = (form.base, form.shift) if isinstance(form, Shifted) else (form, 0)
+    if not isinstance(form, BlockDiagonal):
+        return None
+    bare = [block.base if isinstance(block, Shifted) else block for block in form.blocks]
+    if not all(isinstance(block, Kronecker | Diagonal) for block in bare) or not any(map(_kronecker_in, bare)):
+        return None
+    at = [damping + shift + (block.shift if isinstance(block, Shifted) else 0) for block in form.blocks]
+    products = [(i, block) for i, block in enumerate(bare) if isinstance(block, Kronecker)]
+    sides = _inverses([side for i, block in products for side in block.damped_factors(at[i])])
+    made: dict[int, Form] = {
+        i: dataclasses.replace(block, inputs=sides[2 * k], outputs=sides[2 * k + 1]) for k, (i, block) in enumerate(products)
+    }
+    for i, block in enumerate(bare):
+        if isinstance(block, Diagonal):
+            made[i] = Diagonal(jax.tree.map(lambda leaf, i=i: 1 / (leaf + at[i]), block.entries), block.spec)
+    return InvertedBlocks(tuple(made[i] for i in range(len(bare))), form.members, form.spec)
+
+
+def _inverses(matrices: Sequence[Float[Array, "groups m m"]]) -> list[Float[Array, "groups m m"]]:
+    """The inverses of positive definite stacks, those of one size in one call."""
+    made: dict[int, Array] = {}
+    for size in sorted({matrix.shape[-1] for matrix in matrices}):
+        places = [i for i, matrix in enumerate(matrices) if matrix.shape[-1] == size]
+        inverted = jax.vmap(_inverse)(jnp.concatenate([matrices[i] for i in places]))
+        ends = np.cumsum([len(matrices[i]) for i in places])[:-1]
+        made |= dict(zip(places, jnp.split(inverted, ends), strict=True))
+    return [made[i] for i in range(len(matrices))]
+
+
+def _inverse(matrix: Float[Array, "m m"]) -> Float[Array, "m m"]:
+    root = jax.lax.linalg.triangular_solve(
+        cholesky(matrix), jnp.eye(len(matrix), dtype=matrix.dtype), left_side=True, lower=True
+    )
+    return matmul(root.T, root)
 
 
 def _factored_inverse(block: Form, damping: Scalar) -> Callable[[Any], Any]:

@@ -153,12 +153,17 @@ class Kronecker(Layer):
     def power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
         return self.factorised().power_mv(v, power, damping)
 
-    def factored_inverse(self, damping: Scalar) -> Callable[[Any], Any]:
-        """``(A + pi sqrt(damping) I)^-1 V (G + sqrt(damping) / pi I)^-1``, ``pi`` balancing the factors' mean eigenvalues."""
+    def damped_factors(self, damping: Scalar) -> list[Float[Array, "groups m m"]]:
+        """``A + pi sqrt(damping) I`` and ``G + sqrt(damping) / pi I``, ``pi`` balancing the factors' mean eigenvalues."""
+        factors = (self.inputs, self.outputs)
         sizes = self.inputs.shape[-1], self.outputs.shape[-1]
         shifts = _shifts(jnp.mean(diagonals(self.inputs), 1), jnp.mean(diagonals(self.outputs), 1), damping, sizes)
-        parts = zip((self.inputs, self.outputs), shifts, strict=True)
-        a, g = (jax.vmap(lambda x, s: cholesky(x + s * jnp.eye(len(x), dtype=x.dtype)))(*part) for part in parts)
+        pairs = zip(factors, shifts, strict=True)
+        return [x + s[:, None, None] * jnp.eye(x.shape[-1], dtype=x.dtype)[None] for x, s in pairs]
+
+    def factored_inverse(self, damping: Scalar) -> Callable[[Any], Any]:
+        """``(A + pi sqrt(damping) I)^-1 V (G + sqrt(damping) / pi I)^-1``, ``pi`` balancing the factors' mean eigenvalues."""
+        a, g = (jax.vmap(cholesky)(factor) for factor in self.damped_factors(damping))
         solve = partial(jax.lax.linalg.triangular_solve, lower=True)
 
         def apply(v: Any) -> Any:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._once import either
 from jaxfisher._operators.operator import Operator
-from jaxfisher._transform.update_arguments import check_params, check_state, fisher_for, function_for, value_for
+from jaxfisher._transform.update_arguments import Shared, check_params, check_state, fisher_for, function_for, value_for
 from jaxfisher._tree import described, dot, param_spec
 from jaxfisher._values import check_number, nonnegative
 
@@ -209,12 +209,13 @@ def adapting(
         check_state(state, AdaptDampingState, "adapt_damping")
         loss = function_for("value_fn", value_fn, "from parameters to the loss", "adapt_damping")
         start = value_for(value, loss, params, "adapt_damping")
-        # The operator is needed here at every update: it is made once, and not again by each transformation inside.
-        operator = fisher_for(updates, fisher, "adapt_damping")
+        # The operator is needed here at every update, and need not be made again by each transformation inside.
+        shared = Shared(fisher) if callable(fisher) and not isinstance(fisher, Operator) else fisher
+        operator = fisher_for(updates, shared, "adapt_damping")
         # The gradient is what comes in: under `optax.MultiSteps` that is a mean, and a gradient given by keyword is not.
         given = extra_args | {
             "grad": updates,
-            "fisher": operator,
+            "fisher": shared,
             "value": start,
             "value_fn": value_fn,
             "damping": state.damping,

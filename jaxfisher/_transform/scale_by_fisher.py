@@ -6,7 +6,7 @@ import dataclasses
 import numbers
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
@@ -23,9 +23,22 @@ from jaxfisher._operators.operator import VIEW, Operator, Solver, View, as_opera
 from jaxfisher._solve import check_solver
 from jaxfisher._system import SolveInfo
 from jaxfisher._transform.like import Like, shape_of_view
-from jaxfisher._transform.update_arguments import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
+from jaxfisher._transform.update_arguments import (
+    ScalarOrSchedule,
+    Shared,
+    check_state,
+    check_vector_of_state,
+    damping_for,
+    fisher_for,
+)
 from jaxfisher._tree import all_finite, cast_like, check_function, param_spec, scaled
 from jaxfisher._values import check_number, nonnegative
+
+
+class Hold(Protocol):
+    """What is held of an operator between refreshes, made at the damping of the refresh."""
+
+    def __call__(self, operator: Operator, damping: chex.Numeric) -> Operator: ...
 
 
 class ScaleByFisherState(NamedTuple):
@@ -118,8 +131,27 @@ def scale_by_fisher(
     >>> print(updates)
     4.0
     """
-    usual = damping
     _check_arguments(damping, view, power, solver, decay, update_every, momentum)
+    settings = Settings(damping, view, power, solver, decay, update_every, momentum, like)
+    return preconditioner(settings, factorised_operator)
+
+
+class Settings(NamedTuple):
+    """The arguments of `scale_by_fisher`."""
+
+    damping: ScalarOrSchedule | None
+    view: View | None
+    power: chex.Numeric
+    solver: Solver | None
+    decay: chex.Numeric | None
+    update_every: chex.Numeric | None
+    momentum: chex.Numeric | None
+    like: Like | None
+
+
+def preconditioner(settings: Settings, hold: Hold) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_fisher` with what is held between refreshes made by ``hold``."""
+    usual, view, power, solver, decay, update_every, momentum, like = settings
 
     def viewed(fisher: Operator) -> Operator:
         return fisher if view is None else as_operator(view(fisher), "scale_by_fisher: `view`")
@@ -128,7 +160,7 @@ def scale_by_fisher(
         dtype = param_spec(params).dtype
         zeros = partial(_zeros, dtype=dtype)
         mean = zeros(arrays_of(_averaging(shape_of_view(params, like, viewed)).form)) if decay is not None else ()
-        held = zeros(_held_arrays(shape_of_view(params, like, viewed))) if update_every is not None else ()
+        held = zeros(_held_arrays(hold, shape_of_view(params, like, viewed))) if update_every is not None else ()
         previous = () if momentum is None else jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), params)
         return ScaleByFisherState(jnp.zeros((), jnp.int32), mean, held, previous, _no_info(params))
 
@@ -148,14 +180,17 @@ def scale_by_fisher(
         if momentum is not None:
             check_vector_of_state(state.previous, updates, "scale_by_fisher")
 
-        def fresh(refresh: Int[Array, ""]) -> tuple[Operator, Any]:
-            return _running_mean(viewed(fisher_for(updates, fisher, "scale_by_fisher")), state.mean, refresh, decay)
+        # Made in the branch of a refresh that is due, and not before it.
+        given = fisher.anew if update_every is not None and isinstance(fisher, Shared) else fisher
 
+        def fresh(refresh: Int[Array, ""]) -> tuple[Operator, Any]:
+            return _running_mean(viewed(fisher_for(updates, given, "scale_by_fisher")), state.mean, refresh, decay)
+
+        strength = damping_for(damping, usual, state.count, "scale_by_fisher")
         if update_every is not None:
-            operator, mean, held = _refreshed(fresh, state, update_every)
+            operator, mean, held = _refreshed(fresh, partial(hold, damping=strength), state, update_every)
         else:
             (operator, mean), held = fresh(state.count), ()
-        strength = damping_for(damping, usual, state.count, "scale_by_fisher")
         previous = None if momentum is None else (momentum, state.previous)
         result, info = _precondition(operator, updates, power, strength, solver, previous)
         kept = () if momentum is None else result
@@ -204,17 +239,20 @@ def _precondition(
 
 
 def _refreshed(
-    fresh: Callable[[Int[Array, ""]], tuple[Operator, Any]], state: ScaleByFisherState, every: chex.Numeric
+    fresh: Callable[[Int[Array, ""]], tuple[Operator, Any]],
+    hold: Callable[[Operator], Operator],
+    state: ScaleByFisherState,
+    every: chex.Numeric,
 ) -> tuple[Operator, Any, tuple[Array, ...]]:
     """The operator in use, made anew where this update is due for that; the running mean; the operator's arrays."""
     every = jnp.asarray(every, jnp.int32)
 
     def made() -> tuple[tuple[Array, ...], Any]:
         operator, mean = fresh(state.count // every)
-        return tuple(jax.tree.leaves(_factorised(operator))), mean
+        return tuple(jax.tree.leaves(hold(operator))), mean
 
     # The structure is found without running anything, so that updates in between do not pay for it.
-    shape = jax.eval_shape(lambda: _factorised(fresh(state.count)[0]))
+    shape = jax.eval_shape(lambda: hold(fresh(state.count)[0]))
     leaves, treedef = jax.tree.flatten(shape)
     if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in state.in_use]:
         seen, expected = ([leaf.shape for leaf in arrays] for arrays in (leaves, state.in_use))
@@ -245,14 +283,15 @@ def _averaging(operator: Operator) -> Operator:
     return operator
 
 
-def _factorised(operator: Operator) -> Operator:
-    """The operator held so that solves between refreshes take products only."""
+def factorised_operator(operator: Operator, damping: chex.Numeric) -> Operator:
+    """The operator held so that solves between refreshes take products only, at any damping."""
+    del damping
     return dataclasses.replace(operator, form=factorised(operator.form))
 
 
-def _held_arrays(operator: Operator) -> tuple[Array, ...]:
+def _held_arrays(hold: Hold, operator: Operator) -> tuple[Array, ...]:
     """The arrays of the operator that solves between refreshes."""
-    return tuple(jax.tree.leaves(jax.eval_shape(_factorised, operator)))
+    return tuple(jax.tree.leaves(jax.eval_shape(lambda operator: hold(operator, damping=jnp.zeros(())), operator)))
 
 
 def _zeros(tree: Any, dtype: Any) -> Any:

@@ -18,6 +18,7 @@ from jaxfisher._fisher import FisherFunction, exact_fisher
 from jaxfisher._model import MODEL, Model, log_likelihood, mean_loss, of_one_example
 from jaxfisher._operators.operator import Operator
 from jaxfisher._targets import taken_by
+from jaxfisher._transform.cheap import Offered, cheap_fisher
 from jaxfisher._transform.like import fishers_like
 from jaxfisher._tree import check_function, described
 
@@ -63,7 +64,8 @@ def training_step(model: Model, optimiser: optax.GradientTransformation, fisher:
         model: ``(params, *inputs) -> distribution`` of ONE example.
         optimiser: a gradient transformation.
         fisher: such as ``jf.empirical_fisher(log_prob)`` or ``jf.exact_fisher(model)``, or a function of your own,
-            ``(params, *inputs) -> operator`` of the batch; None for `jaxfisher.exact_fisher` of the model.
+            ``(params, *inputs) -> operator`` of the batch; None for `jaxfisher.exact_fisher` of the model, or, where the
+            optimiser is `jaxfisher.kfac`, for the cheapest that it can do with.
 
     Returns:
         A function ``(params, state, *inputs, target, weights=None)`` to ``(params, state, loss)``, the loss in nats, a mean
@@ -122,7 +124,10 @@ def training_step(model: Model, optimiser: optax.GradientTransformation, fisher:
             "obj_fn": loss,
             "grad_fn": lambda new, _: jax.grad(loss)(new),
             "kl_fn": lambda new: divergence(params, new, *inputs, **given),
-            "fisher": lambda: curvature(params, *taken_by(curvature, data, inputs), **given),
+            "fisher": Offered(
+                lambda: curvature(params, *taken_by(curvature, data, inputs), **given),
+                None if fisher is not None else lambda key: cheap_fisher(model, params, key, *inputs, **given),
+            ),
         }
         updates, state = update(grads, state, params, **_taken(update, known))
         return optax.apply_updates(params, updates), state, value

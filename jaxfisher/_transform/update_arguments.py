@@ -20,6 +20,23 @@ ScalarOrSchedule: TypeAlias = float | Array | Callable[[Array], Any]
 """A number, or a function of the update count that gives one."""
 
 
+class Shared:
+    """A function that makes the curvature, run once for all who ask for it in one update.
+
+    What is made inside a branch of `jax.lax.cond` is computed only where the branch is taken; what is made outside and used
+    inside is computed in any case. So a refresh that is not always due has it made anew.
+    """
+
+    def __init__(self, make: Callable[[], Operator]) -> None:
+        self.anew = make
+        self._made: Operator | None = None
+
+    def __call__(self) -> Operator:
+        if self._made is None:
+            self._made = self.anew()
+        return self._made
+
+
 def fisher_for(updates: Any, fisher: Operator | Callable[[], Operator] | None, caller: str) -> Operator:
     """The operator that an update is given as ``fisher=``, checked, over just the leaves of ``updates``.
 
