@@ -379,8 +379,9 @@ def saves(case: str, plain: Case, ours: Case, goal: float) -> Row:
 
 
 def stays_below(case: str, plain: Case, ours: Case, n: int) -> Row:
-    """Temporary memory against twice the plain gradient's and three n x n arrays; the ratio is to that bound."""
-    bound = 2 * plain.temporary + 3 * n * n * 4
+    """Temporary memory against twice the plain gradient's, three n x n arrays and four vectors; the ratio is to that bound."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(plain.arguments[0]))
+    bound = 2 * plain.temporary + 3 * n * n * 4 + 4 * size * 4
     ratio = ours.temporary / bound
     words = megabytes(plain.temporary), megabytes(ours.temporary)
     return Row(case, *words, f"{ratio:.2f} of bound", megabytes(bound), _verdict(ratio <= 1))
@@ -423,7 +424,7 @@ def gram(sizes: Sizes) -> list[Row]:
 
 def step(sizes: Sizes) -> list[Row]:
     """Damped natural-gradient step (empirical Fisher) against the plain gradient of the same batch."""
-    goals = [(sizes.big, {128: 1.3, 256: 1.5, 512: 2.1, 1024: 2.4}), (sizes.small, {128: 1.8, 512: 3.5})]
+    goals = [(sizes.big, {128: 1.2, 256: 1.4, 512: 1.7, 1024: 2.3}), (sizes.small, {128: 1.8, 512: 2.9})]
     return [
         row for widths, table in goals for n, goal in table.items() for row in _step(widths, sizes.examples(n), goal, sizes)
     ]
@@ -449,6 +450,28 @@ def _step(widths: tuple[int, ...], n: int, goal: float, sizes: Sizes) -> list[Ro
     return rows
 
 
+def solve(sizes: Sizes) -> list[Row]:
+    """Solves for any vector, of held scores, against one whose damping is an array that may turn out to be zero."""
+    rows = []
+    for n in (sizes.examples(256), sizes.examples(512)):
+        arguments = mlp(sizes.small, n)
+        fisher = jax.jit(jf.empirical_fisher(mlp_log_prob))(*arguments)
+        gradient = jax.jit(plain_gradient(mlp_log_prob))(*arguments)
+        damping = 1e-3 * largest_eigenvalue(mlp_log_prob, *arguments)
+        path = damping * jnp.geomspace(0.01, 1000, 20)
+        unknown = compiled(jf.solve, fisher, gradient, jnp.asarray(damping))
+        known = compiled(lambda F, g, damping=damping: jf.solve(F, g, damping), fisher, gradient)
+        training = compiled(functools.partial(jf.solve, solver=jf.Cholesky(1e-3)), fisher, gradient, jnp.asarray(damping))
+        many = compiled(jf.solve_path, fisher, gradient, path)
+        times = time_in_turn([unknown, known, training, many], sizes.repeats)
+        name = shape_name(sizes.small, n)
+        cases = {"a known damping": 1, "jf.Cholesky(1e-3)": 1, "jf.solve_path over 20 dampings": 2}
+        rows += [
+            costs(f"{name}, {case}", times[0], own, goal) for (case, goal), own in zip(cases.items(), times[1:], strict=True)
+        ]
+    return rows
+
+
 def first_call(sizes: Sizes) -> list[Row]:
     """First call of a jitted training step: tracing, compiling, running; each in a fresh process."""
     kinds = ("gradient", "adam", "natural")
@@ -458,7 +481,7 @@ def first_call(sizes: Sizes) -> list[Row]:
             seconds[kind].append(alone(kind, sizes)["seconds"])
     gradient, adam, natural = (Times(tuple(seconds[kind])) for kind in kinds)
     name = shape_name(sizes.big, sizes.examples(256))
-    return [costs(f"{name}, against SGD", gradient, natural, 2), costs(f"{name}, against Adam", adam, natural, 2)]
+    return [costs(f"{name}, against SGD", gradient, natural, 2.5), costs(f"{name}, against Adam", adam, natural, 2.5)]
 
 
 def _first_call_alone(kind: str, sizes: Sizes) -> dict[str, Any]:
@@ -637,7 +660,8 @@ def _scale_alone(sizes: Sizes) -> dict[str, Any]:
 
 
 WORKLOADS: dict[str, Callable[[Sizes], list[Row]]] = {
-    function.__name__: function for function in (gram, step, first_call, diagonal, kfac, product, dense, transformer, scale)
+    function.__name__: function
+    for function in (gram, step, solve, first_call, diagonal, kfac, product, dense, transformer, scale)
 }
 ALONE: dict[str, Callable[[Sizes], dict[str, Any]]] = {
     "scale": _scale_alone,
