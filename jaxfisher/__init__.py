@@ -12,6 +12,7 @@ from jaxfisher._distributions.dirichlet import Dirichlet as Dirichlet
 from jaxfisher._distributions.exponential import Exponential as Exponential
 from jaxfisher._distributions.gamma import Gamma as Gamma
 from jaxfisher._distributions.laplace import Laplace as Laplace
+from jaxfisher._distributions.masked import Masked as Masked
 from jaxfisher._distributions.multivariate_normal import MultivariateNormal as MultivariateNormal
 from jaxfisher._distributions.negative_binomial import NegativeBinomial as NegativeBinomial
 from jaxfisher._distributions.normal import Normal as Normal

@@ -1,0 +1,156 @@
+"""A distribution over part of the positions: closed forms, sums over outcomes, and nothing from where the mask is false."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import assert_close, flat
+
+import jaxfisher as jf
+
+MASK = jnp.array([True, False, True])
+RUBBISH = {"NaN": jnp.nan, "infinite": jnp.inf, "large": 1e300, "minus": -1e5}
+FAMILIES = {
+    "normal": lambda a: jf.Normal(a, jnp.exp(0.3 * a)),
+    "multivariate": lambda a: jf.MultivariateNormal(
+        jnp.stack([a, 2 * a], -1), jnp.exp(0.1 * a)[:, None, None] * jnp.array([[1.0, 0.0], [0.4, 2.0]])[None]
+    ),
+    "bernoulli": lambda a: jf.Bernoulli(logits=a),
+    "categorical": lambda a: jf.Categorical(logits=jnp.stack([a, -a, 0 * a], -1)),
+    "poisson": lambda a: jf.Poisson(a),
+    "exponential": lambda a: jf.Exponential(a),
+    "gamma": lambda a: jf.Gamma(jnp.exp(a), jnp.exp(-a)),
+    "beta": lambda a: jf.Beta(jnp.exp(a), jnp.exp(-a)),
+    "dirichlet": lambda a: jf.Dirichlet(jnp.exp(jnp.stack([a, -a, 0 * a], -1))),
+    "laplace": lambda a: jf.Laplace(a, jnp.exp(a)),
+    "student": lambda a: jf.StudentT(jnp.exp(a) + 2, a, jnp.exp(a)),
+    "negative binomial": lambda a: jf.NegativeBinomial(a, 0.5 * a),
+}
+GOOD = jnp.array([0.3, 0.0, -0.7])
+
+
+def at(name, rubbish=None):
+    """The fields of the second member, which does not count, are as they come or rubbish."""
+    inside = FAMILIES[name](GOOD)
+    if rubbish is None:
+        return inside
+    return jax.tree.map(lambda leaf: leaf.at[1].set(rubbish), inside)
+
+
+def draws(name):
+    return at(name).sample(jax.random.key(0))
+
+
+@pytest.mark.parametrize("rubbish", RUBBISH)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_only_what_the_mask_lets_through_counts(name, rubbish):
+    """Values, derivatives in the fields, KL, Fisher and draws are those of the members that count, one by one."""
+    plain, bad, x = at(name), jf.Masked(at(name, RUBBISH[rubbish]), MASK), draws(name)
+    spoiled = x.at[1].set(-7) if jnp.issubdtype(x.dtype, jnp.integer) else x.at[1].set(RUBBISH[rubbish])
+    known = np.asarray(MASK)
+
+    def total(inside, x):
+        return jnp.sum(jf.Masked(inside, MASK).log_prob(x))
+
+    assert_close(bad.log_prob(spoiled), np.where(known, plain.log_prob(x), 0.0))
+    assert_close(jax.jit(total)(at(name, RUBBISH[rubbish]), spoiled), np.sum(np.asarray(plain.log_prob(x))[known]))
+    wanted = jax.grad(lambda inside: jnp.sum(inside.log_prob(x)))(plain)
+    for found, leaf in zip(
+        jax.tree.leaves(jax.grad(total)(at(name, RUBBISH[rubbish]), spoiled)), jax.tree.leaves(wanted), strict=True
+    ):
+        assert np.all(np.asarray(found)[1] == 0)
+        assert_close(np.asarray(found)[known], np.asarray(leaf)[known], factor=1e3)
+    other = jax.tree.map(lambda leaf: 1.01 * leaf, plain)
+    spoiled_other = jax.tree.map(lambda leaf: leaf.at[1].set(RUBBISH[rubbish]), other)
+    assert_close(bad.kl(jf.Masked(spoiled_other, MASK)), np.where(known, plain.kl(other), 0.0), factor=1e4)
+    slopes = jax.grad(lambda q: jnp.sum(bad.kl(jf.Masked(q, MASK))))(spoiled_other)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(slopes))
+    drawn = bad.sample(jax.random.key(3), (2,))
+    assert np.all(np.isfinite(drawn)) and drawn.shape == (2, *x.shape)
+    assert np.all(np.isfinite(jax.vmap(bad.log_prob)(drawn)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_fisher_has_no_part_of_what_does_not_count(name):
+    plain, masked = at(name), jf.Masked(at(name, jnp.nan), MASK)
+    tangent = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=float)).reshape(leaf.shape), plain)
+    keep = [np.broadcast_to(np.asarray(MASK).reshape(3, *[1] * (leaf.ndim - 1)), leaf.shape) for leaf in jax.tree.leaves(plain)]
+    inside = np.concatenate([part.reshape(-1) for part in keep])
+    matrix = np.where(inside[:, None] & inside[None], plain.fisher_matrix(), 0)
+    assert_close(masked.fisher_matrix(), matrix, factor=1e3)
+    moved = masked.fisher_mv(jax.tree.unflatten(jax.tree.structure(masked), [*jax.tree.leaves(tangent), MASK]))
+    assert_close(flat(moved.distribution), matrix @ flat(tangent), factor=1e3)
+    for moments in ("mean", "variance"):
+        found, wanted = getattr(masked, moments), getattr(plain, moments)
+        assert_close(np.asarray(found)[np.asarray(MASK)], np.asarray(wanted)[np.asarray(MASK)])
+        assert np.all(np.isfinite(found))
+
+
+def test_entropy_counts_what_is_there():
+    masked = jf.Masked(at("categorical", jnp.nan), MASK)
+    assert_close(masked.entropy(), np.where(MASK, at("categorical").entropy(), 0.0))
+
+
+LENGTHS = jnp.array([4, 2, 3, 1])
+
+
+def sequence(params, x, length):
+    """Classes at the positions of a sequence in padding."""
+    logits = jnp.tanh(x @ params["w"]) @ params["v"]
+    return jf.Masked(jf.Categorical(logits=logits), jnp.arange(len(x)) < length)
+
+
+def sequences(fill):
+    keys = jax.random.split(jax.random.key(1), 4)
+    params = {"w": jax.random.normal(keys[0], (3, 4)), "v": jax.random.normal(keys[1], (4, 3))}
+    real = jnp.arange(4)[None] < LENGTHS[:, None]
+    x = jnp.where(real[..., None], jax.random.normal(keys[2], (4, 4, 3)), fill)
+    y = jnp.where(real, jax.random.randint(keys[3], (4, 4), 0, 3), -9)
+    return params, x, y
+
+
+def dense_fisher(params, x):
+    """By its definition: over sequences, positions that count, and classes."""
+    total = 0.0
+    for i, length in enumerate(LENGTHS):
+        for t in range(int(length)):
+            for c in range(3):
+                of = lambda p, i=i, t=t, c=c: jax.nn.log_softmax(jnp.tanh(x[i, t] @ p["w"]) @ p["v"])[c]  # noqa: E731
+                score = flat(jax.grad(of)(params))
+                total = total + np.exp(float(of(params))) * np.outer(score, score) / len(LENGTHS)
+    return total
+
+
+def test_fishers_losses_and_steps_of_sequences_in_padding():
+    """Against loops over the positions that count; NaN in the padding changes nothing, held, implicit, drawn or in a step."""
+    params, x, y = sequences(0.0)
+    dense = dense_fisher(params, x)
+    bad = sequences(jnp.nan)[1]
+    clean = jnp.where(jnp.isnan(bad), 30.0, bad)
+    assert_close(jf.exact_fisher(sequence)(params, clean, LENGTHS).as_matrix(), dense, factor=1e3)
+    v = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=float)).reshape(leaf.shape), params)
+    assert_close(flat(jf.implicit_fisher(sequence)(params, clean, LENGTHS).mv(v)), dense @ flat(v), factor=1e3)
+    losses = [
+        -jax.nn.log_softmax(jnp.tanh(x[i, t] @ params["w"]) @ params["v"])[y[i, t]] for i in range(4) for t in range(LENGTHS[i])
+    ]
+    step = jf.training_step(sequence, jf.kfac())
+    state = step.init(params, x, LENGTHS, y)
+    (first, _, value), (second, _, same) = (jax.jit(step)(params, state, data, LENGTHS, y) for data in (x, clean))
+    assert_close(value, sum(losses) / 4)
+    np.testing.assert_allclose([same, *flat(second)], [value, *flat(first)], rtol=1e-11)
+    assert np.max(np.abs(flat(first) - flat(params))) > 1e-3
+
+
+def test_what_is_refused():
+    p = jf.Normal(jnp.zeros(3), 1.0)
+    for mask, error, words in (
+        (jnp.ones(3), TypeError, "dtype float"),
+        (jnp.ones(2, bool), ValueError, "broadcast"),
+        (jnp.ones((2, 3), bool), ValueError, r"\(2, 3\)"),
+    ):
+        with pytest.raises((error, ValueError), match=words):
+            jf.Masked(p, mask)
+    with pytest.raises(TypeError, match="Expected a distribution"):
+        jf.Masked(3.0, MASK)
+    with pytest.raises(TypeError, match="expected another Normal"):
+        jf.Masked(p, MASK).kl(jf.Masked(jf.Laplace(jnp.zeros(3), 1.0), MASK))
