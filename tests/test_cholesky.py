@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_lean import equations
 
 import jaxfisher as jf
 
@@ -102,6 +103,17 @@ def test_no_eigenvectors_are_compiled_where_a_damping_is_known_to_be_positive():
         assert "syevd" not in program(function, F, v, d)
     assert "syevd" in program(exact, F, v, d), "the control: an array may be zero"
     assert "syevd" in program(lambda F, v: exact(F, v, 0.0), F, v)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_hundred_right_hand_sides_take_one_factor(shape):
+    F, matrix, _ = problem(shape, 1e3)
+    many = np.random.default_rng(1).normal(size=(100, len(matrix))).astype(np.float32)
+    solves = lambda F, many: jax.vmap(lambda v: F.solve(v, 0.1))(many)  # noqa: E731
+    factors = [eqn for eqn in equations(jax.make_jaxpr(solves)(F, many).jaxpr) if eqn.primitive.name == "cholesky"]
+    assert {eqn.outvars[0].aval.shape for eqn in factors} == {2 * (min(SHAPES[shape]),)}
+    expected = np.linalg.solve(matrix + 0.1 * np.eye(len(matrix)), many.T.astype(float)).T
+    np.testing.assert_allclose(solves(F, many), expected, rtol=0, atol=1e-5 * np.max(np.abs(expected)))
 
 
 @pytest.mark.parametrize("momentum", [None, 0.5])
