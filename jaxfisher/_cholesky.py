@@ -35,8 +35,9 @@ class Cholesky:
     As a solver of `jaxfisher.solve` it takes one damping, which must be above zero: an array of zero counts as a damping that
     cannot be told from zero. ``info.converged`` is measured as for the exact route (see `SolveInfo`), and allows a residual of
     ``rtol`` where that is more than the root of eps. Where the damping cannot be told from zero (at most eps times the largest
-    diagonal entry), directions outside the rows' span are left out where the rows are fewer than the parameters, and the answer
-    is not called converged.
+    diagonal entry) and the rows are fewer than the parameters, directions outside the rows' span are left out, and the answer
+    is not called converged. Otherwise it is where every pivot, of F scaled to a unit diagonal, is above half the root of eps,
+    and a further correction would be as small as `SolveInfo` says.
 
     Reference: Higham, Accuracy and Stability of Numerical Algorithms (2002), chapters 10 and 12.
 

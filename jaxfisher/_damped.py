@@ -243,23 +243,28 @@ class Triangular(NamedTuple):
         lower: the factor of ``unit (matrix + damping I) unit``, or of one whose diagonal was raised by its rounding.
         unit: what the matrix is multiplied by on both sides.
         told: whether the damping could be told from zero.
-        pivots: which are above the rounding of the matrix.
+        pivots: as shares of the diagonal entries.
     """
 
     lower: Float[Array, "m m"]
     unit: Float[Array, " m"]
     told: Bool[Array, ""]
-    pivots: Bool[Array, " m"]
+    pivots: Float[Array, " m"]
+
+    @property
+    def _resolved(self) -> Bool[Array, " m"]:
+        """Which pivots are above the rounding of the matrix."""
+        return self.pivots > 16 * _rounding(self.lower)
 
     @property
     def rank(self) -> Int[Array, ""]:
         """See `Factored`; where the damping cannot be told, the pivots that are above rounding are counted."""
-        return jnp.where(self.told, self.unit.size, jnp.sum(self.pivots, dtype=jnp.int32))
+        return jnp.where(self.told, self.unit.size, jnp.sum(self._resolved, dtype=jnp.int32))
 
     @property
     def clear(self) -> Bool[Array, ""]:
-        """See `Factored`."""
-        return self.told | jnp.all(self.pivots)
+        """See `Factored`: the rounding of a residual, over the least pivot, is a small part of the solution."""
+        return self.told | jnp.all(self.pivots > jnp.finfo(self.lower.dtype).eps ** 0.5 / 2)
 
     @property
     def floor(self) -> Scalar:
@@ -267,7 +272,7 @@ class Triangular(NamedTuple):
 
         Without it the rounding of a right-hand side, along directions that F does not see, would be divided by next to nothing.
         """
-        return jnp.where(self.clear, 0, 16 * _rounding(self.lower))
+        return jnp.where(self.told | jnp.all(self._resolved), 0, 16 * _rounding(self.lower))
 
     @property
     def left_out(self) -> Float[Array, " m"]:
@@ -301,7 +306,8 @@ def triangular(matrix: Float[Array, "m m"], damping: Scalar) -> Triangular:
     unit = unit_diagonal(diagonal)
     told = ~(damping <= eps * jnp.max(diagonal, initial=0.0))
     lower = _raised_cholesky(unit[:, None] * matrix * unit[None, :], twice(damping, unit)[:, None])
-    pivots = (diagonal > 0) & (jnp.square(diagonals(lower[None])[0]) > 16 * _rounding(matrix) * twice(diagonal, unit))
+    entries = twice(diagonal, unit)
+    pivots = jnp.where(entries > 0, jnp.square(diagonals(lower[None])[0]) / jnp.where(entries > 0, entries, 1), 0)
     return Triangular(lower, unit, told, pivots)
 
 
