@@ -7,14 +7,13 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 
 from jaxfisher._damped import by_cholesky
 from jaxfisher._operators.damping import Damping, is_one_damping
 from jaxfisher._operators.operator import Operator, Solver, exact_solve, scores_of
 from jaxfisher._solve import solve
 from jaxfisher._system import SolveInfo
-from jaxfisher._values import described, is_known_zero, is_number, nonnegative
+from jaxfisher._values import check_nonnegative, described, is_known_zero, is_number
 
 
 @jax.tree_util.register_static
@@ -53,13 +52,13 @@ class Cholesky:
     def __post_init__(self) -> None:
         if not is_number(self.rtol) or isinstance(self.rtol, jax.Array):
             raise TypeError(f"Cholesky: `rtol` is {described(self.rtol)}; expected a Python number of at least zero.")
-        nonnegative("rtol", self.rtol, jnp.float32)
+        check_nonnegative("rtol", self.rtol)
         # Programs are found again by its value.
         object.__setattr__(self, "rtol", float(self.rtol))
 
     def __call__(self, fisher: Operator, v: chex.ArrayTree, damping: Damping) -> tuple[Any, SolveInfo]:
         scores_of(fisher, "Cholesky")
-        nonnegative("damping", damping, fisher.spec.dtype)
+        check_nonnegative("damping", damping)
         if is_known_zero(damping, fisher.spec.dtype):
             raise ValueError(
                 f"Cholesky: `damping` is {damping}, without which there may be no factor. Give a number above zero, or leave "

@@ -329,11 +329,12 @@ def _solved(system: System, v: Float[Array, " p"], rtol: float) -> Solved:
     eps = float(jnp.finfo(v.dtype).eps)
     b, down, to_x, to_rest, settled = scaled(units, v)
     scales = [jnp.ones((), b.dtype), down * inverse_power(power_or_one(norm(down * b)))][: 1 + down.ndim]
-    sizes = [_size(scale * b) for scale in scales]
+    # Sizes are made ready out here: inside the solve JAX may not see that they vary over devices where b does.
+    sizes = [jnp.where(whole > 0, whole, 1) for whole in (_size(scale * b) for scale in scales)]
 
     def size(r: Array) -> Scalar:
         """Relative to the right-hand side: in its units, and in the parameters' own where there are several."""
-        parts = [_size(scale * r) / jnp.where(whole > 0, whole, 1) for scale, whole in zip(scales, sizes, strict=True)]
+        parts = [_size(scale * r) / whole for scale, whole in zip(scales, sizes, strict=True)]
         return functools.reduce(jnp.maximum, parts)
 
     def iterate(product: Map, b: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -24,7 +24,7 @@ from jaxfisher._scores import values_and_scores
 from jaxfisher._solve import check_solver
 from jaxfisher._targets import taken_by
 from jaxfisher._tree import cast_like, check_function
-from jaxfisher._values import described, is_known_zero, nonnegative
+from jaxfisher._values import check_nonnegative, described, is_known_zero, nonnegative
 
 
 class NaturalGradFunction(Protocol):
@@ -172,7 +172,7 @@ def value_and_natural_grad(
 def _check_arguments(log_prob: Any, fisher: Any, damping: Any, view: Any, solver: Any, max_bytes: int | None) -> None:
     """Raise for what can be told before there are data."""
     for leaf in jax.tree.leaves(damping, is_leaf=lambda leaf: leaf is None):
-        nonnegative("damping", leaf, jnp.float32)
+        check_nonnegative("damping", leaf)
     check_solver(solver)
     check_function("log_prob", log_prob, LOG_PROB)
     if fisher is not None:

@@ -22,7 +22,7 @@ from jaxfisher._pytree import array_fields
 from jaxfisher._scores import Scores
 from jaxfisher._system import PATH, SolveInfo
 from jaxfisher._tree import ParamSpec, all_finite, cast_like, described, dtype_of
-from jaxfisher._values import check_array, is_array, nonnegative, whole
+from jaxfisher._values import check_array, check_nonnegative, is_array, nonnegative, whole
 from jaxfisher._varying import alike, cond, linear_solve, varying_axes, while_loop
 
 
@@ -119,7 +119,7 @@ class CG:
 
 
 def _check_rule(rtol: float, max_steps: int | None) -> None:
-    nonnegative("rtol", rtol, jnp.float32)
+    check_nonnegative("rtol", rtol)
     if max_steps is not None and (whole(max_steps) or 0) < 1:
         raise ValueError(f"`max_steps` is {described(max_steps)}; expected a whole number of at least one, or None.")
 

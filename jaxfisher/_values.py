@@ -89,12 +89,21 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def nonnegative(name: str, value: chex.Numeric, dtype: Any) -> Scalar:
-    """The argument as a scalar of this dtype; refused where it is no real number or known to be negative."""
+    """The argument as a scalar of this dtype; refused as by `check_nonnegative`."""
+    check_nonnegative(name, value)
+    return jnp.asarray(value, dtype)
+
+
+def check_nonnegative(name: str, value: chex.Numeric) -> None:
+    """Raise unless the argument is a real number, and where it is known to be negative.
+
+    Makes no array, so that no device is looked for: what is checked before there are data may be made before
+    `jax.distributed.initialize` is called.
+    """
     check_number(name, value, "one real number of at least zero")
     # The value of a JAX array is a run-time number: to look at it would wait for the device.
     if isinstance(value, (numbers.Real, np.ndarray, np.generic)) and not 0 <= float(value) < math.inf:
         raise ValueError(f"`{name}` is {value}; expected a finite number of at least zero.")
-    return jnp.asarray(value, dtype)
 
 
 def is_known_zero(value: chex.Numeric, dtype: Any) -> bool:

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -30,6 +31,18 @@ def test_importing_takes_no_extra():
     extras = {"matplotlib", "sklearn", "tqdm", "statsmodels", "scipy.stats"}
     assert not extras & modules_after("import jaxfisher")
     assert "scipy.stats" in modules_after("import jaxfisher, scipy.stats"), "the control: such an import is seen"
+
+
+def test_importing_and_making_look_for_no_device():
+    """So that `jax.distributed.initialize`, which refuses where a device was looked for, may come after."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    made = "jf.kfac(), jf.natural_gradient(0.1, 1e-3, radius=0.1), jf.CG(1e-3), jf.Cholesky(), jf.natural_grad(abs, damping=1)"
+    after = f"import jax; jax.distributed.initialize('localhost:{port}', 1, 0)"
+    for statement, refused in ((f"import jaxfisher as jf; {made}", False), ("import jax; jax.devices()", True)):
+        run = subprocess.run([sys.executable, "-c", f"{statement}; {after}"], capture_output=True, text=True, check=False)
+        assert ("must be called before" in run.stderr) == refused == (run.returncode != 0), run.stderr
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name not in VALUES])

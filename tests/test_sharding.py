@@ -3,10 +3,12 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
 import numpy as np
+import pytest
 from sharded import EXAMPLES
 
 PARAMETERS = 6 * 8 + 8 + 8 * 3
@@ -22,6 +24,30 @@ def said(script, devices):
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_give_the_answers_of_one(count):
+    """Each has its own share of the examples, and what is drawn for an example does not depend on who has it."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    found = []
+    for size in (1, count):
+        command = [sys.executable, str(pathlib.Path(__file__).with_name("processes.py"))]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+        running = [subprocess.Popen([*command, str(k), str(size), str(port)], **pipes) for k in range(size)]
+        said = [process.communicate(timeout=300) for process in running]
+        assert all(process.returncode == 0 for process in running), [errors for _, errors in said]
+        # What sends numbers between processes says so on the same stream.
+        found.append([json.loads(line) for line in said[0][0].splitlines() if line.startswith("{")])
+    assert [each["name"] for each in found[0]] == ["Kronecker", "in pieces", "natural gradient", "sampled", "step"]
+    for one, many in zip(*found, strict=True):
+        expected = np.array(one["value"])
+        # The condition of F + damping is below 1e3.
+        assert one["name"] == many["name"]
+        assert np.abs(np.array(many["value"]) - expected).max() <= 1e3 * np.finfo(np.float64).eps * np.abs(expected).max()
 
 
 def test_inside_shard_map_each_device_has_the_answers_for_its_own_examples():

@@ -15,7 +15,7 @@ from jaxfisher._once import either
 from jaxfisher._operators.operator import Operator
 from jaxfisher._transform.update_arguments import Shared, check_params, check_state, fisher_for, function_for, value_for
 from jaxfisher._tree import described, dot, param_spec
-from jaxfisher._values import check_number, nonnegative
+from jaxfisher._values import check_nonnegative, check_number
 
 
 class AdaptDampingState(NamedTuple):
@@ -176,7 +176,7 @@ def adapting(
         raise TypeError(f"adapt_damping: `inner` is {described(inner)}; expected a gradient transformation, such as a chain.")
     factor, lower_ratio, upper_ratio, lower_damping, upper_damping = rule
     for name, value in (("damping", damping), ("lower_damping", lower_damping), ("upper_damping", upper_damping)):
-        nonnegative(name, value, jnp.float32)
+        check_nonnegative(name, value)
     for name, value in (("factor", factor), ("lower_ratio", lower_ratio), ("upper_ratio", upper_ratio)):
         check_number(name, value)
     _check_order(damping, factor, lower_ratio, upper_ratio, lower_damping, upper_damping)

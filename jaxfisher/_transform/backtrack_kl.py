@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 from jaxfisher._once import repeat
 from jaxfisher._transform.update_arguments import check_params, check_state, function_for, value_for
 from jaxfisher._tree import scaled, select
-from jaxfisher._values import nonnegative
+from jaxfisher._values import check_nonnegative
 
 
 class BacktrackKLState(NamedTuple):
@@ -66,8 +66,8 @@ def backtrack_kl(radius: chex.Numeric, max_halvings: chex.Numeric = 10) -> optax
     >>> print(updates, state.halvings)  # 3 and 1.5 are too far
     0.75 2
     """
-    nonnegative("radius", radius, jnp.float32)
-    nonnegative("max_halvings", max_halvings, jnp.int32)
+    check_nonnegative("radius", radius)
+    check_nonnegative("max_halvings", max_halvings)
 
     def init(params: chex.ArrayTree) -> BacktrackKLState:
         del params

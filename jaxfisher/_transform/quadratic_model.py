@@ -15,7 +15,7 @@ from jaxfisher._linalg import matmul
 from jaxfisher._operators.operator import Operator
 from jaxfisher._transform.update_arguments import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
 from jaxfisher._tree import cast_like, param_spec, products
-from jaxfisher._values import nonnegative
+from jaxfisher._values import check_nonnegative, nonnegative
 
 
 class QuadraticModelState(NamedTuple):
@@ -75,7 +75,7 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
     """
     usual = damping
     if usual is not None and not callable(usual):
-        nonnegative("damping", usual, jnp.float32)
+        check_nonnegative("damping", usual)
 
     def init(params: chex.ArrayTree) -> QuadraticModelState:
         dtype = param_spec(params).dtype

@@ -32,7 +32,7 @@ from jaxfisher._transform.update_arguments import (
     fisher_for,
 )
 from jaxfisher._tree import all_finite, cast_like, check_function, param_spec, scaled
-from jaxfisher._values import check_number, nonnegative
+from jaxfisher._values import check_nonnegative, check_number
 
 
 class Hold(Protocol):
@@ -321,7 +321,7 @@ _NO_MEAN = (
 
 def _check_arguments(damping: Any, view: Any, power: Any, solver: Any, decay: Any, update_every: Any, momentum: Any) -> None:
     if damping is not None and not callable(damping):
-        nonnegative("damping", damping, jnp.float32)
+        check_nonnegative("damping", damping)
     if view is not None:
         check_function("view", view, VIEW)
     check_number("power", power)

@@ -13,7 +13,7 @@ import optax
 from jaxfisher._operators.operator import Operator
 from jaxfisher._transform.update_arguments import fisher_for
 from jaxfisher._tree import scaled
-from jaxfisher._values import nonnegative
+from jaxfisher._values import check_nonnegative
 
 
 def scale_to_kl(radius: chex.Numeric) -> optax.GradientTransformationExtraArgs:
@@ -48,7 +48,7 @@ def scale_to_kl(radius: chex.Numeric) -> optax.GradientTransformationExtraArgs:
     >>> print(updates)  # u^2 / 8 = 1/2
     -2.0
     """
-    nonnegative("radius", radius, jnp.float32)
+    check_nonnegative("radius", radius)
 
     def update(
         updates: Any,
