@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 from jaxfisher._inverse import Map
 from jaxfisher._linalg import cholesky, diagonals, inverse_power, matmul, norm, power_or_one, twice, unit_diagonal
 from jaxfisher._system import Factorise, Solved, System, scaled
-from jaxfisher._varying import cond, linear_solve, while_loop
+from jaxfisher._varying import alike, cond, linear_solve, varying_through, while_loop
 
 SWEEPS = 60
 """How often a solution is refined at most."""
@@ -329,7 +329,8 @@ def _solved(system: System, v: Float[Array, " p"], rtol: float) -> Solved:
     eps = float(jnp.finfo(v.dtype).eps)
     b, down, to_x, to_rest, settled = scaled(units, v)
     scales = [jnp.ones((), b.dtype), down * inverse_power(power_or_one(norm(down * b)))][: 1 + down.ndim]
-    # Sizes are made ready out here: inside the solve JAX may not see that they vary over devices where b does.
+    # What the iteration closes over varies over devices where the product does.
+    b, floor, *scales = alike(varying_through(system.product, b), floor, *scales)
     sizes = [jnp.where(whole > 0, whole, 1) for whole in (_size(scale * b) for scale in scales)]
 
     def size(r: Array) -> Scalar:

@@ -64,13 +64,17 @@ def while_loop(going: Callable[[T], Bool[Array, ""]], step: Callable[[T], T], st
     return jax.lax.while_loop(going, lambda state: vary(step(state), axes), vary(start, axes))
 
 
+def varying_through(product: Map, b: Array) -> Array:
+    """The same vector, varying over the axes too over which its product varies."""
+    return varying_like(b, jax.eval_shape(product, b)) if _inside_shard_map() else b
+
+
 def linear_solve(product: Map, b: Array, iterate: Callable[[Map, Array], tuple[Array, Any]]) -> tuple[Array, Any]:
     """`jax.lax.custom_linear_solve` of a symmetric product that may vary where the vector does not.
 
     What the product and the iteration close over must be `alike`: JAX 0.10 to 0.12 cannot compile one in which it is not.
     """
-    if _inside_shard_map():
-        b = varying_like(b, jax.eval_shape(product, b))
+    b = varying_through(product, b)
     solved: tuple[Array, Any] = jax.lax.custom_linear_solve(product, b, iterate, symmetric=True, has_aux=True)
     return solved
 
