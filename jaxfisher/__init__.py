@@ -40,6 +40,7 @@ from jaxfisher._fisher import exact_fisher as exact_fisher
 from jaxfisher._fisher import fisher_from_scores as fisher_from_scores
 from jaxfisher._fisher import implicit_fisher as implicit_fisher
 from jaxfisher._fisher import sampled_fisher as sampled_fisher
+from jaxfisher._gauss_newton import gauss_newton as gauss_newton
 from jaxfisher._accumulate import accumulate as accumulate
 from jaxfisher._accumulate import merge as merge
 

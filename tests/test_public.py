@@ -78,7 +78,7 @@ ROOMS = {
     "Models": "_model",
     "Divergences": "_divergence",
     "Scores": "_scores _explain",
-    "Fishers": "_accumulate _fisher",
+    "Fishers": "_accumulate _fisher _gauss_newton",
     "Operators": "_operators",
     "Solving": "_cholesky _solve _system",
     "Natural gradients": "_natural",

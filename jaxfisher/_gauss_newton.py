@@ -1,0 +1,133 @@
+"""The generalised Gauss-Newton matrix of any convex loss of a model's outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+from jaxfisher._distributions.base import Distribution
+from jaxfisher._distributions.root import Root
+from jaxfisher._examples import make_batch, needs_data
+from jaxfisher._fisher import FisherFunction
+from jaxfisher._model import of_one_example, scalar
+from jaxfisher._once import Around
+from jaxfisher._operators.from_scores import FromScores
+from jaxfisher._operators.operator import Operator
+from jaxfisher._operators.provenance import mean_over
+from jaxfisher._pytree import array_fields
+from jaxfisher._row_functions import ExactRows, prediction
+from jaxfisher._scores import make_scores
+from jaxfisher._targets import OfData
+from jaxfisher._tree import check_function
+
+
+@array_fields("outputs", "target", eq=False, repr=False)
+class _Output(Distribution):
+    """A model's outputs as if they were fields of a distribution, whose Fisher in them is the Hessian of the loss.
+
+    The targets are carried along as fields that do not move with the parameters.
+    """
+
+    outputs: Any
+    target: Any
+    loss: Callable[[Any, Any], Array]
+
+    def __post_init__(self) -> None:
+        """Nothing to check or broadcast: the fields are whatever the model and the data are made of."""
+
+    def fisher_root(self, moving: tuple[bool, ...]) -> tuple[Any, Root]:
+        """The symmetric root of the Hessian in all outputs."""
+        del moving
+        flat, unravel = ravel_pytree(self.outputs)
+        value = lambda z: scalar(self.loss(unravel(z), self.target), "loss")  # noqa: E731
+        values, vectors = jnp.linalg.eigh(jax.hessian(value)(flat))
+        # What is negative to rounding is zero, and anything else is no convex loss: it is not hidden.
+        rounding = 10 * flat.size * jnp.finfo(flat.dtype).eps * jnp.max(jnp.abs(values), initial=0)
+        roots = jnp.where(values < -rounding, jnp.nan, jnp.sqrt(jnp.maximum(values, 0)))
+        still = [jnp.zeros_like(leaf) for leaf in jax.tree.leaves(self.target) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+        def root(u: Array) -> list[Array]:
+            along = jnp.matmul(vectors * roots[None], u, precision=jax.lax.Precision.HIGHEST)
+            return [*jax.tree.leaves(unravel(along)), *still]
+
+        return jnp.zeros_like(flat), root
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outputs(Around):
+    """The model and the loss as a model that predicts an `_Output`; two of the same functions are equal."""
+
+    model: Callable[..., Any]
+    loss: Callable[[Any, Any], Array]
+
+    def __call__(self, params: chex.ArrayTree, /, *data: Any) -> _Output:
+        *inputs, target = data
+        outputs = jax.tree.map(jnp.asarray, self.model(params, *inputs))
+        for leaf in jax.tree.leaves(outputs):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise TypeError(
+                    f"gauss_newton: the model returned an array of dtype {leaf.dtype}; expected real floating outputs, of "
+                    "which the loss is a convex function."
+                )
+        return _Output(outputs, jax.tree.map(jnp.asarray, target), self.loss)
+
+
+def gauss_newton(
+    model: Callable[..., Any],
+    loss: Callable[[Any, Any], Array],
+    *,
+    batch_size: int | None = None,
+    max_bytes: int | None = None,
+) -> FisherFunction:
+    r"""The generalised Gauss-Newton matrix: the loss's own Hessian in the model's outputs, between their Jacobians.
+
+    .. math:: G = \frac1n \sum_i J_i^T H_i J_i, \qquad J_i = \frac{\partial z_i}{\partial\theta}, \quad
+        H_i = \frac{\partial^2 \ell(z_i, y_i)}{\partial z_i^2}, \quad z_i = \mathrm{model}(\theta, x_i).
+
+    For a convex loss that is no likelihood, such as Huber's, a margin, or a weighted sum. It is the Hessian of the mean loss
+    but for the curvature of the model, is positive semi-definite, and is the exact Fisher where the loss is the negative
+    log-likelihood of a family in its natural parameters. It has one row for each output of an example.
+
+    Args:
+        model: ``(params, *inputs) -> outputs`` of ONE example, a floating array or a pytree of them.
+        loss: ``(outputs, target) -> scalar`` of ONE example, twice differentiable and convex in the outputs.
+        batch_size: make the rows again in pieces of so many examples, instead of holding their factors.
+        max_bytes: as in `jaxfisher.scores`, instead of a ``batch_size``.
+
+    Returns:
+        A function ``(params, *inputs, target, weights=None)`` that returns an operator, exact as scores: views, solves and
+        transformations take it as they take a Fisher. Where the loss has negative curvature in the outputs its entries are NaN.
+
+    Raises:
+        TypeError: ``model`` or ``loss`` is no function; (when called) outputs that are not floating, a missing target.
+        ValueError: (when called) arrays of different lengths, a loss that is no scalar.
+
+    Reference: Schraudolph, Fast curvature matrix-vector products (Neural Computation 2002), section 3; Martens (JMLR 2020),
+    section 8.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> model, loss = lambda w, x: w * x, lambda z, y: jnp.sqrt(1 + (z - y) ** 2)  # a smooth absolute value
+    >>> G = jf.gauss_newton(model, loss)(1.0, jnp.array([1.0, 2.0]), jnp.array([1.0, 2.0]))
+    >>> print(G.as_matrix())  # the mean of x^2, where the residuals are zero
+    [[2.5]]
+    """
+    check_function("model", model, "(params, *inputs) -> outputs of ONE example")
+    check_function("loss", loss, "(outputs, target) -> the scalar loss of ONE example")
+    of_outputs = _Outputs(model, loss)
+
+    def fisher_of(params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Operator:
+        needs_data(data, "gauss_newton")
+        batch = make_batch(params, data, weights, batch_size, max_bytes)
+        with of_one_example(of_outputs, "model", params, batch.data):
+            known = prediction(of_outputs, params, batch.data)
+        made = make_scores(ExactRows(of_outputs, known.moving), params, batch)
+        return Operator(FromScores(made), mean_over("Gauss-Newton", batch))
+
+    return OfData(fisher_of, takes_target=True)
