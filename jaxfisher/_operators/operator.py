@@ -337,6 +337,12 @@ def _solved(form: Form, v: Any, damping: Dampings, factorise: Static[Factorise |
     return reported(form.spec, damped_inverse(form, damping, factorise.value), v)
 
 
+def inner_products(fisher: Operator, vectors: Any) -> Float[Array, "k k"]:
+    """``v_i^T F v_j`` for vectors stacked along a leading axis, in the statistics dtype, as one program."""
+    found: Array = _inner_products(fisher, vectors)
+    return found
+
+
 def _quadratic_of(form: Form, v: Any) -> Scalar:
     return form.inner_products(jax.tree.map(lambda leaf: leaf[None], v))[0, 0]
 
@@ -345,6 +351,7 @@ _product = _program("mv", lambda form, v: form.product()(v))
 
 
 _quadratic = _program("quadratic", _quadratic_of)
+_inner_products = _program("inner_products", lambda form, vectors: form.inner_products(vectors))
 _solution = _program("solve", _solved)
 _log_determinant = _program("logdet", damped_logdet)
 _power_of = _program("power_mv", lambda form, v, power, damping: form.power_mv(v, power, damping))

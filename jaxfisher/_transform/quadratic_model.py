@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._linalg import matmul
-from jaxfisher._operators.operator import Operator
+from jaxfisher._operators.operator import Operator, inner_products
 from jaxfisher._transform.update_arguments import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
 from jaxfisher._tree import cast_like, param_spec, products
 from jaxfisher._values import check_nonnegative, nonnegative
@@ -115,7 +115,7 @@ def _minimum(operator: Operator, g: Any, columns: Any, damping: Scalar) -> tuple
 
     Only the part of the second direction that is not along the first counts, and there may be no such part.
     """
-    curvature, lengths = operator.form.inner_products(columns), products(columns, columns)
+    curvature, lengths = inner_products(operator, columns), products(columns, columns)
     slopes = products(columns, jax.tree.map(lambda leaf: leaf[None], g))[:, 0]
     damped = curvature + damping * lengths
     along = _over(damped[0, 1], damped[0, 0])
