@@ -126,7 +126,7 @@ def fisher_from_scores(scores: Scores) -> Operator:
             f"returns.{hint}"
         )
     kind = "scores, centred" if isinstance(scores, CenteredScores) else "scores"
-    return Operator(FromScores(scores), Provenance(kind, scores.num_rows))
+    return Operator(FromScores(scores), Provenance(kind, jnp.asarray(scores.num_rows, scores.spec.dtype)))
 
 
 def exact_fisher(model: Model, *, batch_size: int | None = None, max_bytes: int | None = None) -> FisherFunction:

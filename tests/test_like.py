@@ -73,7 +73,8 @@ def test_a_part_of_the_parameters():
     opt = optax.masked(jf.scale_by_fisher(0.1, view=jf.kronecker, decay=0.9), {"hidden": True, "out": False})
     step = jf.training_step(classifier, opt)
     state = step.init(params, x, y, weights=jnp.ones(len(y)))
-    assert {leaf.shape for leaf in jax.tree.leaves(state.inner_state.mean)} == {(1, 4, 4)}
+    # The factors of the one layer, and what these are means over.
+    assert {leaf.shape for leaf in jax.tree.leaves(state.inner_state.mean)} == {(1, 4, 4), (1,)}
     jax.eval_shape(step, params, state, x, y)
 
 
