@@ -71,7 +71,7 @@ class Diagonal(Spectral):
         # So are those of the solution: the residual of one that is not zero is rounding, unless it leaves the dtype's range.
         reached = self.spec.ravel(self.entries, "entries") + damping != 0
         most = jnp.finfo(self.spec.dtype).eps ** 0.5
-        return lambda v, x, rest, again: jnp.all(jnp.abs(rest) <= most * jnp.abs(v), where=reached)
+        return lambda v, x, rest, noise, again: jnp.all(jnp.abs(rest) <= most * jnp.abs(v), where=reached)
 
 
 def diagonal(fisher: Operator) -> Operator:

@@ -83,7 +83,7 @@ class Spectral(Form):
         return applied_once(solve, product, damping, still.tests(jax.lax.stop_gradient(form), at), rank, self.spec)
 
     def tests(self, form: Form, damping: Scalar) -> Callable[..., Bool[Array, ""]]:
-        """Whether a solution can be trusted, from the right-hand side, the solution, its residual and the next correction."""
+        """Whether a solution can be trusted, from what `applied_once` gives."""
         eps, largest, resolve = jnp.finfo(self.spec.dtype).eps, self._largest(), self.resolve(damping)
         told, noise = ~(damping <= eps * largest), 4 * self.spec.size * eps
         # A sum of squares that should be zero comes out at the square of rounding; a value between the two is told for neither.
@@ -120,6 +120,9 @@ class Spectral(Form):
         return self.apply(powers, v)
 
 
+Vector = Float[Array, " p"]
+
+
 def applied_once(
     solve: Callable[[Any], Any],
     product: Callable[[Any], Any],
@@ -130,7 +133,8 @@ def applied_once(
 ) -> Inverted:
     """The inverse of ``product`` plus a damping, as ``solve`` gives it, without refinement.
 
-    ``sound`` tells from ``v``, ``x``, its residual and the next correction, all flat, whether ``x`` can be trusted.
+    ``sound`` tells from ``v``, ``x``, its residual, what rounding does to that, and the next correction, all flat, whether
+    ``x`` can be trusted.
     """
 
     def damped(x: Any) -> Any:
@@ -139,9 +143,12 @@ def applied_once(
     def apply(v: Any) -> Solved:
         x, _ = linear_solve(damped, v, lambda _, b: (solve(b), ()))
         rest = jax.tree.map(jnp.subtract, v, damped(x))
+        # The same on another way through the product: the two differ by rounding, as the true residual does from either.
+        other = damped(jax.tree.map(lambda y: 1.375 * y, x))
+        noise = jax.tree.map(lambda r, b, y: r - (b - (1 / 1.375) * y), rest, v, other)
         # The inverse of an infinite number looks like an answer.
         x = jax.tree.map(lambda y, r: jnp.where(jnp.isnan(r), r, y), x, rest)
-        return Solved(x, rest, rank, sound(*(spec.ravel(tree, "v") for tree in (v, x, rest, solve(rest)))))
+        return Solved(x, rest, rank, sound(*(spec.ravel(tree, "v") for tree in (v, x, rest, noise, solve(rest)))))
 
     return apply
 
@@ -166,12 +173,14 @@ class Tests:
     units: Float[Array, "..."]
     astray: Callable[[Array, Array, Array], Scalar]
 
-    def __call__(
-        self, v: Float[Array, " p"], x: Float[Array, " p"], rest: Float[Array, " p"], again: Float[Array, " p"]
-    ) -> Bool[Array, ""]:
-        """The test of ``v``, ``x``, its residual, and the next correction."""
+    def __call__(self, v: Vector, x: Vector, rest: Vector, noise: Vector, again: Vector) -> Bool[Array, ""]:
+        """The test of ``v``, ``x``, its residual and the rounding of that, and the next correction."""
         eps, tiny = jnp.finfo(x.dtype).eps, jnp.finfo(x.dtype).tiny
-        own, small = (norm(scale * rest) <= eps**0.5 * norm(scale * v) for scale in (1, self.units))
+
+        def is_small(scale: Array | int) -> Bool[Array, ""]:
+            return norm(scale * rest) + 4 * norm(scale * noise) <= eps**0.5 * norm(scale * v)
+
+        own, small = is_small(1), is_small(self.units)
         scale = jnp.where(self.whole, 1 / self.units, 1)
         astray = cond(self.whole, lambda: jnp.zeros_like(x[0]), lambda: self.astray(v, x, rest))
         error = jnp.maximum(norm(scale * again), astray)
