@@ -101,6 +101,14 @@ def scores(batch_size):
     return jf.scores(LOG_PROB, batch_size=batch_size)(params, *data)
 
 
+def outputs(params, x):
+    return model(params, x).logits
+
+
+def squares(z, y):
+    return jnp.sum(jnp.square(z - y.astype(z.dtype)))
+
+
 FISHERS = {
     "empirical_fisher": lambda: jf.empirical_fisher(LOG_PROB)(*problem()),
     "exact_fisher": lambda: exact(*problem()),
@@ -110,6 +118,7 @@ FISHERS = {
     "implicit_fisher": lambda: jf.implicit_fisher(model)(problem()[0], problem()[1]),
     "kl_hessian": lambda: jf.kl_hessian(model)(*problem()[:2]),
     "observed_information": lambda: jf.observed_information(LOG_PROB)(*problem()),
+    "gauss_newton": lambda: jf.gauss_newton(outputs, squares)(*problem()),
     "block_diagonal": lambda: jf.block_diagonal(fisher()),
     "dense": lambda: jf.dense(fisher("streamed")),
     "diagonal": lambda: jf.diagonal(fisher("streamed")),
@@ -216,7 +225,7 @@ def asked(make):
 OTHERS = {
     "training_step": lambda: trained(),
     "training_step of kfac": lambda: trained(jf.kfac(fisher("exact"))),
-    "check_fisher": lambda: jf.check_fisher(model)(num_samples=20)(problem()[0], key(), problem()[1]).passed,
+    "check_fisher": lambda: jf.check_fisher(model, num_samples=20)(problem()[0], key(), problem()[1]).passed,
     "check_laws": lambda: jf.check_laws(fisher("exact"), key=key()).passed,
     "check_laws of a family": lambda: jf.check_laws(jf.Bernoulli(logits=jnp.array([0.3, -0.5])), key=key()).passed,
     "fisher_for": lambda: jf.fisher_for(vector(), fisher, "a transformation").diagonal(),

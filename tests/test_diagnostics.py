@@ -198,12 +198,12 @@ def test_a_broken_engine_is_named_with_the_leaf(name, key, monkeypatch):
     model = lambda p, x: jf.Categorical(jnp.tanh(x * p["a"]) @ p["b"])  # noqa: E731
     held = type(jf.scores(jf.log_likelihood(model))(params, X, jnp.zeros(len(X), int)))
     monkeypatch.setattr(held, name, BREAKS[name](getattr(held, name)))
-    verdict = jf.check_fisher(model)(num_samples=64)(params, key, X)
+    verdict = jf.check_fisher(model, num_samples=64)(params, key, X)
     assert verdict.leaves == ("['b']",), str(verdict)
     assert "scores by ['b'] are not JAX's own" in verdict.reason
     monkeypatch.undo()
     # Another function object, since programs are kept for the one above.
-    again = jf.check_fisher(lambda p, x: model(p, x))(num_samples=64)(params, key, X)
+    again = jf.check_fisher(lambda p, x: model(p, x), num_samples=64)(params, key, X)
     assert again.passed and again.leaves == (), str(again)
 
 
@@ -321,7 +321,7 @@ def test_errors_of_check_fisher(key):
     with pytest.raises(ValueError, match="`num_directions` is 0"):
         jf.check_fisher(model, num_directions=0)(0.4, key)
     with pytest.raises(ValueError, match="`num_samples` is True"):
-        jf.check_fisher(model)(num_samples=True)(0.4, key)
+        jf.check_fisher(model, num_samples=True)(0.4, key)
     with pytest.raises(TypeError, match="none under jit"):
         jax.jit(lambda a: jf.check_fisher(model)(a, key).checks[0].value)(0.4)
     with pytest.raises(TypeError, match="none under jit"):
