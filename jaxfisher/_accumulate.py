@@ -56,7 +56,10 @@ def merge(one: Operator, other: Operator) -> Operator:
             raise TypeError(f"merge: {fisher} is no mean over examples; merge means, and add or multiply afterwards.")
     structures: list[Any] = [jax.tree.structure(fisher) for fisher in (one, other)]
     if structures[0] != structures[1]:
-        raise ValueError(f"merge: {one} and {other} have different structures; expected the same view of Fishers of one kind.")
+        raise ValueError(
+            f"merge: {one} and {other} have different structures; expected the same view of Fishers of one kind, "
+            "in a form that does not grow with the examples, such as jf.diagonal or jf.kronecker."
+        )
     return _merged(one, other)
 
 

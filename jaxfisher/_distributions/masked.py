@@ -31,7 +31,8 @@ class Masked(Distribution):
     Log-densities, KL divergences, entropies and Fishers are those of the distribution where the mask is true, and zero where it
     is not. What a model computes there never counts: parameters and targets that are NaN or infinite leave values and
     derivatives as they are, since they are replaced before anything is computed of them. Draws, means, variances and modes hold
-    a fixed outcome there.
+    a fixed outcome there. Derivatives inside the model are the model's: an input that is NaN makes NaN of a cotangent of zero,
+    so that inputs which may be NaN are replaced before the model sees them, ``jnp.where(mask, x, 0)``.
 
     Args:
         distribution: one of the library's families, or of another library with a counterpart here, with a batch shape.
