@@ -21,7 +21,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._inverse import Map
-from jaxfisher._linalg import cholesky, diagonals, inverse_power, matmul, norm, power_or_one, twice, unit_diagonal
+from jaxfisher._linalg import (
+    cholesky,
+    diagonals,
+    in_another_rounding,
+    inverse_power,
+    matmul,
+    norm,
+    power_or_one,
+    twice,
+    unit_diagonal,
+)
 from jaxfisher._system import Factorise, Solved, System, scaled
 from jaxfisher._varying import alike, cond, linear_solve, varying_through, while_loop
 
@@ -323,7 +333,7 @@ def by_cholesky(rtol: float) -> Factorise:
 
 def _solved(system: System, v: Float[Array, " p"], rtol: float) -> Solved:
     """The solution of a system whose ``solve`` is near, and what was measured of it."""
-    units, factored, other = system.units, system.factored, 1.375
+    units, factored = system.units, system.factored
     # By way of the rows there are directions outside their span in any case, and a damping that is not told leaves them out.
     floor = factored.floor if factored.unit.size == v.size else jnp.zeros((), v.dtype)
     eps = float(jnp.finfo(v.dtype).eps)
@@ -345,9 +355,8 @@ def _solved(system: System, v: Float[Array, " p"], rtol: float) -> Solved:
         begin = _begin(lifted, b, jnp.full((), max(rtol, 32 * eps), b.dtype))._replace(left=size(b))
         end = while_loop(_going, step, begin)
         (y,) = end.found
-        # Of the solution that is given, and on another way through the product than the one that led there: the two differ by
-        # rounding, from which the true residual differs as much.
-        rest = b - (1 / other) * product(other * settled(y))
+        # Of the solution that is given, and on another way through the product than the one that led there.
+        rest = b - in_another_rounding(product, settled(y))
         return y, (rest, rest - end.rest - floor * y)
 
     y, (rest, noise) = linear_solve(system.product, b, iterate)

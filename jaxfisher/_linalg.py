@@ -5,7 +5,9 @@ What counts as zero is decided in one place for all: `resolved`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -192,3 +194,12 @@ def norm(x: Float[Array, " m"]) -> Scalar:
     largest = jnp.max(jnp.abs(x), initial=0.0)
     safe = jnp.where(largest > 0, largest, 1)
     return safe * jnp.sqrt(jnp.sum(jnp.square(x / safe)))
+
+
+OTHER = 1.375
+"""A number whose products round otherwise than those of powers of two."""
+
+
+def in_another_rounding(product: Callable[[Any], Any], x: Any) -> Any:
+    """``product(x)`` by way of a multiple of ``x``: the two differ by rounding, as the true product does from either."""
+    return jax.tree.map(lambda y: (1 / OTHER) * y, product(jax.tree.map(lambda leaf: OTHER * leaf, x)))

@@ -13,7 +13,7 @@ import lineax
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._engine import unsealed
-from jaxfisher._linalg import inverse_power, norm, power_or_one, to_unit
+from jaxfisher._linalg import in_another_rounding, inverse_power, norm, power_or_one, to_unit
 from jaxfisher._once import once
 from jaxfisher._operators.damping import Damping, Dampings, checked_damping, damped_inverse, entries_of
 from jaxfisher._operators.inverted import reported
@@ -105,8 +105,7 @@ class CG:
 
         def iterate(product: Callable[[Array], Array], b: Array) -> tuple[Array, tuple[Array, Array, Array, Array]]:
             end = _conjugate_gradients(product, precondition, settled, b, start, self.rtol, most)
-            # The same residual on another way through the product: the two differ by rounding, as the true one does.
-            again = b - (1 / 1.375) * product(1.375 * settled(end.x))
+            again = b - in_another_rounding(product, settled(end.x))
             return end.x, (end.r, again, end.steps, end.indefinite)
 
         # Derivatives are those of the solution, not of the iteration.
@@ -272,8 +271,8 @@ class LSMR:
         below = fisher.spec.unravel(right / size / jnp.sqrt(strength))
         x, steps, stopped = self._run(scores, jnp.zeros(scores.num_rows, fisher.spec.dtype), below, strength)
         x = fisher.spec.ravel(x, "x") * size
-        exact, y, other = _damped(fisher, strength), x * (1 / size), 1.375
-        rest, again = right / size - exact(y), right / size - (1 / other) * exact(other * y)
+        exact, y = _damped(fisher, strength), x * (1 / size)
+        rest, again = right / size - exact(y), right / size - in_another_rounding(exact, y)
         # The two differ by rounding, from which the true one differs as much.
         info = self._info(x, norm(rest), steps, stopped & (norm(rest) + 4 * norm(rest - again) <= self._promise(x.dtype)))
         return fisher.spec.unravel(x), info

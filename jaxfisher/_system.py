@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._inverse import Factored, Map, by_eigenvectors, by_invert
-from jaxfisher._linalg import inverse_power, norm, power_or_one
+from jaxfisher._linalg import OTHER, inverse_power, norm, power_or_one
 from jaxfisher._varying import cond, linear_solve, while_loop
 
 
@@ -228,7 +228,7 @@ def _refined(
 
     Reference: Higham (2002), chapter 12; Saad, Iterative Methods for Sparse Linear Systems (2003), algorithm 6.20.
     """
-    told, other, down = system.factored.told, 1.375, inverse_power(metric)
+    told, down = system.factored.told, inverse_power(metric)
 
     def iterate(product: Map, b: Array) -> tuple[Array, tuple[Array, ...]]:
         zero = jnp.zeros_like(b)
@@ -236,10 +236,10 @@ def _refined(
         def step(state: _Pass) -> _Pass:
             refining, measuring, weighing, turning, leaking = (state.stage == stage for stage in range(DONE))
             multiplied = (refining & (state.steps > 0)) | measuring | turning
-            at = jnp.where(measuring, other * settled(state.y), jnp.where(turning, state.r * down * down, state.z))
+            at = jnp.where(measuring, OTHER * settled(state.y), jnp.where(turning, state.r * down * down, state.z))
             image = cond(multiplied, lambda: product(at), lambda: zero)
             after = _chosen(refining, _further(state, image, metric, told), state)
-            again = b - (1 / other) * image
+            again = b - (1 / OTHER) * image
             after = _chosen(measuring, state._replace(r=again, noise=state.r - again), after)
             error = jnp.where(weighing | turning, jnp.maximum(state.error, norm(metric * state.z)), state.error)
             following = jnp.where(measuring, jnp.where(told, DONE, WEIGHING), jnp.where(deficient, state.stage + 1, DONE))

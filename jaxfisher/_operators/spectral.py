@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from jaxfisher._linalg import norm, resolved, unit_diagonal
+from jaxfisher._linalg import in_another_rounding, norm, resolved, unit_diagonal
 from jaxfisher._null_space import is_unseen
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.inverted import Inverted
@@ -143,9 +143,7 @@ def applied_once(
     def apply(v: Any) -> Solved:
         x, _ = linear_solve(damped, v, lambda _, b: (solve(b), ()))
         rest = jax.tree.map(jnp.subtract, v, damped(x))
-        # The same on another way through the product: the two differ by rounding, as the true residual does from either.
-        other = damped(jax.tree.map(lambda y: 1.375 * y, x))
-        noise = jax.tree.map(lambda r, b, y: r - (b - (1 / 1.375) * y), rest, v, other)
+        noise = jax.tree.map(lambda r, b, y: r - (b - y), rest, v, in_another_rounding(damped, x))
         # The inverse of an infinite number looks like an answer.
         x = jax.tree.map(lambda y, r: jnp.where(jnp.isnan(r), r, y), x, rest)
         return Solved(x, rest, rank, sound(*(spec.ravel(tree, "v") for tree in (v, x, rest, noise, solve(rest)))))
