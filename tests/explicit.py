@@ -7,10 +7,9 @@ relative to the largest number.
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from mapped import LOG_PROB, answers, model
+from mapped import LOG_PROB, answers, model, problem
 
 import jaxfisher as jf
 
@@ -30,19 +29,13 @@ def trained(params, keys, x, y):
 
 def main():
     jax.config.update("jax_enable_x64", True)
-    keys = jax.random.split(jax.random.key(0), 5)
-    params = {
-        "a": jax.random.normal(keys[0], (3, 4)),
-        "b": jnp.zeros(4),
-        "c": jax.random.normal(keys[1], (4, 3)),
-    }
-    x, y = jax.random.normal(keys[2], (EXAMPLES, 3)), jax.random.randint(keys[3], (EXAMPLES,), 0, 3)
+    params, x, y, key = problem(EXAMPLES)
     mesh = jax.make_mesh((DEVICES,), ("examples",), axis_types=(AxisType.Explicit,))
     everywhere, apart = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("examples",)))
     for ask, run in ((answers, answers), (trained, jax.jit(trained))):
-        expected = jax.jit(ask)(params, keys[4:], x, y)
+        expected = jax.jit(ask)(params, key[None], x, y)
         with jax.set_mesh(mesh):
-            given = (*jax.device_put((params, keys[4:]), everywhere), *jax.device_put((x, y), apart))
+            given = (*jax.device_put((params, key[None]), everywhere), *jax.device_put((x, y), apart))
             for name, value in run(*given).items():
                 off = np.abs(np.asarray(value) - np.asarray(expected[name])).max() / np.abs(expected[name]).max()
                 print(json.dumps({"name": name, "off": float(off)}))

@@ -55,16 +55,22 @@ def answers(params, keys, x, y):
     return {name: value.reshape(1, -1) for name, value in made.items()}
 
 
-def main():
-    jax.config.update("jax_enable_x64", True)
+def problem(examples):
+    """Parameters, data, and a key."""
     keys = jax.random.split(jax.random.key(0), 5)
     params = {
         "a": jax.random.normal(keys[0], (3, 4)),
         "b": jnp.zeros(4),
         "c": jax.random.normal(keys[1], (4, 3)),
     }
-    x, y = jax.random.normal(keys[2], (EXAMPLES, 3)), jax.random.randint(keys[3], (EXAMPLES,), 0, 3)
-    drawn = jax.random.split(keys[4], DEVICES)
+    x, y = jax.random.normal(keys[2], (examples, 3)), jax.random.randint(keys[3], (examples,), 0, 3)
+    return params, x, y, keys[4]
+
+
+def main():
+    jax.config.update("jax_enable_x64", True)
+    params, x, y, key = problem(EXAMPLES)
+    drawn = jax.random.split(key, DEVICES)
     mesh = jax.make_mesh((DEVICES,), ("examples",), axis_types=(AxisType.Auto,))
     apart = PartitionSpec("examples")
     mapped = jax.shard_map(answers, mesh=mesh, in_specs=(PartitionSpec(), apart, apart, apart), out_specs=apart)
