@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._damped import Damped, solution
 from jaxfisher._engine import Basis, unsealed
-from jaxfisher._inverse import Factored, log_determinant, multiplied
+from jaxfisher._inverse import Factored, Map, log_determinant, multiplied
 from jaxfisher._linalg import (
     eigenvalues,
     inverse_power,
@@ -280,6 +280,21 @@ def _by_moment(scaled: Scaled, columns: Float[Array, " p"], damping: Scalar, inv
     return System(product, factored.in_units, damping, units, factored, factored.rank, left_out)
 
 
+def by_rows(scaled: Scaled, apply: Map, share: Scalar, v: Float[Array, " p"]) -> Float[Array, " p"]:
+    """The solution for ``v`` by ``apply``, which is ``(X X^T + damping I)^-1``, and ``share``, one over the damping or zero."""
+
+    def half(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        count, e, rest, image = state
+        rest = rest - image
+        e = apply(e + jnp.where(count == 0, 1, -share) * scaled.into_rows(rest))
+        return count + 1, e, rest, scaled.out_of_rows(e)
+
+    # This is a loop, so that the program contains the products once: the first pass gives A X v, the second the solution.
+    begin = jnp.zeros((), jnp.int32), jnp.zeros_like(scaled.root), v, jnp.zeros_like(v)
+    _, _, rest, inside = while_loop(lambda state: state[0] < 2, half, begin)
+    return inside + share * rest
+
+
 def _by_gram(scaled: Scaled, gram: Float[Array, "rows rows"], damping: Scalar, inverse: Factored) -> System:
     """The rows x rows route for any ``v``, split into its part in the rows' span, ``X^T e``, and the rest.
 
@@ -293,18 +308,7 @@ def _by_gram(scaled: Scaled, gram: Float[Array, "rows rows"], damping: Scalar, i
     scores, told, factored = scaled.scores, inverse.told, inverse.projected(multiplied(gram, damping, inverse.unit))
 
     def split(v: Array) -> Array:
-        share = jnp.where(told, 1 / jnp.where(told, damping, 1), 0)
-
-        def half(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-            count, e, rest, image = state
-            rest = rest - image
-            e = factored.apply(e + jnp.where(count == 0, 1, -share) * scaled.into_rows(rest))
-            return count + 1, e, rest, scaled.out_of_rows(e)
-
-        # This is a loop, so that the program contains the products once: the first pass gives A X v, the second the solution.
-        begin = jnp.zeros((), jnp.int32), jnp.zeros_like(scaled.root), v, jnp.zeros_like(v)
-        _, _, rest, inside = while_loop(lambda state: state[0] < 2, half, begin)
-        return inside + share * rest
+        return by_rows(scaled, factored.apply, jnp.where(told, 1 / jnp.where(told, damping, 1), 0), v)
 
     def product(y: Array) -> Array:
         return scaled.out_of_rows(scaled.into_rows(y)) + damping * y

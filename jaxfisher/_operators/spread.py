@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Scalar
 from jaxfisher._cholesky_on_mesh import Lower, Strips, block_size, factorised, solved_by
 from jaxfisher._engine import cross_gram
 from jaxfisher._linalg import inverse_power, norm, power_or_one, to_unit, twice
-from jaxfisher._operators.from_scores import FromScores, Scaled
+from jaxfisher._operators.from_scores import FromScores, Scaled, by_rows
 from jaxfisher._operators.inverted import Inverted, flat_inverse
 from jaxfisher._operators.operator import Operator, as_operator, scores_of
 from jaxfisher._pytree import array_fields
@@ -66,18 +66,12 @@ def _solved(scaled: Scaled, damping: Scalar, lower: Lower, strips: Strips, v: Fl
     """``v`` split into its part in the rows' span and the rest, as the exact route of one device does, and corrected."""
     inverse = partial(solved_by, lower, strips=strips)
 
-    def split(v: Array) -> Array:
-        e = inverse(scaled.into_rows(v))
-        rest = v - scaled.out_of_rows(e)
-        inside = inverse(e) - inverse(scaled.into_rows(rest)) / damping
-        return scaled.out_of_rows(inside) + rest / damping
-
     def product(y: Array) -> Array:
         return scaled.out_of_rows(scaled.into_rows(y)) + damping * y
 
     def corrected(product: Callable[[Array], Array], b: Array) -> tuple[Array, Array]:
         def sweep(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
-            y = state[0] + split(state[1])
+            y = state[0] + by_rows(scaled, inverse, 1 / damping, state[1])
             return y, b - product(y)
 
         return jax.lax.fori_loop(0, SWEEPS, sweep, (jnp.zeros_like(b), b))
