@@ -167,27 +167,27 @@ def routes_table(routes: Routes) -> str:
 
 # Training.
 
-Fisher = Callable[[Any, PRNGKeyArray, Array, Array], jf.Operator | None]
-"""``(params, key, x, y) -> operator`` of a batch, or None for an optimiser that takes no curvature."""
+Fisher = Callable[[PRNGKeyArray], Callable[..., jf.Operator] | None]
+"""From the key of a step to the ``fisher`` of `jf.training_step`; None where the optimiser takes none, or chooses its own."""
 
 
-def no_fisher(params: Any, key: PRNGKeyArray, x: Array, y: Array) -> None:
-    """No curvature, for Adam and SGD."""
+def unasked(key: PRNGKeyArray) -> None:
+    """No curvature is asked for: Adam and SGD take none, and `jf.kfac` knows what it needs."""
 
 
-def exact(params: Any, key: PRNGKeyArray, x: Array, y: Array) -> jf.Operator:
+def exact(key: PRNGKeyArray) -> Callable[..., jf.Operator]:
     """The Fisher as the expectation over the model's own predictions."""
-    return jf.exact_fisher(mlp)(params, x)
+    return jf.exact_fisher(mlp)
 
 
-def sampled(params: Any, key: PRNGKeyArray, x: Array, y: Array) -> jf.Operator:
+def sampled(key: PRNGKeyArray) -> Callable[..., jf.Operator]:
     """The Fisher from labels drawn from the model."""
-    return jf.sampled_fisher(mlp, DRAWS)(params, key, x)
+    return lambda params, x: jf.sampled_fisher(mlp, DRAWS)(params, key, x)
 
 
-def empirical(params: Any, key: PRNGKeyArray, x: Array, y: Array) -> jf.Operator:
+def empirical(key: PRNGKeyArray) -> Callable[..., jf.Operator]:
     """The Fisher at the data's labels, which is no expectation under the model."""
-    return jf.empirical_fisher(log_prob)(params, x, y)
+    return jf.empirical_fisher(log_prob)
 
 
 class Recipe(NamedTuple):
@@ -200,14 +200,15 @@ class Recipe(NamedTuple):
 
 def first_order(name: str, make: Callable[[float], optax.GradientTransformation], rates: Sequence[float]) -> list[Recipe]:
     """One recipe for each learning rate."""
-    return [Recipe(f"{name}, rate {rate:g}", make(rate), no_fisher) for rate in rates]
+    return [Recipe(f"{name}, rate {rate:g}", make(rate), unasked) for rate in rates]
 
 
 def natural_recipes() -> list[Recipe]:
-    """Natural gradients: one setting for all; they differ in the Fisher, and in whether it is a running mean over batches."""
+    """`jf.kfac` as it comes; then one setting for all, which differ in the Fisher and in whether it is a running mean."""
     setting = partial(jf.natural_gradient, LEARNING_RATE, DAMPING, radius=RADIUS)
     running = setting(view=jf.dense, decay=DECAY)
     return [
+        Recipe("jf.kfac", jf.kfac(), unasked),
         Recipe("natural, exact", running, exact),
         Recipe("natural, sampled", running, sampled),
         Recipe("natural, empirical", running, empirical),
@@ -247,16 +248,11 @@ def batch_order(seed: int, steps: int) -> Int[Array, "steps batch"]:
 def stepper(recipe: Recipe, digits: Digits) -> Callable[..., tuple[Any, Any]]:
     """``(carry, batches, keys) -> (carry, params after each step)``, a scan to be compiled."""
     x, y = jnp.asarray(digits.train_x), jnp.asarray(digits.train_y)
-    optimiser = optax.with_extra_args_support(recipe.optimiser)
 
     def step(carry: tuple[Any, Any], batch: tuple[Array, PRNGKeyArray]) -> tuple[tuple[Any, Any], Any]:
         params, state = carry
         indices, key = batch
-        images, labels = x[indices], y[indices]
-        gradient = jax.grad(mean_loss)(params, images, labels)
-        curvature = recipe.fisher(params, key, images, labels)
-        updates, state = optimiser.update(gradient, state, params, fisher=curvature)
-        params = optax.apply_updates(params, updates)
+        params, state, _ = jf.training_step(mlp, recipe.optimiser, recipe.fisher(key))(params, state, x[indices], y[indices])
         return (params, state), params
 
     return lambda carry, batches, keys: jax.lax.scan(step, carry, (batches, keys))
@@ -277,9 +273,10 @@ def train(recipe: Recipe, digits: Digits, seed: int, show: Callable[[int, float]
     """
     init_key, draw_key = jax.random.split(jax.random.key(seed))
     params = mlp_params(init_key)
-    carry = (params, recipe.optimiser.init(params))
     batches, keys = batch_order(seed, max_steps), jax.random.split(draw_key, max_steps)
     x, y = jnp.asarray(digits.train_x), jnp.asarray(digits.train_y)
+    first = jf.training_step(mlp, recipe.optimiser, recipe.fisher(keys[0]))
+    carry = (params, first.init(params, x[batches[0]], y[batches[0]]))
     evaluate = jax.jit(jax.vmap(mean_loss, in_axes=(0, None, None)))
 
     start = time.perf_counter()
@@ -287,8 +284,8 @@ def train(recipe: Recipe, digits: Digits, seed: int, show: Callable[[int, float]
     compile_seconds = time.perf_counter() - start
 
     losses, seconds = [np.asarray(mean_loss(params, x, y))[None]], [np.zeros(1)]
-    for first in range(0, max_steps, CHUNK):
-        piece = slice(first, first + CHUNK)
+    for done in range(0, max_steps, CHUNK):
+        piece = slice(done, done + CHUNK)
         start = time.perf_counter()
         carry, path = jax.block_until_ready(chunk(carry, batches[piece], keys[piece]))
         # The steps of a chunk do equal work, so each has an equal part of its time.
@@ -335,7 +332,7 @@ Training a 64-{HIDDEN}-{CLASSES} tanh network, p = {size}, float32, batches of {
 "steps": the first step after which the loss on all training digits is at most {TARGET} nats, checked after every step,
 at most {MAX_STEPS}. All start at the same parameters and see the same batches. Adam is the best of the rates
 {_listed(ADAM_RATES)}; SGD of {_listed(SGD_RATES)}.
-Natural gradients share one setting: rate {LEARNING_RATE:g}, damping {DAMPING:g},
+jf.kfac is as it comes. The other natural gradients share one setting: rate {LEARNING_RATE:g}, damping {DAMPING:g},
 trust region {RADIUS:g} nats, {DRAWS} draws where sampled, and the Fisher a running mean
 over batches (decay {DECAY:g}) except for "batch alone".
 """
@@ -403,6 +400,7 @@ _LOOKS = (
     ("#CC79A7", (0, (5, 1, 1, 1, 1, 1)), "v"),
     ("#E69F00", (0, (8, 2)), "P"),
     ("#56B4E9", (0, (3, 1, 1, 1)), "X"),
+    ("#999999", (0, (2, 2)), "*"),
 )
 """Colours that colour-blind readers tell apart (Okabe and Ito), each with its own dash and marker for prints in grey."""
 

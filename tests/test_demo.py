@@ -67,7 +67,7 @@ def test_batches_go_through_every_image_once_an_epoch():
 def test_training_takes_the_optimisers_steps(digits):
     shown = []
     result = demo.train(
-        demo.Recipe("SGD", optax.sgd(1.0), demo.no_fisher), digits, 0, lambda *seen: shown.append(seen), demo.CHUNK
+        demo.Recipe("SGD", optax.sgd(1.0), demo.unasked), digits, 0, lambda *seen: shown.append(seen), demo.CHUNK
     )
     params = demo.mlp_params(jax.random.split(jax.random.key(0))[0])
     x, y = jnp.asarray(digits.train_x), jnp.asarray(digits.train_y)
@@ -86,7 +86,7 @@ def test_training_takes_the_optimisers_steps(digits):
 
 
 def test_training_stops_at_the_first_step_at_the_target(digits, monkeypatch):
-    recipe = demo.Recipe("SGD", optax.sgd(1.0), demo.no_fisher)
+    recipe = demo.Recipe("SGD", optax.sgd(1.0), demo.unasked)
     whole = demo.train(recipe, digits, 0, lambda *_: None, demo.CHUNK)
     monkeypatch.setattr(demo, "TARGET", float(whole.losses[3]))
     first = int(np.flatnonzero(whole.losses <= whole.losses[3])[0])
