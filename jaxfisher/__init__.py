@@ -47,7 +47,7 @@ from jaxfisher._accumulate import merge as merge
 # Operators, and their views.
 from jaxfisher._operators.operator import Operator as Operator
 from jaxfisher._operators.block import block_diagonal as block_diagonal
-from jaxfisher._operators.dense import dense as dense
+from jaxfisher._operators.formed import dense as dense
 from jaxfisher._operators.diagonal import diagonal as diagonal
 from jaxfisher._operators.identity import relative_damping as relative_damping
 from jaxfisher._operators.identity import scaled_identity as scaled_identity
@@ -57,7 +57,7 @@ from jaxfisher._operators.layered import kronecker as kronecker
 from jaxfisher._operators.layered import kronecker_reduce as kronecker_reduce
 from jaxfisher._operators.layered import layers as layers
 from jaxfisher._operators.low_rank import low_rank as low_rank
-from jaxfisher._operators.marginal import marginal as marginal
+from jaxfisher._operators.formed import marginal as marginal
 from jaxfisher._operators.low_rank import nystrom as nystrom
 from jaxfisher._operators.low_rank import partial_cholesky as partial_cholesky
 from jaxfisher._operators.spread import spread_solves as spread_solves

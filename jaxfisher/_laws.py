@@ -101,7 +101,7 @@ def check_laws(
             f"check_laws: expected an operator or a distribution, got {described(member)}. Of a view give what it returns; of "
             "a solver give an operator and solver=...; for a model there is jf.check_fisher."
         )
-    refuse_stack(member, "check_laws")
+    refuse_stack(member.form.stack, "Operator", "check_laws")
     if matrix is not None and np.shape(matrix) != member.shape:
         raise ValueError(f"check_laws: `matrix` has shape {np.shape(matrix)}; expected {member.shape}, that of the operator.")
     eps = float(jnp.finfo(member.spec.dtype).eps) if rounding is None else float(nonnegative("rounding", rounding, jnp.float32))

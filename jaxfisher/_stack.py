@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -16,7 +16,7 @@ def of_one(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     def decorate(method: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(method)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            refuse_stack(args[0], name)
+            refuse_stack(args[0].stack, type(args[0]).__name__, name)  # type: ignore[attr-defined]
             return method(*args, **kwargs)
 
         return call
@@ -24,11 +24,11 @@ def of_one(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
-def refuse_stack(held: Any, name: str) -> None:
-    """Raise `ValueError` where an object is a stack of many."""
-    if held.stack:
+def refuse_stack(stack: tuple[int, ...], kind: str, name: str) -> None:
+    """Raise `ValueError` where an object of this kind is a stack of many, with these axes before those of one."""
+    if stack:
         raise ValueError(
-            f"{name}: this {type(held).__name__} came out of jax.vmap or jax.lax.scan and is a stack of shape {held.stack}; "
+            f"{name}: this {kind} came out of jax.vmap or jax.lax.scan and is a stack of shape {stack}; "
             "expected a single one. Call the method inside of that function, or map the method over the stack, for instance "
             "jax.vmap(lambda one: one.trace())(stack)."
         )

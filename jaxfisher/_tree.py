@@ -122,6 +122,15 @@ class ParamSpec:
                 return f"at {path} it has shape {seen}, where the parameter has shape {expected}"
         return None
 
+    def flags(self, keep: Callable[[str], bool], caller: str) -> tuple[bool, ...]:
+        """What a filter of paths says of each leaf; an error unless the filter keeps some and not all."""
+        check_function("keep", keep, "path -> bool, of the path of a parameter leaf")
+        found = tuple(bool(keep(path)) for path in self.paths)
+        if all(found) or not any(found):
+            what = "every leaf" if all(found) else "no leaf"
+            raise ValueError(f"{caller}: `keep` keeps {what} of {list(self.paths)}. Keep some of them, and not all.")
+        return found
+
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> ParamSpec:
         """The spec of the kept leaves, arranged as ``treedef`` has them."""
         return ParamSpec(treedef, kept(self.paths, keep), kept(self.shapes, keep), kept(self.dtypes, keep))
@@ -136,6 +145,11 @@ def narrowed(within: tuple[bool, ...], keep: tuple[bool, ...]) -> tuple[bool, ..
     """Flags over everything for those that ``keep`` keeps of the ones ``within`` had kept."""
     rest = iter(keep)
     return tuple(flag and next(rest) for flag in within)
+
+
+def subtree(treedef: jax.tree_util.PyTreeDef, keep: tuple[bool, ...]) -> jax.tree_util.PyTreeDef:
+    """The structure of a tree with None for each leaf whose flag is not set."""
+    return jax.tree.structure(jax.tree.unflatten(treedef, [0 if flag else None for flag in keep]))
 
 
 def path_names(tree: chex.ArrayTree) -> tuple[str, ...]:

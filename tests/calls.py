@@ -66,6 +66,8 @@ METHODS = {
     "frobenius_norm": lambda F: F.frobenius_norm(),
     "rank": lambda F: F.rank(),
     "null_space": lambda F: F.null_space(),
+    "restrict": lambda F: F.restrict(lambda path: "w" in path).diagonal(),
+    "marginal": lambda F: F.marginal(lambda path: "w" in path).form.matrix,
 }
 
 

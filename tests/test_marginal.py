@@ -30,6 +30,9 @@ def test_the_inverse_of_the_marginal_is_a_block_of_the_inverse(names):
     np.testing.assert_allclose(made.as_matrix(), expected, rtol=0, atol=tolerance * np.abs(expected).max())
     vector = {name: jnp.ones(leaf.shape) if name in names else None for name, leaf in PARAMS.items()}
     assert jax.tree.structure(made @ vector) == jax.tree.structure(vector)
+    known = F.restrict(lambda path: any(f"'{name}'" in path for name in names))
+    np.testing.assert_array_equal(known.as_matrix(), whole[np.ix_(stays, stays)])
+    assert known.spec == made.spec
 
 
 def test_nuisance_parameters_that_the_data_do_not_determine_take_nothing_away():
@@ -42,10 +45,14 @@ def test_nuisance_parameters_that_the_data_do_not_determine_take_nothing_away():
 def test_what_cannot_be_marginalised_is_named():
     F = jf.exact_fisher(model)(PARAMS, X)
     for keep, said in ((lambda path: True, "keeps every leaf"), (lambda path: False, "keeps no leaf")):
-        with pytest.raises(ValueError, match=said):
-            jf.marginal(F, keep)
-    with pytest.raises(TypeError, match=r"`keep` is .*expected a function, path -> bool"):
-        jf.marginal(F, "w")
+        for part in (F.marginal, F.restrict):
+            with pytest.raises(ValueError, match=f"{part.__name__}: `keep` {said}"):
+                part(keep)
+    for part in (F.marginal, F.restrict):
+        with pytest.raises(TypeError, match=r"`keep` is .*expected a function, path -> bool"):
+            part("w")
+    with pytest.raises(TypeError, match="marginal: expected a Fisher operator"):
+        jf.marginal(np.eye(8), lambda path: "w" in path)
 
 
 def test_an_operator_reads_like_a_matrix():

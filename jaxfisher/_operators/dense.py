@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._linalg import matmul
 from jaxfisher._operators.form import Form
-from jaxfisher._operators.operator import Operator, viewed
 from jaxfisher._pytree import array_fields
 from jaxfisher._tree import ParamSpec
 
@@ -55,26 +54,3 @@ class Dense(Form):
 
     def plus(self, other: Form) -> Dense | None:
         return Dense(self.matrix + other.matrix, self.spec) if isinstance(other, Dense) else None
-
-
-def dense(fisher: Operator) -> Operator:
-    r"""The Fisher as a dense matrix: every entry of ``F``, shape ``[p, p]``, formed once.
-
-    Args:
-        fisher: any operator. From scores it costs ``n p^2`` flops; nothing is approximated.
-
-    Returns:
-        An operator of the same kind, held dense.
-
-    Raises:
-        TypeError: ``fisher`` is not an operator.
-
-    Reference: Amari (Neural Computation 1998), equation 2.
-
-    >>> import jax.numpy as jnp, jaxfisher as jf
-    >>> log_prob = jf.log_likelihood(lambda mu: jf.Normal(mu, 1.0))
-    >>> jf.dense(jf.empirical_fisher(log_prob)(0.0, jnp.array([1.0, -2.0])))
-    Fisher(empirical, mean over 2, params 1, dense)
-    """
-    fisher = viewed(fisher, "dense")
-    return Operator(Dense(fisher.as_matrix(), fisher.spec), fisher.provenance)

@@ -20,13 +20,14 @@ from jaxfisher._once import Static, once
 from jaxfisher._operators.damping import Damping, Dampings, checked_damping, damped_inverse, damped_logdet
 from jaxfisher._operators.form import Form, small_matrix
 from jaxfisher._operators.inverted import reported
+from jaxfisher._operators.marginal import schur_complement
 from jaxfisher._operators.provenance import Provenance
 from jaxfisher._operators.sum import added
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores import Scores
 from jaxfisher._stack import refuse_stack
 from jaxfisher._system import Factorise, SolveInfo
-from jaxfisher._tree import ParamSpec, cast_like
+from jaxfisher._tree import ParamSpec, cast_like, subtree
 from jaxfisher._values import check_number, described, is_known_positive, nonnegative
 from jaxfisher._varying import alike
 
@@ -102,11 +103,6 @@ class Operator:
     def n(self) -> Scalar:
         """The number of examples that the mean was taken over, a floating scalar; of a sum, those of all terms."""
         return self.provenance.n
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        """The axes that `jax.vmap` or `jax.lax.scan` has put before those of what is held; () of one operator."""
-        return self.form.stack
 
     def mv(self, v: chex.ArrayTree) -> chex.ArrayTree:
         """``F v``, a pytree like ``v``, at the cost of one product.
@@ -274,19 +270,33 @@ class Operator:
         null: chex.ArrayTree = jax.vmap(self.spec.unravel)(basis.T)
         return null
 
-    def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Operator:
-        """The principal sub-operator of the parameter leaves whose flag is set: the entries of F between these.
+    def restrict(self, keep: Callable[[str], bool]) -> Operator:
+        """The information on some of the parameters where the others are known: the block of F between those that are kept.
 
-        ``keep`` has one flag for each leaf, in their order, and ``treedef`` is the structure of the vectors that it acts on,
-        whose leaves are those kept. Nothing is computed. `jaxfisher.marginal` takes the other parameters for unknown.
+        ``keep`` is a function from the path of a parameter leaf, such as ``"['layer']['w']"``, to a bool. The vectors of the
+        result are trees like the parameters with None for each leaf that is gone. Nothing is computed.
 
-        >>> import jax, jax.numpy as jnp, jaxfisher as jf
+        >>> import jax.numpy as jnp, jaxfisher as jf
         >>> F = jf.exact_fisher(lambda p, x: jf.Normal(p["a"] * x + p["b"], 1.0))({"a": 1.0, "b": 0.0}, jnp.array([1.0, 3.0]))
-        >>> print(F.restrict((True, False), jax.tree.structure({"a": 0})).as_matrix())
+        >>> print(F.restrict(lambda path: path == "['a']").as_matrix())
         [[5.]]
         """
-        part = None if self.views_of is None else self.views_of.restrict(keep, treedef)
-        return Operator(self.form.restrict(keep, treedef), self.provenance, part)
+        flags = self.spec.flags(keep, "restrict")
+        return restricted(self, flags, subtree(self.spec.treedef, flags))
+
+    def marginal(self, keep: Callable[[str], bool]) -> Operator:
+        """The information on some of the parameters where the others are unknown: ``F_kk - F_kr F_rr^+ F_rk``, held dense.
+
+        ``keep`` and the vectors of the result are those of `restrict`; `jaxfisher.marginal` is the same and says more.
+        It costs the matrix, and a solve for each parameter that is kept.
+
+        >>> import jax.numpy as jnp, jaxfisher as jf
+        >>> F = jf.exact_fisher(lambda p, x: jf.Normal(p["a"] * x + p["b"], 1.0))({"a": 1.0, "b": 0.0}, jnp.array([1.0, 3.0]))
+        >>> print(F.marginal(lambda path: path == "['a']").as_matrix())  # the variance of x
+        [[1.]]
+        """
+        seen = _looked_at(self)
+        return Operator(_schur_complement(seen, Static(seen.spec.flags(keep, "marginal"))), seen.provenance)
 
     # NumPy would take an operator for a scalar and make an array of operators: this hands the arithmetic to the methods below.
     __array_ufunc__ = None
@@ -326,7 +336,7 @@ def _program(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
     program = once(compute)
 
     def call(fisher: Operator, *arguments: Any) -> Any:
-        refuse_stack(fisher, name)
+        refuse_stack(fisher.form.stack, "Operator", name)
         return program(fisher.form, *arguments)
 
     return call
@@ -362,6 +372,13 @@ _trace = _program("trace", lambda form: form.trace())
 _eigenvalues = _program("eigvalsh", lambda form: form.eigvalsh())
 _frobenius_norm = _program("frobenius_norm", lambda form: form.frobenius_norm())
 _rank = _program("rank", lambda form: form.rank())
+_schur_complement = _program("marginal", lambda form, flags: schur_complement(form, flags.value))
+
+
+def restricted(fisher: Operator, keep: tuple[bool, ...], treedef: Any) -> Operator:
+    """The block of F between the leaves whose flag is set, on vectors of the structure ``treedef``."""
+    part = None if fisher.views_of is None else restricted(fisher.views_of, keep, treedef)
+    return Operator(fisher.form.restrict(keep, treedef), fisher.provenance, part)
 
 
 def exact_solve(
@@ -389,7 +406,7 @@ def scores_of(fisher: Operator, caller: str) -> Scores:
 def as_operator(fisher: Any, caller: str) -> Operator:
     """``fisher`` if it is an operator, else a `TypeError` that says what makes one."""
     if isinstance(fisher, Operator):
-        refuse_stack(fisher, caller)
+        refuse_stack(fisher.form.stack, "Operator", caller)
         return fisher
     seen = "a function. Call the function with the parameters and the data first" if callable(fisher) else described(fisher)
     raise TypeError(f"{caller}: expected a Fisher operator, such as jf.exact_fisher(model)(params, x) returns, got {seen}.")

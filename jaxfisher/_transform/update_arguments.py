@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from jaxfisher._operators.operator import Operator, as_operator
+from jaxfisher._operators.operator import Operator, as_operator, restricted
 from jaxfisher._tree import described, path_names, refuse_sparse
 from jaxfisher._values import is_number
 
@@ -76,7 +76,7 @@ def fisher_for(updates: Any, fisher: Operator | Callable[[], Operator] | None, c
     names = path_names(updates)
     known = all(name in operator.spec.paths for name in names)
     if known and treedef != operator.spec.treedef:
-        operator = operator.restrict(tuple(path in names for path in operator.spec.paths), treedef)
+        operator = restricted(operator, tuple(path in names for path in operator.spec.paths), treedef)
     where = operator.spec.mismatch(treedef, names, tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(updates)))
     if where is not None:
         raise ValueError(
