@@ -30,6 +30,7 @@ from jaxfisher._divergence import monte_carlo_kl as monte_carlo_kl
 from jaxfisher._divergence import observed_information as observed_information
 
 # Scores, and what the engine made of them.
+from jaxfisher._scores import ClippedSum as ClippedSum
 from jaxfisher._scores import Scores as Scores
 from jaxfisher._scores import scores as scores
 from jaxfisher._explain import explain as explain
@@ -100,6 +101,9 @@ from jaxfisher._estimate import estimate_diagonal as estimate_diagonal
 from jaxfisher._estimate import estimate_logdet as estimate_logdet
 from jaxfisher._estimate import estimate_trace as estimate_trace
 from jaxfisher._estimate import spectral_density as spectral_density
+
+# Jobs, a room each, made of the names above.
+from jaxfisher.privacy import clipped_grad as clipped_grad
 
 # Extending: what is to be filled in, and the laws that it is held to.
 from jaxfisher._distributions.base import family as family

@@ -59,11 +59,11 @@ def _as_arrays(data: tuple[Any, ...], name: str) -> tuple[Any, ...]:
     refuse_sparse(data, lambda path: name + path)
     leaves, treedef = jax.tree.flatten(data)
     for path, leaf in zip(_data_paths(data, name), leaves, strict=True):
-        _check_numbers(path, leaf)
+        check_numbers(path, leaf)
     return jax.tree.unflatten(treedef, [jnp.asarray(leaf) for leaf in leaves])
 
 
-def _check_numbers(name: str, leaf: Any) -> None:
+def check_numbers(name: str, leaf: Any) -> None:
     """Raise `TypeError` unless JAX takes ``leaf`` as an array: of numbers, booleans or random keys."""
     check_array(name, leaf)
     kinds = (jnp.number, jnp.bool_, jax.dtypes.prng_key)
@@ -138,7 +138,7 @@ def _checked_weights(weights: Any, n: int) -> Float[Array, " n"]:
         if wrong:
             raise TypeError(f"`weights` holds {described(weights[wrong[0]])} at entry {wrong[0]}; expected {n} real numbers.")
     else:
-        _check_numbers("`weights`", weights)
+        check_numbers("`weights`", weights)
     _check_known(weights)
     weights = jnp.asarray(weights)
     if weights.shape != (n,):

@@ -15,7 +15,7 @@ PACKAGE = pathlib.Path(jf.__file__).parent
 PUBLIC = sorted(name for name, value in vars(jf).items() if not name.startswith("_") and not inspect.ismodule(value))
 VALUES = {
     *("AdaptDampingState", "BacktrackKLState", "QuadraticModelState", "ScaleByFisherState"),
-    *("Distribution", "Estimate", "FisherCheck", "Form", "LawCheck", "Operator"),
+    *("ClippedSum", "Distribution", "Estimate", "FisherCheck", "Form", "LawCheck", "Operator"),
     *("Provenance", "Scores", "SolveInfo", "Spectrum"),
     *("FisherFunction", "LogProb", "Model", "ParamSpec", "Solver", "View"),
 }
@@ -84,6 +84,7 @@ ROOMS = {
     "Natural gradients": "_natural",
     "Optax": "_transform",
     "Looking": "_check_fisher _diagnostics _estimate",
+    "Jobs": "privacy",
     "Extending": "_distributions _fisher _laws _model _operators _pytree _transform _tree",
 }
 """The headings of the public names by their first words, in reading order, and the rooms whose names stand under each."""

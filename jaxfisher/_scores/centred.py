@@ -8,7 +8,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Scalar
+from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._engine import Basis, Seal
 from jaxfisher._linalg import matmul, mirrored
@@ -71,6 +71,12 @@ class CenteredScores(Scores):
         mean = self._mean()
         norms = self.scores.squared_norms() - 2 * self.scores.mv(mean) + dot(mean, mean)
         return jnp.where(self._live, norms, 0)
+
+    def _clipped(self, max_norm: Scalar) -> tuple[Any, Int[Array, ""]]:
+        raise TypeError(
+            f"clipped_sum: {self} are centred, and the mean that is taken from every row depends on all examples, so that no "
+            "bound on the rows is one on what a single example changes. Use scores that are not centred."
+        )
 
     def diagonal(self) -> Any:
         # sum w (s - c)^2 = sum w s^2 - c (2 sum w s - c sum w).

@@ -9,7 +9,7 @@ from typing import Any
 
 import chex
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Float, Int, Scalar
 
 from jaxfisher._engine import (
     Basis,
@@ -73,6 +73,16 @@ class HeldScores(FactoredScores):
 
     def squared_norms(self) -> Float[Array, " rows"]:
         return total([squared_norms(leaf) for leaf in self.leaves]).reshape(-1)
+
+    def _clipped(self, max_norm: Scalar) -> tuple[Any, Int[Array, ""]]:
+        # In units in which no square overflows, and of rows as long as the bound none underflows.
+        tiny = jnp.finfo(self.spec.dtype).tiny
+        unit = jnp.maximum(jnp.maximum(max_norm, self.bound() * tiny**0.375), tiny)
+        norms = jnp.sqrt(self.rescaled((1 / unit,) * len(self.leaves)).squared_norms())
+        limit = max_norm / unit
+        longer = norms > limit
+        whole = self.rmv(jnp.where(longer, limit / jnp.where(longer, norms, 1), 1))
+        return whole, jnp.sum(longer, dtype=jnp.int32)
 
     def diagonal(self) -> Any:
         return self.spec.tree([diagonal(leaf, self._omega) for leaf in self.leaves])

@@ -11,14 +11,29 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Float, Int, Scalar
 
 from jaxfisher._engine import Basis, Leaf, Moments, Seal, sealed
 from jaxfisher._linalg import mirrored
 from jaxfisher._once import once
 from jaxfisher._stack import of_one
 from jaxfisher._tree import ParamSpec
-from jaxfisher._values import check_array, described, dtype_of
+from jaxfisher._values import check_array, described, dtype_of, nonnegative
+
+
+class ClippedSum(NamedTuple):
+    r"""A sum of vectors none of which is longer than a bound, ``sum_i c_i v_i`` with ``c_i = min(1, max_norm / |v_i|)``.
+
+    Attributes:
+        sum: a pytree like the parameters, in the statistics dtype, so that noise is added before anything is rounded.
+        sensitivity: how much one example can change the sum by, in Euclidean norm: ``max_norm``, a scalar. It holds where one
+            example is added or taken away; where one is replaced by another, it is twice that.
+        num_clipped: how many vectors were longer than the bound, an int32 scalar. It depends on the data without any noise.
+    """
+
+    sum: Any
+    sensitivity: Scalar
+    num_clipped: Int[Array, ""]
 
 
 class Scores(abc.ABC):
@@ -88,6 +103,24 @@ class Scores(abc.ABC):
     def squared_norms(self) -> Float[Array, " rows"]:
         """``|s_i|^2`` for each row."""
 
+    def clipped_sum(self, max_norm: chex.Numeric) -> ClippedSum:
+        r"""``sum_i s_i min(1, max_norm / |s_i|)``, the sum of the scores with each row made no longer than ``max_norm``.
+
+        The norms come from the factors and the sum from one more product with these, so that no per-example gradient is formed.
+        Rows of padding are zero; other weights do not count. It is the gradient of the log-likelihood:
+        `jaxfisher.clipped_grad` has that of the loss. Centred scores raise `TypeError`, since the mean that is taken from every
+        row depends on all examples.
+
+        Reference: Abadi et al., Deep learning with differential privacy (CCS 2016), algorithm 1.
+        """
+        max_norm = nonnegative("max_norm", max_norm, self.spec.dtype)
+        whole, count = self._clipped(max_norm)
+        return ClippedSum(whole, max_norm, count)
+
+    @abc.abstractmethod
+    def _clipped(self, max_norm: Scalar) -> tuple[Any, Int[Array, ""]]:
+        """The sum of the rows made no longer than ``max_norm``, and how many were longer."""
+
     @abc.abstractmethod
     def diagonal(self) -> Any:
         """The diagonal of ``S^T S / n`` (with weights, of ``S^T diag(omega) S``), a pytree like the parameters."""
@@ -143,7 +176,7 @@ class Scores(abc.ABC):
 
 
 _PROGRAMS = (
-    *("rmv", "gram_upper", "squared_norms", "diagonal", "scaled_moment", "as_matrix", "bound"),
+    *("rmv", "gram_upper", "squared_norms", "_clipped", "diagonal", "scaled_moment", "as_matrix", "bound"),
     *("expanded_moments", "reduced_moments", "squares_along"),
 )
 """Methods of `Scores` that compute."""

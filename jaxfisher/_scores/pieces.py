@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Scalar
+from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._engine import Basis, Leaf, Moments, Seal, cross_gram, leaf_forms, trace
 from jaxfisher._examples import num_examples
@@ -44,6 +44,10 @@ class ScoresInPieces(Scores):
 
     def squared_norms(self) -> Float[Array, " rows"]:
         return self._map(HeldScores.squared_norms)
+
+    def _clipped(self, max_norm: Scalar) -> tuple[Any, Int[Array, ""]]:
+        clipped: tuple[Any, Int[Array, ""]] = self._sum(lambda held: held._clipped(max_norm))
+        return clipped
 
     def diagonal(self) -> Any:
         return self._sum(HeldScores.diagonal)
