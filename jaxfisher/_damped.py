@@ -182,12 +182,16 @@ def _rounding(matrix: Float[Array, "m m"]) -> float:
     return 4 * math.sqrt(matrix.shape[0]) * float(jnp.finfo(matrix.dtype).eps)
 
 
-def _raised_cholesky(matrix: Float[Array, "m m"], damping: Float[Array, "*m"]) -> Float[Array, "m m"]:
-    """The lower factor of ``matrix + damping``, which stands on the diagonal and is no less than rounding does to that."""
+def raised(matrix: Float[Array, "m m"], damping: Float[Array, "*m"]) -> Float[Array, "m m"]:
+    """A matrix whose diagonal is that of ``matrix`` and its damping, which counts for no less than rounding does to that."""
     damped = jnp.maximum(matrix + damping, (1 + _rounding(matrix)) * matrix)
     # A row of zeros without a damping, as of a padded example, has any number for a pivot, and is known by this one.
-    damped = jnp.where(damped == 0, EMPTY, damped)
-    return cholesky(jnp.where(jnp.eye(matrix.shape[0], dtype=bool), damped, matrix))
+    return jnp.where(damped == 0, EMPTY, damped)
+
+
+def _raised_cholesky(matrix: Float[Array, "m m"], damping: Float[Array, "*m"]) -> Float[Array, "m m"]:
+    """The lower factor of ``matrix + damping``, which stands on the diagonal and is no less than rounding does to that."""
+    return cholesky(jnp.where(jnp.eye(matrix.shape[0], dtype=bool), raised(matrix, damping), matrix))
 
 
 def _factored(system: Damped) -> _Factor:

@@ -138,7 +138,7 @@ class FromScores(Form):
         scaled = Scaled(self.scores, factor)
         if scaled.short:
             matrix = scaled.gram()
-            system = partial(_by_gram, scaled, jax.lax.stop_gradient(matrix))
+            system = partial(by_gram, scaled, jax.lax.stop_gradient(matrix))
         else:
             scaled = scaled.centred()
             matrix = scaled.moment()
@@ -295,7 +295,7 @@ def by_rows(scaled: Scaled, apply: Map, share: Scalar, v: Float[Array, " p"]) ->
     return inside + share * rest
 
 
-def _by_gram(scaled: Scaled, gram: Float[Array, "rows rows"], damping: Scalar, inverse: Factored) -> System:
+def by_gram(scaled: Scaled, gram: Float[Array, "rows rows"], damping: Scalar, inverse: Factored) -> System:
     """The rows x rows route for any ``v``, split into its part in the rows' span, ``X^T e``, and the rest.
 
     ``v = X^T e + r`` gives ``x = X^T A e + (r - X^T A X r) / damping`` with ``A = (X X^T + damping I)^-1``, exactly, for any

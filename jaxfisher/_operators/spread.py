@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._cholesky_on_mesh import Lower, Strips, block_size, factorised, solved_by
+from jaxfisher._damped import raised
 from jaxfisher._engine import cross_gram
-from jaxfisher._linalg import inverse_power, norm, power_or_one, to_unit, twice
-from jaxfisher._operators.from_scores import FromScores, Scaled, by_rows
+from jaxfisher._inverse import Map
+from jaxfisher._linalg import to_unit, twice
+from jaxfisher._operators.from_scores import FromScores, Scaled, by_gram
 from jaxfisher._operators.inverted import Inverted, flat_inverse
 from jaxfisher._operators.operator import Operator, as_operator, scores_of
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores import HeldScores
-from jaxfisher._system import Factorise, Solved
+from jaxfisher._system import Factorise
 from jaxfisher._values import described, whole
-from jaxfisher._varying import linear_solve
-
-SWEEPS = 3
-"""How often a solution is corrected."""
 
 
 @array_fields("scores", repr=False)
@@ -41,17 +40,70 @@ class Spread(FromScores):
         return Spread(self.scores.rescaled(tuple(factors)), self.strips)
 
     def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
-        factor = to_unit(self.scores.bound(), jnp.sqrt(jnp.abs(largest)))
-        scaled = Scaled(self.scores, factor)
+        scaled = Scaled(self.scores, to_unit(self.scores.bound(), jnp.sqrt(jnp.abs(largest))))
         gram = jax.lax.stop_gradient(_gram(scaled, self.strips))
 
         def at(damping: Scalar) -> Inverted:
-            damping = twice(damping, factor)
-            there = jax.lax.with_sharding_constraint(jnp.eye(len(gram), dtype=gram.dtype), self.strips.sharding)
-            lower = factorised(gram + jax.lax.stop_gradient(damping) * there, self.strips)
-            return flat_inverse(self.spec, partial(_solved, scaled, damping, lower, self.strips))
+            damping = twice(damping, scaled.factor)
+            factored = _factored(gram, jax.lax.stop_gradient(damping), self.strips)
+            return flat_inverse(self.spec, partial(factorise.solved, by_gram(scaled, gram, damping, factored)))
 
         return at
+
+
+class Apart(NamedTuple):
+    """`Factored` by one Cholesky factor whose rows are spread, of a damping above zero.
+
+    Attributes:
+        lower: the factor of ``matrix + damping I``, or of one whose diagonal was raised by its rounding.
+        told: whether the damping could be told from zero.
+        strips: where the rows are.
+    """
+
+    lower: Lower
+    told: Bool[Array, ""]
+    strips: Strips
+
+    @property
+    def unit(self) -> Float[Array, " rows"]:
+        """See `Factored`: the rows are of one unit."""
+        return jnp.ones(len(self.lower.rows), self.lower.rows.dtype)
+
+    @property
+    def rank(self) -> Int[Array, ""]:
+        """See `Factored`: nothing is left out."""
+        return jnp.asarray(len(self.lower.rows), jnp.int32)
+
+    @property
+    def clear(self) -> Bool[Array, ""]:
+        """See `Factored`: eigenvalues are not known."""
+        return self.told
+
+    @property
+    def floor(self) -> Scalar:
+        """See `Factored`."""
+        return jnp.zeros((), self.lower.rows.dtype)
+
+    @property
+    def left_out(self) -> Float[Array, " rows"]:
+        """See `Factored`: nothing is."""
+        return jnp.zeros_like(self.unit)
+
+    def in_units(self, b: Float[Array, " rows"]) -> Float[Array, " rows"]:
+        """See `Factored`."""
+        return solved_by(self.lower, b, self.strips)
+
+    def apply(self, b: Float[Array, " rows"]) -> Float[Array, " rows"]:
+        """See `Factored`."""
+        return self.in_units(b)
+
+    def projected(self, product: Map) -> Apart:
+        """See `Factored`: nothing was left out."""
+        return self
+
+    def astray(self, b: Float[Array, " rows"], y: Float[Array, " rows"]) -> Scalar:
+        """See `Factored`."""
+        return jnp.zeros((), b.dtype)
 
 
 def _gram(scaled: Scaled, strips: Strips) -> Float[Array, "rows rows"]:
@@ -62,26 +114,14 @@ def _gram(scaled: Scaled, strips: Strips) -> Float[Array, "rows rows"]:
     return jax.lax.with_sharding_constraint(matrix, strips.sharding)
 
 
-def _solved(scaled: Scaled, damping: Scalar, lower: Lower, strips: Strips, v: Float[Array, " p"]) -> Solved:
-    """``v`` split into its part in the rows' span and the rest, as the exact route of one device does, and corrected."""
-    inverse = partial(solved_by, lower, strips=strips)
-
-    def product(y: Array) -> Array:
-        return scaled.out_of_rows(scaled.into_rows(y)) + damping * y
-
-    def corrected(product: Callable[[Array], Array], b: Array) -> tuple[Array, Array]:
-        def sweep(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
-            y = state[0] + by_rows(scaled, inverse, 1 / damping, state[1])
-            return y, b - product(y)
-
-        return jax.lax.fori_loop(0, SWEEPS, sweep, (jnp.zeros_like(b), b))
-
-    size = power_or_one(jnp.max(jnp.abs(v), initial=0.0))
-    b = v * inverse_power(size)
-    y, rest = linear_solve(product, b, corrected)
-    sound = norm(rest) <= jnp.finfo(v.dtype).eps ** 0.5 * norm(b)
-    x = y * scaled.factor * (size * scaled.factor)
-    return Solved(x, rest * size, jnp.asarray(v.size, jnp.int32), sound)
+def _factored(gram: Float[Array, "rows rows"], damping: Scalar, strips: Strips) -> Apart:
+    there = jax.lax.with_sharding_constraint(jnp.eye(len(gram), dtype=bool), strips.sharding)
+    # As a sum, to which every device gives what it has of the diagonal.
+    largest = jnp.max(jnp.sum(jnp.where(there, gram, 0), 1)) + damping
+    told = ~(damping <= jnp.finfo(gram.dtype).eps * largest)
+    # One that turns out negative must not pass for the rounding of the diagonal.
+    damping = jnp.where(damping < 0, jnp.nan, damping)
+    return Apart(factorised(jnp.where(there, raised(gram, damping), gram), strips), told, strips)
 
 
 def spread_solves(fisher: Operator, mesh: Mesh, axis: str, block: int = 256) -> Operator:
@@ -104,8 +144,9 @@ def spread_solves(fisher: Operator, mesh: Mesh, axis: str, block: int = 256) -> 
         block: how many columns are factored at a time, at most.
 
     Returns:
-        An operator; its damping must be above zero, and a solve at zero is not finite. As a ``view`` it is
-        ``functools.partial(jf.spread_solves, mesh=mesh, axis="examples")``.
+        An operator, whose `solve` is as accurate as its solver asks: ``jf.Cholesky(rtol=)``, or none, as far as rounding
+        allows. Its damping must be above zero: at one that the dtype cannot tell from zero, no solution is called converged.
+        As a ``view`` it is ``functools.partial(jf.spread_solves, mesh=mesh, axis="examples")``.
 
     Raises:
         TypeError: ``fisher`` is not held as scores, or these are not in memory; ``block`` is no whole number.
