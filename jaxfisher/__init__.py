@@ -11,6 +11,7 @@ from jaxfisher._distributions.categorical import Categorical as Categorical
 from jaxfisher._distributions.dirichlet import Dirichlet as Dirichlet
 from jaxfisher._distributions.exponential import Exponential as Exponential
 from jaxfisher._distributions.gamma import Gamma as Gamma
+from jaxfisher._distributions.joint import Joint as Joint
 from jaxfisher._distributions.laplace import Laplace as Laplace
 from jaxfisher._distributions.masked import Masked as Masked
 from jaxfisher._distributions.multivariate_normal import MultivariateNormal as MultivariateNormal

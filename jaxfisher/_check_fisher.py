@@ -178,7 +178,8 @@ def _verdict(
     found = _found(model, batch, Static(has_kl), params, noise, nudges, draw_keys)
     measured, along, log_probs, compared = jax.tree.map(partial(np.asarray, dtype=float), found)
     rounding = SAFETY * math.sqrt(batch.spec.size + batch.size) * eps
-    from_samples = metric_noise.size if "samples" in sources[-1] else math.inf
+    # Where a part's metric is from samples, its noise is the longest: a number for each of them.
+    from_samples = max(leaf.size for leaf in jax.tree.leaves(metric_noise)) if "samples" in sources[-1] else math.inf
     # NumPy need not warn of numbers that are not finite: the checks below report them.
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         exact = _exact_checks(measured, batch.size, rounding, np.mean(np.abs(log_probs))) if has_kl else ()

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._distributions.foreign import as_distribution
+from jaxfisher._distributions.joint import as_prediction
 from jaxfisher._examples import Batch, make_batch, map_examples, needs_data
 from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, mean_loss, of_one_example, predict, scalar
 from jaxfisher._once import once_for
@@ -42,7 +42,7 @@ def kl_divergence(p: Any, q: Any) -> Float[Array, "*batch"]:
     .. math:: KL(p \,\|\, q) = E_{x \sim p}[\log p(x) - \log q(x)] \ge 0.
 
     Args:
-        p: a distribution; the expectation is under this one.
+        p: a distribution, or a container of them (see `Joint`); the expectation is under this one.
         q: a distribution of the same family.
 
     Returns:
@@ -57,7 +57,7 @@ def kl_divergence(p: Any, q: Any) -> Float[Array, "*batch"]:
     >>> print(jf.kl_divergence(jf.Normal(0.0, 1.0), jf.Normal(1.0, 1.0)))
     0.5
     """
-    return as_distribution(p).kl(as_distribution(q))
+    return as_prediction(p).kl(as_prediction(q))
 
 
 def kl(model: Model) -> KLFunction:

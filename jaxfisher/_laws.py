@@ -15,6 +15,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from jaxfisher._check_fisher import check_fisher
 from jaxfisher._distributions.base import Distribution
+from jaxfisher._distributions.joint import Joint
 from jaxfisher._once import Around
 from jaxfisher._operators.operator import Operator, Solver
 from jaxfisher._stack import refuse_stack
@@ -77,7 +78,8 @@ def check_laws(
         failure, and a note says so.
 
     Raises:
-        TypeError: neither an operator nor a distribution; a key that is not one; ``matrix`` or ``solver`` with a distribution.
+        TypeError: neither an operator nor a distribution, or a `Joint`, whose parts have the laws; a key that is not one;
+            ``matrix`` or ``solver`` with a distribution.
         ValueError: a distribution without a batch of two or more; a matrix of another shape; an operator that would have to
             make a matrix for p above 4096.
 
@@ -265,6 +267,8 @@ def _solver_laws(solver: Solver, F: Operator, v: Any, dense: np.ndarray, damping
 
 
 def _of_distribution(p: Distribution, key: Array) -> LawCheck:
+    if isinstance(p, Joint):
+        raise TypeError(f"check_laws: {p} has the laws of its parts. Check them one by one.")
     if not p.batch_shape or p.batch_shape[0] < 2:
         raise ValueError(
             f"check_laws: {p} has the batch shape {p.batch_shape}; expected a batch of two or more, whose members are "

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._distributions.base import Distribution
-from jaxfisher._distributions.foreign import as_distribution
+from jaxfisher._distributions.base import float_fields as float_fields
+from jaxfisher._distributions.joint import as_prediction
 from jaxfisher._examples import map_examples, shape_of_one
 from jaxfisher._once import Around
 from jaxfisher._tree import check_function
@@ -47,13 +48,7 @@ class LogLikelihood(Around):
             raise TypeError("log_likelihood(model) needs a target: call it as (params, *inputs, target).")
         *inputs, target = example
         predicted = predict(self.model, params, *inputs)
-        expected = predicted.batch_shape + predicted.event_shape
-        if jnp.shape(target) != expected:
-            raise ValueError(
-                f"one target has shape {jnp.shape(target)}, but the model's {type(predicted).__name__} is over {expected}. "
-                "They are not broadcast against each other, since that would count a target several times: "
-                "reshape the target or the model's output (a final axis of length one is the usual culprit)."
-            )
+        predicted._check_target(target, "one target")
         return jnp.sum(predicted.log_prob(target))
 
 
@@ -88,12 +83,7 @@ def log_likelihood(model: Model) -> LogLikelihood:
 
 def predict(model: Model, params: chex.ArrayTree, *inputs: Any) -> Distribution:
     """The distribution the model predicts for one example, as one of the library's."""
-    return as_distribution(model(params, *inputs))
-
-
-def float_fields(distribution: Distribution) -> list[Array]:
-    """The real fields of a distribution, in pytree order: the coordinates of its Fisher."""
-    return [leaf for leaf in jax.tree.leaves(distribution) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return as_prediction(model(params, *inputs))
 
 
 def tangent(distribution: Distribution, values: list[Array]) -> Distribution:

@@ -213,6 +213,7 @@ DISTRIBUTIONS = {
     "Bernoulli": lambda: jf.Bernoulli(0.3),
     "Poisson": lambda: jf.Poisson(0.3),
     "Categorical": lambda: jf.Categorical(jnp.array([0.3, 0.1])),
+    "Joint": lambda: jf.Joint({"label": jf.Categorical(jnp.array([0.3, 0.1])), "number": jf.Normal(0.3, 1.2)}),
 }
 """The other families take long to compile, and are made of the same functions."""
 

@@ -9,18 +9,20 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import scipy.stats
 
-from jaxfisher._distributions.base import Distribution
+from jaxfisher._distributions.base import Distribution, family
 from jaxfisher._distributions.bernoulli import Bernoulli
 from jaxfisher._distributions.beta import Beta
 from jaxfisher._distributions.categorical import Categorical
 from jaxfisher._distributions.dirichlet import Dirichlet
 from jaxfisher._distributions.exponential import Exponential
 from jaxfisher._distributions.gamma import Gamma
+from jaxfisher._distributions.joint import Joint
 from jaxfisher._distributions.laplace import Laplace
 from jaxfisher._distributions.multivariate_normal import MultivariateNormal
 from jaxfisher._distributions.negative_binomial import NegativeBinomial
@@ -81,6 +83,60 @@ def logit(p):
 def softmax(z):
     z = np.exp(z - np.max(z))
     return z / z.sum()
+
+
+@family
+class Heads(Distribution):
+    """A `Joint` of a number and a flag as a family over pairs of numbers, so that it has the laws of families."""
+
+    loc: Any
+    scale: Any
+    logits: Any
+
+    field_ndims = (0, 0, 0)
+    event_ndim = 1
+
+    @property
+    def joint(self):
+        return Joint((Normal(self.loc, self.scale), Bernoulli(self.logits)))
+
+    mean = property(lambda self: jnp.stack(self.joint.mean, -1))
+    variance = property(lambda self: jnp.stack(self.joint.variance, -1))
+    mode = property(lambda self: jnp.stack([value.astype(self.loc.dtype) for value in self.joint.mode], -1))
+
+    def entropy(self):
+        return self.joint.entropy()
+
+    def log_prob(self, x):
+        return self.joint.log_prob((x[..., 0], x[..., 1]))
+
+    def sample(self, key, shape=()):
+        return jnp.stack([draw.astype(self.loc.dtype) for draw in self.joint.sample(key, shape)], -1)
+
+    def kl(self, other):
+        return self.joint.kl(other.joint)
+
+    def fisher_noise(self):
+        return self.joint.fisher_noise()
+
+    def fisher_root(self, moving):
+        return self.joint.fisher_root(moving)
+
+    def fisher_sqrt_mv(self, u):
+        return self._make(*jax.tree.leaves(self.joint.fisher_sqrt_mv(u)))
+
+    def fisher_mv(self, v):
+        tangent = jax.tree.unflatten(jax.tree.structure(self.joint), jax.tree.leaves(v))
+        return self._make(*jax.tree.leaves(self.joint.fisher_mv(tangent)))
+
+    def fisher_matrix(self):
+        return self.joint.fisher_matrix()
+
+
+def pairs(numbers, flags):
+    """The product of two rules."""
+    first, second = (grid.reshape(-1) for grid in np.meshgrid(numbers.nodes, flags.nodes, indexing="ij"))
+    return oracle.Rule(np.stack([first, second], -1).astype(float), np.outer(numbers.weights, flags.weights).reshape(-1))
 
 
 TRIL = ((1.5, 0.0, 0.0), (-0.7, 0.4, 0.0), (0.2, 1.1, 2.0))
@@ -307,6 +363,18 @@ CASES = [
             ((46.0, -46.0), (46.5, -45.0), 0),
             ((-46.0, 0.0), (-45.0, 1.0), 2),
             ((1.0, 14.0), (1.5, 13.0), 5),
+        ),
+    ),
+    Case(
+        "Joint",
+        Heads,
+        (0.7, 1.6, logit(0.3)),
+        (-0.4, 0.9, 1.1),
+        lambda: pairs(oracle.real_line(0.7, scale=1.6), oracle.outcomes(2)),
+        outside=((0.3, 2.0), (0.3, 0.5)),
+        extremes=(
+            ((0.0, 1e-20, 1e4), (1e-20, 2e-20, -1e4), (0.0, 1.0)),
+            ((1e20, 1e20, -30.0), (-1e20, 3e20, -27.0), (2e20, 0.0)),
         ),
     ),
 ]

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 from jaxfisher._distributions.root import Root, narrowed
 from jaxfisher._linalg import matmul
 from jaxfisher._once import once
-from jaxfisher._values import check_array, described
+from jaxfisher._values import check_array, described, is_array
 
 
 @dataclass_transform(frozen_default=True)
@@ -264,6 +264,18 @@ class Distribution:
         columns = jax.vmap(lambda u: ravel_pytree(self.fisher_sqrt_mv(unravel(u)))[0])(jnp.eye(noise.size, dtype=noise.dtype))
         return matmul(columns.T, columns)
 
+    def _check_target(self, target: Any, name: str) -> None:
+        """Raise `ValueError` unless a target has the shape of a draw; ``name`` is the target's in the message."""
+        expected = self.batch_shape + self.event_shape
+        if not is_array(target):
+            raise TypeError(f"{name} is {described(target)}; expected an array of shape {expected}, for {self}.")
+        if jnp.shape(target) != expected:
+            raise ValueError(
+                f"{name} has shape {jnp.shape(target)}, but the model's {type(self).__name__} is over {expected}. "
+                "They are not broadcast against each other, since that would count a target several times: "
+                "reshape the target or the model's output (a final axis of length one is the usual culprit)."
+            )
+
     def _same_family(self, other: Any) -> Self:
         """Return ``other`` if `kl` to it has a meaning here, else raise."""
         if type(other) is not type(self):
@@ -294,6 +306,11 @@ class Distribution:
             value = getattr(self, field.name)
             inside.append(f"{field.name}={_describe(value)}")
         return f"{type(self).__name__}({', '.join(inside)})"
+
+
+def float_fields(distribution: Distribution) -> list[Array]:
+    """The real fields of a distribution, in pytree order: the coordinates of its Fisher."""
+    return [leaf for leaf in jax.tree.leaves(distribution) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
 def one_of(owner: str, given: dict[str, Any], convert: Callable[[Array], Array]) -> Any:

@@ -1,0 +1,176 @@
+"""Several heads, each with its likelihood: a container of distributions as a model's output."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from others import library
+from problems import assert_close, flat
+
+import jaxfisher as jf
+
+N, INPUTS, HIDDEN = 5, 3, 4
+KEYS = jax.random.split(jax.random.key(0), 6)
+PARAMS = {
+    "w": jax.random.normal(KEYS[0], (INPUTS, HIDDEN)),
+    "label": jax.random.normal(KEYS[1], (HIDDEN, 3)),
+    "box": jax.random.normal(KEYS[2], (HIDDEN, 2)),
+    "count": 0.3 * jax.random.normal(KEYS[3], (HIDDEN,)),
+    "scale": jnp.array(0.3),
+}
+X = jax.random.normal(KEYS[4], (N, INPUTS))
+ONES = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=float)).reshape(leaf.shape), PARAMS)
+
+
+def hidden(params, x):
+    return jnp.tanh(x @ params["w"])
+
+
+HEADS = {
+    "label": lambda p, x: jf.Categorical(logits=hidden(p, x) @ p["label"]),
+    "box": lambda p, x: jf.Normal(hidden(p, x) @ p["box"], jnp.exp(p["scale"])),
+    "count": lambda p, x: jf.Poisson(log_rate=hidden(p, x) @ p["count"]),
+}
+
+
+def model(params, x):
+    """A class, a pair of numbers, and a count."""
+    return {"label": HEADS["label"](params, x), "rest": (HEADS["box"](params, x), HEADS["count"](params, x))}
+
+
+def targets():
+    drawn = jax.vmap(lambda x, key: jf.Joint(model(PARAMS, x)).sample(key))(X, jax.random.split(KEYS[5], N))
+    return drawn, {"label": drawn["label"], "box": drawn["rest"][0], "count": drawn["rest"][1]}
+
+
+def joint_scores(y):
+    """The score of the sum of the heads' log-densities, written by hand, an example a row."""
+
+    def log_prob(p, x, label, box, count):
+        h = hidden(p, x)
+        rate = h @ p["count"]
+        normal = -0.5 * jnp.sum(jnp.square((box - h @ p["box"]) / jnp.exp(p["scale"]))) - 2 * p["scale"]
+        return jax.nn.log_softmax(h @ p["label"])[label] + normal + count.astype(float) * rate - jnp.exp(rate)
+
+    gradient = jax.jit(jax.grad(log_prob))
+    return np.stack([flat(gradient(PARAMS, X[i], y["label"][i], y["box"][i], y["count"][i])) for i in range(N)])
+
+
+def dense_fisher():
+    """The sum over heads of the mean of ``J^T M J``, with the metrics of the three families written by hand."""
+    total = 0.0
+    for x in X:
+        fields = lambda p, x=x: (  # noqa: E731
+            hidden(p, x) @ p["label"],
+            jnp.concatenate([hidden(p, x) @ p["box"], jnp.exp(p["scale"])[None]]),
+            (hidden(p, x) @ p["count"])[None],
+        )
+        values, jacobians = fields(PARAMS), jax.jacrev(fields)(PARAMS)
+        probs, scale = np.asarray(jax.nn.softmax(values[0])), float(values[1][2])
+        metrics = (
+            np.diag(probs) - np.outer(probs, probs),
+            np.diag([1, 1, 2 * 2]) / scale**2,
+            np.diag(np.exp(np.asarray(values[2]))),
+        )
+        for metric, jacobian in zip(metrics, jacobians, strict=True):
+            rows = np.stack([flat(jax.tree.map(lambda leaf, i=i: leaf[i], jacobian)) for i in range(len(metric))])
+            total = total + rows.T @ metric @ rows / N
+    return total
+
+
+def test_fishers_of_several_heads_are_the_dense_sum():
+    """Exact, in products, in pieces, as a Hessian of the KL, and at the data."""
+    dense, (y, parts) = dense_fisher(), targets()
+    assert_close(jf.exact_fisher(model)(PARAMS, X).as_matrix(), dense, factor=1e3)
+    assert_close(jf.exact_fisher(model, batch_size=2)(PARAMS, X).as_matrix(), dense, factor=1e3)
+    assert_close(flat(jf.implicit_fisher(model)(PARAMS, X).mv(ONES)), dense @ flat(ONES), factor=1e3)
+    assert_close(jf.kl_hessian(model)(PARAMS, X).as_matrix(), dense, factor=1e4)
+    rows = joint_scores(parts)
+    assert_close(jf.empirical_fisher(jf.log_likelihood(model))(PARAMS, X, y).as_matrix(), rows.T @ rows / N, factor=1e3)
+    assert jf.exact_fisher(model)(PARAMS, X).form.scores.num_rows == N * (3 + 4 + 1), "the rows of the heads, side by side"
+
+
+def test_draws_of_several_heads_give_the_fisher():
+    drawn = jf.sampled_fisher(model, 2000)(PARAMS, jax.random.key(1), X)
+    dense = dense_fisher()
+    scale = np.sqrt(np.outer(np.diag(dense), np.diag(dense)))
+    assert np.max(np.abs(np.asarray(drawn.as_matrix()) - dense) / scale) < 0.1
+
+
+def test_every_view_and_a_step_of_kfac():
+    """A view is that of the sum; a step runs, jitted, and lowers the loss."""
+    F, y = jf.exact_fisher(model)(PARAMS, X), targets()[0]
+    dense = dense_fisher()
+    assert_close(flat(jf.diagonal(F).diagonal()), np.diag(dense), factor=1e3)
+    for view in (jf.block_diagonal, jf.kronecker, jf.eigen_kronecker, jf.kronecker_reduce):
+        np.testing.assert_allclose(view(F).trace(), np.trace(dense), rtol=1e-10)
+    step = jf.training_step(model, jf.kfac())
+    state, step, params, losses = step.init(PARAMS, X, y), jax.jit(step), PARAMS, []
+    for _ in range(5):
+        params, state, loss = step(params, state, X, y)
+        losses.append(float(loss))
+    by_hand = [
+        -sum(float(head(PARAMS, x).log_prob(value).sum()) for x, value in zip(X, targets()[1][name], strict=True)) / N
+        for name, head in HEADS.items()
+    ]
+    np.testing.assert_allclose(losses[0], sum(by_hand), rtol=1e-12)
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_what_a_joint_says_is_the_sum_of_its_parts():
+    p, q = (jf.Joint(model(PARAMS, x)) for x in X[:2])
+    parts = [jax.tree.leaves(d.parts, is_leaf=lambda leaf: isinstance(leaf, jf.Distribution)) for d in (p, q)]
+    assert_close(p.kl(q), sum(np.sum(a.kl(b)) for a, b in zip(*parts, strict=True)))
+    assert_close(jf.kl_divergence(p.parts, q.parts), p.kl(q))
+    assert p.batch_shape == () and p.event_shape == {"label": (), "rest": ((2,), ())}
+    assert_close(p.mean["rest"][0], parts[0][1].mean)
+    pair = jf.Joint([parts[0][0], parts[0][1]])
+    assert_close(pair.entropy(), sum(np.sum(part.entropy()) for part in parts[0][:2]))
+    batch = jf.Joint([jf.Normal(jnp.zeros((4, 2)), 1.0), jf.Categorical(logits=jnp.zeros((4, 3)))])
+    assert batch.batch_shape == (4,) and batch.event_shape == [(2,), ()] and batch.entropy().shape == (4,)
+
+
+def test_any_container_and_distributions_of_other_libraries():
+    pair = collections.namedtuple("pair", ["number", "flag"])
+    numpyro = library("numpyro.distributions")
+    outputs = lambda w, x: pair(numpyro.Normal(w * x, 2.0), numpyro.OrderedLogistic(w * x, jnp.array([-1.0, 1.0])))  # noqa: E731
+    x = jnp.array([0.5, -1.0])
+    found = jf.exact_fisher(outputs)(0.3, x)
+    alone = [jf.exact_fisher(lambda w, x, i=i: outputs(w, x)[i])(0.3, x) for i in (0, 1)]
+    assert_close(found.as_matrix(), sum(np.asarray(F.as_matrix()) for F in alone), eps=1e-12)
+    assert "sum over 3 outcomes" in repr(found)
+    y = pair(jnp.array([0.1, 0.2]), jnp.array([1, 2]))
+    assert np.isfinite(-jf.log_likelihood(outputs)(0.3, 0.5, jax.tree.map(lambda leaf: leaf[0], y)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda y: {"label": y["label"]}, r"one target is a dict with the keys \['label'\].*nothing at \['rest'\]\[0\]"),
+        (lambda y: y | {"rest": y["rest"][:1]}, r"nothing at \['rest'\]\[1\]"),
+        (lambda y: y | {"more": y["label"]}, r"has \['more'\], where there is no distribution"),
+        (lambda y: y | {"rest": list(y["rest"])}, r"expected a dict"),
+        (lambda y: y["label"], r"one array of shape \(\).*nothing at \['label'\]"),
+        (lambda y: y | {"label": y["label"][:, None]}, r"one target at \['label'\] has shape \(1,\).*over \(\)"),
+    ],
+)
+def test_a_target_in_another_container_is_named(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(jf.empirical_fisher(jf.log_likelihood(model)), PARAMS, X, wrong(targets()[0]))
+
+
+def test_what_is_no_joint_is_named():
+    p = jf.Normal(0.0, 1.0)
+    for make, error, words in (
+        (lambda: jf.Joint({}), ValueError, "without a distribution"),
+        (lambda: jf.Joint((p, jnp.zeros(2))), TypeError, r"the part at \[1\] is an array of shape \(2,\).*has_aux=True"),
+        (lambda: jf.Joint([p]).kl(p), TypeError, "expected another Joint, got Normal"),
+        (lambda: jf.Joint([p]).kl(jf.Joint([p, p])), ValueError, r"has \[1\]|nothing at \[1\]"),
+        (lambda: jf.Joint([p]).kl(jf.Joint([jf.Laplace(0.0, 1.0)])), TypeError, "expected another Normal"),
+        (lambda: jf.check_laws(jf.Joint([p]), key=jax.random.key(0)), TypeError, "laws of its parts"),
+        (lambda: jf.log_likelihood(lambda m: jf.Normal(m, 1.0))(0.0, {"a": 1.0}), TypeError, "one target is a dict"),
+    ):
+        with pytest.raises(error, match=words):
+            make()
