@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Scalar
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Scalar
 
 from jaxfisher._automatic import automatic
 from jaxfisher._pytree import array_fields
-from jaxfisher._tree import ParamSpec, at_least_float32, param_spec, path_names, refuse_sparse
+from jaxfisher._tree import ParamSpec, at_least_float32, param_spec, path_names, refuse_sparse, threefry_key
 from jaxfisher._values import check_array, described, dtype_of, is_array, whole
 
 
@@ -239,6 +240,11 @@ def _checked_max_bytes(batch_size: int | None, max_bytes: int | None) -> int | N
 def shape_of_one(data: Any) -> Any:
     """Shapes and dtypes of one example of ``data``, and the axes of a mesh over which they vary under ``shard_map``."""
     return jax.eval_shape(automatic(lambda data: jax.tree.map(lambda leaf: leaf[0], data)), data)
+
+
+def example_keys(key: PRNGKeyArray, count: int) -> PRNGKeyArray:
+    """A key for each example, ``fold_in(key, i)``: it depends on the key and on the place in the whole batch alone."""
+    return jax.vmap(partial(jax.random.fold_in, threefry_key(key)))(jnp.arange(count))
 
 
 def map_examples(function: Any, params: chex.ArrayTree, data: tuple[Any, ...]) -> Any:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any, Protocol
 
 import chex
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxfisher._examples import Batch, make_batch, needs_data
+from jaxfisher._examples import Batch, example_keys, make_batch, needs_data
 from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.implicit import Implicit
@@ -20,7 +18,7 @@ from jaxfisher._operators.provenance import Provenance, mean_over
 from jaxfisher._row_functions import ExactRows, Prediction, Rows, SampledRows, ScoreRows, prediction
 from jaxfisher._scores import CenteredScores, Scores, make_scores
 from jaxfisher._targets import OfData
-from jaxfisher._tree import as_key, check_function, threefry_key
+from jaxfisher._tree import as_key, check_function
 from jaxfisher._values import check_flag, described, whole
 from jaxfisher._varying import varying_like
 
@@ -215,8 +213,7 @@ def sampled_fisher(
     def fisher_of(params: chex.ArrayTree, key: PRNGKeyArray, /, *inputs: Any, weights: Any = None) -> Operator:
         key = as_key(key, "sampled_fisher(model)(params, key, *inputs)")
         batch = make_batch(params, inputs, weights, batch_size, max_bytes)
-        keys = jax.vmap(partial(jax.random.fold_in, threefry_key(key)))(jnp.arange(batch.size))
-        batch = dataclasses.replace(batch, data=(keys, *batch.data))
+        batch = dataclasses.replace(batch, data=(example_keys(key, batch.size), *batch.data))
         return _from_rows(kind, SampledRows(model, draws), params, batch)
 
     return fisher_of

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._distributions.base import Distribution
 from jaxfisher._distributions.base import float_fields as float_fields
-from jaxfisher._distributions.joint import as_prediction
+from jaxfisher._distributions.joint import as_prediction as as_prediction
 from jaxfisher._examples import map_examples, shape_of_one
 from jaxfisher._once import Around
 from jaxfisher._tree import check_function
@@ -47,9 +47,13 @@ class LogLikelihood(Around):
         if not example:
             raise TypeError("log_likelihood(model) needs a target: call it as (params, *inputs, target).")
         *inputs, target = example
-        predicted = predict(self.model, params, *inputs)
-        predicted._check_target(target, "one target")
-        return jnp.sum(predicted.log_prob(target))
+        return log_prob_of(predict(self.model, params, *inputs), target)
+
+
+def log_prob_of(predicted: Distribution, target: Any) -> Scalar:
+    """The log-density of one target, which must have the shape of a draw."""
+    predicted._check_target(target, "one target")
+    return jnp.sum(predicted.log_prob(target))
 
 
 def log_likelihood(model: Model) -> LogLikelihood:
@@ -164,6 +168,8 @@ def _mismatch(function: Callable[..., Any], name: str, data: tuple[Any, ...]) ->
         remedy = "The model's own predictions take the place of targets: pass its inputs only."
     if many:
         remedy += " Weights go by keyword: weights=w."
+    if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(given)):
+        remedy += " In a step with key=, the key of the example is the last of the inputs: model(params, *inputs, key)."
     return f"{call} ({reason}). {remedy}"
 
 

@@ -202,6 +202,21 @@ def trained(opt=None):
     return jf.training_step(model, opt)(params, opt.init(params), *data)
 
 
+def noisy(params, x, k):
+    return model(params, x * jax.random.uniform(k, x.shape)), x
+
+
+def noisy_loss(params, x, keys, y):
+    values, aux = jax.vmap(lambda x, k, y: (noisy(params, x, k)[0].log_prob(y), x))(x, keys, y)
+    return -jnp.mean(values), aux
+
+
+def trained_with_a_loss():
+    params, *data = problem()
+    opt = jf.natural_gradient(0.1, 0.1)
+    return jf.training_step(noisy, opt, loss=noisy_loss, has_aux=True)(params, opt.init(params), *data, key=key())
+
+
 DISTRIBUTIONS = {
     "Normal": lambda: jf.Normal(0.3, 1.2),
     "MultivariateNormal": lambda: jf.MultivariateNormal(jnp.zeros(2), jnp.eye(2)),
@@ -229,6 +244,7 @@ def asked(make):
 
 OTHERS = {
     "training_step": lambda: trained(),
+    "training_step of a loss": trained_with_a_loss,
     "training_step of kfac": lambda: trained(jf.kfac(fisher("exact"))),
     "check_fisher": lambda: jf.check_fisher(model, num_samples=20)(problem()[0], key(), problem()[1]).passed,
     "check_laws": lambda: jf.check_laws(fisher("exact"), key=key()).passed,

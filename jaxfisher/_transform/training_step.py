@@ -10,40 +10,54 @@ from typing import Any
 import chex
 import jax
 import optax
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
 from jaxfisher._divergence import kl
-from jaxfisher._examples import make_batch, needs_data
 from jaxfisher._fisher import FisherFunction, exact_fisher
-from jaxfisher._model import MODEL, Model, log_likelihood, mean_loss, of_one_example
+from jaxfisher._model import MODEL, Model
 from jaxfisher._operators.operator import Operator
 from jaxfisher._targets import taken_by
 from jaxfisher._transform.cheap import Offered, cheap_fisher
 from jaxfisher._transform.like import fishers_like
+from jaxfisher._transform.objective import StepData, WithoutAux, likelihood, own_loss, step_data
 from jaxfisher._tree import check_function, described
+from jaxfisher._values import check_flag
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingStep:
-    """``(params, state, *inputs, target, weights=None) -> (params, state, loss)``, and what makes the first state.
+    """``(params, state, *inputs, target, weights=None, key=None) -> (params, state, loss)``, and what makes the first state.
 
     Attributes:
         step: what is called.
-        init: ``(params, *inputs, target, weights=None) -> state``, the optimiser's state for batches like this one. Only the
-            shapes of the data count: give the first batch, or what `jax.eval_shape` gives of it.
+        init: ``(params, *inputs, target, weights=None, key=None) -> state``, the optimiser's state for batches like this one.
+            Only the shapes of the data count: give the first batch, or what `jax.eval_shape` gives of it.
     """
 
-    step: Callable[..., tuple[Any, Any, Scalar]]
+    step: Callable[..., tuple[Any, Any, Any]]
     init: Callable[..., Any]
 
     def __call__(
-        self, params: chex.ArrayTree, state: Any, /, *data: Any, weights: Float[Array, " n"] | None = None
-    ) -> tuple[Any, Any, Scalar]:
-        return self.step(params, state, *data, weights=weights)
+        self,
+        params: chex.ArrayTree,
+        state: Any,
+        /,
+        *data: Any,
+        weights: Float[Array, " n"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Any, Any, Any]:
+        return self.step(params, state, *data, weights=weights, key=key)
 
 
-def training_step(model: Model, optimiser: optax.GradientTransformation, fisher: FisherFunction | None = None) -> TrainingStep:
-    r"""One step of maximum likelihood with any optimiser of this library, or of Optax, given everything it may ask for.
+def training_step(
+    model: Model,
+    optimiser: optax.GradientTransformation,
+    fisher: FisherFunction | None = None,
+    *,
+    loss: Callable[..., Any] | None = None,
+    has_aux: bool = False,
+) -> TrainingStep:
+    r"""One step with any optimiser of this library, or of Optax, given everything it may ask for.
 
     .. math:: L = -\frac1n \sum_i \log p_\theta(y_i \mid x_i), \qquad \theta \leftarrow \theta + u(\nabla L, F, L, KL).
 
@@ -60,21 +74,38 @@ def training_step(model: Model, optimiser: optax.GradientTransformation, fisher:
     clips a gradient for each example, and there is none here.) What the optimiser does not call is not computed. Jit it, or
     scan it.
 
+    **The data.** The last entry is the target, all before it are the inputs. The model is given the inputs of one example, and
+    so are its Fisher and its KL divergence; the objective is given all. With a ``loss`` of your own the target is whatever that
+    loss needs beside the inputs, a pytree of any shapes: actions and advantages, the parameters of an earlier task, a second
+    data set. The loss is called once, ``loss(params, *inputs, target)``, on the whole batch.
+
     Args:
-        model: ``(params, *inputs) -> distribution`` of ONE example.
+        model: ``(params, *inputs) -> distribution`` of ONE example; with ``has_aux`` ``(distribution, aux)``.
         optimiser: a gradient transformation.
         fisher: such as ``jf.empirical_fisher(log_prob)`` or ``jf.exact_fisher(model)``, or a function of your own,
-            ``(params, *inputs) -> operator`` of the batch; None for `jaxfisher.exact_fisher` of the model, or, where the
-            optimiser is `jaxfisher.kfac`, for the cheapest that it can do with.
+            ``(params, *inputs) -> operator`` of the batch, to which priors and penalties are added as operators; None for
+            `jaxfisher.exact_fisher` of the model, or, where the optimiser is `jaxfisher.kfac`, for the cheapest that it can do
+            with.
+        loss: ``(params, *inputs, target) -> scalar`` of the whole batch, to be made smaller in place of the negative
+            log-likelihood; with ``has_aux`` ``(scalar, aux)``. The curvature is still the model's.
+        has_aux: whether something comes along with the objective. Of the likelihood it is stacked over the examples. A Fisher
+            of your own is that of a model without it: ``jf.exact_fisher(lambda params, x: model(params, x)[0])``.
 
     Returns:
-        A function ``(params, state, *inputs, target, weights=None)`` to ``(params, state, loss)``, the loss in nats, a mean
-        over the batch, at the parameters given. Its ``init(params, *inputs, target, weights=None)`` makes the first state, for
-        batches of these shapes: ``optimiser.init(params)``, which finds the shapes of Fishers to come by itself, where a
-        ``decay`` or ``update_every`` would ask for ``like``.
+        A function ``(params, state, *inputs, target, weights=None, key=None)`` to ``(params, state, loss)``, the loss in nats,
+        a mean over the batch, at the parameters given; with ``has_aux`` to ``(params, state, (loss, aux))``. Its
+        ``init(params, *inputs, target, weights=None, key=None)`` makes the first state, for batches of these shapes:
+        ``optimiser.init(params)``, which finds the shapes of Fishers to come by itself, where a ``decay`` or ``update_every``
+        would ask for ``like``.
+
+        ``weights`` are those of the examples in every mean; a ``loss`` of your own is not given them. With a ``key`` each
+        example has a key of its own, ``jax.random.fold_in(key, i)`` for the i-th of the batch, as the last of its inputs:
+        ``model(params, x, key)``, ``loss(params, x, keys, target)``. It is the same in the objective, its gradient, the Fisher
+        and the KL divergence of that step, also in pieces or spread over devices.
 
     Raises:
-        TypeError: an argument is not what it should be; (when called) as in `jaxfisher.log_likelihood`.
+        TypeError: an argument is not what it should be; (when called) as in `jaxfisher.log_likelihood`; a loss that is no
+            real number; with ``has_aux`` what is no pair.
         ValueError: (when called) arrays of different lengths.
 
     Reference: Amari (Neural Computation 1998), section 2.
@@ -90,20 +121,32 @@ def training_step(model: Model, optimiser: optax.GradientTransformation, fisher:
     _check_optimiser(optimiser)
     if fisher is not None:
         check_function("fisher", fisher, "(params, *inputs) -> operator")
-    log_prob = log_likelihood(model)
-    curvature = exact_fisher(model) if fisher is None else fisher
-    divergence = kl(model)
+    if loss is not None:
+        check_function("loss", loss, "(params, *inputs, target) -> the scalar loss of the whole batch")
+    check_flag("training_step: `has_aux`", has_aux)
+    objective = likelihood(model, has_aux) if loss is None else own_loss(loss, has_aux)
+    predicting = WithoutAux(model) if has_aux else model
+    curvature = exact_fisher(predicting) if fisher is None else fisher
+    divergence = kl(predicting)
     update = optax.with_extra_args_support(optimiser).update
 
+    def curvature_of(params: chex.ArrayTree, data: StepData) -> Operator:
+        return curvature(params, *taken_by(curvature, data.all, data.inputs), **data.given)
+
     def step(
-        params: chex.ArrayTree, state: Any, /, *data: Any, weights: Float[Array, " n"] | None = None
-    ) -> tuple[Any, Any, Scalar]:
-        needs_data(data, "training_step")
-        batch, inputs = make_batch(params, data, weights), data[:-1]
-        given = {} if weights is None else {"weights": weights}
+        params: chex.ArrayTree,
+        state: Any,
+        /,
+        *data: Any,
+        weights: Float[Array, " n"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Any, Any, Any]:
+        known = step_data(data, key, {"weights": weights}, "training_step", with_target=loss is None)
+        evaluate = objective(params, known)
+        (value, aux), grads = jax.value_and_grad(evaluate, has_aux=True)(params)
 
         # Optax's line searches refuse a keyword that the signature of `value_fn` does not name, whoever it is for.
-        def loss(
+        def value_fn(
             params: chex.ArrayTree,
             *,
             fisher: Any = None,
@@ -113,33 +156,34 @@ def training_step(model: Model, optimiser: optax.GradientTransformation, fisher:
             damping: Any = None,
         ) -> Scalar:
             del fisher, kl_fn, obj_fn, grad_fn, damping
-            return mean_loss(log_prob, params, batch.data, batch.weights)
+            return evaluate(params)[0]
 
-        with of_one_example(log_prob, "model", params, batch.data):
-            value, grads = jax.value_and_grad(loss)(params)
-        known = {
+        cheap = None if fisher is not None else lambda key: cheap_fisher(predicting, params, key, *known.inputs, **known.given)
+        offered = {
             "value": value,
             "grad": grads,
-            "value_fn": loss,
-            "obj_fn": loss,
-            "grad_fn": lambda new, _: jax.grad(loss)(new),
-            "kl_fn": lambda new: divergence(params, new, *inputs, **given),
-            "fisher": Offered(
-                lambda: curvature(params, *taken_by(curvature, data, inputs), **given),
-                None if fisher is not None else lambda key: cheap_fisher(model, params, key, *inputs, **given),
-            ),
+            "value_fn": value_fn,
+            "obj_fn": value_fn,
+            "grad_fn": lambda new, _: jax.grad(value_fn)(new),
+            "kl_fn": lambda new: divergence(params, new, *known.inputs, **known.given),
+            "fisher": Offered(lambda: curvature_of(params, known), cheap),
         }
-        updates, state = update(grads, state, params, **_taken(update, known))
-        return optax.apply_updates(params, updates), state, value
+        updates, state = update(grads, state, params, **_taken(update, offered))
+        return optax.apply_updates(params, updates), state, (value, aux) if has_aux else value
 
-    def init(params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Any:
-        needs_data(data, "training_step(...).init")
+    def init(
+        params: chex.ArrayTree,
+        /,
+        *data: Any,
+        weights: Float[Array, " n"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Any:
+        def made(params: chex.ArrayTree, data: tuple[Any, ...], weights: Any, key: Any) -> Operator:
+            return curvature_of(
+                params, step_data(data, key, {"weights": weights}, "training_step(...).init", with_target=loss is None)
+            )
 
-        def made(params: chex.ArrayTree, data: tuple[Any, ...], weights: Any) -> Operator:
-            given = {} if weights is None else {"weights": weights}
-            return curvature(params, *taken_by(curvature, data, data[:-1]), **given)
-
-        with fishers_like(lambda: jax.eval_shape(made, params, data, weights)):
+        with fishers_like(lambda: jax.eval_shape(made, params, data, weights, key)):
             return optimiser.init(params)
 
     return TrainingStep(step, init)

@@ -1,0 +1,121 @@
+"""What a training step makes smaller, as a function of the parameters: the model's own likelihood, or a loss of the user's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Scalar
+
+from jaxfisher._examples import example_keys, make_batch, map_examples, needs_data, num_examples
+from jaxfisher._model import LogLikelihood, Model, as_prediction, log_prob_of, of_one_example
+from jaxfisher._once import Around
+from jaxfisher._tree import as_key, param_spec
+from jaxfisher._values import described, is_array
+
+Evaluate: TypeAlias = Callable[[chex.ArrayTree], tuple[Scalar, Any]]
+"""From parameters to the objective and what comes along with it."""
+
+Objective: TypeAlias = Callable[[chex.ArrayTree, "StepData"], Evaluate]
+"""From the parameters, and the data of one step, to the objective as a function of the parameters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepData:
+    """The data of one step.
+
+    Attributes:
+        inputs: what the model takes after the parameters, the keys of the examples last where a key was given.
+        target: the last entry of the data, which only the objective sees.
+        given: what goes by keyword to whatever is a mean over examples: the weights, if there are any.
+    """
+
+    inputs: tuple[Any, ...]
+    target: Any
+    given: dict[str, Any]
+
+    @property
+    def all(self) -> tuple[Any, ...]:
+        """Inputs and target."""
+        return (*self.inputs, self.target)
+
+
+def step_data(data: tuple[Any, ...], key: Any, given: dict[str, Any], caller: str, with_target: bool) -> StepData:
+    """The data of a step as it was called; ``with_target`` says whether the target has the examples' axis as well."""
+    if with_target or not data:
+        needs_data(data, caller)
+    *inputs, target = data
+    if key is not None:
+        count = num_examples(data if with_target else tuple(inputs), "data")
+        inputs.append(example_keys(as_key(key, caller), count))
+    return StepData(tuple(inputs), target, {name: value for name, value in given.items() if value is not None})
+
+
+@dataclasses.dataclass(frozen=True)
+class WithoutAux(Around):
+    """A model that returns a distribution and something else, as one that returns the distribution alone."""
+
+    model: Model
+
+    def __call__(self, params: chex.ArrayTree, /, *inputs: Any) -> Any:
+        return _pair(self.model(params, *inputs), "model", "(distribution, aux)")[0]
+
+
+def likelihood(model: Model, has_aux: bool) -> Objective:
+    """The mean negative log-likelihood. What a model with ``has_aux`` returns beside it is stacked over the examples."""
+
+    def one(params: chex.ArrayTree, /, *example: Any) -> tuple[Scalar, Any]:
+        *inputs, target = example
+        returned = model(params, *inputs)
+        predicted, aux = _pair(returned, "model", "(distribution, aux)") if has_aux else (returned, ())
+        return log_prob_of(as_prediction(predicted), target), jax.tree.map(jnp.asarray, aux)
+
+    def objective(params: chex.ArrayTree, data: StepData) -> Evaluate:
+        batch = make_batch(params, data.all, **{"weights": None, **data.given})
+
+        def evaluate(params: chex.ArrayTree) -> tuple[Scalar, Any]:
+            with of_one_example(LogLikelihood(model), "model", params, batch.data):
+                values, aux = map_examples(one, params, batch.data)
+            return -jnp.sum(batch.weights * values.astype(batch.weights.dtype)), aux
+
+        return evaluate
+
+    return objective
+
+
+def own_loss(loss: Callable[..., Any], has_aux: bool) -> Objective:
+    """A loss of the user's own, called once with all of the data."""
+
+    def objective(params: chex.ArrayTree, data: StepData) -> Evaluate:
+        param_spec(params)  # names what cannot be a parameter
+
+        def evaluate(params: chex.ArrayTree) -> tuple[Scalar, Any]:
+            returned = loss(params, *data.all)
+            value, aux = _pair(returned, "loss", "(loss, aux)") if has_aux else (returned, ())
+            return _checked_loss(value), aux
+
+        return evaluate
+
+    return objective
+
+
+def _pair(returned: Any, name: str, expected: str) -> tuple[Any, Any]:
+    if not (isinstance(returned, tuple) and len(returned) == 2):
+        raise TypeError(
+            f"training_step: `{name}` returned {described(returned)} with has_aux=True; expected a pair, {expected}. Leave "
+            "has_aux out if nothing comes along."
+        )
+    return returned
+
+
+def _checked_loss(value: Any) -> Array:
+    if not is_array(value) or jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise TypeError(
+            f"training_step: `loss` returned {described(value)}; expected one real floating number, the loss of all of the "
+            "data: (params, *data) -> scalar. If it returns something else too, give has_aux=True."
+        )
+    return jnp.asarray(value)
