@@ -66,6 +66,7 @@ from jaxfisher._operators.spread import spread_solves as spread_solves
 
 # Solving.
 from jaxfisher._cholesky import Cholesky as Cholesky
+from jaxfisher._least_squares import least_squares as least_squares
 from jaxfisher._solve import CG as CG
 from jaxfisher._solve import LSMR as LSMR
 from jaxfisher._solve import as_lineax as as_lineax

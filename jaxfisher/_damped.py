@@ -77,7 +77,9 @@ def _turned(solve: Map, state: _State) -> _State:
     """With the next direction."""
     change = solve(state.rest)
     curvature = jnp.vdot(state.rest, change)
-    return state._replace(ahead=change + curvature / state.curvature * state.ahead, curvature=curvature)
+    # What is left may be so small that its square is zero.
+    share = jnp.where(state.curvature != 0, curvature / jnp.where(state.curvature != 0, state.curvature, 1), 0)
+    return state._replace(ahead=change + share * state.ahead, curvature=curvature)
 
 
 def _stepped(

@@ -172,6 +172,7 @@ NUMBERS = {
     "spectral_density": lambda: jf.spectral_density(fisher(), key(), jnp.ones(2), width=0.5),
     "solve": lambda: jf.solve(fisher(), vector(), 0.1),
     "solve, many right-hand sides": lambda: jax.vmap(lambda v: fisher().solve(v, 0.1))(stacked()),
+    "least_squares": lambda: jf.least_squares(fisher().form.scores, jnp.ones(3), 0.1),
     "solve_path": lambda: jf.solve_path(fisher(), vector(), jnp.array([0.1, 1.0])),
     "Cholesky": lambda: jf.solve(fisher(), vector(), 0.1, jf.Cholesky(rtol=1e-3)),
     "CG": lambda: jf.solve(fisher(), vector(), 0.1, jf.CG()),

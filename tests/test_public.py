@@ -80,7 +80,7 @@ ROOMS = {
     "Scores": "_scores _explain",
     "Fishers": "_accumulate _fisher _gauss_newton",
     "Operators": "_operators",
-    "Solving": "_cholesky _solve _system",
+    "Solving": "_cholesky _least_squares _solve _system",
     "Natural gradients": "_natural",
     "Optax": "_transform",
     "Looking": "_check_fisher _diagnostics _estimate",
