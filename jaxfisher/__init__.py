@@ -92,6 +92,11 @@ from jaxfisher._transform.scale_by_fisher import scale_by_fisher as scale_by_fis
 from jaxfisher._transform.scale_to_kl import scale_to_kl as scale_to_kl
 from jaxfisher._transform.training_step import training_step as training_step
 
+# Influence: which training examples a prediction rests on.
+from jaxfisher.influence import influence as influence
+from jaxfisher.influence import self_influence as self_influence
+from jaxfisher.influence import tracin as tracin
+
 # Looking: a verdict on a model, a spectrum, estimates with an error.
 from jaxfisher._check_fisher import FisherCheck as FisherCheck
 from jaxfisher._check_fisher import check_fisher as check_fisher

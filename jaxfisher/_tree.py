@@ -58,6 +58,18 @@ class ParamSpec:
         """A vector in the statistics dtype, after checking that it is shaped like the parameters."""
         return self.tree(self.leaves(tree, name))
 
+    def stacked(self, tree: chex.ArrayTree, name: str) -> list[Array]:
+        """The leaves of vectors stacked along a leading axis, in the statistics dtype, after checking what each vector is."""
+        leaves = jax.tree.leaves(tree)
+        counts = {jnp.shape(leaf)[:1] for leaf in leaves}
+        if len(counts) != 1 or counts == {()}:
+            raise ValueError(
+                f"`{name}` has leaves of shapes {[jnp.shape(leaf) for leaf in leaves]}; expected pytrees like the parameters "
+                "stacked along a leading axis, of one length in all leaves. Stack them, such as with jnp.stack."
+            )
+        self.check(jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), tree), name)
+        return [jnp.asarray(leaf).astype(self.dtype) for leaf in leaves]
+
     def tree(self, leaves: list[Array]) -> Any:
         """The parameter-shaped pytree with these leaves."""
         return jax.tree.unflatten(self.treedef, leaves)

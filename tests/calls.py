@@ -94,6 +94,7 @@ SCORES = {
     "clipped_sum": lambda s: s.clipped_sum(0.5),
     "diagonal": lambda s: s.diagonal(),
     "second_moment": lambda s: s.second_moment(),
+    "cross_gram": lambda s: (s.cross_gram(scores(None)), s.cross_gram(stacked())),
     "as_matrix": lambda s: s.as_matrix(),
 }
 
@@ -179,6 +180,9 @@ NUMBERS = {
     "CG, by a view": lambda: jf.solve(fisher("sum"), vector(), 0.1, jf.CG(preconditioner=lambda F: jf.diagonal(F))),
     "LSMR": lambda: jf.solve(fisher("streamed"), vector(), 0.1, jf.LSMR()),
     "LSMR, least squares": lambda: jf.LSMR().least_squares(scores(None), scores(None).weights, 0.1),
+    "influence": lambda: jf.influence(LOG_PROB, fisher("Kronecker"))(problem()[0], problem()[1:], problem()[1:], 0.1),
+    "self_influence": lambda: jf.self_influence(LOG_PROB, fisher("Kronecker"))(problem()[0], problem()[1:], 0.1),
+    "tracin": lambda: jf.tracin(LOG_PROB, batch_size=2)([problem()[0], vector()], problem()[1:], problem()[1:], [0.1, 0.2]),
     "factored_solve": lambda: jf.solve(fisher("Kronecker"), vector(), 0.1, jf.factored_solve),
 }
 OPTIMISERS = {

@@ -83,6 +83,7 @@ ROOMS = {
     "Solving": "_cholesky _least_squares _solve _system",
     "Natural gradients": "_natural",
     "Optax": "_transform",
+    "Influence": "influence",
     "Looking": "_check_fisher _diagnostics _estimate",
     "Jobs": "privacy",
     "Extending": "_distributions _fisher _laws _model _operators _pytree _transform _tree",

@@ -48,6 +48,64 @@ def test_every_quantity_equals_the_loop(batch_size, key):
     assert_close(moment, padded.T @ (omega[:, None] * padded))
 
 
+def shared(params, tokens, y):
+    """A table, a weight shared over positions, and a lone scale."""
+    hidden = jnp.tanh(params["table"][tokens] @ params["w"] + params["b"][None])
+    return jf.Normal(params["scale"] * jnp.sum(hidden), 1.0).log_prob(y)
+
+
+@functools.cache
+def blocks_of_rows():
+    """Two blocks of examples of `shared`, and vectors like its parameters."""
+    keys = jax.random.split(jax.random.key(4), 6)
+    params = {
+        "table": jax.random.normal(keys[0], (5, 3)),
+        "w": jax.random.normal(keys[1], (3, 4)),
+        "b": jax.random.normal(keys[2], (4,)),
+        "scale": jnp.asarray(0.7),
+    }
+    tokens, y = jax.random.randint(keys[3], (9, 2), 0, 5), jax.random.normal(keys[4], (9,))
+    vectors = jax.tree.map(lambda leaf: jax.random.normal(keys[5], (4, *leaf.shape)), params)
+    return params, (tokens[:6], y[:6]), (tokens[6:], y[6:]), vectors
+
+
+WAYS = {
+    "held": {},
+    "in pieces": {"batch_size": 2},
+    "in pieces with a rest": {"batch_size": 4},
+    "centred": {"center": True},
+    "in pieces, centred": {"center": True, "batch_size": 4},
+}
+
+
+@pytest.mark.parametrize("log_prob", [shared, LOG_PROB], ids=["shared", "network"])
+def test_products_with_other_rows_and_with_many_vectors(log_prob):
+    params, mine, theirs, vectors = blocks_of_rows()
+    if log_prob is LOG_PROB:
+        params, mine, theirs = mlp_params(jax.random.key(1)), data(jax.random.key(2), 6), data(jax.random.key(3), 3)
+        vectors = jax.tree.map(lambda leaf: jnp.stack([jnp.cos(leaf + k) for k in range(4)]), params)
+    weights = jnp.array([1.0, 0.0, 2.0, 1.0, 1.0, 3.0])
+    flat_vectors = np.stack([flat(jax.tree.map(lambda leaf, k=k: leaf[k], vectors)) for k in range(4)])
+
+    @jax.jit
+    def everything():
+        made = {way: jf.scores(log_prob, **given)(params, *mine, weights=weights) for way, given in WAYS.items()}
+        other = {way: jf.scores(log_prob, **given)(params, *theirs) for way, given in WAYS.items()}
+        rows = {way: (made[way].as_matrix(), other[way].as_matrix()) for way in WAYS}
+        pairs = [(a, b) for a in WAYS for b in WAYS if a == "held" or b == "held" or (a, b) == ("centred", "in pieces")]
+        return (
+            rows,
+            {pair: made[pair[0]].cross_gram(other[pair[1]]) for pair in pairs},
+            {w: made[w].cross_gram(vectors) for w in WAYS},
+        )
+
+    rows, crossed, products = everything()
+    for (a, b), found in crossed.items():
+        assert_close(found, np.asarray(rows[a][0]) @ np.asarray(rows[b][1]).T)
+    for way, found in products.items():
+        assert_close(found, np.asarray(rows[way][0]) @ flat_vectors.T)
+
+
 @pytest.mark.parametrize("batch_size", [None, 3])
 def test_centred_scores_give_the_covariance(batch_size):
     params, x, y, weights, rows = reference()

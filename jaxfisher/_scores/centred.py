@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import chex
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from jaxfisher._engine import Basis, Seal
+from jaxfisher._engine import Basis, Leaf, Seal
 from jaxfisher._linalg import matmul, mirrored
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores.map import Scores
@@ -66,6 +67,16 @@ class CenteredScores(Scores):
         mean = matmul(full, self.mean_weights)
         centred = full - (mean[:, None] + mean[None, :] - jnp.sum(self.mean_weights * mean))
         return jnp.where(self._live[:, None] & self._live[None, :], centred, 0)
+
+    def _crossed(self, other: Scores) -> Float[Array, "rows others"]:
+        return self._less_mean(self.scores._crossed(other))
+
+    def _beside(self, leaves: Sequence[Leaf]) -> Float[Array, "rows others"]:
+        return self._less_mean(self.scores._beside(leaves))
+
+    def _less_mean(self, products: Float[Array, "rows others"]) -> Float[Array, "rows others"]:
+        """``Q`` applied to a matrix."""
+        return jnp.where(self._live[:, None], products - matmul(self.mean_weights, products)[None, :], 0)
 
     def squared_norms(self) -> Float[Array, " rows"]:
         mean = self._mean()

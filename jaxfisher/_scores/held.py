@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxfisher._engine import (
     Leaf,
     Moments,
     Seal,
+    cross_gram,
     diagonal,
     expanded_moments,
     gram_upper,
@@ -70,6 +72,12 @@ class HeldScores(FactoredScores):
 
     def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
         return gram_upper(self.leaves, factor)
+
+    def _crossed(self, other: Scores) -> Float[Array, "rows others"]:
+        return other._beside(self.leaves).T
+
+    def _beside(self, leaves: Sequence[Leaf]) -> Float[Array, "rows others"]:
+        return cross_gram(self.leaves, leaves, jnp.ones((), self.spec.dtype))
 
     def squared_norms(self) -> Float[Array, " rows"]:
         return total([squared_norms(leaf) for leaf in self.leaves]).reshape(-1)

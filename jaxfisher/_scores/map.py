@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
-from jaxfisher._engine import Basis, Leaf, Moments, Seal, sealed
+from jaxfisher._engine import Basis, Leaf, Moments, Seal, leaf_of, sealed
 from jaxfisher._linalg import mirrored
 from jaxfisher._once import once
 from jaxfisher._stack import of_one
@@ -91,6 +91,26 @@ class Scores(abc.ABC):
     def gram(self) -> Float[Array, "rows rows"]:
         """``S S^T``: inner products of all pairs of scores; one triangle is the mirror image of the other."""
         return mirrored(self.gram_upper(jnp.ones((), self.spec.dtype)))
+
+    def cross_gram(self, other: Scores | chex.ArrayTree) -> Float[Array, "rows others"]:
+        """``S R^T``: inner products with the rows R of other scores, or with vectors stacked along a leading axis.
+
+        Other scores are over the same parameters, perhaps at other values of them; from the factors of both it costs what
+        `gram` does. Beside vectors, gradients are formed some of their columns at a time, so that no array of rows x p is made;
+        of one vector, `mv` is cheaper.
+        """
+        if not isinstance(other, Scores):
+            return _products(self, self.spec.stacked(other, "other"))
+        self.spec.check_same(other.spec, f"cross_gram: cannot multiply {self} with {other}")
+        return _cross_gram(self, other)
+
+    @abc.abstractmethod
+    def _crossed(self, other: Scores) -> Float[Array, "rows others"]:
+        """`cross_gram`, for use inside a program."""
+
+    @abc.abstractmethod
+    def _beside(self, leaves: Sequence[Leaf]) -> Float[Array, "rows others"]:
+        """The inner products with the rows of leaves."""
 
     @abc.abstractmethod
     def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
@@ -186,6 +206,18 @@ _PROGRAMS = (
 @of_one("mv")
 def _product(scores: Scores, v: Any) -> Float[Array, " rows"]:
     return scores.product(v, sealed)
+
+
+@once
+@of_one("cross_gram")
+def _cross_gram(scores: Scores, other: Scores) -> Float[Array, "rows others"]:
+    return scores._crossed(other)
+
+
+@once
+@of_one("cross_gram")
+def _products(scores: Scores, vectors: list[Array]) -> Float[Array, "rows k"]:
+    return scores._beside([leaf_of(stack) for stack in vectors])
 
 
 class Role(NamedTuple):

@@ -42,6 +42,12 @@ class ScoresInPieces(Scores):
     def rmv(self, w: Float[Array, " rows"]) -> Any:
         return self._sum(HeldScores.rmv, self._row_numbers(w))
 
+    def _crossed(self, other: Scores) -> Float[Array, "rows others"]:
+        return self._map(lambda held: held._crossed(other))
+
+    def _beside(self, leaves: Sequence[Leaf]) -> Float[Array, "rows others"]:
+        return self._map(lambda held: held._beside(leaves))
+
     def squared_norms(self) -> Float[Array, " rows"]:
         return self._map(HeldScores.squared_norms)
 

@@ -17,7 +17,7 @@ from jaxfisher._engine.forms.form import Form
 from jaxfisher._engine.forms.formed import Formed
 from jaxfisher._engine.forms.gram import cross_gram, gram_upper
 from jaxfisher._engine.forms.layout import Layout, plain_layout
-from jaxfisher._engine.forms.leaf import Leaf
+from jaxfisher._engine.forms.leaf import Leaf, leaf_of
 from jaxfisher._engine.forms.lookup import Lookup
 from jaxfisher._engine.forms.moments import Moments, expanded_moments, has_moments, reduced_moments
 from jaxfisher._engine.forms.outer import outer, outer_moment
@@ -43,6 +43,7 @@ __all__ = [
     "gram_upper",
     "has_moments",
     "inner_cost",
+    "leaf_of",
     "outer",
     "outer_moment",
     "plain_layout",

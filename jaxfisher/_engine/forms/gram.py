@@ -109,7 +109,8 @@ def _gram(pair: Pair, factor: Scalar) -> Float[Array, "n rows m rows2"]:
         return jnp.zeros(shape, mine.dtype)
     if pair.sizes is not None:
         return jnp.broadcast_to(_by_factors(pair, factor), shape)
-    if mine.layout != theirs.layout:
+    # What is held as it is has no layout of its own, and is cut as the other side is.
+    if mine.layout != theirs.layout and any(form.layout is not None for form in theirs.forms):
         mine, theirs = mine.formed(), theirs.formed()
     products = partial(_inner_formed, factor=factor)
     return jnp.broadcast_to(jnp.sum(by_columns(products, mine, theirs), 0), shape)

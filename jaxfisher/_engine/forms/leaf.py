@@ -157,3 +157,8 @@ class Leaf:
     def size(self) -> int:
         """Number of parameters."""
         return math.prod(self.shape)
+
+
+def leaf_of(values: Float[Array, "examples *shape"]) -> Leaf:
+    """Vectors as the gradients of a leaf, one row each."""
+    return Leaf((Formed(values[:, None]),), values.shape[1:], values.dtype, values.shape[0], 1)
