@@ -30,8 +30,8 @@ class CenteredScores(Scores):
     mean_weights: Float[Array, " rows"]
 
     @property
-    def way(self) -> str:
-        return f"{self.scores.way}, centred"
+    def _way(self) -> str:
+        return f"{self.scores._way}, centred"
 
     @property
     def spec(self) -> ParamSpec:  # type: ignore[override]

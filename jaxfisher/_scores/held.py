@@ -44,7 +44,7 @@ class HeldScores(FactoredScores):
     spec: ParamSpec
 
     @property
-    def way(self) -> str:
+    def _way(self) -> str:
         return "held"
 
     @property

@@ -54,11 +54,11 @@ class Scores(abc.ABC):
                 setattr(cls, name, once(of_one(name)(vars(cls)[name])))
 
     def __repr__(self) -> str:
-        return f"Scores({self.num_rows:,} rows, params {self.spec.size:,}, {self.way})"
+        return f"Scores({self.num_rows:,} rows, params {self.spec.size:,}, {self._way})"
 
     @property
     @abc.abstractmethod
-    def way(self) -> str:
+    def _way(self) -> str:
         """How the rows are held, as `repr` says it."""
 
     @property

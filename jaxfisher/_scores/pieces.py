@@ -92,7 +92,7 @@ class StreamedScores(ScoresInPieces, FactoredScores):
     factors: tuple[Scalar, ...] | None = None
 
     @property
-    def way(self) -> str:
+    def _way(self) -> str:
         return f"in pieces of {self.batch_size:,}"
 
     @property
@@ -207,7 +207,7 @@ class JoinedScores(ScoresInPieces):
     parts: tuple[HeldScores, ...]
 
     @property
-    def way(self) -> str:
+    def _way(self) -> str:
         return f"in {len(self.parts)} blocks"
 
     @property
