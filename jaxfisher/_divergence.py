@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Float, Scalar, Shaped
 
 from jaxfisher._distributions.joint import as_prediction
 from jaxfisher._examples import Batch, make_batch, map_examples, needs_data
@@ -23,17 +23,30 @@ from jaxfisher._varying import varying_like
 
 
 class KLFunction(Protocol):
-    """``(params_p, params_q, *inputs, weights=None) -> nats``."""
+    """``(params_p, params_q, *inputs, weights=None, counts=None) -> nats``."""
 
     def __call__(
-        self, params_p: chex.ArrayTree, params_q: chex.ArrayTree, /, *inputs: Any, weights: Float[Array, " n"] | None = None
+        self,
+        params_p: chex.ArrayTree,
+        params_q: chex.ArrayTree,
+        /,
+        *inputs: Any,
+        weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
     ) -> Scalar: ...
 
 
 class HessianFunction(Protocol):
-    """``(params, *data, weights=None) -> Dense``."""
+    """``(params, *data, weights=None, counts=None) -> Dense``."""
 
-    def __call__(self, params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Operator: ...
+    def __call__(
+        self,
+        params: chex.ArrayTree,
+        /,
+        *data: Any,
+        weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
+    ) -> Operator: ...
 
 
 def kl_divergence(p: Any, q: Any) -> Float[Array, "*batch"]:
@@ -73,8 +86,8 @@ def kl(model: Model) -> KLFunction:
         model: ``(params, *inputs) -> distribution`` of ONE example.
 
     Returns:
-        A function ``(params_p, params_q, *inputs, weights=None)`` giving a scalar in nats; with weights,
-        ``sum w_i KL_i / sum w_i``.
+        A function ``(params_p, params_q, *inputs, weights=None, counts=None)`` giving a scalar in nats; with weights,
+        ``sum w_i KL_i / sum w_i``; with ``counts`` as in `exact_fisher`, ``sum w_i KL_i / sum w_i c_i``.
 
     Raises:
         ValueError: (when called) parameters of different structure, arrays of different lengths.
@@ -90,9 +103,14 @@ def kl(model: Model) -> KLFunction:
     check_function("model", model, MODEL)
 
     def divergence(
-        params_p: chex.ArrayTree, params_q: chex.ArrayTree, /, *inputs: Any, weights: Float[Array, " n"] | None = None
+        params_p: chex.ArrayTree,
+        params_q: chex.ArrayTree,
+        /,
+        *inputs: Any,
+        weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
     ) -> Scalar:
-        batch = make_batch(params_p, inputs, weights, None)
+        batch = make_batch(params_p, inputs, weights, counts=counts)
         batch.spec.check(params_q, "params_q")
         return _mean_kl(model, params_p, params_q, batch)
 
@@ -184,7 +202,7 @@ def kl_hessian(model: Model) -> HessianFunction:
         model: ``(params, *inputs) -> distribution`` of ONE example.
 
     Returns:
-        A function ``(params, *inputs, weights=None)`` that returns a dense operator.
+        A function ``(params, *inputs, weights=None, counts=None)`` that returns a dense operator.
 
     Raises:
         ValueError: (when called) arrays of different lengths.
@@ -199,8 +217,14 @@ def kl_hessian(model: Model) -> HessianFunction:
     """
     check_function("model", model, MODEL)
 
-    def hessian_of(params: chex.ArrayTree, /, *inputs: Any, weights: Float[Array, " n"] | None = None) -> Operator:
-        batch = make_batch(params, inputs, weights, None)
+    def hessian_of(
+        params: chex.ArrayTree,
+        /,
+        *inputs: Any,
+        weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
+    ) -> Operator:
+        batch = make_batch(params, inputs, weights, counts=counts)
         form = Dense(_hessian_of_kl(model, params, batch), batch.spec)
         return Operator(form, mean_over("KL Hessian", batch))
 
@@ -219,7 +243,7 @@ def observed_information(log_prob: LogProb) -> HessianFunction:
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
 
     Returns:
-        A function ``(params, *data, weights=None)`` that returns a dense operator.
+        A function ``(params, *data, weights=None, counts=None)`` that returns a dense operator.
 
     Raises:
         ValueError: (when called) arrays of different lengths, a non-scalar ``log_prob``, one that is a batch mean.
@@ -233,9 +257,15 @@ def observed_information(log_prob: LogProb) -> HessianFunction:
     """
     check_function("log_prob", log_prob, LOG_PROB)
 
-    def information_of(params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Operator:
+    def information_of(
+        params: chex.ArrayTree,
+        /,
+        *data: Any,
+        weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
+    ) -> Operator:
         needs_data(data, "observed_information")
-        batch = make_batch(params, data, weights, None)
+        batch = make_batch(params, data, weights, counts=counts)
         form = Dense(_hessian_of_loss(log_prob, params, batch), batch.spec)
         return Operator(form, mean_over("observed information", batch))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -87,9 +88,10 @@ def needs_data(data: tuple[Any, ...], function: str, call: str = "(params, *data
 
 @array_fields("data", "weights", "live", "mass")
 class Batch:
-    """Checked examples: the parameters' spec, the data as arrays, weights that sum to one, and what bounds memory.
+    """Checked examples: the parameters' spec, the data as arrays, their weights in a mean, and what bounds memory.
 
-    ``live`` is true for examples and false for padding; it is None where no weights were given, so that nothing is padding.
+    The weights sum to one, and with counts their products with the counts do. ``live`` is true for examples and false for
+    padding; it is None where no weights were given, so that nothing is padding.
     """
 
     spec: ParamSpec
@@ -100,7 +102,9 @@ class Batch:
     batch_size: int | None
     max_bytes: int | None
     mass: Scalar | None = None
-    """The sum of the weights that were given."""
+    """The sum of the weights that were given, with counts of their products with the counts."""
+    counted: bool = False
+    """Whether counts were given."""
 
     @property
     def weighted(self) -> bool:
@@ -109,9 +113,16 @@ class Batch:
 
 
 def make_batch(
-    params: chex.ArrayTree, data: tuple[Any, ...], weights: Any, batch_size: int | None = None, max_bytes: int | None = None
+    params: chex.ArrayTree,
+    data: tuple[Any, ...],
+    weights: Any,
+    batch_size: int | None = None,
+    max_bytes: int | None = None,
+    counts: Any = None,
 ) -> Batch:
     """Check what every function of a batch is given, and normalise the weights: ``w_i / sum w``, or ``1 / n`` each.
+
+    With counts, of the terms that each example is a sum of, they are ``w_i / sum w c``: means are over terms.
 
     A weight of zero is padding: the example is replaced by a real one, so that no number made of it can leak. The caller
     must set its rows of scores to zero.
@@ -124,12 +135,32 @@ def make_batch(
     data = _as_arrays(data, "data")
     n = num_examples(data, "data")
     if weights is None:
-        return Batch(spec, n, data, jnp.full(n, 1 / n, spec.dtype), None, batch_size, max_bytes)
+        even = Batch(spec, n, data, jnp.full(n, 1 / n, spec.dtype), None, batch_size, max_bytes)
+        return even if counts is None else _over_counts(even, counts)
     weights = _checked_weights(weights, n)
     omega = _normalised(weights).astype(spec.dtype)
     live = omega != 0
     mass = jnp.sum(jnp.where(weights >= 0, weights, jnp.nan))
-    return Batch(spec, n, _filled(data, omega, live), omega, live, batch_size, max_bytes, mass)
+    batch = Batch(spec, n, _filled(data, omega, live), omega, live, batch_size, max_bytes, mass)
+    return batch if counts is None else _over_counts(batch, counts)
+
+
+def _over_counts(batch: Batch, counts: Any) -> Batch:
+    """The batch with weights for means over the terms of its examples; NaN where these are known only now to be none."""
+    check_numbers("`counts`", counts)
+    _check_known("`counts`", counts, "say how many terms, such as the valid tokens of a sequence, an example is a sum of.")
+    counts = jnp.asarray(counts)
+    if counts.shape != (batch.size,):
+        raise ValueError(
+            f"`counts` has shape {counts.shape}, but there are {batch.size} examples. Pass one count each, shape "
+            f"({batch.size},), such as the lengths of the sequences."
+        )
+    counts = counts.astype(batch.spec.dtype)
+    counts = counts if batch.live is None else jnp.where(batch.live, counts, 0)
+    mean = jnp.sum(batch.weights * counts)
+    mean = jnp.where((mean > 0) & jnp.all(counts >= 0), mean, jnp.nan)
+    mass = jnp.asarray(batch.size, mean.dtype) if batch.mass is None else batch.mass.astype(mean.dtype)
+    return dataclasses.replace(batch, weights=batch.weights / mean, mass=mass * mean, counted=True)
 
 
 def _checked_weights(weights: Any, n: int) -> Float[Array, " n"]:
@@ -140,7 +171,12 @@ def _checked_weights(weights: Any, n: int) -> Float[Array, " n"]:
             raise TypeError(f"`weights` holds {described(weights[wrong[0]])} at entry {wrong[0]}; expected {n} real numbers.")
     else:
         check_numbers("`weights`", weights)
-    _check_known(weights)
+    _check_known(
+        "`weights`",
+        weights,
+        "say how often an example counts. A factor that may be negative, such as an advantage, belongs to the loss: "
+        "multiply the log-density by it in your own function, and give the Fisher no weights.",
+    )
     weights = jnp.asarray(weights)
     if weights.shape != (n,):
         raise ValueError(
@@ -153,23 +189,22 @@ def _checked_weights(weights: Any, n: int) -> Float[Array, " n"]:
     return weights.astype(at_least_float32(weights.dtype))
 
 
-def _check_known(weights: Any) -> None:
-    """Raise `ValueError` where weights are no weights and their values are known; those of a trace are not, and give NaN."""
-    for leaf in jax.tree.leaves(weights):
+def _check_known(name: str, given: Any, meaning: str) -> None:
+    """Raise `ValueError` where weights or counts are none and their values are known; those of a trace are not."""
+    for leaf in jax.tree.leaves(given):
         if isinstance(leaf, jax.core.Tracer) or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
             return
-    values = np.asarray(weights)
+    values = np.asarray(given)
     if values.size == 0 or values.dtype.kind not in "biuf":
         return
     wrong = np.flatnonzero(~(values >= 0) | (values == np.inf))
     if wrong.size:
         raise ValueError(
-            f"`weights` is {values.reshape(-1)[wrong[0]]} at entry {wrong[0]}; expected finite numbers of at least zero, which "
-            "say how often an example counts. A factor that may be negative, such as an advantage, belongs to the loss: "
-            "multiply the log-density by it in your own function, and give the Fisher no weights."
+            f"{name} is {values.reshape(-1)[wrong[0]]} at entry {wrong[0]}; expected finite numbers of at least zero, which "
+            f"{meaning}"
         )
     if not np.any(values > 0):
-        raise ValueError("`weights` are all zero; expected at least one positive weight, since the mean divides by their sum.")
+        raise ValueError(f"{name} are all zero; expected at least one positive number, since the mean divides by their sum.")
 
 
 def _normalised(weights: Float[Array, " n"]) -> Float[Array, " n"]:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import chex
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from jaxfisher._examples import Batch, example_keys, make_batch, needs_data
 from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example
@@ -24,12 +24,19 @@ from jaxfisher._varying import varying_like
 
 
 class FisherFunction(Protocol):
-    """``fisher(params, *data, weights=None) -> Operator``: a Fisher as a function of the parameters and the data.
+    """``fisher(params, *data, weights=None, counts=None) -> Operator``: a Fisher as a function of the parameters and the data.
 
     What `exact_fisher` and its like return. A function of your own is called with all of the data, the targets last.
     """
 
-    def __call__(self, params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Operator: ...
+    def __call__(
+        self,
+        params: chex.ArrayTree,
+        /,
+        *data: Any,
+        weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
+    ) -> Operator: ...
 
 
 def empirical_fisher(
@@ -54,8 +61,9 @@ def empirical_fisher(
         max_bytes: as in `jaxfisher.scores`, instead of a ``batch_size``.
 
     Returns:
-        A function ``(params, *data, weights=None)``: every array of the data has a leading axis of n examples; with ``weights``
-        the mean is ``sum w_i s_i s_i^T / sum w_i``. It returns an operator, exact as scores. The covariance has no view
+        A function ``(params, *data, weights=None, counts=None)``: every array of the data has a leading axis of n examples;
+        with ``weights`` the mean is ``sum w_i s_i s_i^T / sum w_i``, with ``counts`` (see `exact_fisher`)
+        ``sum w_i s_i s_i^T / sum w_i c_i``. It returns an operator, exact as scores. The covariance has no view
         `jaxfisher.kronecker`, since it is no sum of Kronecker products; it has all others.
 
     Raises:
@@ -78,10 +86,21 @@ def empirical_fisher(
     check_function("log_prob", log_prob, LOG_PROB)
     check_flag("empirical_fisher: `center`", center)
 
-    def fisher_of(params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Operator:
+    def fisher_of(
+        params: chex.ArrayTree,
+        /,
+        *data: Any,
+        weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
+    ) -> Operator:
         needs_data(data, "empirical_fisher")
-        batch = make_batch(params, data, weights, batch_size, max_bytes)
+        batch = make_batch(params, data, weights, batch_size, max_bytes, counts)
         made = make_scores(ScoreRows(log_prob), params, batch)
+        if center and batch.counted:
+            raise ValueError(
+                "empirical_fisher: `counts` are given with center=True; expected one of the two, since the covariance of the "
+                "score is one over examples. Leave the counts out, and divide by their mean."
+            )
         if center:
             return Operator(FromScores(made.centered()), mean_over("empirical, centred", batch))
         return Operator(FromScores(made), mean_over("empirical", batch))
@@ -145,8 +164,11 @@ def exact_fisher(model: Model, *, batch_size: int | None = None, max_bytes: int 
         max_bytes: as in `jaxfisher.scores`, instead of a ``batch_size``.
 
     Returns:
-        A function ``(params, *inputs, weights=None)`` that returns an operator, exact as scores. A foreign distribution with no
-        closed form says in the operator's kind where its metric comes from.
+        A function ``(params, *inputs, weights=None, counts=None)`` that returns an operator, exact as scores. A foreign
+        distribution with no closed form says in the operator's kind where its metric comes from. ``weights``, shape ``[n]``,
+        are those of the examples in the mean. ``counts``, shape ``[n]``, say of how many terms an example consists, such as the
+        valid tokens of a sequence, and the mean is over terms: ``sum w_i F_i / sum w_i c_i``, as language models report their
+        loss. `accumulate` then weighs batches by their terms.
 
     Raises:
         ValueError: (when called) arrays of different lengths, weights of another shape.
@@ -161,8 +183,14 @@ def exact_fisher(model: Model, *, batch_size: int | None = None, max_bytes: int 
     """
     check_function("model", model, MODEL)
 
-    def fisher_of(params: chex.ArrayTree, /, *inputs: Any, weights: Float[Array, " n"] | None = None) -> Operator:
-        batch = make_batch(params, inputs, weights, batch_size, max_bytes)
+    def fisher_of(
+        params: chex.ArrayTree,
+        /,
+        *inputs: Any,
+        weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
+    ) -> Operator:
+        batch = make_batch(params, inputs, weights, batch_size, max_bytes, counts)
         with of_one_example(model, "model", params, batch.data):
             known = prediction(model, params, batch.data)
         return _from_rows(_exact_kind(known), ExactRows(model, known.moving), params, batch)
@@ -191,7 +219,7 @@ def sampled_fisher(
         max_bytes: as in `jaxfisher.scores`, instead of a ``batch_size``.
 
     Returns:
-        A function ``(params, key, *inputs, weights=None)`` that returns an operator, exact as scores of the draws.
+        A function ``(params, key, *inputs, weights=None, counts=None)`` that returns an operator, exact as scores of the draws.
 
     Raises:
         ValueError: ``num_samples`` below one; (when called) arrays of different lengths.
@@ -210,9 +238,11 @@ def sampled_fisher(
         raise ValueError(f"`num_samples` is {described(num_samples)}; expected a whole number of draws, at least 1.")
     kind = f"sampled, {draws} draw{'s' if draws > 1 else ''}"
 
-    def fisher_of(params: chex.ArrayTree, key: PRNGKeyArray, /, *inputs: Any, weights: Any = None) -> Operator:
+    def fisher_of(
+        params: chex.ArrayTree, key: PRNGKeyArray, /, *inputs: Any, weights: Any = None, counts: Any = None
+    ) -> Operator:
         key = as_key(key, "sampled_fisher(model)(params, key, *inputs)")
-        batch = make_batch(params, inputs, weights, batch_size, max_bytes)
+        batch = make_batch(params, inputs, weights, batch_size, max_bytes, counts)
         batch = dataclasses.replace(batch, data=(example_keys(key, batch.size), *batch.data))
         return _from_rows(kind, SampledRows(model, draws), params, batch)
 
@@ -220,15 +250,21 @@ def sampled_fisher(
 
 
 class SampledFisher(Protocol):
-    """``fisher(params, key, *inputs, weights=None) -> Operator``."""
+    """``fisher(params, key, *inputs, weights=None, counts=None) -> Operator``."""
 
     def __call__(
-        self, params: chex.ArrayTree, key: PRNGKeyArray, /, *inputs: Any, weights: Float[Array, " n"] | None = None
+        self,
+        params: chex.ArrayTree,
+        key: PRNGKeyArray,
+        /,
+        *inputs: Any,
+        weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
     ) -> Operator: ...
 
 
 class ImplicitFisher(Protocol):
-    """``fisher(params, *inputs, weights=None, views_of=None) -> Operator``."""
+    """``fisher(params, *inputs, weights=None, counts=None, views_of=None) -> Operator``."""
 
     def __call__(
         self,
@@ -236,6 +272,7 @@ class ImplicitFisher(Protocol):
         /,
         *inputs: Any,
         weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
         views_of: Operator | None = None,
     ) -> Operator: ...
 
@@ -256,8 +293,8 @@ def implicit_fisher(model: Model, *, batch_size: int | None = None) -> ImplicitF
         batch_size: run the model on pieces of at most so many examples, which bounds the activations held.
 
     Returns:
-        A function ``(params, *inputs, weights=None, views_of=None)`` that returns an operator. ``views_of`` is an operator over
-        the same parameters, of which views are taken in place of this one.
+        A function ``(params, *inputs, weights=None, counts=None, views_of=None)`` that returns an operator. ``views_of`` is an
+        operator over the same parameters, of which views are taken in place of this one.
 
     Raises:
         ValueError: (when called) arrays of different lengths, weights of another shape, ``views_of`` over other parameters.
@@ -278,9 +315,10 @@ def implicit_fisher(model: Model, *, batch_size: int | None = None) -> ImplicitF
         /,
         *inputs: Any,
         weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
         views_of: Operator | None = None,
     ) -> Operator:
-        batch = make_batch(params, inputs, weights, batch_size)
+        batch = make_batch(params, inputs, weights, batch_size, counts=counts)
         with of_one_example(model, "model", params, batch.data):
             kind = _exact_kind(prediction(model, params, batch.data))
         if views_of is not None:

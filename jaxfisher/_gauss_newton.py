@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from jaxfisher._distributions.base import Distribution
 from jaxfisher._distributions.root import Root
@@ -102,8 +102,9 @@ def gauss_newton(
         max_bytes: as in `jaxfisher.scores`, instead of a ``batch_size``.
 
     Returns:
-        A function ``(params, *inputs, target, weights=None)`` that returns an operator, exact as scores: views, solves and
-        transformations take it as they take a Fisher. Where the loss has negative curvature in the outputs its entries are NaN.
+        A function ``(params, *inputs, target, weights=None, counts=None)`` that returns an operator, exact as scores: views,
+        solves and transformations take it as they take a Fisher; ``counts`` as in `exact_fisher`. Where the loss has negative
+        curvature in the outputs its entries are NaN.
 
     Raises:
         TypeError: ``model`` or ``loss`` is no function; (when called) outputs that are not floating, a missing target.
@@ -122,9 +123,15 @@ def gauss_newton(
     check_function("loss", loss, "(outputs, target) -> the scalar loss of ONE example")
     of_outputs = _Outputs(model, loss)
 
-    def fisher_of(params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Operator:
+    def fisher_of(
+        params: chex.ArrayTree,
+        /,
+        *data: Any,
+        weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
+    ) -> Operator:
         needs_data(data, "gauss_newton")
-        batch = make_batch(params, data, weights, batch_size, max_bytes)
+        batch = make_batch(params, data, weights, batch_size, max_bytes, counts)
         with of_one_example(of_outputs, "model", params, batch.data):
             known = prediction(of_outputs, params, batch.data)
         made = make_scores(ExactRows(of_outputs, known.moving), params, batch)

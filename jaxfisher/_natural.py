@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Float, Scalar, Shaped
 
 from jaxfisher._cholesky import TRAINING, training_solve
 from jaxfisher._examples import Batch, make_batch, needs_data
@@ -28,16 +28,28 @@ from jaxfisher._values import check_nonnegative, described, is_known_zero, nonne
 
 
 class NaturalGradFunction(Protocol):
-    """``(params, *data, weights=None) -> d``, a pytree like the parameters."""
+    """``(params, *data, weights=None, counts=None) -> d``, a pytree like the parameters."""
 
-    def __call__(self, params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Any: ...
+    def __call__(
+        self,
+        params: chex.ArrayTree,
+        /,
+        *data: Any,
+        weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
+    ) -> Any: ...
 
 
 class ValueAndNaturalGradFunction(Protocol):
-    """``(params, *data, weights=None) -> (L, d)``."""
+    """``(params, *data, weights=None, counts=None) -> (L, d)``."""
 
     def __call__(
-        self, params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None
+        self,
+        params: chex.ArrayTree,
+        /,
+        *data: Any,
+        weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
     ) -> tuple[Scalar, Any]: ...
 
 
@@ -82,7 +94,8 @@ def natural_grad(
             half the time.
 
     Returns:
-        A function ``(params, *data, weights=None)``; the result is a pytree like the parameters, in their dtypes.
+        A function ``(params, *data, weights=None, counts=None)``; the result is a pytree like the parameters, in their dtypes.
+        ``counts`` as in `exact_fisher`: L and F are means over terms.
 
     Raises:
         ValueError: a negative damping, or an ``rtol`` that is not above zero or has no effect beside a ``fisher``, ``view``,
@@ -101,8 +114,14 @@ def natural_grad(
         log_prob, fisher, damping=damping, view=view, solver=solver, batch_size=batch_size, max_bytes=max_bytes, rtol=rtol
     )
 
-    def direction(params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Any:
-        return both(params, *data, weights=weights)[1]
+    def direction(
+        params: chex.ArrayTree,
+        /,
+        *data: Any,
+        weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
+    ) -> Any:
+        return both(params, *data, weights=weights, counts=counts)[1]
 
     return direction
 
@@ -137,10 +156,14 @@ def value_and_natural_grad(
         _check_rtol(rtol, {"fisher": fisher, "view": view, "solver": solver})
 
     def value_and_direction(
-        params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None
+        params: chex.ArrayTree,
+        /,
+        *data: Any,
+        weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
     ) -> tuple[Scalar, Any]:
         needs_data(data, "natural_grad")
-        batch = make_batch(params, data, weights, batch_size, max_bytes)
+        batch = make_batch(params, data, weights, batch_size, max_bytes, counts)
         if fisher is None:
             values, scores = values_and_scores(log_prob, params, batch)
             form = FromScores(scores)
@@ -154,7 +177,7 @@ def value_and_natural_grad(
             gradient = scores.rmv(-scores.weights)
         else:
             loss, gradient = _value_and_grad(log_prob, params, batch)
-            operator = _called(fisher, params, data, weights)
+            operator = _called(fisher, params, data, {"weights": weights, "counts": counts})
         operator = as_operator(operator, "natural_grad: `fisher`")
         where = batch.spec.mismatch(operator.spec.treedef, operator.spec.paths, operator.spec.shapes)
         if where is not None:
@@ -207,9 +230,9 @@ def _direction(form: FromScores, damping: chex.Numeric, rtol: float) -> Any:
     return form.solve_row_space(-ones, nonnegative("damping", damping, dtype), Static(rtol))
 
 
-def _called(fisher: FisherFunction, params: chex.ArrayTree, data: tuple[Any, ...], weights: Any) -> Operator:
+def _called(fisher: FisherFunction, params: chex.ArrayTree, data: tuple[Any, ...], given: dict[str, Any]) -> Operator:
     """The operator of this data; a call that fails says what it was called with."""
-    keywords = {} if weights is None else {"weights": weights}
+    keywords = {name: value for name, value in given.items() if value is not None}
     try:
         return fisher(params, *taken_by(fisher, data, data), **keywords)
     except TypeError as error:

@@ -120,6 +120,7 @@ FISHERS = {
     "empirical_fisher, centred": lambda: jf.empirical_fisher(LOG_PROB, center=True)(*problem()),
     "fisher_from_scores": lambda: jf.fisher_from_scores(scores(2)),
     "implicit_fisher": lambda: jf.implicit_fisher(model)(problem()[0], problem()[1]),
+    "exact_fisher, over counts": lambda: jf.exact_fisher(model)(*problem()[:2], counts=jnp.array([2, 1, 3])),
     "kl_hessian": lambda: jf.kl_hessian(model)(*problem()[:2]),
     "observed_information": lambda: jf.observed_information(LOG_PROB)(*problem()),
     "gauss_newton": lambda: jf.gauss_newton(outputs, squares)(*problem()),

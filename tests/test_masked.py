@@ -141,6 +141,77 @@ def test_fishers_losses_and_steps_of_sequences_in_padding():
     assert np.max(np.abs(flat(first) - flat(params))) > 1e-3
 
 
+# --- means over tokens -----------------------------------------------------------------------------------------------------
+
+TOKENS = int(jnp.sum(LENGTHS))
+
+
+def token_losses(params, x, y):
+    return [
+        -jax.nn.log_softmax(jnp.tanh(x[i, t] @ params["w"]) @ params["v"])[y[i, t]] for i in range(4) for t in range(LENGTHS[i])
+    ]
+
+
+def test_means_over_tokens():
+    """Every Fisher, the KL divergence and a step are means over tokens that count; padding and pieces have no effect."""
+    params, x, y = sequences(0.0)
+    dense = dense_fisher(params, x) * len(LENGTHS) / TOKENS
+    known = {"counts": LENGTHS}
+    assert_close(jf.exact_fisher(sequence)(params, x, LENGTHS, **known).as_matrix(), dense, factor=1e3)
+    assert_close(jf.exact_fisher(sequence, batch_size=3)(params, x, LENGTHS, **known).as_matrix(), dense, factor=1e3)
+    v = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=float)).reshape(leaf.shape), params)
+    implicit = jf.implicit_fisher(sequence, batch_size=2)(params, x, LENGTHS, **known)
+    assert_close(flat(implicit.mv(v)), dense @ flat(v), factor=1e3)
+    assert_close(jf.kl_hessian(sequence)(params, x, LENGTHS, **known).as_matrix(), dense, factor=1e4)
+    assert "mean over the counts of 4" in repr(implicit)
+    longer, unit = (jnp.concatenate([leaf, leaf[:2]]) for leaf in (x, jnp.ones(4)))
+    padded = {"weights": unit.at[4:].set(0), "counts": jnp.concatenate([LENGTHS, jnp.array([7, 10**6])])}
+    made = jf.exact_fisher(sequence)(params, longer, jnp.concatenate([LENGTHS, LENGTHS[:2]]), **padded)
+    assert_close(made.as_matrix(), dense, factor=1e3)
+    np.testing.assert_allclose(jf.kronecker(made).trace(), np.trace(dense), rtol=1e-10)
+    drawn = [jf.sampled_fisher(sequence)(params, jax.random.key(0), x, LENGTHS, **given).as_matrix() for given in ({}, known)]
+    assert_close(drawn[1], np.asarray(drawn[0]) * len(LENGTHS) / TOKENS, factor=1e3)
+    moved = jax.tree.map(lambda leaf: 0.9 * leaf, params)
+    p, q = (jax.nn.log_softmax(jnp.tanh(x @ each["w"]) @ each["v"]) for each in (params, moved))
+    kept = jnp.arange(4)[None] < LENGTHS[:, None]
+    divergence = np.sum(np.where(kept, np.sum(np.exp(p) * (np.asarray(p) - q), -1), 0)) / TOKENS
+    assert_close(jf.kl(sequence)(params, moved, x, LENGTHS, **known), divergence, factor=1e4)
+    step = jf.training_step(sequence, jf.natural_gradient(1.0, 0.1))
+    new, _, loss = jax.jit(step)(params, step.init(params, x, LENGTHS, y, **known), x, LENGTHS, y, **known)
+    assert_close(loss, np.sum(token_losses(params, x, y)) / TOKENS)
+    gradient = flat(jax.grad(lambda params: sum(token_losses(params, x, y)) / TOKENS)(params))
+    expected = np.linalg.solve(dense + 0.1 * np.eye(len(dense)), gradient)
+    assert_close(flat(new), flat(params) - expected, factor=1e4)
+    log_prob = jf.log_likelihood(sequence)
+    natural = jf.natural_grad(log_prob, jf.exact_fisher(sequence), damping=0.1)(params, x, LENGTHS, y, **known)
+    assert_close(flat(natural), expected, factor=1e4)
+
+
+def test_batches_with_other_numbers_of_tokens_are_merged_by_them():
+    params, x, _ = sequences(0.0)
+    fisher = lambda params, x, lengths: jf.exact_fisher(sequence)(params, x, lengths, counts=lengths)  # noqa: E731
+    batches = [(x[:1], LENGTHS[:1]), (x[1:], LENGTHS[1:])]
+    merged = jf.accumulate(fisher, jf.dense)(params, batches)
+    assert_close(merged.as_matrix(), dense_fisher(params, x) * len(LENGTHS) / TOKENS, factor=1e3)
+
+
+def test_counts_that_are_none():
+    params, x, y = sequences(0.0)
+    fisher = jf.exact_fisher(sequence)
+    for counts, error, words in (
+        (LENGTHS[:2], ValueError, r"`counts` has shape \(2,\), but there are 4 examples"),
+        (np.array([1, -2, 3, 1]), ValueError, "`counts` is -2 at entry 1"),
+        (np.zeros(4), ValueError, "`counts` are all zero"),
+        ("four", TypeError, "`counts` is 'four'"),
+    ):
+        with pytest.raises(error, match=words):
+            fisher(params, x, LENGTHS, counts=counts)
+    traced = jax.jit(lambda counts: fisher(params, x, LENGTHS, counts=counts).trace())
+    assert np.isnan(traced(jnp.array([1, -2, 3, 1]))) and np.isnan(traced(jnp.zeros(4))) and np.isfinite(traced(LENGTHS))
+    with pytest.raises(ValueError, match="`counts` are given with center=True"):
+        jf.empirical_fisher(jf.log_likelihood(sequence), center=True)(params, x, LENGTHS, y, counts=LENGTHS)
+
+
 def test_what_is_refused():
     p = jf.Normal(jnp.zeros(3), 1.0)
     for mask, error, words in (

@@ -16,13 +16,15 @@ from jaxfisher._pytree import array_fields
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Mean:
-    """How a mean is taken: with weights or without, and whether a multiple is taken of it."""
+    """How a mean is taken: with weights or without, over examples or what they count, and whether a multiple is taken of it."""
 
     weighted: bool = False
     scaled: bool = False
+    counted: bool = False
 
     def __str__(self) -> str:
-        return " ".join(["scaled"] * self.scaled + ["weighted"] * self.weighted + ["mean"])
+        words = ["scaled"] * self.scaled + ["weighted"] * self.weighted + ["mean over"] + ["the counts of"] * self.counted
+        return " ".join(words)
 
     def __repr__(self) -> str:
         """What JAX shows in its error where two pytrees do not match, such as those that a loop carries in and out."""
@@ -44,7 +46,8 @@ class Provenance:
     Attributes:
         kind: what it is, in words.
         examples: how many examples its mean is over; None of an operator that is no mean.
-        mass: the sum of the weights of these examples, by which means are merged; without weights, the number of examples.
+        mass: the sum of the weights of these examples, by which means are merged; without weights, the number of examples;
+            with counts, of the weights times the counts.
         mean: how the mean is taken.
         parts: of a sum, the provenances of the terms.
     """
@@ -66,7 +69,7 @@ class Provenance:
             return " + ".join(f"({part})" for part in self.parts)
         if self.examples is None:
             return self.kind
-        return f"{self.kind}, {self.mean} over {_shown(self.examples)}"
+        return f"{self.kind}, {self.mean} {_shown(self.examples)}"
 
     @property
     def n(self) -> Scalar:
@@ -88,7 +91,7 @@ def mean_over(kind: str, batch: Batch) -> Provenance:
     """The provenance of a mean over a batch."""
     size = jnp.asarray(batch.size, batch.spec.dtype)
     mass = size if batch.mass is None else batch.mass.astype(size.dtype)
-    return Provenance(kind, size, mass, Mean(batch.weighted))
+    return Provenance(kind, size, mass, Mean(batch.weighted, counted=batch.counted))
 
 
 def _shown(count: chex.Numeric) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import chex
 import jax
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+from jaxtyping import Array, Float, PRNGKeyArray, Scalar, Shaped
 
 from jaxfisher._divergence import kl
 from jaxfisher._fisher import FisherFunction, exact_fisher
@@ -26,12 +26,12 @@ from jaxfisher._values import check_flag
 
 @dataclasses.dataclass(frozen=True)
 class TrainingStep:
-    """``(params, state, *inputs, target, weights=None, key=None) -> (params, state, loss)``, and what makes the first state.
+    """``(params, state, *inputs, target, weights=None, counts=None, key=None) -> (params, state, loss)``.
 
     Attributes:
         step: what is called.
-        init: ``(params, *inputs, target, weights=None, key=None) -> state``, the optimiser's state for batches like this one.
-            Only the shapes of the data count: give the first batch, or what `jax.eval_shape` gives of it.
+        init: makes the first state, ``(params, *inputs, target, weights=None, counts=None, key=None) -> state``, for batches
+            like this one. Only the shapes of the data matter: give the first batch, or what `jax.eval_shape` gives of it.
     """
 
     step: Callable[..., tuple[Any, Any, Any]]
@@ -44,9 +44,10 @@ class TrainingStep:
         /,
         *data: Any,
         weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Any, Any, Any]:
-        return self.step(params, state, *data, weights=weights, key=key)
+        return self.step(params, state, *data, weights=weights, counts=counts, key=key)
 
 
 def training_step(
@@ -92,16 +93,18 @@ def training_step(
             of your own is that of a model without it: ``jf.exact_fisher(lambda params, x: model(params, x)[0])``.
 
     Returns:
-        A function ``(params, state, *inputs, target, weights=None, key=None)`` to ``(params, state, loss)``, the loss in nats,
-        a mean over the batch, at the parameters given; with ``has_aux`` to ``(params, state, (loss, aux))``. Its
-        ``init(params, *inputs, target, weights=None, key=None)`` makes the first state, for batches of these shapes:
-        ``optimiser.init(params)``, which finds the shapes of Fishers to come by itself, where a ``decay`` or ``update_every``
-        would ask for ``like``.
+        A function ``(params, state, *inputs, target, weights=None, counts=None, key=None)`` to ``(params, state, loss)``, the
+        loss in nats, a mean over the batch, at the parameters given; with ``has_aux`` to ``(params, state, (loss, aux))``. Its
+        ``init(params, *inputs, target, weights=None, counts=None, key=None)`` makes the first state, for batches of these
+        shapes: ``optimiser.init(params)``, which finds the shapes of Fishers to come by itself, where a ``decay`` or
+        ``update_every`` would ask for ``like``.
 
-        ``weights`` are those of the examples in every mean; a ``loss`` of your own is not given them. With a ``key`` each
-        example has a key of its own, ``jax.random.fold_in(key, i)`` for the i-th of the batch, as the last of its inputs:
-        ``model(params, x, key)``, ``loss(params, x, keys, target)``. It is the same in the objective, its gradient, the Fisher
-        and the KL divergence of that step, also in pieces or spread over devices.
+        ``weights`` are those of the examples in every mean. ``counts`` say of how many terms each example consists, such as the
+        valid tokens of a sequence: loss, gradient, Fisher and KL are then means over terms, ``sum w_i (.) / sum w_i c_i``, as
+        language models report them. A ``loss`` of your own is given neither. With a ``key`` each example has a key of its own,
+        ``jax.random.fold_in(key, i)`` for the i-th of the batch, as the last of its inputs: ``model(params, x, key)``,
+        ``loss(params, x, keys, target)``. It is the same in the objective, its gradient, the Fisher and the KL divergence of
+        that step, also in pieces or spread over devices.
 
     Raises:
         TypeError: an argument is not what it should be; (when called) as in `jaxfisher.log_likelihood`; a loss that is no
@@ -139,9 +142,10 @@ def training_step(
         /,
         *data: Any,
         weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Any, Any, Any]:
-        known = step_data(data, key, {"weights": weights}, "training_step", with_target=loss is None)
+        known = step_data(data, key, {"weights": weights, "counts": counts}, "training_step", with_target=loss is None)
         evaluate = objective(params, known)
         (value, aux), grads = jax.value_and_grad(evaluate, has_aux=True)(params)
 
@@ -176,14 +180,14 @@ def training_step(
         /,
         *data: Any,
         weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Any:
-        def made(params: chex.ArrayTree, data: tuple[Any, ...], weights: Any, key: Any) -> Operator:
-            return curvature_of(
-                params, step_data(data, key, {"weights": weights}, "training_step(...).init", with_target=loss is None)
-            )
+        def made(params: chex.ArrayTree, data: tuple[Any, ...], weights: Any, counts: Any, key: Any) -> Operator:
+            given = {"weights": weights, "counts": counts}
+            return curvature_of(params, step_data(data, key, given, "training_step(...).init", with_target=loss is None))
 
-        with fishers_like(lambda: jax.eval_shape(made, params, data, weights, key)):
+        with fishers_like(lambda: jax.eval_shape(made, params, data, weights, counts, key)):
             return optimiser.init(params)
 
     return TrainingStep(step, init)
