@@ -77,6 +77,7 @@ from jaxfisher._system import SolveInfo as SolveInfo
 # Natural gradients in place of `jax.grad`.
 from jaxfisher._natural import natural_grad as natural_grad
 from jaxfisher._natural import value_and_natural_grad as value_and_natural_grad
+from jaxfisher._energy_gradient import energy_gradient as energy_gradient
 
 # Optax.
 from jaxfisher._transform.adapt_damping import AdaptDampingState as AdaptDampingState

@@ -20,7 +20,7 @@ from jaxfisher._fisher import exact_fisher
 from jaxfisher._model import MODEL, Model, float_fields, log_likelihood, of_one_example, predict, tangent
 from jaxfisher._once import Static, once_for
 from jaxfisher._scores import scores
-from jaxfisher._tree import as_key, cast_like, check_function, described, dot
+from jaxfisher._tree import as_key, cast_like, check_function, described, dot, split
 from jaxfisher._values import whole
 from jaxfisher._verdict import Check, Verdict
 
@@ -114,7 +114,7 @@ def check_fisher(model: Model, *, num_directions: int = 4, num_samples: int = 16
         without a KL is checked by draws alone.
 
     Raises:
-        TypeError: (when called) a model that returns no distribution, a parameter that is not a real floating array; a key that
+        TypeError: (when called) a model that returns no distribution, a parameter that is not a floating array; a key that
             is not one; under ``jit``, where there are no numbers to judge.
         ValueError: a count that is not a whole number of at least one; (when called) arrays of different lengths.
 
@@ -137,7 +137,7 @@ def check_fisher(model: Model, *, num_directions: int = 4, num_samples: int = 16
             raise TypeError(
                 "check_fisher returns a verdict on numbers, and there are none under jit, vmap or grad. Call it outside."
             )
-        return _verdict(model, params, as_key(key, "check_fisher"), inputs, num_directions, num_samples)
+        return _verdict(model, split(params), as_key(key, "check_fisher"), inputs, num_directions, num_samples)
 
     return check
 
@@ -225,7 +225,7 @@ def _wide(params: chex.ArrayTree, like: Any) -> Any:
 def _measure(model: Model, batch: Batch, has_kl: bool, params: chex.ArrayTree, noise: Any) -> _Measured:
     """Along the noise made unit directions: the KL over its quadratic at every length, and the ratio of second derivatives."""
     fisher = exact_fisher(model)(params, *batch.data)
-    means = jax.tree.map(jnp.mean, fisher.diagonal())
+    means = jax.tree.map(jnp.mean, split(fisher.diagonal()))
     largest = jnp.max(jnp.stack(jax.tree.leaves(means)))
     precisions = jax.tree.map(lambda mean: jnp.where(mean > 0, mean, largest), means)
     directions = jax.tree.map(lambda leaf, precision: leaf / jnp.sqrt(precision), noise, precisions)

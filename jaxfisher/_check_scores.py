@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 from jaxfisher._examples import Batch, map_examples
 from jaxfisher._model import Model, log_likelihood, predict
 from jaxfisher._scores import scores
-from jaxfisher._tree import cast_like, dot
+from jaxfisher._tree import cast_like, dot, split
 
 
 class Product(NamedTuple):
@@ -52,7 +52,7 @@ def products(
     (along, back), (near_along, near_back) = by_jax(params), by_jax(near)
     made = scores(log_prob)(params, *data)
     # A sum of scores over the examples is at most so large, and is that large but for cancellation.
-    sizes = jnp.stack([jnp.sqrt(batch.size * jnp.sum(part)) for part in jax.tree.leaves(made.diagonal())])
+    sizes = jnp.stack([jnp.sqrt(batch.size * jnp.sum(part)) for part in jax.tree.leaves(split(made.diagonal()))])
     leaves = batch.spec.leaves(v, "v")
     lengths = jnp.stack([jnp.sqrt(dot(leaf, leaf)) for leaf in leaves])
     masks = jnp.eye(len(leaves), dtype=dtype)
@@ -68,7 +68,7 @@ def products(
         whole,
         by_leaf,
         Product(
-            jnp.stack([_apart(a, b) for a, b in zip(jax.tree.leaves(made.rmv(w)), back, strict=True)]),
+            jnp.stack([_apart(a, b) for a, b in zip(jax.tree.leaves(split(made.rmv(w))), back, strict=True)]),
             length * sizes,
             jnp.stack([_apart(a, b) for a, b in zip(near_back, back, strict=True)]),
         ),

@@ -26,7 +26,7 @@ from jaxfisher._linalg import norm
 from jaxfisher._once import Static, once
 from jaxfisher._operators.damping import Damping, checked_damping, entries_of
 from jaxfisher._operators.operator import Operator, as_operator
-from jaxfisher._tree import all_finite, as_key, described, dot, dtype_of
+from jaxfisher._tree import all_finite, as_key, described, dot, dtype_of, joined
 from jaxfisher._values import is_array, nonnegative, whole
 from jaxfisher._varying import while_loop
 
@@ -121,7 +121,8 @@ def estimate_diagonal(fisher: Operator, key: PRNGKeyArray, *, rtol: chex.Numeric
     [2.  0.5]
     """
     fisher = as_operator(fisher, "estimate_diagonal")
-    return _hutchinson("estimate_diagonal", fisher, key, _products, rtol, max_samples)
+    found: Estimate = joined(_hutchinson("estimate_diagonal", fisher, key, _products, rtol, max_samples))
+    return found
 
 
 def estimate_logdet(

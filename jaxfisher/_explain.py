@@ -13,7 +13,7 @@ from jaxfisher._engine import Leaf, by_factors, gram_flops, has_moments, inner_c
 from jaxfisher._examples import make_batch, shape_of_one
 from jaxfisher._model import of_one_example
 from jaxfisher._row_functions import ExactRows, Rows, ScoreRows, prediction
-from jaxfisher._tree import check_function
+from jaxfisher._tree import check_function, joined, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ def explain(function: Callable[..., Any]) -> ExplainFunction:
         printed, and a value to test on, for instance ``assert not explanation.plain``.
 
     Raises:
-        TypeError: ``function`` is neither of the two; (when called) a parameter that is not a real floating array.
+        TypeError: ``function`` is neither of the two; (when called) a parameter that is not a floating array.
         ValueError: (when called) arrays of different lengths, a non-scalar log-density.
 
     Reference: Rochette, Manoel and Tramel, Efficient per-example gradient computations in convolutional neural networks
@@ -159,10 +159,10 @@ def explain(function: Callable[..., Any]) -> ExplainFunction:
 
 def _explanation(function: Callable[..., Any], params: chex.ArrayTree, data: tuple[Any, ...]) -> Explanation:
     batch = make_batch(params, data, None)
-    rows = _rows(function, params, batch.data)
-    with of_one_example(rows.function, rows.name, params, batch.data[rows.own :]):
+    rows, params = _rows(function, params, batch.data), split(params)
+    with of_one_example(rows.function, rows.name, joined(params), batch.data[rows.own :]):
         traced = trace(rows, params, batch.data)
-    shapes = jax.eval_shape(lambda params, data: leaf_forms(traced, rows, params, data, batch.spec)[1], params, batch.data)
+    shapes = jax.eval_shape(lambda params, data: leaf_forms(traced, params, data, batch.spec)[1], params, batch.data)
     leaves = tuple(
         _explained(path, leaf, _kronecker(leaf, shapes, batch.spec.paths))
         for path, leaf in zip(batch.spec.paths, shapes, strict=True)
@@ -184,7 +184,7 @@ def _rows(function: Callable[..., Any], params: chex.ArrayTree, data: tuple[Any,
     numbers = []
 
     def call(*args: Any) -> tuple[()]:
-        numbers.append(isinstance(function(*args), (jax.Array, float, int)))
+        numbers.append(isinstance(function(*args), (jax.Array, float, int, complex)))
         return ()
 
     with of_one_example(function, "function", params, data):

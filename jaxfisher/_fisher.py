@@ -16,9 +16,9 @@ from jaxfisher._operators.implicit import Implicit
 from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._operators.provenance import Provenance, mean_over
 from jaxfisher._row_functions import ExactRows, Prediction, Rows, SampledRows, ScoreRows, prediction
-from jaxfisher._scores import CenteredScores, Scores, make_scores
+from jaxfisher._scores import CenteredScores, Scores, examples_of, make_scores
 from jaxfisher._targets import OfData
-from jaxfisher._tree import as_key, check_function
+from jaxfisher._tree import as_key, check_function, split
 from jaxfisher._values import check_flag, described, whole
 from jaxfisher._varying import varying_like
 
@@ -48,7 +48,13 @@ def empirical_fisher(
 
     With ``center=True`` it is the covariance of the score, ``1/n sum (s_i - mean) (s_i - mean)^T``. Where ``log_prob`` is a
     wave function's log-amplitude, of any normalisation, and the data are draws from its square, that is the real part of the
-    quantum geometric tensor, the matrix of stochastic reconfiguration.
+    quantum geometric tensor, the matrix of stochastic reconfiguration. A log-amplitude may be complex, and so may parameters,
+    each of which is two real numbers:
+
+    .. math:: \mathrm{Re}\, \frac1n \sum_i (O_i - \bar O)^* (O_i - \bar O)^T, \qquad
+        O_i = \partial_\theta \log\psi_\theta(x_i).
+
+    For a holomorphic amplitude a solve with it is the solve with the complex tensor.
 
     **When it is the wrong one.** It is not an expectation under the model. Away from the data's own distribution, or near a
     good fit (where scores vanish), it can be far from the exact Fisher in size and direction: Kunstner et al. show a
@@ -68,7 +74,7 @@ def empirical_fisher(
 
     Raises:
         ValueError: (when called) arrays of different lengths, a non-scalar ``log_prob``, one that is a batch mean.
-        TypeError: ``center`` is neither True nor False; (when called) a parameter that is not a real floating array.
+        TypeError: ``center`` is neither True nor False; (when called) a parameter that is not a floating array.
 
     Reference: Kunstner, Balles and Hennig, Limitations of the empirical Fisher approximation (NeurIPS 2019), equation 3;
     Stokes, Izaac, Killoran and Carleo, Quantum natural gradient (Quantum 2020), section 3, for the geometric tensor.
@@ -102,7 +108,8 @@ def empirical_fisher(
                 "score is one over examples. Leave the counts out, and divide by their mean."
             )
         if center:
-            return Operator(FromScores(made.centered()), mean_over("empirical, centred", batch))
+            kinds = made.num_rows // examples_of(made)
+            return Operator(FromScores(made.centered(kinds)), mean_over("empirical, centred", batch))
         return Operator(FromScores(made), mean_over("empirical", batch))
 
     return OfData(fisher_of, takes_target=True)
@@ -143,7 +150,7 @@ def fisher_from_scores(scores: Scores) -> Operator:
             f"returns.{hint}"
         )
     kind = "scores, centred" if isinstance(scores, CenteredScores) else "scores"
-    return Operator(FromScores(scores), Provenance(kind, jnp.asarray(scores.num_rows, scores.spec.dtype)))
+    return Operator(FromScores(scores), Provenance(kind, jnp.asarray(examples_of(scores), scores.spec.dtype)))
 
 
 def exact_fisher(model: Model, *, batch_size: int | None = None, max_bytes: int | None = None) -> FisherFunction:
@@ -172,7 +179,7 @@ def exact_fisher(model: Model, *, batch_size: int | None = None, max_bytes: int 
 
     Raises:
         ValueError: (when called) arrays of different lengths, weights of another shape.
-        TypeError: (when called) a model that returns no distribution, a parameter that is not a real floating array.
+        TypeError: (when called) a model that returns no distribution, a parameter that is not a floating array.
 
     Reference: Martens, New insights and perspectives on the natural gradient method (JMLR 2020), section 5.
 
@@ -298,7 +305,7 @@ def implicit_fisher(model: Model, *, batch_size: int | None = None) -> ImplicitF
 
     Raises:
         ValueError: (when called) arrays of different lengths, weights of another shape, ``views_of`` over other parameters.
-        TypeError: (when called) a model that returns no distribution, a parameter that is not a real floating array,
+        TypeError: (when called) a model that returns no distribution, a parameter that is not a floating array,
             ``views_of`` that is no operator.
 
     Reference: Schraudolph, Fast curvature matrix-vector products (Neural Computation 2002), section 4.
@@ -326,7 +333,7 @@ def implicit_fisher(model: Model, *, batch_size: int | None = None) -> ImplicitF
             batch.spec.check_same(views_of.spec, f"implicit_fisher: cannot take views of `views_of`, {views_of}")
         keep = (True,) * len(batch.spec.paths)
         provenance = mean_over(kind, batch)
-        params = varying_like(params, batch.data)
+        params = varying_like(split(params), batch.data)
         form = Implicit(model, params, batch.data, batch.weights, batch.batch_size, keep, batch.spec)
         return Operator(form, provenance, views_of)
 

@@ -15,7 +15,7 @@ from jaxfisher._once import Static, once
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._scores import Scores
 from jaxfisher._system import SolveInfo
-from jaxfisher._tree import all_finite
+from jaxfisher._tree import all_finite, joined, split
 from jaxfisher._values import check_array, check_nonnegative, described, is_known_zero, nonnegative
 
 
@@ -76,7 +76,8 @@ def least_squares(
         )
     rtol = Cholesky(rtol).rtol
     dtype = scores.spec.dtype
-    return _fitted(FromScores(scores), jnp.asarray(e, dtype), nonnegative("damping", damping, dtype), Static(rtol))
+    x, info = _fitted(FromScores(scores), jnp.asarray(e, dtype), nonnegative("damping", damping, dtype), Static(rtol))
+    return joined(x), info
 
 
 @once
@@ -85,7 +86,7 @@ def _fitted(form: FromScores, e: Float[Array, " rows"], damping: Scalar, rtol: S
     x = form.solve_row_space(e, damping, rtol)
 
     def rest(fitted: Float[Array, " rows"]) -> Float[Array, " p"]:
-        unfitted = scores.rmv(scores.weights * (e - fitted))
+        unfitted = split(scores.rmv(scores.weights * (e - fitted)))
         return scores.spec.ravel(jax.tree.map(lambda r, leaf: r - damping * leaf, unfitted, x), "rest")
 
     size = norm(scores.spec.ravel(scores.rmv(scores.weights * e), "v"))

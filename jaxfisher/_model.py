@@ -18,7 +18,7 @@ from jaxfisher._distributions.base import float_fields as float_fields
 from jaxfisher._distributions.joint import as_prediction as as_prediction
 from jaxfisher._examples import map_examples, shape_of_one
 from jaxfisher._once import Around
-from jaxfisher._tree import check_function
+from jaxfisher._tree import check_function, is_complex, joined
 
 LOG_PROB = "(params, *example) -> the scalar log-density of ONE example"
 MODEL = "(params, *inputs) -> the distribution of ONE example's target"
@@ -87,7 +87,7 @@ def log_likelihood(model: Model) -> LogLikelihood:
 
 def predict(model: Model, params: chex.ArrayTree, *inputs: Any) -> Distribution:
     """The distribution the model predicts for one example, as one of the library's."""
-    return as_prediction(model(params, *inputs))
+    return as_prediction(model(joined(params), *inputs))
 
 
 def tangent(distribution: Distribution, values: list[Array]) -> Distribution:
@@ -97,23 +97,39 @@ def tangent(distribution: Distribution, values: list[Array]) -> Distribution:
     return jax.tree.unflatten(treedef, [next(rest) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf for leaf in leaves])
 
 
-def scalar(value: Any, name: str) -> Scalar:
-    """``value`` if it is a real scalar, else an error which explains that functions are of one example."""
-    if not hasattr(value, "dtype") and not isinstance(value, (float, int)):
+def scalar(value: Any, name: str, may_be_complex: bool = False) -> Scalar:
+    """``value`` if it is a scalar, else an error which explains that functions are of one example.
+
+    It must be real, unless it is said that it may be complex, as the log-amplitude of a wave function is.
+    """
+    if not hasattr(value, "dtype") and not isinstance(value, (float, int, complex)):
         raise TypeError(f"`{name}` returned a {type(value).__name__}; expected the scalar log-density of one example.")
     if jnp.shape(value) != ():
         raise ValueError(
             f"`{name}` returned shape {jnp.shape(value)}; expected a scalar, the log-density of ONE example. "
             "If the axes are independent parts of one target, sum over them."
         )
-    if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        raise TypeError(f"`{name}` returned dtype {jnp.result_type(value)}; expected a real floating log-density.")
+    if not (may_be_complex and is_complex(value)):
+        check_real(value, name)
     return jnp.asarray(value)
+
+
+def check_real(value: Any, name: str) -> None:
+    """Raise `TypeError` unless what a log-density returned is real and floating."""
+    if jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        return
+    message = f"`{name}` returned dtype {jnp.result_type(value)}; expected a real floating log-density."
+    if is_complex(value):
+        message += (
+            " A complex log-amplitude has no likelihood: jf.scores and jf.empirical_fisher take it as it is, "
+            "jf.energy_gradient gives the gradient of an energy, and a log-density is 2 * log_psi(params, x).real."
+        )
+    raise TypeError(message)
 
 
 def mean_loss(log_prob: LogProb, params: chex.ArrayTree, data: tuple[Any, ...], weights: Float[Array, " n"]) -> Scalar:
     """``-sum w_i log p(x_i)``, the mean negative log-likelihood where the weights sum to one, in their dtype."""
-    values = map_examples(lambda p, *example: scalar(log_prob(p, *example), "log_prob"), params, data)
+    values = map_examples(lambda p, *example: scalar(log_prob(joined(p), *example), "log_prob"), params, data)
     return -jnp.sum(weights * values.astype(weights.dtype))
 
 

@@ -23,7 +23,7 @@ from jaxfisher._pieces import sum_batches
 from jaxfisher._scores import values_and_scores
 from jaxfisher._solve import check_solver
 from jaxfisher._targets import taken_by
-from jaxfisher._tree import cast_like, check_function
+from jaxfisher._tree import cast_like, check_function, split
 from jaxfisher._values import check_nonnegative, described, is_known_zero, nonnegative
 
 
@@ -100,7 +100,7 @@ def natural_grad(
     Raises:
         ValueError: a negative damping, or an ``rtol`` that is not above zero or has no effect beside a ``fisher``, ``view``,
             ``solver`` or damping by leaf; (when called) arrays of different lengths, a non-scalar ``log_prob``, a batch mean.
-        TypeError: (when called) ``fisher`` or ``view`` returns no operator; a parameter that is not a real floating array.
+        TypeError: (when called) ``fisher`` or ``view`` returns no operator; a parameter that is not a floating array.
 
     Reference: Amari (Neural Computation 1998), theorem 1; Martens (JMLR 2020), section 6.
 
@@ -250,7 +250,7 @@ def _value_and_grad(log_prob: LogProb, params: chex.ArrayTree, batch: Batch) -> 
     """The mean negative log-likelihood and its plain gradient, in the statistics dtype."""
 
     def piece(omega: Float[Array, " n"], *data: Any) -> tuple[Scalar, Any]:
-        value, gradient = jax.value_and_grad(mean_loss, argnums=1)(log_prob, params, data, omega)
+        value, gradient = jax.value_and_grad(mean_loss, argnums=1)(log_prob, split(params), data, omega)
         return value, batch.spec.tree(batch.spec.leaves(gradient, "gradient"))
 
     with of_one_example(log_prob, "log_prob", params, batch.data):

@@ -22,6 +22,7 @@ from jaxfisher._dataflow import moved_by
 from jaxfisher._examples import shape_of_one
 from jaxfisher._model import LogProb, Model, float_fields, predict, scalar
 from jaxfisher._once import Around
+from jaxfisher._tree import is_complex, joined
 
 
 class Rows(Protocol):
@@ -46,21 +47,37 @@ class Rows(Protocol):
         """Numbers that come along with the row, and the row, a pytree like the parameters."""
         ...
 
+    def known(self, numbers: tuple[Any, ...], /) -> Rows:
+        """The row function to take, now that it is known of what shapes and dtypes those numbers are."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class ScoreRows(Around):
-    """One row: the score ``grad log p`` at the datum; the log-density comes along."""
+    """One row: the score ``grad log p`` at the datum; the log-density comes along.
+
+    A complex log-amplitude has two: of its real part and of its imaginary part.
+    """
 
     function: LogProb
+    parts: int = 1
     name = "log_prob"
     own = 0
 
     def seeds(self, params: chex.ArrayTree, /, *example: Any) -> Array:
-        return jnp.zeros(1)
+        return jnp.zeros(1) if self.parts == 1 else jnp.eye(self.parts)
+
+    def known(self, numbers: tuple[Any, ...], /) -> ScoreRows:
+        return dataclasses.replace(self, parts=2 if is_complex(numbers[0]) else 1)
 
     def row(self, params: chex.ArrayTree, seed: Any, /, *example: Any) -> tuple[tuple[Array, ...], Any]:
-        value, score = jax.value_and_grad(lambda p: scalar(self.function(p, *example), self.name))(params)
-        return (value,), score
+        def value_of(params: chex.ArrayTree) -> Array:
+            return scalar(self.function(joined(params), *example), self.name, may_be_complex=True)
+
+        value, pull_back = jax.vjp(value_of, params)
+        # Of u + i v the cotangent a - i b gives a du + b dv.
+        cotangent = jnp.ones(()) if self.parts == 1 else jax.lax.complex(seed[0], -seed[1])
+        return (value,), pull_back(cotangent.astype(value.dtype))[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +92,9 @@ class ExactRows(Around):
     moving: tuple[bool, ...]
     name = "model"
     own = 0
+
+    def known(self, numbers: tuple[Any, ...], /) -> ExactRows:
+        return self
 
     def seeds(self, params: chex.ArrayTree, /, *inputs: Any) -> Array:
         noise, _ = ravel_pytree(predict(self.function, params, *inputs).fisher_root(self.moving)[0])
@@ -124,6 +144,9 @@ class SampledRows(Around):
     num_samples: int
     name = "model"
     own = 1
+
+    def known(self, numbers: tuple[Any, ...], /) -> SampledRows:
+        return self
 
     def seeds(self, params: chex.ArrayTree, key: PRNGKeyArray, /, *inputs: Any) -> Array:
         return jax.random.split(key, self.num_samples)

@@ -21,7 +21,7 @@ from jaxfisher._operators.operator import Operator, Solver, View, as_operator, e
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores import Scores
 from jaxfisher._system import PATH, SolveInfo
-from jaxfisher._tree import ParamSpec, all_finite, cast_like, described, dtype_of
+from jaxfisher._tree import ParamSpec, all_finite, cast_like, described, dtype_of, joined
 from jaxfisher._values import check_array, check_nonnegative, is_array, nonnegative, whole
 from jaxfisher._varying import alike, cond, linear_solve, varying_axes, while_loop
 
@@ -280,7 +280,8 @@ class LSMR:
     def least_squares(self, scores: Scores, e: Float[Array, " rows"], damping: chex.Numeric) -> tuple[Any, SolveInfo]:
         """``(F + damping I)^-1 S^T diag(omega) e`` and a report, whose residual is that of this right-hand side."""
         dtype = scores.spec.dtype
-        return self._least_squares(scores, jnp.asarray(e).astype(dtype), nonnegative("damping", damping, dtype))
+        x, info = self._least_squares(scores, jnp.asarray(e).astype(dtype), nonnegative("damping", damping, dtype))
+        return joined(x), info
 
     @once
     def _least_squares(self, scores: Scores, e: Float[Array, " rows"], strength: Scalar) -> tuple[Any, SolveInfo]:

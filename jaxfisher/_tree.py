@@ -2,6 +2,9 @@
 
 A vector of the library is a pytree shaped like the parameters. Flat arrays appear only inside, in the order of
 `jax.flatten_util.ravel_pytree`: leaves in pytree order, each raveled row by row.
+
+The vector space is real. A complex leaf is two real ones, and inside the library it is held as such, as `Parts`: `split` is
+applied to what comes in, `joined` to what a user's function is given, and `joined` or `cast_like` to what goes out.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -52,7 +55,7 @@ class ParamSpec:
     def leaves(self, tree: chex.ArrayTree, name: str) -> list[Array]:
         """The leaves of a vector in the statistics dtype, after checking that it is shaped like the parameters."""
         self.check(tree, name)
-        return [jnp.asarray(leaf).astype(self.dtype) for leaf in jax.tree.leaves(tree)]
+        return [jnp.asarray(leaf).astype(self.dtype) for leaf in jax.tree.leaves(split(tree))]
 
     def vector(self, tree: chex.ArrayTree, name: str = "v") -> Any:
         """A vector in the statistics dtype, after checking that it is shaped like the parameters."""
@@ -68,7 +71,7 @@ class ParamSpec:
                 "stacked along a leading axis, of one length in all leaves. Stack them, such as with jnp.stack."
             )
         self.check(jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), tree), name)
-        return [jnp.asarray(leaf).astype(self.dtype) for leaf in leaves]
+        return [jnp.asarray(leaf).astype(self.dtype) for leaf in jax.tree.leaves(split(tree))]
 
     def tree(self, leaves: list[Array]) -> Any:
         """The parameter-shaped pytree with these leaves."""
@@ -92,18 +95,24 @@ class ParamSpec:
         return self.tree([jnp.zeros(shape, self.dtype) for shape in self.shapes])
 
     def check(self, tree: chex.ArrayTree, name: str) -> None:
-        """Raise an error naming the first path at which ``tree`` is not a real vector shaped like the parameters."""
+        """Raise an error naming the first path at which ``tree`` is not a vector shaped like the parameters."""
         refuse_sparse(tree, lambda path: f"`{name}` at {path}")
         paths, leaves = path_names(tree), jax.tree.leaves(tree)
         for path, leaf in zip(paths, leaves, strict=True):
             check_array(f"`{name}` at {path}", leaf)
             # Integers are refused too: results take the dtypes of the vector, and would be cut to whole numbers.
-            if not is_array(leaf) or not jnp.issubdtype(dtype_of(leaf), jnp.floating):
+            in_parts = f"{'' if path == BARE else path}.real" in self.paths
+            if in_parts and is_array(leaf) and not is_complex(leaf):
+                raise TypeError(
+                    f"`{name}` at {path} is {described(leaf)}, where the parameter is complex; expected complex numbers: one "
+                    "number each for its real and its imaginary part. Pass x + 0j if the imaginary parts are zero."
+                )
+            if not in_parts and (not is_array(leaf) or not jnp.issubdtype(dtype_of(leaf), jnp.floating)):
                 raise TypeError(
                     f"`{name}` at {path} is {described(leaf)}; expected real floating numbers. "
                     "Pass a pytree like the parameters, for instance a gradient."
                 )
-        where = self.mismatch(jax.tree.structure(tree), paths, tuple(jnp.shape(leaf) for leaf in leaves))
+        where = self.mismatch_of(tree)
         if where is not None:
             raise ValueError(
                 f"`{name}` is not shaped like the parameters: {where}. Pass a pytree with the parameters' structure, "
@@ -118,6 +127,11 @@ class ParamSpec:
                 f"{what}, which is over other parameters: {where or f'their dtypes are {other.dtypes}, not {self.dtypes}'}. "
                 "Make both at the same parameters."
             )
+
+    def mismatch_of(self, tree: chex.ArrayTree) -> str | None:
+        """The first way in which a pytree differs from the parameters in its structure or shapes; None if in none."""
+        tree = split(tree)
+        return self.mismatch(jax.tree.structure(tree), path_names(tree), tuple(map(jnp.shape, jax.tree.leaves(tree))))
 
     def mismatch(self, treedef: Any, paths: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> str | None:
         """The first way in which a pytree of this structure, paths and shapes differs from the parameters; None if none."""
@@ -137,7 +151,7 @@ class ParamSpec:
     def flags(self, keep: Callable[[str], bool], caller: str) -> tuple[bool, ...]:
         """What a filter of paths says of each leaf; an error unless the filter keeps some and not all."""
         check_function("keep", keep, "path -> bool, of the path of a parameter leaf")
-        found = tuple(bool(keep(path)) for path in self.paths)
+        found = tuple(bool(keep(path)) for path in for_both_parts(given_paths(self), self))
         if all(found) or not any(found):
             what = "every leaf" if all(found) else "no leaf"
             raise ValueError(f"{caller}: `keep` keeps {what} of {list(self.paths)}. Keep some of them, and not all.")
@@ -146,6 +160,70 @@ class ParamSpec:
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> ParamSpec:
         """The spec of the kept leaves, arranged as ``treedef`` has them."""
         return ParamSpec(treedef, kept(self.paths, keep), kept(self.shapes, keep), kept(self.dtypes, keep))
+
+
+class Parts(NamedTuple):
+    """A complex leaf as the library holds it: two real leaves."""
+
+    real: Any
+    imag: Any
+
+
+def is_complex(leaf: Any) -> bool:
+    """Whether it is a complex number or an array of them."""
+    return isinstance(leaf, complex) or getattr(getattr(leaf, "dtype", None), "kind", None) == "c"
+
+
+def split(tree: chex.ArrayTree) -> Any:
+    """The tree with each complex leaf as `Parts`."""
+    return jax.tree.map(_in_parts, tree) if any(map(is_complex, jax.tree.leaves(tree))) else tree
+
+
+def _in_parts(leaf: Any) -> Any:
+    if not is_complex(leaf):
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return Parts(*(jax.eval_shape(part, leaf) for part in (jnp.real, jnp.imag)))
+    return Parts(jnp.real(leaf), jnp.imag(leaf))
+
+
+def joined(tree: Any) -> Any:
+    """The tree with complex leaves for `Parts`: what `split` was given."""
+    return jax.tree.map(lambda node: jax.lax.complex(*node) if _is_parts(node) else node, tree, is_leaf=_is_parts)
+
+
+def _is_parts(node: Any) -> bool:
+    return isinstance(node, Parts)
+
+
+def _counted(spec: ParamSpec) -> Any:
+    return jax.tree.unflatten(spec.treedef, spec.sizes)
+
+
+def joined_structure(spec: ParamSpec) -> Any:
+    """The structure of the parameters as they are given, in which a complex leaf is one."""
+    return jax.tree.structure(_counted(spec), is_leaf=_is_parts)
+
+
+def given_paths(spec: ParamSpec) -> list[str]:
+    """The paths of the parameters as they are given, in which a complex leaf has one."""
+    flat = jax.tree_util.tree_leaves_with_path(_counted(spec), is_leaf=_is_parts)
+    return [jax.tree_util.keystr(path) or BARE for path, _ in flat]
+
+
+def for_both_parts(tree: Any, spec: ParamSpec) -> list[Any]:
+    """One value for each leaf of ``spec`` from a tree of one value for each leaf of the parameters as they are given."""
+    nodes = jax.tree.leaves(_counted(spec), is_leaf=_is_parts)
+    values = zip(nodes, jax.tree.leaves(tree), strict=True)
+    return [value for node, value in values for _ in range(len(node) if _is_parts(node) else 1)]
+
+
+def uphill(tree: Any) -> Any:
+    r"""What `jax.grad` gives as a vector of steepest ascent.
+
+    Of a complex leaf `jax.grad` gives :math:`\partial_a L - i\, \partial_b L` at ``a + i b``, whose conjugate is the gradient.
+    """
+    return jax.tree.map(lambda leaf: jnp.conj(leaf) if is_complex(leaf) else leaf, tree)
 
 
 def kept(values: Iterable[Any], keep: tuple[bool, ...]) -> tuple[Any, ...]:
@@ -166,29 +244,28 @@ def subtree(treedef: jax.tree_util.PyTreeDef, keep: tuple[bool, ...]) -> jax.tre
 
 def path_names(tree: chex.ArrayTree) -> tuple[str, ...]:
     """The path of every leaf, as a user would index it: ``['layer']['w']``, or ``params`` for a bare array."""
-    return tuple(jax.tree_util.keystr(path) or "params" for path, _ in jax.tree_util.tree_leaves_with_path(tree))
+    return tuple(jax.tree_util.keystr(path) or BARE for path, _ in jax.tree_util.tree_leaves_with_path(tree))
+
+
+BARE = "params"
+"""The path of a bare array."""
 
 
 def refuse_sparse(tree: chex.ArrayTree, name: Callable[[str], str]) -> None:
     """Raise `TypeError` where a part of the tree is a sparse array, whose own leaves would be taken for those of the tree."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_sparse):
         if is_sparse(leaf):
-            check_array(name(jax.tree_util.keystr(path) or "params"), leaf)
+            check_array(name(jax.tree_util.keystr(path) or BARE), leaf)
 
 
 def param_spec(params: chex.ArrayTree) -> ParamSpec:
-    """The spec of a parameter pytree, or a `TypeError` that names the leaf which is not a real floating array."""
+    """The spec of a parameter pytree, or a `TypeError` that names the leaf which is not a floating array."""
     refuse_sparse(params, lambda path: f"the parameter at {path}")
-    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
-    paths = path_names(params)
-    for path, (_, leaf) in zip(paths, flat, strict=True):
+    for path, leaf in zip(path_names(params), jax.tree.leaves(params), strict=True):
         _check_leaf(path, leaf)
-    return ParamSpec(
-        treedef,
-        paths,
-        tuple(jnp.shape(leaf) for _, leaf in flat),
-        tuple(jnp.result_type(leaf) for _, leaf in flat),
-    )
+    params = split(params)
+    leaves, treedef = jax.tree.flatten(params)
+    return ParamSpec(treedef, path_names(params), tuple(map(jnp.shape, leaves)), tuple(map(jnp.result_type, leaves)))
 
 
 def check_function(name: str, value: Any, signature: str) -> None:
@@ -205,9 +282,7 @@ def _check_leaf(path: str, leaf: Any) -> None:
             "close over them in the model (for Equinox modules, `equinox.partition(model, equinox.is_inexact_array)`)."
         )
     dtype = dtype_of(leaf)
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(f"the parameter at {path} is complex ({dtype}). Hold its real and imaginary parts as two leaves.")
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
             f"the parameter at {path} has dtype {dtype}, which has no derivative. Make it floating, or pass it as data."
         )
@@ -219,8 +294,13 @@ def at_least_float32(dtype: Any) -> Any:
 
 
 def cast_like(tree: Any, like: chex.ArrayTree) -> Any:
-    """``tree`` with the leaf dtypes of ``like``."""
-    return jax.tree.map(lambda leaf, target: leaf.astype(jnp.result_type(target)), tree, like)
+    """``tree`` with the leaf dtypes of ``like``, and its complex leaves where ``like`` has some."""
+
+    def cast(target: Any, leaf: Any) -> Array:
+        whole: Array = joined(leaf)
+        return whole.astype(jnp.result_type(target))
+
+    return jax.tree.map(cast, like, tree)
 
 
 def scaled(tree: chex.ArrayTree, factor: chex.Numeric) -> Any:
@@ -234,7 +314,7 @@ def select(flag: Scalar, tree: chex.ArrayTree, other: chex.ArrayTree) -> Any:
 
 
 def dot(a: chex.ArrayTree, b: chex.ArrayTree) -> Scalar:
-    """The inner product of two vectors."""
+    """The inner product of two vectors of real leaves."""
     products = jax.tree.map(lambda x, y: jnp.vdot(x, y, precision=jax.lax.Precision.HIGHEST), a, b)
     return sum(jax.tree.leaves(products), start=jnp.zeros((), jnp.result_type(*jax.tree.leaves(a))))
 

@@ -23,6 +23,17 @@ def problem():
     return params, jnp.array([[0.3, 1.0], [-0.7, 0.4], [1.2, -0.5]]), jnp.array([0, 1, 1])
 
 
+def log_psi(params, x):
+    """A complex amplitude of one layer of complex weights."""
+    return jnp.sum(jnp.log(jnp.cosh(x.astype(params["w"].dtype) @ params["w"] + params["b"])))
+
+
+def wave():
+    """Complex parameters and configurations."""
+    params, x, _ = problem()
+    return jax.tree.map(lambda leaf: jax.lax.complex(leaf, 0.3 * leaf), params), x
+
+
 def vector():
     return jax.tree.map(lambda leaf: leaf + 1, problem()[0])
 
@@ -160,6 +171,10 @@ NUMBERS = {
     "natural_grad, in pieces": lambda: natural(batch_size=2),
     "value_and_natural_grad": lambda: jf.value_and_natural_grad(LOG_PROB, damping=0.1)(*problem()),
     "clipped_grad": lambda: jf.clipped_grad(LOG_PROB, 0.5)(*problem(), weights=jnp.array([1.0, 0.0, 1.0])),
+    "energy_gradient": lambda: jf.energy_gradient(LOG_PROB)(*problem(), jnp.array([1.0, -0.5, 0.2])),
+    "energy_gradient, complex": lambda: jf.energy_gradient(log_psi)(*wave(), jnp.array([1.0, -0.5, 0.2])),
+    "scores, complex": lambda: jf.scores(log_psi, center=True)(*wave()).rmv(jnp.ones(6)),
+    "empirical_fisher, complex": lambda: jf.empirical_fisher(log_psi, center=True)(*wave()).solve(wave()[0], 0.1),
     "log_likelihood": lambda: LOG_PROB(problem()[0], problem()[1][0], problem()[2][0]),
     "scores": lambda: jf.scores(LOG_PROB, center=True)(*problem()),
     "kl": lambda: jf.kl(model)(problem()[0], vector(), problem()[1]),

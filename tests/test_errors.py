@@ -28,6 +28,10 @@ def line(theta, x):
     return jf.Normal(theta * x, jnp.ones(()))
 
 
+def log_psi(params, x):
+    return jnp.sum(x.astype(complex) * params["w"].astype(complex))
+
+
 def density(params, x, y):
     return -jnp.square(x @ params["w"] - y)
 
@@ -224,11 +228,37 @@ MISTAKES = [
     ),
     ("integer parameter, exact", lambda: exact(with_leaf(np.ones(3, int)), X), TypeError, ["['w']", "int64"]),
     (
-        "complex parameter",
-        lambda: jf.implicit_fisher(model)(with_leaf(np.ones(3, complex)), X),
+        "real vector for a complex parameter",
+        lambda: jf.empirical_fisher(log_psi)(with_leaf(np.ones(3, complex)), X).mv(with_leaf(np.ones(3))),
         TypeError,
-        ["['w']", "complex128", "two leaves"],
+        ["`v` at ['w']", "float64", "the parameter is complex", "x + 0j"],
     ),
+    (
+        "complex log-density",
+        lambda: jf.natural_grad(log_psi, damping=0.1)(with_leaf(np.ones(3, complex)), X),
+        TypeError,
+        ["`log_prob`", "complex128", "no likelihood", "jf.energy_gradient", "2 * log_psi(params, x).real"],
+    ),
+    (
+        "complex log-density, with a Fisher",
+        lambda: jf.natural_grad(log_psi, jf.empirical_fisher(log_psi), damping=0.1)(with_leaf(np.ones(3, complex)), X),
+        TypeError,
+        ["`log_prob`", "complex128", "jf.energy_gradient"],
+    ),
+    ("energies missing", lambda: jf.energy_gradient(log_psi)(PARAMS, X), TypeError, ["energy_gradient", "local_energies"]),
+    (
+        "energies of another shape",
+        lambda: jf.energy_gradient(log_psi)(PARAMS, X, np.ones((5, 1))),
+        ValueError,
+        ["`local_energies`", "(5, 1)", "(5,)", "after the samples"],
+    ),
+    (
+        "energies too few",
+        lambda: jf.energy_gradient(log_psi)(PARAMS, X, np.ones(4)),
+        ValueError,
+        ["data[0]", "5", "data[1]", "4"],
+    ),
+    ("amplitude that is no function", lambda: jf.energy_gradient(1.0), TypeError, ["`log_psi`", "1.0", "ONE sample"]),
     ("boolean parameter", lambda: exact(with_leaf(np.ones(3, bool)), X), TypeError, ["['w']", "bool", "floating"]),
     ("string parameter", lambda: exact(with_leaf("relu"), X), TypeError, ["['w']", "str", "close over", "equinox.partition"]),
     ("function parameter", lambda: exact(with_leaf(jnp.tanh), X), TypeError, ["['w']", "not an array", "close over"]),

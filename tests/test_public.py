@@ -81,7 +81,7 @@ ROOMS = {
     "Fishers": "_accumulate _fisher _gauss_newton",
     "Operators": "_operators",
     "Solving": "_cholesky _least_squares _solve _system",
-    "Natural gradients": "_natural",
+    "Natural gradients": "_energy_gradient _natural",
     "Optax": "_transform",
     "Influence": "influence",
     "Looking": "_check_fisher _diagnostics _estimate",

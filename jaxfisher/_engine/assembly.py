@@ -35,8 +35,9 @@ _DEPENDENCES = (0, ROW, EXAMPLE, EXAMPLE | ROW)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Traced:
-    """The program of one row, how many rows an example has, and what the seeds that tell them apart depend on."""
+    """The program of one row of a row function, how many an example has, and what the seeds that tell them apart depend on."""
 
+    function: Rows
     program: Program
     rows: int
     seed_flags: int
@@ -47,8 +48,12 @@ def trace(rows: Rows, params: chex.ArrayTree, data: tuple[Any, ...]) -> Traced:
     one = shape_of_one(data)
     params = varying_like(params, data)
     seeds, shapes = jax.make_jaxpr(rows.seeds, return_shape=True)(params, *one)
-    closed = jax.make_jaxpr(lambda *args: rows.row(*args))(params, _shape_of_one_seed(shapes), *one)
-    return Traced(flatten(closed), jax.tree.leaves(shapes)[0].shape[0], ROW | _example_flag(flatten(seeds), params))
+    seed = _shape_of_one_seed(shapes)
+    closed, made = jax.make_jaxpr(lambda *args: rows.row(*args), return_shape=True)(params, seed, *one)
+    known = rows.known(made[0])
+    if known != rows:
+        return trace(known, params, data)
+    return Traced(rows, flatten(closed), jax.tree.leaves(shapes)[0].shape[0], ROW | _example_flag(flatten(seeds), params))
 
 
 def _shape_of_one_seed(seeds: Any) -> Any:
@@ -73,7 +78,7 @@ class _Skeleton:
 
 
 def leaf_forms(
-    traced: Traced, rows: Rows, params: chex.ArrayTree, data: tuple[Any, ...], spec: ParamSpec
+    traced: Traced, params: chex.ArrayTree, data: tuple[Any, ...], spec: ParamSpec
 ) -> tuple[tuple[Array, ...], tuple[Leaf, ...]]:
     """The row function's auxiliary output for every example, and the forms of every parameter leaf."""
     examples = num_examples(data, "data")
@@ -83,7 +88,7 @@ def leaf_forms(
         return _one_row(traced, params, seed, example, spec)
 
     def one_example(*example: Any) -> Any:
-        seeds = rows.seeds(params, *example)
+        seeds = traced.function.seeds(params, *example)
         axes = {flag: 0 if flag & ROW else None for flag in _DEPENDENCES}
         return jax.vmap(one_row, (0, *(None for _ in example)), (axes, None, None))(seeds, *example)
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Scalar
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.inverted import Inverted
 from jaxfisher._system import Factorise, Solved
-from jaxfisher._tree import ParamSpec
+from jaxfisher._tree import ParamSpec, for_both_parts, joined_structure
 from jaxfisher._values import described, nonnegative
 
 Damping: TypeAlias = Any
@@ -26,10 +26,10 @@ def is_one_damping(damping: Damping, spec: ParamSpec) -> bool:
     leaves, treedef = jax.tree.flatten(damping)
     if jax.tree_util.treedef_is_leaf(treedef) or damping is None:
         return True
-    if treedef != spec.treedef or any(jnp.shape(leaf) != () for leaf in leaves):
+    if treedef not in (spec.treedef, joined_structure(spec)) or any(jnp.shape(leaf) != () for leaf in leaves):
         raise TypeError(
             f"`damping` is {described(damping)} with leaves of shapes {[jnp.shape(leaf) for leaf in leaves]}; expected one "
-            f"number of at least zero, or a pytree like the parameters, {spec.treedef}, with one number for each leaf."
+            f"number of at least zero, or a pytree like the parameters, {joined_structure(spec)}, with one number a leaf."
         )
     return False
 
@@ -38,7 +38,8 @@ def checked_damping(damping: Damping, spec: ParamSpec) -> Dampings:
     """The argument checked and cast: one number, or the numbers of the leaves."""
     if is_one_damping(damping, spec):
         return nonnegative("damping", damping, spec.dtype)
-    return tuple(nonnegative("damping", leaf, spec.dtype) for leaf in jax.tree.leaves(damping))
+    leaves = jax.tree.leaves(damping) if jax.tree.structure(damping) == spec.treedef else for_both_parts(damping, spec)
+    return tuple(nonnegative("damping", leaf, spec.dtype) for leaf in leaves)
 
 
 def entries_of(dampings: Dampings, spec: ParamSpec) -> Float[Array, " p"]:

@@ -14,7 +14,7 @@ from jaxfisher._operators.form import Form
 from jaxfisher._operators.operator import Operator, viewed
 from jaxfisher._operators.spectral import Spectral
 from jaxfisher._pytree import array_fields
-from jaxfisher._tree import ParamSpec, kept
+from jaxfisher._tree import ParamSpec, kept, split
 
 
 @array_fields("entries", repr=False)
@@ -98,4 +98,4 @@ def diagonal(fisher: Operator) -> Operator:
     2.5
     """
     fisher = viewed(fisher, "diagonal")
-    return Operator(Diagonal(fisher.diagonal(), fisher.spec), fisher.provenance)
+    return Operator(Diagonal(split(fisher.diagonal()), fisher.spec), fisher.provenance)

@@ -43,7 +43,7 @@ from jaxfisher._operators.inverted import Inverted, flat_inverse
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores import HeldScores, JoinedScores, Scores
 from jaxfisher._system import Factorise, System
-from jaxfisher._tree import ParamSpec
+from jaxfisher._tree import ParamSpec, split
 from jaxfisher._varying import cond, while_loop
 
 
@@ -68,10 +68,10 @@ class FromScores(Form):
         return self.scores.second_moment()
 
     def diagonal(self) -> Any:
-        return self.scores.diagonal()
+        return split(self.scores.diagonal())
 
     def product(self) -> Callable[[Any], Any]:
-        return lambda v: self.scores.rmv(self.scores.weights * self.scores.mv(v))
+        return lambda v: split(self.scores.rmv(self.scores.weights * self.scores.mv(v)))
 
     def trace(self) -> Scalar:
         return jnp.sum(self.scores.weights * self.scores.squared_norms())
@@ -221,7 +221,7 @@ class Scaled:
 
     def rmv(self, c: Float[Array, " rows"]) -> Any:
         """``X^T c``, shaped like the parameters."""
-        return self.scores.rmv(self.factor * self.root * c)
+        return split(self.scores.rmv(self.factor * self.root * c))
 
     def into_rows(self, x: Float[Array, " p"]) -> Float[Array, " rows"]:
         """``X x`` of any flat vector."""

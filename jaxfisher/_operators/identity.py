@@ -172,7 +172,7 @@ def scaled_identity(like: Operator | chex.ArrayTree, scale: chex.Numeric) -> Ope
 
     Raises:
         ValueError: a negative ``scale``.
-        TypeError: a parameter that is not a real floating array.
+        TypeError: a parameter that is not a floating array.
 
     Reference: MacKay, A practical Bayesian framework for backpropagation networks (Neural Computation 1992), section 2.
 

@@ -20,7 +20,7 @@ from jaxfisher._pieces import sum_batches
 from jaxfisher._pytree import array_fields
 from jaxfisher._row_functions import ExactRows, prediction
 from jaxfisher._scores import Scores, make_scores
-from jaxfisher._tree import ParamSpec, cast_like, kept, narrowed, products
+from jaxfisher._tree import ParamSpec, cast_like, kept, narrowed, products, split
 from jaxfisher._varying import varying_like
 
 
@@ -108,7 +108,7 @@ class Implicit(Form):
         return self.as_scores().second_moment()
 
     def diagonal(self) -> Any:
-        return self.as_scores().diagonal()
+        return split(self.as_scores().diagonal())
 
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Implicit:
         return dataclasses.replace(self, keep=narrowed(self.keep, keep), spec=self.spec.restrict(keep, treedef))

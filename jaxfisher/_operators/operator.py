@@ -27,7 +27,7 @@ from jaxfisher._pytree import array_fields
 from jaxfisher._scores import Scores
 from jaxfisher._stack import refuse_stack
 from jaxfisher._system import Factorise, SolveInfo
-from jaxfisher._tree import ParamSpec, cast_like, subtree
+from jaxfisher._tree import ParamSpec, cast_like, joined, subtree
 from jaxfisher._values import check_number, described, is_known_positive, nonnegative
 from jaxfisher._varying import alike
 
@@ -208,7 +208,7 @@ class Operator:
         >>> print(F.diagonal())
         [4. 2.]
         """
-        return _diagonal(self)
+        return joined(_diagonal(self))
 
     def trace(self) -> Scalar:
         """``tr F``, a scalar, at the cost of `diagonal` or less; `jaxfisher.estimate_trace` is the estimate from products.
@@ -267,7 +267,7 @@ class Operator:
         [1.4142]
         """
         basis = null_vectors(_small_matrix(self))
-        null: chex.ArrayTree = jax.vmap(self.spec.unravel)(basis.T)
+        null: chex.ArrayTree = joined(jax.vmap(self.spec.unravel)(basis.T))
         return null
 
     def restrict(self, keep: Callable[[str], bool]) -> Operator:

@@ -12,15 +12,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._engine import Basis, Leaf, Seal
-from jaxfisher._linalg import matmul, mirrored
+from jaxfisher._linalg import mirrored
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores.map import Scores
-from jaxfisher._tree import ParamSpec, dot
+from jaxfisher._tree import ParamSpec, dot, joined, split
 
 
 @array_fields("scores", "mean_weights", repr=False)
 class CenteredScores(Scores):
     r"""``Q S`` with ``Q = diag(live) (I - 1 omega^T)``: every row less the weighted mean row, and zero where it is padding.
+
+    Rows of several ``kinds`` take turns, as those of the real and the imaginary part of an amplitude do. Then each is less the
+    mean of its own kind: ``Q`` is one such projection for each kind.
 
     The projection acts on rows, so the factors of ``S`` stay. A mean that dominates the scores must be taken out of the
     factors first (`shifted`), or the difference is lost in rounding.
@@ -28,6 +31,7 @@ class CenteredScores(Scores):
 
     scores: Scores
     mean_weights: Float[Array, " rows"]
+    kinds: int = 1
 
     @property
     def _way(self) -> str:
@@ -43,6 +47,10 @@ class CenteredScores(Scores):
         """The weights of the rows."""
         return self.scores.weights
 
+    @property
+    def _num_examples(self) -> int:
+        return self.scores._num_examples
+
     def rescaled(self, factors: tuple[Scalar, ...]) -> CenteredScores:
         return dataclasses.replace(self, scores=self.scores.rescaled(factors))
 
@@ -51,21 +59,34 @@ class CenteredScores(Scores):
         """Which rows are those of examples: padding has no weight in the mean, and nothing to take it from."""
         return self.mean_weights != 0
 
-    def _mean(self) -> Any:
-        return self.scores.rmv(self.mean_weights)
+    def _sums(self, numbers: Float[Array, "rows ..."]) -> Float[Array, "kinds ..."]:
+        """The sum over the rows of each kind."""
+        return jnp.sum(numbers.reshape(-1, self.kinds, *numbers.shape[1:]), 0)
+
+    def _own(self, values: Float[Array, "kinds ..."]) -> Float[Array, "rows ..."]:
+        """For every row what belongs to its kind."""
+        return jnp.tile(values, (self.weights.size // self.kinds, *(1,) * (values.ndim - 1)))
+
+    def _of_kind(self, w: Float[Array, " rows"], kind: int) -> Float[Array, " rows"]:
+        return jnp.where(jnp.arange(w.size) % self.kinds == kind, w, 0)
+
+    def _of_each(self, w: Float[Array, " rows"]) -> list[Any]:
+        """The sum of the rows of each kind, weighted, with complex leaves in parts."""
+        return [split(self.scores.rmv(self._of_kind(w, kind))) for kind in range(self.kinds)]
 
     def product(self, v: chex.ArrayTree, seal: Seal) -> Float[Array, " rows"]:
         product = self.scores.product(v, seal)
-        return jnp.where(self._live, product - jnp.sum(self.mean_weights * product), 0)
+        return jnp.where(self._live, product - self._own(self._sums(self.mean_weights * product)), 0)
 
     def rmv(self, w: Float[Array, " rows"]) -> Any:
         w = jnp.where(self._live, self._row_numbers(w), 0)
-        return self.scores.rmv(w - self.mean_weights * jnp.sum(w))
+        return self.scores.rmv(w - self.mean_weights * self._own(self._sums(w)))
 
     def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
         full = mirrored(self.scores.gram_upper(factor))
-        mean = matmul(full, self.mean_weights)
-        centred = full - (mean[:, None] + mean[None, :] - jnp.sum(self.mean_weights * mean))
+        along = self._sums(self.mean_weights[:, None] * full)  # [kinds, rows]
+        both = self._sums((self.mean_weights[None] * along).T)  # [kinds, kinds]
+        centred = full - (self._own(along) + self._own(along).T - self._own(self._own(both).T))
         return jnp.where(self._live[:, None] & self._live[None, :], centred, 0)
 
     def _crossed(self, other: Scores) -> Float[Array, "rows others"]:
@@ -76,12 +97,19 @@ class CenteredScores(Scores):
 
     def _less_mean(self, products: Float[Array, "rows others"]) -> Float[Array, "rows others"]:
         """``Q`` applied to a matrix."""
-        return jnp.where(self._live[:, None], products - matmul(self.mean_weights, products)[None, :], 0)
+        means = self._sums(self.mean_weights[:, None] * products)
+        return jnp.where(self._live[:, None], products - self._own(means), 0)
 
     def squared_norms(self) -> Float[Array, " rows"]:
-        mean = self._mean()
-        norms = self.scores.squared_norms() - 2 * self.scores.mv(mean) + dot(mean, mean)
-        return jnp.where(self._live, norms, 0)
+        means = self._of_each(self.mean_weights)
+        lengths = self._own(jnp.stack([dot(mean, mean) for mean in means]))
+        along = sum(self._of_kind(self.scores.mv(mean), kind) for kind, mean in enumerate(means))
+        return jnp.where(self._live, self.scores.squared_norms() - 2 * along + lengths, 0)
+
+    def _kinds(self) -> list[tuple[Any, Any, Scalar]]:
+        """For each kind the weighted sum of its rows, their mean, and the sum of their weights."""
+        masses = self._sums(self.weights)
+        return list(zip(self._of_each(self.weights), self._of_each(self.mean_weights), masses, strict=True))
 
     def _clipped(self, max_norm: Scalar) -> tuple[Any, Int[Array, ""]]:
         raise TypeError(
@@ -91,25 +119,30 @@ class CenteredScores(Scores):
 
     def diagonal(self) -> Any:
         # sum w (s - c)^2 = sum w s^2 - c (2 sum w s - c sum w).
-        whole, weighted, mean = self.scores.diagonal(), self.scores.rmv(self.weights), self._mean()
-        mass = jnp.sum(self.weights)
-        return jax.tree.map(lambda d, s, c: d - c * (2 * s - mass * c), whole, weighted, mean)
+        found = split(self.scores.diagonal())
+        for weighted, mean, mass in self._kinds():
+            found = jax.tree.map(lambda d, s, c, mass=mass: d - c * (2 * s - mass * c), found, weighted, mean)
+        return joined(found)
 
     def scaled_moment(self, factor: Scalar) -> Float[Array, "p p"]:
-        means = self.scores.rmv(self.weights), self._mean()
-        weighted, mean = (factor * self.spec.ravel(vector, "mean") for vector in means)
-        cross = weighted[:, None] * mean[None, :]
-        return self.scores.scaled_moment(factor) - cross - cross.T + jnp.sum(self.weights) * mean[:, None] * mean[None, :]
+        found = self.scores.scaled_moment(factor)
+        for weighted, mean, mass in self._kinds():
+            s, c = (factor * self.spec.ravel(vector, "mean") for vector in (weighted, mean))
+            cross = s[:, None] * c[None, :]
+            found = found - cross - cross.T + mass * c[:, None] * c[None, :]
+        return found
 
     def squares_along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
         # As in `diagonal`.
-        whole, weighted, mean = self.scores.squares_along(basis), self.scores.rmv(self.weights), self._mean()
-        s, c = basis.turned(weighted), basis.turned(mean)
-        return whole - c * (2 * s - jnp.sum(self.weights) * c)
+        found = self.scores.squares_along(basis)
+        for weighted, mean, mass in self._kinds():
+            s, c = basis.turned(weighted), basis.turned(mean)
+            found = found - c * (2 * s - mass * c)
+        return found
 
     def as_matrix(self) -> Float[Array, "rows p"]:
-        centred = self.scores.as_matrix() - self.spec.ravel(self._mean(), "mean")[None, :]
-        return jnp.where(self._live[:, None], centred, 0)
+        means = jnp.stack([self.spec.ravel(mean, "mean") for mean in self._of_each(self.mean_weights)])
+        return jnp.where(self._live[:, None], self.scores.as_matrix() - self._own(means), 0)
 
     def bound(self) -> Scalar:
         return 2 * self.scores.bound()
@@ -117,8 +150,8 @@ class CenteredScores(Scores):
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> CenteredScores:
         return dataclasses.replace(self, scores=self.scores.restrict(keep, spec))
 
-    def centered(self) -> Scores:
-        return CenteredScores(self, self.weights)
+    def centered(self, kinds: int = 1) -> Scores:
+        return CenteredScores(self, self.weights, kinds)
 
     def reweighted(self, factor: Any) -> CenteredScores:
         return dataclasses.replace(self, scores=self.scores.reweighted(factor))

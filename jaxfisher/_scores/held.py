@@ -28,11 +28,11 @@ from jaxfisher._engine import (
     squares_along,
 )
 from jaxfisher._linalg import matmul
-from jaxfisher._once import once
+from jaxfisher._once import Static, once
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores.centred import CenteredScores
 from jaxfisher._scores.map import FactoredScores, Role, Scores, roles_of, total
-from jaxfisher._tree import ParamSpec
+from jaxfisher._tree import ParamSpec, joined
 
 
 @array_fields("leaves", "weights", repr=False)
@@ -66,9 +66,13 @@ class HeldScores(FactoredScores):
         parts = [leaf.mv(x, seal) for leaf, x in zip(self.leaves, self.spec.leaves(v, "v"), strict=True)]
         return total(parts).reshape(-1)
 
+    @property
+    def _num_examples(self) -> int:
+        return self.leaves[0].examples
+
     def rmv(self, w: Float[Array, " rows"]) -> Any:
         w = self._by_example(self._row_numbers(w))
-        return self.spec.tree([leaf.rmv(w) for leaf in self.leaves])
+        return joined(self.spec.tree([leaf.rmv(w) for leaf in self.leaves]))
 
     def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
         return gram_upper(self.leaves, factor)
@@ -93,7 +97,7 @@ class HeldScores(FactoredScores):
         return whole, jnp.sum(longer, dtype=jnp.int32)
 
     def diagonal(self) -> Any:
-        return self.spec.tree([diagonal(leaf, self._omega) for leaf in self.leaves])
+        return joined(self.spec.tree([diagonal(leaf, self._omega) for leaf in self.leaves]))
 
     def scaled_moment(self, factor: Scalar) -> Float[Array, "p p"]:
         parts = [outer(leaf) for leaf in self.leaves]
@@ -112,11 +116,8 @@ class HeldScores(FactoredScores):
     def squares_along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
         return squares_along(basis, self.leaves, self._omega)
 
-    @partial(once, examples=lambda scores: scores)
-    def centered(self) -> Scores:
-        means = [leaf.means(self._omega) for leaf in self.leaves]
-        shifted = tuple(leaf.shifted(mean) for leaf, mean in zip(self.leaves, means, strict=True))
-        return CenteredScores(dataclasses.replace(self, leaves=shifted), self.weights)
+    def centered(self, kinds: int = 1) -> Scores:
+        return _centered(self, Static(kinds))
 
     def as_matrix(self) -> Float[Array, "rows p"]:
         return jnp.concatenate([leaf.gradient().reshape(self.num_rows, -1) for leaf in self.leaves], axis=1)
@@ -126,6 +127,13 @@ class HeldScores(FactoredScores):
 
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> HeldScores:
         return HeldScores(kept_leaves(self.leaves, keep), self.weights, spec)
+
+
+@partial(once, examples=lambda scores, kinds: scores)
+def _centered(scores: HeldScores, kinds: Static[int]) -> Scores:
+    means = [leaf.means(scores._omega, kinds.value) for leaf in scores.leaves]
+    shifted = tuple(leaf.shifted(mean) for leaf, mean in zip(scores.leaves, means, strict=True))
+    return CenteredScores(dataclasses.replace(scores, leaves=shifted), scores.weights, kinds.value)
 
 
 def kept_leaves(leaves: tuple[Leaf, ...], keep: tuple[bool, ...]) -> tuple[Leaf, ...]:

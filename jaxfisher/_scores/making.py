@@ -13,14 +13,14 @@ from jaxtyping import Array, Float
 
 from jaxfisher._engine import Traced, leaf_forms, trace, working
 from jaxfisher._examples import Batch, make_batch, map_examples, needs_data
-from jaxfisher._model import LOG_PROB, LogProb, of_one_example
+from jaxfisher._model import LOG_PROB, LogProb, check_real, of_one_example
 from jaxfisher._once import Static, once_for
 from jaxfisher._pieces import map_batches
 from jaxfisher._row_functions import Rows, ScoreRows
 from jaxfisher._scores.held import HeldScores
-from jaxfisher._scores.map import Scores
+from jaxfisher._scores.map import Scores, examples_of
 from jaxfisher._scores.pieces import StreamedScores, masked
-from jaxfisher._tree import check_function
+from jaxfisher._tree import check_function, joined, split
 from jaxfisher._values import check_flag
 
 
@@ -34,16 +34,18 @@ def values_and_scores(log_prob: LogProb, params: chex.ArrayTree, batch: Batch) -
     values, made = _values_and_scores(ScoreRows(log_prob), params, batch)
     if isinstance(made, StreamedScores):
         values = _values(log_prob, params, batch, Static(made.batch_size))
+    check_real(values, "log_prob")
     return values.astype(batch.spec.dtype), made
 
 
 @partial(once_for, examples=lambda params, batch, *_: batch.data)
 def _values(log_prob: LogProb, params: chex.ArrayTree, batch: Batch, pieces: Static[int]) -> Float[Array, " n"]:
-    values: Array = map_batches(lambda *piece: map_examples(log_prob, params, piece), batch.data, pieces.value)
+    values: Array = map_batches(lambda *piece: map_examples(log_prob, joined(params), piece), batch.data, pieces.value)
     return values
 
 
 def _values_and_scores(rows: Rows, params: chex.ArrayTree, batch: Batch) -> tuple[Any, Scores]:
+    params = split(params)
     made, weights = _run(rows, params, batch)
     if not isinstance(made, Static):
         aux, leaves = made
@@ -55,12 +57,12 @@ def _values_and_scores(rows: Rows, params: chex.ArrayTree, batch: Batch) -> tupl
 @partial(once_for, examples=lambda params, batch: batch.data)
 def _run(rows: Rows, params: chex.ArrayTree, batch: Batch) -> tuple[tuple[Any, Any] | Static[int], Float[Array, " rows"]]:
     """What rows come with and the forms of their leaves, or the number of examples in a piece; and the rows' weights."""
-    with of_one_example(rows.function, rows.name, params, batch.data[rows.own :]):
+    with of_one_example(rows.function, rows.name, joined(params), batch.data[rows.own :]):
         traced = trace(rows, params, batch.data)
     weights = jnp.repeat(batch.weights, traced.rows)
-    batch_size = _batch_size(traced, rows, params, batch)
+    batch_size = _batch_size(traced, params, batch)
     if batch_size is None or batch_size >= batch.size:
-        aux, leaves = leaf_forms(traced, rows, params, batch.data, batch.spec)
+        aux, leaves = leaf_forms(traced, params, batch.data, batch.spec)
         return (aux, masked(leaves, batch.live)), weights
     return Static(batch_size), weights
 
@@ -69,18 +71,18 @@ PLAIN_BYTES = 2**30
 """The bytes that gradients which could not be left as factors may take before they are made in pieces instead of held."""
 
 
-def _batch_size(traced: Traced, rows: Rows, params: chex.ArrayTree, batch: Batch) -> int | None:
+def _batch_size(traced: Traced, params: chex.ArrayTree, batch: Batch) -> int | None:
     """How many examples to work on at a time: as asked for, else by the memory one example takes; None for all at once."""
     limit = batch.max_bytes
     if limit is None:
         if batch.batch_size is not None:
             return batch.batch_size
-        shapes = jax.eval_shape(lambda data: leaf_forms(traced, rows, params, data, batch.spec)[1], batch.data)
+        shapes = jax.eval_shape(lambda data: leaf_forms(traced, params, data, batch.spec)[1], batch.data)
         if sum(leaf.bytes for leaf in shapes if leaf.why is not None) <= PLAIN_BYTES:
             return None
         limit = PLAIN_BYTES
     first = jax.tree.map(lambda leaf: leaf[:1], batch.data)
-    one = jax.eval_shape(lambda data: leaf_forms(traced, rows, params, data, batch.spec)[1], first)
+    one = jax.eval_shape(lambda data: leaf_forms(traced, params, data, batch.spec)[1], first)
     beside = max(working(leaf) for leaf in one)
     taken = sum(leaf.bytes for leaf in one) + batch.spec.dtype.itemsize * (traced.rows * traced.program.size + beside)
     if taken > limit:
@@ -98,9 +100,14 @@ def scores(
 
     .. math:: S_{ij} = \partial_{\theta_j} \log p_\theta(x_i), \qquad S \in R^{n \times p}.
 
+    A complex ``log_prob``, the log-amplitude of a wave function, has two rows an example: of its real and of its imaginary
+    part, one after the other. Parameters may be complex: a complex leaf is two real numbers, and what is returned for it is
+    complex again.
+
     Args:
         log_prob: ``(params, *example) -> scalar``, the log-density of ONE example; the library maps it over the data.
-        center: subtract the (weighted) mean score, so that ``S^T S / n`` is the covariance of the score.
+        center: subtract the (weighted) mean score, of real and of imaginary parts each their own, so that ``S^T S / n`` is
+            the covariance of the score.
         batch_size: make the scores again in pieces of at most so many examples whenever they are needed, instead of holding
             them.
         max_bytes: instead of a ``batch_size``: take as many examples at a time as keep the scores that are held, and what is
@@ -114,7 +121,7 @@ def scores(
         ValueError: (when called) arrays of different lengths, a non-scalar ``log_prob``, one that is a batch mean, weights of
             another shape, or known to be negative, not finite or all zero; a ``batch_size`` below one, a ``max_bytes`` that
             one example exceeds. Weights of this kind whose values are not known at trace time give NaN.
-        TypeError: ``center`` is neither True nor False; (when called) a parameter that is not a real floating array.
+        TypeError: ``center`` is neither True nor False; (when called) a parameter that is not a floating array.
 
     Reference: Amari, Natural gradient works efficiently in learning (Neural Computation 1998), section 2.
 
@@ -132,6 +139,6 @@ def scores(
     def scores_of(params: chex.ArrayTree, *data: Any, weights: Float[Array, " n"] | None = None) -> Scores:
         needs_data(data, "scores")
         made = make_scores(rows, params, make_batch(params, data, weights, batch_size, max_bytes))
-        return made.centered() if center else made
+        return made.centered(made.num_rows // examples_of(made)) if center else made
 
     return scores_of

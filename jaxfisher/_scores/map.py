@@ -40,7 +40,9 @@ class Scores(abc.ABC):
     r"""Per-example scores as a linear map ``S`` with ``rows`` rows and ``p`` columns.
 
     Row ``i`` is :math:`s_i = \nabla_\theta \log p_\theta(x_i)`. Columns are ordered as `jax.flatten_util.ravel_pytree`
-    orders the parameters. Made by `jaxfisher.scores`; a pytree that crosses ``jit``.
+    orders the parameters; a complex leaf has the columns of its real parts and then those of its imaginary parts. Where the
+    log-density is complex an example has two rows, one after the other: of its real and of its imaginary part. Made by
+    `jaxfisher.scores`; a pytree that crosses ``jit``.
     """
 
     spec: ParamSpec
@@ -70,6 +72,11 @@ class Scores(abc.ABC):
     def num_rows(self) -> int:
         """Number of rows: the examples, times the rows each contributes."""
         return self.weights.shape[0]
+
+    @property
+    @abc.abstractmethod
+    def _num_examples(self) -> int:
+        """Number of examples, n."""
 
     def mv(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
         """``S v``: the directional derivative of every log-density along ``v``, shape ``[rows]``."""
@@ -143,7 +150,10 @@ class Scores(abc.ABC):
 
     @abc.abstractmethod
     def diagonal(self) -> Any:
-        """The diagonal of ``S^T S / n`` (with weights, of ``S^T diag(omega) S``), a pytree like the parameters."""
+        """The diagonal of ``S^T S / n`` (with weights, of ``S^T diag(omega) S``), a pytree like the parameters.
+
+        The entry of a complex leaf is ``a + i b`` with the diagonal's two numbers for its real and its imaginary part.
+        """
 
     @once
     def second_moment(self) -> Float[Array, "p p"]:
@@ -178,8 +188,11 @@ class Scores(abc.ABC):
         """The columns of the kept leaves only."""
 
     @abc.abstractmethod
-    def centered(self) -> Scores:
-        """The scores less their weighted mean."""
+    def centered(self, kinds: int = 1) -> Scores:
+        """The scores less their weighted mean.
+
+        Rows of several ``kinds`` that take turns, such as those of real and imaginary parts, have a mean for each kind.
+        """
 
     def _row_numbers(self, w: Float[Array, " rows"]) -> Float[Array, " rows"]:
         """``w`` in the statistics dtype, after checking that it has one real number for each row."""
@@ -230,6 +243,11 @@ class Role(NamedTuple):
 
     layer: int | None
     touched: bool
+
+
+def examples_of(scores: Scores) -> int:
+    """The number of examples that scores are of."""
+    return scores._num_examples
 
 
 def roles_of(leaves: Sequence[Leaf]) -> tuple[Role, ...]:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._engine import Basis, Leaf, Moments, Seal, cross_gram, leaf_forms, trace
 from jaxfisher._examples import num_examples
-from jaxfisher._once import once
+from jaxfisher._once import Static, once
 from jaxfisher._pieces import Pieces, map_batches, pieces, sum_batches
 from jaxfisher._pytree import array_fields
 from jaxfisher._row_functions import Rows
@@ -92,6 +92,10 @@ class StreamedScores(ScoresInPieces, FactoredScores):
     factors: tuple[Scalar, ...] | None = None
 
     @property
+    def _num_examples(self) -> int:
+        return num_examples(self.data, "data")
+
+    @property
     def _way(self) -> str:
         return f"in pieces of {self.batch_size:,}"
 
@@ -113,7 +117,7 @@ class StreamedScores(ScoresInPieces, FactoredScores):
     def _leaves(self, *data: Any) -> tuple[Leaf, ...]:
         """The leaves of a piece of the data, as the engine gives them."""
         traced = trace(self.rows, self.params, data)
-        return leaf_forms(traced, self.rows, self.params, data, param_spec(self.params))[1]
+        return leaf_forms(traced, self.params, data, param_spec(self.params))[1]
 
     def _held(self, weights: Float[Array, "n m"], live: Bool[Array, " n"] | None, *data: Any) -> HeldScores:
         leaves = masked(self._leaves(*data), live)
@@ -123,7 +127,7 @@ class StreamedScores(ScoresInPieces, FactoredScores):
         return held if self.factors is None else held.rescaled(self.factors)
 
     def _by_example(self, w: Float[Array, " rows"]) -> Float[Array, "n m"]:
-        return w.reshape(num_examples(self.data, "data"), -1)
+        return w.reshape(self._num_examples, -1)
 
     def _pieces(self, function: Callable[..., Any], gather: Callable[..., Any], given: Sequence[Array]) -> Any:
         def piece(own: tuple[Array, ...], data: tuple[Any, ...]) -> Any:
@@ -178,9 +182,9 @@ class StreamedScores(ScoresInPieces, FactoredScores):
         found: tuple[Moments | None, ...] = self._sum(HeldScores.reduced_moments)
         return found
 
-    def centered(self) -> Scores:
+    def centered(self, kinds: int = 1) -> Scores:
         # Any constant near the mean will do for the shift: the mean of one piece.
-        return CenteredScores(dataclasses.replace(self, shift=_first_means(self)), self.weights)
+        return CenteredScores(dataclasses.replace(self, shift=_first_means(self, Static(kinds))), self.weights, kinds)
 
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> StreamedScores:
         factors = None if self.factors is None else tuple(kept(self.factors, keep))
@@ -188,11 +192,11 @@ class StreamedScores(ScoresInPieces, FactoredScores):
 
 
 @once
-def _first_means(scores: StreamedScores) -> tuple[Any, ...]:
+def _first_means(scores: StreamedScores, kinds: Static[int]) -> tuple[Any, ...]:
     """The means of the factors over the examples of one piece."""
     cut = pieces(scores._weighted_data(), scores.batch_size)
     weights, _, *data = scores._weighted_data() if cut is None else cut.piece(jnp.zeros((), jnp.int32))
-    return tuple(leaf.means(jnp.ones_like(weights)) for leaf in scores._leaves(*data))
+    return tuple(leaf.means(jnp.ones_like(weights), kinds.value) for leaf in scores._leaves(*data))
 
 
 def masked(leaves: tuple[Leaf, ...], live: Bool[Array, " n"] | None) -> tuple[Leaf, ...]:
@@ -205,6 +209,10 @@ class JoinedScores(ScoresInPieces):
     """The rows of several blocks of scores, one after the other."""
 
     parts: tuple[HeldScores, ...]
+
+    @property
+    def _num_examples(self) -> int:
+        return sum(part._num_examples for part in self.parts)
 
     @property
     def _way(self) -> str:
@@ -244,8 +252,8 @@ class JoinedScores(ScoresInPieces):
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> JoinedScores:
         return JoinedScores(tuple(part.restrict(keep, spec) for part in self.parts))
 
-    def centered(self) -> Scores:
-        return CenteredScores(self, self.weights)
+    def centered(self, kinds: int = 1) -> Scores:
+        return CenteredScores(self, self.weights, kinds)
 
     def reweighted(self, factor: Any) -> JoinedScores:
         return JoinedScores(tuple(dataclasses.replace(part, weights=part.weights * factor) for part in self.parts))

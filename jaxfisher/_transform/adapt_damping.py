@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 from jaxfisher._once import either
 from jaxfisher._operators.operator import Operator
 from jaxfisher._transform.update_arguments import Shared, check_params, check_state, fisher_for, function_for, value_for
-from jaxfisher._tree import described, dot, param_spec
+from jaxfisher._tree import described, dot, param_spec, split
 from jaxfisher._values import check_nonnegative, check_number
 
 
@@ -190,7 +190,7 @@ def adapting(
             ratio=jnp.ones((), jnp.float32),
             accepted=jnp.asarray(True),
             rejected=jnp.zeros((), jnp.int32),
-            taken=jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), params),
+            taken=jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), split(params)),
         )
 
     def update(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Scalar
 from jaxfisher._linalg import matmul
 from jaxfisher._operators.operator import Operator, inner_products
 from jaxfisher._transform.update_arguments import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
-from jaxfisher._tree import cast_like, param_spec, products
+from jaxfisher._tree import cast_like, param_spec, products, split
 from jaxfisher._values import check_nonnegative, nonnegative
 
 
@@ -79,7 +79,7 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
 
     def init(params: chex.ArrayTree) -> QuadraticModelState:
         dtype = param_spec(params).dtype
-        step = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), params)
+        step = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), split(params))
         return QuadraticModelState(jnp.zeros((), jnp.int32), step, *(jnp.zeros((), dtype) for _ in range(3)))
 
     def update(
@@ -98,7 +98,7 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
         if grad is None:
             raise ValueError("quadratic_model: `update` needs `grad`, the gradient itself. Pass it by keyword to opt.update.")
         check_state(state, QuadraticModelState, "quadratic_model")
-        check_vector_of_state(state.step, updates, "quadratic_model")
+        check_vector_of_state(state.step, split(updates), "quadratic_model")
         operator = fisher_for(updates, fisher, "quadratic_model")
         strength = nonnegative("damping", damping_for(damping, usual, state.count, "quadratic_model"), operator.spec.dtype)
         g, d = operator.spec.tree(operator.spec.leaves(grad, "grad")), operator.spec.vector(updates)

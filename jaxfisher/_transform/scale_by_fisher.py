@@ -31,7 +31,7 @@ from jaxfisher._transform.update_arguments import (
     damping_for,
     fisher_for,
 )
-from jaxfisher._tree import all_finite, cast_like, check_function, param_spec, scaled
+from jaxfisher._tree import all_finite, cast_like, check_function, param_spec, scaled, split
 from jaxfisher._values import check_nonnegative, check_number
 
 
@@ -161,7 +161,7 @@ def preconditioner(settings: Settings, hold: Hold) -> optax.GradientTransformati
         zeros = partial(_zeros, dtype=dtype)
         mean = zeros(arrays_of(_averaging(shape_of_view(params, like, viewed)).form)) if decay is not None else ()
         held = zeros(_held_arrays(hold, shape_of_view(params, like, viewed))) if update_every is not None else ()
-        previous = () if momentum is None else jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), params)
+        previous = () if momentum is None else jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), split(params))
         return ScaleByFisherState(jnp.zeros((), jnp.int32), mean, held, previous, _no_info(params))
 
     def update(
@@ -178,7 +178,7 @@ def preconditioner(settings: Settings, hold: Hold) -> optax.GradientTransformati
             return updates, state
         check_state(state, ScaleByFisherState, "scale_by_fisher")
         if momentum is not None:
-            check_vector_of_state(state.previous, updates, "scale_by_fisher")
+            check_vector_of_state(state.previous, split(updates), "scale_by_fisher")
 
         # Made in the branch of a refresh that is due, and not before it.
         given = fisher.anew if update_every is not None and isinstance(fisher, Shared) else fisher

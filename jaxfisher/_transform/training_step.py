@@ -20,7 +20,7 @@ from jaxfisher._targets import taken_by
 from jaxfisher._transform.cheap import Offered, cheap_fisher
 from jaxfisher._transform.like import fishers_like
 from jaxfisher._transform.objective import StepData, WithoutAux, likelihood, own_loss, step_data
-from jaxfisher._tree import check_function, described
+from jaxfisher._tree import check_function, described, uphill
 from jaxfisher._values import check_flag
 
 
@@ -148,6 +148,7 @@ def training_step(
         known = step_data(data, key, {"weights": weights, "counts": counts}, "training_step", with_target=loss is None)
         evaluate = objective(params, known)
         (value, aux), grads = jax.value_and_grad(evaluate, has_aux=True)(params)
+        grads = uphill(grads)
 
         # Optax's line searches refuse a keyword that the signature of `value_fn` does not name, whoever it is for.
         def value_fn(
@@ -168,7 +169,7 @@ def training_step(
             "grad": grads,
             "value_fn": value_fn,
             "obj_fn": value_fn,
-            "grad_fn": lambda new, _: jax.grad(value_fn)(new),
+            "grad_fn": lambda new, _: uphill(jax.grad(value_fn)(new)),
             "kl_fn": lambda new: divergence(params, new, *known.inputs, **known.given),
             "fisher": Offered(lambda: curvature_of(params, known), cheap),
         }

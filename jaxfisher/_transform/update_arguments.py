@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Int
 
 from jaxfisher._operators.operator import Operator, as_operator, restricted
-from jaxfisher._tree import described, path_names, refuse_sparse
+from jaxfisher._tree import described, path_names, refuse_sparse, split
 from jaxfisher._values import is_number
 
 ScalarOrSchedule: TypeAlias = float | Array | Callable[[Array], Any]
@@ -72,6 +72,7 @@ def fisher_for(updates: Any, fisher: Operator | Callable[[], Operator] | None, c
         fisher = fisher()
     operator = as_operator(fisher, f"{caller}: `fisher`")
     refuse_sparse(updates, lambda path: f"{caller}: `updates` at {path}")
+    given, updates = updates, split(updates)
     treedef = jax.tree.structure(updates)
     names = path_names(updates)
     known = all(name in operator.spec.paths for name in names)
@@ -83,7 +84,7 @@ def fisher_for(updates: Any, fisher: Operator | Callable[[], Operator] | None, c
             f"{caller}: the updates are not over the parameters of `fisher`, {operator}: {where}. "
             "Make the Fisher at the parameters that the updates are for."
         )
-    operator.spec.check(updates, "updates")
+    operator.spec.check(given, "updates")
     return operator
 
 

@@ -88,11 +88,16 @@ def weighted(w: Float[Array, "n r"], x: Float[Array, "n r b t o"], shape: Sequen
     return sum_to(w[:, :, None, None, None] * x, shape)
 
 
-def mean(array: Array, w: Float[Array, "n r"]) -> Array:
-    """The weighted mean over examples and rows, with axes of length one for them; zero if no weight is positive."""
+def mean(array: Array, w: Float[Array, "n r"], by_row: bool = False) -> Array:
+    """The weighted mean over examples and rows, with axes of length one for them; zero if no weight is positive.
+
+    With ``by_row`` it is over examples, and each row of an example has its own.
+    """
     weight = sum_to(w, array.shape[:2])
-    whole = jnp.sum(weight)
+    whole = jnp.sum(weight, 0 if by_row else None, keepdims=True)
     weight = jnp.broadcast_to(weight / jnp.where(whole > 0, whole, 1), array.shape[:2])
+    if by_row:
+        return jnp.einsum("nr,nr...->r...", weight, array, precision=HIGHEST)[None]
     return jnp.einsum("nr,nr...->...", weight, array, precision=HIGHEST)[None, None]
 
 

@@ -48,9 +48,9 @@ class Convolution:
         right = jnp.max(jnp.abs(self.right), -1, initial=0.0)
         return jnp.max(jnp.sum((jnp.maximum(left, 1) if bias else left) * right, 3), 2)
 
-    def means(self, w: Float[Array, "n rows"]) -> tuple[Array, ...]:
+    def means(self, w: Float[Array, "n rows"], by_row: bool) -> tuple[Array, ...]:
         """Those of the images and of the right factors."""
-        return mean(self.windows.image, w * extent(self.right)), mean(self.right, w)
+        return mean(self.windows.image, w * extent(self.right), by_row), mean(self.right, w, by_row)
 
     def shifted(self, means: tuple[Array, ...]) -> tuple[Convolution, ...]:
         """Two convolutions: of deviations of images, and of right factors with a constant image."""

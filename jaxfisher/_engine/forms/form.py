@@ -43,8 +43,11 @@ class Form(Protocol):
     def sizes(self, *, bias: bool) -> Float[Array, "n rows"]:
         """A bound on the entries of each row, of their order of magnitude; with those of the bias of the layer."""
 
-    def means(self, w: Float[Array, "n rows"]) -> tuple[Array, ...]:
-        """Means of what is held, for `shifted`; of left factors by how much they count, which is the size of the right ones."""
+    def means(self, w: Float[Array, "n rows"], by_row: bool) -> tuple[Array, ...]:
+        """Means of what is held, for `shifted`; of left factors by how much they count, which is the size of the right ones.
+
+        They are over examples and rows, or ``by_row`` over examples only.
+        """
 
     def shifted(self, means: tuple[Array, ...]) -> tuple[Form, ...]:
         r"""Terms that add up to the gradients less a constant, which is near their mean if ``means`` are near those held.

@@ -57,9 +57,9 @@ class Formed:
         """The largest entries in absolute value."""
         return jnp.max(jnp.abs(self.value), range(2, self.value.ndim), initial=0.0)
 
-    def means(self, w: Float[Array, "n rows"]) -> tuple[Array, ...]:
+    def means(self, w: Float[Array, "n rows"], by_row: bool) -> tuple[Array, ...]:
         """That of the gradients."""
-        return (mean(self.value, w),)
+        return (mean(self.value, w, by_row),)
 
     def shifted(self, means: tuple[Array, ...]) -> tuple[Formed, ...]:
         """The gradients less a constant."""

@@ -124,9 +124,9 @@ class Leaf:
         whole: Array = total([form.sizes(bias=self.bias) for form in self.forms])
         return whole
 
-    def means(self, w: Float[Array, "examples rows"]) -> tuple[tuple[Array, ...], ...]:
-        """The weighted means of what every form holds, for `shifted`."""
-        return tuple(form.means(w) for form in self.forms)
+    def means(self, w: Float[Array, "examples rows"], kinds: int = 1) -> tuple[tuple[Array, ...], ...]:
+        """The weighted means of what every form holds, for `shifted`: of all rows, or of each where each is of its own kind."""
+        return tuple(form.means(w, kinds > 1) for form in self.forms)
 
     def shifted(self, means: tuple[tuple[Array, ...], ...]) -> Leaf:
         """The gradients less a constant, which is near their mean if the means are near those of what is held."""

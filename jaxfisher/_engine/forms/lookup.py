@@ -90,7 +90,7 @@ class Lookup:
         """The largest entries in absolute value, summed over positions."""
         return jnp.sum(jnp.max(jnp.abs(self.right), (2, 4), initial=0.0), 2)
 
-    def means(self, w: Float[Array, "n rows"]) -> tuple[Array, ...]:
+    def means(self, w: Float[Array, "n rows"], by_row: bool) -> tuple[Array, ...]:
         """None: no index is near the mean of others."""
         return ()
 

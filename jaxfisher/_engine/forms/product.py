@@ -93,9 +93,9 @@ class Product:
         """The products of the largest entries of both factors, summed over positions."""
         return jnp.max(jnp.sum(magnitude(self.right * self.left_size(bias=bias), -1), (3, 4)), 2)
 
-    def means(self, w: Float[Array, "n rows"]) -> tuple[Array, ...]:
+    def means(self, w: Float[Array, "n rows"], by_row: bool) -> tuple[Array, ...]:
         """Those of both factors."""
-        return mean(self.left, w * extent(self.right)), mean(self.right, w)
+        return mean(self.left, w * extent(self.right), by_row), mean(self.right, w, by_row)
 
     def shifted(self, means: tuple[Array, ...]) -> tuple[Product, ...]:
         """Two products: of deviations of left factors, and of right ones with a constant."""

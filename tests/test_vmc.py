@@ -1,0 +1,142 @@
+"""Stochastic reconfiguration against NetKet: complex wave functions of a transverse-field Ising chain of ten spins."""
+
+import concurrent.futures
+import functools
+import importlib.metadata
+import importlib.util
+import multiprocessing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from models import compiled
+from problems import assert_close
+
+import jaxfisher as jf
+
+SITES, HIDDEN, SHIFT, RATE, STEPS = 10, 4, 0.01, 0.05, 10
+TOLERANCE = 1e-6 / np.finfo(np.float64).eps
+"""In eps: what ten steps may differ by, each of which loses a condition number of about 1e4."""
+
+
+def ansatz(whole):
+    rng = np.random.default_rng(6)
+    shapes = {"bias": (HIDDEN,), "visible": (SITES,), "w": (SITES, HIDDEN)}
+    draw = lambda shape: 0.2 * rng.normal(size=shape)  # noqa: E731
+    return {name: jnp.asarray(draw(s) + 1j * draw(s) if whole else draw(s)) for name, s in shapes.items()}
+
+
+def boltzmann(params, spins):
+    """A restricted Boltzmann machine, of one configuration or of many."""
+    spins = spins.astype(params["w"].dtype)
+    bias = jnp.expand_dims(params["bias"], tuple(range(spins.ndim - 1)))
+    return spins @ params["visible"] + jnp.sum(jnp.log(jnp.cosh(spins @ params["w"] + bias)), -1)
+
+
+def phases(params, spins):
+    """A complex amplitude of real parameters."""
+    spins = spins.astype(params["w"].dtype)
+    bias = jnp.expand_dims(params["bias"], tuple(range(spins.ndim - 1)))
+    angles = jnp.tanh(spins @ params["w"] + bias)
+    return jax.lax.complex(spins @ params["visible"], jnp.sum(jnp.square(angles), -1))
+
+
+CASES = {
+    "holomorphic": (boltzmann, True, {"holomorphic": True}),
+    "complex mode": (boltzmann, True, {"mode": "complex"}),
+    "real parameters": (phases, False, {"mode": "complex"}),
+    "real mode": (boltzmann, False, {"mode": "real"}),
+}
+
+
+def netket_results():
+    """NetKet's geometric tensor and the parameters after each of ten of its steps; a string if it does not import."""
+    jax.config.update("jax_enable_x64", True)
+    try:
+        import netket as nk
+    except (ImportError, AttributeError) as error:
+        return f"netket {importlib.metadata.version('netket')} does not import: {error}"
+    hilbert = nk.hilbert.Spin(0.5, SITES)
+    chain = nk.operator.Ising(hilbert, nk.graph.Chain(SITES), h=1.0)
+    results = {"spins": hilbert.all_states(), "hamiltonian": chain.to_dense()}
+    for name, (log_psi, whole, mode) in CASES.items():
+        apply = lambda variables, spins, mutable=False, log_psi=log_psi: log_psi(variables["params"], spins)  # noqa: E731
+        tensor = nk.optimizer.qgt.QGTJacobianDense(**mode)
+        state = nk.vqs.FullSumState(hilbert, apply_fun=apply, variables={"params": ansatz(whole)})
+        results[name, "tensor"] = state.quantum_geometric_tensor(tensor).to_dense()
+        sr = nk.optimizer.SR(tensor, nk.optimizer.solver.cholesky, diag_shift=SHIFT)
+        driver = nk.driver.VMC(chain, nk.optimizer.Sgd(RATE), variational_state=state, preconditioner=sr)
+        path = []
+        for _ in range(STEPS):
+            driver.run(1, out=nk.logging.RuntimeLog(), show_progress=False)
+            path.append(np.concatenate([np.asarray(leaf).reshape(-1) for leaf in jax.tree.leaves(state.parameters)]))
+        results[name, "path"] = np.stack(path)
+    return {key: np.asarray(value) for key, value in results.items()}
+
+
+@pytest.fixture(scope="module")
+def netket():
+    """NetKet's results from a process of its own: its import sets a device mesh for all of JAX, which changes array types."""
+    if importlib.util.find_spec("netket") is None:
+        pytest.skip("no module named netket")
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        results = pool.submit(netket_results).result()
+    if isinstance(results, str):
+        pytest.skip(results)
+    return results
+
+
+def columns(like):
+    """Places of real and of imaginary parts among our columns: leaf by leaf here, all of them in turn in NetKet's matrix."""
+    real, imaginary, start = [], [], 0
+    for leaf in jax.tree.leaves(like):
+        real.extend(range(start, start + leaf.size))
+        start += leaf.size
+        if jnp.iscomplexobj(leaf):
+            imaginary.extend(range(start, start + leaf.size))
+            start += leaf.size
+    return real, imaginary
+
+
+@functools.cache
+def optimiser():
+    return optax.chain(jf.scale_by_fisher(SHIFT, solver=jf.Cholesky(rtol=1e-10)), optax.scale_by_learning_rate(RATE))
+
+
+def steps(log_psi, spins, hamiltonian, start):
+    """The first geometric tensor, and the parameters after each step of stochastic reconfiguration over all states."""
+
+    def density(params):
+        psi = jnp.exp(log_psi(params, spins))
+        return psi, jnp.square(jnp.abs(psi))
+
+    def step(carry, _):
+        params, state = carry
+        psi, weights = density(params)
+        energies = (hamiltonian.astype(psi.dtype) @ psi) / psi
+        gradient = jf.energy_gradient(log_psi)(params, spins, energies, weights=weights)
+        S = jf.empirical_fisher(log_psi, center=True)(params, spins, weights=weights)
+        updates, state = optimiser().update(gradient, state, params, fisher=S)
+        params = optax.apply_updates(params, updates)
+        return (params, state), jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(params)])
+
+    first = jf.empirical_fisher(log_psi, center=True)(start, spins, weights=density(start)[1])
+    return first.as_matrix(), jax.lax.scan(step, (start, optimiser().init(start)), length=STEPS)[1]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_netket_geometric_tensor_and_ten_steps(netket, name):
+    """Real and imaginary parts as two rows an example are its complex mode, and for a holomorphic amplitude its other one."""
+    log_psi, whole, mode = CASES[name]
+    start = ansatz(whole)
+    hamiltonian = jnp.asarray(np.real(netket["hamiltonian"]))
+    found, path = compiled(functools.partial(steps, log_psi))(jnp.asarray(netket["spins"]), hamiltonian, start)
+    theirs, (real, imaginary) = netket[name, "tensor"], columns(start)
+    if mode.get("holomorphic"):
+        # S = <O^* O>: the derivative in the imaginary part of a parameter is i times that in its real part.
+        theirs = np.block([[theirs.real, -theirs.imag], [theirs.imag, theirs.real]])
+    assert_close(np.asarray(found)[np.ix_(real + imaginary, real + imaginary)], theirs, factor=1e4)
+    for part in (np.real, np.imag) if whole else (np.real,):
+        assert_close(part(path), part(netket[name, "path"]), factor=TOLERANCE)
