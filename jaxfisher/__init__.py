@@ -98,6 +98,10 @@ from jaxfisher.influence import influence as influence
 from jaxfisher.influence import self_influence as self_influence
 from jaxfisher.influence import tracin as tracin
 
+# Continual learning: an earlier task's Fisher as a penalty, models merged by theirs.
+from jaxfisher.continual import ewc_penalty as ewc_penalty
+from jaxfisher.continual import fisher_average as fisher_average
+
 # Looking: a verdict on a model, a spectrum, estimates with an error.
 from jaxfisher._check_fisher import FisherCheck as FisherCheck
 from jaxfisher._check_fisher import check_fisher as check_fisher

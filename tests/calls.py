@@ -199,6 +199,8 @@ NUMBERS = {
     "influence": lambda: jf.influence(LOG_PROB, fisher("Kronecker"))(problem()[0], problem()[1:], problem()[1:], 0.1),
     "self_influence": lambda: jf.self_influence(LOG_PROB, fisher("Kronecker"))(problem()[0], problem()[1:], 0.1),
     "tracin": lambda: jf.tracin(LOG_PROB, batch_size=2)([problem()[0], vector()], problem()[1:], problem()[1:], [0.1, 0.2]),
+    "ewc_penalty": lambda: jax.value_and_grad(jf.ewc_penalty(fisher("Kronecker"), problem()[0], 2.0))(vector()),
+    "fisher_average": lambda: jf.fisher_average(2 * [problem()[0]], 2 * [fisher("Kronecker")], 0.1, view=jf.kronecker),
     "factored_solve": lambda: jf.solve(fisher("Kronecker"), vector(), 0.1, jf.factored_solve),
 }
 OPTIMISERS = {

@@ -219,6 +219,23 @@ MISTAKES = [
         TypeError,
         ["`rates`", "None", "one number"],
     ),
+    # Continual learning.
+    ("penalty of a view", lambda: jf.ewc_penalty(jf.diagonal, PARAMS), TypeError, ["ewc_penalty: `fisher`", "Call"]),
+    ("penalty of another anchor", lambda: jf.ewc_penalty(fisher(), OTHERS), ValueError, ["`anchor`", "['b']"]),
+    ("penalty of other parameters", lambda: jf.ewc_penalty(fisher(), PARAMS)(OTHERS), ValueError, ["`params`", "['b']"]),
+    ("negative strength", lambda: jf.ewc_penalty(fisher(), PARAMS, -1.0), ValueError, ["`strength`", "-1.0"]),
+    ("merging nothing", lambda: jf.fisher_average([], []), ValueError, ["`models`", "at least one"]),
+    ("merging one model", lambda: jf.fisher_average(PARAMS, fisher()), ValueError, ["`models`", "a dict", "a list"]),
+    ("merging two with one", lambda: jf.fisher_average([PARAMS] * 2, [fisher()]), ValueError, ["2 `models`", "1 `fishers`"]),
+    ("merging a function", lambda: jf.fisher_average([PARAMS], [exact]), TypeError, ["`fishers[0]`", "Call"]),
+    ("merging other models", lambda: jf.fisher_average([PARAMS, OTHERS], [fisher()] * 2), ValueError, ["models[1]", "['b']"]),
+    (
+        "merging other Fishers",
+        lambda: jf.fisher_average([PARAMS] * 2, [fisher(), jf.scaled_identity(OTHERS, 1.0)]),
+        ValueError,
+        ["`fishers[1]`", "other parameters"],
+    ),
+    ("merging with no view", lambda: jf.fisher_average([PARAMS], [fisher()], view=0.1), TypeError, ["`view`", "0.1"]),
     # Parameters.
     (
         "integer parameter",

@@ -84,6 +84,7 @@ ROOMS = {
     "Natural gradients": "_energy_gradient _natural",
     "Optax": "_transform",
     "Influence": "influence",
+    "Continual learning": "continual",
     "Looking": "_check_fisher _diagnostics _estimate",
     "Jobs": "privacy",
     "Extending": "_distributions _fisher _laws _model _operators _pytree _transform _tree",
