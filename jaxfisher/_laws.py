@@ -17,7 +17,9 @@ from jaxfisher._check_fisher import check_fisher
 from jaxfisher._distributions.base import Distribution
 from jaxfisher._distributions.joint import Joint
 from jaxfisher._once import Around
+from jaxfisher._operators.form import Form
 from jaxfisher._operators.operator import Operator, Solver
+from jaxfisher._operators.provenance import Provenance
 from jaxfisher._stack import refuse_stack
 from jaxfisher._tree import as_key, described
 from jaxfisher._values import nonnegative
@@ -28,6 +30,8 @@ Z = 5
 DRAWS = 20_000
 RANK = 1e-9
 """Eigenvalues of a matrix in float64, over the largest, that are certainly none in any dtype."""
+POWERS = np.array([0.5, -0.5, 1.5])
+"""The two roots of a damped operator, which `Operator.sqrt_mv` and `Operator.inv_sqrt_mv` are by name, and a power of one."""
 
 
 class LawCheck(Verdict):
@@ -133,17 +137,16 @@ class _Compared:
 
 def _of_operator(F: Operator, key: Array, matrix: Any, solver: Solver | None, rounding: float) -> LawCheck:
     v, w = (F.spec.unravel(jax.random.normal(k, (F.size,), F.spec.dtype)) for k in jax.random.split(key))
-    identity = jax.vmap(F.spec.unravel)(jnp.eye(F.size, dtype=F.spec.dtype))
-    dense = np.asarray(_columns(F, identity) if matrix is None else matrix, np.float64)
+    dense = np.asarray(_columns(F.form) if matrix is None else matrix, np.float64)
     damping = 0.1 * np.trace(dense) / F.size or 1.0
     dampings = [damping * (1 + i / 2) for i in range(len(F.spec.sizes))]
-    seen = jax.tree.map(np.asarray, _numbers(F, v, w, jnp.asarray(damping, F.spec.dtype)))
+    seen = jax.tree.map(np.asarray, _numbers(F.form, v, w, jnp.asarray(damping, F.spec.dtype)))
     compared = [*_dense_laws(seen, np.asarray(_flat(v), np.float64), dense, damping)]
     pair = np.stack([np.asarray(_flat(vector), np.float64) for vector in (v, w)])
     compared.append(_Compared("inner products v^T F w", seen["inner products"], pair @ dense @ pair.T, 200))
     notes = []
     try:
-        by_leaf = _numbers_by_leaf(F, v, [jnp.asarray(d, F.spec.dtype) for d in dampings])
+        by_leaf = _numbers_by_leaf(F.form, v, [jnp.asarray(d, F.spec.dtype) for d in dampings])
     except NotImplementedError:
         notes.append("not told: the form refuses a damping for each leaf")
     else:
@@ -163,14 +166,23 @@ def _flat(tree: Any) -> Array:
     return ravel_pytree(tree)[0]
 
 
-@jax.jit
-def _columns(F: Operator, vectors: Any) -> Array:
-    return jax.vmap(lambda v: _flat(F.mv(v)))(vectors)
+def _operator(form: Form) -> Operator:
+    """An operator that is held like this. The programs below are of the form, which where it comes from does not change."""
+    return Operator(form, Provenance("held to the laws"))
 
 
 @jax.jit
-def _numbers(F: Operator, v: Any, w: Any, damping: Array) -> dict[str, Any]:
-    """All that the laws look at, in one program."""
+def _columns(form: Form) -> Array:
+    F = _operator(form)
+    return jax.vmap(lambda row: _flat(F.mv(F.spec.unravel(row))))(jnp.eye(F.size, dtype=F.spec.dtype))
+
+
+@jax.jit
+def _numbers(form: Form, v: Any, w: Any, damping: Array) -> dict[str, Any]:
+    """All that the laws look at, in one program; the powers as one call, whose eigenvectors are compiled once."""
+    F = _operator(form)
+    dampings = jnp.stack([damping, damping, 0 * damping])
+    powers = jax.vmap(lambda power, damping: _flat(F.power_mv(v, power, damping)))(POWERS.astype(F.spec.dtype), dampings)
     both = jax.tree.map(lambda a, b: jnp.stack([a, b, 2 * a - b]), v, w)
     return {
         "mv": _flat(F.mv(v)),
@@ -185,16 +197,17 @@ def _numbers(F: Operator, v: Any, w: Any, damping: Array) -> dict[str, Any]:
         "eigenvalues": F.eigvalsh(),
         "rank": F.rank(),
         "norm": F.frobenius_norm(),
-        "root": _flat(F.sqrt_mv(v, damping)),
-        "inverse root": _flat(F.inv_sqrt_mv(v, damping)),
-        "power": _flat(F.power_mv(v, 1.5)),
+        "root": powers[0],
+        "inverse root": powers[1],
+        "power": powers[2],
         "multiple": _flat((2.0 * F).mv(v)),
         "sum": _flat((F + F).mv(v)),
     }
 
 
 @jax.jit
-def _numbers_by_leaf(F: Operator, v: Any, dampings: list[Array]) -> tuple[Array, Array]:
+def _numbers_by_leaf(form: Form, v: Any, dampings: list[Array]) -> tuple[Array, Array]:
+    F = _operator(form)
     tree = F.spec.tree(dampings)
     return _flat(F.solve(v, tree)), F.logdet(tree)
 
