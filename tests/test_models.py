@@ -1,0 +1,136 @@
+"""Models that people train, against dense float64 answers: batch normalisation, frozen parts, gradients of many batches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from problems import assert_close, class_sum_fisher, classifier, flat, reference
+from problems import mean_loss as nll
+
+import jaxfisher as jf
+
+# --- batch normalisation in training mode ------------------------------------------------------------------------------------
+
+
+def statistics(params, x):
+    h = x @ params["hidden"]["w"]
+    return jnp.mean(h, 0), jnp.var(h, 0)
+
+
+def normalised(params, x, mean, variance):
+    """The classifier with its hidden units normalised, of ONE example."""
+    h = (x @ params["hidden"]["w"] - mean) * jax.lax.rsqrt(variance)
+    w, b = params["out"]
+    return jf.Categorical(logits=jnp.tanh(h + params["hidden"]["b"]) @ w + b)
+
+
+def batch_logits(params, x, means):
+    return jax.vmap(lambda x: normalised(params, x, *means).logits)(x)
+
+
+def whole(params, x):
+    """A batch as ONE example, in training mode."""
+    return jf.Categorical(logits=batch_logits(params, x, statistics(params, x)))
+
+
+def dense(logits, params):
+    """``1/n sum J^T M J`` of the logits of a batch, as a function of the parameters."""
+    values, jacobian = jax.jit(logits)(params), jax.jit(jax.jacrev(logits))(params)
+    total, (n, classes) = 0.0, values.shape
+    for i, probs in enumerate(np.asarray(jax.nn.softmax(values))):
+        rows = np.stack([flat(jax.tree.map(lambda leaf, i=i, c=c: leaf[i, c], jacobian)) for c in range(classes)])
+        total = total + rows.T @ (np.diag(probs) - np.outer(probs, probs)) @ rows / n
+    return total
+
+
+def test_batch_normalisation_by_statistics_as_data_and_by_the_batch_as_one_example():
+    """The first neglects that the statistics move with the weights, and only that; the second is exact.
+
+    What is neglected shows along the scale of each unit's weights, which normalisation undoes: there the exact Fisher is zero.
+    """
+    params, x, y, *_ = reference()
+    means = statistics(params, x)
+    each = [jnp.broadcast_to(value, (len(x), *value.shape)) for value in means]
+    neglecting, exact = dense(lambda p: batch_logits(p, x, means), params), dense(lambda p: whole(p, x).logits, params)
+    assert_close(jf.exact_fisher(normalised)(params, x, *each).as_matrix(), neglecting, factor=1e4)
+    made = jf.exact_fisher(whole)(params, x[None], counts=jnp.array([len(x)]))
+    assert_close(made.as_matrix(), exact, factor=1e4)
+    scale = flat(jax.tree.map(jnp.zeros_like, params) | {"hidden": params["hidden"] | {"b": jnp.zeros(4)}})
+    assert abs(scale @ exact @ scale) < 1e-12 * np.trace(exact) and scale @ neglecting @ scale > 0.01 * np.trace(neglecting)
+
+    def loss(params, x, mean, variance, y):
+        return -jnp.mean(whole(params, x).log_prob(y))
+
+    opt = jf.natural_gradient(1.0, 0.1)
+    step = jf.training_step(normalised, opt, loss=loss)
+    new, _, value = jax.jit(step)(params, opt.init(params), x, *each, y)
+    gradient = flat(jax.grad(loss)(params, x, *each, y))
+    assert_close(value, loss(params, x, *each, y))
+    assert_close(flat(new), flat(params) - np.linalg.solve(neglecting + 0.1 * np.eye(31), gradient), factor=1e4)
+    step = jf.training_step(whole, opt)
+    new, _, value = jax.jit(step)(params, opt.init(params), x[None], y[None], counts=jnp.array([len(x)]))
+    assert_close(value, loss(params, x, *each, y))
+    assert_close(flat(new), flat(params) - np.linalg.solve(exact + 0.1 * np.eye(31), gradient), factor=1e4)
+
+
+# --- parts of a model --------------------------------------------------------------------------------------------------------
+
+
+def test_frozen_parts_are_frozen_by_updates_of_zero_and_not_by_a_mask():
+    """The update of what is trained is that of its own Fisher; a mask alone adds the raw gradient to the rest."""
+    params, x, y, _, rows = reference()
+    labels = {"hidden": "trained", "out": "frozen"}
+    natural = jf.natural_gradient(1.0, 0.1)
+    frozen = optax.partition({"trained": natural, "frozen": optax.set_to_zero()}, labels)
+    masked = optax.masked(natural, {"hidden": True, "out": False})
+    dense, hidden = class_sum_fisher(params, x), np.arange(31) < 16
+    step = np.linalg.solve(dense[np.ix_(hidden, hidden)] + 0.1 * np.eye(16), rows.mean(0)[hidden])
+    for opt, rest in ((frozen, np.zeros(15)), (masked, -rows.mean(0)[~hidden])):
+        new, _, _ = jax.jit(jf.training_step(classifier, opt))(params, opt.init(params), x, y)
+        assert_close(flat(new) - flat(params), np.concatenate([step, rest]), factor=1e5)
+
+    def of_part(part, x):
+        return classifier(params | {"hidden": part}, x)
+
+    part = params["hidden"]
+    new, _, _ = jax.jit(jf.training_step(of_part, natural))(part, natural.init(part), x, y)
+    assert_close(flat(new) - flat(part), step, factor=1e5)
+
+
+def test_the_gradient_of_all_micro_batches_and_the_curvature_of_one():
+    params, x, y, _, rows = reference()
+    batches = x[:6].reshape(2, 3, 3), y[:6].reshape(2, 3)
+
+    def loss(params, first, batches):
+        return jnp.mean(jax.lax.map(jax.checkpoint(lambda batch: nll(params, *batch)), batches))
+
+    opt = jf.natural_gradient(1.0, 0.1)
+    new, _, _ = jax.jit(jf.training_step(classifier, opt, loss=loss))(params, opt.init(params), x[:3], batches)
+    step = np.linalg.solve(class_sum_fisher(params, x[:3]) + 0.1 * np.eye(31), rows[:6].mean(0))
+    assert_close(flat(new) - flat(params), step, factor=1e5)
+
+
+# --- mixed precision ---------------------------------------------------------------------------------------------------------
+
+
+def mixed(params, x):
+    """The classifier with activations in bfloat16 and logits in float32."""
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    return jf.Categorical(logits=classifier(narrow, x.astype(jnp.bfloat16)).logits.astype(jnp.float32))
+
+
+def test_bfloat16_activations_have_float32_statistics():
+    """The Fisher, its factors and the step are float32, and those of wide activations to the digits that bfloat16 has."""
+    params, x, y, *_ = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == float else leaf, reference())
+    F, wide = (jf.exact_fisher(model)(params, x) for model in (mixed, classifier))
+    assert F.as_matrix().dtype == jnp.float32
+    eps = float(jnp.finfo(jnp.bfloat16).eps)
+    assert_close(F.as_matrix(), wide.as_matrix(), factor=20, eps=eps)
+    np.testing.assert_allclose(jf.kronecker(F).trace(), wide.trace(), rtol=20 * eps)
+    step = jf.training_step(mixed, jf.kfac())
+    state, step, losses = step.init(params, x, y), jax.jit(step), []
+    for _ in range(8):
+        params, state, loss = step(params, state, x, y)
+        losses.append(float(loss))
+    assert loss.dtype == jnp.float32 and all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    assert losses[-1] < 0.5 * losses[0]
