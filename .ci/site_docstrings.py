@@ -24,13 +24,19 @@ def public_names(package: str) -> list[str]:
 
 
 PUBLIC = {f"jaxfisher.{name}" for name in public_names("jaxfisher")}
-PUBLIC |= {f"jaxfisher.plot.{name}" for name in public_names("jaxfisher.plot")}
+ROOMS = sorted(path.parent.name for path in (ROOT / "jaxfisher").glob("[a-z]*/__init__.py"))
+PUBLIC |= {
+    f"jaxfisher.{room}.{name}"
+    for room in ROOMS
+    for name in public_names(f"jaxfisher.{room}")
+    if f"jaxfisher.{name}" not in PUBLIC  # what stands at the top has its entry there
+}
 
 _DIRECTIVE = re.compile(r"^( *)\.\. math:: (.+(?:\n *\S.*)*)", re.MULTILINE)
 _LITERAL = re.compile(r"::\n((?:\n| {4}.*\n)+)")
 _DOCTEST = re.compile(r"^>>> .*(?:\n(?!\s*$).*)*", re.MULTILINE)
 _REFERENCE = re.compile(r"^Reference: (.*(?:\n(?!\s*$).*)*)", re.MULTILINE)
-_NAME = re.compile(r"(?<![`\w])`(jaxfisher\.)?((?:plot\.)?[A-Za-z_]+)`(?![`\w])")
+_NAME = re.compile(rf"(?<![`\w])`(jaxfisher\.)?((?:(?:{'|'.join(ROOMS)})\.)?[A-Za-z_]+)`(?![`\w])")
 
 
 def markdown(text: str, own: Container[str] = ()) -> str:

@@ -50,6 +50,7 @@ from jaxfisher._accumulate import merge as merge
 from jaxfisher._operators.operator import Operator as Operator
 from jaxfisher._operators.block import block_diagonal as block_diagonal
 from jaxfisher._operators.formed import dense as dense
+from jaxfisher._operators.formed import from_matrix as from_matrix
 from jaxfisher._operators.diagonal import diagonal as diagonal
 from jaxfisher._operators.identity import relative_damping as relative_damping
 from jaxfisher._operators.identity import scaled_identity as scaled_identity
@@ -116,6 +117,10 @@ from jaxfisher._estimate import spectral_density as spectral_density
 
 # Jobs, a room each, made of the names above.
 from jaxfisher.privacy import clipped_grad as clipped_grad
+from jaxfisher.statistics import covariance as covariance
+from jaxfisher.statistics import fit as fit
+from jaxfisher.statistics import sandwich as sandwich
+from jaxfisher.statistics import standard_errors as standard_errors
 
 # Extending: what is to be filled in, and the laws that it is held to.
 from jaxfisher._distributions.base import family as family

@@ -1,6 +1,7 @@
 """The public face: what importing costs, what the names promise, and that the rooms stay in order."""
 
 import ast
+import importlib
 import inspect
 import pathlib
 import socket
@@ -52,6 +53,21 @@ def test_every_public_name_says_how_where_from_and_shows_it(name):
     assert "Arguments and errors are those of" in text or "Args:" in text or "Attributes:" in text
 
 
+PACKAGES = sorted(path.parent.name for path in PACKAGE.glob("[a-z]*/__init__.py"))
+"""The public rooms that are imported by their own name."""
+
+
+@pytest.mark.parametrize("room", PACKAGES)
+def test_every_name_of_a_room_says_how_where_from_and_shows_it(room):
+    """Of a value the docstring names its parts."""
+    module = importlib.import_module(f"jaxfisher.{room}")
+    for name, value in vars(module).items():
+        if not name.startswith("_") and callable(value):
+            text = inspect.getdoc(value)
+            told = "Attributes:" in text if inspect.isclass(value) else "Reference:" in text and ">>>" in text
+            assert told or (room == "plot" and "Reference:" in module.__doc__), f"{room}.{name}"
+
+
 @pytest.mark.parametrize("name", sorted(VALUES))
 def test_every_value_type_explains_its_members(name):
     cls = getattr(jf, name)
@@ -86,7 +102,7 @@ ROOMS = {
     "Influence": "influence",
     "Continual learning": "continual",
     "Looking": "_check_fisher _diagnostics _estimate",
-    "Jobs": "privacy",
+    "Jobs": "privacy statistics",
     "Extending": "_distributions _fisher _laws _model _operators _pytree _transform _tree",
 }
 """The headings of the public names by their first words, in reading order, and the rooms whose names stand under each."""

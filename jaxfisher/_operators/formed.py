@@ -1,11 +1,18 @@
-"""Views that form the matrix of a Fisher: the whole matrix, and what is left of it where some parameters are unknown."""
+"""Operators that hold a matrix: the whole of a Fisher's, what is left of it with some parameters unknown, one that is given."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import chex
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
 from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.operator import Operator, viewed
+from jaxfisher._operators.provenance import Provenance
+from jaxfisher._tree import param_spec
+from jaxfisher._values import check_array, described, is_array
 
 
 def dense(fisher: Operator) -> Operator:
@@ -60,3 +67,41 @@ def marginal(fisher: Operator, keep: Callable[[str], bool]) -> Operator:
     [[0.6667]]
     """
     return viewed(fisher, "marginal").marginal(keep)
+
+
+def from_matrix(matrix: Float[Array, "p p"], like: Operator | chex.ArrayTree) -> Operator:
+    r"""An operator of a symmetric matrix that is known: the precision of a prior, a Fisher that another program made.
+
+    The part ``(M + M^T) / 2`` is held, so that rounding in the matrix does not matter.
+
+    Args:
+        matrix: shape ``[p, p]``, in the order of `jax.flatten_util.ravel_pytree` of the parameters.
+        like: an operator over the parameters, or the parameters.
+
+    Returns:
+        A dense operator. It is no mean over examples, so ``n`` is zero: a prior of precision P beside n examples is
+        ``F + (1 / n) * jf.from_matrix(P, F)``.
+
+    Raises:
+        ValueError: a matrix of another shape.
+        TypeError: a matrix that is no real array; a parameter that is not a real floating array.
+
+    Reference: Tegmark, Taylor and Heavens, Karhunen-Loeve eigenvalue problems in cosmology (1997), section 2, for sums of
+    Fishers and priors.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> P = jf.from_matrix(jnp.array([[4.0, 1.0], [1.0, 2.0]]), {"amplitude": 1.0, "tilt": 0.0})
+    >>> P
+    Fisher(matrix, params 2, dense)
+    >>> print(P.diagonal()["tilt"])
+    2.0
+    """
+    spec = like.spec if isinstance(like, Operator) else param_spec(like)
+    check_array("`matrix`", matrix)
+    expected = f"expected real numbers of shape ({spec.size}, {spec.size}), for the {spec.size} parameters of `like`"
+    if not is_array(matrix) or not jnp.issubdtype(jnp.result_type(matrix), jnp.floating):
+        raise TypeError(f"from_matrix: `matrix` is {described(matrix)}; {expected}.")
+    if jnp.shape(matrix) != (spec.size, spec.size):
+        raise ValueError(f"from_matrix: `matrix` has shape {jnp.shape(matrix)}; {expected}.")
+    held = jnp.asarray(matrix, spec.dtype)
+    return Operator(Dense(0.5 * (held + held.T), spec), Provenance("matrix"))

@@ -1,0 +1,311 @@
+"""Covariances of estimates: the inverse of the information, the sandwich, and what a function of the parameters inherits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+from jaxfisher._linalg import matmul
+from jaxfisher._operators.form import Form
+from jaxfisher._operators.formed import dense, from_matrix
+from jaxfisher._operators.operator import Operator, as_operator
+from jaxfisher._operators.provenance import Provenance
+from jaxfisher._pytree import array_fields
+from jaxfisher._solve import solve
+from jaxfisher._tree import ParamSpec, cast_like, check_function
+from jaxfisher._values import check_number
+
+
+@array_fields("finite", "null", "unit", repr=False)
+class Covariance(Form):
+    """``lim (A + eps U^2)^-1``: infinite along what A does not see, and a matrix beside it. ``U`` is a diagonal of units.
+
+    The columns of ``null`` are zero but for an orthonormal basis of the null space of ``U^-1 A U^-1``; its rows are zero for
+    the parameters that A determines.
+    """
+
+    finite: Float[Array, "p p"]
+    null: Float[Array, "p p"]
+    unit: Float[Array, " p"]
+    spec: ParamSpec
+
+    name = "dense"
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self.unit.shape[:-1]
+
+    def as_matrix(self) -> Float[Array, "p p"]:
+        return _beside(matmul(self.null, self.null.T), self.finite)
+
+    def product(self) -> Callable[[Any], Any]:
+        def product(v: Any) -> Any:
+            flat = self.spec.ravel(v, "v")
+            return self.spec.unravel(_beside(matmul(self.null, self._unseen(flat)), matmul(self.finite, flat)))
+
+        return product
+
+    def inner_products(self, vectors: Any) -> Float[Array, "k k"]:
+        rows = jax.vmap(lambda v: self.spec.ravel(v, "v"))(vectors)
+        unseen = jax.vmap(self._unseen)(rows)
+        return _beside(matmul(unseen, unseen.T), matmul(rows, matmul(self.finite, rows.T)))
+
+    def _unseen(self, flat: Float[Array, " p"]) -> Float[Array, " p"]:
+        """The part of a direction that A does not see, as coefficients, zero where the part is nothing but rounding."""
+        scaled = flat / self.unit
+        found = matmul(self.null.T, scaled)
+        return jnp.where(jnp.vdot(found, found) > _rounding(found) * jnp.vdot(scaled, scaled), found, 0)
+
+    def diagonal(self) -> Any:
+        return self.spec.unravel(jnp.diagonal(self.as_matrix()))
+
+    def scaled(self, factor: Any) -> Covariance:
+        return dataclasses.replace(self, finite=factor * self.finite)
+
+    def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Covariance:
+        spec = self.spec.restrict(keep, treedef)
+        flags = [jnp.full(size, flag) for size, flag in zip(self.spec.sizes, keep, strict=True)]
+        index = jnp.flatnonzero(jnp.concatenate(flags), size=spec.size)
+        return Covariance(self.finite[jnp.ix_(index, index)], self.null[index], self.unit[index], spec)
+
+
+def _beside(unseen: Array, finite: Array) -> Array:
+    """Infinite where something is not seen, with its sign, and finite elsewhere."""
+    least = _rounding(unseen)
+    return jnp.where(unseen > least, jnp.inf, jnp.where(unseen < -least, -jnp.inf, finite))
+
+
+def _rounding(values: Array) -> float:
+    return float(jnp.finfo(values.dtype).eps) ** 0.5
+
+
+def count(fisher: Operator, n: chex.Numeric | None, caller: str) -> chex.Numeric:
+    """How many observations an operator's mean is over: ``n`` if it is given, else the sum of the weights it was made with."""
+    if n is not None:
+        check_number(f"{caller}: n", n, "a number of observations")
+        return jnp.asarray(n, fisher.spec.dtype)
+    masses = [part.mass for part in fisher.provenance.parts or (fisher.provenance,) if part.mass is not None]
+    if not masses:
+        raise ValueError(
+            f"{caller}: {fisher} is no mean over examples, so that the number of observations is not known. Give `n`; n = 1 "
+            "where the operator is the information of all the data."
+        )
+    return sum(jnp.asarray(mass, fisher.spec.dtype) for mass in masses)
+
+
+def inverse_and_null(fisher: Operator) -> tuple[Float[Array, "p p"], Float[Array, "p p"], Float[Array, " p"]]:
+    """An inverse of F, a basis of its null space in units in which F has a unit diagonal, and these units."""
+    matrix = dense(fisher).as_matrix()
+    diagonal = jnp.abs(jnp.diagonal(matrix))
+    unit = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
+    equal = from_matrix(matrix / unit[:, None] / unit[None, :], fisher)
+    eye = jnp.eye(fisher.size, dtype=matrix.dtype)
+    columns, info = jax.vmap(lambda row: solve(equal, fisher.spec.unravel(row), 0.0))(eye)
+    inverse = jax.vmap(lambda x: fisher.spec.ravel(x, "x"))(columns)
+    inverse = 0.5 * (inverse + inverse.T)
+    # Of parameters that F determines, an eigenvector has entries that are zero to rounding over the smallest eigenvalue kept.
+    _, vectors = jnp.linalg.eigh(equal.as_matrix())
+    vectors = jnp.where(jnp.arange(fisher.size, dtype=jnp.int32) < fisher.size - info.rank[0], vectors, 0)
+    null = jnp.where(jnp.sum(vectors**2, axis=1, keepdims=True) > _rounding(vectors), vectors, 0)
+    return inverse / unit[:, None] / unit[None, :], null, unit
+
+
+def covariance(fisher: Operator, n: chex.Numeric | None = None) -> Operator:
+    r"""The covariance of estimates from n observations, ``(n F)^-1``: the inverse of the information of all the data.
+
+    .. math:: C = (n F)^{-1}.
+
+    With the exact Fisher at the maximum of the likelihood it is the asymptotic covariance of that maximum, and that of
+    statsmodels' generalised linear models; with `jaxfisher.observed_information` it is that of statsmodels' discrete models.
+
+    **When it is the wrong tool.** It holds if the model is right. If it may not be, use `jaxfisher.sandwich`. A dispersion
+    that was estimated multiplies it: ``phi * jf.covariance(F)``.
+
+    Where F is singular, this is the limit of ``(n F + eps diag F)^-1``: infinite for parameters, and in products for
+    directions, that the data do not determine, and finite for the others, such as the difference of two logits.
+
+    Args:
+        fisher: an operator, a mean over examples; it is made dense, at ``p^2`` memory and ``p^3`` flops.
+        n: the number of observations. None takes that of the operator's own mean; with weights, which say how often an
+            observation occurs, it is their sum.
+
+    Returns:
+        An operator: ``diagonal()`` are variances, ``quadratic(v)`` is the variance of ``v . theta``, ``as_matrix()`` is all.
+
+    Raises:
+        TypeError: ``fisher`` is not an operator.
+        ValueError: ``n`` is not given, and the operator is no mean.
+
+    Reference: van der Vaart, Asymptotic Statistics (1998), theorem 5.39.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> F = jf.exact_fisher(lambda mu, x: jf.Normal(mu * x, 2.0))(0.0, jnp.array([1.0, 1.0, 1.0, 1.0]))
+    >>> print(jf.covariance(F).as_matrix())  # 2^2 / 4
+    [[1.]]
+    """
+    fisher = as_operator(fisher, "covariance")
+    total = count(fisher, n, "covariance")
+    inverse, null, unit = inverse_and_null(fisher)
+    return Operator(Covariance(inverse / total, null, unit, fisher.spec), Provenance("covariance"))
+
+
+def standard_errors(fisher: Operator, n: chex.Numeric | None = None) -> Any:
+    r"""Standard errors of the parameters, ``sqrt diag (n F)^-1``, a pytree like the parameters.
+
+    Args:
+        fisher: as in `jaxfisher.covariance`; or a covariance, as that function and `jaxfisher.sandwich` return it.
+        n: as in `jaxfisher.covariance`; of a covariance, None.
+
+    Returns:
+        Standard errors in the units of the parameters and the statistics dtype, infinite for a parameter that the data do not
+        determine.
+
+    Raises:
+        TypeError: ``fisher`` is not an operator.
+        ValueError: ``n`` is not given, and the operator is no mean; or it is given beside a covariance.
+
+    Reference: van der Vaart, Asymptotic Statistics (1998), theorem 5.39.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda p, x: jf.Normal(p["level"] + 0 * p["idle"], 2.0)
+    >>> F = jf.exact_fisher(model)({"level": 0.0, "idle": 0.0}, jnp.zeros(4))
+    >>> {name: float(error) for name, error in jf.standard_errors(F).items()}
+    {'idle': inf, 'level': 1.0}
+    """
+    fisher = as_operator(fisher, "standard_errors")
+    if isinstance(fisher.form, Covariance):
+        if n is not None:
+            raise ValueError(
+                "standard_errors: `n` is given beside a covariance, which is that of n observations. Leave `n` out."
+            )
+        return jax.tree.map(jnp.sqrt, fisher.diagonal())
+    return jax.tree.map(jnp.sqrt, covariance(fisher, n).diagonal())
+
+
+def sandwich(bread: Operator, meat: Operator, n: chex.Numeric | None = None) -> Operator:
+    r"""The covariance of estimates that holds if the model is wrong: ``B^-1 M B^-1 / n``.
+
+    .. math:: C = \frac1n B^{-1} M B^{-1}, \qquad B = -\frac1n \sum_i \nabla^2 \log p(x_i), \qquad
+        M = \frac1n \sum_i s_i s_i^T.
+
+    With `jaxfisher.observed_information` for bread and `jaxfisher.empirical_fisher` for meat it is White's, HC0 of
+    statsmodels. `jaxfisher.statistics.meat` makes the meats of HC1, HC2 and HC3 and of clusters.
+
+    **When it is the wrong tool.** If the model is right it is noisier than `jaxfisher.covariance`; with few observations or few
+    clusters it is too small, which HC3 mends in part. It says how far the estimate is from the best fit of a wrong model; that
+    fit may still be of no use.
+
+    Args:
+        bread: minus the mean Hessian of the log-likelihood, or the exact Fisher; made dense.
+        meat: the mean outer product of the scores, over the same parameters; made dense.
+        n: the number of observations; None takes that of the bread, as in `jaxfisher.covariance`.
+
+    Returns:
+        An operator as `jaxfisher.covariance` returns it, infinite along what the bread does not see.
+
+    Raises:
+        TypeError: ``bread`` or ``meat`` is not an operator.
+        ValueError: they are over other parameters; ``n`` is not given, and the bread is no mean.
+
+    Reference: White, Maximum likelihood estimation of misspecified models (Econometrica 1982), theorem 3.2; Huber (1967).
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> log_prob, y = jf.log_likelihood(lambda mu: jf.Normal(mu, 1.0)), jnp.array([2.0, -2.0, 2.0, -2.0])
+    >>> B, M = jf.observed_information(log_prob)(0.0, y), jf.empirical_fisher(log_prob)(0.0, y)
+    >>> print(jf.sandwich(B, M).as_matrix())  # the variance of y over 4, whatever the model's scale says
+    [[1.]]
+    """
+    bread, meat = as_operator(bread, "sandwich: `bread`"), as_operator(meat, "sandwich: `meat`")
+    bread.spec.check_same(meat.spec, f"sandwich: `bread` is {bread}, and `meat` is {meat}")
+    total = count(bread, n, "sandwich")
+    inverse, null, unit = inverse_and_null(bread)
+    matrix = matmul(inverse, matmul(meat.as_matrix(), inverse)) / total
+    return Operator(Covariance(0.5 * (matrix + matrix.T), null, unit, bread.spec), Provenance("sandwich"))
+
+
+def delta_method(function: Callable[[Any], Any]) -> Callable[[chex.ArrayTree, Operator], tuple[Any, Float[Array, "k k"]]]:
+    r"""The value of a function of the parameters, and the covariance that it inherits from theirs.
+
+    .. math:: \mathrm{cov}(f(\hat\theta)) \approx J C J^T, \qquad J = \partial f / \partial \theta \text{ at } \hat\theta.
+
+    **When it is the wrong tool.** It is the linear part only. Where f bends within a standard error, such as a ratio whose
+    denominator is near zero, use `jaxfisher.statistics.likelihood_interval`.
+
+    Args:
+        function: ``params -> array or pytree of arrays``, of k numbers in all.
+
+    Returns:
+        A function ``(params, covariance) -> (value, matrix)``: the value of f, and its covariance, shape ``[k, k]``, in the
+        order of `jax.flatten_util.ravel_pytree`. It is infinite for what the data do not determine.
+
+    Raises:
+        TypeError: ``function`` is not a function; (when called) ``covariance`` is not an operator.
+        ValueError: (when called) parameters of another structure.
+
+    Reference: van der Vaart, Asymptotic Statistics (1998), theorem 3.1.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> from jaxfisher import statistics
+    >>> F = jf.exact_fisher(lambda rate, x: jf.Poisson(jnp.log(rate) + 0 * x))(4.0, jnp.zeros(100))
+    >>> value, matrix = statistics.delta_method(jnp.log)(4.0, jf.covariance(F))
+    >>> print(round(float(value), 3), matrix)  # log 4, and 1 / (100 rate)
+    1.386 [[0.0025]]
+    """
+    check_function("function", function, "params -> array")
+
+    def inherited(params: chex.ArrayTree, covariance: Operator, /) -> tuple[Any, Float[Array, "k k"]]:
+        covariance = as_operator(covariance, "delta_method: `covariance`")
+        spec = covariance.spec
+        flat = spec.ravel(params, "params")
+
+        def numbers(flat: Array) -> Array:
+            return ravel_pytree(function(cast_like(spec.unravel(flat), params)))[0]
+
+        jacobian = jax.jacrev(numbers)(flat)
+        matrix = covariance.form.inner_products(jax.vmap(spec.unravel)(jacobian.astype(spec.dtype)))
+        return function(params), matrix
+
+    return inherited
+
+
+def cramer_rao_bound(
+    function: Callable[[Any], Any],
+) -> Callable[..., Float[Array, "k k"]]:
+    r"""The smallest covariance that an unbiased estimate of a function of the parameters can have.
+
+    .. math:: \mathrm{cov}(\hat f) \succeq J (n F)^{-1} J^T.
+
+    **When it is the wrong tool.** A biased estimate may be below it, and for few observations none may reach it.
+
+    Args:
+        function: ``params -> array or pytree of arrays``, of k numbers in all.
+
+    Returns:
+        A function ``(params, fisher, n=None) -> matrix [k, k]``, of the exact Fisher at the parameters. With
+        ``n=None`` it is for the number of observations that the Fisher is over.
+
+    Raises:
+        TypeError: ``function`` is not a function; (when called) ``fisher`` is not an operator.
+        ValueError: (when called) ``n`` is not given, and the operator is no mean.
+
+    Reference: Lehmann and Casella, Theory of Point Estimation (1998), theorem 2.6.6.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> from jaxfisher import statistics
+    >>> F = jf.exact_fisher(lambda log_scale: jf.Normal(0.0, jnp.exp(log_scale)))(0.0)
+    >>> print(statistics.cramer_rao_bound(jnp.exp)(0.0, F, n=50))  # scale^2 / (2 n)
+    [[0.01]]
+    """
+    inherited = delta_method(function)
+
+    def bound(params: chex.ArrayTree, fisher: Operator, n: chex.Numeric | None = None) -> Float[Array, "k k"]:
+        return inherited(params, covariance(fisher, n))[1]
+
+    return bound

@@ -1,0 +1,98 @@
+"""Criteria that weigh a fit against its number of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax.numpy as jnp
+from jaxtyping import Scalar
+
+from jaxfisher._divergence import observed_information
+from jaxfisher._examples import make_batch
+from jaxfisher._fisher import empirical_fisher
+from jaxfisher._linalg import matmul
+from jaxfisher._model import LOG_PROB, LogProb, mean_loss, of_one_example
+from jaxfisher._tree import check_function
+from jaxfisher.statistics._covariance import inverse_and_null
+from jaxfisher.statistics._observations import mass
+
+
+def aic(log_prob: LogProb) -> Callable[..., Scalar]:
+    r"""Akaike's information criterion, ``2 p - 2 log-likelihood``: of two fits the smaller one is expected to predict better.
+
+    **When it is the wrong tool.** It holds for a model that is right and has full rank; for one that may be wrong see
+    `jaxfisher.statistics.tic`. For a network, whose Fisher is singular, neither holds.
+
+    Args:
+        log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
+
+    Returns:
+        A function ``(params, *data, weights=None)``, of the maximum of the likelihood: a scalar in nats. Weights say how often
+        an observation occurs.
+
+    Raises:
+        ValueError: (when called) arrays of different lengths.
+
+    Reference: Akaike, A new look at the statistical model identification (1974), section 4.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> from jaxfisher import statistics
+    >>> log_prob = jf.log_likelihood(lambda logit: jf.Bernoulli(logit))
+    >>> print(round(float(statistics.aic(log_prob)(0.0, jnp.array([0, 1]))), 3))  # 2 + 4 log 2
+    4.773
+    """
+    check_function("log_prob", log_prob, LOG_PROB)
+
+    def criterion(params: chex.ArrayTree, /, *data: Any, weights: Any = None) -> Scalar:
+        spec, likelihood = _likelihood(log_prob, params, data, weights)
+        return 2 * spec.size - 2 * likelihood
+
+    return criterion
+
+
+def tic(log_prob: LogProb) -> Callable[..., Scalar]:
+    r"""Takeuchi's information criterion: Akaike's, with the number of parameters that a wrong model really has.
+
+    .. math:: -2 \log L + 2\, \mathrm{tr}(B^{-1} M),
+
+    with B the observed information and M the empirical Fisher, as in `jaxfisher.sandwich`. In a model that is right the trace
+    is about p.
+
+    **When it is the wrong tool.** The trace is noisy where observations are few.
+
+    Args:
+        log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
+
+    Returns:
+        A function ``(params, *data, weights=None)``, of the maximum of the likelihood: a scalar in nats.
+
+    Raises:
+        ValueError: (when called) arrays of different lengths.
+
+    Reference: Takeuchi (1976); Burnham and Anderson, Model Selection and Multimodel Inference (2002), section 7.2.2.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> from jaxfisher import statistics
+    >>> log_prob = jf.log_likelihood(lambda mu: jf.Normal(mu, 1.0))
+    >>> y = jnp.array([2.0, -2.0])
+    >>> print(round(float(statistics.tic(log_prob)(0.0, y) - statistics.aic(log_prob)(0.0, y)), 3))  # 2 (4 - 1)
+    6.0
+    """
+    check_function("log_prob", log_prob, LOG_PROB)
+
+    def criterion(params: chex.ArrayTree, /, *data: Any, weights: Any = None) -> Scalar:
+        _, likelihood = _likelihood(log_prob, params, data, weights)
+        bread = observed_information(log_prob)(params, *data, weights=weights)
+        meat = empirical_fisher(log_prob)(params, *data, weights=weights).as_matrix()
+        return 2 * jnp.trace(matmul(inverse_and_null(bread)[0], meat)) - 2 * likelihood
+
+    return criterion
+
+
+def _likelihood(log_prob: LogProb, params: Any, data: Any, weights: Any) -> tuple[Any, Scalar]:
+    batch = make_batch(params, data, weights)
+    with of_one_example(log_prob, "log_prob", params, batch.data):
+        mean = mean_loss(log_prob, params, batch.data, batch.weights)
+    return batch.spec, -mean * mass(batch)

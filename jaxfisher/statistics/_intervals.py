@@ -1,0 +1,292 @@
+"""Intervals for a function of the parameters: Wald's, those of the likelihood ratio, and those of the score."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Scalar
+
+from jaxfisher._examples import Batch, make_batch, needs_data
+from jaxfisher._linalg import matmul
+from jaxfisher._model import MODEL, Model, log_likelihood, mean_loss, of_one_example
+from jaxfisher._once import Around, once_for
+from jaxfisher._operators.operator import Operator, as_operator
+from jaxfisher._tree import cast_like, check_function
+from jaxfisher._values import check_number
+from jaxfisher._varying import while_loop
+from jaxfisher.statistics._covariance import delta_method
+from jaxfisher.statistics._observations import fisher_at, mass
+
+STEPS = 60
+"""The most of Newton's steps to one end of an interval."""
+
+
+class Interval(NamedTuple):
+    """An interval for a number.
+
+    Attributes:
+        lower: its lower end.
+        upper: its upper end.
+        converged: whether both ends were found. Where the likelihood is flat on one side there is none.
+    """
+
+    lower: Scalar
+    upper: Scalar
+    converged: Bool[Array, ""] | np.bool_
+
+
+@dataclasses.dataclass(frozen=True)
+class _Question(Around):
+    """A model, and the function of its parameters that is asked for."""
+
+    model: Model
+    function: Callable[[Any], Scalar]
+
+
+def wald_interval(function: Callable[[Any], Any], level: chex.Numeric = 0.95) -> Callable[[chex.ArrayTree, Operator], Interval]:
+    r"""The symmetric interval, estimate plus and minus a multiple of its standard error.
+
+    .. math:: f(\hat\theta) \pm z\, \sqrt{J C J^T}, \qquad z = \Phi^{-1}((1 + \mathrm{level}) / 2).
+
+    **When it is the wrong tool.** It depends on the coordinates: that of a rate is not that of its logarithm, and it may go
+    outside what is possible. With few observations take `jaxfisher.statistics.likelihood_interval`.
+
+    Args:
+        function: ``params -> scalar``, such as ``lambda p: p["slope"]``.
+        level: the coverage, between zero and one.
+
+    Returns:
+        A function ``(params, covariance) -> Interval``, with the covariance of `jaxfisher.covariance` or `jaxfisher.sandwich`.
+
+    Raises:
+        ValueError: a level that is not between zero and one; (when called) a function of several numbers.
+        TypeError: (when called) ``covariance`` is not an operator.
+
+    Reference: Wald (1943); van der Vaart, Asymptotic Statistics (1998), section 5.5.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> from jaxfisher import statistics
+    >>> F = jf.exact_fisher(lambda mu: jf.Normal(mu, 2.0))(1.0)
+    >>> found = statistics.wald_interval(lambda mu: mu)(1.0, jf.covariance(F, n=4))
+    >>> print(round(float(found.lower), 2), round(float(found.upper), 2))
+    -0.96 2.96
+    """
+    z = _deviations("wald_interval", level)
+    inherited = delta_method(function)
+
+    def interval(params: chex.ArrayTree, covariance: Operator, /) -> Interval:
+        covariance = as_operator(covariance, "wald_interval: `covariance`")
+        value, matrix = inherited(params, covariance)
+        _check_scalar("wald_interval", value)
+        half = z * jnp.sqrt(matrix[0, 0])
+        return Interval(value - half, value + half, jnp.isfinite(half))
+
+    return interval
+
+
+def likelihood_interval(model: Model, function: Callable[[Any], Any], level: chex.Numeric = 0.95) -> Callable[..., Interval]:
+    r"""The interval of the likelihood ratio, with all else fitted: the profile-likelihood interval of a number.
+
+    .. math:: \{f(\theta) : 2 \log L(\hat\theta) - 2 \log L(\theta) \le z^2\}.
+
+    Its ends are the largest and the smallest value of f on that set, found by Newton's method from those of Wald's interval.
+    In any coordinates it is the same interval.
+
+    **When it is the wrong tool.** It holds if the model is right. At the edge of what the parameters may be, it has no other
+    end.
+
+    Args:
+        model: ``(params, *inputs) -> distribution`` of ONE example.
+        function: ``params -> scalar``; with one parameter and the identity it is the plain likelihood-ratio interval.
+        level: the coverage, between zero and one.
+
+    Returns:
+        A function ``(params, *inputs, target, weights=None) -> Interval``, of the maximum of the likelihood.
+
+    Raises:
+        ValueError: a level that is not between zero and one; (when called) a function of several numbers, arrays of different
+            lengths.
+        TypeError: (when called) a model that returns no distribution.
+
+    Reference: Venzon and Moolgavkar, A method for computing profile-likelihood-based confidence intervals (1988).
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> from jaxfisher import statistics
+    >>> model = lambda mu: jf.Normal(mu, 2.0)
+    >>> found = statistics.likelihood_interval(model, lambda mu: mu)(1.0, jnp.array([-1.0, 0.0, 2.0, 3.0]))
+    >>> print(round(float(found.lower), 2), round(float(found.upper), 2), found.converged)
+    -0.96 2.96 True
+    """
+    return _interval("likelihood_interval", model, function, level, _likelihood_ends)
+
+
+def score_interval(model: Model, function: Callable[[Any], Any], level: chex.Numeric = 0.95) -> Callable[..., Interval]:
+    r"""The interval of the score: the values that the score test, with all else fitted, does not refuse.
+
+    .. math:: \{f(\theta) : n\, g^T F^{-1} g \le z^2\}, \qquad g = \tfrac1n \nabla \log L \text{ along } \nabla f.
+
+    The information is that of the value which is tested, and not that of the estimate. Of a proportion it is Wilson's interval.
+
+    **When it is the wrong tool.** It holds if the model is right.
+
+    Args:
+        model: ``(params, *inputs) -> distribution`` of ONE example.
+        function: ``params -> scalar``.
+        level: the coverage, between zero and one.
+
+    Returns:
+        A function ``(params, *inputs, target, weights=None) -> Interval``, of the maximum of the likelihood.
+
+    Raises:
+        ValueError: a level that is not between zero and one; (when called) a function of several numbers, arrays of different
+            lengths.
+        TypeError: (when called) a model that returns no distribution.
+
+    Reference: Rao (1948); Wilson (1927); Cox and Hinkley, Theoretical Statistics (1974), section 9.3.
+
+    >>> import jax, jax.numpy as jnp, jaxfisher as jf
+    >>> from jaxfisher import statistics
+    >>> asked = statistics.score_interval(lambda logit: jf.Bernoulli(logit), jax.nn.sigmoid)
+    >>> found = asked(0.0, jnp.array([0, 1, 0, 1]))
+    >>> print(round(float(found.lower), 2), round(float(found.upper), 2))
+    0.15 0.85
+    """
+    return _interval("score_interval", model, function, level, _score_ends)
+
+
+def _interval(name: str, model: Model, function: Any, level: Any, ends: Callable[..., Any]) -> Callable[..., Interval]:
+    check_function("model", model, MODEL)
+    check_function("function", function, "params -> scalar")
+    z = _deviations(name, level)
+    question = _Question(model, function)
+
+    def interval(params: chex.ArrayTree, /, *data: Any, weights: Any = None) -> Interval:
+        needs_data(data, name)
+        batch = make_batch(params, data, weights)
+        _check_scalar(name, jax.eval_shape(function, params))
+        with of_one_example(log_likelihood(model), "log_prob", params, batch.data):
+            values, good = ends(question, params, batch, jnp.asarray(z, batch.spec.dtype))
+        return Interval(jnp.min(values), jnp.max(values), jnp.all(good))
+
+    return interval
+
+
+def _deviations(name: str, level: Any) -> Scalar:
+    """How many standard deviations of a normal cover so much of it."""
+    check_number("level", level)
+    if not isinstance(level, jax.Array) and not 0 < float(level) < 1:
+        raise ValueError(f"{name}: `level` is {level}; expected a coverage between zero and one, such as 0.95.")
+    return jax.scipy.special.ndtri(0.5 * (1 + jnp.asarray(level, jnp.result_type(float))))
+
+
+def _check_scalar(name: str, value: Any) -> None:
+    if jnp.shape(value) != ():
+        raise ValueError(f"{name}: `function` returned shape {jnp.shape(value)}; expected one number. Ask for one at a time.")
+
+
+class _Local(NamedTuple):
+    """The problem in units of standard errors: ``theta = estimate + root u``."""
+
+    loss: Callable[[Array], Scalar]
+    """The negative log-likelihood of all observations, less that of the estimate."""
+    asked: Callable[[Array], Scalar]
+    """The function, less its value at the estimate, in its standard errors."""
+    information: Callable[[Array], Float[Array, "p p"]]
+    """The exact Fisher of all observations: the identity at the estimate."""
+    origin: Float[Array, " p"]
+    value: Scalar
+    error: Scalar
+
+
+def _local(question: _Question, params: Any, batch: Batch) -> _Local:
+    spec, log_prob = batch.spec, log_likelihood(question.model)
+    total = mass(batch)
+    flat = spec.ravel(params, "params")
+
+    def at(flat: Array) -> Any:
+        return cast_like(spec.unravel(flat), params)
+
+    def fisher(flat: Array) -> Array:
+        return fisher_at(question.model, at(flat), batch.data, batch.weights).as_matrix()
+
+    root = jnp.linalg.inv(jnp.linalg.cholesky(total * fisher(flat))).T
+    here, value = mean_loss(log_prob, at(flat), batch.data, batch.weights), question.function(at(flat)).astype(spec.dtype)
+    error = jnp.linalg.norm(matmul(root.T, jax.grad(lambda flat: question.function(at(flat)).astype(spec.dtype))(flat)))
+
+    def place(u: Array) -> Array:
+        return flat + matmul(root, u)
+
+    return _Local(
+        lambda u: total * (mean_loss(log_prob, at(place(u)), batch.data, batch.weights) - here),
+        lambda u: (question.function(at(place(u))).astype(spec.dtype) - value) / error,
+        lambda u: total * matmul(root.T, matmul(fisher(place(u)), root)),
+        jnp.zeros_like(flat),
+        value,
+        error,
+    )
+
+
+@once_for
+def _likelihood_ends(question: _Question, params: Any, batch: Batch, z: Scalar) -> tuple[Array, Array]:
+    """Where ``grad asked = mu grad loss`` and ``loss = z^2 / 2``."""
+    local = _local(question, params, batch)
+
+    def residual(unknown: Array) -> Array:
+        u, multiplier = unknown[:-1], unknown[-1]
+        value, slope = jax.value_and_grad(local.loss)(u)
+        return jnp.append(jax.grad(local.asked)(u) - multiplier * slope, (value - 0.5 * z**2) / z)
+
+    return _ends(local, residual, z)
+
+
+@once_for
+def _score_ends(question: _Question, params: Any, batch: Batch, z: Scalar) -> tuple[Array, Array]:
+    """Where ``grad asked = mu grad loss`` and the score statistic is ``z^2``."""
+    local = _local(question, params, batch)
+
+    def residual(unknown: Array) -> Array:
+        u, multiplier = unknown[:-1], unknown[-1]
+        slope = jax.grad(local.loss)(u)
+        statistic = jnp.vdot(slope, jnp.linalg.solve(local.information(u), slope))
+        return jnp.append(jax.grad(local.asked)(u) - multiplier * slope, (statistic - z**2) / (2 * z))
+
+    return _ends(local, residual, z)
+
+
+def _ends(local: _Local, residual: Callable[[Array], Array], z: Scalar) -> tuple[Array, Array]:
+    """Both ends, from those of Wald's interval, and whether they were found."""
+    direction = jax.grad(local.asked)(local.origin)
+
+    def end(sign: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
+        found, good = _newton(residual, jnp.append(sign * z * direction, sign / z))
+        asked = local.asked(found[:-1])
+        # The other solution of the same equations is the other end.
+        return local.value + local.error * asked, good & (asked * sign > 0)
+
+    values, good = jax.vmap(end)(jnp.asarray([-1.0, 1.0], z.dtype))
+    return values, good
+
+
+def _newton(residual: Callable[[Array], Array], start: Array) -> tuple[Array, Bool[Array, ""]]:
+    """A root by Newton's method, with steps halved until the residual falls; and whether it is one."""
+    eps = float(jnp.finfo(start.dtype).eps)
+
+    def step(state: Any) -> Any:
+        count, x, size, _ = state
+        change = jnp.linalg.solve(jax.jacfwd(residual)(x), residual(x))
+        shares = 0.5 ** jnp.arange(12, dtype=x.dtype)
+        sizes = jax.vmap(lambda share: jnp.linalg.norm(residual(x - share * change)))(shares)
+        falls = sizes < size
+        share = jnp.where(jnp.any(falls), shares[jnp.argmax(falls)], 0)
+        new = jnp.where(share > 0, x - share * change, x)
+        return count + 1, new, jnp.where(share > 0, sizes[jnp.argmax(falls)], size), share > 0
+
+    begin = jnp.zeros((), jnp.int32), start, jnp.linalg.norm(residual(start)), jnp.ones((), bool)
+    _, x, size, _ = while_loop(lambda state: state[3] & (state[0] < STEPS), step, begin)
+    return x, size < eps**0.5

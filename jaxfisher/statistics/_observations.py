@@ -1,0 +1,40 @@
+"""What the files of this room ask of all observations together."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Scalar
+
+from jaxfisher._distributions.base import Distribution
+from jaxfisher._examples import Batch
+from jaxfisher._fisher import exact_fisher
+from jaxfisher._model import Model
+from jaxfisher._once import Around
+from jaxfisher._operators.operator import Operator
+
+
+def mass(batch: Batch) -> Scalar:
+    """The number of observations: the sum of the weights, where there are any."""
+    return jnp.asarray(batch.size if batch.mass is None else batch.mass, batch.spec.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Repeated(Around):
+    """A model without inputs, once for each target."""
+
+    model: Model
+
+    def __call__(self, params: chex.ArrayTree, target: Any, /) -> Distribution:
+        return self.model(params)
+
+
+def fisher_at(model: Model, params: chex.ArrayTree, data: tuple[Any, ...], weights: Any) -> Operator:
+    """The exact Fisher over all observations; of a model without inputs too its n is the number of targets."""
+    if jax.tree.leaves(data[:-1]):
+        return exact_fisher(model)(params, *data[:-1], weights=weights)
+    return exact_fisher(_Repeated(model))(params, data[-1], weights=weights)

@@ -1,0 +1,265 @@
+"""The meat of a sandwich: scores corrected for leverage, summed over clusters; and the dispersion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Scalar
+
+from jaxfisher._examples import make_batch, map_examples
+from jaxfisher._fisher import exact_fisher
+from jaxfisher._linalg import matmul
+from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example, predict
+from jaxfisher._operators.dense import Dense
+from jaxfisher._operators.operator import Operator, scores_of
+from jaxfisher._operators.provenance import mean_over
+from jaxfisher._scores import scores
+from jaxfisher._tree import check_function
+from jaxfisher._values import described, whole
+from jaxfisher.statistics._covariance import inverse_and_null
+from jaxfisher.statistics._observations import mass
+
+
+def meat(log_prob: LogProb) -> Callable[..., Operator]:
+    r"""The meat of `jaxfisher.sandwich`: the mean outer product of scores, each times a factor, summed over clusters first.
+
+    .. math:: M = \frac1n \sum_g t_g t_g^T, \qquad t_g = \sum_{i \in g} f_i s_i.
+
+    Without groups each observation is its own, and without factors the meat is `jaxfisher.empirical_fisher`. Factors are those
+    of `jaxfisher.statistics.hc1`, `hc2` and `hc3`.
+
+    **When it is the wrong tool.** The number of clusters, not of observations, must be large: with fewer than about forty,
+    standard errors are too small.
+
+    Args:
+        log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
+
+    Returns:
+        A function ``(params, *data, groups=None, factors=None, weights=None)`` that returns a dense operator, by way of the
+        n x p scores. ``groups`` has a label for each example, ``factors`` a number for each. Labels are numbers or strings;
+        inside ``jit`` they must be whole numbers from 0 to n - 1. ``weights`` say how often an observation occurs.
+
+    Raises:
+        ValueError: (when called) arrays of different lengths, groups or factors of another length than the data.
+        TypeError: (when called) groups inside ``jit`` that are no whole numbers.
+
+    Reference: Liang and Zeger, Longitudinal data analysis using generalized linear models (Biometrika 1986), section 3;
+    MacKinnon and White (1985), for the factors.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> from jaxfisher import statistics
+    >>> log_prob = jf.log_likelihood(lambda mu: jf.Normal(mu, 1.0))
+    >>> y = jnp.array([1.0, 1.0, -1.0, -1.0])
+    >>> print(statistics.meat(log_prob)(0.0, y).as_matrix(), statistics.meat(log_prob)(0.0, y, groups=[0, 0, 1, 1]).as_matrix())
+    [[1.]] [[2.]]
+    """
+    check_function("log_prob", log_prob, LOG_PROB)
+
+    def meat_of(
+        params: chex.ArrayTree, /, *data: Any, groups: Any = None, factors: Any = None, weights: Any = None
+    ) -> Operator:
+        batch = make_batch(params, data, weights)
+        made = scores(log_prob)(params, *data, weights=weights)
+        rows = made.as_matrix()
+        if factors is not None:
+            rows = rows * _per_example("factors", factors, batch.size).astype(rows.dtype)[:, None]
+        if groups is None:
+            matrix = matmul(rows.T, made.weights[:, None] * rows)
+        else:
+            places = _places(groups, batch.size)
+            sums = jax.ops.segment_sum(made.weights[:, None] * rows, places, num_segments=batch.size)
+            matrix = mass(batch) * matmul(sums.T, sums)
+        return Operator(Dense(matrix, batch.spec), mean_over("meat", batch))
+
+    return meat_of
+
+
+def _per_example(name: str, values: Any, n: int) -> Array:
+    array = jnp.asarray(values)
+    if array.shape != (n,):
+        raise ValueError(
+            f"meat: `{name}` has shape {array.shape}, but there are {n} examples. Pass one number each, shape ({n},)."
+        )
+    return array
+
+
+def _places(groups: Any, n: int) -> Array:
+    """For each example the number of its group, from zero on."""
+    if isinstance(groups, jax.core.Tracer):
+        if not jnp.issubdtype(groups.dtype, jnp.integer):
+            raise TypeError(f"meat: `groups` has dtype {groups.dtype} inside jit; expected whole numbers from 0 to n - 1.")
+        return _per_example("groups", groups, n)
+    labels = np.asarray(groups)
+    if labels.shape != (n,):
+        raise ValueError(
+            f"meat: `groups` has shape {labels.shape}, but there are {n} examples. Pass one label each, shape ({n},)."
+        )
+    return jnp.asarray(np.unique(labels, return_inverse=True)[1])
+
+
+def cluster_factor(groups: Any, p: int) -> Scalar:
+    r"""What a covariance from few clusters is multiplied by: ``G / (G - 1) (n - 1) / (n - p)``.
+
+    It is what Stata and statsmodels apply unless told otherwise: ``cluster_factor(groups, p) * jf.sandwich(bread, meat)``.
+
+    Args:
+        groups: the labels, shape ``[n]``, of G different values.
+        p: the number of parameters.
+
+    Raises:
+        ValueError: one group only, labels that are no vector, or no more observations than parameters.
+
+    Reference: Cameron and Miller, A practitioner's guide to cluster-robust inference (2015), equation 12.
+
+    >>> from jaxfisher import statistics
+    >>> print(statistics.cluster_factor([0, 0, 1, 1, 2, 2], p=1))
+    1.5
+    """
+    labels = np.asarray(groups)
+    number, columns = len(np.unique(labels)), whole(p)
+    if labels.ndim != 1 or number < 2:
+        raise ValueError(
+            f"cluster_factor: `groups` is {described(labels)} with {number} labels; expected a vector of two or more."
+        )
+    if columns is None or not 0 <= columns < labels.size:
+        raise ValueError(
+            f"cluster_factor: `p` is {described(p)}; expected a whole number below the {labels.size} observations."
+        )
+    return jnp.asarray(number / (number - 1) * (labels.size - 1) / (labels.size - columns))
+
+
+def leverages(model: Model) -> Callable[..., Float[Array, " n"]]:
+    r"""How much each observation determines its own prediction: the diagonal of the hat matrix of a generalised linear model.
+
+    .. math:: h_i = r_i^T (n F)^{-1} r_i, \qquad F = \frac1n \sum_i r_i r_i^T, \qquad \sum_i h_i = \mathrm{rank}\, F.
+
+    Args:
+        model: ``(params, *inputs) -> distribution`` of ONE example, of which one number moves with the parameters.
+
+    Returns:
+        A function ``(params, *inputs, weights=None)``: numbers between 0 and 1, shape ``[n]``.
+
+    Raises:
+        ValueError: (when called) a prediction of which more than one number moves: no one hat matrix belongs to it.
+        TypeError: (when called) a model that returns no distribution.
+
+    Reference: Pregibon, Logistic regression diagnostics (Annals of Statistics 1981), section 3.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> from jaxfisher import statistics
+    >>> model = lambda w, x: jf.Normal(w * x, 1.0)
+    >>> print(statistics.leverages(model)(0.0, jnp.array([1.0, 1.0, 2.0, 2.0])))  # x^2 / sum x^2
+    [0.1 0.1 0.4 0.4]
+    """
+    check_function("model", model, MODEL)
+
+    def leverages_of(params: chex.ArrayTree, /, *inputs: Any, weights: Any = None) -> Float[Array, " n"]:
+        fisher = exact_fisher(model)(params, *inputs, weights=weights)
+        rows = scores_of(fisher, "leverages").as_matrix()
+        batch = make_batch(params, inputs, weights)
+        if rows.shape[0] != batch.size:
+            raise ValueError(
+                f"leverages: {rows.shape[0] // batch.size} numbers of a prediction move with the parameters; expected one, "
+                "such as a linear predictor. Hold the others fixed, such as the scale of a normal."
+            )
+        return jnp.sum(matmul(rows, inverse_and_null(fisher)[0]) * rows, axis=1) / mass(batch)
+
+    return leverages_of
+
+
+def hc1(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
+    r"""The factors of HC1, ``sqrt(n / (n - p))`` for all, with ``p`` the sum of the leverages.
+
+    Args:
+        leverages: what `jaxfisher.statistics.leverages` gives, of observations without weights.
+
+    Reference: MacKinnon and White, Some heteroskedasticity-consistent covariance matrix estimators (1985), equation 9.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxfisher import statistics
+    >>> print(statistics.hc1(jnp.full(4, 0.75)))
+    [2. 2. 2. 2.]
+    """
+    n = leverages.shape[0]
+    return jnp.full_like(leverages, 1) * jnp.sqrt(n / (n - jnp.sum(leverages)))
+
+
+def hc2(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
+    r"""The factors of HC2, ``1 / sqrt(1 - h_i)``: unbiased where the model is a linear one of equal variances.
+
+    Args:
+        leverages: what `jaxfisher.statistics.leverages` gives.
+
+    Reference: MacKinnon and White (1985), equation 10.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxfisher import statistics
+    >>> print(statistics.hc2(jnp.array([0.0, 0.75])))
+    [1. 2.]
+    """
+    return jax.lax.rsqrt(1 - leverages)
+
+
+def hc3(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
+    r"""The factors of HC3, ``1 / (1 - h_i)``: about what leaving one observation out would give.
+
+    Args:
+        leverages: what `jaxfisher.statistics.leverages` gives.
+
+    Reference: MacKinnon and White (1985), equation 12; Long and Ervin (2000), who advise it below 250 observations.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxfisher import statistics
+    >>> print(statistics.hc3(jnp.array([0.0, 0.75])))
+    [1. 4.]
+    """
+    return 1 / (1 - leverages)
+
+
+def dispersion(model: Model) -> Callable[..., Scalar]:
+    r"""Pearson's estimate of the dispersion: how much larger the variance is than the model says.
+
+    .. math:: \hat\phi = \frac1{n - p} \sum_i \frac{(y_i - \mu_i)^2}{v_i},
+
+    with ``mu`` and ``v`` the mean and the variance that the model predicts. Of ``Normal(f, 1)`` it is the residual variance:
+    ``phi * jf.covariance(F)`` is then the covariance of least squares.
+
+    **When it is the wrong tool.** Of counts that are nearly all zero or one it is biased. A variance that has another form
+    than the model says is no matter of a factor: see `jaxfisher.sandwich`.
+
+    Args:
+        model: ``(params, *inputs) -> distribution`` of ONE example, with a ``mean`` and a ``variance``.
+
+    Returns:
+        A function ``(params, *inputs, target, weights=None)``: a scalar. n is the sum of the weights, where there are any.
+
+    Raises:
+        TypeError: (when called) a model that returns no distribution.
+
+    Reference: McCullagh and Nelder, Generalized Linear Models (1989), section 4.5.2.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> from jaxfisher import statistics
+    >>> print(statistics.dispersion(lambda mu: jf.Normal(mu, 1.0))(0.0, jnp.array([3.0, -3.0, 0.0])))  # 18 / 2
+    9.0
+    """
+    check_function("model", model, MODEL)
+
+    def dispersion_of(params: chex.ArrayTree, /, *data: Any, weights: Any = None) -> Scalar:
+        batch = make_batch(params, data, weights)
+
+        def squared(params: chex.ArrayTree, *example: Any) -> Scalar:
+            predicted = predict(model, params, *example[:-1])
+            return jnp.sum(jnp.square(example[-1] - predicted.mean) / predicted.variance)
+
+        with of_one_example(model, "model", params, batch.data[:-1]):
+            each = map_examples(squared, params, batch.data)
+        total = mass(batch)
+        return jnp.sum(batch.weights * each.astype(batch.spec.dtype)) * total / (total - batch.spec.size)
+
+    return dispersion_of

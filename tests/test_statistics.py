@@ -1,0 +1,312 @@
+"""Statistics of estimates, against statsmodels and closed forms: fits, covariances, sandwiches, intervals, criteria."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.stats
+import statsmodels.api as sm
+from models import compiled
+
+import jaxfisher as jf
+from jaxfisher import statistics
+
+RNG = np.random.default_rng(19)
+N = 60
+X = np.column_stack([np.ones(N), RNG.normal(size=N), RNG.uniform(-1, 1, N)])
+COUNTS = RNG.poisson(np.exp(X @ [0.4, 0.5, -0.3])) * RNG.integers(0, 3, N)
+HEAVY = X @ [0.4, 0.5, -0.3] + X[:, 1] ** 2 * RNG.normal(size=N)
+GROUPS = RNG.integers(0, 11, N)
+REPEATS = RNG.integers(1, 4, N).astype(float)
+
+
+def relative(actual, expected):
+    return np.max(np.abs(np.asarray(actual) - expected)) / np.max(np.abs(expected))
+
+
+def poisson(beta, x):
+    return jf.Poisson(x @ beta)
+
+
+def linear(beta, x):
+    return jf.Normal(x @ beta, 1.0)
+
+
+@functools.cache
+def fitted(model, weighted=False):
+    """Our fit of one of the two models, and the bread and the log-likelihood there."""
+    y = {poisson: COUNTS.astype(float), linear: HEAVY}[model]
+    weights = REPEATS if weighted else None
+    log_prob = jf.log_likelihood(model)
+
+    def make(x, y, weights):
+        found = jf.fit(model)(jnp.zeros(3), x, y, weights=weights)
+        return found, jf.observed_information(log_prob)(found.params, x, y, weights=weights)
+
+    return compiled(make)(X, y, weights), log_prob, y
+
+
+def test_a_glm_and_every_covariance_of_it():
+    """Poisson counts that scatter more than the model says: to 1e-8 of statsmodels."""
+    (found, bread), log_prob, y = fitted(poisson)
+    assert bool(found.converged) and int(found.rank) == 3 and not np.any(found.separated)
+    theirs = lambda **options: sm.GLM(y, X, sm.families.Poisson()).fit(tol=1e-14, maxiter=100, **options)  # noqa: E731
+    assert relative(found.params, theirs().params) < 1e-8
+    assert abs(float(found.log_likelihood) / theirs().llf - 1) < 1e-12
+    assert relative(jf.covariance(found.fisher).as_matrix(), theirs().cov_params()) < 1e-8
+    assert relative(jf.standard_errors(found.fisher), theirs().bse) < 1e-8
+
+    scale = compiled(statistics.dispersion(poisson))(found.params, X, y)
+    assert relative((scale * jf.covariance(found.fisher)).as_matrix(), theirs(scale="X2").cov_params()) < 1e-8
+    meat = statistics.meat(log_prob)
+    white = jf.sandwich(bread, meat(found.params, X, y))
+    assert relative(white.as_matrix(), theirs(cov_type="HC0").cov_params()) < 1e-8
+    assert (
+        relative(white.as_matrix(), jf.sandwich(bread, jf.empirical_fisher(log_prob)(found.params, X, y)).as_matrix()) < 1e-12
+    )
+    clustered = jf.sandwich(bread, meat(found.params, X, y, groups=GROUPS))
+    corrected = statistics.cluster_factor(GROUPS, 3) * clustered
+    expected = theirs(cov_type="cluster", cov_kwds={"groups": GROUPS}).cov_params()
+    assert relative(corrected.as_matrix(), expected) < 1e-8
+    by_name = meat(found.params, X, y, groups=np.array(list("abcdefghijk"))[GROUPS])
+    assert relative(jf.sandwich(bread, by_name).as_matrix(), np.asarray(clustered)) < 1e-12
+    assert abs(float(statistics.aic(log_prob)(found.params, X, y)) / theirs().aic - 1) < 1e-12
+
+
+def test_weights_say_how_often_an_observation_occurs():
+    (found, bread), log_prob, y = fitted(poisson, weighted=True)
+    fit = sm.GLM(y, X, sm.families.Poisson(), freq_weights=REPEATS).fit(tol=1e-14, maxiter=100)
+    robust = sm.GLM(y, X, sm.families.Poisson(), freq_weights=REPEATS).fit(tol=1e-14, maxiter=100, cov_type="HC0")
+    assert relative(found.params, fit.params) < 1e-8
+    assert relative(jf.covariance(found.fisher).as_matrix(), fit.cov_params()) < 1e-8
+    meat = statistics.meat(log_prob)(found.params, X, y, weights=REPEATS)
+    assert relative(jf.sandwich(bread, meat).as_matrix(), robust.cov_params()) < 1e-8
+    repeated = np.repeat(np.arange(N), REPEATS.astype(int))
+    again = statistics.meat(log_prob)(found.params, X[repeated], y[repeated], groups=GROUPS[repeated])
+    grouped = statistics.meat(log_prob)(found.params, X, y, groups=GROUPS, weights=REPEATS)
+    assert relative(grouped.as_matrix(), np.asarray(again)) < 1e-12
+
+
+def test_least_squares_with_hc0_to_hc3():
+    """Of a linear model statsmodels has all four; the scale of the model does not matter to them."""
+    (found, bread), log_prob, y = fitted(linear)
+    theirs = sm.OLS(y, X).fit()
+    assert relative(found.params, theirs.params) < 1e-8
+    h = statistics.leverages(linear)(found.params, X)
+    assert relative(h, theirs.get_influence().hat_matrix_diag) < 1e-12
+    meat = functools.partial(statistics.meat(log_prob), found.params, X, y)
+    for factors, expected in (
+        (statistics.hc1, theirs.cov_HC1),
+        (statistics.hc2, theirs.cov_HC2),
+        (statistics.hc3, theirs.cov_HC3),
+    ):
+        assert relative(jf.sandwich(bread, meat(factors=factors(h))).as_matrix(), expected) < 1e-8
+    assert relative(jf.sandwich(bread, meat()).as_matrix(), theirs.cov_HC0) < 1e-8
+    scale = statistics.dispersion(linear)(found.params, X, y)
+    assert relative((scale * jf.covariance(found.fisher)).as_matrix(), theirs.cov_params()) < 1e-8
+    # Takeuchi's trace, written out.
+    inverse, scores = np.linalg.inv(X.T @ X), X * (y - X @ np.asarray(found.params))[:, None]
+    both = [criterion(log_prob)(found.params, X, y) for criterion in (statistics.tic, statistics.aic)]
+    assert abs(float(both[0] - both[1]) - 2 * (np.trace(inverse @ scores.T @ scores) - 3)) < 1e-9
+
+
+def test_a_discrete_model_by_its_observed_information():
+    """statsmodels' Probit takes minus the Hessian, which differs from the exact Fisher in this link."""
+    y = (HEAVY > 0.3).astype(float)
+
+    def probit(beta, x):
+        z = x @ beta
+        return jf.Bernoulli(jax.scipy.stats.norm.logcdf(z) - jax.scipy.stats.norm.logcdf(-z))
+
+    def make(x, y):
+        found = jf.fit(probit)(jnp.zeros(3), x, y)
+        return found, jf.standard_errors(jf.observed_information(jf.log_likelihood(probit))(found.params, x, y))
+
+    found, errors = compiled(make)(X, y)
+    theirs = sm.Probit(y, X).fit(method="newton", tol=1e-14, maxiter=100, disp=0)
+    assert bool(found.converged)
+    assert relative(found.params, theirs.params) < 1e-8 and relative(errors, theirs.bse) < 1e-8
+
+
+def test_what_the_data_do_not_determine_has_no_standard_error():
+    """All logits of a softmax may move together: each of them is unknown, and their differences are not."""
+    labels = RNG.integers(0, 3, N)
+
+    def softmax(p, x):
+        return jf.Categorical(x[1] * p["slope"] + p["level"])
+
+    start = {"level": jnp.zeros(3), "slope": jnp.zeros(3)}
+
+    def make(x, y):
+        found = jf.fit(softmax)(start, x, y)
+        covariance = jf.covariance(found.fisher)
+        contrast = statistics.delta_method(lambda p: p["slope"][1:] - p["slope"][0])(found.params, covariance)
+        return found, jf.standard_errors(found.fisher), contrast, covariance.mv(start | {"level": jnp.array([1.0, 0.0, -1.0])})
+
+    found, errors, (slopes, matrix), product = compiled(make)(X, labels)
+    assert bool(found.converged) and int(found.rank) == 4
+    assert np.all(np.isinf(np.concatenate(list(errors.values()))))
+    theirs = sm.MNLogit(labels, X[:, :2]).fit(method="newton", tol=1e-14, maxiter=100, disp=0)
+    assert relative(slopes, theirs.params[1]) < 1e-8
+    assert relative(matrix, np.asarray(theirs.cov_params())[1::2, 1::2]) < 1e-8
+    assert np.all(np.isfinite(np.concatenate(list(product.values()))))
+
+
+def test_separation_is_found_and_named_and_firth_mends_it():
+    """Heinze and Schemper's remedy, against Firth's score equations solved by SciPy."""
+    x = np.linspace(-1, 1, 20)
+    y = (x > 0).astype(float)
+
+    def logistic(p, x):
+        return jf.Bernoulli(p["level"] + p["slope"] * x[0] + p["other"] * x[1])
+
+    other = np.cos(7 * x)
+    inputs, start = np.column_stack([x, other]), {"level": 0.0, "slope": 0.0, "other": 0.0}
+    found, mended = compiled(
+        lambda x, y: (jf.fit(logistic)(start, x, y), jf.fit(logistic, penalty=statistics.firth(logistic))(start, x, y))
+    )(inputs, y)
+    assert not bool(found.converged) and bool(found.separated["slope"])
+    assert "separated: ['" in repr(found) and "['slope']" in repr(found)
+    assert bool(mended.converged) and not any(map(bool, mended.separated.values()))
+
+    design = np.column_stack([np.ones(20), other, x])
+
+    def score(beta):
+        p = scipy.special.expit(design @ beta)
+        root = np.sqrt(p * (1 - p))[:, None] * design
+        h = np.sum(root * np.linalg.solve(root.T @ root, root.T).T, axis=1)
+        return design.T @ (y - p + h * (0.5 - p))
+
+    expected = scipy.optimize.root(score, np.zeros(3), tol=1e-13).x
+    assert relative(jax.tree.leaves({k: mended.params[k] for k in ("level", "other", "slope")}), expected) < 1e-7
+
+
+def test_intervals_of_one_parameter_in_closed_form():
+    """A proportion: Wald's, Wilson's, and the likelihood's by SciPy; asked for on another scale than the model's own."""
+    ones, n = 4, 17
+    y = np.r_[np.ones(ones), np.zeros(n - ones)]
+    bernoulli = lambda logit: jf.Bernoulli(logit)  # noqa: E731
+    z = scipy.stats.norm.ppf(0.95)
+
+    def make(y):
+        found = jf.fit(bernoulli)(0.0, y)
+        asked = [
+            ask(bernoulli, jax.nn.sigmoid, 0.9)(found.params, y)
+            for ask in (statistics.score_interval, statistics.likelihood_interval)
+        ]
+        return [*asked, statistics.wald_interval(jax.nn.sigmoid, 0.9)(found.params, jf.covariance(found.fisher))]
+
+    score, likelihood, wald = compiled(make)(y)
+    p = ones / n
+    centre, half = (p + z**2 / (2 * n)) / (1 + z**2 / n), z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert relative([score.lower, score.upper], np.array([centre - half, centre + half])) < 1e-8
+    assert relative([wald.lower, wald.upper], p + z * np.array([-1, 1]) * np.sqrt(p * (1 - p) / n)) < 1e-8
+    log_l = lambda q: ones * np.log(q) + (n - ones) * np.log1p(-q)  # noqa: E731
+    ends = [
+        scipy.optimize.brentq(lambda q: 2 * (log_l(p) - log_l(q)) - z**2, *span, xtol=1e-14)
+        for span in ((1e-9, p), (p, 1 - 1e-9))
+    ]
+    assert relative([likelihood.lower, likelihood.upper], np.array(ends)) < 1e-8
+    assert all(bool(interval.converged) for interval in (score, likelihood, wald))
+
+
+def test_a_profile_with_the_others_fitted_again():
+    """A slope of the Poisson regression: at each end, the best fit with that slope is as unlikely as it should be."""
+    (found, _), _, y = fitted(poisson)
+
+    def make(params, x, y):
+        slope = lambda beta: beta[1]  # noqa: E731
+        return [ask(poisson, slope)(params, x, y) for ask in (statistics.likelihood_interval, statistics.score_interval)]
+
+    profile, score = compiled(make)(found.params, X, y)
+    drop = scipy.stats.chi2.ppf(0.95, 1)
+    free = sm.GLM(y, X, sm.families.Poisson()).fit()
+    for end in profile[:2]:
+        held = sm.GLM(y, X[:, [0, 2]], sm.families.Poisson(), offset=float(end) * X[:, 1]).fit(tol=1e-13, maxiter=100)
+        assert abs(2 * (free.llf - held.llf) - drop) < 1e-8
+    for end in score[:2]:
+        held = sm.GLM(y, X[:, [0, 2]], sm.families.Poisson(), offset=float(end) * X[:, 1]).fit(tol=1e-13, maxiter=100)
+        mean = held.fittedvalues
+        slope = X.T @ (y - mean)
+        assert abs(slope @ np.linalg.solve(X.T @ (mean[:, None] * X), slope) - drop) < 1e-7
+    assert bool(profile.converged) and bool(score.converged)
+
+
+def test_an_interval_without_an_end_says_so():
+    """No failures at all: the likelihood has no maximum, and what is called an interval there is none."""
+    found = jf.fit(lambda logit: jf.Bernoulli(logit))(0.0, np.ones(5))
+    assert not bool(found.converged) and bool(found.separated)
+    wald = statistics.wald_interval(lambda p: p["idle"])
+    F = jf.exact_fisher(lambda p, x: jf.Normal(p["level"] * x, 1.0))({"level": 0.0, "idle": 0.0}, np.ones(3))
+    assert not bool(wald({"level": 0.0, "idle": 0.0}, jf.covariance(F)).converged)
+
+
+def test_the_bound_of_cramer_and_rao():
+    """Mean and standard deviation over mean, of n draws of a normal."""
+    model = lambda p: jf.Normal(p["loc"], jnp.exp(p["log_scale"]))  # noqa: E731
+    params = {"loc": 2.0, "log_scale": np.log(0.5)}
+    bound = statistics.cramer_rao_bound(lambda p: (p["loc"], jnp.exp(p["log_scale"]) / p["loc"]))
+    cv = 0.25
+    expected = [[0.25, -0.25 * cv / 2], [-0.25 * cv / 2, cv**2 / 2 + cv**4]]
+    assert relative(bound(params, jf.exact_fisher(model)(params), n=10), np.array(expected) / 10) < 1e-12
+
+
+def test_a_covariance_is_an_operator():
+    (found, bread), log_prob, y = fitted(poisson)
+    made = jf.sandwich(bread, jf.empirical_fisher(log_prob)(found.params, X, y))
+    matrix = np.asarray(made)
+    assert repr(made) == "Fisher(sandwich, params 3, dense)"
+    np.testing.assert_allclose(jf.standard_errors(made), np.sqrt(np.diag(matrix)), rtol=1e-14)
+    np.testing.assert_allclose(made.mv(jnp.ones(3)), matrix @ np.ones(3), rtol=1e-13)
+    np.testing.assert_allclose(made.quadratic(jnp.ones(3)), matrix.sum(), rtol=1e-12)
+    np.testing.assert_allclose(made.solve(made.mv(jnp.ones(3)), 0.0), np.ones(3), rtol=1e-9)
+    n = jnp.asarray(100.0)
+    np.testing.assert_allclose(jf.covariance(found.fisher, n).as_matrix() * 100 / N, jf.covariance(found.fisher), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda F: jf.covariance(3.0), TypeError, "covariance: expected a Fisher operator"),
+        (lambda F: jf.covariance(jf.scaled_identity(jnp.zeros(3), 1.0)), ValueError, "no mean over examples.*Give `n`"),
+        (lambda F: jf.covariance(F, "many"), TypeError, "n` is 'many'; expected a number of observations"),
+        (lambda F: jf.sandwich(F, 2.0), TypeError, "sandwich: `meat`"),
+        (lambda F: jf.standard_errors(jf.covariance(F), 3), ValueError, "`n` is given beside a covariance"),
+        (lambda F: statistics.wald_interval(jnp.sum, level=95), ValueError, "`level` is 95; expected a coverage between"),
+        (lambda F: statistics.wald_interval(lambda p: p)(jnp.zeros(3), jf.covariance(F)), ValueError, r"returned shape \(3,\)"),
+        (lambda F: statistics.score_interval(poisson, lambda p: p)(jnp.zeros(3), X, COUNTS), ValueError, "expected one number"),
+        (
+            lambda F: statistics.meat(jf.log_likelihood(poisson))(jnp.zeros(3), X, COUNTS, groups=[1, 2]),
+            ValueError,
+            "`groups` has",
+        ),
+        (
+            lambda F: statistics.meat(jf.log_likelihood(poisson))(jnp.zeros(3), X, COUNTS, factors=X),
+            ValueError,
+            "`factors` has",
+        ),
+        (lambda F: statistics.cluster_factor(np.ones(5), 1), ValueError, "with 1 labels; expected a vector of two or more"),
+        (
+            lambda F: statistics.leverages(lambda b, x: jf.Normal(x @ b, jnp.exp(b[0])))(jnp.zeros(3), X),
+            ValueError,
+            "expected one, such as a linear",
+        ),
+        (lambda F: jf.fit(poisson, max_steps=0), ValueError, "`max_steps` is 0; expected a whole number of steps"),
+        (lambda F: jf.fit(poisson, penalty=0.1), TypeError, "`penalty` is 0.1; expected a function"),
+        (lambda F: jf.fit(lambda b, x: x @ b)(jnp.zeros(3), X, COUNTS), TypeError, "Expected a distribution, got an array"),
+        (lambda F: jf.fit(poisson)(jnp.zeros(3, int), X, COUNTS), TypeError, "has dtype int"),
+        (
+            lambda F: jf.from_matrix(jnp.eye(2), F),
+            ValueError,
+            r"`matrix` has shape \(2, 2\); expected real numbers of shape \(3, 3\)",
+        ),
+        (lambda F: jf.from_matrix("eye", F), TypeError, "`matrix` is 'eye'"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    F = jf.exact_fisher(poisson)(jnp.zeros(3), X)
+    with pytest.raises(error, match=message):
+        jax.eval_shape(lambda: jax.tree.leaves(call(F)))
