@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
 from jaxfisher._linalg import norm
+from jaxfisher._operators.dense import by_entry
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.inverted import Inverted
@@ -143,6 +144,11 @@ class BlockDiagonal(Form):
     def power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
         pairs = zip(self.blocks, self.split(v), strict=True)
         return self.join([block.power_mv(part, power, damping) for block, part in pairs])
+
+
+@by_entry.register
+def _(form: BlockDiagonal) -> BlockDiagonal:
+    return dataclasses.replace(form, blocks=tuple(map(by_entry, form.blocks)))
 
 
 def _total(parts: Sequence[Any]) -> Any:

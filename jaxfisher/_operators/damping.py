@@ -1,4 +1,4 @@
-"""A damping: one number, or one for each parameter leaf; how it is checked, and how a form is damped by it."""
+"""A damping: one number, one for each parameter leaf or one for each parameter; how it is checked, and how a form is damped."""
 
 from __future__ import annotations
 
@@ -7,65 +7,99 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Scalar
 
+from jaxfisher._operators.dense import by_entry
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.inverted import Inverted
 from jaxfisher._system import Factorise, Solved
 from jaxfisher._tree import ParamSpec, for_both_parts, joined_structure
-from jaxfisher._values import described, nonnegative
+from jaxfisher._values import check_array, described, nonnegative
 
 Damping: TypeAlias = Any
-"""One number, or a pytree like the parameters with one number for each leaf."""
-Dampings = Scalar | tuple[Scalar, ...]
-"""The damping checked and cast: one number, or the leaves' numbers in order."""
+"""One number, or a pytree like the parameters with one number for each leaf, or one for each of the leaf's parameters."""
+Dampings = Scalar | tuple[Array, ...]
+"""The damping checked and cast: one number, or those of the leaves in order."""
 
 
-def is_one_damping(damping: Damping, spec: ParamSpec) -> bool:
-    """Whether it is one number; if not, it must have one for each parameter leaf."""
+def is_one_damping(damping: Damping, spec: ParamSpec, name: str = "damping") -> bool:
+    """Whether it is one number; if not, it must have one for each parameter leaf, or for each parameter."""
     leaves, treedef = jax.tree.flatten(damping)
+    shapes = [jnp.shape(leaf) for leaf in leaves]
     if jax.tree_util.treedef_is_leaf(treedef) or damping is None:
-        return True
-    if treedef not in (spec.treedef, joined_structure(spec)) or any(jnp.shape(leaf) != () for leaf in leaves):
+        # Of parameters that are one array it may be one as well; what is no array has no shape that is not ().
+        return treedef != spec.treedef or shapes[0] != spec.shapes[0] or shapes[0] == ()
+    fits = treedef in (spec.treedef, joined_structure(spec))
+    if fits:
+        shapes = [jnp.shape(leaf) for leaf in _of_leaves(damping, spec)]
+    if not fits or any(seen not in ((), own) for seen, own in zip(shapes, spec.shapes, strict=True)):
         raise TypeError(
-            f"`damping` is {described(damping)} with leaves of shapes {[jnp.shape(leaf) for leaf in leaves]}; expected one "
-            f"number of at least zero, or a pytree like the parameters, {joined_structure(spec)}, with one number a leaf."
+            f"`{name}` is {described(damping)} with leaves of shapes {shapes}; expected one number of at least zero, or a "
+            f"pytree like the parameters, {joined_structure(spec)}, with one number a leaf, or an array of the leaf's shape, "
+            f"of {list(spec.shapes)}."
         )
     return False
 
 
-def checked_damping(damping: Damping, spec: ParamSpec) -> Dampings:
-    """The argument checked and cast: one number, or the numbers of the leaves."""
-    if is_one_damping(damping, spec):
-        return nonnegative("damping", damping, spec.dtype)
-    leaves = jax.tree.leaves(damping) if jax.tree.structure(damping) == spec.treedef else for_both_parts(damping, spec)
-    return tuple(nonnegative("damping", leaf, spec.dtype) for leaf in leaves)
+def _of_leaves(damping: Damping, spec: ParamSpec) -> list[Any]:
+    """What is given for each leaf; for both parts of a complex one the same."""
+    return jax.tree.leaves(damping) if jax.tree.structure(damping) == spec.treedef else for_both_parts(damping, spec)
+
+
+def checked_damping(damping: Damping, spec: ParamSpec, name: str = "damping") -> Dampings:
+    """The argument checked and cast: one number, or those of the leaves."""
+    if is_one_damping(damping, spec, name):
+        return nonnegative(name, damping, spec.dtype)
+    leaves = zip(spec.paths, _of_leaves(damping, spec), strict=True)
+    return tuple(
+        nonnegative(name, leaf, spec.dtype) if jnp.shape(leaf) == () else _entries(f"`{name}` at {path}", leaf, spec.dtype)
+        for path, leaf in leaves
+    )
+
+
+def _entries(name: str, values: Any, dtype: Any) -> Array:
+    """The damping of each parameter of a leaf; refused where it is known to be negative or not finite."""
+    check_array(name, values)
+    # The values of a JAX array are run-time numbers: to look at them would wait for the device.
+    known = values if isinstance(values, np.ndarray) else np.zeros(0)
+    wrong = known[~((known >= 0) & (known < np.inf))]
+    if wrong.size:
+        raise ValueError(f"{name} holds {wrong[0]}; expected finite numbers of at least zero.")
+    return jnp.asarray(values, dtype)
 
 
 def entries_of(dampings: Dampings, spec: ParamSpec) -> Float[Array, " p"]:
     """The damping of each parameter."""
     by_leaf = dampings if isinstance(dampings, tuple) else (dampings,) * len(spec.sizes)
-    return jnp.concatenate([jnp.broadcast_to(d, size) for d, size in zip(by_leaf, spec.sizes, strict=True)])
+    return jnp.concatenate([jnp.broadcast_to(d.reshape(-1), size) for d, size in zip(by_leaf, spec.sizes, strict=True)])
+
+
+def _with_unit_damping(form: Form, dampings: tuple[Array, ...]) -> tuple[Form, tuple[Array, ...]]:
+    """`Form.with_unit_damping`, in a form that can be scaled by what is given for each leaf."""
+    return (by_entry(form) if any(damping.ndim for damping in dampings) else form).with_unit_damping(dampings)
+
+
+def _by_leaf(spec: ParamSpec, v: Any, factors: Sequence[Array]) -> Any:
+    return spec.tree([f * leaf for f, leaf in zip(factors, jax.tree.leaves(v), strict=True)])
 
 
 def damped_inverse(form: Form, dampings: Dampings, factorise: Factorise | None = None) -> Inverted:
     """``v -> (F + D)^-1 v`` with a damping ``D`` of either kind; a damping of one number may be given a way to factor.
 
-    With one number a leaf, ``F + D = R^-1 (G + I) R^-1``, so ``(F + D)^-1 = R (G + I)^-1 R``, and G has the form of F.
+    With one number a leaf, ``F + D = R^-1 (G + I) R^-1``, so ``(F + D)^-1 = R (G + I)^-1 R``, and G has the form of F. With one
+    a parameter too, where a matrix, its blocks or its diagonal are held; of any other form it is the matrix.
     """
     if not isinstance(dampings, tuple):
         return form.inverse(dampings) if factorise is None else form.inverses(dampings, factorise)(dampings)
     spec, product = form.spec, form.product()
-    inside, roots = form.with_unit_damping(dampings)
+    inside, roots = _with_unit_damping(form, dampings)
     inverse = inside.inverse(jnp.ones((), spec.dtype))
 
-    def by_leaf(v: Any, factors: Sequence[Scalar]) -> Any:
-        return spec.tree([f * leaf for f, leaf in zip(factors, jax.tree.leaves(v), strict=True)])
-
     def apply(v: Any) -> Solved:
-        found = inverse(by_leaf(v, roots))
-        x = by_leaf(found.x, roots)
-        rest = jax.tree.map(lambda b, f, d: b - f - d, v, product(x), by_leaf(x, dampings))
+        found = inverse(_by_leaf(spec, v, roots))
+        x = _by_leaf(spec, found.x, roots)
+        rest = jax.tree.map(lambda b, f, d: b - f - d, v, product(x), _by_leaf(spec, x, dampings))
         return found._replace(x=x, rest=rest)
 
     return apply
@@ -75,6 +109,15 @@ def damped_logdet(form: Form, dampings: Dampings) -> Scalar:
     """``log det (F + D)`` with a damping ``D`` of either kind."""
     if not isinstance(dampings, tuple):
         return form.logdet(dampings)
-    inside, roots = form.with_unit_damping(dampings)
-    units = sum(size * jnp.log(root) for size, root in zip(form.spec.sizes, roots, strict=True))
+    inside, roots = _with_unit_damping(form, dampings)
+    units = jnp.sum(jnp.log(entries_of(roots, form.spec)))
     return inside.logdet(jnp.ones((), form.spec.dtype)) - 2 * units
+
+
+def damped_inverse_root(form: Form, v: Any, dampings: Dampings) -> Any:
+    """``B v`` with ``B B^T = (F + D)^-1``: ``R (G + I)^-1/2``, as in `damped_inverse`; the symmetric root for one number."""
+    if not isinstance(dampings, tuple):
+        return form.power_mv(v, jnp.asarray(-0.5, form.spec.dtype), dampings)
+    inside, roots = _with_unit_damping(form, dampings)
+    one = jnp.ones((), form.spec.dtype)
+    return _by_leaf(form.spec, inside.power_mv(v, -0.5 * one, one), roots)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._linalg import matmul
-from jaxfisher._operators.form import Form
+from jaxfisher._operators.form import Form, small_matrix
 from jaxfisher._pytree import array_fields
 from jaxfisher._tree import ParamSpec
 
@@ -45,7 +46,7 @@ class Dense(Form):
         return Dense(self.matrix[jnp.ix_(index, index)], self.spec.restrict(keep, treedef))
 
     def rescaled(self, factors: Sequence[Scalar]) -> Dense:
-        parts = [jnp.broadcast_to(f, size) for f, size in zip(factors, self.spec.sizes, strict=True)]
+        parts = [jnp.broadcast_to(f.reshape(-1), size) for f, size in zip(factors, self.spec.sizes, strict=True)]
         by_entry = jnp.concatenate(parts).astype(self.matrix.dtype)
         return dataclasses.replace(self, matrix=by_entry[:, None] * self.matrix * by_entry[None, :])
 
@@ -54,3 +55,14 @@ class Dense(Form):
 
     def plus(self, other: Form) -> Dense | None:
         return Dense(self.matrix + other.matrix, self.spec) if isinstance(other, Dense) else None
+
+
+@functools.singledispatch
+def by_entry(form: Form) -> Form:
+    """The same matrix in a form whose `Form.rescaled` takes an array for a leaf as well: dense, unless a form knows better."""
+    return Dense(small_matrix(form, "a damping for each parameter"), form.spec)
+
+
+@by_entry.register
+def _(form: Dense) -> Dense:
+    return form

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._engine import Basis
+from jaxfisher._operators.dense import by_entry
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.operator import Operator, viewed
 from jaxfisher._operators.spectral import Spectral
@@ -72,6 +73,11 @@ class Diagonal(Spectral):
         reached = self.spec.ravel(self.entries, "entries") + damping != 0
         most = jnp.finfo(self.spec.dtype).eps ** 0.5
         return lambda v, x, rest, noise, again: jnp.all(jnp.abs(rest) <= most * jnp.abs(v), where=reached)
+
+
+@by_entry.register
+def _(form: Diagonal) -> Diagonal:
+    return form
 
 
 def diagonal(fisher: Operator) -> Operator:

@@ -85,7 +85,10 @@ class Form(abc.ABC):
         return None
 
     def rescaled(self, factors: Sequence[Scalar]) -> Form:
-        """``D F D`` in the same form, with one factor for each parameter leaf."""
+        """``D F D`` in the same form, with one factor for each parameter leaf.
+
+        Where the matrix, its blocks or its diagonal are held, a factor may be an array like the leaf.
+        """
         if len(factors) == 1:
             return self.scaled(jnp.square(factors[0]))
         raise NotImplementedError(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._engine import Basis
+from jaxfisher._operators.dense import by_entry
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.inverted import Inverted
@@ -158,6 +159,16 @@ class Shifted(Form):
 
     def power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
         return self.base.power_mv(v, power, damping + self.shift)
+
+
+@by_entry.register
+def _(form: ScaledIdentity) -> Diagonal:
+    return Diagonal(form.diagonal(), form.spec)
+
+
+@by_entry.register
+def _(form: Shifted) -> Shifted:
+    return dataclasses.replace(form, base=by_entry(form.base))
 
 
 def scaled_identity(like: Operator | chex.ArrayTree, scale: chex.Numeric) -> Operator:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Scalar
 from jaxfisher._damped import by_cholesky
 from jaxfisher._linalg import null_vectors
 from jaxfisher._once import Static, once
-from jaxfisher._operators.damping import Damping, Dampings, checked_damping, damped_inverse, damped_logdet
+from jaxfisher._operators.damping import Damping, Dampings, checked_damping, damped_inverse, damped_inverse_root, damped_logdet
 from jaxfisher._operators.form import Form, small_matrix
 from jaxfisher._operators.inverted import reported
 from jaxfisher._operators.marginal import schur_complement
@@ -127,9 +127,11 @@ class Operator:
     def solve(self, v: chex.ArrayTree, damping: Damping) -> chex.ArrayTree:
         """``(F + damping I)^-1 v``, a pytree like ``v``; the minimum-norm solution where F is singular and the damping zero.
 
-        ``damping`` is one number, or a pytree like the parameters with one number above zero for each leaf. For many right-hand
-        sides, `jax.vmap` over ``v``: what does not depend on it is factored once. The cost is that of a factor of the smaller
-        of p x p and n x n for scores, of p x p for a matrix, of each factor for a Kronecker product, and a few products more.
+        ``damping`` is one number, or a pytree like the parameters with one number above zero for each leaf, or an array of its
+        shape with one for each parameter; a form other than dense, in blocks or diagonal then makes its matrix. For many
+        right-hand sides, `jax.vmap` over ``v``: what does not depend on it is factored once. The cost is that of a factor of
+        the smaller of p x p and n x n for scores, of p x p for a matrix, of each factor for a Kronecker product, and a few
+        products more.
         `jaxfisher.solve` tells how the solve went, and takes other solvers.
 
         >>> import jax.numpy as jnp, jaxfisher as jf
@@ -177,17 +179,18 @@ class Operator:
         """
         return self.power_mv(v, 0.5, damping)
 
-    def inv_sqrt_mv(self, v: chex.ArrayTree, damping: chex.Numeric = 0.0) -> chex.ArrayTree:
+    def inv_sqrt_mv(self, v: chex.ArrayTree, damping: Damping = 0.0) -> chex.ArrayTree:
         """``(F + damping I)^(-1/2) v``: of white noise, noise with precision ``F + damping I``, as a Laplace posterior draws.
 
         At zero damping only along directions in which F is not zero to rounding. The result is a pytree like ``v``, at the cost
-        of `power_mv`.
+        of `power_mv`. With a damping for each leaf or parameter, as in `solve`, it is another root of the inverse,
+        ``R (R F R + I)^(-1/2)`` with ``R = damping^(-1/2)``, which is not symmetric.
 
         >>> import jax.numpy as jnp, jaxfisher as jf
         >>> print(jf.scaled_identity(jnp.zeros(2), 3.0).inv_sqrt_mv(jnp.ones(2), damping=1.0))
         [0.5 0.5]
         """
-        return self.power_mv(v, -0.5, damping)
+        return cast_like(_inverse_root(self, self.spec.vector(v), checked_damping(damping, self.spec)), v)
 
     def as_matrix(self) -> Float[Array, "p p"]:
         """``F`` as a dense matrix, shape ``[p, p]``, at any p. From scores it costs ``n p^2`` flops, else up to p products.
@@ -365,6 +368,7 @@ _inner_products = _program("inner_products", lambda form, vectors: form.inner_pr
 _solution = _program("solve", _solved)
 _log_determinant = _program("logdet", damped_logdet)
 _power_of = _program("power_mv", lambda form, v, power, damping: form.power_mv(v, power, damping))
+_inverse_root = _program("inv_sqrt_mv", damped_inverse_root)
 _matrix = _program("as_matrix", lambda form: form.as_matrix())
 _small_matrix = _program("null_space", lambda form: small_matrix(form, "null_space"))
 _diagonal = _program("diagonal", lambda form: form.diagonal())
