@@ -116,6 +116,9 @@ from jaxfisher._estimate import estimate_trace as estimate_trace
 from jaxfisher._estimate import spectral_density as spectral_density
 
 # Jobs, a room each, made of the names above.
+from jaxfisher.evidence import tune_prior as tune_prior
+from jaxfisher.posterior import Posterior as Posterior
+from jaxfisher.posterior import laplace as laplace
 from jaxfisher.privacy import clipped_grad as clipped_grad
 from jaxfisher.statistics import covariance as covariance
 from jaxfisher.statistics import fit as fit

@@ -29,10 +29,9 @@ class ClippedGradFunction(Protocol):
 def clipped_grad(log_prob: LogProb, max_norm: chex.Numeric, *, batch_size: int | None = None) -> ClippedGradFunction:
     r"""The sum of the per-example gradients of the loss, each made no longer than ``max_norm``, with its sensitivity.
 
-    .. math:: G = \sum_i g_i \min\left(1, \frac{c}{|g_i|}\right), \qquad g_i = -\nabla_\theta \log p_\theta(x_i),
-        \qquad c = \text{max\_norm}.
+    .. math:: G = \sum_i g_i \min\left(1, \frac{c}{|g_i|}\right), \qquad g_i = -\nabla_\theta \log p_\theta(x_i).
 
-    One example, added or taken away, changes it by at most ``c``. With Gaussian noise of standard deviation
+    One example, added or taken away, changes it by at most c, the ``max_norm``. With Gaussian noise of standard deviation
     ``noise_multiplier * c`` on every entry, divided by the expected size of the batch, it is the gradient of DP-SGD, in place
     of ``jax.grad`` of the mean loss. It is what the clipping of ``optax.contrib.differentially_private_aggregate`` gives,
     without per-example gradients: the norms come from their factors, and the sum from one more product with these.

@@ -173,6 +173,12 @@ NUMBERS = {
     "natural_grad, of a Fisher": lambda: natural(exact),
     "natural_grad, in pieces": lambda: natural(batch_size=2),
     "value_and_natural_grad": lambda: jf.value_and_natural_grad(LOG_PROB, damping=0.1)(*problem()),
+    "laplace": lambda: jf.laplace(model, *problem(), prior=0.5, view=jf.kronecker).log_evidence(),
+    "laplace, precision": lambda: posterior().precision().diagonal(),
+    "laplace, sample": lambda: posterior().sample(key(), (2,)),
+    "laplace, predictive": lambda: posterior().predictive(problem()[1]),
+    "laplace, sample_predictive": lambda: posterior().sample_predictive(key(), problem()[1], num_samples=2),
+    "tune_prior": lambda: jf.tune_prior(posterior()),
     "clipped_grad": lambda: jf.clipped_grad(LOG_PROB, 0.5)(*problem(), weights=jnp.array([1.0, 0.0, 1.0])),
     "energy_gradient": lambda: jf.energy_gradient(LOG_PROB)(*problem(), jnp.array([1.0, -0.5, 0.2])),
     "energy_gradient, complex": lambda: jf.energy_gradient(log_psi)(*wave(), jnp.array([1.0, -0.5, 0.2])),
@@ -216,6 +222,11 @@ OPTIMISERS = {
     "quadratic_model": lambda: jf.quadratic_model(0.1),
     "kfac": lambda: jf.kfac(fisher("exact")),
 }
+
+
+@functools.cache
+def posterior():
+    return jf.laplace(model, *problem(), prior=1.0)
 
 
 def stacked():
@@ -289,11 +300,11 @@ OTHERS = {
 
 def everything(forms=("scores", "sum", "Kronecker")):
     """All calls above, by name; what they share is made first and anew, so that a flag meets the calls only."""
-    for shared in (fisher, scores, problem):
+    for shared in (fisher, scores, problem, posterior):
         shared.cache_clear()
     for form in ("scores", "exact", "streamed", "sum", "Kronecker", "low rank"):
         fisher(form)
-    scores(None), scores(2)
+    scores(None), scores(2), posterior()
     made = {(name, form): lambda c=c, f=form: c(fisher(f)) for name, c in METHODS.items() for form in forms}
     made |= {(name, size): lambda c=c, size=size: c(scores(size)) for name, c in SCORES.items() for size in (None, 2)}
     made |= FISHERS | NUMBERS | OTHERS

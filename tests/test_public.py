@@ -16,7 +16,7 @@ PACKAGE = pathlib.Path(jf.__file__).parent
 PUBLIC = sorted(name for name, value in vars(jf).items() if not name.startswith("_") and not inspect.ismodule(value))
 VALUES = {
     *("AdaptDampingState", "BacktrackKLState", "QuadraticModelState", "ScaleByFisherState"),
-    *("ClippedSum", "Distribution", "Estimate", "FisherCheck", "Form", "LawCheck", "Operator"),
+    *("ClippedSum", "Distribution", "Estimate", "FisherCheck", "Form", "LawCheck", "Operator", "Posterior"),
     *("Provenance", "Scores", "SolveInfo", "Spectrum"),
     *("FisherFunction", "LogProb", "Model", "ParamSpec", "Solver", "View"),
 }
@@ -102,7 +102,7 @@ ROOMS = {
     "Influence": "influence",
     "Continual learning": "continual",
     "Looking": "_check_fisher _diagnostics _estimate",
-    "Jobs": "privacy statistics",
+    "Jobs": "evidence posterior privacy statistics",
     "Extending": "_distributions _fisher _laws _model _operators _pytree _transform _tree",
 }
 """The headings of the public names by their first words, in reading order, and the rooms whose names stand under each."""
@@ -206,5 +206,6 @@ def test_every_function_of_a_model_is_a_maker():
         if parameters[:1] in (["model"], ["log_prob"], ["function"])
     }
     assert {"explain", "check_fisher", "kl", "exact_fisher", "scores", "natural_grad", "training_step"} <= first.keys()
+    del first["laplace"]  # a posterior: a value at parameters and data, as an operator is
     for name, parameters in first.items():
         assert not {"params", "data", "inputs"} & set(parameters), name

@@ -136,11 +136,16 @@ class Scores(abc.ABC):
         The norms come from the factors and the sum from one more product with these, so that no per-example gradient is formed.
         Rows of padding are zero; other weights do not count. It is the gradient of the log-likelihood:
         `jaxfisher.clipped_grad` has that of the loss. Centred scores raise `TypeError`, since the mean that is taken from every
-        row depends on all examples.
+        row depends on all examples, and so do scores of a complex log-density, of which an example has two rows.
 
         Reference: Abadi et al., Deep learning with differential privacy (CCS 2016), algorithm 1.
         """
         max_norm = nonnegative("max_norm", max_norm, self.spec.dtype)
+        if self.num_rows != examples_of(self):
+            raise TypeError(
+                f"clipped_sum: {self} have several rows an example, as those of a complex log-density have, so that a bound on "
+                "the rows is none on what one example changes. Give a real log-density."
+            )
         whole, count = self._clipped(max_norm)
         return ClippedSum(whole, max_norm, count)
 

@@ -1,0 +1,98 @@
+"""The evidence as a guide: the prior under which the data are most probable."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxfisher._once import Static, once
+from jaxfisher._stack import refuse_stack
+from jaxfisher._tree import dot
+from jaxfisher._values import described
+from jaxfisher.posterior import Posterior, is_one
+
+
+def tune_prior(posterior: Posterior, *, rtol: float = 1e-3, max_steps: int = 100) -> Posterior:
+    r"""The same posterior under the prior whose evidence is largest, with the mean and the Fisher as they are.
+
+    The number, or each of the numbers, of the prior is iterated by MacKay's rule until it changes by less than ``rtol``,
+
+    .. math:: \alpha \leftarrow \frac{\gamma}{|\theta|^2}, \qquad
+        \gamma = \alpha |\theta|^2 + 2 \alpha \frac{\partial \log Z}{\partial \alpha},
+
+    with the parameters that the number is for; ``gamma`` says how many of them the data determine. Where the mean was fitted
+    under another prior, fit it again under the new one and repeat: both together have settled after a few rounds.
+
+    Args:
+        posterior: what `laplace` returns. With one number for a prior the eigenvalues of F are found once; otherwise each step
+            takes the derivative of a log-determinant.
+        rtol: the relative change at which the iteration stops.
+        max_steps: how many steps it takes at most.
+
+    Returns:
+        A posterior with another ``prior``, of the same structure. What the data leave alone, such as a leaf that is zero, keeps
+        the prior it had.
+
+    Raises:
+        TypeError: ``posterior`` is no `Posterior`.
+
+    Reference: MacKay, Bayesian interpolation (Neural Computation 1992), section 4.2.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda w, x: jf.Normal(jnp.dot(w, x), 1.0)
+    >>> x = jnp.array([[3.0, 0.0], [0.0, 3.0]])
+    >>> posterior = jf.laplace(model, jnp.array([1.0, -1.0]), x, jnp.array([3.5, -3.5]), prior=1.0)
+    >>> print(f"{jf.tune_prior(posterior).prior:.2f}")  # where 2 * 9 / (9 + alpha) = 2 alpha
+    0.91
+    """
+    if not isinstance(posterior, Posterior):
+        raise TypeError(f"tune_prior: `posterior` is {described(posterior)}; expected what jf.laplace returns.")
+    refuse_stack(posterior.stack, "Posterior", "tune_prior")
+    return _tuned(posterior, Static((float(rtol), int(max_steps))))
+
+
+@once
+def _tuned(posterior: Posterior, how: Static[tuple[float, int]]) -> Posterior:
+    rtol, max_steps = how.value
+    determined = _determined(posterior)
+    squared = _squared(posterior)
+
+    def improved(prior: Any) -> Any:
+        def one(alpha: Array, gamma: Array, size: Array) -> Array:
+            new = gamma / jnp.where(size > 0, size, 1)
+            return jnp.where((size > 0) & (new > 0), new, alpha)
+
+        return jax.tree.map(one, prior, determined(prior), squared)
+
+    def going(state: tuple[Any, Any, Array]) -> Array:
+        old, new, step = state
+        changes = [jnp.max(jnp.abs(jnp.log(b / a))) for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)]
+        return (step < max_steps) & (jnp.max(jnp.stack(changes)) > rtol)
+
+    start = posterior.prior
+    first = (start, improved(start), jnp.ones((), jnp.int32))
+    _, prior, _ = jax.lax.while_loop(going, lambda state: (state[1], improved(state[1]), state[2] + 1), first)
+    return dataclasses.replace(posterior, prior=prior)
+
+
+def _squared(posterior: Posterior) -> Any:
+    """The squared parameters that each number of the prior is for, summed."""
+    mean = posterior.fisher.spec.vector(posterior.mean, "params")
+    if is_one(posterior.prior):
+        return dot(mean, mean)
+    sums = lambda alpha, leaf: jnp.square(leaf) if alpha.ndim else jnp.sum(jnp.square(leaf))  # noqa: E731
+    return jax.tree.map(sums, posterior.prior, mean)
+
+
+def _determined(posterior: Posterior) -> Callable[[Any], Any]:
+    """How many parameters the data determine, for each number of the prior, as a function of the prior."""
+    if is_one(posterior.prior):
+        values = posterior.examples * jnp.maximum(posterior.fisher.eigvalsh(), 0)
+        return lambda prior: jnp.sum(values / (values + prior))
+    squared, slope = _squared(posterior), jax.grad(posterior.log_evidence)
+    return lambda prior: jax.tree.map(lambda a, g, s: a * s + 2 * a * g, prior, slope(prior), squared)

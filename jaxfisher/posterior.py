@@ -1,0 +1,380 @@
+r"""Laplace's approximation: a Gaussian posterior over weights from a Fisher and a prior, its predictions and its evidence.
+
+Near the parameters of the largest posterior density the log-likelihood of n examples falls off like ``n F``. With a Gaussian
+prior of mean zero and precision ``A``, one number or one for each leaf or parameter, the posterior is close to
+
+.. math:: N(\theta, P^{-1}), \qquad P = n F + A.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+
+from jaxfisher._damped import by_cholesky
+from jaxfisher._distributions.base import Distribution
+from jaxfisher._distributions.marginalised import bound, free, integrated, output_of
+from jaxfisher._examples import Batch, make_batch, map_examples
+from jaxfisher._fisher import FisherFunction, exact_fisher
+from jaxfisher._model import MODEL, LogProb, Model, log_likelihood, mean_loss, of_one_example, predict
+from jaxfisher._once import Static, once, once_for
+from jaxfisher._operators.damping import Damping, checked_damping, damped_inverse, entries_of
+from jaxfisher._operators.diagonal import Diagonal
+from jaxfisher._operators.identity import scaled_identity
+from jaxfisher._operators.operator import VIEW, Operator, View, as_operator
+from jaxfisher._operators.provenance import Provenance
+from jaxfisher._pieces import map_batches, sum_batches
+from jaxfisher._pytree import array_fields
+from jaxfisher._stack import refuse_stack
+from jaxfisher._targets import taken_by
+from jaxfisher._tree import as_key, check_function, joined, products, split, subtree
+from jaxfisher._values import described, is_known_zero, whole
+
+NUMBERS_AT_ONCE = 2**24
+"""How many entries of the outputs' derivatives are held at a time when predictions are made."""
+
+
+@array_fields("params", "fisher", "examples", "prior", "log_likelihood", repr=False, eq=False)
+class Posterior:
+    r"""The Gaussian ``N(params, P^-1)`` with ``P = n F + A``, over the weights of a model; what `laplace` returns.
+
+    It is a pytree and crosses ``jit``; what it is asked for is differentiable in its arrays.
+
+    Attributes:
+        params: the mean, all of the model's parameters.
+        fisher: F, a mean over examples, over the parameters that are uncertain.
+        examples: n, the number of examples or the sum of their weights, a scalar.
+        prior: A: one number, or a pytree like the uncertain parameters with a number or an array for each leaf.
+        log_likelihood: of all the data at ``params``, in nats, a scalar.
+        model: ``(params, *inputs) -> distribution`` of ONE example.
+        uncertain: a flag for each leaf of the parameters; the others are known.
+    """
+
+    params: Any
+    fisher: Operator
+    examples: Scalar
+    prior: Any
+    log_likelihood: Scalar
+    model: Model
+    uncertain: tuple[bool, ...]
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The axes that `jax.vmap` or `jax.lax.scan` has put before those of what is held; () of one posterior."""
+        return jnp.shape(self.examples)
+
+    def precision(self) -> Operator:
+        """``P = n F + A`` as an operator over the uncertain parameters, in the form of F where the prior has one number."""
+        whole = self.examples * self.fisher
+        if is_one(self.prior):
+            return whole + scaled_identity(self.fisher, self.prior)
+        spec = self.fisher.spec
+        entries = jax.tree.map(lambda alpha, like: alpha + jnp.zeros_like(like), self.prior, spec.zeros())
+        return whole + Operator(Diagonal(entries, spec), Provenance("prior"))
+
+    def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Any:
+        """Independent draws of all parameters: a pytree like them with leading axes ``shape``, in their dtypes.
+
+        Parameters that are known are the same in each. The cost is that of one root of the precision, an eigendecomposition of
+        what a solve would factor, and one product with it for each draw.
+        """
+        count = math.prod(shape)
+        deviations = _deviations(self, as_key(key, "Posterior.sample"), Static(count))
+        drawn = jax.vmap(lambda u: self._with(jax.tree.map(jnp.add, self._wide, u)))(deviations)
+        like = lambda leaf, own: leaf.astype(own.dtype).reshape(*shape, *own.shape)  # noqa: E731
+        found: Any = jax.tree.map(like, joined(drawn), self.params)
+        return found
+
+    def log_evidence(self, prior: Damping | None = None) -> Scalar:
+        r"""The log of the probability of the data with the weights integrated out, in nats, a scalar.
+
+        .. math:: \log Z = \log p(y \mid \theta) - \tfrac12 \theta^T A \theta + \tfrac12 \log\det A - \tfrac12 \log\det P.
+
+        With ``prior`` it is that of another prior of the same mean, differentiable in it: ``jax.grad(posterior.log_evidence)``.
+        It costs one factor of the precision. Reference: MacKay (Neural Computation 1992), equation 4.
+
+        Raises:
+            ValueError: a prior known to be zero or negative.
+            TypeError: a prior of another structure or shape.
+        """
+        prior = self.prior if prior is None else _checked_prior(prior, self.fisher)
+        spec = self.fisher.spec
+        entries = entries_of(checked_damping(prior, spec), spec)
+        mean = spec.ravel(self._wide, "params")
+        fit = self.log_likelihood - 0.5 * jnp.sum(entries * jnp.square(mean)) + 0.5 * jnp.sum(jnp.log(entries))
+        volume = self.fisher.logdet(_over(prior, self)) + spec.size * jnp.log(self.examples)
+        return fit - 0.5 * volume
+
+    def output_covariance(self, *inputs: Any) -> Float[Array, "n outputs outputs"]:
+        """``J P^-1 J^T`` for each example: the covariance of the model's outputs, linearised at the mean.
+
+        Outputs are the location of a normal distribution and the logits of a Bernoulli or categorical one. The derivatives of
+        some examples at a time are held, ``outputs x p`` numbers for each, by as many vjps as there are outputs; for a model
+        with very many see `sample_predictive`, which takes no derivative but jvps.
+
+        Raises:
+            ValueError: arrays of different lengths.
+            TypeError: a family without such outputs.
+        """
+        return _output_covariance(self, _checked(self, inputs))
+
+    def predictive(self, *inputs: Any) -> Distribution:
+        r"""The distribution of the target for each example, with the weights integrated out of the linearised model.
+
+        With ``S = J P^-1 J^T`` the covariance of outputs: a normal distribution gets the variance ``scale^2 + S``, which is
+        exact for a linear model; logits ``z`` of a Bernoulli or categorical one become
+
+        .. math:: z \, (1 + \tfrac\pi8 \operatorname{diag} S)^{-1/2},
+
+        the probit approximation. The arrays of ``inputs`` have a leading axis of n examples, and so has the distribution.
+        Correlations between the outputs of one example are kept by a multivariate normal distribution only.
+
+        Raises:
+            ValueError: arrays of different lengths.
+            TypeError: a family other than these, for which `sample_predictive` is there.
+
+        Reference: MacKay, The evidence framework applied to classification networks (Neural Computation 1992), section 2;
+        Immer, Korzepa and Bauer, Improving predictions of Bayesian neural nets via local linearization (AISTATS 2021).
+        """
+        made: Distribution = _predictive(self, _checked(self, inputs))
+        return made
+
+    def sample_predictive(self, key: PRNGKeyArray, *inputs: Any, num_samples: int = 100) -> Distribution:
+        """What the linearised model predicts for draws of the weights: distributions with batch axes ``[num_samples, n]``.
+
+        Averages over the first axis, such as ``jnp.mean(p.probs, 0)``, are those over the posterior. Each draw takes one jvp
+        for all examples, so the cost does not depend on the number of outputs. Positive fields, such as a scale, are linearised
+        by their logarithm. To put draws into the model itself, map it over `sample`; far from the mean that is often too wide.
+
+        Raises:
+            ValueError: arrays of different lengths, fewer than one draw.
+        """
+        count = whole(num_samples)
+        if count is None or count < 1:
+            raise ValueError(f"`num_samples` is {described(num_samples)}; expected a whole number of draws, at least 1.")
+        key = as_key(key, "Posterior.sample_predictive")
+        made: Distribution = _sample_predictive(self, key, _checked(self, inputs), Static(count))
+        return made
+
+    @property
+    def mean(self) -> Any:
+        """The mean of what is uncertain: a pytree like the vectors of ``fisher``, real and imaginary parts apart."""
+        leaves = zip(jax.tree.leaves(split(self.params)), self.uncertain, strict=True)
+        return self.fisher.spec.tree([leaf for leaf, flag in leaves if flag])
+
+    @property
+    def _wide(self) -> Any:
+        """The mean in the statistics dtype."""
+        return jax.tree.map(lambda leaf: leaf.astype(self.fisher.spec.dtype), self.mean)
+
+    def _with(self, uncertain: Any) -> Any:
+        """All parameters, with these for the uncertain ones."""
+        moved, held = iter(jax.tree.leaves(uncertain)), split(self.params)
+        leaves = [next(moved) if flag else leaf for leaf, flag in zip(jax.tree.leaves(held), self.uncertain, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(held), leaves)
+
+    def __repr__(self) -> str:
+        known = len(self.uncertain) - sum(self.uncertain)
+        return f"Posterior({self.fisher}{f', {known} leaves known' if known else ''})"
+
+
+def laplace(
+    model: Model,
+    params: chex.ArrayTree,
+    /,
+    *data: Any,
+    prior: Damping,
+    view: View | None = None,
+    fisher: FisherFunction | None = None,
+    keep: Callable[[str], bool] | None = None,
+    weights: Float[Array, " n"] | None = None,
+    batch_size: int | None = None,
+) -> Posterior:
+    r"""Laplace's approximation of the posterior over weights: a Gaussian at ``params`` with precision ``n F + A``.
+
+    .. math:: p(\theta \mid \text{data}) \approx N(\theta, P^{-1}), \qquad P = n F(\theta) + A, \qquad p(\theta) = N(0, A^{-1}).
+
+    The mean is what was given: parameters where the gradient of the log posterior is zero, that is, where the model was trained
+    to the end with ``A / n`` as its weight decay. For a linear model with known noise nothing is approximated.
+
+    **When it is the wrong one.** A posterior with several maxima, or a mean that is no maximum; a model whose predictions far
+    from the data matter more than its error bars there.
+
+    Args:
+        model: ``(params, *inputs) -> distribution`` of ONE example.
+        params: the mean.
+        *data: the inputs and, last, the targets; every array has a leading axis of n examples.
+        prior: A, above zero: one number, or a pytree like the parameters, or like those that ``keep`` keeps with None for the
+            others, with one number for each leaf, or an array of its shape with one for each parameter.
+        view: a form of F: `jaxfisher.dense`, `jaxfisher.kronecker`, `jaxfisher.eigen_kronecker`, `jaxfisher.diagonal`,
+            ``lambda F: jf.low_rank(F, 20)``; None for F itself, exact as scores.
+        fisher: in place of `jaxfisher.exact_fisher` of the model, which is also its generalised Gauss-Newton matrix: a function
+            as in `jaxfisher.natural_grad`.
+        keep: which parameter leaves are uncertain, a function from the path of a leaf, such as ``"['last']['w']"``, to a bool;
+            the others are known. Under ``jit`` what they alone need is not computed.
+        weights: how often each example counts, shape ``[n]``; then n is their sum. Zero marks padding.
+        batch_size: work on pieces of at most so many examples, which bounds memory.
+
+    Returns:
+        A `Posterior`: draws, predictions, the evidence.
+
+    Raises:
+        ValueError: arrays of different lengths, a prior known to be zero or negative, a ``keep`` that keeps no leaf or all.
+        TypeError: a model that returns no distribution, a prior of another structure or shape, a ``fisher`` or ``view`` that
+            returns no operator.
+
+    Reference: MacKay, A practical Bayesian framework for backpropagation networks (Neural Computation 1992); Daxberger et al.,
+    Laplace redux (NeurIPS 2021).
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda w, x: jf.Normal(w * x, 1.0)
+    >>> x, y = jnp.array([1.0, 1.0, 1.0]), jnp.array([1.0, 2.0, 3.0])
+    >>> posterior = jf.laplace(model, 1.5, x, y, prior=1.0)  # the mean is 6 / (3 + 1)
+    >>> print(posterior.precision().as_matrix())
+    [[4.]]
+    >>> print(posterior.predictive(jnp.array([2.0])).variance.round(3))  # 1 + 2 * 2 / 4
+    [2.]
+    >>> print(f"{posterior.log_evidence():.3f}")
+    -5.950
+    """
+    check_function("model", model, MODEL)
+    if not jax.tree.leaves(data):
+        raise TypeError("laplace was called without data. Call it as laplace(model, params, *inputs, targets, prior=...).")
+    if view is not None:
+        check_function("view", view, VIEW)
+    batch = make_batch(params, data, weights, batch_size)
+    params = jax.tree.map(jnp.asarray, params)
+    found = _fisher_of(model, fisher, params, data, weights, batch_size)
+    batch.spec.check_same(found.spec, f"laplace: `fisher` returned {found}, which is not over `params`")
+    flags = (True,) * len(batch.spec.paths)
+    if keep is not None:
+        flags, found = batch.spec.flags(keep, "laplace"), found.restrict(keep)
+    if view is not None:
+        found = as_operator(view(found), "laplace: `view`")
+        spec = batch.spec.restrict(flags, subtree(batch.spec.treedef, flags))
+        spec.check_same(found.spec, f"laplace: `view` returned {found}, which is over other parameters")
+    log_prob = log_likelihood(model)
+    examples = jnp.asarray(batch.size, batch.spec.dtype) if batch.mass is None else batch.mass.astype(batch.spec.dtype)
+    fit = examples * _mean_log_likelihood(log_prob, params, batch)
+    return Posterior(params, found, examples, _checked_prior(prior, found), fit, model, flags)
+
+
+def _fisher_of(
+    model: Model, fisher: FisherFunction | None, params: Any, data: tuple[Any, ...], weights: Any, batch_size: int | None
+) -> Operator:
+    if fisher is None:
+        fisher = exact_fisher(model, batch_size=batch_size)
+    else:
+        check_function("fisher", fisher, "(params, *data) -> operator")
+    taken = taken_by(fisher, data, data)
+    # A model without inputs is one prediction, however many targets there are.
+    keywords = {} if weights is None or not jax.tree.leaves(taken) else {"weights": weights}
+    return as_operator(fisher(params, *taken, **keywords), "laplace: `fisher`")
+
+
+@once_for
+def _mean_log_likelihood(log_prob: LogProb, params: Any, batch: Batch) -> Scalar:
+    with of_one_example(log_prob, "model", params, batch.data):
+        loss: Scalar = sum_batches(
+            lambda omega, *data: mean_loss(log_prob, params, data, omega), (batch.weights, *batch.data), batch.batch_size
+        )
+    return -loss
+
+
+def _checked_prior(prior: Damping, fisher: Operator) -> Any:
+    """The prior's precision checked and cast: one number, or a pytree with a number or an array for each leaf."""
+    for leaf in jax.tree.leaves(prior):
+        if jnp.shape(leaf) == () and is_known_zero(leaf, fisher.spec.dtype):
+            raise ValueError("`prior` is zero; expected precisions above zero: a flat prior has no evidence.")
+    checked = checked_damping(prior, fisher.spec, "prior")
+    return fisher.spec.tree(list(checked)) if isinstance(checked, tuple) else checked
+
+
+def is_one(prior: Any) -> bool:
+    """Whether the precision is one number for all parameters."""
+    return isinstance(prior, jax.Array) and prior.ndim == 0
+
+
+def _over(prior: Any, posterior: Posterior) -> Any:
+    """The damping ``A / n`` with which F has the shape of the precision."""
+    return jax.tree.map(lambda alpha: alpha / posterior.examples, prior)
+
+
+@once
+def _deviations(posterior: Posterior, key: PRNGKeyArray, count: Static[int]) -> Any:
+    """Draws from ``N(0, P^-1)``, stacked along a leading axis."""
+    refuse_stack(posterior.stack, "Posterior", "laplace")
+    fisher, damping = posterior.fisher, _over(posterior.prior, posterior)
+    noise = jax.random.normal(key, (count.value, fisher.size), fisher.spec.dtype)
+    root = lambda z: fisher.inv_sqrt_mv(fisher.spec.unravel(z), damping)  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf / jnp.sqrt(posterior.examples), jax.vmap(root)(noise))
+
+
+# --- predictions ---------------------------------------------------------------------------------------------------------
+
+
+def _checked(posterior: Posterior, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    refuse_stack(posterior.stack, "Posterior", "laplace")
+    return make_batch(posterior.params, inputs, None).data
+
+
+def _covariances(posterior: Posterior, data: tuple[Any, ...], result: Callable[[Any, Array], Any]) -> Any:
+    """``result`` of each example's prediction and the covariance of its outputs, stacked."""
+    fisher, model = posterior.fisher, posterior.model
+    # Once for all examples: the factor of F. A prior is above zero.
+    damping = checked_damping(_over(posterior.prior, posterior), fisher.spec)
+    inverse = damped_inverse(fisher.form, damping, None if isinstance(damping, tuple) else by_cholesky(0.0))
+
+    def of_one(*example: Any) -> Any:
+        def outputs(uncertain: Any) -> tuple[Array, Any]:
+            predicted = predict(model, posterior._with(uncertain), *example)
+            return output_of(predicted).reshape(-1), predicted
+
+        out, pull_back, predicted = jax.vjp(outputs, posterior.mean, has_aux=True)
+        rows = jax.vmap(lambda e: fisher.spec.vector(pull_back(e)[0]))(jnp.eye(out.size, dtype=out.dtype))
+        covariance = products(rows, jax.vmap(lambda row: inverse(row).x)(rows)) / posterior.examples
+        return result(predicted, covariance.astype(out.dtype))
+
+    with of_one_example(model, "model", posterior.params, data):
+        count = _output_size(posterior, data)
+        at_once = max(1, NUMBERS_AT_ONCE // (count * fisher.size))
+        if not data:
+            return jax.tree.map(lambda leaf: leaf[None], of_one())
+        return map_batches(lambda *piece: jax.vmap(of_one)(*piece), data, at_once)
+
+
+def _output_size(posterior: Posterior, data: tuple[Any, ...]) -> int:
+    """How many outputs one example has."""
+    first = jax.tree.map(lambda leaf: leaf[0], data)
+    shape: Any = jax.eval_shape(
+        lambda params, *example: output_of(predict(posterior.model, params, *example)), posterior.params, *first
+    )
+    return max(1, math.prod(shape.shape))
+
+
+_output_covariance = once(lambda posterior, data: _covariances(posterior, data, lambda predicted, covariance: covariance))
+_predictive = once(lambda posterior, data: _covariances(posterior, data, integrated))
+
+
+@once
+def _sample_predictive(posterior: Posterior, key: PRNGKeyArray, data: tuple[Any, ...], count: Static[int]) -> Any:
+    mean = posterior.mean
+
+    def coordinates(uncertain: Any) -> Any:
+        return map_examples(
+            lambda params, *example: free(predict(posterior.model, params, *example)), posterior._with(uncertain), data
+        )
+
+    def along(u: Any) -> Any:
+        moved = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), u, mean)
+        at, change = jax.jvp(coordinates, (mean,), (moved,))
+        return bound(jax.tree.map(lambda x, dx: x + dx if jnp.issubdtype(x.dtype, jnp.floating) else x, at, change))
+
+    with of_one_example(posterior.model, "model", posterior.params, data):
+        return jax.lax.map(along, _deviations(posterior, key, count))
