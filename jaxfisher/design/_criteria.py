@@ -1,0 +1,130 @@
+"""The information of each candidate, and what is to be large of that of a design."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxfisher._examples import make_batch, map_examples
+from jaxfisher._fisher import exact_fisher
+from jaxfisher._model import MODEL, Model, of_one_example
+from jaxfisher._tree import check_function
+
+
+def informations(model: Model) -> Callable[..., Float[Array, "m p p"]]:
+    r"""The Fisher information of one measurement at each of m candidates.
+
+    The information of a design with weights w, which sum to one, is ``jnp.tensordot(w, M, 1)``, and so is that of many of them:
+    weights of shape ``[designs, m]`` give ``[designs, p, p]``.
+
+    **When it is the wrong tool.** A nonlinear model has another information at other parameters: a design is as good
+    as the guess of them. Average the criterion over several guesses.
+
+    Args:
+        model: ``(params, *inputs) -> distribution`` of ONE measurement.
+
+    Returns:
+        A function ``(params, *candidates)``: matrices of shape ``[m, p, p]``, in the order of `jax.flatten_util.ravel_pytree`.
+
+    Raises:
+        ValueError: (when called) arrays of different lengths.
+        TypeError: (when called) a model that returns no distribution.
+
+    Reference: Atkinson, Donev and Tobias, Optimum Experimental Designs, with SAS (2007), section 9.1.
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> from jaxfisher import design
+    >>> line = lambda p, x: jf.Normal(p[0] + p[1] * x, 1.0)
+    >>> print(design.informations(line)(jnp.zeros(2), jnp.array([0.0, 2.0]))[1])
+    [[1. 2.]
+     [2. 4.]]
+    """
+    check_function("model", model, MODEL)
+
+    def informations_of(params: chex.ArrayTree, /, *candidates: Any) -> Float[Array, "m p p"]:
+        batch = make_batch(params, candidates, None)
+
+        def one(params: chex.ArrayTree, *inputs: Any) -> Float[Array, "p p"]:
+            alone = jax.tree.map(lambda leaf: leaf[None], inputs)
+            return exact_fisher(model)(params, *alone).as_matrix()
+
+        with of_one_example(model, "model", params, batch.data):
+            found: Array = map_examples(one, params, batch.data)
+        return found
+
+    return informations_of
+
+
+def _root(information: Float[Array, "*designs p p"]) -> Float[Array, "*designs p p"]:
+    """Its Cholesky factor, not a number where there is none."""
+    return jnp.linalg.cholesky(information)
+
+
+def d_criterion(information: Float[Array, "*designs p p"]) -> Float[Array, "*designs"]:
+    r"""``log det I``: the larger, the smaller the ellipsoid in which the parameters are.
+
+    Args:
+        information: of one design or of many, shape ``[..., p, p]``.
+
+    Returns:
+        Shape ``[...]``; minus infinity for a design that does not determine all parameters.
+
+    Reference: Wald (1943); Atkinson, Donev and Tobias (2007), section 10.1.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxfisher import design
+    >>> print(design.d_criterion(jnp.stack([jnp.eye(2), jnp.ones((2, 2))])))
+    [  0. -inf]
+    """
+    root = _root(information)
+    value = 2 * jnp.sum(jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)), axis=-1)
+    return jnp.where(jnp.isnan(value), -jnp.inf, value)
+
+
+def a_criterion(information: Float[Array, "*designs p p"]) -> Float[Array, "*designs"]:
+    r"""``-tr I^-1``: the larger, the smaller the sum of the variances of the parameters. It depends on their units.
+
+    Args:
+        information: of one design or of many, shape ``[..., p, p]``.
+
+    Returns:
+        Shape ``[...]``; minus infinity for a design that does not determine all parameters.
+
+    Reference: Elfving (1952); Atkinson, Donev and Tobias (2007), section 10.1.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxfisher import design
+    >>> print(design.a_criterion(jnp.diag(jnp.array([1.0, 0.5]))))
+    -3.0
+    """
+    root = _root(information)
+    eye = jnp.broadcast_to(jnp.eye(root.shape[-1], dtype=root.dtype), root.shape)
+    inverse = jax.scipy.linalg.solve_triangular(root, eye, lower=True)
+    value = -jnp.sum(jnp.square(inverse), axis=(-2, -1))
+    return jnp.where(jnp.isnan(value), -jnp.inf, value)
+
+
+def e_criterion(information: Float[Array, "*designs p p"]) -> Float[Array, "*designs"]:
+    r"""The smallest eigenvalue of I: the larger, the better the combination of parameters that is known least.
+
+    Where that eigenvalue is a double one there is no gradient, and what climbs along it may stop short.
+
+    Args:
+        information: of one design or of many, shape ``[..., p, p]``.
+
+    Returns:
+        Shape ``[...]``.
+
+    Reference: Ehrenfeld (1955); Atkinson, Donev and Tobias (2007), section 10.1.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxfisher import design
+    >>> print(design.e_criterion(jnp.diag(jnp.array([1.0, 0.5]))))
+    0.5
+    """
+    return jnp.linalg.eigvalsh(information)[..., 0]

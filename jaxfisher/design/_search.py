@@ -1,0 +1,203 @@
+"""Designs with the largest criterion: weights by moving mass between candidates, runs by exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Scalar
+
+from jaxfisher._tree import check_function
+from jaxfisher._values import check_nonnegative, described, whole
+from jaxfisher._varying import while_loop
+
+Criterion = Callable[[Array], Scalar]
+CRITERION = "information [p, p] -> scalar, such as jf.design.d_criterion"
+HALVINGS = 50
+"""How often the part of a weight that moves is halved."""
+
+
+class Design(NamedTuple):
+    """A design as weights.
+
+    Attributes:
+        weights: of the candidates, shape ``[m]``, with the sum one.
+        value: the criterion of its information.
+        gap: no design has a criterion above ``value + gap``: the bound of the equivalence theorem.
+        converged: whether the gap is at most the tolerance.
+    """
+
+    weights: Float[Array, " m"]
+    value: Scalar
+    gap: Scalar
+    converged: Bool[Array, ""]
+
+
+class Exchanged(NamedTuple):
+    """A design as runs.
+
+    Attributes:
+        runs: the candidate of each run, shape ``[k]``.
+        value: the criterion of the sum of their informations.
+        converged: whether no exchange of one run makes it larger.
+    """
+
+    runs: Int[Array, " k"]
+    value: Scalar
+    converged: Bool[Array, ""]
+
+
+def optimal_weights(
+    informations: Float[Array, "m p p"], criterion: Criterion, *, atol: chex.Numeric = 1e-6, max_steps: int = 2000
+) -> Design:
+    r"""The weights of candidates with the largest criterion: the approximate optimal design.
+
+    .. math:: \max_w \Phi\Big(\sum_k w_k M_k\Big), \qquad
+        \Phi^* - \Phi \le \max_k \frac{\partial \Phi}{\partial w_k} - \sum_k w_k \frac{\partial \Phi}{\partial w_k}.
+
+    Each step moves weight from the candidate with the smallest derivative of those in use to that with the largest, as far as
+    the criterion rises. The right-hand side is the gap.
+
+    **When it is the wrong tool.** Weights are shares of many runs. For a few of them, use `jaxfisher.design.exchange`.
+
+    Args:
+        informations: of one measurement at each of m candidates, shape ``[m, p, p]``, as `jaxfisher.design.informations` gives.
+        criterion: a concave function of the information that rises with it.
+        atol: the gap at which it stops.
+        max_steps: the most steps.
+
+    Returns:
+        A `jaxfisher.design.Design`.
+
+    Raises:
+        ValueError: informations of another shape, a negative tolerance, a number of steps below one.
+        TypeError: ``criterion`` is not a function.
+
+    Reference: Kiefer and Wolfowitz, The equivalence of two extremum problems (1960); Boehning, A vertex-exchange-method in
+    D-optimal design theory (1986).
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> from jaxfisher import design
+    >>> x = jnp.linspace(-1, 1, 5)
+    >>> M = design.informations(lambda p, x: jf.Normal(p[0] + p[1] * x, 1.0))(jnp.zeros(2), x)
+    >>> print(design.optimal_weights(M, design.d_criterion).weights.round(3))  # a line is best measured at its ends
+    [0.5 0.  0.  0.  0.5]
+    """
+    matrices = _checked(informations, criterion, "optimal_weights")
+    check_nonnegative("atol", atol)
+    steps = whole(max_steps)
+    if steps is None or steps < 1:
+        raise ValueError(f"optimal_weights: `max_steps` is {described(max_steps)}; expected a whole number, at least 1.")
+
+    def of(weights: Float[Array, " m"]) -> Scalar:
+        return criterion(jnp.tensordot(weights, matrices, 1, precision="highest"))
+
+    def look(weights: Float[Array, " m"]) -> tuple[Array, Scalar]:
+        slopes = jax.grad(of)(weights)
+        return slopes, jnp.max(slopes) - jnp.vdot(weights, slopes)
+
+    def step(state: Any) -> Any:
+        count, weights, slopes, _, _ = state
+        gains, loses = jnp.argmax(slopes), jnp.argmin(jnp.where(weights > 0, slopes, jnp.inf))
+        places = jnp.arange(weights.size)
+        direction = jnp.where(places == gains, 1, 0) - jnp.where(places == loses, 1, 0)
+        direction = direction.astype(weights.dtype)
+
+        def halve(_: int, ends: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
+            low, high = ends
+            middle = 0.5 * (low + high)
+            rises = jax.jvp(of, (weights + middle * direction,), (direction,))[1] > 0
+            return jnp.where(rises, middle, low), jnp.where(rises, high, middle)
+
+        most = weights[loses]
+        all_of_it = jax.jvp(of, (weights + most * direction,), (direction,))[1] > 0
+        low, _ = jax.lax.fori_loop(0, HALVINGS, halve, (jnp.zeros_like(most), most))
+        moved = jnp.where(all_of_it, most, low)
+        new = weights + moved * direction
+        new = jnp.where((places == loses) & all_of_it, 0, new)
+        new = new / jnp.sum(new)
+        slopes, gap = look(new)
+        return count + 1, new, slopes, gap, moved > 0
+
+    uniform = jnp.full(matrices.shape[0], 1 / matrices.shape[0], matrices.dtype)
+    begin = jnp.zeros((), jnp.int32), uniform, *look(uniform), jnp.ones((), bool)
+    going = lambda state: state[4] & (state[3] > atol) & (state[0] < steps)  # noqa: E731
+    _, weights, _, gap, _ = while_loop(going, step, begin)
+    return Design(weights, of(weights), gap, gap <= atol)
+
+
+def exchange(
+    informations: Float[Array, "m p p"], criterion: Criterion, start: Int[Array, " k"], *, max_steps: int = 200
+) -> Exchanged:
+    r"""A design of k runs, by exchanging one run for one candidate at a time as long as that makes the criterion larger.
+
+    All k m exchanges are looked at in one call, and the best is made. A candidate may be measured several times.
+
+    **When it is the wrong tool.** It ends where no one exchange helps, which need not be the best design: start it from several
+    places, under `jax.vmap`. With k m above a hundred thousand it takes long.
+
+    Args:
+        informations: of one measurement at each of m candidates, shape ``[m, p, p]``.
+        criterion: a function of the information of one design.
+        start: the candidates that it starts from, k whole numbers. Together they should determine all parameters.
+        max_steps: the most exchanges.
+
+    Returns:
+        A `jaxfisher.design.Exchanged`.
+
+    Raises:
+        ValueError: informations of another shape, a number of steps below one.
+        TypeError: ``criterion`` is not a function, a start that holds no whole numbers.
+
+    Reference: Fedorov, Theory of Optimal Experiments (1972), section 3.2; Cook and Nachtsheim (1980).
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> from jaxfisher import design
+    >>> x = jnp.linspace(-1, 1, 5)
+    >>> M = design.informations(lambda p, x: jf.Normal(p[0] + p[1] * x, 1.0))(jnp.zeros(2), x)
+    >>> print(jnp.sort(design.exchange(M, design.d_criterion, jnp.array([1, 2, 2, 3])).runs))
+    [0 0 4 4]
+    """
+    matrices = _checked(informations, criterion, "exchange")
+    steps = whole(max_steps)
+    if steps is None or steps < 1:
+        raise ValueError(f"exchange: `max_steps` is {described(max_steps)}; expected a whole number, at least 1.")
+    runs = jnp.asarray(start)
+    if runs.ndim != 1 or not jnp.issubdtype(runs.dtype, jnp.integer):
+        raise TypeError(
+            f"exchange: `start` is {described(start)}; expected a vector of whole numbers, the candidate of each run."
+        )
+    eps = float(jnp.finfo(matrices.dtype).eps)
+
+    def step(state: Any) -> Any:
+        count, runs, value, _ = state
+        total = jnp.sum(matrices[runs], axis=0)
+        less = total[None] - matrices[runs]
+        values = jax.vmap(lambda one: jax.vmap(lambda other: criterion(one + other))(matrices))(less)
+        out, into = jnp.unravel_index(jnp.argmax(values), values.shape)
+        better = values[out, into] > value + 100 * eps * jnp.maximum(jnp.abs(value), 1)
+        return (
+            count + 1,
+            jnp.where(better, runs.at[out].set(into.astype(runs.dtype)), runs),
+            jnp.where(better, values[out, into], value),
+            better,
+        )
+
+    first = criterion(jnp.sum(matrices[runs], axis=0))
+    begin = jnp.zeros((), jnp.int32), runs, first, jnp.ones((), bool)
+    _, runs, value, better = while_loop(lambda state: state[3] & (state[0] < steps), step, begin)
+    return Exchanged(runs, value, ~better)
+
+
+def _checked(informations: Any, criterion: Any, caller: str) -> Float[Array, "m p p"]:
+    check_function("criterion", criterion, CRITERION)
+    shape = jnp.shape(informations)
+    if len(shape) != 3 or shape[1] != shape[2] or not jnp.issubdtype(jnp.result_type(informations), jnp.floating):
+        raise ValueError(
+            f"{caller}: `informations` is {described(informations)}; expected one matrix for each candidate, shape (m, p, p), "
+            "as jf.design.informations(model)(params, *candidates) gives."
+        )
+    return jnp.asarray(informations)

@@ -1,0 +1,189 @@
+"""Divergences beside Kullback and Leibler's: Renyi's and Amari's, of families where they have a closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import gammaln, logsumexp
+from jaxtyping import Array, Float
+
+from jaxfisher._distributions.bernoulli import Bernoulli
+from jaxfisher._distributions.beta import Beta
+from jaxfisher._distributions.categorical import Categorical
+from jaxfisher._distributions.dirichlet import Dirichlet
+from jaxfisher._distributions.exponential import Exponential
+from jaxfisher._distributions.gamma import Gamma
+from jaxfisher._distributions.multivariate_normal import MultivariateNormal
+from jaxfisher._distributions.normal import Normal
+from jaxfisher._distributions.poisson import Poisson
+from jaxfisher._divergence import kl_divergence
+from jaxfisher._values import check_number
+from jaxfisher.geometry._families import matched
+
+Affinity = Callable[[Any, Any, Array], Array]
+"""``(p, q, a) -> log of the integral of p^a q^(1 - a)``; infinite where there is none."""
+
+
+def _log_positive(x: Array) -> Array:
+    """The logarithm, minus infinity where there is none: a mixture of precisions that is no precision."""
+    return jnp.where(x > 0, jnp.log(jnp.where(x > 0, x, 1)), -jnp.inf)
+
+
+def _normal(p: Normal, q: Normal, a: Array) -> Array:
+    square = a * jnp.square(q.scale) + (1 - a) * jnp.square(p.scale)
+    apart = jnp.square(p.loc - q.loc) / jnp.where(square > 0, square, 1)
+    return a * jnp.log(q.scale) + (1 - a) * jnp.log(p.scale) - 0.5 * _log_positive(square) - 0.5 * a * (1 - a) * apart
+
+
+def _multivariate_normal(p: MultivariateNormal, q: MultivariateNormal, a: Array) -> Array:
+    covariances = [jnp.matmul(d.scale_tril, jnp.swapaxes(d.scale_tril, -1, -2), precision="highest") for d in (p, q)]
+    mixed = jnp.linalg.cholesky(a * covariances[1] + (1 - a) * covariances[0])
+    solved = jax.scipy.linalg.solve_triangular(mixed, (p.loc - q.loc)[..., None], lower=True)[..., 0]
+    halves = [jnp.sum(jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)), axis=-1) for root in (p.scale_tril, q.scale_tril, mixed)]
+    made = (1 - a) * halves[0] + a * halves[1] - halves[2] - 0.5 * a * (1 - a) * jnp.sum(jnp.square(solved), axis=-1)
+    return jnp.where(jnp.isnan(halves[2]) & jnp.isfinite(halves[0] + halves[1]), jnp.inf, made)
+
+
+def _bernoulli(p: Bernoulli, q: Bernoulli, a: Array) -> Array:
+    logs = [jnp.stack([jax.nn.log_sigmoid(d.logits), jax.nn.log_sigmoid(-d.logits)]) for d in (p, q)]
+    return logsumexp(a * logs[0] + (1 - a) * logs[1], axis=0)
+
+
+def _categorical(p: Categorical, q: Categorical, a: Array) -> Array:
+    logs = [jax.nn.log_softmax(d.logits) for d in (p, q)]
+    return logsumexp(a * logs[0] + (1 - a) * logs[1], axis=-1)
+
+
+def _poisson(p: Poisson, q: Poisson, a: Array) -> Array:
+    mixed = jnp.exp(a * p.log_rate + (1 - a) * q.log_rate)
+    return mixed - a * jnp.exp(p.log_rate) - (1 - a) * jnp.exp(q.log_rate)
+
+
+def _exponential(p: Exponential, q: Exponential, a: Array) -> Array:
+    mixed = a * jnp.exp(p.log_rate) + (1 - a) * jnp.exp(q.log_rate)
+    return a * p.log_rate + (1 - a) * q.log_rate - _log_positive(mixed)
+
+
+def _gamma(p: Gamma, q: Gamma, a: Array) -> Array:
+    shape, rate = (a * at_p + (1 - a) * at_q for at_p, at_q in zip(*((d.concentration, d.rate) for d in (p, q)), strict=True))
+
+    def partition(shape: Array, rate: Array) -> Array:
+        inside = jnp.where((shape > 0) & (rate > 0), shape, 1)
+        made = gammaln(inside) - inside * _log_positive(jnp.where(rate > 0, rate, 1))
+        return jnp.where((shape > 0) & (rate > 0), made, jnp.inf)
+
+    ends = a * partition(p.concentration, p.rate) + (1 - a) * partition(q.concentration, q.rate)
+    return partition(shape, rate) - ends
+
+
+def _log_beta(concentration: Array) -> Array:
+    """Of the last axis; infinite where an entry is not positive."""
+    there = jnp.all(concentration > 0, axis=-1)
+    inside = jnp.where(there[..., None], concentration, 1)
+    return jnp.where(there, jnp.sum(gammaln(inside), axis=-1) - gammaln(jnp.sum(inside, axis=-1)), jnp.inf)
+
+
+def _of_concentrations(p: Array, q: Array, a: Array) -> Array:
+    return _log_beta(a * p + (1 - a) * q) - a * _log_beta(p) - (1 - a) * _log_beta(q)
+
+
+def _dirichlet(p: Dirichlet, q: Dirichlet, a: Array) -> Array:
+    return _of_concentrations(p.concentration, q.concentration, a)
+
+
+def _beta(p: Beta, q: Beta, a: Array) -> Array:
+    both = [jnp.stack([d.a, d.b], axis=-1) for d in (p, q)]
+    return _of_concentrations(both[0], both[1], a)
+
+
+AFFINITIES: dict[type, Affinity] = {
+    Bernoulli: _bernoulli,
+    Beta: _beta,
+    Categorical: _categorical,
+    Dirichlet: _dirichlet,
+    Exponential: _exponential,
+    Gamma: _gamma,
+    MultivariateNormal: _multivariate_normal,
+    Normal: _normal,
+    Poisson: _poisson,
+}
+
+
+def renyi_divergence(p: Any, q: Any, order: chex.Numeric) -> Float[Array, "*batch"]:
+    r"""Renyi's divergence of an order, from 0 to infinity; at 1 it is Kullback and Leibler's.
+
+    .. math:: D_a(p \,\|\, q) = \frac1{a - 1} \log \int p^a q^{1 - a}.
+
+    Its Hessian in q at p is the order times the Fisher information.
+
+    **When it is the wrong tool.** Above order 1 it may be infinite for two normals of different scales. Near order 1, but not
+    at it, digits cancel: use 1.
+
+    Args:
+        p: a distribution: Normal, MultivariateNormal, Bernoulli, Categorical, Poisson, Exponential, Gamma, Beta or Dirichlet.
+        q: a distribution of the same family.
+        order: a positive number.
+
+    Returns:
+        Nats, one number for each distribution of the batch, shape ``[*batch]``.
+
+    Raises:
+        TypeError: the families differ, or this one has no closed form here.
+        ValueError: an order that is not positive.
+
+    Reference: van Erven and Harremoes, Renyi divergence and Kullback-Leibler divergence (2014), definition 2; Gil, Alajaji and
+    Linder (2013), for the families.
+
+    >>> import jaxfisher as jf
+    >>> from jaxfisher import geometry
+    >>> print(geometry.renyi_divergence(jf.Normal(0.0, 1.0), jf.Normal(1.0, 1.0), order=0.5))  # a / 2
+    0.25
+    """
+    check_number("order", order, "one positive number")
+    if not isinstance(order, jax.Array) and not float(order) > 0:
+        raise ValueError(f"renyi_divergence: `order` is {order}; expected a positive number.")
+    p, q, affinity = matched(p, q, AFFINITIES, "renyi_divergence", "Estimate it from draws of p.")
+    if not isinstance(order, jax.Array) and float(order) == 1:
+        return kl_divergence(p, q)
+    a = jnp.asarray(order, jnp.result_type(*jax.tree.leaves(p)))
+    return affinity(p, q, a) / (a - 1)
+
+
+def alpha_divergence(p: Any, q: Any, alpha: chex.Numeric) -> Float[Array, "*batch"]:
+    r"""Amari's alpha-divergence: at -1 it is ``KL(p || q)``, at 1 ``KL(q || p)``, at 0 four times Hellinger's squared distance.
+
+    .. math:: D^{(\alpha)}(p \,\|\, q) = \frac4{1 - \alpha^2} \Big( 1 - \int p^{(1 - \alpha) / 2} q^{(1 + \alpha) / 2} \Big).
+
+    Whatever the alpha, its Hessian in q at p is the Fisher information: the metric is one, and the connections differ.
+
+    **When it is the wrong tool.** Beyond -1 and 1 it may be infinite. Near -1 or 1, but not at it, digits cancel.
+
+    Args:
+        p: a distribution of a family that `jaxfisher.geometry.renyi_divergence` knows.
+        q: a distribution of the same family.
+        alpha: a number.
+
+    Returns:
+        One number for each distribution of the batch, shape ``[*batch]``.
+
+    Raises:
+        TypeError: the families differ, or this one has no closed form here; an ``alpha`` that is no number.
+
+    Reference: Amari, Information Geometry and Its Applications (2016), section 3.5.
+
+    >>> import jaxfisher as jf
+    >>> from jaxfisher import geometry
+    >>> p, q = jf.Bernoulli(0.0), jf.Bernoulli(1.0)
+    >>> print(geometry.alpha_divergence(p, q, -1) == p.kl(q), geometry.alpha_divergence(p, q, 1) == q.kl(p))
+    True True
+    """
+    check_number("alpha", alpha)
+    p, q, affinity = matched(p, q, AFFINITIES, "alpha_divergence", "Estimate it from draws of p.")
+    if not isinstance(alpha, jax.Array) and abs(float(alpha)) == 1:
+        return kl_divergence(p, q) if float(alpha) < 0 else kl_divergence(q, p)
+    number = jnp.asarray(alpha, jnp.result_type(*jax.tree.leaves(p)))
+    return -4 * jnp.expm1(affinity(p, q, 0.5 * (1 - number))) / (1 - jnp.square(number))

@@ -1,0 +1,196 @@
+"""Forecasts and designs, against closed forms and matrices written out in NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import compiled
+
+import jaxfisher as jf
+from jaxfisher import design, forecasts
+
+RNG = np.random.default_rng(8)
+TIMES = np.linspace(0.1, 2.0, 9)
+PARAMS = {"amplitude": jnp.asarray(1.3), "decay": jnp.asarray(0.7), "noise": jnp.asarray(-1.0)}
+MIXING = np.eye(9) + 0.2 * RNG.normal(size=(9, 9))
+
+
+def mean(p):
+    return p["amplitude"] * jnp.exp(-p["decay"] * TIMES)
+
+
+def covariance(p):
+    return jnp.exp(p["noise"]) * (MIXING @ MIXING.T) + jnp.diag(0.1 * p["amplitude"] ** 2 * TIMES)
+
+
+def derivatives():
+    """Of the mean and of the covariance, by hand."""
+    a, k, s = (float(PARAMS[name]) for name in ("amplitude", "decay", "noise"))
+    falling = np.exp(-k * TIMES)
+    of_mean = np.stack([falling, -a * TIMES * falling, np.zeros(9)])
+    of_covariance = np.stack([np.diag(0.2 * a * TIMES), np.zeros((9, 9)), np.exp(s) * MIXING @ MIXING.T])
+    return of_mean, of_covariance, np.asarray(covariance(PARAMS))
+
+
+def written_out():
+    of_mean, of_covariance, spread = derivatives()
+    inverse = np.linalg.inv(spread)
+    turned = np.einsum("ij,kjl->kil", inverse, of_covariance)
+    return of_mean @ inverse @ of_mean.T + 0.5 * np.einsum("kij,lji->kl", turned, turned)
+
+
+def relative(actual, expected):
+    return np.max(np.abs(np.asarray(actual) - expected)) / np.max(np.abs(expected))
+
+
+@functools.cache
+def forecast():
+    """The Fisher, with a prior, and the bias of an effect that the simulator leaves out; as one program."""
+
+    def make(params):
+        F = forecasts.gaussian_fisher(mean, covariance)(params)
+        prior = forecasts.gaussian_prior(F, {"amplitude": 0.2, "decay": jnp.inf, "noise": 0.5})
+        moved = forecasts.bias(mean, covariance)(params, F + prior, 0.01 * TIMES**2, 0.02 * MIXING @ MIXING.T)
+        return F, F + prior, moved
+
+    return compiled(make)(PARAMS)
+
+
+def test_the_fisher_of_a_simulator_is_the_formula_and_that_of_the_normal_vector():
+    F, _, _ = forecast()
+    assert relative(F, written_out()) < 1e-12
+    model = lambda p: jf.MultivariateNormal(mean(p), covariance=covariance(p))  # noqa: E731
+    assert relative(compiled(lambda p: jf.exact_fisher(model)(p).as_matrix())(PARAMS), written_out()) < 1e-11
+    held = forecasts.gaussian_fisher(mean, np.asarray(covariance(PARAMS)))(PARAMS)
+    of_mean, _, spread = derivatives()
+    assert relative(held, of_mean @ np.linalg.solve(spread, of_mean.T)) < 1e-12
+
+
+def test_errors_with_the_others_known_and_fitted_and_a_nuisance_parameter():
+    F, both, _ = forecast()
+    matrix = written_out()
+    order = list(PARAMS)
+    assert relative([forecasts.conditional_errors(F)[name] for name in order], np.diag(matrix) ** -0.5) < 1e-12
+    assert relative([jf.standard_errors(F)[name] for name in order], np.diag(np.linalg.inv(matrix)) ** 0.5) < 1e-11
+    four = jf.standard_errors(F, n=4)
+    assert relative([four[name] for name in order], 0.5 * np.diag(np.linalg.inv(matrix)) ** 0.5) < 1e-11
+    prior = np.diag([25.0, 0, 4.0])
+    assert relative([jf.standard_errors(both)[name] for name in order], np.diag(np.linalg.inv(matrix + prior)) ** 0.5) < 1e-11
+    kept = jf.marginal(both, lambda path: "noise" not in path)
+    assert relative(np.linalg.inv(kept), np.linalg.inv(matrix + prior)[:2, :2]) < 1e-11
+
+
+def test_the_bias_is_what_a_fit_of_data_with_the_effect_finds():
+    """To first order: the formula, and for a linear mean of known covariance the weighted least squares themselves."""
+    _, _, moved = forecast()
+    of_mean, of_covariance, spread = derivatives()
+    inverse = np.linalg.inv(spread)
+    effect, wider = 0.01 * TIMES**2, 0.02 * MIXING @ MIXING.T
+    pulled = of_mean @ inverse @ effect + 0.5 * np.einsum("ij,kjl,lm,mi->k", inverse, of_covariance, inverse, wider)
+    expected = np.linalg.solve(written_out() + np.diag([25.0, 0, 4.0]), pulled)
+    assert relative([moved[name] for name in PARAMS], expected) < 1e-11
+
+    columns = RNG.normal(size=(9, 2))
+    line = lambda w: columns @ w  # noqa: E731
+    F = forecasts.gaussian_fisher(line, spread)(jnp.zeros(2))
+    whitened = np.linalg.solve(np.linalg.cholesky(spread), np.column_stack([columns, effect]))
+    assert (
+        relative(forecasts.bias(line, spread)(jnp.zeros(2), F, effect), np.linalg.lstsq(whitened[:, :2], whitened[:, 2])[0])
+        < 1e-11
+    )
+
+
+# --- designs -----------------------------------------------------------------------------------------------------------------
+
+PLACES = np.linspace(-1, 1, 21)
+
+
+def quadratic(p, x):
+    return jf.Normal(p[0] + p[1] * x + p[2] * x**2, 1.0)
+
+
+@functools.cache
+def candidates():
+    return compiled(design.informations(quadratic))(jnp.zeros(3), PLACES)
+
+
+def test_the_information_of_each_candidate():
+    columns = np.stack([PLACES**0, PLACES, PLACES**2], 1)
+    assert relative(candidates(), columns[:, :, None] * columns[:, None, :]) < 1e-14
+
+
+def test_criteria_of_many_designs_in_one_call():
+    """Against NumPy, one design after the other; a design that does not determine the parameters has minus infinity."""
+    weights = RNG.dirichlet(np.ones(21), size=40)
+    matrices = np.einsum("dm,mij->dij", weights, candidates())
+    found = compiled(lambda m: [c(m) for c in (design.d_criterion, design.a_criterion, design.e_criterion)])(matrices)
+    assert relative(found[0], [np.linalg.slogdet(m)[1] for m in matrices]) < 1e-12
+    assert relative(found[1], [-np.trace(np.linalg.inv(m)) for m in matrices]) < 1e-11
+    assert relative(found[2], [np.linalg.eigvalsh(m)[0] for m in matrices]) < 1e-11
+    assert design.d_criterion(candidates()[3]) == -np.inf and design.a_criterion(candidates()[3]) == -np.inf
+
+
+OPTIMAL = {
+    "D": (design.d_criterion, [1 / 3, 1 / 3, 1 / 3]),
+    "A": (design.a_criterion, [1 / 4, 1 / 2, 1 / 4]),
+    "E": (design.e_criterion, [1 / 5, 3 / 5, 1 / 5]),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMAL)
+def test_the_best_designs_for_a_quadratic(name):
+    """Known since Kiefer and Wolfowitz: at both ends and in the middle, with these weights."""
+    criterion, expected = OPTIMAL[name]
+    found = compiled(lambda m: design.optimal_weights(m, criterion, atol=1e-9))(candidates())
+    assert bool(found.converged) and 0 <= found.gap <= 1e-9
+    np.testing.assert_allclose(found.weights[np.array([0, 10, 20])], expected, atol=1e-4)
+    best = np.zeros(21)
+    best[[0, 10, 20]] = expected
+    assert abs(found.value - criterion(np.tensordot(best, candidates(), 1))) < 2e-9
+
+
+def test_an_exchange_finds_the_runs_and_the_gradient_the_places():
+    """Six runs: two at each of three places. From elsewhere, the derivative by the places climbs to the same information."""
+    start = jnp.array([3, 5, 8, 12, 15, 16], jnp.int32)
+    found = compiled(lambda m: design.exchange(m, design.d_criterion, start))(candidates())
+    assert bool(found.converged)
+    np.testing.assert_array_equal(np.sort(found.runs), [0, 0, 10, 10, 20, 20])
+
+    def value(raw):
+        return jf.exact_fisher(quadratic)(jnp.zeros(3), jnp.tanh(raw)).logdet(0.0)
+
+    climb = compiled(lambda raw: jax.lax.fori_loop(0, 300, lambda _, raw: raw + 0.3 * jax.grad(value)(raw), raw))
+    places = np.tanh(climb(jnp.array([-0.9, 0.2, 1.1])))
+    np.testing.assert_allclose(places, [-1, 0, 1], atol=0.06)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: forecasts.gaussian_fisher(3.0, covariance), TypeError, "`mean` is 3.0; expected a function"),
+        (
+            lambda: forecasts.gaussian_fisher(mean, jnp.eye(4))(PARAMS),
+            ValueError,
+            r"`mean` gives shape \(9,\) and `covariance` \(4, 4\)",
+        ),
+        (lambda: forecasts.gaussian_fisher(mean, covariance)({**PARAMS, "decay": 1}), TypeError, r"\['decay'\] has dtype int"),
+        (lambda: forecasts.gaussian_prior(PARAMS, {"amplitude": 1.0}), ValueError, "errors"),
+        (lambda: forecasts.conditional_errors(np.eye(3)), TypeError, "conditional_errors: expected a Fisher operator"),
+        (
+            lambda: forecasts.bias(mean, covariance)(PARAMS, forecast()[0], np.ones(4)),
+            ValueError,
+            r"`effect`.*expected shape \(9,\)",
+        ),
+        (lambda: design.informations(quadratic)(jnp.zeros(3), 1.0), ValueError, "leading axis of examples"),
+        (lambda: design.optimal_weights(np.eye(3), design.d_criterion), ValueError, r"expected one matrix for each candidate"),
+        (lambda: design.optimal_weights(candidates(), "D"), TypeError, "`criterion` is 'D'; expected a function"),
+        (lambda: design.optimal_weights(candidates(), design.d_criterion, atol=-1.0), ValueError, "`atol` is -1.0"),
+        (lambda: design.exchange(candidates(), design.d_criterion, np.ones(3)), TypeError, "a vector of whole numbers"),
+        (lambda: design.exchange(candidates(), design.d_criterion, np.arange(3), max_steps=0), ValueError, "`max_steps` is 0"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
