@@ -72,7 +72,7 @@ from jaxfisher._solve import CG as CG
 from jaxfisher._solve import LSMR as LSMR
 from jaxfisher._solve import as_lineax as as_lineax
 from jaxfisher._solve import solve as solve
-from jaxfisher._solve import solve_path as solve_path
+from jaxfisher._solve_path import solve_path as solve_path
 from jaxfisher._system import SolveInfo as SolveInfo
 
 # Natural gradients in place of `jax.grad`.

@@ -32,6 +32,7 @@ from jaxfisher._linalg import (
     twice,
     unit_diagonal,
 )
+from jaxfisher._path import with_derivatives_of
 from jaxfisher._system import Factorise, Solved, System, scaled
 from jaxfisher._varying import alike, cond, linear_solve, varying_through, while_loop
 
@@ -158,7 +159,7 @@ def solution(system: Damped, b: Float[Array, " m"], rtol: float) -> Any:
         return cond(enough, lambda: lifted(begin.ahead), lambda: while_loop(_going, step, begin).found)
 
     c, x = linear_solve(product, b, iterate)
-    return _with_derivatives_of(x, system.out(c))
+    return with_derivatives_of(x, system.out(c))
 
 
 class _Factor(NamedTuple):
@@ -236,17 +237,6 @@ def _factored(system: Damped) -> _Factor:
 
 def _size(x: Any) -> Scalar:
     return jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(x)))
-
-
-@jax.custom_jvp
-def _with_derivatives_of(x: Any, same: Any) -> Any:
-    """``x``, with the derivatives of ``same``: the same but for rounding, and not computed where no derivative is taken."""
-    return x
-
-
-@_with_derivatives_of.defjvp
-def _with_derivatives_of_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
-    return primals[0], tangents[1]
 
 
 # --- any vector -----------------------------------------------------------------------------------------------------------

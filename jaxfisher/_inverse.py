@@ -22,7 +22,6 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 from jaxfisher._linalg import (
     cholesky,
     eigenvalues,
-    kept_of,
     matmul,
     mirrored,
     norm,
@@ -31,7 +30,7 @@ from jaxfisher._linalg import (
     unit_diagonal,
     without_noise,
 )
-from jaxfisher._null_space import combined, is_unseen, projected
+from jaxfisher._null_space import projected
 from jaxfisher._varying import cond
 
 Map = Callable[[Float[Array, " p"]], Float[Array, " p"]]
@@ -137,67 +136,9 @@ class Inverse(NamedTuple):
         return turned + 4 * jnp.finfo(y.dtype).eps * rounded
 
 
-class Decomposed(NamedTuple):
-    """`Factored` by eigenvectors that do not depend on the damping: one decomposition for a path of them."""
-
-    vectors: Float[Array, "m m"]
-    inverted: Float[Array, " m"]
-    unit: Float[Array, " m"]
-    rank: Int[Array, ""]
-    told: Bool[Array, ""]
-    left_out: Float[Array, " m"]
-    clear: Bool[Array, ""]
-
-    @property
-    def floor(self) -> Scalar:
-        """See `Factored`."""
-        return jnp.zeros((), self.unit.dtype)
-
-    def in_units(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
-        """See `Factored`."""
-        return matmul(self.vectors, self.inverted * matmul(self.vectors.T, b))
-
-    def apply(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
-        """See `Factored`."""
-        return self.unit * self.in_units(self.unit * b)
-
-    def projected(self, product: Map) -> Decomposed:
-        """See `Factored`: with one unit for all, eigenvectors are orthogonal as they are."""
-        return self
-
-    def astray(self, b: Float[Array, " m"], y: Float[Array, " m"]) -> Scalar:
-        """See `Factored`."""
-        # An eigenvector has of another what rounding is of the distance of their eigenvalues.
-        turned = norm(self.unit * jnp.square(self.inverted) * matmul(self.vectors.T, b))
-        return jnp.finfo(y.dtype).eps * (turned + 4 * norm(self.unit * y))
-
-
 def by_invert(matrix: Float[Array, "m m"]) -> Callable[[Scalar], Inverse]:
     """A factorisation for each damping, the way that can be trusted: `invert`."""
     return partial(invert, matrix)
-
-
-def by_eigenvectors(matrix: Float[Array, "m m"]) -> Callable[[Scalar], Decomposed]:
-    """One eigendecomposition for all dampings. What counts as zero without damping depends on the units here, and is tested."""
-    largest = jnp.min(unit_diagonal(jnp.abs(jnp.diagonal(matrix))), initial=1 / jnp.finfo(matrix.dtype).tiny)
-    unit = jnp.broadcast_to(largest, matrix.shape[:1])
-    whole = mirrored(largest * matrix * largest)
-    found, vectors = jnp.linalg.eigh(whole, symmetrize_input=False)
-    roots = jnp.sqrt(jnp.abs(jnp.diagonal(whole)))
-    trial = unit_diagonal(jnp.square(roots)) * jnp.cos(jnp.arange(roots.size, dtype=roots.dtype))
-
-    def blind(kept: Bool[Array, " m"]) -> Bool[Array, ""]:
-        # What is small in its units only is no null direction, and this finds no better one.
-        return is_unseen(matmul(whole, matmul(vectors, jnp.where(kept, 0, matmul(vectors.T, trial)))), trial, roots)
-
-    def at(damping: Scalar) -> Decomposed:
-        shift = twice(damping, largest)
-        values, kept, told = kept_of(found, shift)
-        inverted = _inverted(values, kept, shift)
-        rank, clear = jnp.sum(kept, dtype=jnp.int32), told | (is_clear(values, kept) & blind(kept))
-        return Decomposed(vectors, inverted, unit, rank, told, combined(vectors, ~kept), clear)
-
-    return at
 
 
 def invert(matrix: Float[Array, "m m"], damping: Scalar) -> Inverse:

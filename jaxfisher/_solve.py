@@ -16,13 +16,12 @@ from jaxfisher._engine import unsealed
 from jaxfisher._linalg import in_another_rounding, inverse_power, norm, power_or_one, to_unit
 from jaxfisher._once import once
 from jaxfisher._operators.damping import Damping, Dampings, checked_damping, damped_inverse, entries_of
-from jaxfisher._operators.inverted import reported
 from jaxfisher._operators.operator import Operator, Solver, View, as_operator, exact_solve, scores_of
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores import Scores
-from jaxfisher._system import PATH, SolveInfo
-from jaxfisher._tree import ParamSpec, all_finite, cast_like, described, dtype_of, joined
-from jaxfisher._values import check_array, check_nonnegative, is_array, nonnegative, whole
+from jaxfisher._system import SolveInfo
+from jaxfisher._tree import ParamSpec, all_finite, cast_like, described, joined
+from jaxfisher._values import check_nonnegative, nonnegative, whole
 from jaxfisher._varying import alike, cond, linear_solve, varying_axes, while_loop
 
 
@@ -334,48 +333,6 @@ class LSMR:
 
 def _as_type(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
-
-
-def solve_path(fisher: Operator, v: chex.ArrayTree, dampings: Float[Array, " k"]) -> tuple[Any, SolveInfo]:
-    r"""Solve ``(F + damping I) x = v`` for many dampings from one eigendecomposition.
-
-    Args:
-        fisher: an operator; of those held as a matrix or as scores, the smaller matrix is decomposed once, and each solution is
-            refined against F itself.
-        v: a pytree shaped like the parameters.
-        dampings: shape ``[k]``, each ``>= 0``.
-
-    Returns:
-        ``(x, info)``, both with a leading axis of ``k``.
-
-    Raises:
-        TypeError: ``fisher`` is not an operator.
-        ValueError: ``dampings`` is not one axis of real numbers; as in `jaxfisher.solve`.
-
-    Reference: Golub and Van Loan, Matrix Computations (2013), section 6.1.4 (ridge regression by the singular values).
-
-    >>> import jax.numpy as jnp, jaxfisher as jf
-    >>> F = jf.exact_fisher(lambda w, x: jf.Bernoulli(logits=w * x))(0.0, jnp.array([1.0, 3.0]))
-    >>> print(jf.solve_path(F, 2.5, jnp.array([0.0, 1.25]))[0].round(4))
-    [2. 1.]
-    """
-    fisher = as_operator(fisher, "solve_path")
-    check_array("solve_path: `dampings`", dampings)
-    if not is_array(dampings) or jnp.ndim(dampings) != 1 or not jnp.issubdtype(dtype_of(dampings), jnp.floating):
-        raise ValueError(
-            f"solve_path: `dampings` is {described(dampings)}; expected an array of real numbers along one axis. Pass such as "
-            "jnp.array([1e-3, 1e-2])."
-        )
-    dampings = jnp.asarray(dampings).astype(fisher.spec.dtype)
-    x, info = _path(fisher, fisher.spec.vector(v), dampings)
-    return cast_like(x, v), info
-
-
-@once
-def _path(fisher: Operator, v: Any, dampings: Float[Array, " k"]) -> tuple[Any, SolveInfo]:
-    inverses = fisher.form.inverses(jnp.max(dampings, initial=0.0), PATH)
-    # One after the other: mapped at once, each would take all branches, and as many corrections as the worst.
-    return jax.lax.map(lambda damping: reported(fisher.spec, inverses(damping), v), dampings)
 
 
 def solve(fisher: Operator, v: chex.ArrayTree, damping: Damping, solver: Solver | None = None) -> tuple[Any, SolveInfo]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from jaxfisher._inverse import Factored, Map, by_eigenvectors, by_invert
+from jaxfisher._inverse import Factored, Map, by_invert
 from jaxfisher._linalg import OTHER, inverse_power, norm, power_or_one
 from jaxfisher._varying import cond, linear_solve, while_loop
 
@@ -70,6 +70,18 @@ class Solved(NamedTuple):
     sound: Bool[Array, ""]
 
 
+class Rows(NamedTuple):
+    """Products with X, where the matrix that was factored is ``X X^T``.
+
+    Attributes:
+        into: ``X y``.
+        out: ``X^T c``.
+    """
+
+    into: Callable[[Float[Array, " p"]], Float[Array, " rows"]]
+    out: Callable[[Float[Array, " rows"]], Float[Array, " p"]]
+
+
 class System(NamedTuple):
     """``(F + damping I) x = v`` in units: ``x = units y``, ``b = units v``, ``product(y) = b``.
 
@@ -82,6 +94,7 @@ class System(NamedTuple):
         rank: number of directions inverted.
         left_out: called with ``b`` and ``y`` where directions were left out: whether F does not see them, and how much of
             ``units y`` may lie along them.
+        rows: where the smaller matrix was factored; None where F was.
     """
 
     product: Map
@@ -91,6 +104,7 @@ class System(NamedTuple):
     factored: Factored
     rank: Int[Array, ""]
     left_out: Callable[[Float[Array, " p"], Float[Array, " p"]], tuple[Bool[Array, ""], Scalar]]
+    rows: Rows | None = None
 
 
 class Factorise(NamedTuple):
@@ -157,7 +171,7 @@ def solved(system: System, v: Float[Array, " p"]) -> Solved:
     unseen, astray = cond(deficient, lambda: system.left_out(b, jax.lax.stop_gradient(y)), lambda: nothing)
     bound = eps**0.5 / 8 * norm(metric * jax.lax.stop_gradient(y))
     near = (jnp.maximum(error, astray) <= bound) & factored.clear & unseen
-    small = _length(r) + 4 * _length(noise) <= eps**0.5 * _length(b)
+    small = length(r) + 4 * length(noise) <= eps**0.5 * length(b)
     own = norm(down * r) + 4 * norm(down * noise) <= eps**0.5 * norm(down * b)
     # Without any damping the residual may hold what is out of reach, and be large where the solution is long.
     sound = jnp.where(factored.told, small & own, near & ((small & ~deficient) | (system.damping == 0)))
@@ -166,8 +180,6 @@ def solved(system: System, v: Float[Array, " p"]) -> Solved:
 
 TRUSTED = Factorise(by_invert, solved)
 """A factorisation for each damping, the one that can be trusted, with eigenvectors where it must be."""
-PATH = Factorise(by_eigenvectors, solved)
-"""One eigendecomposition for all dampings."""
 
 
 REFINING, MEASURING, WEIGHING, TURNING, LEAKING, DONE = range(6)
@@ -278,7 +290,7 @@ def _further(state: _Pass, image: Array, metric: Array, told: Bool[Array, ""]) -
     z, last, first = state.z, against(state.p, state.q), state.steps == 0
     back = _ratio(jnp.vdot(image, last), jnp.vdot(state.q, last))
     # Where little is left of an image, most of that is rounding; after a plain step no direction is to be left out.
-    use = ~state.plain & (_length(image - back * state.q) > 0.1 * _length(image))
+    use = ~state.plain & (length(image - back * state.q) > 0.1 * length(image))
     back = jnp.where(use, back, 0)
     p, q = z - back * state.p, image - back * state.q
     along = _ratio(jnp.vdot(state.r, against(p, q)), jnp.vdot(q, against(p, q)))
@@ -286,8 +298,8 @@ def _further(state: _Pass, image: Array, metric: Array, told: Bool[Array, ""]) -
     plain = (jnp.abs(along - 1) < 0.01) | first
     along = jnp.where(plain, 1, along)
     y, r = state.y + along * p, state.r - along * q
-    size, moved = _length(r), norm(metric * z)
-    gained = (size > 100 * eps) & (size < 0.95 * _length(state.r))
+    size, moved = length(r), norm(metric * z)
+    gained = (size > 100 * eps) & (size < 0.95 * length(state.r))
     shrinking = ~told & (moved > 4 * eps * norm(metric * y)) & (moved < 0.5 * state.moved)
     going = (gained | shrinking | (state.steps < 2)) & (state.steps < 31)
     return state._replace(
@@ -302,7 +314,7 @@ def _further(state: _Pass, image: Array, metric: Array, told: Bool[Array, ""]) -
     )
 
 
-def _length(r: Float[Array, " p"]) -> Scalar:
+def length(r: Float[Array, " p"]) -> Scalar:
     """The norm of what is a right-hand side of unit length, or what is left of one: where its square vanishes, it does."""
     return jnp.sqrt(jnp.vdot(r, r))
 
@@ -314,8 +326,7 @@ def _ratio(a: Scalar, b: Scalar) -> Scalar:
 
 def direct_info(found: Solved, v: Float[Array, " p"]) -> SolveInfo:
     """The report of a direct route, of flat vectors."""
-    # Both norms at once: sums over long vectors are what compiles slowly.
-    left, size = jax.vmap(norm)(jnp.stack([found.rest, v]))
-    relative = left / jnp.where(size > 0, size, 1)
+    size = norm(v)
+    relative = norm(found.rest) / jnp.where(size > 0, size, 1)
     finite = jnp.all(jnp.isfinite(found.x))
     return SolveInfo(relative, jnp.zeros((), jnp.int32), finite & found.sound, finite, found.rank, jnp.asarray(False))

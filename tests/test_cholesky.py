@@ -68,7 +68,12 @@ def test_a_smaller_rtol_is_more_accurate(shape, view):
 
 
 def test_rows_that_are_spread_need_a_damping_that_can_be_told():
-    F, _, vectors = problem("fewer rows", 10.0)
+    F, matrix, vectors = problem("fewer rows", 10.0)
+    x, info = jf.solve_path(spread(F), vectors["anything"], jnp.array([0.0, 0.1, 1.0]))
+    for one, damping in zip(x[1:], (0.1, 1.0), strict=True):
+        expected = np.linalg.solve(matrix + damping * np.eye(30), vectors["anything"].astype(float))
+        np.testing.assert_allclose(one, expected, rtol=0, atol=1e-5 * np.linalg.norm(expected))
+    assert np.array_equal(info.converged, [False, True, True])
     for damping in (1e-12, jnp.zeros(())):
         x, info = jf.solve(spread(F), vectors["anything"], damping)
         assert np.all(np.isfinite(x)) and not info.converged

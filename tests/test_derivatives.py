@@ -146,3 +146,28 @@ def test_derivatives_against_a_dense_matrix(form, rows):
         found, true = (both_ways(function, form)(*case) for function in (numbers, expected))
         for one, other in zip(found, true, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9 * np.max(np.abs(other)), err_msg=name)
+
+
+@pytest.mark.parametrize("rows", [3, 7])
+def test_derivatives_of_a_path_of_dampings(rows):
+    """Its solutions are found together, and their derivatives are those of each."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(7, 3)))[:rows]
+    shares = jnp.array([1.0, 20.0])
+
+    def path(params, x, damping):
+        F = exact(params, x)
+        return jax.vmap(lambda x: ravel_pytree(x)[0])(jf.solve_path(F, params, damping * shares)[0]).reshape(-1)
+
+    def one_by_one(params, x, damping):
+        matrix, v = dense(params, x), ravel_pytree(params)[0]
+        return jnp.concatenate([jnp.linalg.solve(matrix + damping * share * jnp.eye(12), v) for share in shares])
+
+    along = PARAMS, jnp.cos(x), jnp.ones(())
+    weights = jnp.cos(jnp.arange(24.0))
+
+    def both_of(f):
+        return lambda *args: (jax.jvp(f, args, along), jax.grad(lambda *args: weights @ f(*args), (0, 1, 2))(*args))
+
+    found, true = (jax.jit(both_of(f))(PARAMS, x, jnp.asarray(0.3)) for f in (path, one_by_one))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(true), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9 * np.max(np.abs(other)))

@@ -186,7 +186,7 @@ FORMS = {"scores": lambda F: F, "dense": jf.dense, "prior": lambda F: F + jf.sca
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("shape", [(60, 40), (25, 40)])
 def test_a_path_of_dampings(name, shape):
-    """Every solution as by itself, the minimum-norm one at zero; one eigendecomposition in the program."""
+    """Every solution as by itself, the minimum-norm one at zero; one eigendecomposition for all others in the program."""
     n, p = shape
     rank = min(shape)
     u, v = (np.linalg.qr(numbers(seed, size, rank))[0] for seed, size in ((0, n), (1, p)))
@@ -205,6 +205,23 @@ def test_a_path_of_dampings(name, shape):
     assert np.all(info.converged) and np.all(info.finite)
     program = path.lower(F, jnp.asarray(right), jnp.asarray(dampings)).as_text()
     assert len(re.findall(r"custom_call @lapack_dsyevd", program)) == (name != "diagonal")
+
+
+def test_a_solution_of_a_path_takes_three_products_with_the_scores():
+    """Where no correction is due: one that makes it of its coordinates in the rows, and two for its residual."""
+    n, shape = 128, (30, 40)
+    args = [jax.ShapeDtypeStruct(size, jnp.float32) for size in (shape, (n, shape[0]), (n, shape[1]), shape)]
+
+    def path(w, x, y, v, dampings):
+        F = jf.empirical_fisher(lambda w, x, y: y @ jnp.tanh(x @ w))(w, x, y)
+        return jf.solve_path(F, v, dampings)
+
+    def flops(k):
+        return jax.jit(path).lower(*args, jax.ShapeDtypeStruct((k,), jnp.float32)).compile().cost_analysis()["flops"]
+
+    products = (flops(5) - flops(3)) / 2 / (2 * n * shape[0] * shape[1])
+    # Products with the eigenvectors, n x n, and what is done to each number of a solution.
+    assert 3 <= products < 4, products
 
 
 @pytest.mark.parametrize(("center", "batch_size"), [(False, None), (True, None), (True, 3)])

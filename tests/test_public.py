@@ -96,7 +96,7 @@ ROOMS = {
     "Scores": "_scores _explain",
     "Fishers": "_accumulate _fisher _gauss_newton",
     "Operators": "_operators",
-    "Solving": "_cholesky _least_squares _solve _system",
+    "Solving": "_cholesky _least_squares _solve _solve_path _system",
     "Natural gradients": "_energy_gradient _natural",
     "Optax": "_transform",
     "Influence": "influence",

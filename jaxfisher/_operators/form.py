@@ -42,12 +42,14 @@ class Form(abc.ABC):
         averages: whether the mean of two forms of this kind is that of their arrays, so that `scale_by_fisher` can take a
             running mean. Then the shapes of the arrays do not depend on the number of examples.
         formed: whether the matrix is held, so that `as_matrix` costs nothing at any p.
+        at_once: for how many dampings it is solved at once, at most: their solutions are all in memory.
     """
 
     spec: ParamSpec
     name: str
     averages: ClassVar[bool] = False
     formed: ClassVar[bool] = False
+    at_once: ClassVar[int] = 8
 
     @property
     def stack(self) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ from jaxfisher._operators.form import Form
 from jaxfisher._operators.inverted import Inverted, flat_inverse
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores import HeldScores, JoinedScores, Scores
-from jaxfisher._system import Factorise, System
+from jaxfisher._system import Factorise, Rows, System
 from jaxfisher._tree import ParamSpec, split
 from jaxfisher._varying import cond, while_loop
 
@@ -319,7 +319,8 @@ def by_gram(scaled: Scaled, gram: Float[Array, "rows rows"], damping: Scalar, in
 
     size = scores.spec.size
     rank = jnp.where(told, jnp.asarray(size, jnp.int32), factored.rank)
-    return System(product, split, damping, scaled.factor, factored, rank, left_out)
+    rows = Rows(scaled.into_rows, scaled.out_of_rows)
+    return System(product, split, damping, scaled.factor, factored, rank, left_out, rows)
 
 
 def _is_unseen(scaled: Scaled, factored: Factored) -> Bool[Array, ""]:

@@ -15,7 +15,7 @@ from jaxfisher._cholesky_on_mesh import Lower, Strips, block_size, factorised, s
 from jaxfisher._damped import raised
 from jaxfisher._engine import cross_gram
 from jaxfisher._inverse import Map
-from jaxfisher._linalg import to_unit, twice
+from jaxfisher._linalg import matmul, norm, to_unit, twice
 from jaxfisher._operators.from_scores import FromScores, Scaled, by_gram
 from jaxfisher._operators.inverted import Inverted, flat_inverse
 from jaxfisher._operators.operator import Operator, as_operator, scores_of
@@ -32,6 +32,7 @@ class Spread(FromScores):
     strips: Strips
 
     name = "exact as scores, solves spread"
+    at_once = 1
 
     def scaled(self, factor: Scalar) -> Spread:
         return Spread(self.scores.reweighted(factor), self.strips)
@@ -52,7 +53,7 @@ class Spread(FromScores):
 
 
 class Apart(NamedTuple):
-    """`Factored` by one Cholesky factor whose rows are spread, of a damping above zero.
+    """`Factored`, and `ManyTimes`, by one Cholesky factor whose rows are spread, of a damping above zero.
 
     Attributes:
         lower: the factor of ``matrix + damping I``, or of one whose diagonal was raised by its rounding.
@@ -96,6 +97,14 @@ class Apart(NamedTuple):
     def apply(self, b: Float[Array, " rows"]) -> Float[Array, " rows"]:
         """See `Factored`."""
         return self.in_units(b)
+
+    def at_zero(self, b: Float[Array, " rows"]) -> Float[Array, " rows"]:
+        """See `ManyTimes`."""
+        return self.apply(b)
+
+    def size(self, c: Float[Array, " rows"]) -> Scalar:
+        """See `ManyTimes`."""
+        return norm(matmul(c, self.lower.rows))
 
     def projected(self, product: Map) -> Apart:
         """See `Factored`: nothing was left out."""

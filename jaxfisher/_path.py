@@ -1,0 +1,255 @@
+r"""Systems that differ in their damping only, solved together from one eigendecomposition.
+
+``(F + damping_k I) x_k = v`` for many dampings. Of ``X X^T = V diag(s) V^T`` a solve at another damping is a division, so that
+what costs is products with X, and of these a solution takes as few as show that it is right: one that makes it of its
+coordinates in the rows, and two for its residual; two more for each correction. What does not depend on the damping is done
+once, and products for several dampings are products of matrices.
+
+Reference: Golub and Van Loan, Matrix Computations (2013), section 6.1.4; Higham, Accuracy and Stability of Numerical Algorithms
+(2002), chapter 12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Scalar
+
+from jaxfisher._inverse import Factored, Map
+from jaxfisher._linalg import OTHER, inverse_power, kept_of, matmul, mirrored, twice, unit_diagonal, without_noise
+from jaxfisher._system import Factorise, Solved, System, length, scaled
+from jaxfisher._varying import linear_solve, while_loop
+
+CORRECTIONS = 8
+"""How often solutions are corrected at most."""
+
+
+class ManyTimes(Factored, Protocol):
+    """`Factored`, for one of several dampings."""
+
+    def at_zero(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
+        """``matrix^+ b``, or near that; the less of it depends on the damping the better."""
+        ...
+
+    def size(self, c: Float[Array, " m"]) -> Scalar:
+        """The root of ``c^T (matrix + damping I) c``."""
+        ...
+
+
+class Decomposed(NamedTuple):
+    """`ManyTimes` by eigenvectors that do not depend on the damping.
+
+    Attributes:
+        vectors: of the matrix in units.
+        inverted: the inverse of its eigenvalues with the damping.
+        undamped: that without one, zero where they are zero to rounding.
+        unit: what the matrix is multiplied by on both sides, one for all.
+        told: whether the damping could be told from zero.
+    """
+
+    vectors: Float[Array, "m m"]
+    inverted: Float[Array, " m"]
+    undamped: Float[Array, " m"]
+    unit: Float[Array, " m"]
+    told: Bool[Array, ""]
+
+    @property
+    def rank(self) -> Int[Array, ""]:
+        """See `Factored`."""
+        return jnp.sum(self.inverted != 0, dtype=jnp.int32)
+
+    @property
+    def clear(self) -> Bool[Array, ""]:
+        """See `Factored`: what counts as zero without a damping depends on the units here."""
+        return self.told
+
+    @property
+    def floor(self) -> Scalar:
+        """See `Factored`."""
+        return jnp.zeros((), self.unit.dtype)
+
+    @property
+    def left_out(self) -> Float[Array, " m"]:
+        """See `Factored`: with a damping that is told nothing is."""
+        return jnp.zeros_like(self.unit)
+
+    def in_units(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
+        """See `Factored`."""
+        return self._with(self.inverted, b)
+
+    def apply(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
+        """See `Factored`."""
+        return self.unit * self.in_units(self.unit * b)
+
+    def at_zero(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
+        """See `ManyTimes`: it is the same for all dampings."""
+        return self.unit * self._with(self.undamped, self.unit * b)
+
+    def size(self, c: Float[Array, " m"]) -> Scalar:
+        """See `ManyTimes`."""
+        roots = jnp.sqrt(jnp.where(self.inverted > 0, 1 / jnp.where(self.inverted > 0, self.inverted, 1), 0))
+        return length(roots * matmul(self.vectors.T, inverse_power(self.unit) * c))
+
+    def projected(self, product: Map) -> Decomposed:
+        """See `Factored`: with one unit for all, eigenvectors are orthogonal as they are."""
+        return self
+
+    def astray(self, b: Float[Array, " m"], y: Float[Array, " m"]) -> Scalar:
+        """See `Factored`."""
+        return jnp.zeros((), b.dtype)
+
+    def _with(self, values: Float[Array, " m"], b: Float[Array, " m"]) -> Float[Array, " m"]:
+        return matmul(self.vectors, values * matmul(self.vectors.T, b))
+
+
+def _by_eigenvectors(matrix: Float[Array, "m m"]) -> Callable[[Scalar], Decomposed]:
+    """One eigendecomposition for all dampings."""
+    largest = jnp.min(unit_diagonal(jnp.abs(jnp.diagonal(matrix))), initial=1 / jnp.finfo(matrix.dtype).tiny)
+    unit = jnp.broadcast_to(largest, matrix.shape[:1])
+    found, vectors = jnp.linalg.eigh(mirrored(largest * matrix * largest), symmetrize_input=False)
+
+    def inverted(damping: Scalar) -> tuple[Float[Array, " m"], Bool[Array, ""]]:
+        values, kept, told = kept_of(found, damping)
+        # What is negative within rounding may outweigh a small damping: the inverse would have a wrong sign there.
+        values = jnp.where(values < 0, without_noise(values), values)
+        return jnp.where(kept, 1 / jnp.where(kept, values + damping, 1), 0), told
+
+    undamped, _ = inverted(jnp.zeros((), found.dtype))
+
+    def at(damping: Scalar) -> Decomposed:
+        with_damping, told = inverted(twice(damping, largest))
+        return Decomposed(vectors, with_damping, undamped, unit, told)
+
+    return at
+
+
+class _Lifted(NamedTuple):
+    """A system for one right-hand side, in the coordinates in which its matrix was factored.
+
+    Attributes:
+        begin: what there is of the solution before any coordinates.
+        target: of ``into(y) + shift c``, where y is ``begin`` and ``out(c)``.
+        rest: what ``begin`` leaves of the target.
+        out: from coordinates to what they add to the solution.
+        into: back.
+        shift: what is added for the damping.
+        solve: the inverse of ``into(out) + shift``.
+        size: about that of what is left of the right-hand side, from what is left of the target.
+        left: what is left of the right-hand side, from ``into(y)`` and y.
+    """
+
+    begin: Float[Array, " p"]
+    target: Float[Array, " m"]
+    rest: Float[Array, " m"]
+    out: Callable[[Float[Array, " m"]], Float[Array, " p"]]
+    into: Callable[[Float[Array, " p"]], Float[Array, " m"]]
+    shift: Scalar
+    solve: Map
+    size: Callable[[Float[Array, " m"]], Scalar]
+    left: Callable[[Float[Array, " m"], Float[Array, " p"]], Float[Array, " p"]]
+
+
+def _lifted(system: System, b: Float[Array, " p"]) -> _Lifted:
+    """Where F was factored, y itself. Where ``X X^T`` was, coordinates in the rows of what is in their span.
+
+    ``b = X^T e + r`` gives ``y = X^T c + r / damping`` with ``(X X^T + damping I) c = e - X r / damping``, exactly, for any
+    ``e``. That one which leaves least is the same for all dampings.
+    """
+    factored, rows, size = cast("ManyTimes", system.factored), system.rows, length(b)
+    if rows is None:
+        nothing, none = jnp.zeros_like(b), jnp.zeros((), b.dtype)
+        of_rest: Callable[[Array], Scalar] = lambda rest: length(rest) / size  # noqa: E731
+        return _Lifted(nothing, b, b, lambda c: c, system.product, none, system.solve, of_rest, lambda image, _: b - image)
+    damping, told = system.damping, factored.told
+    share = jnp.where(told, 1 / jnp.where(told, damping, 1), 0)
+    e = factored.at_zero(rows.into(b))
+    outside = b - rows.out(e)
+    return _Lifted(
+        begin=share * outside,
+        target=e,
+        rest=e - share * rows.into(outside),
+        out=rows.out,
+        into=rows.into,
+        shift=damping,
+        solve=factored.apply,
+        size=lambda rest: factored.size(rest) / size,
+        left=lambda image, y: b - rows.out(image) - damping * y,
+    )
+
+
+class _State(NamedTuple):
+    """Where the refinement stands.
+
+    Attributes:
+        c: the coordinates of the solution.
+        y: the solution.
+        image: ``into(y)``.
+        rest: what is left of the target.
+        size: of that, relative to the right-hand side.
+        before: the size before the last correction.
+        steps: how many there were.
+    """
+
+    c: Float[Array, " m"]
+    y: Float[Array, " p"]
+    image: Float[Array, " m"]
+    rest: Float[Array, " m"]
+    size: Scalar
+    before: Scalar
+    steps: Int[Array, ""]
+
+
+def _refined(system: System, settled: Map, b: Float[Array, " p"]) -> tuple[Array, tuple[Array, Scalar]]:
+    """The solution, what it leaves of the right-hand side, and the size of what it leaves in coordinates."""
+    at, eps = _lifted(system, b), jnp.finfo(b.dtype).eps
+
+    def step(state: _State) -> _State:
+        more = at.solve(state.rest)
+        c, y = state.c + more, state.y + at.out(more)
+        # By turns in two roundings: what a correction was made of is not what it is measured by.
+        times = jnp.where(state.steps % 2 == 0, OTHER, 1).astype(b.dtype)
+        image = at.into(times * settled(y)) * (1 / times)
+        rest = at.target - image - at.shift * c
+        return _State(c, y, image, rest, at.size(rest), state.size, state.steps + 1)
+
+    def going(state: _State) -> Bool[Array, ""]:
+        gaining = (state.size > 100 * eps) & (state.size < 0.5 * state.before)
+        return (state.steps == 0) | (gaining & (state.steps < CORRECTIONS))
+
+    nothing, far = jnp.zeros_like(at.target), jnp.asarray(jnp.inf, b.dtype)
+    begin = _State(nothing, at.begin, nothing, at.rest, far, far, jnp.zeros((), jnp.int32))
+    end = while_loop(going, step, begin)
+    return end.y, (at.left(end.image, end.y), end.size)
+
+
+def _solved(system: System, v: Float[Array, " p"]) -> Solved:
+    """The refined solution of a system, and what was measured of it."""
+    b, _, to_x, to_rest, settled = scaled(system.units, v)
+
+    def iterate(_: Map, b: Array) -> tuple[Array, Any]:
+        return _refined(system, settled, b)
+
+    y, (rest, size) = jax.lax.stop_gradient(_refined(system, settled, b))
+    # The matrix has a rounding of its own, by which the coordinates leave nothing: what they leave all the same is about what
+    # rounding does to them. What it does besides to what is left of the right-hand side is no more than both of their sizes.
+    sound = length(rest) + 4 * (length(rest) + 2 * size * length(b)) <= jnp.finfo(b.dtype).eps ** 0.5 * length(b)
+    y = with_derivatives_of(y, linear_solve(system.product, b, iterate)[0])
+    return Solved(to_x(y), to_rest(rest), system.rank, sound & system.factored.told)
+
+
+@jax.custom_jvp
+def with_derivatives_of(x: Any, same: Any) -> Any:
+    """``x``, with the derivatives of ``same``: the same but for rounding, and not computed where no derivative is taken."""
+    return x
+
+
+@with_derivatives_of.defjvp
+def _with_derivatives_of_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
+    return primals[0], tangents[1]
+
+
+PATH = Factorise(_by_eigenvectors, _solved)
+"""One eigendecomposition for all dampings. What it does not solve is not called sound, such as a damping of zero."""
