@@ -79,13 +79,17 @@ from jaxfisher._system import SolveInfo as SolveInfo
 from jaxfisher._natural import natural_grad as natural_grad
 from jaxfisher._natural import value_and_natural_grad as value_and_natural_grad
 from jaxfisher._energy_gradient import energy_gradient as energy_gradient
+from jaxfisher._acceleration import acceleration as acceleration
 
 # Optax.
 from jaxfisher._transform.adapt_damping import AdaptDampingState as AdaptDampingState
 from jaxfisher._transform.adapt_damping import adapt_damping as adapt_damping
 from jaxfisher._transform.backtrack_kl import BacktrackKLState as BacktrackKLState
 from jaxfisher._transform.backtrack_kl import backtrack_kl as backtrack_kl
+from jaxfisher._transform.geodesic_acceleration import GeodesicAccelerationState as GeodesicAccelerationState
+from jaxfisher._transform.geodesic_acceleration import geodesic_acceleration as geodesic_acceleration
 from jaxfisher._transform.kfac import kfac as kfac
+from jaxfisher._transform.levenberg_marquardt import levenberg_marquardt as levenberg_marquardt
 from jaxfisher._transform.natural_gradient import natural_gradient as natural_gradient
 from jaxfisher._transform.quadratic_model import QuadraticModelState as QuadraticModelState
 from jaxfisher._transform.quadratic_model import quadratic_model as quadratic_model

@@ -91,6 +91,7 @@ def stepped(opt):
     """The second update of an optimiser, as far as it goes."""
     params = problem()[0]
     given = {"value_fn": loss, "kl_fn": lambda new: jf.kl(model)(params, new, problem()[1]), "grad": vector()}
+    given["acceleration_fn"] = lambda d: jf.acceleration(model)(params, d, problem()[1])
     state = opt.init(params)
     for _ in range(2):
         updates, state = opt.update(vector(), state, params, fisher=fisher("exact"), **given)
@@ -180,6 +181,7 @@ NUMBERS = {
     "laplace, sample_predictive": lambda: posterior().sample_predictive(key(), problem()[1], num_samples=2),
     "tune_prior": lambda: jf.tune_prior(posterior()),
     "clipped_grad": lambda: jf.clipped_grad(LOG_PROB, 0.5)(*problem(), weights=jnp.array([1.0, 0.0, 1.0])),
+    "acceleration": lambda: jf.acceleration(model)(problem()[0], vector(), problem()[1]),
     "energy_gradient": lambda: jf.energy_gradient(LOG_PROB)(*problem(), jnp.array([1.0, -0.5, 0.2])),
     "energy_gradient, complex": lambda: jf.energy_gradient(log_psi)(*wave(), jnp.array([1.0, -0.5, 0.2])),
     "scores, complex": lambda: jf.scores(log_psi, center=True)(*wave()).rmv(jnp.ones(6)),
@@ -219,6 +221,8 @@ OPTIMISERS = {
     "natural_gradient": lambda: jf.natural_gradient(0.1, 0.1, view=jf.kronecker, update_every=2, like=fisher("exact")),
     "backtrack_kl": lambda: jf.backtrack_kl(0.1),
     "adapt_damping": lambda: jf.adapt_damping(jf.natural_gradient(0.1, 0.1), 0.1),
+    "levenberg_marquardt": lambda: jf.levenberg_marquardt(jf.natural_gradient(0.1), 0.1),
+    "geodesic_acceleration": lambda: jf.geodesic_acceleration(0.1),
     "quadratic_model": lambda: jf.quadratic_model(0.1),
     "kfac": lambda: jf.kfac(fisher("exact")),
 }

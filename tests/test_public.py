@@ -97,7 +97,7 @@ ROOMS = {
     "Fishers": "_accumulate _fisher _gauss_newton",
     "Operators": "_operators",
     "Solving": "_cholesky _least_squares _solve _solve_path _system",
-    "Natural gradients": "_energy_gradient _natural",
+    "Natural gradients": "_acceleration _energy_gradient _natural",
     "Optax": "_transform",
     "Influence": "influence",
     "Continual learning": "continual",

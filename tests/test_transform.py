@@ -301,6 +301,11 @@ def adaptive(damping, factor, lower_ratio, upper_ratio, lower_damping, upper_dam
     return jf.adapt_damping(jf.natural_gradient(1.0), damping, factor=factor, **ratios, **bounds)
 
 
+def bent(damping, max_ratio):
+    steps = optax.chain(jf.scale_by_fisher(), optax.scale_by_learning_rate(1.0), jf.geodesic_acceleration(max_ratio=max_ratio))
+    return jf.levenberg_marquardt(steps, damping)
+
+
 def modelled(damping):
     return optax.chain(jf.scale_by_fisher(damping, view=jf.diagonal), jf.quadratic_model(damping))
 
@@ -338,6 +343,7 @@ OPTIMISERS = {
             "upper_damping": (1e8, 2.0),
         },
     ),
+    "levenberg_marquardt": (bent, {}, {"damping": (0.1, 0.2), "max_ratio": (10.0, 1e-3)}),
     "quadratic_model": (modelled, {}, {"damping": (0.1, 10.0)}),
     "kfac": (jf.kfac, {"like": like}, {"damping": (0.1, 0.2), "decay": (0.9, 0.5), "update_every": (2, 1)}),
 }
@@ -360,6 +366,7 @@ def stepping(opt):
     def step(g, s, p, f, mean):
         inputs = x.astype(p["hidden"]["w"].dtype)
         given = {"value_fn": lambda new: loss(new, inputs, y), "kl_fn": lambda new: jf.kl(classifier)(p, new, inputs)}
+        given["acceleration_fn"] = lambda d: jf.acceleration(classifier)(p, d, inputs)
         return opt.update(g, s, p, fisher=f, grad=mean, something_else=1, **given)
 
     return step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
@@ -111,7 +111,8 @@ def adapt_damping(
     >>> print(updates.round(5), state.ratio.round(5), state.damping)  # the loss is its quadratic model
     1.5 1.0 0.5
     """
-    return adapting(inner, damping, Rule(factor, lower_ratio, upper_ratio, lower_damping, upper_damping), _decrease)
+    rule = Rule(factor, lower_ratio, upper_ratio, lower_damping, upper_damping)
+    return adapting(inner, damping, by_steps(damping, rule), promised)
 
 
 class Rule(NamedTuple):
@@ -159,7 +160,24 @@ def next_damping(damping: Scalar, seen: Evidence, rule: Rule) -> Scalar:
     return jnp.clip(damping * change, floor, ceiling)
 
 
-def _decrease(operator: Operator, g: Any, u: Any, after: Any) -> Scalar:
+class NextDamping(Protocol):
+    """How the damping of the next step follows from that of the last one, what was seen of it, and its curvature."""
+
+    def __call__(self, damping: Scalar, seen: Evidence, operator: Operator, /) -> Scalar: ...
+
+
+def by_steps(damping: chex.Numeric, rule: Rule) -> NextDamping:
+    """`next_damping` by these numbers, after checking them."""
+    factor, lower_ratio, upper_ratio, lower_damping, upper_damping = rule
+    for name, value in (("damping", damping), ("lower_damping", lower_damping), ("upper_damping", upper_damping)):
+        check_nonnegative(name, value)
+    for name, value in (("factor", factor), ("lower_ratio", lower_ratio), ("upper_ratio", upper_ratio)):
+        check_number(name, value)
+    _check_order(damping, factor, lower_ratio, upper_ratio, lower_damping, upper_damping)
+    return lambda damping, seen, operator: next_damping(damping, seen, rule)
+
+
+def promised(operator: Operator, g: Any, u: Any, after: Any) -> Scalar:
     """The decrease that the quadratic model promises for any step."""
     del after
     return -(dot(g, u) + 0.5 * operator.quadratic(u))
@@ -168,18 +186,12 @@ def _decrease(operator: Operator, g: Any, u: Any, after: Any) -> Scalar:
 def adapting(
     inner: optax.GradientTransformation,
     damping: chex.Numeric,
-    rule: Rule,
+    follow: NextDamping,
     decrease: Callable[[Operator, Any, Any, Any], Scalar],
 ) -> optax.GradientTransformationExtraArgs:
-    """`adapt_damping` by what ``decrease(operator, gradient, step, inner state after it)`` says was promised."""
+    """`adapt_damping`, the damping by ``follow``, by what ``decrease(operator, gradient, step, state after it)`` promised."""
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(f"adapt_damping: `inner` is {described(inner)}; expected a gradient transformation, such as a chain.")
-    factor, lower_ratio, upper_ratio, lower_damping, upper_damping = rule
-    for name, value in (("damping", damping), ("lower_damping", lower_damping), ("upper_damping", upper_damping)):
-        check_nonnegative(name, value)
-    for name, value in (("factor", factor), ("lower_ratio", lower_ratio), ("upper_ratio", upper_ratio)):
-        check_number(name, value)
-    _check_order(damping, factor, lower_ratio, upper_ratio, lower_damping, upper_damping)
     chain = optax.with_extra_args_support(inner)
 
     def init(params: chex.ArrayTree) -> AdaptDampingState:
@@ -221,7 +233,9 @@ def adapting(
             "damping": state.damping,
         }
         step, after = chain.update(updates, state.inner, params, **given)
-        g, u = operator.spec.vector(updates), operator.spec.vector(step)
+        # The quadratic model is of a step as it was before a `geodesic_acceleration` bent it.
+        straight = optax.tree.get(after, "straight")
+        g, u = operator.spec.vector(updates), operator.spec.vector(step) if straight is None else straight
         predicted = decrease(operator, g, u, after)
         actual = (start - loss(optax.apply_updates(params, step))).astype(operator.spec.dtype)
         # Comparisons with a NaN are false: such a step is not taken. Where nothing was promised, nothing was broken.
@@ -243,7 +257,7 @@ def adapting(
         taken, kept = either(accepted, lambda: (step, after), lambda: (nothing, state.inner))
         return taken, AdaptDampingState(
             kept,
-            next_damping(state.damping, seen, rule),
+            follow(state.damping, seen, operator),
             ratio,
             accepted,
             seen.rejected,

@@ -17,7 +17,7 @@ from jaxfisher._operators.layered import kronecker
 from jaxfisher._operators.operator import VIEW, Operator, Solver, View, viewed
 from jaxfisher._solve import check_solver, solve
 from jaxfisher._system import SolveInfo
-from jaxfisher._transform.adapt_damping import AdaptDampingState, Rule, adapting
+from jaxfisher._transform.adapt_damping import AdaptDampingState, Rule, adapting, by_steps
 from jaxfisher._transform.cheap import Offered
 from jaxfisher._transform.like import Like
 from jaxfisher._transform.quadratic_model import quadratic_model
@@ -120,7 +120,7 @@ def kfac(
     )
     direction = preconditioner(settings, hold)
     # That model knows what it promised: one product with the Fisher less.
-    inner = adapting(optax.chain(direction, quadratic_model(damping)), damping, RULE, _promised)
+    inner = adapting(optax.chain(direction, quadratic_model(damping)), damping, by_steps(damping, RULE), _promised)
 
     def update(
         updates: Any, state: AdaptDampingState, params: Any = None, *, fisher: Any = None, **extra_args: Any

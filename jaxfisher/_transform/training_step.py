@@ -12,6 +12,7 @@ import jax
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar, Shaped
 
+from jaxfisher._acceleration import acceleration
 from jaxfisher._divergence import kl
 from jaxfisher._fisher import FisherFunction, exact_fisher
 from jaxfisher._model import MODEL, Model
@@ -158,9 +159,10 @@ def training_step(
             kl_fn: Any = None,
             obj_fn: Any = None,
             grad_fn: Any = None,
+            acceleration_fn: Any = None,
             damping: Any = None,
         ) -> Scalar:
-            del fisher, kl_fn, obj_fn, grad_fn, damping
+            del fisher, kl_fn, obj_fn, grad_fn, acceleration_fn, damping
             return evaluate(params)[0]
 
         cheap = None if fisher is not None else lambda key: cheap_fisher(predicting, params, key, *known.inputs, **known.given)
@@ -171,6 +173,7 @@ def training_step(
             "obj_fn": value_fn,
             "grad_fn": lambda new, _: uphill(jax.grad(value_fn)(new)),
             "kl_fn": lambda new: divergence(params, new, *known.inputs, **known.given),
+            "acceleration_fn": lambda d: acceleration(predicting)(params, d, *known.inputs, **known.given),
             "fisher": Offered(lambda: curvature_of(params, known), cheap),
         }
         updates, state = update(grads, state, params, **_taken(update, offered))

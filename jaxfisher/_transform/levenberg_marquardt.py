@@ -1,0 +1,70 @@
+"""The damping of a deterministic problem, whose loss is that of the same data at every step: Nielsen's rule."""
+
+from __future__ import annotations
+
+import chex
+import jax.numpy as jnp
+import optax
+from jaxtyping import Scalar
+
+from jaxfisher._operators.operator import Operator
+from jaxfisher._transform.adapt_damping import Evidence, adapting, promised
+from jaxfisher._values import check_nonnegative, is_known_zero
+
+
+def levenberg_marquardt(inner: optax.GradientTransformation, damping: chex.Numeric) -> optax.GradientTransformationExtraArgs:
+    r"""Run ``inner`` with a damping that follows the quality of each step closely, for a loss that is the same at every step.
+
+    .. math:: \rho = \frac{L(\theta) - L(\theta + u)}{-(g^T u + \frac12 u^T F u)}, \qquad
+        \lambda \leftarrow \begin{cases} \lambda \max\left(\frac13,\, 1 - (2\rho - 1)^3\right) & \text{the loss is lower} \\
+        2^k \lambda & \text{else, the } k\text{th time in a row} \end{cases}
+
+    A step after which the loss is not lower, or not finite, is not taken: the updates are zero and the inner state stays as it
+    was. The change of the damping is a smooth function of the ratio, so that the damping settles where steps are just good
+    enough, and falls by up to 3 a step where residuals go to zero: near such a solution the damping must go there too, or
+    convergence is slow. Its floor is the rounding of F, ``eps tr F``, below which a damping is not felt; its ceiling is
+    ``tr F / eps``.
+
+    It is for least squares, physics-informed residuals, fits to all of the data. With minibatches a loss says little of the
+    others: use `jaxfisher.adapt_damping`. For long curved valleys put a `jaxfisher.geodesic_acceleration` inside::
+
+        inner = optax.chain(jf.scale_by_fisher(), optax.scale_by_learning_rate(1.0), jf.geodesic_acceleration())
+        opt = jf.levenberg_marquardt(inner, damping=1e-2)
+
+    Args:
+        inner: a transformation with a `scale_by_fisher` inside, whose own damping is replaced by the state's.
+        damping: the first lambda, above zero, in the units of F.
+
+    Returns:
+        A gradient transformation with an `AdaptDampingState`, whose ``update`` takes what `adapt_damping`'s takes.
+
+    Raises:
+        ValueError: a damping that is zero or below; (at update) ``params``, ``fisher`` or ``value_fn`` is missing.
+        TypeError: ``inner`` is no gradient transformation.
+
+    Reference: Nielsen, Damping parameter in Marquardt's method (1999), equation 2.4; Madsen, Nielsen and Tingleff, Methods for
+    non-linear least squares problems (2004), section 3.2.
+
+    >>> import jax, jax.numpy as jnp, jaxfisher as jf
+    >>> model = lambda mu: jf.Normal(mu, 1.0)
+    >>> opt = jf.levenberg_marquardt(jf.natural_gradient(1.0), damping=1.0)
+    >>> loss = lambda mu: 0.5 * (mu - 3.0) ** 2
+    >>> F = jf.exact_fisher(model)(0.0)
+    >>> updates, state = opt.update(jax.grad(loss)(0.0), opt.init(0.0), 0.0, fisher=F, value_fn=loss)
+    >>> print(updates.round(5), state.damping.round(5))  # the loss is its quadratic model
+    1.5 0.33333
+    """
+    check_nonnegative("damping", damping)
+    if is_known_zero(damping, jnp.float32):
+        raise ValueError(f"levenberg_marquardt: `damping` is {damping}; expected a number above zero, which it multiplies.")
+    return adapting(inner, damping, nielsen, promised)
+
+
+def nielsen(damping: Scalar, seen: Evidence, operator: Operator) -> Scalar:
+    """The damping of the next step."""
+    smooth = jnp.maximum(1 / 3, 1 - (2 * seen.ratio - 1) ** 3)
+    change = jnp.where(seen.accepted, smooth, jnp.exp2(seen.rejected.astype(jnp.float32)))
+    trace = operator.trace()
+    # Below the floor a damping is not felt beside F, and above the ceiling F is not felt beside it.
+    eps, size = float(jnp.finfo(trace.dtype).eps), trace.astype(jnp.float32)
+    return jnp.clip(damping * change, eps * size, size / eps)

@@ -1,0 +1,218 @@
+"""Least squares on residuals: Nielsen's damping, geodesic acceleration, and residuals of derivatives of the inputs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from models import compiled
+from problems import assert_close, flat
+
+import jaxfisher as jf
+from jaxfisher._transform.adapt_damping import Evidence
+from jaxfisher._transform.levenberg_marquardt import nielsen
+
+GOOD = {"accepted": True, "rejected": 0, "ratio": 0.9, "clear": True, "beyond": False, "overshot": False}
+
+
+@pytest.mark.parametrize(
+    ("seen", "change"),
+    [
+        ({"ratio": 0.99}, 1 / 3),
+        ({"ratio": 5.0}, 1 / 3),
+        ({"ratio": 0.75}, 1 - 0.5**3),
+        ({"ratio": 0.5}, 1),
+        ({"ratio": 0.25}, 1 + 0.5**3),
+        ({"ratio": 0.0}, 2),
+        ({"accepted": False, "rejected": 1, "ratio": -1.0}, 2),
+        ({"accepted": False, "rejected": 3, "ratio": jnp.nan}, 8),
+    ],
+)
+def test_the_damping_is_a_smooth_function_of_the_ratio(seen, change):
+    F = jf.scaled_identity(jnp.zeros(2), 3.0)
+    known = Evidence(**{name: jnp.asarray(value) for name, value in (GOOD | seen).items()})
+    np.testing.assert_allclose(nielsen(jnp.float32(0.5), known, F), 0.5 * change, rtol=1e-6)
+    eps = float(jnp.finfo(F.spec.dtype).eps)
+    assert nielsen(jnp.float32(1e-30), known, F) == jnp.float32(6 * eps)
+    assert nielsen(jnp.float32(1e30), known, F) == jnp.float32(6) / jnp.float32(eps)
+
+
+# --- The second derivative along a direction, and the step that it bends -----------------------------------------------------
+
+TIMES = jnp.linspace(0.0, 2.0, 6)
+WEIGHTS = jnp.asarray([1.0, 0.5, 2.0, 0.0, 1.0, 1.5])
+RATES = {"amplitude": jnp.asarray([1.0, -0.5]), "rate": jnp.asarray([0.7, 1.9])}
+DAMPING = 0.01
+
+
+def decays(params, t):
+    """A sum of exponentials, and a probability: two fields in which the Fisher is not constant."""
+    value = jnp.sum(params["amplitude"] * jnp.exp(-params["rate"] * t))
+    return jf.Bernoulli(logits=jnp.stack([value, jnp.square(value)]))
+
+
+def dense():
+    """For each example the Jacobian of the fields, their Fisher, and their second derivative along a direction."""
+    direction = jax.tree.map(lambda leaf: 0.1 + 0.05 * leaf, RATES)
+
+    def along(shift, t):
+        moved = jax.tree.map(lambda leaf, d: leaf + shift * d, RATES, direction)
+        return decays(moved, t).logits
+
+    jacobian = jax.vmap(jax.jacrev(lambda params, t: decays(params, t).logits), (None, 0))(RATES, TIMES)
+    J = np.concatenate([jacobian["amplitude"], jacobian["rate"]], -1)
+    second = jax.vmap(jax.jacfwd(jax.jacfwd(along)), (None, 0))(0.0, TIMES)
+    p = np.asarray(jax.nn.sigmoid(jax.vmap(decays, (None, 0))(RATES, TIMES).logits))
+    omega = np.asarray(WEIGHTS / jnp.sum(WEIGHTS))
+    pulled = np.einsum("n,nkp,nk,nk->p", omega, J, p * (1 - p), np.asarray(second))
+    return direction, pulled, np.einsum("n,nkp,nk,nkq->pq", omega, J, p * (1 - p), J)
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_acceleration_and_the_step_that_it_bends(batch_size):
+    direction, pulled, F = dense()
+
+    def found(max_ratio):
+        bend = lambda d: jf.acceleration(decays, batch_size=batch_size)(RATES, d, TIMES, weights=WEIGHTS)  # noqa: E731
+        fisher = jf.exact_fisher(decays)(RATES, TIMES, weights=WEIGHTS)
+        opt = jf.geodesic_acceleration(DAMPING, max_ratio=max_ratio, solver=jf.Cholesky(rtol=1e-12))
+        bent, state = opt.update(direction, opt.init(RATES), fisher=fisher, acceleration_fn=bend)
+        return bend(direction), bent, state
+
+    made, bent, state = compiled(found)(100.0)
+    assert_close(flat(made), pulled)
+    second = np.linalg.solve(F + DAMPING * np.eye(4), pulled)
+    assert_close(flat(bent), flat(direction) - second / 2, factor=1e5)
+    np.testing.assert_array_equal(flat(state.straight), flat(direction))
+    ratio = np.linalg.norm(second) / np.linalg.norm(flat(direction))
+    for allowed, taken in ((1.01 * ratio, True), (0.99 * ratio, False)):
+        assert np.all(flat(compiled(found)(allowed)[1]) == flat(direction)) != taken
+
+
+def test_a_bent_step_is_judged_by_the_model_of_the_straight_one():
+    """Along a circle: the model promises what the tangent would give, and the step stays on the circle."""
+    circle = lambda theta: jf.Normal(jnp.stack([jnp.cos(theta), jnp.sin(theta)]), 1.0)  # noqa: E731
+    target = jnp.asarray([np.cos(0.5), np.sin(0.5)])
+    loss = lambda theta: 0.5 * jnp.sum(jnp.square(circle(theta).loc - target))  # noqa: E731
+    inner = optax.chain(jf.scale_by_fisher(), optax.scale_by_learning_rate(1.0), jf.geodesic_acceleration())
+    opt, start = jf.levenberg_marquardt(inner, 1e-3), jnp.zeros(())
+    gradient = jax.grad(loss)(start)
+    given = {"fisher": jf.exact_fisher(circle)(start), "value_fn": loss}
+    step, state = opt.update(
+        gradient, opt.init(start), start, acceleration_fn=lambda d: jf.acceleration(circle)(start, d), **given
+    )
+    u = -float(gradient) / 1.001
+    np.testing.assert_allclose(step, u, rtol=1e-6)  # the acceleration is across the circle
+    np.testing.assert_allclose(state.ratio, float(loss(start) - loss(step)) / -(float(gradient) * u + u**2 / 2), rtol=1e-5)
+
+
+# --- Poisson's equation -------------------------------------------------------------------------------------------------------
+
+HIDDEN = 12
+
+
+@functools.cache
+def poisson():
+    """Parameters, interior points and boundary points."""
+    keys = jax.random.split(jax.random.key(1))
+    params = {
+        "inner": {"b": jnp.zeros(HIDDEN), "w": jax.random.normal(keys[0], (2, HIDDEN)) / 2**0.5},
+        "outer": {"b": jnp.zeros(1), "w": jax.random.normal(keys[1], (HIDDEN, 1)) / HIDDEN**0.5},
+    }
+    side = jnp.linspace(0.0, 1.0, 10)
+    grid = jnp.stack(jnp.meshgrid(side[1:-1], side[1:-1]), -1).reshape(-1, 2)
+    edges = [jnp.stack(pair, 1) for c in (0.0, 1.0) for pair in ((side, 0 * side + c), (0 * side + c, side))]
+    return params, grid, jnp.concatenate(edges)
+
+
+def network(params, x):
+    hidden = jnp.tanh(x @ params["inner"]["w"] + params["inner"]["b"])
+    return (hidden @ params["outer"]["w"] + params["outer"]["b"])[0]
+
+
+def laplacian(params, x):
+    """By forward mode in the inputs."""
+    slope = lambda x, e: jax.jvp(lambda x: network(params, x), (x,), (e,))[1]  # noqa: E731
+    return sum(jax.jvp(lambda x, e=e: slope(x, e), (x,), (e,))[1] for e in jnp.eye(2))
+
+
+def solution(x):
+    return jnp.prod(jnp.sin(jnp.pi * x))
+
+
+def interior(params, x):
+    return jf.Normal(laplacian(params, x) + 2 * jnp.pi**2 * solution(x), 1.0)
+
+
+def boundary(params, x):
+    return jf.Normal(network(params, x), 1.0)
+
+
+WEIGHT = 4.0
+
+
+def fisher(params):
+    _, grid, edges = poisson()
+    return jf.exact_fisher(interior)(params, grid) + WEIGHT * jf.exact_fisher(boundary)(params, edges)
+
+
+def residuals(params):
+    """Both kinds, such that half the sum of their squares is the loss."""
+    _, grid, edges = poisson()
+    kinds = ((interior, grid, 1.0), (boundary, edges, WEIGHT))
+    return jnp.concatenate([(w / len(x)) ** 0.5 * jax.vmap(f, (None, 0))(params, x).loc for f, x, w in kinds])
+
+
+def test_residuals_of_two_kinds_are_one_gauss_newton():
+    """The sum with weights, and its views, against the dense Jacobian of all residuals, through derivatives of the inputs."""
+    params, grid, _ = poisson()
+    assert {"['inner']['w']", "['outer']['w']"} <= set(jf.explain(interior)(params, grid).factored)
+
+    def found(params):
+        F = fisher(params)
+        layers = jf.eigen_kronecker(F), jf.kronecker(F)
+        return F.as_matrix(), F.diagonal(), jf.block_diagonal(F).as_matrix(), *(view.trace() for view in layers)
+
+    matrix, diagonal, blocks, eigen, kronecker = compiled(found)(params)
+    J = compiled(jax.jacrev(residuals))(params)
+    J = np.concatenate([np.asarray(leaf).reshape(len(leaf), -1) for leaf in jax.tree.leaves(J)], 1)
+    assert_close(matrix, J.T @ J, factor=1e3)
+    assert_close(flat(diagonal), np.sum(J**2, 0), factor=1e3)
+    ends = np.cumsum([leaf.size for leaf in jax.tree.leaves(params)])
+    same = np.digitize(np.arange(len(matrix)), ends)
+    assert_close(blocks, np.where(same[:, None] == same[None], J.T @ J, 0), factor=1e3)
+    # The second moments in the eigenbasis keep the trace. A product of two means does not, where there are positions.
+    assert_close(eigen, np.sum(J**2), factor=1e3)
+    assert 0.05 < kronecker / np.sum(J**2) < 20
+
+
+def test_poisson_to_a_small_error_in_few_steps():
+    """A hundred accelerated steps reach what takes plain ones several times as many."""
+    start, grid, edges = poisson()
+    loss = lambda params: 0.5 * jnp.sum(jnp.square(residuals(params)))  # noqa: E731
+    inner = optax.chain(jf.scale_by_fisher(), optax.scale_by_learning_rate(1.0), jf.geodesic_acceleration())
+    opt = jf.levenberg_marquardt(inner, 1e-2)
+
+    def step(carry, _):
+        params, state = carry
+
+        def bend(direction):
+            parts = ((interior, grid, 1.0), (boundary, edges, WEIGHT))
+            return sum_of([jax.tree.map(lambda a, w=w: w * a, jf.acceleration(f)(params, direction, x)) for f, x, w in parts])
+
+        updates, state = opt.update(
+            jax.grad(loss)(params), state, params, fisher=jf.dense(fisher(params)), value_fn=loss, acceleration_fn=bend
+        )
+        return (optax.apply_updates(params, updates), state), state.accepted
+
+    (params, _), _ = jax.jit(lambda p: jax.lax.scan(step, (p, opt.init(p)), length=100))(start)
+    points = jax.random.uniform(jax.random.key(2), (200, 2))
+    error = jax.vmap(network, (None, 0))(params, points) - jax.vmap(solution)(points)
+    assert jnp.sqrt(jnp.mean(jnp.square(error))) < 1e-3
+    assert loss(params) < 1e-5 * loss(start)
+
+
+def sum_of(trees):
+    return jax.tree.map(lambda *leaves: sum(leaves[1:], start=leaves[0]), *trees)
