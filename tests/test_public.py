@@ -15,7 +15,7 @@ import jaxfisher as jf
 PACKAGE = pathlib.Path(jf.__file__).parent
 PUBLIC = sorted(name for name, value in vars(jf).items() if not name.startswith("_") and not inspect.ismodule(value))
 VALUES = {
-    *("AdaptDampingState", "BacktrackKLState", "QuadraticModelState", "ScaleByFisherState"),
+    *("AdaptDampingState", "BacktrackKLState", "GeodesicAccelerationState", "QuadraticModelState", "ScaleByFisherState"),
     *("ClippedSum", "Distribution", "Estimate", "FisherCheck", "Form", "LawCheck", "Operator", "Posterior"),
     *("Provenance", "Scores", "SolveInfo", "Spectrum"),
     *("FisherFunction", "LogProb", "Model", "ParamSpec", "Solver", "View"),
