@@ -113,9 +113,12 @@ def is_known_zero(value: chex.Numeric, dtype: Any) -> bool:
 
 
 def is_known_positive(value: chex.Numeric, dtype: Any) -> bool:
-    """Whether an argument is known, when a program is traced, to be above zero in this dtype, and above what underflows."""
+    """Whether an argument is known, when a program is traced, to be above zero in this dtype, and above what underflows.
+
+    Of an array all numbers must be.
+    """
     known = isinstance(value, (numbers.Real, np.ndarray, np.generic))
-    return known and float(np.asarray(value, dtype)) >= float(jnp.finfo(dtype).tiny)
+    return known and bool(np.all(np.asarray(value, dtype) >= jnp.finfo(dtype).tiny))
 
 
 def check_number(name: str, value: Any, expected: str = "one real number") -> None:

@@ -120,6 +120,13 @@ def test_no_eigenvectors_are_compiled_where_a_damping_is_known_to_be_positive():
     for function in (named, update):
         assert "syevd" not in program(function, F, v, d)
     assert "syevd" in program(exact, F, v, d), "the control: an array may be zero"
+    # One for each leaf, and one for each parameter, over two leaves.
+    joined = lambda w, x, y: log_prob(jnp.concatenate(w), x, y)  # noqa: E731
+    two = jf.empirical_fisher(joined)([v[:10], v[10:]], np.ones((4, 30), np.float32), np.ones(4, np.float32))
+    parts = [jnp.float32(v[:10]), jnp.float32(v[10:])]
+    for form, dampings in ((two, [0.1, 1.0]), (jf.dense(two), [np.full(10, 0.1, np.float32), 1.0])):
+        assert "syevd" not in program(lambda form, v, dampings=dampings: exact(form, v, dampings), form, parts)
+        assert "syevd" in program(exact, form, parts, jax.tree.map(jnp.asarray, dampings)), "the control"
     assert "syevd" in program(lambda F, v: exact(F, v, 0.0), F, v)
 
 

@@ -84,17 +84,21 @@ def _by_leaf(spec: ParamSpec, v: Any, factors: Sequence[Array]) -> Any:
     return spec.tree([f * leaf for f, leaf in zip(factors, jax.tree.leaves(v), strict=True)])
 
 
+def _inverse(form: Form, damping: Scalar, factorise: Factorise | None) -> Inverted:
+    return form.inverse(damping) if factorise is None else form.inverses(damping, factorise)(damping)
+
+
 def damped_inverse(form: Form, dampings: Dampings, factorise: Factorise | None = None) -> Inverted:
-    """``v -> (F + D)^-1 v`` with a damping ``D`` of either kind; a damping of one number may be given a way to factor.
+    """``v -> (F + D)^-1 v`` with a damping ``D`` of either kind, by the way to factor that is given, or one for any damping.
 
     With one number a leaf, ``F + D = R^-1 (G + I) R^-1``, so ``(F + D)^-1 = R (G + I)^-1 R``, and G has the form of F. With one
     a parameter too, where a matrix, its blocks or its diagonal are held; of any other form it is the matrix.
     """
     if not isinstance(dampings, tuple):
-        return form.inverse(dampings) if factorise is None else form.inverses(dampings, factorise)(dampings)
+        return _inverse(form, dampings, factorise)
     spec, product = form.spec, form.product()
     inside, roots = _with_unit_damping(form, dampings)
-    inverse = inside.inverse(jnp.ones((), spec.dtype))
+    inverse = _inverse(inside, jnp.ones((), spec.dtype), factorise)
 
     def apply(v: Any) -> Solved:
         found = inverse(_by_leaf(spec, v, roots))

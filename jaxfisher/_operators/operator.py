@@ -390,7 +390,7 @@ def exact_solve(
 ) -> tuple[Any, SolveInfo]:
     """The exact solution of ``(F + damping I) x = v``, and a report on it; by one way to factor, or by what a damping needs."""
     known = checked_damping(damping, fisher.spec)
-    if factorise is None and is_known_positive(damping, fisher.spec.dtype):
+    if factorise is None and all(is_known_positive(leaf, fisher.spec.dtype) for leaf in jax.tree.leaves(damping)):
         factorise = by_cholesky(0.0)
     x, info = _solution(fisher, fisher.spec.vector(v), known, Static(factorise))
     return cast_like(x, v), info
