@@ -132,6 +132,21 @@ def test_what_a_joint_says_is_the_sum_of_its_parts():
     assert batch.batch_shape == (4,) and batch.event_shape == [(2,), ()] and batch.entropy().shape == (4,)
 
 
+def test_a_head_may_be_masked():
+    """A sequence in padding beside a number; what the padding holds does not count."""
+
+    def ragged(params, x, length):
+        logits = jnp.stack([hidden(params, x), 2 * x @ params["w"]])
+        logits = jnp.where(jnp.arange(2)[:, None] < length, logits, jnp.nan)
+        return jf.Masked(jf.Categorical(logits=logits), jnp.arange(2) < length), HEADS["count"](params, x)
+
+    params, lengths = {"w": PARAMS["w"], "count": PARAMS["count"]}, jnp.array([2, 1, 1, 2, 1])
+    made = jf.exact_fisher(ragged)(params, X, lengths)
+    alone = [jf.exact_fisher(lambda p, x, n, i=i: ragged(p, x, n)[i])(params, X, lengths) for i in (0, 1)]
+    assert np.all(np.isfinite(made.as_matrix())) and float(made.trace()) > 0
+    assert_close(made.as_matrix(), sum(np.asarray(F.as_matrix()) for F in alone), factor=1e3)
+
+
 def test_any_container_and_distributions_of_other_libraries():
     pair = collections.namedtuple("pair", ["number", "flag"])
     numpyro = library("numpyro.distributions")

@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Scalar
+from jaxtyping import Array, PRNGKeyArray, Scalar
 
+from jaxfisher._automatic import automatic
 from jaxfisher._examples import example_keys, make_batch, map_examples, needs_data, num_examples
 from jaxfisher._model import LogLikelihood, Model, as_prediction, log_prob_of, of_one_example
 from jaxfisher._once import Around
@@ -50,9 +51,15 @@ def step_data(data: tuple[Any, ...], key: Any, given: dict[str, Any], caller: st
         needs_data(data, caller)
     *inputs, target = data
     if key is not None:
-        count = num_examples(data if with_target else tuple(inputs), "data")
-        inputs.append(example_keys(as_key(key, caller), count))
+        inputs.append(_keys_of(as_key(key, caller), data if with_target else tuple(inputs)))
     return StepData(tuple(inputs), target, {name: value for name, value in given.items() if value is not None})
+
+
+def _keys_of(key: PRNGKeyArray, data: tuple[Any, ...]) -> PRNGKeyArray:
+    """A key for each example, spread over devices as the examples are."""
+    made = lambda key, data: example_keys(key, num_examples(data, "data"))  # noqa: E731
+    keys: PRNGKeyArray = automatic(made, lambda key, data: data)(key, data)
+    return keys
 
 
 @dataclasses.dataclass(frozen=True)
