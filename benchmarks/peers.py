@@ -244,8 +244,8 @@ def somax(damping: float, task: Task) -> Trainer:
 def entries() -> Iterator[Entry]:
     """Ours first."""
     yield Entry("jf.kfac", "", as_it_comes(jf.kfac()))
-    yield Entry("jf.kfac, every 5th", "", as_it_comes(jf.kfac(update_every=5)))
-    whole = functools.partial(jf.kfac, solver=None)
+    yield Entry("jf.kfac, all at every step", "", as_it_comes(jf.kfac(update_every=1)))
+    whole = functools.partial(jf.kfac, solver=None, update_every=1)
     yield Entry("jf.kfac, exact", "", natural(whole, exact))
     yield Entry("jf.kfac, drawn", "", natural(whole, drawn))
     ekfac = functools.partial(jf.kfac, view=jf.eigen_kronecker, decay=None)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
@@ -202,11 +203,22 @@ def _names(code: types.CodeType) -> list[str]:
     return [*code.co_names, *inner]
 
 
-def either(flag: Bool[Array, ""], yes: Callable[[], R], no: Callable[[], R]) -> R:
+def either(flag: bool | Bool[Array, ""], yes: Callable[[], R], no: Callable[[], R]) -> R:
     """`cond`. Outside ``jit`` the flag is known: one branch runs, and nothing is compiled."""
     if isinstance(flag, jax.core.Tracer):
         return cond(flag, yes, no)
     return yes() if flag else no()
+
+
+def renewed(flag: bool | Bool[Array, ""], make: Callable[[T], T], held: T) -> T:
+    """``make(held)`` where the flag is true, else what is held, which is passed on as it is.
+
+    It is a loop of one turn at most, since a conditional copies what one of its branches passes on.
+    """
+    if not isinstance(flag, jax.core.Tracer):
+        return make(held) if flag else held
+    start: tuple[Bool[Array, ""], T] = flag, held
+    return while_loop(lambda state: state[0], lambda state: (jnp.zeros_like(flag), make(state[1])), start)[1]
 
 
 def repeat(going: Callable[[T], Bool[Array, ""]], step: Callable[[T], T], start: T) -> T:

@@ -97,39 +97,50 @@ class InvertedBlocks(BlockDiagonal):
     name = "inverses of damped blocks"
 
 
-def factored_inverse(form: Form, damping: Scalar) -> InvertedBlocks | None:
-    """What `factored_solve` solves with, formed: Kronecker factors and diagonals inverted; None for blocks of other forms.
-
-    Factors of equal size are inverted in one call. The rounding of an inverse that is formed grows with the condition of the
-    damped factor, which the damping bounds: it is for directions, whose length is found by other means.
-    """
-    form, shift = (form.base, form.shift) if isinstance(form, Shifted) else (form, 0)
+def is_invertible(form: Form) -> bool:
+    """Whether the inverse of a form with damped factors has its form: of blocks that are Kronecker products and diagonals."""
+    form = form.base if isinstance(form, Shifted) else form
     if not isinstance(form, BlockDiagonal):
-        return None
+        return False
     bare = [block.base if isinstance(block, Shifted) else block for block in form.blocks]
-    if not all(isinstance(block, Kronecker | Diagonal) for block in bare) or not any(map(_kronecker_in, bare)):
-        return None
-    at = [damping + shift + (block.shift if isinstance(block, Shifted) else 0) for block in form.blocks]
-    products = [(i, block) for i, block in enumerate(bare) if isinstance(block, Kronecker)]
-    sides = _inverses([side for i, block in products for side in block.damped_factors(at[i])])
-    made: dict[int, Form] = {
-        i: dataclasses.replace(block, inputs=sides[2 * k], outputs=sides[2 * k + 1]) for k, (i, block) in enumerate(products)
-    }
-    for i, block in enumerate(bare):
-        if isinstance(block, Diagonal):
-            made[i] = Diagonal(jax.tree.map(lambda leaf, i=i: 1 / (leaf + at[i]), block.entries), block.spec)
-    return InvertedBlocks(tuple(made[i] for i in range(len(bare))), form.members, form.spec)
+    return all(isinstance(block, Kronecker | Diagonal) for block in bare) and any(map(_kronecker_in, bare))
 
 
-def _inverses(matrices: Sequence[Float[Array, "groups m m"]]) -> list[Float[Array, "groups m m"]]:
-    """The inverses of positive definite stacks, those of one size in one call."""
-    made: dict[int, Array] = {}
-    for size in sorted({matrix.shape[-1] for matrix in matrices}):
-        places = [i for i, matrix in enumerate(matrices) if matrix.shape[-1] == size]
-        inverted = jax.vmap(_inverse)(jnp.concatenate([matrices[i] for i in places]))
-        ends = np.cumsum([len(matrices[i]) for i in places])[:-1]
-        made |= dict(zip(places, jnp.split(inverted, ends), strict=True))
-    return [made[i] for i in range(len(matrices))]
+def damped_factors(form: Form, damping: Scalar) -> list[Float[Array, "groups m m"]]:
+    """The factors of the blocks that are Kronecker products, damped as `factored_solve` does it."""
+    blocks = _damped_blocks(form, damping)
+    return [side for block, at in blocks if isinstance(block, Kronecker) for side in block.damped_factors(at)]
+
+
+def with_inverses(form: Form, held: Sequence[Float[Array, "groups m m"]], damping: Scalar) -> InvertedBlocks:
+    """What `factored_solve` solves with, formed, of inverses of its damped factors; diagonals are inverted here.
+
+    The rounding of an inverse that is formed grows with the condition of the damped factor, which the damping bounds: it is for
+    directions, whose length is found by other means.
+    """
+    whole = form.base if isinstance(form, Shifted) else form
+    assert isinstance(whole, BlockDiagonal)
+    sides, made = iter(held), list[Form]()
+    for block, at in _damped_blocks(form, damping):
+        if isinstance(block, Kronecker):
+            made.append(dataclasses.replace(block, inputs=next(sides), outputs=next(sides)))
+        else:
+            assert isinstance(block, Diagonal)
+            made.append(Diagonal(jax.tree.map(lambda leaf, at=at: 1 / (leaf + at), block.entries), block.spec))
+    return InvertedBlocks(tuple(made), whole.members, whole.spec)
+
+
+def _damped_blocks(form: Form, damping: Scalar) -> list[tuple[Form, Scalar]]:
+    """The blocks without the multiples of the identity that are added to them, and each with its damping, these included."""
+    whole, shift = (form.base, form.shift) if isinstance(form, Shifted) else (form, 0)
+    assert isinstance(whole, BlockDiagonal)
+    pairs = [(block.base, block.shift) if isinstance(block, Shifted) else (block, 0) for block in whole.blocks]
+    return [(block, damping + shift + own) for block, own in pairs]
+
+
+def inverses(matrices: Float[Array, "groups m m"]) -> Float[Array, "groups m m"]:
+    """The inverses of positive definite matrices, by Cholesky factors."""
+    return jax.vmap(_inverse)(matrices)
 
 
 def _inverse(matrix: Float[Array, "m m"]) -> Float[Array, "m m"]:

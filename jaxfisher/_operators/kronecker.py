@@ -81,7 +81,11 @@ class Kronecker(Layer):
 
     def factorised(self) -> EigenKronecker:
         """The same block by its eigenvectors, which are those of the factors."""
-        (a, inputs), (g, outputs) = _eigh(self.inputs), _eigh(self.outputs)
+        return self.by_eigenvectors(eigenvectors(self.inputs), eigenvectors(self.outputs))
+
+    def by_eigenvectors(self, left: tuple[Array, Array], right: tuple[Array, Array]) -> EigenKronecker:
+        """The block that has these eigenvalues and eigenvectors of its two factors."""
+        (a, inputs), (g, outputs) = left, right
         values = a[:, :, None] * g[:, None, :]
         return EigenKronecker(inputs, outputs, values, self.layout, self.weight, True, self.spec)
 
@@ -300,7 +304,7 @@ def _shifts(
     return jnp.where(held[0] > 0, held[0], 1), jnp.where(held[1] > 0, held[1], 1)
 
 
-def _eigh(x: Float[Array, "groups m m"]) -> tuple[Float[Array, "groups m"], Float[Array, "groups m m"]]:
+def eigenvectors(x: Float[Array, "groups m m"]) -> tuple[Float[Array, "groups m"], Float[Array, "groups m m"]]:
     """The eigenvalues, zero inside rounding error, and the eigenvectors of positive semi-definite factors."""
     values, vectors = jax.vmap(eigenpairs)(x)
     largest = jnp.max(jnp.abs(values), -1, keepdims=True)

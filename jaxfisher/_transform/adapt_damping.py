@@ -24,7 +24,8 @@ class AdaptDampingState(NamedTuple):
     Attributes:
         inner: the state of the transformation inside, as of the last step that was taken.
         damping: the damping of the next step.
-        ratio: the loss's actual decrease by the last step over the predicted one; one before the first step.
+        ratio: the loss's actual decrease by the last step that was judged over the predicted one; one before the first step.
+        curvature: ``u^T F u / |u|^2`` of that step.
         accepted: whether the last step was taken.
         rejected: how many steps in a row were not, int32.
         taken: the last step, zero where it was not taken, in the statistics dtype.
@@ -33,6 +34,7 @@ class AdaptDampingState(NamedTuple):
     inner: Any
     damping: Float[Array, ""]
     ratio: Float[Array, ""]
+    curvature: Float[Array, ""]
     accepted: Bool[Array, ""]
     rejected: Int[Array, ""]
     taken: Any
@@ -91,7 +93,8 @@ def adapt_damping(
     Returns:
         A gradient transformation whose ``update`` takes ``params`` and, by keyword, ``fisher``, ``value_fn`` (parameters to the
         loss) and, if known, ``value``, the loss at ``params``. What comes in must be the gradient itself, and the chain
-        is given it as ``grad``.
+        is given it as ``grad``. An update that is given ``due=``, a flag, judges the step only where that is true: else the
+        step is taken if it is finite, and the last ratio stands.
 
     Raises:
         ValueError: numbers out of order; (at update) ``params``, ``fisher`` or ``value_fn`` is missing.
@@ -112,7 +115,7 @@ def adapt_damping(
     1.5 1.0 0.5
     """
     rule = Rule(factor, lower_ratio, upper_ratio, lower_damping, upper_damping)
-    return adapting(inner, damping, by_steps(damping, rule), promised)
+    return adapting(inner, damping, by_steps(damping, rule), promised, chosen)
 
 
 class Rule(NamedTuple):
@@ -183,13 +186,22 @@ def promised(operator: Operator, g: Any, u: Any, after: Any) -> Scalar:
     return -(dot(g, u) + 0.5 * operator.quadratic(u))
 
 
+def chosen(accepted: Bool[Array, ""], after: Any, before: Any) -> Any:
+    """All as it was, where the step is not taken."""
+    return either(accepted, lambda: after, lambda: before)
+
+
 def adapting(
     inner: optax.GradientTransformation,
     damping: chex.Numeric,
     follow: NextDamping,
     decrease: Callable[[Operator, Any, Any, Any], Scalar],
+    kept: Callable[[Bool[Array, ""], Any, Any], Any],
 ) -> optax.GradientTransformationExtraArgs:
-    """`adapt_damping`, the damping by ``follow``, by what ``decrease(operator, gradient, step, state after it)`` promised."""
+    """`adapt_damping`, the damping by ``follow``, by what ``decrease(operator, gradient, step, state after it)`` promised.
+
+    ``kept(accepted, after, before)`` is the inner state after a step that may not be taken.
+    """
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(f"adapt_damping: `inner` is {described(inner)}; expected a gradient transformation, such as a chain.")
     chain = optax.with_extra_args_support(inner)
@@ -200,6 +212,7 @@ def adapting(
             chain.init(params),
             jnp.asarray(damping, jnp.float32),
             ratio=jnp.ones((), jnp.float32),
+            curvature=jnp.zeros((), dtype),
             accepted=jnp.asarray(True),
             rejected=jnp.zeros((), jnp.int32),
             taken=jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), split(params)),
@@ -213,6 +226,7 @@ def adapting(
         fisher: Operator | Callable[[], Operator] | None = None,
         value: chex.Numeric | None = None,
         value_fn: Callable[[Any], chex.Numeric] | None = None,
+        due: bool | Bool[Array, ""] = True,
         **extra_args: Any,
     ) -> tuple[Any, AdaptDampingState]:
         check_params(params, "adapt_damping")
@@ -231,34 +245,46 @@ def adapting(
             "value": start,
             "value_fn": value_fn,
             "damping": state.damping,
+            "due": due,
         }
         step, after = chain.update(updates, state.inner, params, **given)
         # The quadratic model is of a step as it was before a `geodesic_acceleration` bent it.
         straight = optax.tree.get(after, "straight")
         g, u = operator.spec.vector(updates), operator.spec.vector(step) if straight is None else straight
-        predicted = decrease(operator, g, u, after)
-        actual = (start - loss(optax.apply_updates(params, step))).astype(operator.spec.dtype)
-        # Comparisons with a NaN are false: such a step is not taken. Where nothing was promised, nothing was broken.
-        accepted = actual > 0
-        ratio = jnp.where(predicted > 0, actual / jnp.where(predicted > 0, predicted, 1), 0).astype(jnp.float32)
-        curvature = -2 * (dot(g, u) + predicted)
-        # Losses are in nats, and a small one is a difference of larger numbers.
-        rounding = 8 * jnp.finfo(predicted.dtype).eps * jnp.maximum(jnp.abs(start).astype(predicted.dtype), 1)
+        length = dot(u, u)
+
+        def judged() -> tuple[Scalar, Scalar, Bool[Array, ""], Bool[Array, ""]]:
+            predicted = decrease(operator, g, u, after)
+            actual = (start - loss(optax.apply_updates(params, step))).astype(operator.spec.dtype)
+            # Where nothing was promised, nothing was broken.
+            ratio = jnp.where(predicted > 0, actual / jnp.where(predicted > 0, predicted, 1), 0).astype(jnp.float32)
+            curvature = -2 * (dot(g, u) + predicted)
+            # Losses are in nats, and a small one is a difference of larger numbers.
+            rounding = 8 * jnp.finfo(predicted.dtype).eps * jnp.maximum(jnp.abs(start).astype(predicted.dtype), 1)
+            # The negation is true of a NaN, which rounding does not explain; and comparisons with one are false.
+            return ratio, curvature / jnp.where(length > 0, length, 1), ~(jnp.abs(predicted) <= rounding), actual > 0
+
+        def unjudged() -> tuple[Scalar, Scalar, Bool[Array, ""], Bool[Array, ""]]:
+            # The last verdict stands; but a step that is not finite is not taken.
+            finite = jnp.isfinite(length)
+            return state.ratio, state.curvature, jnp.ones_like(finite), finite
+
+        ratio, curvature, clear, accepted = either(due, judged, unjudged)
         seen = Evidence(
             accepted,
             rejected=jnp.where(accepted, 0, state.rejected + 1),
             ratio=ratio,
-            # The negation is true of a NaN, which rounding does not explain.
-            clear=~(jnp.abs(predicted) <= rounding),
-            beyond=state.damping.astype(curvature.dtype) * dot(u, u) > REACH * curvature,
+            clear=clear,
+            beyond=state.damping.astype(curvature.dtype) > REACH * curvature,
             overshot=dot(g, state.taken) > 0,
         )
         nothing = jax.tree.map(jnp.zeros_like, step)
-        taken, kept = either(accepted, lambda: (step, after), lambda: (nothing, state.inner))
+        taken = either(accepted, lambda: step, lambda: nothing)
         return taken, AdaptDampingState(
-            kept,
+            kept(accepted, after, state.inner),
             follow(state.damping, seen, operator),
             ratio,
+            curvature,
             accepted,
             seen.rejected,
             operator.spec.vector(taken),

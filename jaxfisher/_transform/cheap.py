@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import chex
 import jax
 from jaxtyping import PRNGKeyArray
 
-from jaxfisher._examples import shape_of_one
+from jaxfisher._examples import map_examples, shape_of_one
 from jaxfisher._fisher import exact_fisher, implicit_fisher, sampled_fisher
-from jaxfisher._model import Model
+from jaxfisher._model import Model, predict
 from jaxfisher._operators.operator import Operator
 from jaxfisher._row_functions import ExactRows, prediction
+from jaxfisher._transform.turns import forward_cost
 
 FEW_ROWS = 2
 """The most rows of an example at which the exact Fisher's factors cost about what drawn ones do.
@@ -25,27 +27,51 @@ and the pass that gives the distribution it is drawn from, so that it is never t
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Cheap:
+    """The curvature of a batch in parts, each made when it is asked for.
+
+    Attributes:
+        model: ``(params, *inputs) -> distribution`` of ONE example.
+        params: where the curvature is taken.
+        inputs: of the batch.
+        keywords: the weights, where there are some.
+    """
+
+    model: Model
+    params: chex.ArrayTree
+    inputs: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def products(self) -> Operator:
+        """Products with the exact Fisher."""
+        return implicit_fisher(self.model)(self.params, *self.inputs, **self.keywords)
+
+    def factors(self, key: PRNGKeyArray) -> Operator:
+        """What views are taken of: the exact Fisher where outputs are few, else one target drawn for each example."""
+        if _rows(self.model, self.params, self.inputs) <= FEW_ROWS:
+            return exact_fisher(self.model)(self.params, *self.inputs, **self.keywords)
+        return sampled_fisher(self.model)(self.params, key, *self.inputs, **self.keywords)
+
+    def forward_cost(self) -> float:
+        """The operations of a forward pass over the batch."""
+        predicted = lambda params, inputs: map_examples(partial(predict, self.model), params, inputs)  # noqa: E731
+        return forward_cost(predicted, self.params, self.inputs)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Offered:
     """The curvature that a training step offers, as a function of no arguments.
 
     Attributes:
         usual: the Fisher that was asked for, or else the exact one.
-        cheap: from a key to a cheaper Fisher, for an optimiser that takes one; None where one was asked for.
+        cheap: a cheaper one, for an optimiser that takes it; None where one was asked for.
     """
 
     usual: Callable[[], Operator]
-    cheap: Callable[[PRNGKeyArray], Operator] | None
+    cheap: Cheap | None
 
     def __call__(self) -> Operator:
         return self.usual()
-
-
-def cheap_fisher(model: Model, params: chex.ArrayTree, key: PRNGKeyArray, *inputs: Any, **weights: Any) -> Operator:
-    """Exact products, with views of the exact Fisher where outputs are few, else of one target drawn for each example."""
-    if _rows(model, params, inputs) <= FEW_ROWS:
-        return exact_fisher(model)(params, *inputs, **weights)
-    drawn = sampled_fisher(model)(params, key, *inputs, **weights)
-    return implicit_fisher(model)(params, *inputs, views_of=drawn, **weights)
 
 
 def _rows(model: Model, params: chex.ArrayTree, inputs: tuple[Any, ...]) -> int:

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Scalar
 
 from jaxfisher._operators.operator import Operator
-from jaxfisher._transform.adapt_damping import Evidence, adapting, promised
+from jaxfisher._transform.adapt_damping import Evidence, adapting, chosen, promised
 from jaxfisher._values import check_nonnegative, is_known_zero
 
 
@@ -57,7 +57,7 @@ def levenberg_marquardt(inner: optax.GradientTransformation, damping: chex.Numer
     check_nonnegative("damping", damping)
     if is_known_zero(damping, jnp.float32):
         raise ValueError(f"levenberg_marquardt: `damping` is {damping}; expected a number above zero, which it multiplies.")
-    return adapting(inner, damping, nielsen, promised)
+    return adapting(inner, damping, nielsen, promised, chosen)
 
 
 def nielsen(damping: Scalar, seen: Evidence, operator: Operator) -> Scalar:

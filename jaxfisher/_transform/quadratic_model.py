@@ -9,12 +9,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._linalg import matmul
+from jaxfisher._once import either
 from jaxfisher._operators.operator import Operator, inner_products
 from jaxfisher._transform.update_arguments import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
-from jaxfisher._tree import cast_like, param_spec, products, split
+from jaxfisher._tree import cast_like, dot, param_spec, products, split
 from jaxfisher._values import check_nonnegative, nonnegative
 
 
@@ -26,7 +27,8 @@ class QuadraticModelState(NamedTuple):
         step: the last step, in the statistics dtype.
         learning_rate: alpha of the last step.
         momentum: mu of the last step.
-        change: the change of the loss by the last step that the model without damping predicts, in nats.
+        change: the change of the loss that the model without damping predicted when it was last minimised, in nats.
+        length: of the step that was taken then, in the parameters' own units.
     """
 
     count: Array  # type: ignore[assignment]
@@ -34,6 +36,7 @@ class QuadraticModelState(NamedTuple):
     learning_rate: Float[Array, ""]
     momentum: Float[Array, ""]
     change: Float[Array, ""]
+    length: Float[Array, ""]
 
 
 def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTransformationExtraArgs:
@@ -51,7 +54,9 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
 
     On mini-batches a small damping that does not adapt trusts the model of one batch too far, and the loss may grow: put
     `adapt_damping` around the chain. Inside `optax.MultiSteps` what comes in is a mean over mini-steps, and ``grad`` must be
-    that mean; `adapt_damping` around the chain gives it so.
+    that mean; `adapt_damping` around the chain gives it so. An update that is given ``due=``, a flag, minimises the model only
+    where that is true. Else it takes the last rates, the momentum between zero and one, and a step no longer than the last one
+    that was the minimum of a model.
 
     Args:
         damping: lambda ``>= 0``, as in `scale_by_fisher`; an update that is given ``damping=`` takes that. None where each is
@@ -80,7 +85,7 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
     def init(params: chex.ArrayTree) -> QuadraticModelState:
         dtype = param_spec(params).dtype
         step = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), split(params))
-        return QuadraticModelState(jnp.zeros((), jnp.int32), step, *(jnp.zeros((), dtype) for _ in range(3)))
+        return QuadraticModelState(jnp.zeros((), jnp.int32), step, *(jnp.zeros((), dtype) for _ in range(4)))
 
     def update(
         updates: Any,
@@ -90,6 +95,7 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
         fisher: Operator | Callable[[], Operator] | None = None,
         grad: Any = None,
         damping: chex.Numeric | None = None,
+        due: bool | Bool[Array, ""] = True,
         **extra_args: Any,
     ) -> tuple[Any, QuadraticModelState]:
         del params, extra_args
@@ -102,10 +108,24 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
         operator = fisher_for(updates, fisher, "quadratic_model")
         strength = nonnegative("damping", damping_for(damping, usual, state.count, "quadratic_model"), operator.spec.dtype)
         g, d = operator.spec.tree(operator.spec.leaves(grad, "grad")), operator.spec.vector(updates)
-        columns = jax.tree.map(lambda d, v: jnp.stack([-d, v]), d, state.step)
-        (alpha, mu), change = _minimum(operator, g, columns, strength)
-        step = jax.tree.map(lambda d, v: mu * v - alpha * d, d, state.step)
-        return cast_like(step, updates), QuadraticModelState(optax.safe_increment(state.count), step, alpha, mu, change)
+
+        def step_of(alpha: Scalar, mu: Scalar) -> tuple[Any, Scalar]:
+            step = jax.tree.map(lambda d, v: mu * v - alpha * d, d, state.step)
+            return step, jnp.sqrt(dot(step, step))
+
+        def minimised() -> tuple[Any, ...]:
+            columns = jax.tree.map(lambda d, v: jnp.stack([-d, v]), d, state.step)
+            (alpha, mu), change = _minimum(operator, g, columns, strength)
+            step, length = step_of(alpha, mu)
+            return step, alpha, mu, change, length
+
+        def repeated() -> tuple[Any, ...]:
+            step, length = step_of(state.learning_rate, jnp.clip(state.momentum, 0, 1))
+            share = jnp.where(length > state.length, state.length / length, 1)
+            return jax.tree.map(lambda leaf: share * leaf, step), *state[2:]
+
+        step, *rates = either(due, minimised, repeated)
+        return cast_like(step, updates), QuadraticModelState(optax.safe_increment(state.count), step, *rates)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

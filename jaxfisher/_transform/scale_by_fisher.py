@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -18,6 +17,7 @@ from jaxtyping import Array, Int
 from jaxfisher._cholesky import training_solve
 from jaxfisher._once import either
 from jaxfisher._operators.averaging import arrays_of, with_arrays
+from jaxfisher._operators.form import Form
 from jaxfisher._operators.kronecker import factorised
 from jaxfisher._operators.operator import VIEW, Operator, Solver, View, as_operator
 from jaxfisher._solve import check_solver
@@ -33,12 +33,6 @@ from jaxfisher._transform.update_arguments import (
 )
 from jaxfisher._tree import all_finite, cast_like, check_function, param_spec, scaled, split
 from jaxfisher._values import check_nonnegative, check_number
-
-
-class Hold(Protocol):
-    """What is held of an operator between refreshes, made at the damping of the refresh."""
-
-    def __call__(self, operator: Operator, damping: chex.Numeric) -> Operator: ...
 
 
 class ScaleByFisherState(NamedTuple):
@@ -132,37 +126,17 @@ def scale_by_fisher(
     4.0
     """
     _check_arguments(damping, view, power, solver, decay, update_every, momentum)
-    settings = Settings(damping, view, power, solver, decay, update_every, momentum, like)
-    return preconditioner(settings, factorised_operator)
-
-
-class Settings(NamedTuple):
-    """The arguments of `scale_by_fisher`."""
-
-    damping: ScalarOrSchedule | None
-    view: View | None
-    power: chex.Numeric
-    solver: Solver | None
-    decay: chex.Numeric | None
-    update_every: chex.Numeric | None
-    momentum: chex.Numeric | None
-    like: Like | None
-
-
-def preconditioner(settings: Settings, hold: Hold) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_fisher` with what is held between refreshes made by ``hold``."""
-    usual, view, power, solver, decay, update_every, momentum, like = settings
+    usual = damping
 
     def viewed(fisher: Operator) -> Operator:
         return fisher if view is None else as_operator(view(fisher), "scale_by_fisher: `view`")
 
     def init(params: chex.ArrayTree) -> ScaleByFisherState:
         dtype = param_spec(params).dtype
-        zeros = partial(_zeros, dtype=dtype)
-        mean = zeros(arrays_of(_averaging(shape_of_view(params, like, viewed)).form)) if decay is not None else ()
-        held = zeros(_held_arrays(hold, shape_of_view(params, like, viewed))) if update_every is not None else ()
+        mean = zeros_like(_means(shape_of_view(params, like, viewed).form), dtype) if decay is not None else ()
+        held = zeros_like(_held_arrays(shape_of_view(params, like, viewed)), dtype) if update_every is not None else ()
         previous = () if momentum is None else jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), split(params))
-        return ScaleByFisherState(jnp.zeros((), jnp.int32), mean, held, previous, _no_info(params))
+        return ScaleByFisherState(jnp.zeros((), jnp.int32), mean, held, previous, empty_info(params))
 
     def update(
         updates: Any,
@@ -188,7 +162,7 @@ def preconditioner(settings: Settings, hold: Hold) -> optax.GradientTransformati
 
         strength = damping_for(damping, usual, state.count, "scale_by_fisher")
         if update_every is not None:
-            operator, mean, held = _refreshed(fresh, partial(hold, damping=strength), state, update_every)
+            operator, mean, held = _refreshed(fresh, state, update_every)
         else:
             (operator, mean), held = fresh(state.count), ()
         previous = None if momentum is None else (momentum, state.previous)
@@ -240,7 +214,6 @@ def _precondition(
 
 def _refreshed(
     fresh: Callable[[Int[Array, ""]], tuple[Operator, Any]],
-    hold: Callable[[Operator], Operator],
     state: ScaleByFisherState,
     every: chex.Numeric,
 ) -> tuple[Operator, Any, tuple[Array, ...]]:
@@ -249,10 +222,10 @@ def _refreshed(
 
     def made() -> tuple[tuple[Array, ...], Any]:
         operator, mean = fresh(state.count // every)
-        return tuple(jax.tree.leaves(hold(operator))), mean
+        return tuple(jax.tree.leaves(_held(operator))), mean
 
     # The structure is found without running anything, so that updates in between do not pay for it.
-    shape = jax.eval_shape(lambda: hold(fresh(state.count)[0]))
+    shape = jax.eval_shape(lambda: _held(fresh(state.count)[0]))
     leaves, treedef = jax.tree.flatten(shape)
     if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in state.in_use]:
         seen, expected = ([leaf.shape for leaf in arrays] for arrays in (leaves, state.in_use))
@@ -268,7 +241,7 @@ def _running_mean(operator: Operator, mean: Any, before: Int[Array, ""], decay: 
     """The debiased running mean, as an operator and as arrays; ``before`` is the number of operators already in it."""
     if decay is None:
         return operator, mean
-    new = arrays_of(_averaging(operator).form)
+    new = _means(operator.form)
     check_vector_of_state(mean, new, "scale_by_fisher")
     beta = jnp.asarray(decay, operator.spec.dtype)
     # The newest operator has the weight that it has in a debiased mean of ``before + 1``, so the mean stays debiased.
@@ -277,30 +250,36 @@ def _running_mean(operator: Operator, mean: Any, before: Int[Array, ""], decay: 
     return dataclasses.replace(operator, form=with_arrays(operator.form, mean)), mean
 
 
-def _averaging(operator: Operator) -> Operator:
-    if not operator.form.averages:
-        raise ValueError(_NO_MEAN.format(form=operator.form.name))
-    return operator
+def _means(form: Form) -> tuple[Any, ...]:
+    """The arrays of a form that averages."""
+    return arrays_of(averaged(form))
 
 
-def factorised_operator(operator: Operator, damping: chex.Numeric) -> Operator:
+def averaged(form: Form) -> Form:
+    """The form; refused where a mean of it does not have its shape."""
+    if not form.averages:
+        raise ValueError(_NO_MEAN.format(form=form.name))
+    return form
+
+
+def _held(operator: Operator) -> Operator:
     """The operator held so that solves between refreshes take products only, at any damping."""
-    del damping
     return dataclasses.replace(operator, form=factorised(operator.form))
 
 
-def _held_arrays(hold: Hold, operator: Operator) -> tuple[Array, ...]:
+def _held_arrays(operator: Operator) -> tuple[Array, ...]:
     """The arrays of the operator that solves between refreshes."""
-    return tuple(jax.tree.leaves(jax.eval_shape(lambda operator: hold(operator, damping=jnp.zeros(())), operator)))
+    return tuple(jax.tree.leaves(jax.eval_shape(_held, operator)))
 
 
-def _zeros(tree: Any, dtype: Any) -> Any:
+def zeros_like(tree: Any, dtype: Any) -> Any:
     """Zeros in the shapes of a tree; its numbers in the statistics dtype of the parameters."""
     floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype if floating(leaf) else leaf.dtype), tree)
 
 
-def _no_info(params: chex.ArrayTree) -> SolveInfo:
+def empty_info(params: chex.ArrayTree) -> SolveInfo:
+    """The report before the first solve."""
     # Each is an array of its own, since an array that occurs twice cannot be donated.
     return SolveInfo(
         residual=jnp.zeros((), param_spec(params).dtype),

@@ -18,7 +18,7 @@ from jaxfisher._fisher import FisherFunction, exact_fisher
 from jaxfisher._model import MODEL, Model
 from jaxfisher._operators.operator import Operator
 from jaxfisher._targets import taken_by
-from jaxfisher._transform.cheap import Offered, cheap_fisher
+from jaxfisher._transform.cheap import Cheap, Offered
 from jaxfisher._transform.like import fishers_like
 from jaxfisher._transform.objective import StepData, WithoutAux, likelihood, own_loss, step_data
 from jaxfisher._tree import check_function, described, uphill
@@ -165,7 +165,7 @@ def training_step(
             del fisher, kl_fn, obj_fn, grad_fn, acceleration_fn, damping
             return evaluate(params)[0]
 
-        cheap = None if fisher is not None else lambda key: cheap_fisher(predicting, params, key, *known.inputs, **known.given)
+        cheap = Cheap(predicting, params, known.inputs, known.given) if fisher is None else None
         offered = {
             "value": value,
             "grad": grads,

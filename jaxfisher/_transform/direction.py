@@ -1,0 +1,179 @@
+"""The direction of `jaxfisher.kfac`: a running mean of a view, and what it is solved with, each made anew in its turn."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Scalar
+
+from jaxfisher._once import renewed
+from jaxfisher._operators.averaging import arrays_of, with_arrays
+from jaxfisher._operators.factored import InvertedBlocks, factored_solve, has_factors, is_invertible
+from jaxfisher._operators.form import Form
+from jaxfisher._operators.identity import relative_damping
+from jaxfisher._operators.operator import Operator, Solver, View, as_operator
+from jaxfisher._operators.turns import EIGENVECTORS, INVERSES, NOTHING, Holding
+from jaxfisher._solve import solve
+from jaxfisher._system import SolveInfo
+from jaxfisher._transform.like import Like, shape_of_view
+from jaxfisher._transform.scale_by_fisher import ScaleByFisherState, averaged, empty_info, zeros_like
+from jaxfisher._transform.turns import CHECK, counted_period, due, phases, turns_before
+from jaxfisher._transform.update_arguments import Shared, check_state, check_vector_of_state, fisher_for
+from jaxfisher._tree import all_finite, cast_like, param_spec
+
+SHARE = 1e-2
+"""The damping of the direction, as a share of that of the length: the best of a few powers of ten on four tasks."""
+LEAST = 1e-4
+"""The least damping of the direction, in mean eigenvalues of the operator that is inverted."""
+
+
+class Settings(NamedTuple):
+    """The arguments of `jaxfisher.kfac` that its direction depends on."""
+
+    view: View | None
+    solver: Solver | None
+    decay: chex.Numeric | None
+    update_every: chex.Numeric | None
+    like: Like | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the view is held from one step to the next; what has no running mean is made at every step, unless asked."""
+        return self.decay is not None or self.update_every is not None
+
+    @property
+    def asked(self) -> chex.Numeric | None:
+        """The period that was asked for, if any; an array under `optax.inject_hyperparams`, where every number is one."""
+        if self.update_every is None or isinstance(self.update_every, int):
+            return self.update_every
+        return jnp.asarray(self.update_every).astype(jnp.int32)
+
+    @property
+    def check_every(self) -> chex.Numeric:
+        """Every how many steps the length and the damping are found anew."""
+        if self.asked is None:
+            return CHECK if self.holds else 1
+        return min(self.asked, CHECK) if isinstance(self.asked, int) else jnp.minimum(self.asked, CHECK)
+
+
+def direction(settings: Settings) -> optax.GradientTransformationExtraArgs:
+    """``(K + gamma I)^-1 g``, K a running mean of views.
+
+    Its update takes by keyword ``fisher``, ``damping``, the function ``factors`` that makes what views are taken of, where
+    that is not ``fisher``, and ``forward``, the cost of the model.
+    """
+    view, solver, decay, _, like = settings
+
+    def viewed(fisher: Operator) -> Operator:
+        return fisher if view is None else as_operator(view(fisher), "kfac: `view`")
+
+    def init(params: chex.ArrayTree) -> ScaleByFisherState:
+        dtype = param_spec(params).dtype
+        mean: Any = ()
+        held: Any = ()
+        if settings.holds:
+            form = shape_of_view(params, like, viewed).form
+            mean = zeros_like(arrays_of(form if decay is None else averaged(form)), dtype)
+            held = zeros_like(tuple(_holding(solver, form).shapes(form)), dtype)
+        return ScaleByFisherState(jnp.zeros((), jnp.int32), mean, held, (), empty_info(params))
+
+    def update(
+        updates: Any,
+        state: ScaleByFisherState,
+        params: Any = None,
+        *,
+        fisher: Operator | Callable[[], Operator] | None = None,
+        factors: Callable[[], Operator] | None = None,
+        forward: float | None = None,
+        damping: chex.Numeric = 0.0,
+        **extra_args: Any,
+    ) -> tuple[Any, ScaleByFisherState]:
+        del params, extra_args
+        if not jax.tree.leaves(updates):
+            return updates, state
+        check_state(state, ScaleByFisherState, "kfac")
+        # In the branch where it is due, and not before: what is computed outside is computed at every step.
+        source = factors or (fisher.anew if isinstance(fisher, Shared) and settings.holds else fisher)
+
+        def fresh() -> Operator:
+            return viewed(fisher_for(updates, source, "kfac"))
+
+        if settings.holds:
+            operator, mean, held = _in_turn(settings, fresh, state, forward, damping)
+        else:
+            operator, mean, held = fresh(), (), ()
+        result, info = _lightly(solver, operator, operator.spec.vector(updates), damping)
+        info = jax.tree.map(lambda a, b: jnp.asarray(a).astype(b.dtype), info, state.info)
+        count = optax.safe_increment(state.count)
+        return cast_like(result, updates), ScaleByFisherState(count, mean, held, (), info)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _in_turn(
+    settings: Settings, fresh: Callable[[], Operator], state: ScaleByFisherState, forward: float | None, damping: chex.Numeric
+) -> tuple[Operator, Any, Any]:
+    """What is solved with, the running mean, and what is held: of each what is due made anew."""
+    # The structure is found without running anything, so that steps at which nothing is due do not pay for it.
+    shape = jax.eval_shape(fresh)
+    check_vector_of_state(state.mean, arrays_of(shape.form), "kfac")
+    every = counted_period(forward, shape.form) if settings.asked is None else settings.asked
+
+    def averages(mean: Any) -> Any:
+        new = arrays_of(fresh().form)
+        if settings.decay is None:
+            return new
+        beta = jnp.asarray(settings.decay, shape.spec.dtype)
+        # The newest has the weight that it has in a debiased mean of all so far, so the mean stays debiased.
+        share = (1 - beta) / (1 - beta ** (turns_before(state.count, every) + 1).astype(beta.dtype))
+        # A batch with a NaN in it is no reason to lose all that came before.
+        finite = all_finite(new)
+        return jax.tree.map(lambda a, b: jnp.where(finite, a + share * (b - a), a), mean, new)
+
+    mean = renewed(due(state.count, every), averages, state.mean)
+    form = with_arrays(shape.form, mean)
+    holding = _holding(settings.solver, form)
+    operator = Operator(form, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape.provenance))
+    gamma = _gamma(operator, damping)
+    layers = len(state.in_use) // 2
+    turns = [due(state.count, every, phase) for phase in phases(layers, every)]
+    held = tuple(holding.refreshed(form, gamma, turns, state.in_use))
+    return dataclasses.replace(operator, form=holding.form(form, held, gamma)), mean, held
+
+
+def _holding(solver: Solver | None, form: Form) -> Holding:
+    """What is held for a solver: a solver of the user's is given the view itself."""
+    if solver is not None and solver is not factored_solve:
+        return NOTHING
+    return INVERSES if solver is factored_solve and is_invertible(form) else EIGENVECTORS
+
+
+def _gamma(fisher: Operator, damping: chex.Numeric) -> Scalar:
+    """The damping of a direction whose length will be damped by ``damping``."""
+    least = relative_damping(fisher, LEAST)
+    return jnp.maximum(SHARE * jnp.asarray(damping).astype(least.dtype), least)
+
+
+def _lightly(solver: Solver | None, fisher: Operator, v: Any, damping: chex.Numeric) -> tuple[Any, SolveInfo]:
+    """The direction, and a report whose residual is left out: to compute it takes as long, and the loss judges the step."""
+    if isinstance(fisher.form, InvertedBlocks):
+        x = fisher.mv(v)
+        finite = all_finite(x)
+        nothing, size = jnp.zeros((), fisher.spec.dtype), jnp.asarray(fisher.size, jnp.int32)
+        no = jnp.zeros_like(finite)
+        return x, SolveInfo(nothing, jnp.zeros((), jnp.int32), finite, finite, size, no, no)
+    usual = solver is None or solver is factored_solve
+    # Not every view has factors to damp, and what is solved for exactly needs none.
+    by = None if solver is factored_solve and not has_factors(fisher.form) else solver
+    x, info = solve(fisher, v, _gamma(fisher, damping), by)
+    if usual:
+        info = info._replace(
+            residual=jnp.zeros_like(info.residual), converged=info.finite, measured=jnp.zeros_like(info.finite)
+        )
+    return x, info

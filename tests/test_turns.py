@@ -1,0 +1,133 @@
+"""What is due at a step of `kfac`, and what is not: each layer's inverse in its turn, the period by counted cost."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import classifier, flat, reference
+from problems import mean_loss as loss
+
+import jaxfisher as jf
+from jaxfisher._transform.turns import counted_period, forward_cost
+
+LAYERS = ("hidden", "out")
+
+
+def is_due(t, phase=0, every=3):
+    return t < 4 or t % every == phase
+
+
+def test_each_inverse_is_the_one_of_its_own_last_refresh():
+    """Eleven steps by hand at a period of three: the two layers' turns are the first and the second of each period.
+
+    The factors are debiased means of those of drawn targets, and a step whose model is not due is as long as the last at most.
+    """
+    params, x, y, *_ = reference()
+    step = jf.training_step(classifier, jf.kfac(update_every=3, seed=5))
+    run, state = jax.jit(step), step.init(params, x, y)
+    gradient, drawn = jax.jit(jax.grad(loss)), jax.jit(lambda p, key: jf.kronecker(jf.sampled_fisher(classifier)(p, key, x)))
+    solve = jax.jit(lambda K, g, gamma: jf.solve(K, g, gamma, solver=jf.factored_solve)[0])
+    held, seen, mean, last, length, clipped = {}, 0, None, np.zeros(31), 0.0, 0
+    for t in range(11):
+        if is_due(t):
+            K, seen = drawn(params, jax.random.fold_in(jax.random.key(5), t)), seen + 1
+            share = 0.05 / (1 - 0.95**seen)
+            mean = K if mean is None else jax.tree.map(lambda a, b, share=share: a + share * (b - a), mean, K)
+        gamma = max(float(state.damping) / 100, 1e-4 * float(mean.trace()) / 31)
+        held |= {layer: (mean, gamma) for phase, layer in enumerate(LAYERS) if is_due(t, phase)}
+        g = gradient(params, x, y)
+        d = flat({layer: solve(held[layer][0], g, held[layer][1])[layer] for layer in LAYERS})
+        new, state, _ = run(params, state, x, y)
+        assert state.accepted
+        alpha, mu = (float(optax.tree.get(state, name)) for name in ("learning_rate", "momentum"))
+        u = -alpha * d + (mu if is_due(t) else np.clip(mu, 0, 1)) * last
+        clipped += not is_due(t) and np.linalg.norm(u) > length
+        u = u if is_due(t) else u * min(1, length / np.linalg.norm(u))
+        length = np.linalg.norm(u) if is_due(t) else length
+        np.testing.assert_allclose(flat(new), flat(params) + u, rtol=1e-6, atol=1e-9, err_msg=str(t))
+        params, last = new, u
+    assert clipped, "one of the steps must have been too long for this to say anything"
+
+
+@pytest.mark.parametrize("every", [None, 4])
+def test_what_is_not_due_is_not_run(every):
+    """Factors, draws, inverses, the quadratic model and the loss after a step are inside the branches of what is due.
+
+    Outside them is one forward pass, the gradient's: no random number, no Cholesky factor, and one tanh.
+    """
+    params, x, y, *_ = reference()
+    step = jf.training_step(classifier, jf.kfac(update_every=every))
+    jaxpr = jax.make_jaxpr(step)(params, step.init(params, x, y), x, y).jaxpr
+    dead, _ = jax.interpreters.partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    outside = list(outside_branches(dead))
+    assert not {"random_bits", "random_wrap", "cholesky", "triangular_solve"} & set(outside), outside
+    assert outside.count("tanh") == 1 and outside.count("while") == 5, outside
+
+
+def outside_branches(jaxpr):
+    """The primitives of a program, but for what is inside `cond`."""
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        if eqn.primitive.name in ("cond", "while"):
+            continue
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from outside_branches(inner)
+
+
+def network(width):
+    """Parameters of 64-width-width-10, without values, and its model."""
+    sizes = [(64, width), (width, width), (width, 10)]
+    params = [{"w": jax.ShapeDtypeStruct(s, jnp.float32), "b": jax.ShapeDtypeStruct(s[1:], jnp.float32)} for s in sizes]
+
+    def model(params, x):
+        for layer in params[:-1]:
+            x = jnp.tanh(x @ layer["w"] + layer["b"])
+        return jf.Categorical(x @ params[-1]["w"] + params[-1]["b"])
+
+    return params, model, [(i + 1, o) for i, o in sizes]
+
+
+@pytest.mark.parametrize(("width", "period"), [(16, 3), (128, 3), (512, 8), (1024, 10)])
+def test_the_period_is_the_least_that_keeps_the_average_step_at_three_adam_steps(width, period):
+    params, model, sizes = network(width)
+    x, n = jax.ShapeDtypeStruct((512, 64), jnp.float32), 512
+    forward = forward_cost(lambda p, x: jax.vmap(lambda x: model(p, x))(x), params, x)
+    assert forward == 2 * n * sum((i - 1) * o for i, o in sizes)
+    view = jax.eval_shape(lambda p, x: jf.kronecker(jf.sampled_fisher(model)(p, jax.random.key(0), x)), params, x)
+
+    def cost(every):
+        """In forward passes: gradient, moments, inverses, applying them, quadratic model and loss after the step."""
+        moments = 2 + 2 * n * sum(i * i + o * o for i, o in sizes) / forward
+        inverses = 6 * sum(i**3 + o**3 for i, o in sizes) / forward
+        return 3 + (moments + inverses) / every + 2 * sum(i * o * (i + o) for i, o in sizes) / forward + 6 / 3
+
+    assert counted_period(forward, view.form) == period
+    assert cost(period) <= 9 or period == 10
+    assert cost(period - 1) > 9 or period == 3
+    assert counted_period(None, view.form) == 5
+
+
+def test_the_operations_of_loops_and_convolutions_are_counted():
+    x, w = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
+    numbers = ("NHWC", "HWIO", "NHWC")
+    assert forward_cost(lambda x: jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=numbers), x) == (
+        2 * (2 * 4 * 4 * 5) * (3 * 3 * 3)
+    )
+    a = jnp.ones((4, 4))
+    loop = lambda a: jax.lax.scan(lambda c, _: (jax.jit(jnp.matmul)(c, a), None), a, length=7)  # noqa: E731
+    assert forward_cost(loop, a) == 7 * 2 * 4**3
+
+
+def test_a_step_that_is_not_judged_is_taken_where_it_is_finite():
+    params, x, y, *_ = reference()
+    opt = jf.adapt_damping(jf.natural_gradient(50.0, 0.0), damping=1e-3)
+    worse, state = lambda new: jnp.sum(jnp.square(flat(new))), opt.init(params)
+    worse = lambda new: 1.0 + optax.tree.norm(jax.tree.map(jnp.subtract, new, params))  # noqa: E731
+    F, g = jf.exact_fisher(classifier)(params, x), jax.grad(loss)(params, x, y)
+    for gradient, due, taken in ((g, True, False), (g, False, True), (jax.tree.map(lambda v: v * jnp.nan, g), False, False)):
+        step, after = opt.update(gradient, state, params, fisher=F, value_fn=worse, due=jnp.asarray(due))
+        assert after.accepted == taken and np.any(flat(step) != 0) == taken
+        assert due or after.ratio == state.ratio
