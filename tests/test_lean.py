@@ -128,11 +128,11 @@ def test_a_step_is_a_small_program():
     assert not eigen.search(lean.as_text()) and not eigen.search(refined.as_text())
     assert eigen.search(whole.as_text()), "the control: at zero damping eigenvectors are needed"
     # What we hand to XLA is the same on every version; how often XLA then writes an instruction into several fusions is not:
-    # of the second program it makes 1,250 on the oldest JAX.
-    assert operations(lean) < 580, operations(lean)
-    assert operations(refined) < 880, operations(refined)
-    assert instructions(lean.compile().as_text()) < 720
-    assert instructions(refined.compile().as_text()) < 1550
+    # of the two it makes 557 and 1,261 on the oldest JAX, and 614 and 1,474 on the newest.
+    assert operations(lean) < 560, operations(lean)
+    assert operations(refined) < 875, operations(refined)
+    assert instructions(lean.compile().as_text()) < 630
+    assert instructions(refined.compile().as_text()) < 1500
 
 
 def test_a_solve_is_half_the_program_where_its_damping_is_known_to_be_positive():
