@@ -80,7 +80,7 @@ def test_only_the_plots_import_matplotlib():
     assert seen == ["False", "True"]
 
 
-PUBLIC = ["blocks", "kl_along", "metric_ellipses", "paths", "spectrum", "training"]
+PUBLIC = ["blocks", "kl_along", "metric_ellipses", "paths", "spectrum", "training", "triangle"]
 
 
 def test_the_names_are_these_and_each_explains_itself():
@@ -340,6 +340,32 @@ def test_forty_nine_curves_are_told_apart_and_their_legend_is_beside_them():
     assert ax.get_legend().get_window_extent().x0 > ax.get_window_extent().x1
 
 
+# --- every pair of parameters ------------------------------------------------------------------------------------------------
+
+
+def test_a_triangle_holds_what_it_says():
+    """Points on each ellipse are where Mahalanobis' distance is that of 68 and of 95 per cent; densities have their width."""
+    covariance = np.array([[1.0, 0.6, 0.0], [0.6, 2.0, -0.3], [0.0, -0.3, 0.5]])
+    params = {"a": jnp.array(1.0), "b": jnp.array([2.0, 3.0])}
+    made = jf.from_matrix(covariance, params)
+    axes = plot.triangle(params, {"all": made, "less": 0.25 * made})
+    assert axes.shape == (3, 3) and not axes[0, 1].axison and axes[2, 0].get_ylabel() == "b[1]"
+    for row, column in ((1, 0), (2, 0), (2, 1)):
+        block = covariance[np.ix_([column, row], [column, row])]
+        centre = np.array([1.0, 2.0, 3.0])[[column, row]]
+        patches = axes[row, column].patches
+        assert len(patches) == 4
+        for patch, probability in zip(patches[:2], (0.9544997361036416, 0.6826894921370859), strict=True):
+            points = patch.get_transform().transform(np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]))
+            apart = axes[row, column].transData.inverted().transform(points) - centre
+            levels = np.einsum("ki,ij,kj->k", apart, np.linalg.inv(block), apart)
+            np.testing.assert_allclose(levels, -2 * np.log(1 - probability), rtol=1e-9)
+    curve = axes[2, 2].lines[0]
+    inside = np.exp(-0.5)
+    np.testing.assert_allclose(np.interp(3.0 + np.sqrt(0.5), curve.get_xdata(), curve.get_ydata()), inside, rtol=1e-3)
+    drawn(axes[0, 0])
+
+
 # --- an axes of its own ------------------------------------------------------------------------------------------------------
 
 X = jnp.array([[1.0, 2.0], [0.0, 1.0]])
@@ -353,7 +379,7 @@ DRAWS = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", DRAWS)
 def test_a_figure_is_made_only_where_no_axes_is_given(name):
     first = DRAWS[name]()
     assert plt.get_fignums() == [first.figure.number]
@@ -417,6 +443,22 @@ BAD = {
         lambda: plot.kl_along(line, jnp.ones(2), jnp.ones(3), [0.0], X),
         ValueError,
         r"`direction` is not shaped like the parameters.*\(3,\)",
+    ),
+    "no covariances": (lambda: plot.triangle(jnp.zeros(2), {}), ValueError, "`covariances` has no entries"),
+    "a covariance of NaN": (
+        lambda: plot.triangle(jnp.zeros(1), {"a": second_moment([jnp.nan])}),
+        ValueError,
+        r"`covariances\['a'\]` has the variances \[nan\]",
+    ),
+    "a triangle of nine": (
+        lambda: plot.triangle(jnp.zeros(9), {"a": jf.scaled_identity(jnp.zeros(9), 1.0)}),
+        ValueError,
+        "has 9 numbers; expected at most 8",
+    ),
+    "axes of another shape": (
+        lambda: plot.triangle(jnp.zeros(2), {"a": jf.scaled_identity(jnp.zeros(2), 1.0)}, plt.subplots(1, 2)[1]),
+        ValueError,
+        r"expected an array of Axes of shape \(2, 2\)",
     ),
     "no paths": (lambda: plot.paths(bowl, {}), ValueError, "`paths` has no entries"),
     "a list of paths": (lambda: plot.paths(bowl, [np.zeros((2, 2))]), TypeError, "`paths` is a list; expected a mapping"),

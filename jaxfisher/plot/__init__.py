@@ -1,12 +1,12 @@
 """Looking at a Fisher: KL balls, spectra, heat maps of blocks, and the paths and curves of training, drawn with matplotlib.
 
 Import it by name, ``from jaxfisher import plot``; ``import jaxfisher`` alone does not import matplotlib, an optional extra:
-``pip install 'jaxfisher[plot]'``. Every function draws on one axes and returns it. Nothing global changes: no style, no
-settings, and no figure is shown or saved. Curves differ in colour (Okabe and Ito's), in dash and in marker. Numbers that have
-no place on an axis, such as a zero on a log axis, are counted in the legend.
+``pip install 'jaxfisher[plot]'``. Every function draws on one axes and returns it, and `triangle` on an array of them. Nothing
+global changes: no style, no settings, and no figure is shown or saved. Curves differ in colour (Okabe and Ito's), in dash and
+in marker. Numbers that have no place on an axis, such as a zero on a log axis, are counted in the legend.
 
 Args:
-    ax: of every function, a matplotlib `Axes` to draw on; None makes a figure with one axes.
+    ax: of every other function, a matplotlib `Axes` to draw on; None makes a figure with one axes.
 
 Reference: Okabe and Ito, Color Universal Design (2008), for the colours.
 
@@ -24,3 +24,4 @@ from jaxfisher.plot._metric_ellipses import metric_ellipses as metric_ellipses
 from jaxfisher.plot._paths import paths as paths
 from jaxfisher.plot._spectrum import spectrum as spectrum
 from jaxfisher.plot._training import training as training
+from jaxfisher.plot._triangle import triangle as triangle
