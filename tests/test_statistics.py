@@ -235,6 +235,30 @@ def test_a_profile_with_the_others_fitted_again():
     assert bool(profile.converged) and bool(score.converged)
 
 
+def test_an_interval_far_from_a_parabola():
+    """Where a logistic regression has even odds: the lower end is twice as far as Wald's, by SciPy's fits with it held."""
+    x = np.array([53, 57, 58, 63, 66, 67, 67, 67, 68, 69, 70, 70, 70, 70, 72, 73, 75, 75, 76, 76, 78, 79, 81.0]) - 70
+    y = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0.0])
+    logistic = lambda p, x: jf.Bernoulli(p[0] + p[1] * x)  # noqa: E731
+
+    def make(x, y):
+        found = jf.fit(logistic)(jnp.zeros(2), x, y)
+        return found, statistics.likelihood_interval(logistic, lambda p: -p[0] / p[1])(found.params, x, y)
+
+    found, profile = compiled(make)(x, y)
+
+    def held(place):
+        def minus(slope):
+            return np.sum(np.logaddexp(0, slope * (x - place))) - slope * np.sum(y * (x - place))
+
+        return 2 * (scipy.optimize.minimize_scalar(minus, bracket=(-0.3, -0.1), tol=1e-12).fun + float(found.log_likelihood))
+
+    drop = scipy.stats.chi2.ppf(0.95, 1)
+    assert bool(profile.converged)
+    assert abs(held(float(profile.lower)) - drop) < 1e-8 and abs(held(float(profile.upper)) - drop) < 1e-8
+    assert profile.lower < -17 < -11 < -found.params[0] / found.params[1] - 5
+
+
 def test_an_interval_without_an_end_says_so():
     """No failures at all: the likelihood has no maximum, and what is called an interval there is none."""
     found = jf.fit(lambda logit: jf.Bernoulli(logit))(0.0, np.ones(5))

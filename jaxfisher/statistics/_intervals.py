@@ -23,8 +23,8 @@ from jaxfisher._varying import while_loop
 from jaxfisher.statistics._covariance import delta_method
 from jaxfisher.statistics._observations import fisher_at, mass
 
-STEPS = 60
-"""The most of Newton's steps to one end of an interval."""
+STAGES, STEPS = 12, 30
+"""In how many parts the way from the estimate to an end is gone, and the most of Newton's steps for each."""
 
 
 class Interval(NamedTuple):
@@ -237,7 +237,7 @@ def _likelihood_ends(question: _Question, params: Any, batch: Batch, z: Scalar) 
     """Where ``grad asked = mu grad loss`` and ``loss = z^2 / 2``."""
     local = _local(question, params, batch)
 
-    def residual(unknown: Array) -> Array:
+    def residual(unknown: Array, z: Scalar) -> Array:
         u, multiplier = unknown[:-1], unknown[-1]
         value, slope = jax.value_and_grad(local.loss)(u)
         return jnp.append(jax.grad(local.asked)(u) - multiplier * slope, (value - 0.5 * z**2) / z)
@@ -250,7 +250,7 @@ def _score_ends(question: _Question, params: Any, batch: Batch, z: Scalar) -> tu
     """Where ``grad asked = mu grad loss`` and the score statistic is ``z^2``."""
     local = _local(question, params, batch)
 
-    def residual(unknown: Array) -> Array:
+    def residual(unknown: Array, z: Scalar) -> Array:
         u, multiplier = unknown[:-1], unknown[-1]
         slope = jax.grad(local.loss)(u)
         statistic = jnp.vdot(slope, jnp.linalg.solve(local.information(u), slope))
@@ -259,12 +259,21 @@ def _score_ends(question: _Question, params: Any, batch: Batch, z: Scalar) -> tu
     return _ends(local, residual, z)
 
 
-def _ends(local: _Local, residual: Callable[[Array], Array], z: Scalar) -> tuple[Array, Array]:
-    """Both ends, from those of Wald's interval, and whether they were found."""
+def _ends(local: _Local, residual: Callable[[Array, Scalar], Array], z: Scalar) -> tuple[Array, Array]:
+    """Both ends, and whether they were found: near the estimate they are Wald's, and from there each leads to the next."""
     direction = jax.grad(local.asked)(local.origin)
+    levels = z * jnp.arange(1, STAGES + 1, dtype=z.dtype) / STAGES
 
     def end(sign: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
-        found, good = _newton(residual, jnp.append(sign * z * direction, sign / z))
+        def part(state: tuple[Array, Scalar, Any], level: Scalar) -> tuple[Any, None]:
+            unknown, last, _ = state
+            # In a parabola u grows with the level, and the multiplier falls.
+            start = jnp.append(unknown[:-1] * level / last, unknown[-1] * last / level)
+            found, good = _newton(lambda unknown: residual(unknown, level), start)
+            return (found, level, good), None
+
+        begin = jnp.append(sign * levels[0] * direction, sign / levels[0]), levels[0], jnp.ones((), bool)
+        (found, _, good), _ = jax.lax.scan(part, begin, levels)
         asked = local.asked(found[:-1])
         # The other solution of the same equations is the other end.
         return local.value + local.error * asked, good & (asked * sign > 0)
