@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 import jaxfisher as jf
 
@@ -47,19 +46,21 @@ def loop_scores(log_prob, params, *examples):
     """The scores by a Python loop of `jax.grad`, one example at a time: rows ``[n, p]`` in NumPy float64."""
     gradient = jax.jit(jax.grad(log_prob))
     n = len(jax.tree.leaves(examples)[0])
-    rows = [ravel_pytree(gradient(params, *jax.tree.map(lambda leaf, i=i: leaf[i], examples)))[0] for i in range(n)]
-    return np.asarray(jnp.stack(rows), np.float64)
+    examples = jax.tree.map(np.asarray, examples)
+    rows = [flat(gradient(params, *jax.tree.map(lambda leaf, i=i: leaf[i], examples))) for i in range(n)]
+    return np.stack(rows).astype(np.float64)
 
 
 def class_sum_fisher(params, x, weights=None):
     """The exact Fisher of `classifier` by its definition: a loop over examples and a dense sum over classes."""
     log_prob = jf.log_likelihood(classifier)
+    log_probs = jax.jit(jax.vmap(log_prob, (None, 0, 0)))
     weights = np.full(len(x), 1 / len(x)) if weights is None else np.asarray(weights) / np.sum(weights)
     total = 0
     for c in range(CLASSES):
-        labels = jnp.full(len(x), c)
+        labels = np.full(len(x), c)
         scores = loop_scores(log_prob, params, x, labels)
-        probability = np.asarray(jnp.exp(jax.vmap(log_prob, (None, 0, 0))(params, x, labels)), np.float64)
+        probability = np.exp(np.asarray(log_probs(params, x, labels), np.float64))
         total = total + scores.T @ ((weights * probability)[:, None] * scores)
     return total
 
@@ -75,8 +76,9 @@ def reference():
 
 
 def flat(tree):
-    """A pytree as one NumPy vector in `ravel_pytree` order."""
-    return np.asarray(ravel_pytree(tree)[0])
+    """A pytree as one NumPy vector in `ravel_pytree` order. JAX would compile a program for each shape."""
+    leaves = [np.asarray(leaf).reshape(-1) for leaf in jax.tree.leaves(tree)]
+    return np.concatenate(leaves) if leaves else np.zeros(0)
 
 
 def assert_close(actual, expected, factor=200, eps=None):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from problems import flat
 
 import jaxfisher as jf
 
@@ -85,7 +86,7 @@ def everything(log_prob, row):
     for path, leaf in zip(paths_of(row.params), jax.tree.leaves(plain), strict=True):
         alive = np.any(np.asarray(leaf, float).reshape(len(leaf), -1), axis=1)
         assert path not in row.factored + row.plain or alive.sum() > 1, f"{path}: the row's scores are zero"
-    return made, flat_rows(plain), np.asarray(ravel_pytree(v)[0]), np.asarray(w)
+    return made, flat_rows(plain), flat(v), np.asarray(w)
 
 
 def expected(rows, omega, v, w):
@@ -277,7 +278,7 @@ def test_fishers_of_models_equal_dense_sums(model, key):
         return made, dense_rows(model, params, x), drawn_rows(model, params, x, key, 2)
 
     made, exact, sampled = run(params, x, jnp.asarray(WEIGHTS))
-    direction = np.asarray(ravel_pytree(v)[0])
+    direction = flat(v)
     for name, (values, matrix) in made.items():
         rows = np.asarray(sampled if name == "sampled" else exact)
         fisher = np.einsum("i,irp,irq->pq", TILTED, rows, rows)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import problems
 import pytest
 from jax.flatten_util import ravel_pytree
 
@@ -47,7 +48,7 @@ def plain(log_prob, params, data):
 
 def flat(tree):
     """A pytree as one float64 vector."""
-    return np.asarray(ravel_pytree(tree)[0], np.float64)
+    return problems.flat(tree).astype(np.float64)
 
 
 def close(actual, expected, tolerance=1e-12):

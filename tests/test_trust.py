@@ -145,9 +145,10 @@ def test_the_gradient_of_the_next_batch_judges_the_last_step(problem):
     step, state = adapted(opt, problem)
     assert_close(flat(state.taken), flat(step))
     params = optax.apply_updates(problem[0], step)
-    _, same = adapted(opt, problem, state, jax.grad(loss)(params, *problem[1:3]), params)
+    gradient = jax.jit(jax.grad(loss))(params, *problem[1:3])
+    _, same = adapted(opt, problem, state, gradient, params)
     opposite = state._replace(taken=jax.tree.map(jnp.negative, state.taken))
-    _, other = adapted(opt, problem, opposite, jax.grad(loss)(params, *problem[1:3]), params)
+    _, other = adapted(opt, problem, opposite, gradient, params)
     assert same.accepted and other.accepted and same.ratio == other.ratio > 0.75
     np.testing.assert_allclose([same.damping, other.damping], [state.damping / 2, state.damping * 2], rtol=1e-6)
 
@@ -247,7 +248,7 @@ def test_rates_minimise_the_quadratic_model(problem):
     step = jax.jit(lambda g, s: opt.update(g, s, params, fisher=fisher, grad=g))
     state, last, matrix = opt.init(params), np.zeros(31), dense + 0.02 * np.eye(31)
     for k in range(3):
-        g = jax.tree.map(lambda leaf, k=k: leaf * jnp.cos(k + jnp.arange(leaf.size).reshape(leaf.shape)), gradient)
+        g = jax.tree.map(lambda leaf, k=k: leaf * np.cos(k + np.arange(leaf.size).reshape(leaf.shape)), gradient)
         updates, state = step(g, state)
         d = flat(g) / (np.diag(dense) + 0.1)
         plane = np.stack([-d, last], axis=1)[:, : 1 + (k > 0)]
