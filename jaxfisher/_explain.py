@@ -159,7 +159,7 @@ def explain(function: Callable[..., Any]) -> ExplainFunction:
 
 def _explanation(function: Callable[..., Any], params: chex.ArrayTree, data: tuple[Any, ...]) -> Explanation:
     batch = make_batch(params, data, None)
-    rows, params = _rows(function, params, batch.data), split(params)
+    rows, params = _row_function(function, params, batch.data), split(params)
     with of_one_example(rows.function, rows.name, joined(params), batch.data[rows.own :]):
         traced = trace(rows, params, batch.data)
     shapes = jax.eval_shape(lambda params, data: leaf_forms(traced, params, data, batch.spec)[1], params, batch.data)
@@ -179,7 +179,7 @@ def _explanation(function: Callable[..., Any], params: chex.ArrayTree, data: tup
     )
 
 
-def _rows(function: Callable[..., Any], params: chex.ArrayTree, data: tuple[Any, ...]) -> Rows:
+def _row_function(function: Callable[..., Any], params: chex.ArrayTree, data: tuple[Any, ...]) -> Rows:
     """The rows of a log-density, or of a model if it returns no number."""
     numbers = []
 

@@ -44,7 +44,7 @@ class _Machine:
 
     def __init__(self, program: Program, values: Sequence[Any], flags: Sequence[int], wanted: Sequence[bool]) -> None:
         self.flags = spread(program, flags)
-        self.held: dict[int, Value] = {**program.constants, **dict(zip(program.inputs, values, strict=True))}
+        self.environment: dict[int, Value] = {**program.constants, **dict(zip(program.inputs, values, strict=True))}
         self.reasons: dict[int, str] = {}
         self.wanted = self._wanted(program, wanted)
         self.shown = _shown(program)
@@ -78,7 +78,7 @@ class _Machine:
         if isinstance(atom, Literal):
             number: Any = np.asarray(atom.val, dtype_of(atom))
             return Operand(number, 0, is_zero=number.ndim == 0 and bool(number == 0))
-        return Operand(self.held[atom], self.flags[atom], self.reasons.get(atom))
+        return Operand(self.environment[atom], self.flags[atom], self.reasons.get(atom))
 
     def _output(self, atom: Atom) -> Output:
         operand = self._operand(atom)
@@ -93,7 +93,7 @@ class _Machine:
             results = equation.bind([operand.array() for operand in operands])
             if any(wanted) and (why := why_formed(equation, operands)) is not None:
                 self.reasons.update((out, why) for out in equation.outs)
-        self.held.update(zip(equation.outs, results, strict=True))
+        self.environment.update(zip(equation.outs, results, strict=True))
 
     def _unformed(self, equation: Equation, operands: list[Operand], wanted: Sequence[bool]) -> Sequence[Value] | None:
         """What the rules make of an equation; None where it has to be run."""

@@ -155,9 +155,9 @@ def _inline(
         if eqn.primitive in _CALLS:
             called = eqn.params[_CALLS[eqn.primitive]]
             inner, consts = (called.jaxpr, called.consts) if isinstance(called, ClosedJaxpr) else (called, ())
-            held = {next(numbers): value for value in consts}
-            constants.update(held)
-            names.update(zip(eqn.outvars, _inline(inner, (*held, *ins), equations, constants, numbers), strict=True))
+            inside = {next(numbers): value for value in consts}
+            constants.update(inside)
+            names.update(zip(eqn.outvars, _inline(inner, (*inside, *ins), equations, constants, numbers), strict=True))
             continue
         outs = tuple(next(numbers) for _ in eqn.outvars)
         names.update(zip(eqn.outvars, outs, strict=True))

@@ -46,8 +46,8 @@ def _costs(equation: Equation, operands: Sequence[Operand]) -> bool:
     arrays = [count for operand, count in varying if operand.unformed is None]
     unformed = [operand.unformed for operand, _ in varying if operand.unformed is not None]
     if name in _FILLS or (name in RULES and RULES[name].builds):
-        held = arrays + [sum(map(_numbers, value.terms)) for value in unformed]
-        return size > 2 * (sum(held) if name == "concatenate" else max(held, default=0))
+        sizes = arrays + [sum(map(_numbers, value.terms)) for value in unformed]
+        return size > 2 * (sum(sizes) if name == "concatenate" else max(sizes, default=0))
     return size > max(arrays, default=0) and any(value.is_large for value in unformed)
 
 

@@ -207,7 +207,7 @@ def _convolution(equation: Equation, operands: Sequence[Operand]) -> Sequence[Te
 # Rows of tables.
 
 
-def _adds_whole_rows(equation: Equation) -> bool:
+def _adds_whole_table_rows(equation: Equation) -> bool:
     """The transpose of a lookup ``table[indices]`` along one axis."""
     numbers, shape, updates = equation.params["dimension_numbers"], equation.shapes[0], equation.shapes[2]
     along, window = tuple(numbers.scatter_dims_to_operand_dims), tuple(numbers.update_window_dims)
@@ -232,10 +232,10 @@ def _scatter_add(equation: Equation, operands: Sequence[Operand]) -> Sequence[Te
         indices = jnp.where(inside, indices, jnp.zeros((), indices.dtype))
     # An update whose index is out of range is dropped: updates depend on what the indices depend on.
     added = Operand(updates, operands[1].flags | operands[2].flags, operands[2].reason)
-    return ((*operands[0].terms(), _rows(shape, along, Operand(indices, operands[1].flags), added)),)
+    return ((*operands[0].terms(), _table_rows(shape, along, Operand(indices, operands[1].flags), added)),)
 
 
-def _rows(shape: Sequence[int], along: int, indices: Operand, updates: Operand) -> Term:
+def _table_rows(shape: Sequence[int], along: int, indices: Operand, updates: Operand) -> Term:
     """Positions along one axis of a table times what is added there, ``updates [*indices.shape, *rest]``."""
     positions, hot = tuple(Axis(size) for size in indices.array().shape), Axis(shape[along])
     rest = tuple(Axis(size) for i, size in enumerate(shape) if i != along)
@@ -261,7 +261,7 @@ def _update_slice(equation: Equation, operands: Sequence[Operand]) -> Sequence[T
     start = operands[2 + along]
     index = dataclasses.replace(start, value=jnp.clip(start.array(), 0, shape[along] - 1))
     update = dataclasses.replace(operands[1], value=jnp.squeeze(operands[1].array(), along))
-    return ((_rows(shape, along, index, update),),)
+    return ((_table_rows(shape, along, index, update),),)
 
 
 # Arrangements.
@@ -295,7 +295,7 @@ def _pad(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | N
     low, _, inside = config[along]
     indices = Operand(jnp.asarray(int(low) + (int(inside) + 1) * np.arange(shape[along]), jnp.int32), 0)
     rows = dataclasses.replace(value, value=jnp.moveaxis(value.array(), along, 0))
-    return ((_rows(whole, along, indices, rows),),)
+    return ((_table_rows(whole, along, indices, rows),),)
 
 
 def _padded(found: Terms, config: Sequence[tuple[int, int, int]]) -> Terms | None:
@@ -374,7 +374,7 @@ RULES: dict[str, Rule] = {
     for rule in (
         Rule("dot_general", _dot, takes=_varying),
         Rule("conv_general_dilated", _convolution, takes=nothing, holds=_real_convolution),
-        Rule("scatter-add", _scatter_add, holds=_adds_whole_rows, builds=True),
+        Rule("scatter-add", _scatter_add, holds=_adds_whole_table_rows, builds=True),
         Rule("dynamic_update_slice", _update_slice, holds=_updates_one_row, builds=True),
         Rule("broadcast_in_dim", _broadcast),
         Rule("add_any", _add, takes=all_operands, holds=_same_shapes),

@@ -390,7 +390,7 @@ def contract(term: Term, dims: Sequence[int], matrix: Array, over: Sequence[int]
         return None
     gone = [term.dims[i][0] for i in dims]
     hosts = [f for f in term.factors if any(axis in f.over for axis in gone)]
-    if len(hosts) != 1 or (held := hosts[0].plain) is None:
+    if len(hosts) != 1 or (plain := hosts[0].plain) is None:
         return None
     (host,) = hosts
     if any(axis not in host.axes for axis in gone):
@@ -399,8 +399,8 @@ def contract(term: Term, dims: Sequence[int], matrix: Array, over: Sequence[int]
     new = tuple(Axis(size) for i, size in enumerate(matrix.shape) if i not in over)
     numbers: Any = (([host.axes.index(axis) for axis in gone], list(over)), ([], []))
     # In the wider of both dtypes: cast to the factor's, a complex matrix would lose its imaginary part.
-    wide = _wider(held.dtype, matrix.dtype)
-    array = jax.lax.dot_general(held.astype(wide), matrix.astype(wide), numbers, precision=jax.lax.Precision.HIGHEST)
+    wide = _wider(plain.dtype, matrix.dtype)
+    array = jax.lax.dot_general(plain.astype(wide), matrix.astype(wide), numbers, precision=jax.lax.Precision.HIGHEST)
     factor = dataclasses.replace(host, array=array, axes=(*rest, *new), flags=host.flags | flags)
     factors = tuple(factor if f is host else f for f in term.factors)
     kept = tuple(dim for i, dim in enumerate(term.dims) if i not in dims)

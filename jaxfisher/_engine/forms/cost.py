@@ -52,8 +52,8 @@ def gram_flops(leaf: Leaf) -> int:
     if not leaf.forms:
         return 0
     if by_factors(leaf):
-        held = [form.right for form in factors(leaf) or ()]
-        held += [form.left for form in leaf.forms if isinstance(form, Product)]
-        return int(2 * sum(factor.size * factor.size // factor.shape[-1] for factor in held))
+        factored = [form.right for form in factors(leaf) or ()]
+        factored += [form.left for form in leaf.forms if isinstance(form, Product)]
+        return int(2 * sum(factor.size * factor.size // factor.shape[-1] for factor in factored))
     rows, size = leaf.examples * leaf.rows, leaf.layout.groups * leaf.layout.inputs * leaf.layout.outputs
     return int(2 * rows * rows * size + 2 * rows * leaf.positions * size)
