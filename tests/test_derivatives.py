@@ -171,3 +171,29 @@ def test_derivatives_of_a_path_of_dampings(rows):
     found, true = (jax.jit(both_of(f))(PARAMS, x, jnp.asarray(0.3)) for f in (path, one_by_one))
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(true), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9 * np.max(np.abs(other)))
+
+
+def counts(form, params, x, damping):
+    """One number of the trace of the inverse, which is the derivative of the log-determinant, and the effective dimension."""
+    F = FORMS[form][0](params, x)
+    return 0.9 * jax.grad(F.logdet)(damping) - 0.6 * jf.effective_dimension(F, damping)
+
+
+def expected_counts(form, params, x, damping):
+    """The same of the dense matrix: ``tr (F + d I)^-1`` and ``tr F (F + d I)^-1``."""
+    matrix = FORMS[form][1](params, x)
+    inverse = jnp.linalg.inv(matrix + damping * jnp.eye(12))
+    return 0.9 * jnp.trace(inverse) - 0.6 * jnp.sum(matrix * inverse)
+
+
+@pytest.mark.parametrize("form", ["scores", "scores, in pieces", "dense", "blocks", "kronecker", "low rank, some", "a prior"])
+def test_the_trace_of_the_inverse_and_the_effective_dimension(form):
+    """By parameters, data and damping; where eigenvalues are equal or zero as well, but for a form that picks some of them."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3)))
+    cases = {"apart": (PARAMS, x, 0.3), "equal": (jax.tree.map(jnp.zeros_like, PARAMS), ORTHONORMAL[:3], 0.3)}
+    if form == "low rank, some":
+        del cases["equal"]
+    programs = [jax.jit(jax.value_and_grad(functools.partial(f, form), (0, 1, 2))) for f in (counts, expected_counts)]
+    for name, case in cases.items():
+        found, true = (ravel_pytree(program(*case))[0] for program in programs)
+        np.testing.assert_allclose(found, true, rtol=1e-7, atol=1e-9 * np.max(np.abs(true)), err_msg=name)
