@@ -327,9 +327,10 @@ def _checked(posterior: Posterior, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def _covariances(posterior: Posterior, data: tuple[Any, ...], result: Callable[[Any, Array], Any]) -> Any:
     """``result`` of each example's prediction and the covariance of its outputs, stacked."""
     fisher, model = posterior.fisher, posterior.model
-    # Once for all examples: the factor of F. A prior is above zero.
+    # Once for all examples: the factor of F. A prior is above zero. A variance is to be right to what a standard error needs.
+    rtol = 100 * float(jnp.finfo(fisher.spec.dtype).eps)
     damping = checked_damping(_over(posterior.prior, posterior), fisher.spec)
-    inverse = damped_inverse(fisher.form, damping, None if isinstance(damping, tuple) else by_cholesky(0.0))
+    inverse = damped_inverse(fisher.form, damping, None if isinstance(damping, tuple) else by_cholesky(rtol))
 
     def of_one(*example: Any) -> Any:
         def outputs(uncertain: Any) -> tuple[Array, Any]:
