@@ -12,24 +12,26 @@ import griffe
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def public_names(package: str) -> list[str]:
-    """The names that a package's ``__init__`` imports from its own rooms, in order."""
+def public_names(package: str) -> dict[str, str]:
+    """The names that a package's ``__init__`` imports from its own rooms, in order, and the module of each."""
     tree = ast.parse((ROOT / package.replace(".", "/") / "__init__.py").read_text())
-    return [
-        alias.asname or alias.name
+    return {
+        alias.asname or alias.name: node.module or ""
         for node in tree.body
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxfisher")
         for alias in node.names
-    ]
+    }
 
 
-PUBLIC = {f"jaxfisher.{name}" for name in public_names("jaxfisher")}
+AT_THE_TOP = public_names("jaxfisher")
+PUBLIC = {f"jaxfisher.{name}" for name in AT_THE_TOP}
 ROOMS = sorted(path.parent.name for path in (ROOT / "jaxfisher").glob("[a-z]*/__init__.py"))
 PUBLIC |= {
     f"jaxfisher.{room}.{name}"
     for room in ROOMS
     for name in public_names(f"jaxfisher.{room}")
-    if f"jaxfisher.{name}" not in PUBLIC  # what stands at the top has its entry there
+    # What stands at the top has its entry there.
+    if not AT_THE_TOP.get(name, "").startswith(f"jaxfisher.{room}")
 }
 
 _DIRECTIVE = re.compile(r"^( *)\.\. math:: (.+(?:\n *\S.*)*)", re.MULTILINE)
