@@ -1,6 +1,7 @@
 """Training steps with the data spread over eight devices against the same steps on one; run by `test_sharding`.
 
-Prints a line of JSON for each optimiser and kind of mesh: the largest difference, and the sizes of what all devices gather.
+Prints a line of JSON for each optimiser and kind of mesh: the largest difference, relative to large entries, and the sizes of
+what all devices gather.
 """
 
 import json
@@ -49,6 +50,11 @@ def gathered(text):
     return [math.prod(int(size) for size in shape.split(",") if size) for shape in shapes]
 
 
+def difference(a, b):
+    """The largest, relative to the largest entry where that is above one: the inverses in a state are."""
+    return float(np.max(np.abs(a - b)) / max(1.0, np.max(np.abs(a))))
+
+
 def main():
     jax.config.update("jax_enable_x64", True)
     params, x, y = problem()
@@ -65,7 +71,7 @@ def main():
                 program = jax.jit(step).lower(*given).compile()
                 many = program(*given)
             pairs = zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True)
-            off = max(float(np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)))) for a, b in pairs)
+            off = max(difference(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs)
             print(json.dumps({"name": name, "kind": kind.name, "off": off, "gathered": gathered(program.as_text())}))
 
 
