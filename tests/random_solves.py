@@ -335,7 +335,8 @@ def judged(problem: Problem, x, info, kept, dtype: type, form: str, solver: str)
     roots = np.array([mpmath.sqrt(abs(damped[i, i])) for i in range(len(v))])
     rounding = ratio(length(roots * (roots @ sizes)), length(v)) + 10 * eps
     wrong = []
-    unknown = np.isnan(reported) and not converged
+    beyond = np.isinf(reported) and residual > np.finfo(dtype).max
+    unknown = (np.isnan(reported) or beyond) and not converged
     if not unknown and not abs(reported - residual) <= 0.1 * residual + rounding:
         wrong.append("residual misreported")
     promised = max(eps**0.5, RTOL.get(solver, 1e-5 if SOLVERS[solver] else 0.0))
