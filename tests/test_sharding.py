@@ -116,3 +116,14 @@ def test_each_device_works_on_its_share_of_the_examples():
         assert max(sent.get("all-gather", []), default=0) <= (SHARED * (24 + 20) if gram else 8), each
         assert max(sent.get("all-reduce", []), default=0) <= (SHARED**2 if gram else NUMBERS), each
         assert set(sent) <= {"all-gather", "all-reduce"} | ({"all-to-all"} if gram else set()), each
+
+
+def test_work_falls_with_the_number_of_devices():
+    """As one over that, within a fifth, of every quantity and of a step of `jf.kfac`."""
+    found = said("work.py", 8)
+    assert len(found) == 10
+    for each in found:
+        one, *others = each["work"].items()
+        assert others, each
+        for devices, flops in others:
+            assert 1 <= flops * int(devices) / one[1] <= 1.2, each
