@@ -67,8 +67,8 @@ class Docstrings(griffe.Extension):
             obj.docstring.value = markdown(obj.docstring.value, own)
 
     def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
-        """A family is a dataclass by our own decorator: its fields are its constructor's parameters."""
-        if any(str(decorator.value) == "family" for decorator in cls.decorators):
+        """A class is a dataclass by decorators of our own: its fields are its constructor's parameters."""
+        if any(str(decorator.value).partition("(")[0] in ("family", "array_fields") for decorator in cls.decorators):
             fields = [
                 griffe.Parameter(name, annotation=member.annotation, kind=griffe.ParameterKind.positional_or_keyword)
                 for name, member in cls.members.items()
