@@ -222,7 +222,7 @@ def _refined(system: System, settled: Map, b: Float[Array, " p"]) -> tuple[Array
     nothing, far = jnp.zeros_like(at.target), jnp.asarray(jnp.inf, b.dtype)
     begin = _State(nothing, at.begin, nothing, at.rest, far, far, jnp.zeros((), jnp.int32))
     end = while_loop(going, step, begin)
-    return end.y, (at.left(end.image, end.y), end.size)
+    return end.y, (at.left(end.image, settled(end.y)), end.size)
 
 
 def _solved(system: System, v: Float[Array, " p"]) -> Solved:

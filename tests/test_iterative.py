@@ -207,6 +207,17 @@ def test_a_path_of_dampings(name, shape):
     assert len(re.findall(r"custom_call @lapack_dsyevd", program)) == (name != "diagonal")
 
 
+@pytest.mark.parametrize("n", [4, 14])
+def test_what_underflows_of_a_path_is_no_solution(n):
+    """The solution is 7e-39 along a direction that F does not see, which float32 cannot hold."""
+    x = np.float32(3e7 * numbers(0, n, 9))
+    x[:, 4] = 0
+    F = jf.empirical_fisher(linear)(jnp.zeros(9, jnp.float32), x)
+    v = np.float32(5e-22 * np.eye(9)[4])
+    found, info = jax.jit(jf.solve_path)(F, v, jnp.array([7e16, 1e14], jnp.float32))
+    assert np.array_equal(info.converged, [False, True]) and info.residual[0] > 0.5 and not np.any(found[0])
+
+
 def test_a_solution_of_a_path_takes_three_products_with_the_scores():
     """Where no correction is due: one that makes it of its coordinates in the rows, and two for its residual."""
     n, shape = 128, (30, 40)
