@@ -195,4 +195,4 @@ plt.show()
 # - Complex weights are two real numbers each. Nothing has to be said of a holomorphic amplitude, and nothing is lost of
 #   another.
 # - `jf.energy_gradient` gives a direction of steepest ascent. `jax.grad` of a loss of your own gives its conjugate.
-# - [The page](../docs/vmc.md) says what this library does not do: it does not sample.
+# - The page of the documentation on this job says what the library does not do: it does not sample.

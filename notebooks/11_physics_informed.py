@@ -185,4 +185,4 @@ plt.show()
 # - Derivatives in the inputs are nothing special: the engine reads the gradient's program, whatever it contains.
 # - `jf.levenberg_marquardt` is for a loss that is the same at every step; with new points at each step take
 #   `jf.adapt_damping`.
-# - [The page](../docs/pinn.md) says when all of this is the wrong tool.
+# - The page of the documentation on this job says when all of this is the wrong tool.
