@@ -42,19 +42,31 @@ def data(key, n=N, dtype=jnp.float64):
     return jax.random.normal(keys[0], (n, INPUTS), dtype), jax.random.randint(keys[1], (n,), 0, CLASSES)
 
 
+@functools.lru_cache(maxsize=8)
+def gradient_of(log_prob):
+    """The gradient of a log-density as one program for all who ask."""
+    return jax.jit(jax.grad(log_prob))
+
+
 def loop_scores(log_prob, params, *examples):
     """The scores by a Python loop of `jax.grad`, one example at a time: rows ``[n, p]`` in NumPy float64."""
-    gradient = jax.jit(jax.grad(log_prob))
+    gradient = gradient_of(log_prob)
     n = len(jax.tree.leaves(examples)[0])
     examples = jax.tree.map(np.asarray, examples)
     rows = [flat(gradient(params, *jax.tree.map(lambda leaf, i=i: leaf[i], examples))) for i in range(n)]
     return np.stack(rows).astype(np.float64)
 
 
+@functools.lru_cache(maxsize=8)
+def batched(log_prob):
+    """A log-density of each example, as one program for all who ask."""
+    return jax.jit(jax.vmap(log_prob, (None, 0, 0)))
+
+
 def class_sum_fisher(params, x, weights=None):
     """The exact Fisher of `classifier` by its definition: a loop over examples and a dense sum over classes."""
     log_prob = jf.log_likelihood(classifier)
-    log_probs = jax.jit(jax.vmap(log_prob, (None, 0, 0)))
+    log_probs = batched(log_prob)
     weights = np.full(len(x), 1 / len(x)) if weights is None else np.asarray(weights) / np.sum(weights)
     total = 0
     for c in range(CLASSES):

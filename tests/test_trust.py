@@ -1,5 +1,7 @@
 """Steps that are held back: the actual divergence, Levenberg and Marquardt's damping, rates from the quadratic model."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -82,13 +84,17 @@ def test_a_step_that_only_climbs_or_is_not_finite_is_not_taken(problem):
 # --- adapt_damping -----------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def updating(opt):
+    return jax.jit(lambda g, s, p, fisher, x, y: opt.update(g, s, p, fisher=fisher, value_fn=lambda new: loss(new, x, y)))
+
+
 def adapted(opt, problem, state=None, gradient=None, params=None):
     first, x, y, whole, fisher, _ = problem
     params = first if params is None else params
     gradient = whole if gradient is None else gradient
     state = opt.init(first) if state is None else state
-    value_fn = lambda new: loss(new, x, y)  # noqa: E731
-    return jax.jit(lambda g, s, p: opt.update(g, s, p, fisher=fisher, value_fn=value_fn))(gradient, state, params)
+    return updating(opt)(gradient, state, params, fisher, x, y)
 
 
 @pytest.mark.parametrize("damping", [0.03, 0.3, 10.0])
