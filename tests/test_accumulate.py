@@ -96,6 +96,37 @@ def test_a_stream_that_goes_on_has_the_same_bits():
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_stream_of_a_hundred_batches_takes_the_memory_of_one_and_survives_a_kill(tmp_path):
+    """What was saved after fifty batches goes on, in the place of what died at the seventieth."""
+    size, count, lives, saved = 32, 100, [], tmp_path / "saved.npz"
+    rng = np.random.default_rng(1)
+    params = {"a": jnp.asarray(rng.normal(size=(6, 5))), "b": jnp.zeros(5)}
+    x, y = rng.normal(size=(size * count, 6)), rng.normal(size=(size * count, 5))
+    log_prob = jf.log_likelihood(lambda params, x: jf.Normal(jnp.tanh(x @ params["a"] + params["b"]), jnp.ones(5)))
+    run = jf.accumulate(jf.empirical_fisher(log_prob), jf.kronecker)
+
+    def stream(first, last, dies=count):
+        for k in range(first, last):
+            if k == dies:
+                raise KeyboardInterrupt
+            lives.append(sum(array.nbytes for array in jax.live_arrays()))
+            yield x[k * size : (k + 1) * size], y[k * size : (k + 1) * size]
+
+    half = run(params, stream(0, 50))
+    leaves, treedef = jax.tree.flatten(half)
+    np.savez(saved, *map(np.asarray, leaves))
+    with pytest.raises(KeyboardInterrupt):
+        run(params, stream(50, count, dies=70), start=half)
+    del half, leaves
+    with np.load(saved) as archive:
+        restored = jax.tree.unflatten(treedef, [jnp.asarray(archive[name]) for name in archive.files])
+    found = run(params, stream(50, count), start=restored)
+    assert len(lives) == 50 + 20 + 50
+    # A batch, the mean so far and the one to come.
+    assert max(lives) < lives[0] + 3 * (x[:size].nbytes + y[:size].nbytes), (lives[0], max(lives))
+    assert_same(found, jf.kronecker(jf.empirical_fisher(log_prob)(params, x, y)))
+
+
 def test_a_loop_carries_a_mean():
     params, data, _ = problem()
     x, length = (array[:16].reshape(4, 4, *array.shape[1:]) for array in data[:2])
