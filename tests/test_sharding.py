@@ -127,3 +127,20 @@ def test_work_falls_with_the_number_of_devices():
         assert others, each
         for devices, flops in others:
             assert 1 <= flops * int(devices) / one[1] <= 1.2, each
+
+
+def test_what_a_step_holds_is_spread_as_the_parameters_are():
+    """Parameters, momentum and the change that is judged; of factors and their inverses, those of the side that is spread."""
+    (found,) = said("placed.py", 2)
+    assert found["off"] <= 1e3 * np.finfo(np.float64).eps
+    shapes = {(6, 8): (6, 4), (8,): (4,), (8, 4): (4, 4)}
+    like, factors = 0, 0
+    for path, shape, part in found["parts"]:
+        if tuple(shape) in shapes:
+            assert tuple(part) == shapes[tuple(shape)], path
+            like += 1
+        elif shape == [1, 8, 8]:
+            # The outputs of the first layer and the inputs of the second.
+            assert sorted(part) == [1, 4, 8], path
+            factors += 1
+    assert like >= 9 and factors >= 4, found["parts"]
