@@ -131,3 +131,4 @@ def test_a_step_that_is_not_judged_is_taken_where_it_is_finite():
         step, after = opt.update(gradient, state, params, fisher=F, value_fn=worse, due=jnp.asarray(due))
         assert after.accepted == taken and np.any(flat(step) != 0) == taken
         assert due or after.ratio == state.ratio
+        assert (after.damping == state.damping) == (taken and not due)
