@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from jaxfisher._examples import checked_batch_size, num_examples
 from jaxfisher._model import LOG_PROB, LogProb
 from jaxfisher._operators.damping import Damping
+from jaxfisher._operators.observations import observations
 from jaxfisher._operators.operator import Operator, Solver, as_operator
 from jaxfisher._scores import Scores, scores
 from jaxfisher._solve import check_solver, solve
@@ -52,7 +53,8 @@ def influence(
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
         fisher: the curvature at ``params``, a mean over examples: `jaxfisher.exact_fisher` or any view of it, such as
             `jaxfisher.eigen_kronecker` for a network.
-        n: how many examples the parameters were fitted to; None for those that F is a mean over.
+        n: how many examples the parameters were fitted to; None for those that F is a mean over, with weights their sum. A sum
+            of several means needs it.
         solver: as in `jaxfisher.solve`: such as ``jf.CG(preconditioner=jf.eigen_kronecker)`` for an implicit Fisher.
         batch_size: make the scores of training examples in pieces of at most so many, which bounds memory.
 
@@ -65,8 +67,8 @@ def influence(
     Raises:
         TypeError: ``log_prob`` is no function, ``fisher`` no operator, ``n`` no number; (when called) ``train`` or ``test`` is
             no data.
-        ValueError: (when called) ``params`` of another structure than those of ``fisher``, no batch; as in `jaxfisher.scores`
-            and `jaxfisher.solve`.
+        ValueError: ``n`` is not given, and ``fisher`` is no mean, or a sum of several; (when called) ``params`` of another
+            structure than those of ``fisher``, no batch; as in `jaxfisher.scores` and `jaxfisher.solve`.
 
     Reference: Koh and Liang, Understanding black-box predictions via influence functions (ICML 2017), equation 2; Grosse et
     al., Studying large language model generalization with influence functions (2023), section 2, for EKFAC in the place of F.
@@ -232,10 +234,7 @@ def _checked(caller: str, log_prob: Any, fisher: Any, n: Any, solver: Any) -> tu
     check_function("log_prob", log_prob, LOG_PROB)
     fisher = as_operator(fisher, f"{caller}: `fisher`")
     check_solver(solver)
-    if n is None:
-        return fisher, fisher.n
-    check_number("n", n, "the number of examples that the parameters were fitted to")
-    return fisher, jnp.asarray(n).astype(fisher.spec.dtype)
+    return fisher, observations(fisher, n, caller)
 
 
 def _vectors(scores_of: Callable[..., Scores], params: Any, data: tuple[Any, ...], fisher: Operator) -> Any:

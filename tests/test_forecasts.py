@@ -76,6 +76,8 @@ def test_errors_with_the_others_known_and_fitted_and_a_nuisance_parameter():
     assert relative([jf.standard_errors(F)[name] for name in order], np.diag(np.linalg.inv(matrix)) ** 0.5) < 1e-11
     four = jf.standard_errors(F, n=4)
     assert relative([four[name] for name in order], 0.5 * np.diag(np.linalg.inv(matrix)) ** 0.5) < 1e-11
+    twice = jf.standard_errors(F + F, n=1)
+    assert relative([twice[name] for name in order], 0.5**0.5 * np.diag(np.linalg.inv(matrix)) ** 0.5) < 1e-11
     prior = np.diag([25.0, 0, 4.0])
     assert relative([jf.standard_errors(both)[name] for name in order], np.diag(np.linalg.inv(matrix + prior)) ** 0.5) < 1e-11
     kept = jf.marginal(both, lambda path: "noise" not in path)

@@ -43,6 +43,25 @@ def test_influence_is_the_dense_formula(view):
     assert info.residual.shape == (11,)
 
 
+def test_padding_and_weights_say_how_many_examples_there_were():
+    params, train, test, rows, others = problem()
+    weights = jnp.array([1.0, 2, 0, 3, 1, 0, 2, 1, 1, 0, 1])
+    F = jf.diagonal(jf.exact_fisher(classifier)(params, train[0], weights=weights))
+    expected = (others / (np.diag(F.as_matrix()) + DAMPING)) @ rows.T / 12
+    assert_close(jf.influence(LOG_PROB, F)(params, train, test, DAMPING)[0], expected, factor=1e4)
+
+
+def test_a_sum_of_means_does_not_say_how_many_examples_there_were():
+    params, train, test, rows, others = problem()
+    F = jf.diagonal(jf.exact_fisher(classifier)(params, train[0]))
+    with pytest.raises(ValueError, match=r"influence: .* sum of several means.*Give `n`"):
+        jf.influence(LOG_PROB, F + F)
+    expected = (others / (2 * np.diag(F.as_matrix()) + DAMPING)) @ rows.T / 11
+    assert_close(jf.influence(LOG_PROB, F + F, 11)(params, train, test, DAMPING)[0], expected, factor=1e4)
+    with_prior = jf.influence(LOG_PROB, F + jf.scaled_identity(F, DAMPING))(params, train, test, 0.0)[0]
+    assert_close(with_prior, (others / (np.diag(F.as_matrix()) + DAMPING)) @ rows.T / 11, factor=1e4)
+
+
 def test_batches_and_pieces_are_the_whole():
     params, (x, y), test, _, _ = problem()
     F = jf.diagonal(jf.exact_fisher(classifier)(params, x))

@@ -296,6 +296,7 @@ def test_a_covariance_is_an_operator():
     [
         (lambda F: jf.covariance(3.0), TypeError, "covariance: expected a Fisher operator"),
         (lambda F: jf.covariance(jf.scaled_identity(jnp.zeros(3), 1.0)), ValueError, "no mean over examples.*Give `n`"),
+        (lambda F: jf.standard_errors(F + F), ValueError, "a sum of several means.*Give `n`"),
         (lambda F: jf.covariance(F, "many"), TypeError, "n` is 'many'; expected a number of observations"),
         (lambda F: jf.sandwich(F, 2.0), TypeError, "sandwich: `meat`"),
         (lambda F: jf.standard_errors(jf.covariance(F), 3), ValueError, "`n` is given beside a covariance"),

@@ -15,12 +15,12 @@ from jaxtyping import Array, Float
 from jaxfisher._linalg import matmul
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.formed import dense, from_matrix
+from jaxfisher._operators.observations import observations
 from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._operators.provenance import Provenance
 from jaxfisher._pytree import array_fields
 from jaxfisher._solve import solve
 from jaxfisher._tree import ParamSpec, cast_like, check_function
-from jaxfisher._values import check_number
 
 
 @array_fields("finite", "null", "unit", repr=False)
@@ -86,20 +86,6 @@ def _rounding(values: Array) -> float:
     return float(jnp.finfo(values.dtype).eps) ** 0.5
 
 
-def count(fisher: Operator, n: chex.Numeric | None, caller: str) -> chex.Numeric:
-    """How many observations an operator's mean is over: ``n`` if it is given, else the sum of the weights it was made with."""
-    if n is not None:
-        check_number(f"{caller}: n", n, "a number of observations")
-        return jnp.asarray(n, fisher.spec.dtype)
-    masses = [part.mass for part in fisher.provenance.parts or (fisher.provenance,) if part.mass is not None]
-    if not masses:
-        raise ValueError(
-            f"{caller}: {fisher} is no mean over examples, so that the number of observations is not known. Give `n`; n = 1 "
-            "where the operator is the information of all the data."
-        )
-    return sum(jnp.asarray(mass, fisher.spec.dtype) for mass in masses)
-
-
 def inverse_and_null(fisher: Operator) -> tuple[Float[Array, "p p"], Float[Array, "p p"], Float[Array, " p"]]:
     """An inverse of F, a basis of its null space in units in which F has a unit diagonal, and these units."""
     matrix = dense(fisher).as_matrix()
@@ -134,14 +120,14 @@ def covariance(fisher: Operator, n: chex.Numeric | None = None) -> Operator:
     Args:
         fisher: an operator, a mean over examples; it is made dense, at ``p^2`` memory and ``p^3`` flops.
         n: the number of observations. None takes that of the operator's own mean; with weights, which say how often an
-            observation occurs, it is their sum.
+            observation occurs, it is their sum. A sum of several means needs it: it is 1 of ``n_1 F_1 + n_2 F_2``.
 
     Returns:
         An operator: ``diagonal()`` are variances, ``quadratic(v)`` is the variance of ``v . theta``, ``as_matrix()`` is all.
 
     Raises:
         TypeError: ``fisher`` is not an operator.
-        ValueError: ``n`` is not given, and the operator is no mean.
+        ValueError: ``n`` is not given, and the operator is no mean, or a sum of several means.
 
     Reference: van der Vaart, Asymptotic Statistics (1998), theorem 5.39.
 
@@ -151,7 +137,7 @@ def covariance(fisher: Operator, n: chex.Numeric | None = None) -> Operator:
     [[1.]]
     """
     fisher = as_operator(fisher, "covariance")
-    total = count(fisher, n, "covariance")
+    total = observations(fisher, n, "covariance")
     inverse, null, unit = inverse_and_null(fisher)
     return Operator(Covariance(inverse / total, null, unit, fisher.spec), Provenance("covariance"))
 
@@ -224,7 +210,7 @@ def sandwich(bread: Operator, meat: Operator, n: chex.Numeric | None = None) -> 
     """
     bread, meat = as_operator(bread, "sandwich: `bread`"), as_operator(meat, "sandwich: `meat`")
     bread.spec.check_same(meat.spec, f"sandwich: `bread` is {bread}, and `meat` is {meat}")
-    total = count(bread, n, "sandwich")
+    total = observations(bread, n, "sandwich")
     inverse, null, unit = inverse_and_null(bread)
     matrix = matmul(inverse, matmul(meat.as_matrix(), inverse)) / total
     return Operator(Covariance(0.5 * (matrix + matrix.T), null, unit, bread.spec), Provenance("sandwich"))

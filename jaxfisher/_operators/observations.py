@@ -1,0 +1,28 @@
+"""How many observations a Fisher speaks for, where a covariance or an influence divides by them."""
+
+from __future__ import annotations
+
+import chex
+import jax.numpy as jnp
+
+from jaxfisher._operators.operator import Operator
+from jaxfisher._values import check_number
+
+
+def observations(fisher: Operator, n: chex.Numeric | None, caller: str) -> chex.Numeric:
+    """``n`` if it is given, else how many observations the operator's mean is over, the sum of the weights it was made with.
+
+    A sum of several means is over the same observations, as that of two heads is, or over others. It is not known which, so
+    that ``n`` must be given.
+    """
+    if n is not None:
+        check_number("n", n, "a number of observations, of those that the parameters were fitted to")
+        return jnp.asarray(n, fisher.spec.dtype)
+    masses = [part.mass for part in fisher.provenance.parts or (fisher.provenance,) if part.mass is not None]
+    if len(masses) != 1:
+        what = "a sum of several means, over the same observations or over others" if masses else "no mean over examples"
+        raise ValueError(
+            f"{caller}: {fisher} is {what}, so that the number of observations is not known. Give `n`; n = 1 "
+            "where the operator is the information of all the data."
+        )
+    return jnp.asarray(masses[0], fisher.spec.dtype)
