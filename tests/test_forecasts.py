@@ -76,6 +76,9 @@ def test_errors_with_the_others_known_and_fitted_and_a_nuisance_parameter():
     assert relative([jf.standard_errors(F)[name] for name in order], np.diag(np.linalg.inv(matrix)) ** 0.5) < 1e-11
     four = jf.standard_errors(F, n=4)
     assert relative([four[name] for name in order], 0.5 * np.diag(np.linalg.inv(matrix)) ** 0.5) < 1e-11
+    model = lambda w, x: jf.Normal(w * x, 1.0)  # noqa: E731
+    alone = jf.exact_fisher(model)(0.0, jnp.array([1.0, 2.0, 2.0]))
+    assert relative(forecasts.conditional_errors(alone), jf.standard_errors(alone)) < 1e-12
     twice = jf.standard_errors(F + F, n=1)
     assert relative([twice[name] for name in order], 0.5**0.5 * np.diag(np.linalg.inv(matrix)) ** 0.5) < 1e-11
     prior = np.diag([25.0, 0, 4.0])
@@ -151,6 +154,16 @@ def test_the_best_designs_for_a_quadratic(name):
     best = np.zeros(21)
     best[[0, 10, 20]] = expected
     assert abs(found.value - criterion(np.tensordot(best, candidates(), 1))) < 2e-9
+
+
+def test_an_exchange_leaves_a_start_that_determines_too_little_or_does_not_converge():
+    """Three candidates, each of one parameter: from two of them one exchange is enough, from one no single one is."""
+    M = jnp.eye(3)[:, :, None] * jnp.eye(3)[:, None, :]
+    exchanged = compiled(lambda start: design.exchange(M, design.d_criterion, start))
+    found = exchanged(jnp.array([0, 0, 1]))
+    assert bool(found.converged) and float(found.value) == 0.0 and sorted(found.runs.tolist()) == [0, 1, 2]
+    stuck = exchanged(jnp.array([2, 2, 2]))
+    assert not bool(stuck.converged) and float(stuck.value) == -np.inf
 
 
 def test_an_exchange_finds_the_runs_and_the_gradient_the_places():

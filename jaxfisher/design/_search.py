@@ -42,7 +42,7 @@ class Exchanged(NamedTuple):
     Attributes:
         runs: the candidate of each run, shape ``[k]``.
         value: the criterion of the sum of their informations.
-        converged: whether no exchange of one run makes it larger.
+        converged: whether no exchange of one run makes it larger, and it is finite.
     """
 
     runs: Int[Array, " k"]
@@ -142,7 +142,8 @@ def exchange(
     Args:
         informations: of one measurement at each of m candidates, shape ``[m, p, p]``.
         criterion: a function of the information of one design.
-        start: the candidates that it starts from, k whole numbers. Together they should determine all parameters.
+        start: the candidates that it starts from, k whole numbers. Together they should determine all parameters, or all but
+            what one exchange adds.
         max_steps: the most exchanges.
 
     Returns:
@@ -178,7 +179,8 @@ def exchange(
         less = total[None] - matrices[runs]
         values = jax.vmap(lambda one: jax.vmap(lambda other: criterion(one + other))(matrices))(less)
         out, into = jnp.unravel_index(jnp.argmax(values), values.shape)
-        better = values[out, into] > value + 100 * eps * jnp.maximum(jnp.abs(value), 1)
+        size = jnp.where(jnp.isfinite(value), jnp.abs(value), 1)
+        better = values[out, into] > value + 100 * eps * jnp.maximum(size, 1)
         return (
             count + 1,
             jnp.where(better, runs.at[out].set(into.astype(runs.dtype)), runs),
@@ -189,7 +191,7 @@ def exchange(
     first = criterion(jnp.sum(matrices[runs], axis=0))
     begin = jnp.zeros((), jnp.int32), runs, first, jnp.ones((), bool)
     _, runs, value, better = while_loop(lambda state: state[3] & (state[0] < steps), step, begin)
-    return Exchanged(runs, value, ~better)
+    return Exchanged(runs, value, ~better & jnp.isfinite(value))
 
 
 def _checked(informations: Any, criterion: Any, caller: str) -> Float[Array, "m p p"]:

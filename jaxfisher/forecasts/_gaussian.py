@@ -13,10 +13,11 @@ from jaxtyping import Array, Float
 from jaxfisher._linalg import matmul
 from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.formed import from_matrix
+from jaxfisher._operators.observations import observations
 from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._operators.provenance import Provenance
 from jaxfisher._tree import ParamSpec, cast_like, check_function, param_spec
-from jaxfisher._values import check_number, described
+from jaxfisher._values import described
 
 Simulator = Callable[[Any], Float[Array, " d"]]
 Spread = Callable[[Any], Float[Array, "d d"]] | Float[Array, "d d"]
@@ -133,32 +134,34 @@ def gaussian_prior(like: Operator | chex.ArrayTree, errors: chex.ArrayTree) -> O
     return from_matrix(jnp.diag(1 / jnp.square(spec.ravel(errors, "errors"))), spec.zeros())
 
 
-def conditional_errors(fisher: Operator, n: chex.Numeric = 1) -> Any:
+def conditional_errors(fisher: Operator, n: chex.Numeric | None = None) -> Any:
     r"""Errors of each parameter where all the others are known: ``1 / sqrt(n F_jj)``.
 
     Errors with the others fitted too, `jaxfisher.standard_errors`, are never smaller.
 
     Args:
-        fisher: an operator, the information of one observation.
-        n: the number of such observations.
+        fisher: an operator, a mean over observations, or the information of all the data.
+        n: the number of observations, as in `jaxfisher.covariance`: None takes that of the operator's own mean, and 1 is for
+            the information of all the data.
 
     Returns:
         A pytree like the parameters, infinite where the data tell nothing.
 
     Raises:
         TypeError: ``fisher`` is not an operator.
+        ValueError: ``n`` is not given, and the operator is no mean, or a sum of several means.
 
     Reference: Tegmark, Taylor and Heavens (1997), section 2.
 
     >>> import jax.numpy as jnp, jaxfisher as jf
     >>> from jaxfisher import forecasts
     >>> F = jf.from_matrix(jnp.array([[4.0, 1.0], [1.0, 1.0]]), jnp.zeros(2))
-    >>> print(forecasts.conditional_errors(F))
+    >>> print(forecasts.conditional_errors(F, n=1))
     [0.5 1. ]
     """
     fisher = as_operator(fisher, "conditional_errors")
-    check_number("n", n, "a number of observations")
-    return jax.tree.map(lambda leaf: 1 / jnp.sqrt(n * leaf), fisher.diagonal())
+    total = observations(fisher, n, "conditional_errors")
+    return jax.tree.map(lambda leaf: 1 / jnp.sqrt(total * leaf), fisher.diagonal())
 
 
 def bias(mean: Simulator, covariance: Spread) -> Callable[..., Any]:
