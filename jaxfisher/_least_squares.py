@@ -36,7 +36,7 @@ def least_squares(
 
     Args:
         scores: what `jaxfisher.scores` makes, held or in pieces, centred or not.
-        e: one number for each row, shape ``[rows]``.
+        e: one number for each row, shape ``[rows]``; at a row of weight zero any number, NaN too.
         damping: above zero.
         rtol: the residual to reach, relative to ``v``: a Python number, 1e-3 for training, 0 for as far as rounding allows.
 
@@ -83,6 +83,7 @@ def least_squares(
 @once
 def _fitted(form: FromScores, e: Float[Array, " rows"], damping: Scalar, rtol: Static[float]) -> tuple[Any, SolveInfo]:
     scores = form.scores
+    e = jnp.where(scores.weights == 0, 0, e)  # a row of padding may have anything
     x = form.solve_row_space(e, damping, rtol)
 
     def rest(fitted: Float[Array, " rows"]) -> Float[Array, " p"]:

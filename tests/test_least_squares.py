@@ -111,3 +111,11 @@ def test_bad_arguments_are_named(change, error, message):
     given = {"scores": jf.scores(log_psi)(params, spins), "e": e, "damping": 0.1, "rtol": 1e-5} | change
     with pytest.raises(error, match=message):
         jf.least_squares(given["scores"], given["e"], given["damping"], rtol=given["rtol"])
+
+
+def test_padding_may_have_any_number():
+    x, weights = jnp.array([1.0, jnp.nan, 2.0]), jnp.array([1.0, 0.0, 1.0])
+    scores = jf.scores(lambda w, x: w * x)(0.0, x, weights=weights)
+    fitted, info = jf.least_squares(scores, jnp.array([2.0, jnp.nan, 4.0]), 0.5)
+    np.testing.assert_allclose(fitted, 5.0 / (2.5 + 0.5), rtol=1e-5)  # (1 * 2 + 2 * 4) / 2 over (1 + 4) / 2 + 1/2
+    assert bool(info.converged)
