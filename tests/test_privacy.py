@@ -132,3 +132,11 @@ def test_no_per_example_gradient_is_formed():
     plain = jax.vmap(jax.grad(log_prob), (None, 0, 0))
     assert largest(plain) == 16 * 30 * 40, "the control: per-example gradients are seen"
     assert largest(jf.clipped_grad(log_prob, 1.0)) <= 30 * 40
+
+
+def test_a_bound_that_is_known_late_to_be_none_gives_no_number():
+    log_prob = jf.log_likelihood(lambda mu, x: jf.Normal(mu * x, 1.0))
+    clip = jax.jit(lambda bound: jf.clipped_grad(log_prob, bound)(0.0, jnp.array([1.0, 2.0]), jnp.array([0.5, 3.0])))
+    np.testing.assert_allclose(clip(1.0).sum, -1.5, rtol=1e-6)
+    for bound in (-1.0, jnp.nan):
+        assert np.isnan(clip(bound).sum) and np.isnan(clip(bound).sensitivity)

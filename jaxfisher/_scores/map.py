@@ -146,8 +146,10 @@ class Scores(abc.ABC):
                 f"clipped_sum: {self} have several rows an example, as those of a complex log-density have, so that a bound on "
                 "the rows is none on what one example changes. Give a real log-density."
             )
+        # A bound that is none, negative or NaN, is no error at run time, and no sum is as short as it says.
+        max_norm = jnp.where(max_norm >= 0, max_norm, jnp.nan)
         whole, count = self._clipped(max_norm)
-        return ClippedSum(whole, max_norm, count)
+        return ClippedSum(jax.tree.map(lambda leaf: jnp.where(max_norm >= 0, leaf, jnp.nan), whole), max_norm, count)
 
     @abc.abstractmethod
     def _clipped(self, max_norm: Scalar) -> tuple[Any, Int[Array, ""]]:
