@@ -12,7 +12,7 @@ import statsmodels.api as sm
 from models import compiled
 
 import jaxfisher as jf
-from jaxfisher import statistics
+from jaxfisher import forecasts, statistics
 
 RNG = np.random.default_rng(19)
 N = 60
@@ -291,12 +291,25 @@ def test_a_covariance_is_an_operator():
     np.testing.assert_allclose(jf.covariance(found.fisher, n).as_matrix() * 100 / N, jf.covariance(found.fisher), rtol=1e-12)
 
 
+def test_a_complex_parameter_has_an_error_for_each_part():
+    model = lambda z, x: jf.Normal(z.real * x[0] + z.imag * x[1], 1.0)  # noqa: E731
+    fisher = jf.exact_fisher(model)(1.0 + 2.0j, jnp.array([[1.0, 0.5], [2.0, -1.0], [0.0, 3.0]]))
+    matrix = np.array([[5.0, -1.5], [-1.5, 10.25]])
+    expected = np.sqrt(np.diag(np.linalg.inv(matrix)))
+    np.testing.assert_allclose(jf.standard_errors(fisher), expected[0] + 1j * expected[1], rtol=1e-12)
+    np.testing.assert_allclose(jf.standard_errors(jf.covariance(fisher)), expected[0] + 1j * expected[1], rtol=1e-12)
+    alone = forecasts.conditional_errors(fisher)
+    np.testing.assert_allclose(alone, 5.0**-0.5 + 10.25**-0.5 * 1j, rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
         (lambda F: jf.covariance(3.0), TypeError, "covariance: expected a Fisher operator"),
         (lambda F: jf.covariance(jf.scaled_identity(jnp.zeros(3), 1.0)), ValueError, "no mean over examples.*Give `n`"),
         (lambda F: jf.standard_errors(F + F), ValueError, "a sum of several means.*Give `n`"),
+        (lambda F: jf.standard_errors(100.0 * F), ValueError, "a multiple of a mean.*Give `n`"),
+        (lambda F: jf.covariance(F.n * F + jf.scaled_identity(F, 1.0)), ValueError, "a multiple of a mean.*Give `n`"),
         (lambda F: jf.covariance(F, "many"), TypeError, "n` is 'many'; expected a number of observations"),
         (lambda F: jf.sandwich(F, 2.0), TypeError, "sandwich: `meat`"),
         (lambda F: jf.standard_errors(jf.covariance(F), 3), ValueError, "`n` is given beside a covariance"),

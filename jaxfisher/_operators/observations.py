@@ -12,17 +12,18 @@ from jaxfisher._values import check_number
 def observations(fisher: Operator, n: chex.Numeric | None, caller: str) -> chex.Numeric:
     """``n`` if it is given, else how many observations the operator's mean is over, the sum of the weights it was made with.
 
-    A sum of several means is over the same observations, as that of two heads is, or over others. It is not known which, so
-    that ``n`` must be given.
+    A sum of several means is over the same observations, as that of two heads is, or over others; a multiple of a mean may be
+    the information of all the data, ``n F``. It is not known which, so that ``n`` must be given.
     """
     if n is not None:
         check_number("n", n, "a number of observations, of those that the parameters were fitted to")
         return jnp.asarray(n, fisher.spec.dtype)
-    masses = [part.mass for part in fisher.provenance.parts or (fisher.provenance,) if part.mass is not None]
-    if len(masses) != 1:
-        what = "a sum of several means, over the same observations or over others" if masses else "no mean over examples"
+    means = [part for part in fisher.provenance.parts or (fisher.provenance,) if part.mass is not None]
+    if len(means) != 1 or means[0].mean.scaled:
+        several = "a sum of several means, over the same observations or over others"
+        what = several if len(means) > 1 else "a multiple of a mean" if means else "no mean over examples"
         raise ValueError(
             f"{caller}: {fisher} is {what}, so that the number of observations is not known. Give `n`; n = 1 "
             "where the operator is the information of all the data."
         )
-    return jnp.asarray(masses[0], fisher.spec.dtype)
+    return jnp.asarray(means[0].mass, fisher.spec.dtype)

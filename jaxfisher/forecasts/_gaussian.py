@@ -16,7 +16,7 @@ from jaxfisher._operators.formed import from_matrix
 from jaxfisher._operators.observations import observations
 from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._operators.provenance import Provenance
-from jaxfisher._tree import ParamSpec, cast_like, check_function, param_spec
+from jaxfisher._tree import ParamSpec, cast_like, check_function, joined, param_spec
 from jaxfisher._values import described
 
 Simulator = Callable[[Any], Float[Array, " d"]]
@@ -161,7 +161,8 @@ def conditional_errors(fisher: Operator, n: chex.Numeric | None = None) -> Any:
     """
     fisher = as_operator(fisher, "conditional_errors")
     total = observations(fisher, n, "conditional_errors")
-    return jax.tree.map(lambda leaf: 1 / jnp.sqrt(total * leaf), fisher.diagonal())
+    spec = fisher.spec
+    return joined(spec.unravel(1 / jnp.sqrt(total * spec.ravel(fisher.diagonal(), "diagonal"))))
 
 
 def bias(mean: Simulator, covariance: Spread) -> Callable[..., Any]:

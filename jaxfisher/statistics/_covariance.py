@@ -20,7 +20,7 @@ from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._operators.provenance import Provenance
 from jaxfisher._pytree import array_fields
 from jaxfisher._solve import solve
-from jaxfisher._tree import ParamSpec, cast_like, check_function
+from jaxfisher._tree import ParamSpec, cast_like, check_function, joined
 
 
 @array_fields("finite", "null", "unit", repr=False)
@@ -151,7 +151,7 @@ def standard_errors(fisher: Operator, n: chex.Numeric | None = None) -> Any:
 
     Returns:
         Standard errors in the units of the parameters and the statistics dtype, infinite for a parameter that the data do not
-        determine.
+        determine. Of a complex parameter it is ``a + i b``, with the errors of its real and of its imaginary part.
 
     Raises:
         TypeError: ``fisher`` is not an operator.
@@ -171,8 +171,14 @@ def standard_errors(fisher: Operator, n: chex.Numeric | None = None) -> Any:
             raise ValueError(
                 "standard_errors: `n` is given beside a covariance, which is that of n observations. Leave `n` out."
             )
-        return jax.tree.map(jnp.sqrt, fisher.diagonal())
-    return jax.tree.map(jnp.sqrt, covariance(fisher, n).diagonal())
+        return _roots(fisher)
+    return _roots(covariance(fisher, n))
+
+
+def _roots(covariance: Operator) -> Any:
+    """The roots of the variances; of a complex leaf, of its real and of its imaginary part."""
+    spec = covariance.spec
+    return joined(spec.unravel(jnp.sqrt(spec.ravel(covariance.diagonal(), "variances"))))
 
 
 def sandwich(bread: Operator, meat: Operator, n: chex.Numeric | None = None) -> Operator:
