@@ -23,6 +23,7 @@ from jaxfisher._examples import shape_of_one
 from jaxfisher._model import LogProb, Model, float_fields, predict, scalar
 from jaxfisher._once import Around
 from jaxfisher._tree import is_complex, joined
+from jaxfisher._varying import alike
 
 
 class Rows(Protocol):
@@ -77,7 +78,9 @@ class ScoreRows(Around):
         value, pull_back = jax.vjp(value_of, params)
         # Of u + i v the cotangent a - i b gives a du + b dv.
         cotangent = jnp.ones(()) if self.parts == 1 else jax.lax.complex(seed[0], -seed[1])
-        return (value,), pull_back(cotangent.astype(value.dtype))[0]
+        # Inside `shard_map` values of the examples vary over devices, and so must their cotangents.
+        _, cotangent = alike(value, cotangent.astype(value.dtype))
+        return (value,), pull_back(cotangent)[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.collections import PathCollection
+from matplotlib.figure import Figure
 
 import jaxfisher as jf
 from jaxfisher import plot
@@ -456,7 +457,7 @@ BAD = {
         "has 9 numbers; expected at most 8",
     ),
     "axes of another shape": (
-        lambda: plot.triangle(jnp.zeros(2), {"a": jf.scaled_identity(jnp.zeros(2), 1.0)}, plt.subplots(1, 2)[1]),
+        lambda: plot.triangle(jnp.zeros(2), {"a": jf.scaled_identity(jnp.zeros(2), 1.0)}, Figure().subplots(1, 2)),
         ValueError,
         r"expected an array of Axes of shape \(2, 2\)",
     ),

@@ -161,8 +161,9 @@ def training_step(
             grad_fn: Any = None,
             acceleration_fn: Any = None,
             damping: Any = None,
+            due: Any = None,
         ) -> Scalar:
-            del fisher, kl_fn, obj_fn, grad_fn, acceleration_fn, damping
+            del fisher, kl_fn, obj_fn, grad_fn, acceleration_fn, damping, due
             return evaluate(params)[0]
 
         cheap = Cheap(predicting, params, known.inputs, known.given) if fisher is None else None
