@@ -137,7 +137,7 @@ def make_batch(
     if weights is None:
         even = Batch(spec, n, data, jnp.full(n, 1 / n, spec.dtype), None, batch_size, max_bytes)
         return even if counts is None else _over_counts(even, counts)
-    weights = _checked_weights(weights, n)
+    weights = checked_weights(weights, n)
     omega = _normalised(weights).astype(spec.dtype)
     live = omega != 0
     mass = jnp.sum(jnp.where(weights >= 0, weights, jnp.nan))
@@ -163,7 +163,7 @@ def _over_counts(batch: Batch, counts: Any) -> Batch:
     return dataclasses.replace(batch, weights=batch.weights / mean, mass=mass * mean, counted=True)
 
 
-def _checked_weights(weights: Any, n: int) -> Float[Array, " n"]:
+def checked_weights(weights: Any, n: int) -> Float[Array, " n"]:
     """The weights as an array of floating numbers, one for each example; refused where they are known to be no weights."""
     if isinstance(weights, (list, tuple)):
         wrong = [i for i, weight in enumerate(weights) if not is_array(weight)]

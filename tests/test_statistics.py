@@ -90,6 +90,28 @@ def test_weights_say_how_often_an_observation_occurs():
     assert relative(grouped.as_matrix(), np.asarray(again)) < 1e-12
 
 
+def test_factors_know_how_often_an_observation_occurs():
+    weights = np.where(np.arange(N) % 5 == 0, 0.0, REPEATS)
+    labels = np.where(weights > 0, GROUPS, 99)
+    repeated = np.repeat(np.arange(N), weights.astype(int))
+    again = statistics.leverages(linear)(jnp.zeros(3), X[repeated])
+    h = statistics.leverages(linear)(jnp.zeros(3), X, weights=weights)
+    np.testing.assert_allclose(h[repeated], again, rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(statistics.hc1)(h, weights)[repeated], statistics.hc1(again), rtol=1e-12)
+    assert np.all(np.isnan(jax.jit(statistics.hc1)(h, -weights)))
+    ours = statistics.cluster_factor(labels, 3, weights=weights)
+    np.testing.assert_allclose(ours, statistics.cluster_factor(labels[repeated], 3), rtol=1e-14)
+
+
+def test_clusters_inside_jit_have_any_numbers_for_labels():
+    meat = functools.partial(statistics.meat(jf.log_likelihood(linear)), jnp.zeros(3), X[:6], HEAVY[:6])
+    labels = np.array([7, 7, 10, 10, -5, -5])
+    expected = meat(groups=labels).as_matrix()
+    found = jax.jit(lambda groups: meat(groups=groups).as_matrix())
+    np.testing.assert_allclose(found(labels), expected, rtol=1e-12)
+    np.testing.assert_allclose(found(labels / 3), expected, rtol=1e-12)
+
+
 def test_least_squares_with_hc0_to_hc3():
     """Of a linear model statsmodels has all four; the scale of the model does not matter to them."""
     (found, bread), log_prob, y = fitted(linear)
@@ -327,6 +349,8 @@ def test_a_complex_parameter_has_an_error_for_each_part():
             "`factors` has",
         ),
         (lambda F: statistics.cluster_factor(np.ones(5), 1), ValueError, "with 1 labels; expected a vector of two or more"),
+        (lambda F: statistics.cluster_factor(np.arange(5), 5), ValueError, "below the 5 observations"),
+        (lambda F: statistics.hc1(jnp.zeros(3), weights=[1.0, 2.0]), ValueError, "`weights` has shape"),
         (
             lambda F: statistics.leverages(lambda b, x: jf.Normal(x @ b, jnp.exp(b[0])))(jnp.zeros(3), X),
             ValueError,

@@ -8,10 +8,10 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Scalar
+from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._distributions.base import Distribution
-from jaxfisher._examples import Batch
+from jaxfisher._examples import Batch, checked_weights
 from jaxfisher._fisher import exact_fisher
 from jaxfisher._model import Model
 from jaxfisher._once import Around
@@ -21,6 +21,14 @@ from jaxfisher._operators.operator import Operator
 def mass(batch: Batch) -> Scalar:
     """The number of observations: the sum of the weights, where there are any."""
     return jnp.asarray(batch.size if batch.mass is None else batch.mass, batch.spec.dtype)
+
+
+def occurrences(weights: Any, n: int) -> Float[Array, " n"]:
+    """How often each of n observations occurs: once unless weights say otherwise, and NaN where these are no weights."""
+    if weights is None:
+        return jnp.ones(n)
+    often = checked_weights(weights, n)
+    return jnp.where(often >= 0, often, jnp.nan)
 
 
 @dataclasses.dataclass(frozen=True)

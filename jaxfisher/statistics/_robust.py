@@ -22,7 +22,7 @@ from jaxfisher._scores import scores
 from jaxfisher._tree import check_function
 from jaxfisher._values import described, whole
 from jaxfisher.statistics._covariance import inverse_and_null
-from jaxfisher.statistics._observations import mass
+from jaxfisher.statistics._observations import mass, occurrences
 
 
 def meat(log_prob: LogProb) -> Callable[..., Operator]:
@@ -41,12 +41,12 @@ def meat(log_prob: LogProb) -> Callable[..., Operator]:
 
     Returns:
         A function ``(params, *data, groups=None, factors=None, weights=None)`` that returns a dense operator, by way of the
-        n x p scores. ``groups`` has a label for each example, ``factors`` a number for each. Labels are numbers or strings;
-        inside ``jit`` they must be whole numbers from 0 to n - 1. ``weights`` say how often an observation occurs.
+        n x p scores. ``groups`` has a label for each example, ``factors`` a number for each. Labels are any numbers or,
+        outside ``jit``, strings. ``weights`` say how often an observation occurs.
 
     Raises:
         ValueError: (when called) arrays of different lengths, groups or factors of another length than the data.
-        TypeError: (when called) groups inside ``jit`` that are no whole numbers.
+        TypeError: (when called) groups inside ``jit`` that are no numbers.
 
     Reference: Liang and Zeger, Longitudinal data analysis using generalized linear models (Biometrika 1986), section 3;
     MacKinnon and White (1985), for the factors.
@@ -91,9 +91,10 @@ def _per_example(name: str, values: Any, n: int) -> Array:
 def _places(groups: Any, n: int) -> Array:
     """For each example the number of its group, from zero on."""
     if isinstance(groups, jax.core.Tracer):
-        if not jnp.issubdtype(groups.dtype, jnp.integer):
-            raise TypeError(f"meat: `groups` has dtype {groups.dtype} inside jit; expected whole numbers from 0 to n - 1.")
-        return _per_example("groups", groups, n)
+        if not jnp.issubdtype(groups.dtype, jnp.number) and groups.dtype != bool:
+            raise TypeError(f"meat: `groups` has dtype {groups.dtype} inside jit; expected numbers, a label for each example.")
+        traced: Array = jnp.unique(_per_example("groups", groups, n), return_inverse=True, size=n)[1]
+        return traced
     labels = np.asarray(groups)
     if labels.shape != (n,):
         raise ValueError(
@@ -102,7 +103,7 @@ def _places(groups: Any, n: int) -> Array:
     return jnp.asarray(np.unique(labels, return_inverse=True)[1])
 
 
-def cluster_factor(groups: Any, p: int) -> Scalar:
+def cluster_factor(groups: Any, p: int, weights: Float[Array, " n"] | None = None) -> Scalar:
     r"""What a covariance from few clusters is multiplied by: ``G / (G - 1) (n - 1) / (n - p)``.
 
     It is what Stata and statsmodels apply unless told otherwise: ``cluster_factor(groups, p) * jf.sandwich(bread, meat)``.
@@ -110,9 +111,13 @@ def cluster_factor(groups: Any, p: int) -> Scalar:
     Args:
         groups: the labels, shape ``[n]``, of G different values.
         p: the number of parameters.
+        weights: how often each observation occurs, shape ``[n]``. Then n is their sum, and G the number of groups that occur;
+            the factor is NaN where that is one, or where n is not above p.
 
     Raises:
-        ValueError: one group only, labels that are no vector, or no more observations than parameters.
+        ValueError: one group only, labels that are no vector, no more observations than parameters, or weights of another
+            length, or known to be negative or all zero.
+        TypeError: weights that are no numbers.
 
     Reference: Cameron and Miller, A practitioner's guide to cluster-robust inference (2015), equation 12.
 
@@ -120,17 +125,21 @@ def cluster_factor(groups: Any, p: int) -> Scalar:
     >>> print(statistics.cluster_factor([0, 0, 1, 1, 2, 2], p=1))
     1.5
     """
-    labels = np.asarray(groups)
-    number, columns = len(np.unique(labels)), whole(p)
+    labels, columns = np.asarray(groups), whole(p)
+    number = len(np.unique(labels))
     if labels.ndim != 1 or number < 2:
         raise ValueError(
             f"cluster_factor: `groups` is {described(labels)} with {number} labels; expected a vector of two or more."
         )
-    if columns is None or not 0 <= columns < labels.size:
+    if columns is None or columns < 0 or (weights is None and columns >= labels.size):
         raise ValueError(
             f"cluster_factor: `p` is {described(p)}; expected a whole number below the {labels.size} observations."
         )
-    return jnp.asarray(number / (number - 1) * (labels.size - 1) / (labels.size - columns))
+    often = occurrences(weights, labels.size)
+    occur = jnp.sum(jax.ops.segment_sum(often, _places(labels, labels.size), num_segments=number) > 0)
+    total = jnp.sum(often)
+    factor = occur / (occur - 1) * (total - 1) / (total - columns)
+    return jnp.where((occur > 1) & (total > columns), factor, jnp.nan)
 
 
 def leverages(model: Model) -> Callable[..., Float[Array, " n"]]:
@@ -142,7 +151,8 @@ def leverages(model: Model) -> Callable[..., Float[Array, " n"]]:
         model: ``(params, *inputs) -> distribution`` of ONE example, of which one number moves with the parameters.
 
     Returns:
-        A function ``(params, *inputs, weights=None)``: numbers between 0 and 1, shape ``[n]``.
+        A function ``(params, *inputs, weights=None)``: numbers between 0 and 1, shape ``[n]``. With weights, which say how
+        often an observation occurs, it is the leverage of one occurrence, and ``sum w_i h_i`` is the rank.
 
     Raises:
         ValueError: (when called) a prediction of which more than one number moves: no one hat matrix belongs to it.
@@ -172,11 +182,17 @@ def leverages(model: Model) -> Callable[..., Float[Array, " n"]]:
     return leverages_of
 
 
-def hc1(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
+def hc1(leverages: Float[Array, " n"], weights: Float[Array, " n"] | None = None) -> Float[Array, " n"]:
     r"""The factors of HC1, ``sqrt(n / (n - p))`` for all, with ``p`` the sum of the leverages.
 
     Args:
-        leverages: what `jaxfisher.statistics.leverages` gives, of observations without weights.
+        leverages: what `jaxfisher.statistics.leverages` gives.
+        weights: how often each observation occurs, shape ``[n]``, those that the leverages were made with. Then n is their
+            sum, and ``p = sum w_i h_i``.
+
+    Raises:
+        ValueError: weights of another length, or known to be negative or all zero. Of those known late the factors are NaN.
+        TypeError: weights that are no numbers.
 
     Reference: MacKinnon and White, Some heteroskedasticity-consistent covariance matrix estimators (1985), equation 9.
 
@@ -185,12 +201,15 @@ def hc1(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
     >>> print(statistics.hc1(jnp.full(4, 0.75)))
     [2. 2. 2. 2.]
     """
-    n = leverages.shape[0]
-    return jnp.full_like(leverages, 1) * jnp.sqrt(n / (n - jnp.sum(leverages)))
+    often = occurrences(weights, leverages.shape[0]).astype(leverages.dtype)
+    n = jnp.sum(often)
+    return jnp.full_like(leverages, 1) * jnp.sqrt(n / (n - jnp.sum(often * leverages)))
 
 
 def hc2(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
     r"""The factors of HC2, ``1 / sqrt(1 - h_i)``: unbiased where the model is a linear one of equal variances.
+
+    At a leverage of one there is no such factor, as for `jaxfisher.statistics.hc3`.
 
     Args:
         leverages: what `jaxfisher.statistics.leverages` gives.
@@ -207,6 +226,11 @@ def hc2(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
 
 def hc3(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
     r"""The factors of HC3, ``1 / (1 - h_i)``: about what leaving one observation out would give.
+
+    An observation of leverage one, such as the only one with its dummy variable, determines a parameter alone: its score is
+    zero, nothing can be said of its variance, and its factor is infinite. Their product is NaN, and so is the meat; where
+    rounding leaves the leverage a little off one, the result is a finite number without meaning, as in statsmodels. Leave
+    such an observation out, and its parameter with it.
 
     Args:
         leverages: what `jaxfisher.statistics.leverages` gives.
