@@ -107,7 +107,9 @@ def likelihood_interval(model: Model, function: Callable[[Any], Any], level: che
         level: the coverage, between zero and one.
 
     Returns:
-        A function ``(params, *inputs, target, weights=None) -> Interval``, of the maximum of the likelihood.
+        A function ``(params, *inputs, target, weights=None) -> Interval``, of the maximum of the likelihood. The Fisher
+        there must have full rank: where it has not, as of a design with redundant columns, the ends are NaN and ``converged``
+        is false, also for what the data determine. Take redundant parameters out, or `jaxfisher.statistics.wald_interval`.
 
     Raises:
         ValueError: a level that is not between zero and one; (when called) a function of several numbers, arrays of different
@@ -141,7 +143,9 @@ def score_interval(model: Model, function: Callable[[Any], Any], level: chex.Num
         level: the coverage, between zero and one.
 
     Returns:
-        A function ``(params, *inputs, target, weights=None) -> Interval``, of the maximum of the likelihood.
+        A function ``(params, *inputs, target, weights=None) -> Interval``, of the maximum of the likelihood. The Fisher
+        there must have full rank: where it has not, as of a design with redundant columns, the ends are NaN and ``converged``
+        is false, also for what the data determine. Take redundant parameters out, or `jaxfisher.statistics.wald_interval`.
 
     Raises:
         ValueError: a level that is not between zero and one; (when called) a function of several numbers, arrays of different
