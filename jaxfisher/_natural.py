@@ -22,7 +22,7 @@ from jaxfisher._operators.provenance import mean_over
 from jaxfisher._pieces import sum_batches
 from jaxfisher._scores import values_and_scores
 from jaxfisher._solve import check_solver
-from jaxfisher._targets import taken_by
+from jaxfisher._targets import given_with, taken_by
 from jaxfisher._tree import cast_like, check_function, split
 from jaxfisher._values import check_nonnegative, described, is_known_zero, nonnegative
 
@@ -232,9 +232,10 @@ def _direction(form: FromScores, damping: chex.Numeric, rtol: float) -> Any:
 
 def _called(fisher: FisherFunction, params: chex.ArrayTree, data: tuple[Any, ...], given: dict[str, Any]) -> Operator:
     """The operator of this data; a call that fails says what it was called with."""
-    keywords = {name: value for name, value in given.items() if value is not None}
+    taken = taken_by(fisher, data, data)
+    keywords = given_with(taken, given)
     try:
-        return fisher(params, *taken_by(fisher, data, data), **keywords)
+        return fisher(params, *taken, **keywords)
     except TypeError as error:
         words = "".join(f" and {name}=" for name in keywords)
         error.add_note(

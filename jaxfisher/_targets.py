@@ -7,6 +7,10 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import chex
+import jax
+import jax.numpy as jnp
+
+from jaxfisher._examples import make_batch
 
 R = TypeVar("R")
 
@@ -32,3 +36,18 @@ def taken_by(fisher: Any, data: tuple[Any, ...], usual: tuple[Any, ...]) -> tupl
     if not isinstance(fisher, OfData):
         return usual
     return data if fisher.takes_target else data[:-1]
+
+
+def given_with(taken: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
+    """The weights and counts that go by keyword with what is taken of the data.
+
+    Where no inputs are taken, as of an unconditional model, there is one prediction for all examples: their weights say nothing
+    of it, and the number of its terms is the mean of the counts.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    if jax.tree.leaves(taken):
+        return given
+    if "counts" not in given:
+        return {}
+    counts, weights = jnp.asarray(given["counts"]), given.get("weights")
+    return {"counts": 1 / jnp.sum(make_batch(0.0, (counts,), weights, counts=counts).weights, keepdims=True)}

@@ -32,7 +32,7 @@ from jaxfisher._operators.provenance import Provenance
 from jaxfisher._pieces import map_batches, sum_batches
 from jaxfisher._pytree import array_fields
 from jaxfisher._stack import refuse_stack
-from jaxfisher._targets import taken_by
+from jaxfisher._targets import given_with, taken_by
 from jaxfisher._tree import as_key, check_function, joined, products, split, subtree
 from jaxfisher._values import described, is_known_zero, whole
 
@@ -273,9 +273,7 @@ def _fisher_of(
     else:
         check_function("fisher", fisher, "(params, *data) -> operator")
     taken = taken_by(fisher, data, data)
-    # A model without inputs is one prediction, however many targets there are.
-    keywords = {} if weights is None or not jax.tree.leaves(taken) else {"weights": weights}
-    return as_operator(fisher(params, *taken, **keywords), "laplace: `fisher`")
+    return as_operator(fisher(params, *taken, **given_with(taken, {"weights": weights})), "laplace: `fisher`")
 
 
 @once_for

@@ -11,6 +11,7 @@ import pytest
 from problems import N, assert_close, class_sum_fisher, classifier, data, flat, mean_loss, mlp_params, reference
 
 import jaxfisher as jf
+from jaxfisher import geometry, statistics
 
 LOG_PROB = jf.log_likelihood(classifier)
 
@@ -161,3 +162,30 @@ def test_what_makes_a_fisher_is_given_as_it_is(name, key):
     optimiser = jf.natural_gradient(1.0, 1.0, solver=solver)
     moved, _, _ = jf.training_step(classifier, optimiser, fisher)(params, optimiser.init(params), x, y)
     jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a - b, c, rtol=1e-6, atol=1e-9), params, moved, expected)
+
+
+def test_a_model_without_inputs_takes_weights_and_counts():
+    """One prediction stands for all examples: of weights w and counts c, F is ``sum w F / sum w c``."""
+
+    def model(log_rate):
+        return jf.Poisson(log_rate)
+
+    y, weights, counts = jnp.array([1.0, 4.0, 2.0]), jnp.array([1.0, 0.0, 3.0]), jnp.array([2.0, 9.0, 1.0])
+    rate = np.exp(0.3)
+    opt = jf.natural_gradient(1.0, 0.0)
+    kfac = jf.kfac()
+    exact = jf.exact_fisher(model)
+    for given, terms in (({}, 1.0), ({"weights": weights}, 1.0), ({"weights": weights, "counts": counts}, 5 / 4)):
+        omega = np.asarray(given.get("weights", jnp.ones(3)))
+        gradient, fisher = (rate - omega @ np.asarray(y) / omega.sum()) / terms, rate / terms
+        direction = jf.natural_grad(jf.log_likelihood(model), exact, damping=0.5)(0.3, y, **given)
+        assert_close(direction, gradient / (fisher + 0.5), factor=100)
+        new, _, _ = jf.training_step(model, opt)(0.3, opt.init(0.3), y, **given)
+        assert_close(new, 0.3 - gradient / fisher, factor=100)
+        step = jf.training_step(model, kfac)
+        assert np.isfinite(step(0.3, step.init(0.3, y, **given), y, **given)[0])
+    path = geometry.natural_gradient_flow(model, 1.0, 10)(0.3, y, weights=weights)
+    goal = np.asarray(weights) @ np.asarray(y) / 4
+    np.testing.assert_allclose(jnp.exp(path[-1]), goal + (rate - goal) * np.exp(-1.0), rtol=1e-6)  # of ten steps
+    found = jf.fit(model, penalty=statistics.firth(model))(0.3, y, weights=weights)
+    assert_close(jnp.exp(found.params), goal + 1 / 8, factor=1e8)  # the penalty of a Poisson rate is half an observation

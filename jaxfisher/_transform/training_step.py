@@ -17,7 +17,7 @@ from jaxfisher._divergence import kl
 from jaxfisher._fisher import FisherFunction, exact_fisher
 from jaxfisher._model import MODEL, Model
 from jaxfisher._operators.operator import Operator
-from jaxfisher._targets import taken_by
+from jaxfisher._targets import given_with, taken_by
 from jaxfisher._transform.cheap import Cheap, Offered
 from jaxfisher._transform.like import fishers_like
 from jaxfisher._transform.objective import StepData, WithoutAux, likelihood, own_loss, step_data
@@ -135,7 +135,8 @@ def training_step(
     update = optax.with_extra_args_support(optimiser).update
 
     def curvature_of(params: chex.ArrayTree, data: StepData) -> Operator:
-        return curvature(params, *taken_by(curvature, data.all, data.inputs), **data.given)
+        taken = taken_by(curvature, data.all, data.inputs)
+        return curvature(params, *taken, **given_with(taken, data.given))
 
     def step(
         params: chex.ArrayTree,
@@ -166,15 +167,16 @@ def training_step(
             del fisher, kl_fn, obj_fn, grad_fn, acceleration_fn, damping, due
             return evaluate(params)[0]
 
-        cheap = Cheap(predicting, params, known.inputs, known.given) if fisher is None else None
+        given = given_with(known.inputs, known.given)
+        cheap = Cheap(predicting, params, known.inputs, given) if fisher is None else None
         offered = {
             "value": value,
             "grad": grads,
             "value_fn": value_fn,
             "obj_fn": value_fn,
             "grad_fn": lambda new, _: uphill(jax.grad(value_fn)(new)),
-            "kl_fn": lambda new: divergence(params, new, *known.inputs, **known.given),
-            "acceleration_fn": lambda d: acceleration(predicting)(params, d, *known.inputs, **known.given),
+            "kl_fn": lambda new: divergence(params, new, *known.inputs, **given),
+            "acceleration_fn": lambda d: acceleration(predicting)(params, d, *known.inputs, **given),
             "fisher": Offered(lambda: curvature_of(params, known), cheap),
         }
         updates, state = update(grads, state, params, **_taken(update, offered))

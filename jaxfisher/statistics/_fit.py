@@ -20,6 +20,7 @@ from jaxfisher._once import Around, Static, once_for
 from jaxfisher._operators.operator import Operator
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores import scores
+from jaxfisher._targets import given_with
 from jaxfisher._tree import cast_like, check_function, path_names
 from jaxfisher._values import check_nonnegative, described, whole
 from jaxfisher._varying import while_loop
@@ -361,7 +362,7 @@ class Firth(Around):
     model: Model
 
     def __call__(self, params: chex.ArrayTree, *inputs: Any, weights: Float[Array, " n"] | None = None) -> Scalar:
-        return -0.5 * exact_fisher(self.model)(params, *inputs, weights=weights).logdet(0.0)
+        return -0.5 * exact_fisher(self.model)(params, *inputs, **given_with(inputs, {"weights": weights})).logdet(0.0)
 
 
 def firth(model: Model) -> Firth:
