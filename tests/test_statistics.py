@@ -103,6 +103,32 @@ def test_factors_know_how_often_an_observation_occurs():
     np.testing.assert_allclose(ours, statistics.cluster_factor(labels[repeated], 3), rtol=1e-14)
 
 
+def test_a_dispersion_counts_every_number_of_an_example():
+    """Of k outputs with a coefficient each, n k - p degrees of freedom are left: those of k regressions together."""
+    y = np.column_stack([HEAVY, -2 * HEAVY + COUNTS])
+    beta = np.linalg.lstsq(X, y, rcond=None)[0]
+    of_both = statistics.dispersion(lambda b, x: jf.Normal(x @ b, 1.0))(beta, X, y)
+    np.testing.assert_allclose(of_both, np.sum((y - X @ beta) ** 2) / (2 * N - 6), rtol=1e-12)
+    each = [statistics.dispersion(linear)(beta[:, j], X, y[:, j]) for j in range(2)]
+    np.testing.assert_allclose(of_both, np.mean(each), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "target", "error", "message"),
+    [
+        (lambda x: jf.Categorical(x), 1, TypeError, "returns Categorical"),
+        (lambda x: jf.MultivariateNormal(x, jnp.eye(3)), X[0], TypeError, "returns MultivariateNormal"),
+        (lambda x: jf.Masked(jf.Normal(x, 1.0), x > 0), X[0], TypeError, "returns Masked"),
+        (lambda x: {"a": jf.Normal(x[0], 1.0), "b": jf.Poisson(x[1])}, {"a": 1.0, "b": 2}, TypeError, "returns Joint"),
+        (lambda x: jf.Normal(x[0], 1.0), X[0, :1], ValueError, r"dispersion: one target has shape \(1,\)"),
+    ],
+)
+def test_a_prediction_without_a_dispersion_is_named(predicted, target, error, message):
+    targets = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (5, *np.shape(leaf))), target)
+    with pytest.raises(error, match=message):
+        jax.eval_shape(statistics.dispersion(lambda b, x: predicted(x * b)), jnp.zeros(3), X[:5], targets)
+
+
 def test_clusters_inside_jit_have_any_numbers_for_labels():
     meat = functools.partial(statistics.meat(jf.log_likelihood(linear)), jnp.zeros(3), X[:6], HEAVY[:6])
     labels = np.array([7, 7, 10, 10, -5, -5])

@@ -11,6 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Scalar
 
+from jaxfisher._distributions.base import Distribution
+from jaxfisher._distributions.categorical import Categorical
+from jaxfisher._distributions.foreign import Foreign
+from jaxfisher._distributions.joint import Joint
+from jaxfisher._distributions.masked import Masked
 from jaxfisher._examples import make_batch, map_examples
 from jaxfisher._fisher import exact_fisher
 from jaxfisher._linalg import matmul
@@ -228,9 +233,9 @@ def hc3(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
     r"""The factors of HC3, ``1 / (1 - h_i)``: about what leaving one observation out would give.
 
     An observation of leverage one, such as the only one with its dummy variable, determines a parameter alone: its score is
-    zero, nothing can be said of its variance, and its factor is infinite. Their product is NaN, and so is the meat; where
-    rounding leaves the leverage a little off one, the result is a finite number without meaning, as in statsmodels. Leave
-    such an observation out, and its parameter with it.
+    zero, nothing can be said of its variance, and its factor is infinite. Their product and the meat are NaN or, where
+    rounding leaves one of the two a little off, infinite or a number without meaning, as in statsmodels. Leave such an
+    observation out, and its parameter with it.
 
     Args:
         leverages: what `jaxfisher.statistics.leverages` gives.
@@ -248,9 +253,10 @@ def hc3(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
 def dispersion(model: Model) -> Callable[..., Scalar]:
     r"""Pearson's estimate of the dispersion: how much larger the variance is than the model says.
 
-    .. math:: \hat\phi = \frac1{n - p} \sum_i \frac{(y_i - \mu_i)^2}{v_i},
+    .. math:: \hat\phi = \frac1{n k - p} \sum_i \sum_{j=1}^k \frac{(y_{ij} - \mu_{ij})^2}{v_{ij}},
 
-    with ``mu`` and ``v`` the mean and the variance that the model predicts. Of ``Normal(f, 1)`` it is the residual variance:
+    with ``mu`` and ``v`` the mean and the variance of the k independent numbers that the model predicts for an example,
+    mostly one. Of ``Normal(f, 1)`` it is the residual variance:
     ``phi * jf.covariance(F)`` is then the covariance of least squares.
 
     **When it is the wrong tool.** Of counts that are nearly all zero or one it is biased. A variance that has another form
@@ -263,7 +269,9 @@ def dispersion(model: Model) -> Callable[..., Scalar]:
         A function ``(params, *inputs, target, weights=None)``: a scalar. n is the sum of the weights, where there are any.
 
     Raises:
-        TypeError: (when called) a model that returns no distribution.
+        TypeError: (when called) a model that returns no distribution, or one that is not of independent numbers with a
+            variance: classes, vectors, a `jaxfisher.Joint` or `jaxfisher.Masked`, what another library alone has.
+        ValueError: (when called) a target of another shape than a draw.
 
     Reference: McCullagh and Nelder, Generalized Linear Models (1989), section 4.5.2.
 
@@ -277,13 +285,26 @@ def dispersion(model: Model) -> Callable[..., Scalar]:
     def dispersion_of(params: chex.ArrayTree, /, *data: Any, weights: Any = None) -> Scalar:
         batch = make_batch(params, data, weights)
 
-        def squared(params: chex.ArrayTree, *example: Any) -> Scalar:
+        def squared(params: chex.ArrayTree, *example: Any) -> Array:
             predicted = predict(model, params, *example[:-1])
-            return jnp.sum(jnp.square(example[-1] - predicted.mean) / predicted.variance)
+            _check_numbers(predicted)
+            predicted._check_target(example[-1], "dispersion: one target")
+            target = jnp.asarray(example[-1], predicted.mean.dtype)
+            return jnp.square(target - predicted.mean) / predicted.variance
 
         with of_one_example(model, "model", params, batch.data[:-1]):
-            each = map_examples(squared, params, batch.data)
+            each = map_examples(squared, params, batch.data).astype(batch.spec.dtype).reshape(batch.size, -1)
         total = mass(batch)
-        return jnp.sum(batch.weights * each.astype(batch.spec.dtype)) * total / (total - batch.spec.size)
+        return jnp.sum(batch.weights * jnp.sum(each, axis=1)) * total / (total * each.shape[1] - batch.spec.size)
 
     return dispersion_of
+
+
+def _check_numbers(predicted: Distribution) -> None:
+    """Raise `TypeError` unless a draw is independent numbers, each with a mean and a variance that have a meaning."""
+    if isinstance(predicted, Categorical | Joint | Masked | Foreign) or predicted.event_ndim:
+        raise TypeError(
+            f"dispersion: the model returns {predicted}; expected independent numbers whose variance is known, such as "
+            "jf.Poisson, jf.Normal or jf.Bernoulli. Classes and vectors have no one dispersion; give an example that is to be "
+            "left out the weight zero."
+        )
