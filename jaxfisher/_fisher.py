@@ -14,7 +14,7 @@ from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.implicit import Implicit
 from jaxfisher._operators.operator import Operator, as_operator
-from jaxfisher._operators.provenance import Provenance, mean_over
+from jaxfisher._operators.provenance import Mean, Provenance, mean_over
 from jaxfisher._row_functions import ExactRows, Prediction, Rows, SampledRows, ScoreRows, prediction
 from jaxfisher._scores import CenteredScores, Scores, examples_of, make_scores
 from jaxfisher._targets import OfData
@@ -121,8 +121,9 @@ def fisher_from_scores(scores: Scores) -> Operator:
     .. math:: F = \sum_i \omega_i\, s_i s_i^T, \qquad \omega_i = \tfrac1n \text{ unless weights were given}.
 
     Of ``jf.scores(log_prob)(params, *data)`` it is the empirical Fisher of this data, of centred scores the covariance of the
-    score. Nothing is computed: use it where the scores are needed for themselves too, as for a gradient with coordinates in
-    them, ``scores.rmv(e)``.
+    score. It is a mean over as many observations as the scores are of: the sum of the weights that `jaxfisher.scores` was
+    given, if it was. Nothing is computed: use it where the scores are needed for themselves too, as for a gradient with
+    coordinates in them, ``scores.rmv(e)``.
 
     Args:
         scores: what `jaxfisher.scores` makes, held or in pieces, centred or not.
@@ -150,7 +151,9 @@ def fisher_from_scores(scores: Scores) -> Operator:
             f"returns.{hint}"
         )
     kind = "scores, centred" if isinstance(scores, CenteredScores) else "scores"
-    return Operator(FromScores(scores), Provenance(kind, jnp.asarray(examples_of(scores), scores.spec.dtype)))
+    size = jnp.asarray(examples_of(scores), scores.spec.dtype)
+    mass = None if scores.mass is None else scores.mass.astype(size.dtype)
+    return Operator(FromScores(scores), Provenance(kind, size, mass, Mean(weighted=mass is not None)))
 
 
 def exact_fisher(model: Model, *, batch_size: int | None = None, max_bytes: int | None = None) -> FisherFunction:

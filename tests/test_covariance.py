@@ -57,9 +57,25 @@ def test_an_operator_of_scores_is_the_one_that_its_function_makes():
         assert_close(matrix, x.T @ x)
     for matrix in made["not"]:
         assert np.linalg.norm(matrix - x.T @ x) > 0.1 * np.linalg.norm(x.T @ x), "the control: the mean is not zero"
-    assert repr(jf.fisher_from_scores(scores())) == "Fisher(scores, centred, mean over 12, params 34, exact as scores)"
+    assert repr(jf.fisher_from_scores(scores())) == "Fisher(scores, centred, weighted mean over 12, params 34, exact as scores)"
     fisher = jf.empirical_fisher(log_psi, center=True)(PARAMS, SPINS)
     assert repr(fisher) == "Fisher(empirical, centred, mean over 12, params 34, exact as scores)"
+
+
+def test_an_operator_of_weighted_scores_knows_how_many_observations_it_is_over():
+    """As the empirical Fisher does: the sum of the weights, and not the number of rows."""
+    x, weights = np.array([1.0, -2.0, 0.5]), np.array([1.0, 0.0, 4.0])
+    log_prob = jf.log_likelihood(lambda mu: jf.Normal(mu, 1.0))
+    for given, total in ((weights, 5), (np.full(3, 2.0), 6), (None, 3)):
+        expected = jf.empirical_fisher(log_prob)(0.0, x, weights=given)
+        variance = 1 / (total * np.average(x**2, weights=given))
+        for options in ({}, {"batch_size": 2}):
+            made = jax.jit(jf.scores(log_prob, **options))(0.0, x, weights=given)
+            fisher = jf.fisher_from_scores(made)
+            assert str(fisher.provenance) == str(expected.provenance).replace("empirical", "scores")
+            np.testing.assert_allclose(float(jf.covariance(fisher).as_matrix()[0, 0]), variance, rtol=1e-5)
+        centred = jf.fisher_from_scores(jf.scores(log_prob, center=True)(0.0, x, weights=given))
+        assert float(centred.provenance.mass) == total
 
 
 def test_spring_and_a_trust_region_on_centred_scores():

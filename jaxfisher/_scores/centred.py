@@ -48,6 +48,11 @@ class CenteredScores(Scores):
         return self.scores.weights
 
     @property
+    def mass(self) -> Scalar | None:  # type: ignore[override]
+        """The sum of the weights that were given."""
+        return self.scores.mass
+
+    @property
     def _num_examples(self) -> int:
         return self.scores._num_examples
 

@@ -35,13 +35,14 @@ from jaxfisher._scores.map import FactoredScores, Role, Scores, roles_of, total
 from jaxfisher._tree import ParamSpec, joined
 
 
-@array_fields("leaves", "weights", repr=False)
+@array_fields("leaves", "weights", "mass", repr=False)
 class HeldScores(FactoredScores):
     """Scores in memory, each parameter leaf in its own form: factors of its gradients where the gradients have some."""
 
     leaves: tuple[Leaf, ...]
     weights: Float[Array, " rows"]
     spec: ParamSpec
+    mass: Scalar | None = None
 
     @property
     def _way(self) -> str:
@@ -126,7 +127,7 @@ class HeldScores(FactoredScores):
         return jnp.max(functools.reduce(jnp.maximum, [leaf.sizes() for leaf in self.leaves if leaf.layer is None]))
 
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> HeldScores:
-        return HeldScores(kept_leaves(self.leaves, keep), self.weights, spec)
+        return dataclasses.replace(self, leaves=kept_leaves(self.leaves, keep), spec=spec)
 
 
 @partial(once, examples=lambda scores, kinds: scores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -138,7 +139,8 @@ def scores(
 
     def scores_of(params: chex.ArrayTree, *data: Any, weights: Float[Array, " n"] | None = None) -> Scores:
         needs_data(data, "scores")
-        made = make_scores(rows, params, make_batch(params, data, weights, batch_size, max_bytes))
+        batch = make_batch(params, data, weights, batch_size, max_bytes)
+        made: Any = dataclasses.replace(make_scores(rows, params, batch), mass=batch.mass)  # type: ignore[type-var]
         return made.centered(made.num_rows // examples_of(made)) if center else made
 
     return scores_of

@@ -47,6 +47,8 @@ class Scores(abc.ABC):
 
     spec: ParamSpec
     weights: Float[Array, " rows"]
+    mass: Scalar | None = None
+    """The sum of the weights that were given, before ``weights`` were made of them; None where none were given."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Compile each method that a subclass overrides into one program."""

@@ -73,7 +73,7 @@ class ScoresInPieces(Scores):
         return jnp.max(self._map(lambda held: jnp.full(held.num_rows, held.bound())))
 
 
-@array_fields("params", "data", "weights", "live", "shift", "factors", repr=False)
+@array_fields("params", "data", "weights", "live", "shift", "factors", "mass", repr=False)
 class StreamedScores(ScoresInPieces, FactoredScores):
     """Scores made again, ``batch_size`` examples at a time, whenever they are needed.
 
@@ -90,6 +90,7 @@ class StreamedScores(ScoresInPieces, FactoredScores):
     live: Bool[Array, " n"] | None = None
     shift: tuple[Any, ...] | None = None
     factors: tuple[Scalar, ...] | None = None
+    mass: Scalar | None = None
 
     @property
     def _num_examples(self) -> int:
