@@ -306,8 +306,6 @@ class Triangular(NamedTuple):
 def triangular(matrix: Float[Array, "m m"], damping: Scalar) -> Triangular:
     """One Cholesky factor of ``matrix + damping I``. Only the upper triangle is read."""
     eps = jnp.finfo(matrix.dtype).eps
-    # One that turns out negative must not pass for the rounding of the diagonal.
-    damping = jnp.where(damping < 0, jnp.nan, damping)
     diagonal = jnp.abs(diagonals(matrix[None])[0]) + damping
     unit = unit_diagonal(diagonal)
     told = ~(damping <= eps * jnp.max(diagonal, initial=0.0))

@@ -237,11 +237,11 @@ def log_determinant(matrix: Float[Array, "m m"], damping: Scalar) -> Scalar:
     well_posed = jnp.all(share > jnp.where(told, eps, size * eps))
 
     def by_eigenvalues() -> Scalar:
-        # In its own units what is zero to rounding has any damping for an eigenvalue.
-        damped = damping > 0
+        # In its own units what is zero to rounding has any damping for an eigenvalue. A NaN is no zero.
+        damped = ~(damping <= 0)
         scale = jnp.where(damped, 1, unit)
         values = eigenvalues(scale[:, None] * matrix * scale[None, :] + jnp.where(damped, 0, shares))
-        singular = jnp.where(values > size * eps * jnp.max(values, initial=0.0), values, 0)
+        singular = jnp.where(values <= size * eps * jnp.max(values, initial=0.0), 0, values)
         return jnp.sum(jnp.log(jnp.where(damped, values + damping, singular))) - 2 * jnp.sum(jnp.log(scale))
 
     by_pivots: Scalar = cond(

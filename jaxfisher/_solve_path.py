@@ -16,7 +16,7 @@ from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._path import PATH
 from jaxfisher._system import SolveInfo
 from jaxfisher._tree import cast_like, described, dtype_of
-from jaxfisher._values import check_array, is_array
+from jaxfisher._values import check_array, is_array, nonnegative_entries
 from jaxfisher._varying import cond
 
 
@@ -28,14 +28,14 @@ def solve_path(fisher: Operator, v: chex.ArrayTree, dampings: Float[Array, " k"]
             together, eight at once at most, and refined against F itself where they need it. One that does not converge, as
             without a damping that the dtype can tell from zero, is found as `jaxfisher.solve` does, by itself.
         v: a pytree shaped like the parameters.
-        dampings: shape ``[k]``, each ``>= 0``.
+        dampings: shape ``[k]``, each ``>= 0``. With one that is only known at run time to be negative the solution is NaN.
 
     Returns:
         ``(x, info)``, both with a leading axis of ``k``.
 
     Raises:
         TypeError: ``fisher`` is not an operator.
-        ValueError: ``dampings`` is not one axis of real numbers; as in `jaxfisher.solve`.
+        ValueError: ``dampings`` is not one axis of real numbers, or known to hold a negative one; as in `jaxfisher.solve`.
 
     Reference: Golub and Van Loan, Matrix Computations (2013), section 6.1.4 (ridge regression by the singular values).
 
@@ -51,14 +51,16 @@ def solve_path(fisher: Operator, v: chex.ArrayTree, dampings: Float[Array, " k"]
             f"solve_path: `dampings` is {described(dampings)}; expected an array of real numbers along one axis. Pass such as "
             "jnp.array([1e-3, 1e-2])."
         )
-    dampings = jnp.asarray(dampings).astype(fisher.spec.dtype)
+    dampings = nonnegative_entries("solve_path: `dampings`", dampings, fisher.spec.dtype)
     x, info = _path(fisher, fisher.spec.vector(v), dampings)
     return cast_like(x, v), info
 
 
 @once
 def _path(fisher: Operator, v: Any, dampings: Float[Array, " k"]) -> tuple[Any, SolveInfo]:
-    spec, inverses = fisher.spec, fisher.form.inverses(jnp.max(dampings, initial=0.0), PATH)
+    # One that turned out negative, which is NaN, leaves the others as they are.
+    largest = jnp.max(dampings, initial=0.0, where=dampings >= 0)
+    spec, inverses = fisher.spec, fisher.form.inverses(largest, PATH)
     together = _in_pieces(lambda damping: reported(spec, inverses(damping), v), dampings, fisher.form.at_once)
 
     def checked(damping: Scalar, found: tuple[Any, SolveInfo]) -> tuple[Any, SolveInfo]:

@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Scalar
+from jaxtyping import Array, Scalar
 
 
 def is_array(value: Any) -> bool:
@@ -89,9 +89,25 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def nonnegative(name: str, value: chex.Numeric, dtype: Any) -> Scalar:
-    """The argument as a scalar of this dtype; refused as by `check_nonnegative`."""
+    """The argument as a scalar of this dtype; refused as by `check_nonnegative`, and NaN where it turns out negative."""
     check_nonnegative(name, value)
-    return jnp.asarray(value, dtype)
+    return _nan_below_zero(value, dtype)
+
+
+def nonnegative_entries(name: str, values: Any, dtype: Any) -> Array:
+    """The same of an array, each of whose entries is such a number."""
+    check_array(name, values)
+    # The values of a JAX array are run-time numbers: to look at them would wait for the device.
+    known = values if isinstance(values, np.ndarray) else np.zeros(0)
+    wrong = known[~((known >= 0) & (known < np.inf))]
+    if wrong.size:
+        raise ValueError(f"{name} holds {wrong[0]}; expected finite numbers of at least zero.")
+    return _nan_below_zero(values, dtype)
+
+
+def _nan_below_zero(value: Any, dtype: Any) -> Array:
+    array = jnp.asarray(value, dtype)
+    return jnp.where(array >= 0, array, jnp.nan) if isinstance(value, jax.Array) else array
 
 
 def check_nonnegative(name: str, value: chex.Numeric) -> None:

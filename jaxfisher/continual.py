@@ -40,7 +40,7 @@ def ewc_penalty(fisher: Operator, anchor: chex.ArrayTree, strength: chex.Numeric
     Args:
         fisher: of the earlier task, at ``anchor``.
         anchor: the parameters theta* at the end of the earlier task.
-        strength: c ``>= 0``.
+        strength: c ``>= 0``; the penalty is NaN where c is only known at run time to be negative.
 
     Returns:
         A function of parameters that gives a scalar, to be added to a mean loss. Its gradient costs a product with F.

@@ -219,3 +219,36 @@ def test_a_matrix_beyond_the_dtype_gives_no_number(view):
     F = jf.exact_fisher(linear)(jnp.zeros(2, jnp.float32), jnp.full((3, 2), 1e21, jnp.float32))
     solution, info = jf.solve(view(F), jnp.ones(2, jnp.float32), 0.0)
     assert np.all(np.isnan(solution)) and not info.finite and not info.converged
+
+
+VIEWS = {
+    "scores": lambda F: F,
+    "dense": jf.dense,
+    "diagonal": jf.diagonal,
+    "Kronecker": jf.kronecker,
+    "eigen-Kronecker": jf.eigen_kronecker,
+    "low rank": lambda F: jf.low_rank(F, 3),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_what_turns_out_negative_at_run_time_is_nan_and_does_not_converge(view):
+    """Of a negative damping, alone or along a path, of a multiple and of a penalty: none passes for a number."""
+    params, x, *_ = reference()
+    F = VIEWS[view](jf.exact_fisher(classifier)(params, x))
+
+    @jax.jit
+    def made(F, bad):
+        path, reports = jf.solve_path(F, params, jnp.stack([1.0 + 0 * bad, bad]))
+        alone, report = jf.solve(F, params, bad)
+        numbers = F.logdet(bad), jf.effective_dimension(F, bad), F.inv_sqrt_mv(params, bad), (bad * F).trace()
+        return path, reports.converged, alone, report.converged, numbers, jf.ewc_penalty(F, params, bad)(params)
+
+    path, converged, alone, report, numbers, penalty = made(F, -0.5)
+    at_one, _ = solve(F, params, 1.0)
+    assert_close(flat(jax.tree.map(lambda leaf: leaf[0], path)), flat(at_one), factor=100)
+    assert converged.tolist() == [True, False]
+    assert not report
+    others = [jax.tree.map(lambda leaf: leaf[1], path), alone, numbers, penalty]
+    for leaf in jax.tree.leaves(others):
+        assert np.all(np.isnan(leaf)), leaf

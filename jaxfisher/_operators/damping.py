@@ -7,7 +7,6 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._operators.dense import by_entry
@@ -15,7 +14,7 @@ from jaxfisher._operators.form import Form
 from jaxfisher._operators.inverted import Inverted
 from jaxfisher._system import Factorise, Solved
 from jaxfisher._tree import ParamSpec, for_both_parts, joined_structure
-from jaxfisher._values import check_array, described, nonnegative
+from jaxfisher._values import described, nonnegative, nonnegative_entries
 
 Damping: TypeAlias = Any
 """One number, or a pytree like the parameters with one number for each leaf, or one for each of the leaf's parameters."""
@@ -53,20 +52,11 @@ def checked_damping(damping: Damping, spec: ParamSpec, name: str = "damping") ->
         return nonnegative(name, damping, spec.dtype)
     leaves = zip(spec.paths, _of_leaves(damping, spec), strict=True)
     return tuple(
-        nonnegative(name, leaf, spec.dtype) if jnp.shape(leaf) == () else _entries(f"`{name}` at {path}", leaf, spec.dtype)
+        nonnegative(name, leaf, spec.dtype)
+        if jnp.shape(leaf) == ()
+        else nonnegative_entries(f"`{name}` at {path}", leaf, spec.dtype)
         for path, leaf in leaves
     )
-
-
-def _entries(name: str, values: Any, dtype: Any) -> Array:
-    """The damping of each parameter of a leaf; refused where it is known to be negative or not finite."""
-    check_array(name, values)
-    # The values of a JAX array are run-time numbers: to look at them would wait for the device.
-    known = values if isinstance(values, np.ndarray) else np.zeros(0)
-    wrong = known[~((known >= 0) & (known < np.inf))]
-    if wrong.size:
-        raise ValueError(f"{name} holds {wrong[0]}; expected finite numbers of at least zero.")
-    return jnp.asarray(values, dtype)
 
 
 def entries_of(dampings: Dampings, spec: ParamSpec) -> Float[Array, " p"]:

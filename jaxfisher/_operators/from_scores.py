@@ -166,9 +166,10 @@ class FromScores(Form):
         eps = jnp.finfo(values.dtype).eps * values.shape[0]
         held = values > eps * jnp.max(values)
         values = jnp.where(held, values, 1)
-        safe = jnp.where(damping > 0, damping, 1)
-        outside = jnp.where(damping > 0, safe**power, 0)
-        inside = jnp.where(damping > 0, outside * jnp.expm1(power * jnp.log1p(values / safe)), values**power) / values
+        damped = ~(damping <= 0)  # a NaN is no zero
+        safe = jnp.where(damped, damping, 1)
+        outside = jnp.where(damped, safe**power, 0)
+        inside = jnp.where(damped, outside * jnp.expm1(power * jnp.log1p(values / safe)), values**power) / values
         c = matmul(vectors, jnp.where(held, inside, 0) * matmul(vectors.T, scaled.into_rows(flat)))
         result = outside * flat + scaled.out_of_rows(c)
         return self.spec.unravel(result * (factor**-power) * factor**-power)
@@ -181,8 +182,6 @@ class FromScores(Form):
         The residual is about ``rtol`` of the right-hand side. Where the rows are fewer than the parameters, a damping that
         the dtype cannot tell from zero is replaced by the smallest one that it can.
         """
-        # A negative damping would be replaced in the same way.
-        damping = jnp.where(damping < 0, jnp.nan, damping)
         factor = to_unit(self.scores.bound(), jnp.sqrt(jnp.abs(damping)))
         scaled, damping = Scaled(self.scores, factor), twice(damping, factor)
         b = scaled.root * e

@@ -128,8 +128,6 @@ def _factored(gram: Float[Array, "rows rows"], damping: Scalar, strips: Strips) 
     # As a sum, to which every device gives what it has of the diagonal.
     largest = jnp.max(jnp.sum(jnp.where(there, gram, 0), 1)) + damping
     told = ~(damping <= jnp.finfo(gram.dtype).eps * largest)
-    # One that turns out negative must not pass for the rounding of the diagonal.
-    damping = jnp.where(damping < 0, jnp.nan, damping)
     return Apart(factorised(jnp.where(there, raised(gram, damping), gram), strips), told, strips)
 
 
