@@ -15,7 +15,7 @@ from jaxfisher._model import LOG_PROB, LogProb
 from jaxfisher._operators.damping import Damping
 from jaxfisher._operators.observations import observations
 from jaxfisher._operators.operator import Operator, Solver, as_operator
-from jaxfisher._scores import Scores, scores
+from jaxfisher._scores import Scores, check_one_row_each, scores
 from jaxfisher._solve import check_solver, solve
 from jaxfisher._system import SolveInfo
 from jaxfisher._tree import check_function, dot, param_spec
@@ -66,7 +66,7 @@ def influence(
 
     Raises:
         TypeError: ``log_prob`` is no function, ``fisher`` no operator, ``n`` no number; (when called) ``train`` or ``test`` is
-            no data.
+            no data, ``log_prob`` is complex.
         ValueError: ``n`` is not given, and ``fisher`` is no mean, or a sum of several; (when called) ``params`` of another
             structure than those of ``fisher``, no batch; as in `jaxfisher.scores` and `jaxfisher.solve`.
 
@@ -83,7 +83,7 @@ def influence(
      [-0.128  0.128]]
     """
     fisher, count = _checked("influence", log_prob, fisher, n, solver)
-    train_scores, test_scores = scores(log_prob, batch_size=batch_size), scores(log_prob)
+    train_scores, test_scores = _one_row_each("influence", log_prob, batch_size), _one_row_each("influence", log_prob)
 
     def influence_of(params: chex.ArrayTree, train: Any, test: Any, damping: Damping) -> Answers:
         solved, info = _solutions(fisher, _vectors(test_scores, params, _data(test, "test"), fisher), damping, solver)
@@ -140,7 +140,7 @@ def self_influence(
     [0.128 0.128]
     """
     fisher, count = _checked("self_influence", log_prob, fisher, n, solver)
-    scores_of, size = scores(log_prob), checked_batch_size(batch_size)
+    scores_of, size = _one_row_each("self_influence", log_prob), checked_batch_size(batch_size)
 
     def self_influence_of(params: chex.ArrayTree, train: Any, damping: Damping) -> Answers:
         values, infos = [], []
@@ -178,7 +178,8 @@ def tracin(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[...,
         examples]``.
 
     Raises:
-        TypeError: ``log_prob`` is no function; (when called) ``checkpoints`` cannot be iterated over, ``rates`` no numbers.
+        TypeError: ``log_prob`` is no function; (when called) ``checkpoints`` cannot be iterated over, ``rates`` no numbers,
+            ``log_prob`` is complex.
         ValueError: (when called) no checkpoint, or another number of rates.
 
     Reference: Pruthi, Liu, Kale and Sundararajan, Estimating training data influence by tracing gradient descent (NeurIPS
@@ -191,7 +192,7 @@ def tracin(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[...,
     [[ 1.5 -6. ]]
     """
     check_function("log_prob", log_prob, LOG_PROB)
-    scores_of = scores(log_prob, batch_size=batch_size)
+    scores_of = _one_row_each("tracin", log_prob, batch_size)
 
     def tracin_of(
         checkpoints: Iterable[chex.ArrayTree], train: Any, test: Any, rates: chex.Numeric | Sequence[chex.Numeric] = 1.0
@@ -215,6 +216,18 @@ def tracin(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[...,
         return jnp.asarray(total)
 
     return tracin_of
+
+
+def _one_row_each(caller: str, log_prob: LogProb, batch_size: int | None = None) -> Callable[..., Scores]:
+    """The scores of a real log-density: of a complex one an example has two rows, and no one number says what it changes."""
+    scores_of = scores(log_prob, batch_size=batch_size)
+
+    def checked(params: chex.ArrayTree, /, *data: Any) -> Scores:
+        made = scores_of(params, *data)
+        check_one_row_each(caller, made)
+        return made
+
+    return checked
 
 
 def _rate(rates: Any, place: int) -> Array:

@@ -143,13 +143,8 @@ class Scores(abc.ABC):
         Reference: Abadi et al., Deep learning with differential privacy (CCS 2016), algorithm 1.
         """
         max_norm = nonnegative("max_norm", max_norm, self.spec.dtype)
-        if self.num_rows != examples_of(self):
-            raise TypeError(
-                f"clipped_sum: {self} have several rows an example, as those of a complex log-density have, so that a bound on "
-                "the rows is none on what one example changes. Give a real log-density."
-            )
+        check_one_row_each("clipped_sum", self)
         # A bound that is none, negative or NaN, is no error at run time, and no sum is as short as it says.
-        max_norm = jnp.where(max_norm >= 0, max_norm, jnp.nan)
         whole, count = self._clipped(max_norm)
         return ClippedSum(jax.tree.map(lambda leaf: jnp.where(max_norm >= 0, leaf, jnp.nan), whole), max_norm, count)
 
@@ -252,6 +247,15 @@ class Role(NamedTuple):
 
     layer: int | None
     touched: bool
+
+
+def check_one_row_each(caller: str, scores: Scores) -> None:
+    """Raise `TypeError` where an example has several rows, and what is asked is of examples."""
+    if scores.num_rows != examples_of(scores):
+        raise TypeError(
+            f"{caller}: {scores} have several rows an example, as those of a complex log-density have, and what {caller} says "
+            "of an example takes one. Give a real log-density, such as 2 * log_psi(params, x).real."
+        )
 
 
 def examples_of(scores: Scores) -> int:

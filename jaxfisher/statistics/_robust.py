@@ -23,7 +23,7 @@ from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example, pr
 from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.operator import Operator, scores_of
 from jaxfisher._operators.provenance import mean_over
-from jaxfisher._scores import scores
+from jaxfisher._scores import check_one_row_each, scores
 from jaxfisher._tree import check_function
 from jaxfisher._values import described, whole
 from jaxfisher.statistics._covariance import inverse_and_null
@@ -70,6 +70,7 @@ def meat(log_prob: LogProb) -> Callable[..., Operator]:
     ) -> Operator:
         batch = make_batch(params, data, weights)
         made = scores(log_prob)(params, *data, weights=weights)
+        check_one_row_each("meat", made)
         rows = made.as_matrix()
         if factors is not None:
             rows = rows * _per_example("factors", factors, batch.size).astype(rows.dtype)[:, None]
