@@ -164,6 +164,9 @@ def test_an_exchange_leaves_a_start_that_determines_too_little_or_does_not_conve
     assert bool(found.converged) and float(found.value) == 0.0 and sorted(found.runs.tolist()) == [0, 1, 2]
     stuck = exchanged(jnp.array([2, 2, 2]))
     assert not bool(stuck.converged) and float(stuck.value) == -np.inf
+    for outside in (-1, 3):
+        wrong = exchanged(jnp.array([0, 1, outside]))
+        assert not bool(wrong.converged) and np.isnan(wrong.value)
 
 
 def test_an_exchange_finds_the_runs_and_the_gradient_the_places():
@@ -202,6 +205,14 @@ def test_an_exchange_finds_the_runs_and_the_gradient_the_places():
         (lambda: design.optimal_weights(np.eye(3), design.d_criterion), ValueError, r"expected one matrix for each candidate"),
         (lambda: design.optimal_weights(candidates(), "D"), TypeError, "`criterion` is 'D'; expected a function"),
         (lambda: design.optimal_weights(candidates(), design.d_criterion, atol=-1.0), ValueError, "`atol` is -1.0"),
+        *[
+            (
+                lambda bad=bad: design.exchange(candidates(), design.d_criterion, np.array([0, bad, 2])),
+                ValueError,
+                f"holds {bad}; .* to 20",
+            )
+            for bad in (-1, 21)
+        ],
         (lambda: design.exchange(candidates(), design.d_criterion, np.ones(3)), TypeError, "a vector of whole numbers"),
         (lambda: design.exchange(candidates(), design.d_criterion, np.arange(3), max_steps=0), ValueError, "`max_steps` is 0"),
     ],

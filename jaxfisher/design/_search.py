@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._tree import check_function
@@ -142,7 +143,8 @@ def exchange(
     Args:
         informations: of one measurement at each of m candidates, shape ``[m, p, p]``.
         criterion: a function of the information of one design.
-        start: the candidates that it starts from, k whole numbers. Together they should determine all parameters, or all but
+        start: the candidates that it starts from, k whole numbers from 0 to m - 1; inside ``jit``, with one that is none of
+            these, the value is NaN. Together they should determine all parameters, or all but
             what one exchange adds.
         max_steps: the most exchanges.
 
@@ -150,7 +152,7 @@ def exchange(
         A `jaxfisher.design.Exchanged`.
 
     Raises:
-        ValueError: informations of another shape, a number of steps below one.
+        ValueError: informations of another shape, a number of steps below one, a start that holds what is no candidate.
         TypeError: ``criterion`` is not a function, a start that holds no whole numbers.
 
     Reference: Fedorov, Theory of Optimal Experiments (1972), section 3.2; Cook and Nachtsheim (1980).
@@ -167,10 +169,11 @@ def exchange(
     if steps is None or steps < 1:
         raise ValueError(f"exchange: `max_steps` is {described(max_steps)}; expected a whole number, at least 1.")
     runs = jnp.asarray(start)
-    if runs.ndim != 1 or not jnp.issubdtype(runs.dtype, jnp.integer):
+    if runs.ndim != 1 or not runs.size or not jnp.issubdtype(runs.dtype, jnp.integer):
         raise TypeError(
             f"exchange: `start` is {described(start)}; expected a vector of whole numbers, the candidate of each run."
         )
+    _check_places(start, len(matrices))
     eps = float(jnp.finfo(matrices.dtype).eps)
 
     def step(state: Any) -> Any:
@@ -188,10 +191,25 @@ def exchange(
             better,
         )
 
-    first = criterion(jnp.sum(matrices[runs], axis=0))
+    # A run that is no candidate, which inside `jit` is known too late to be refused, does not pass for one: nothing is better.
+    there = jnp.all((runs >= 0) & (runs < len(matrices)))
+    first = jnp.where(there, criterion(jnp.sum(matrices[runs], axis=0)), jnp.nan)
     begin = jnp.zeros((), jnp.int32), runs, first, jnp.ones((), bool)
     _, runs, value, better = while_loop(lambda state: state[3] & (state[0] < steps), step, begin)
     return Exchanged(runs, value, ~better & jnp.isfinite(value))
+
+
+def _check_places(start: Any, candidates: int) -> None:
+    """Raise where a run that is known is none of the candidates."""
+    if isinstance(start, jax.core.Tracer):
+        return
+    known = np.asarray(start)
+    wrong = known[(known < 0) | (known >= candidates)]
+    if wrong.size:
+        raise ValueError(
+            f"exchange: `start` holds {wrong[0]}; expected whole numbers from 0 to {candidates - 1}, the places of the "
+            f"{candidates} candidates in `informations`."
+        )
 
 
 def _checked(informations: Any, criterion: Any, caller: str) -> Float[Array, "m p p"]:
