@@ -118,10 +118,12 @@ def test_what_comes_along_is_stacked_and_costs_no_curvature():
 def test_a_loss_of_one_s_own_has_its_own_aux():
     params, x, y, *_ = reference()
     loss = lambda p, x, y: (nll(p, x, y), jnp.arange(3))  # noqa: E731
-    new, (value, aux) = stepped(jf.kfac(), with_aux, data=(x, y), loss=loss, has_aux=True)
+    new, (value, aux) = stepped(jf.kfac(), classifier, data=(x, y), loss=loss, has_aux=True)
     np.testing.assert_array_equal(aux, [0, 1, 2])
     assert_close(value, nll(params, x, y))
     assert_close(flat(new), flat(stepped(jf.kfac(), classifier, data=(x, y))[0]), factor=1e4)
+    with pytest.raises(TypeError, match=r"no loss of your own.*the distribution alone, lambda params, x: model"):
+        stepped(jf.kfac(), with_aux, data=(x, y), loss=loss, has_aux=True)
 
 
 # --- a key for each example ------------------------------------------------------------------------------------------------

@@ -59,8 +59,9 @@ class Joint(Distribution):
             if not _is_distribution(part):
                 raise TypeError(
                     f"Joint: the part at {jax.tree_util.keystr(path)} is {described(part)}; expected a distribution. What a "
-                    "model returns beside its distribution is an auxiliary output: return (distribution, aux), give "
-                    "jf.training_step has_aux=True, and a Fisher the distribution alone, lambda params, x: model(params, x)[0]."
+                    "model returns beside its distribution is an auxiliary output: return (distribution, aux), and give "
+                    "jf.training_step has_aux=True and no loss of your own. All else, and a step with such a loss, takes "
+                    "the distribution alone, lambda params, x: model(params, x)[0]."
                 )
             made.append(as_distribution(part))
         object.__setattr__(self, "parts", jax.tree.unflatten(outer, made))

@@ -82,7 +82,8 @@ def training_step(
     data set. The loss is called once, ``loss(params, *inputs, target)``, on the whole batch.
 
     Args:
-        model: ``(params, *inputs) -> distribution`` of ONE example; with ``has_aux`` ``(distribution, aux)``.
+        model: ``(params, *inputs) -> distribution`` of ONE example; with ``has_aux``, and no ``loss`` of your own,
+            ``(distribution, aux)``.
         optimiser: a gradient transformation.
         fisher: such as ``jf.empirical_fisher(log_prob)`` or ``jf.exact_fisher(model)``, or a function of your own,
             ``(params, *inputs) -> operator`` of the batch, to which priors and penalties are added as operators; None for
@@ -90,8 +91,9 @@ def training_step(
             with.
         loss: ``(params, *inputs, target) -> scalar`` of the whole batch, to be made smaller in place of the negative
             log-likelihood; with ``has_aux`` ``(scalar, aux)``. The curvature is still the model's.
-        has_aux: whether something comes along with the objective. Of the likelihood it is stacked over the examples. A Fisher
-            of your own is that of a model without it: ``jf.exact_fisher(lambda params, x: model(params, x)[0])``.
+        has_aux: whether something comes along with the objective. With a ``loss`` of your own it is the loss that returns a
+            pair, and the model the distribution alone, ``lambda params, x: model(params, x)[0]``. Else it is the model, and
+            what comes along is stacked over the examples; a Fisher of your own is that of the distribution alone.
 
     Returns:
         A function ``(params, state, *inputs, target, weights=None, counts=None, key=None)`` to ``(params, state, loss)``, the
@@ -129,7 +131,7 @@ def training_step(
         check_function("loss", loss, "(params, *inputs, target) -> the scalar loss of the whole batch")
     check_flag("training_step: `has_aux`", has_aux)
     objective = likelihood(model, has_aux) if loss is None else own_loss(loss, has_aux)
-    predicting = WithoutAux(model) if has_aux else model
+    predicting = WithoutAux(model) if has_aux and loss is None else model
     curvature = exact_fisher(predicting) if fisher is None else fisher
     divergence = kl(predicting)
     update = optax.with_extra_args_support(optimiser).update
