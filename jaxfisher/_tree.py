@@ -192,6 +192,11 @@ def joined(tree: Any) -> Any:
     return jax.tree.map(lambda node: jax.lax.complex(*node) if _is_parts(node) else node, tree, is_leaf=_is_parts)
 
 
+def either_part(flags: Any) -> Any:
+    """A tree of booleans with one for each complex number: whether it holds of its real or of its imaginary part."""
+    return jax.tree.map(lambda node: node.real | node.imag if _is_parts(node) else node, flags, is_leaf=_is_parts)
+
+
 def _is_parts(node: Any) -> bool:
     return isinstance(node, Parts)
 

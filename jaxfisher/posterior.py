@@ -24,7 +24,7 @@ from jaxfisher._examples import Batch, make_batch, map_examples
 from jaxfisher._fisher import FisherFunction, exact_fisher
 from jaxfisher._model import MODEL, LogProb, Model, log_likelihood, mean_loss, of_one_example, predict
 from jaxfisher._once import Static, once, once_for
-from jaxfisher._operators.damping import Damping, checked_damping, damped_inverse, entries_of
+from jaxfisher._operators.damping import Damping, checked_damping, damped_inverse, entries_of, restricted_damping
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._operators.identity import scaled_identity
 from jaxfisher._operators.operator import VIEW, Operator, View, as_operator
@@ -210,8 +210,8 @@ def laplace(
         model: ``(params, *inputs) -> distribution`` of ONE example.
         params: the mean.
         *data: the inputs and, last, the targets; every array has a leading axis of n examples.
-        prior: A, above zero: one number, or a pytree like the parameters, or like those that ``keep`` keeps with None for the
-            others, with one number for each leaf, or an array of its shape with one for each parameter.
+        prior: A, above zero: one number, or a pytree like the parameters, or one with None for those that ``keep`` leaves out,
+            with one number for each leaf, or an array of its shape with one for each parameter.
         view: a form of F: `jaxfisher.dense`, `jaxfisher.kronecker`, `jaxfisher.eigen_kronecker`, `jaxfisher.diagonal`,
             ``lambda F: jf.low_rank(F, 20)``; None for F itself, exact as scores.
         fisher: in place of `jaxfisher.exact_fisher` of the model, which is also its generalised Gauss-Newton matrix: a function
@@ -255,6 +255,7 @@ def laplace(
     flags = (True,) * len(batch.spec.paths)
     if keep is not None:
         flags, found = batch.spec.flags(keep, "laplace"), found.restrict(keep)
+        prior = restricted_damping(prior, batch.spec, flags, "prior")
     if view is not None:
         found = as_operator(view(found), "laplace: `view`")
         spec = batch.spec.restrict(flags, subtree(batch.spec.treedef, flags))

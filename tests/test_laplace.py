@@ -161,15 +161,17 @@ def test_every_view_against_its_matrix(view):
     assert_close(slope, 0.5 * (31 / 0.9 - theta @ theta - np.trace(inverse)), factor=1e4)
 
 
-@pytest.mark.parametrize("prior", ["one", "a leaf", "a parameter"])
+@pytest.mark.parametrize("prior", ["one", "a leaf", "a parameter", "all of them"])
 def test_the_last_layer_alone(prior):
     x = regression()[0]
     given = {
         "one": 0.9,
         "a leaf": {"first": {"b": None, "w": None}, "last": {"b": 0.5, "w": 1.5}},
         "a parameter": {"first": {"b": None, "w": None}, "last": {"b": np.ones(3), "w": np.linspace(1, 2, 12).reshape(4, 3)}},
+        "all of them": {"first": {"b": 9.0, "w": 9.0}, "last": {"b": 0.5, "w": 1.5}},
     }[prior]
-    entries = {"one": np.full(15, 0.9), "a leaf": np.repeat([0.5, 1.5], [3, 12])}.get(
+    by_leaf = np.repeat([0.5, 1.5], [3, 12])
+    entries = {"one": np.full(15, 0.9), "a leaf": by_leaf, "all of them": by_leaf}.get(
         prior, np.concatenate([np.ones(3), np.linspace(1, 2, 12)])
     )
     posterior = jf.laplace(network, PARAMS, x, LABELS, prior=given, keep=lambda path: "last" in path)

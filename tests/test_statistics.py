@@ -339,6 +339,17 @@ def test_a_covariance_is_an_operator():
     np.testing.assert_allclose(jf.covariance(found.fisher, n).as_matrix() * 100 / N, jf.covariance(found.fisher), rtol=1e-12)
 
 
+def test_what_separates_a_complex_parameter_is_said_in_its_structure():
+    """Of two complex weights the second has a part along which two classes are apart."""
+
+    def model(w, x):
+        return jf.Bernoulli(w[0].real + jnp.imag(w[1]) * x + 0 * jnp.real(w[1]) - 0.5 * w[0].imag)
+
+    found = jf.fit(model)(jnp.zeros(2, complex), jnp.array([-1.0, -1.0, 1.0, 1.0]), jnp.array([0, 0, 1, 1]))
+    assert found.separated.tolist() == [False, True]
+    assert "separated: params[1]" in repr(found)
+
+
 def test_a_complex_parameter_has_an_error_for_each_part():
     model = lambda z, x: jf.Normal(z.real * x[0] + z.imag * x[1], 1.0)  # noqa: E731
     fisher = jf.exact_fisher(model)(1.0 + 2.0j, jnp.array([[1.0, 0.5], [2.0, -1.0], [0.0, 3.0]]))

@@ -46,6 +46,14 @@ def _of_leaves(damping: Damping, spec: ParamSpec) -> list[Any]:
     return jax.tree.leaves(damping) if jax.tree.structure(damping) == spec.treedef else for_both_parts(damping, spec)
 
 
+def restricted_damping(damping: Damping, spec: ParamSpec, keep: tuple[bool, ...], name: str = "damping") -> Damping:
+    """What is given like all of the parameters, with None for those that are not kept; else as it is."""
+    if jax.tree.structure(damping) not in (spec.treedef, joined_structure(spec)) or is_one_damping(damping, spec, name):
+        return damping
+    leaves = zip(_of_leaves(damping, spec), keep, strict=True)
+    return jax.tree.unflatten(spec.treedef, [leaf if flag else None for leaf, flag in leaves])
+
+
 def checked_damping(damping: Damping, spec: ParamSpec, name: str = "damping") -> Dampings:
     """The argument checked and cast: one number, or those of the leaves."""
     if is_one_damping(damping, spec, name):

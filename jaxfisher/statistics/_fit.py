@@ -21,7 +21,7 @@ from jaxfisher._operators.operator import Operator
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores import scores
 from jaxfisher._targets import given_with
-from jaxfisher._tree import cast_like, check_function, path_names
+from jaxfisher._tree import cast_like, check_function, either_part, path_names
 from jaxfisher._values import check_nonnegative, described, whole
 from jaxfisher._varying import while_loop
 from jaxfisher.statistics._observations import fisher_at, mass
@@ -62,7 +62,7 @@ class Fit:
             and nothing is separated.
         separated: a pytree like the parameters, of booleans: which entries still move by long steps although the likelihood no
             longer changes, or were determined by the data before and are no longer. The likelihood has no maximum along
-            these, as where a class is separated from the others.
+            these, as where a class is separated from the others. Of a complex entry, whether its real or imaginary part is one.
     """
 
     params: Any
@@ -183,7 +183,7 @@ def fit(
             jnp.linalg.norm(state.gradient),
             state.rank,
             (state.offset <= FLOOR * tolerance) & ~jnp.any(state.separated),
-            batch.spec.unravel(state.separated),
+            either_part(batch.spec.unravel(state.separated)),
         )
 
     return fitted
