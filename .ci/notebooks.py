@@ -1,6 +1,6 @@
 """Execute notebooks/*.py, each from its first cell in a fresh kernel, and hold the .ipynb next to it to the same cells.
 
-    python .ci/notebooks.py [NAMES]          run, and fail where a run or the comparison fails
+    python .ci/notebooks.py [NAMES] [--but NAMES]    run, and fail where a run or the comparison fails
     python .ci/notebooks.py --write [NAMES]  run, and write what came out to the .ipynb
 
 NAMES are beginnings of file names, such as 01 or 03_empirical; without any, every notebook is run.
@@ -90,6 +90,7 @@ def main() -> None:
     """Run the notebooks asked for, print what each took, and exit with 1 if any failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the .ipynb")
+    parser.add_argument("--but", nargs="+", default=[], metavar="NAME", help="not those whose names begin with this")
     parser.add_argument("names", nargs="*", default=[""], help="beginnings of names")
     options = parser.parse_args()
 
@@ -99,7 +100,7 @@ def main() -> None:
         scripts = sorted(FOLDER.glob(f"{name}*.py"))
         if not scripts:
             sys.exit(f"no notebook's name begins with {name!r}")
-        for script in scripts:
+        for script in (script for script in scripts if not script.name.startswith(tuple(options.but))):
             notebook = jupytext.read(script)
             start, used = time.perf_counter(), processor_seconds()
             try:
