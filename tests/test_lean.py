@@ -128,10 +128,10 @@ def test_a_step_is_a_small_program():
     assert not eigen.search(lean.as_text()) and not eigen.search(refined.as_text())
     assert eigen.search(whole.as_text()), "the control: at zero damping eigenvectors are needed"
     # What we hand to XLA is the same on every version; how often XLA then writes an instruction into several fusions is not:
-    # of the two it makes 557 and 1,261 on the oldest JAX, and 614 and 1,474 on the newest.
+    # of the two it makes 660 and 1,419 by the older code generator, and 616 and 1,476 by the newer one.
     assert operations(lean) < 560, operations(lean)
     assert operations(refined) < 875, operations(refined)
-    assert instructions(lean.compile().as_text()) < 630
+    assert instructions(lean.compile().as_text()) < 700
     assert instructions(refined.compile().as_text()) < 1500
 
 
