@@ -244,11 +244,11 @@ def trained(opt=None):
 
 
 def noisy(params, x, k):
-    return model(params, x * jax.random.uniform(k, x.shape)), x
+    return model(params, x * jax.random.uniform(k, x.shape))
 
 
 def noisy_loss(params, x, keys, y):
-    values, aux = jax.vmap(lambda x, k, y: (noisy(params, x, k)[0].log_prob(y), x))(x, keys, y)
+    values, aux = jax.vmap(lambda x, k, y: (noisy(params, x, k).log_prob(y), x))(x, keys, y)
     return -jnp.mean(values), aux
 
 
