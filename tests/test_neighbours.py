@@ -4,12 +4,9 @@ Libraries differ in scale, and silently. No scale is fitted or undone in passing
 The stored matrices were written by `tests/references/make.py`, whose header names the versions.
 """
 
-import concurrent.futures
 import functools
 import importlib.metadata
-import importlib.util
 import itertools
-import multiprocessing
 import pathlib
 import warnings
 from functools import partial
@@ -21,6 +18,7 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 from models import compiled
+from others import from_a_process
 from problems import assert_close, classifier, flat, reference
 
 import jaxfisher as jf
@@ -372,14 +370,7 @@ def reconfigured(nk, state, hilbert):
 
 @pytest.fixture(scope="module")
 def netket():
-    """NetKet's results from a process of its own: its import sets a device mesh for all of JAX, which changes array types."""
-    if importlib.util.find_spec("netket") is None:
-        pytest.skip("no module named netket")
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        results = pool.submit(netket_results).result()
-    if isinstance(results, str):
-        pytest.skip(results)
-    return results
+    return from_a_process("netket", netket_results)
 
 
 def covariance(params, spins, weights=None):

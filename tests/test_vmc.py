@@ -1,10 +1,7 @@
 """Stochastic reconfiguration against NetKet: complex wave functions of a transverse-field Ising chain of ten spins."""
 
-import concurrent.futures
 import functools
 import importlib.metadata
-import importlib.util
-import multiprocessing
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from models import compiled
+from others import from_a_process
 from problems import assert_close
 
 import jaxfisher as jf
@@ -78,14 +76,7 @@ def netket_results():
 
 @pytest.fixture(scope="module")
 def netket():
-    """NetKet's results from a process of its own: its import sets a device mesh for all of JAX, which changes array types."""
-    if importlib.util.find_spec("netket") is None:
-        pytest.skip("no module named netket")
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        results = pool.submit(netket_results).result()
-    if isinstance(results, str):
-        pytest.skip(results)
-    return results
+    return from_a_process("netket", netket_results)
 
 
 def columns(like):
