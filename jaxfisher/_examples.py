@@ -111,6 +111,11 @@ class Batch:
         """Whether weights were given."""
         return self.live is not None
 
+    @property
+    def total(self) -> Scalar:
+        """What the mean is over: the number of examples, or the `mass` where there is one."""
+        return jnp.asarray(self.size if self.mass is None else self.mass, self.spec.dtype)
+
 
 def make_batch(
     params: chex.ArrayTree,
@@ -159,8 +164,7 @@ def _over_counts(batch: Batch, counts: Any) -> Batch:
     counts = counts if batch.live is None else jnp.where(batch.live, counts, 0)
     mean = jnp.sum(batch.weights * counts)
     mean = jnp.where((mean > 0) & jnp.all(counts >= 0), mean, jnp.nan)
-    mass = jnp.asarray(batch.size, mean.dtype) if batch.mass is None else batch.mass.astype(mean.dtype)
-    return dataclasses.replace(batch, weights=batch.weights / mean, mass=mass * mean, counted=True)
+    return dataclasses.replace(batch, weights=batch.weights / mean, mass=batch.total * mean, counted=True)
 
 
 def checked_weights(weights: Any, n: int) -> Float[Array, " n"]:

@@ -261,9 +261,8 @@ def laplace(
         spec = batch.spec.restrict(flags, subtree(batch.spec.treedef, flags))
         spec.check_same(found.spec, f"laplace: `view` returned {found}, which is over other parameters")
     log_prob = log_likelihood(model)
-    examples = jnp.asarray(batch.size, batch.spec.dtype) if batch.mass is None else batch.mass.astype(batch.spec.dtype)
-    fit = examples * _mean_log_likelihood(log_prob, params, batch)
-    return Posterior(params, found, examples, _checked_prior(prior, found), fit, model, flags)
+    fit = batch.total * _mean_log_likelihood(log_prob, params, batch)
+    return Posterior(params, found, batch.total, _checked_prior(prior, found), fit, model, flags)
 
 
 def _fisher_of(

@@ -90,8 +90,7 @@ class Provenance:
 def mean_over(kind: str, batch: Batch) -> Provenance:
     """The provenance of a mean over a batch."""
     size = jnp.asarray(batch.size, batch.spec.dtype)
-    mass = size if batch.mass is None else batch.mass.astype(size.dtype)
-    return Provenance(kind, size, mass, Mean(batch.weighted, counted=batch.counted))
+    return Provenance(kind, size, batch.total, Mean(batch.weighted, counted=batch.counted))
 
 
 def _shown(count: chex.Numeric) -> str:

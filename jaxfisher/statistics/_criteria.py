@@ -16,7 +16,6 @@ from jaxfisher._linalg import matmul
 from jaxfisher._model import LOG_PROB, LogProb, mean_loss, of_one_example
 from jaxfisher._tree import check_function
 from jaxfisher.statistics._covariance import inverse_and_null
-from jaxfisher.statistics._observations import mass
 
 
 def aic(log_prob: LogProb) -> Callable[..., Scalar]:
@@ -95,4 +94,4 @@ def _likelihood(log_prob: LogProb, params: Any, data: Any, weights: Any) -> tupl
     batch = make_batch(params, data, weights)
     with of_one_example(log_prob, "log_prob", params, batch.data):
         mean = mean_loss(log_prob, params, batch.data, batch.weights)
-    return batch.spec, -mean * mass(batch)
+    return batch.spec, -mean * batch.total

@@ -24,7 +24,7 @@ from jaxfisher._targets import given_with
 from jaxfisher._tree import cast_like, check_function, either_part, path_names
 from jaxfisher._values import check_nonnegative, described, whole
 from jaxfisher._varying import while_loop
-from jaxfisher.statistics._observations import fisher_at, mass
+from jaxfisher.statistics._observations import fisher_at
 
 VISIBLE = 1e-3
 """A step that is so long where the information was largest, in standard deviations of one observation, is not a small one."""
@@ -173,7 +173,7 @@ def fit(
             tolerance = jnp.finfo(batch.spec.dtype).eps ** 0.5 if rtol is None else rtol
             state = _scoring(problem, params, batch, jnp.asarray(tolerance, batch.spec.dtype), Static(steps))
         at = cast_like(batch.spec.unravel(state.flat), params)
-        likelihood = -mass(batch) * mean_loss(log_likelihood(model), at, batch.data, batch.weights)
+        likelihood = -batch.total * mean_loss(log_likelihood(model), at, batch.data, batch.weights)
         return Fit(
             at,
             fisher_at(model, at, data, weights),
@@ -269,7 +269,7 @@ def _equations(matrix: Float[Array, "p p"], gradient: Float[Array, " p"], recent
 def _scoring(problem: _Problem, params: Any, batch: Batch, tolerance: Scalar, steps: Static[int]) -> _State:
     """Scoring from ``params`` until the offset is below the tolerance, or nothing goes down any more."""
     spec, log_prob, inputs = batch.spec, log_likelihood(problem.model), batch.data[:-1]
-    total = mass(batch)
+    total = batch.total
     eps = float(jnp.finfo(spec.dtype).eps)
     size = spec.size
 

@@ -21,7 +21,7 @@ from jaxfisher._tree import cast_like, check_function
 from jaxfisher._values import check_number
 from jaxfisher._varying import while_loop
 from jaxfisher.statistics._covariance import delta_method
-from jaxfisher.statistics._observations import fisher_at, mass
+from jaxfisher.statistics._observations import fisher_at
 
 STAGES, STEPS = 12, 30
 """In how many parts the way from the estimate to an end is gone, and the most of Newton's steps for each."""
@@ -210,7 +210,7 @@ class _Local(NamedTuple):
 
 def _local(question: _Question, params: Any, batch: Batch) -> _Local:
     spec, log_prob = batch.spec, log_likelihood(question.model)
-    total = mass(batch)
+    total = batch.total
     flat = spec.ravel(params, "params")
 
     def at(flat: Array) -> Any:

@@ -8,19 +8,14 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Float
 
 from jaxfisher._distributions.base import Distribution
-from jaxfisher._examples import Batch, checked_weights
+from jaxfisher._examples import checked_weights
 from jaxfisher._fisher import exact_fisher
 from jaxfisher._model import Model
 from jaxfisher._once import Around
 from jaxfisher._operators.operator import Operator
-
-
-def mass(batch: Batch) -> Scalar:
-    """The number of observations: the sum of the weights, where there are any."""
-    return jnp.asarray(batch.size if batch.mass is None else batch.mass, batch.spec.dtype)
 
 
 def occurrences(weights: Any, n: int) -> Float[Array, " n"]:

@@ -27,7 +27,7 @@ from jaxfisher._scores import check_one_row_each, scores
 from jaxfisher._tree import check_function
 from jaxfisher._values import described, whole
 from jaxfisher.statistics._covariance import inverse_and_null
-from jaxfisher.statistics._observations import mass, occurrences
+from jaxfisher.statistics._observations import occurrences
 
 
 def meat(log_prob: LogProb) -> Callable[..., Operator]:
@@ -79,7 +79,7 @@ def meat(log_prob: LogProb) -> Callable[..., Operator]:
         else:
             places = _places(groups, batch.size)
             sums = jax.ops.segment_sum(made.weights[:, None] * rows, places, num_segments=batch.size)
-            matrix = mass(batch) * matmul(sums.T, sums)
+            matrix = batch.total * matmul(sums.T, sums)
         return Operator(Dense(matrix, batch.spec), mean_over("meat", batch))
 
     return meat_of
@@ -183,7 +183,7 @@ def leverages(model: Model) -> Callable[..., Float[Array, " n"]]:
                 f"leverages: {rows.shape[0] // batch.size} numbers of a prediction move with the parameters; expected one, "
                 "such as a linear predictor. Hold the others fixed, such as the scale of a normal."
             )
-        return jnp.sum(matmul(rows, inverse_and_null(fisher)[0]) * rows, axis=1) / mass(batch)
+        return jnp.sum(matmul(rows, inverse_and_null(fisher)[0]) * rows, axis=1) / batch.total
 
     return leverages_of
 
@@ -295,7 +295,7 @@ def dispersion(model: Model) -> Callable[..., Scalar]:
 
         with of_one_example(model, "model", params, batch.data[:-1]):
             each = map_examples(squared, params, batch.data).astype(batch.spec.dtype).reshape(batch.size, -1)
-        total = mass(batch)
+        total = batch.total
         return jnp.sum(batch.weights * jnp.sum(each, axis=1)) * total / (total * each.shape[1] - batch.spec.size)
 
     return dispersion_of
