@@ -170,10 +170,19 @@ def power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.lax.reduce_precision(jax.lax.stop_gradient(x), jnp.finfo(x.dtype).nexp, 0)
 
 
+def _as_it_is(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The same numbers, as something that XLA does not see as the product or quotient that they are."""
+    return jnp.where(x == x, x, jnp.nan)  # noqa: PLR0124
+
+
 def twice(x: Scalar, factor: Float[Array, "..."]) -> Float[Array, "..."]:
     """``x * factor * factor``, from the left: XLA would square the factor of a constant, which may leave the dtype."""
-    once = x * factor
-    return jnp.where(once == once, once, jnp.nan) * factor  # noqa: PLR0124
+    return _as_it_is(x * factor) * factor
+
+
+def squared(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``x^2`` of a product or a quotient: XLA would square the factors of a constant, which may leave the dtype."""
+    return jnp.square(_as_it_is(x))
 
 
 def power_or_one(size: Scalar) -> Scalar:

@@ -237,3 +237,21 @@ def test_inputs_of_any_scale_beside_a_bias(scale):
                 np.testing.assert_allclose(
                     np.asarray(made[name], np.float64)[part], value[part], rtol=0, atol=atol, err_msg=name
                 )
+
+
+def test_data_that_are_constants_of_a_program_are_taken_like_any():
+    """Of functions that close over their data. XLA squared the factors of a square of constants, so that 0 / 0 came out."""
+    params, x, y = data(8, 1.0)
+    scales = [scale for scale in SCALES if scale <= 1]  # larger ones have squares beyond float32
+    inputs = [(x * jnp.float32(scale)).at[0].set(0) for scale in scales]
+
+    @jax.jit
+    def made(params):
+        of = [jf.scores(layer)(params, x, y) for x in inputs]
+        return [{"diagonal": ravel_pytree(S.diagonal())[0], "norms": S.squared_norms(), "gram": S.gram()} for S in of]
+
+    for x, found in zip(inputs, made(params), strict=True):
+        rows = dense_rows(layer, params, x, y)
+        dense = {"diagonal": np.mean(rows**2, 0), "norms": np.sum(rows**2, 1), "gram": rows @ rows.T}
+        for name, value in dense.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5 * np.abs(value).min() + 1e-36, err_msg=name)

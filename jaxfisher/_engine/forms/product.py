@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxfisher._engine.forms.arrays import Seal, contracted, extent, magnitude, mean, near_one, sum_to, times, weighted
 from jaxfisher._engine.forms.layout import Layout
-from jaxfisher._linalg import matmul
+from jaxfisher._linalg import matmul, squared
 from jaxfisher._pytree import array_fields
 
 
@@ -87,7 +87,7 @@ class Product:
         # Left factors are brought near one. Right factors take over their sizes, as far as they have an axis for them.
         missing = (axis for axis in (0, 1) if self.right.shape[axis] == 1)
         size = magnitude(self.left, (-1, *missing))
-        return dataclasses.replace(self, left=jnp.square(near_one(self.left, size)), right=jnp.square(self.right * size))
+        return dataclasses.replace(self, left=squared(near_one(self.left, size)), right=squared(self.right * size))
 
     def sizes(self, *, bias: bool) -> Float[Array, "n rows"]:
         """The products of the largest entries of both factors, summed over positions."""
