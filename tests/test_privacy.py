@@ -94,6 +94,22 @@ def test_rows_of_any_scale_in_float32(scale):
         assert int(found.num_clipped) == np.sum(np.linalg.norm(rows, axis=1) > max_norm)
 
 
+@pytest.mark.parametrize("large", [1e25, 1e30, 1e38])
+def test_a_huge_row_keeps_no_other_from_being_clipped(large):
+    """The bound holds for every row by itself: what is small beside the largest row may be large beside the bound."""
+    x = np.float32([large, 1e-5, 1e-3, 1e-30])
+    log_prob = lambda p, x: jnp.sum(p["w"] @ (x * jnp.ones(3, x.dtype)))  # noqa: E731
+    params, max_norm = {"w": jnp.zeros((2, 3), jnp.float32)}, 1e-12
+    rows = np.repeat(x.astype(float)[:, None], 6, axis=1)
+    expected = rows * np.minimum(1, max_norm / np.linalg.norm(rows, axis=1, keepdims=True))
+    for batch_size in (None, 2):
+        found = jf.scores(log_prob, batch_size=batch_size)(params, x).clipped_sum(max_norm)
+        # What is 1e38 times as long as the bound has a share that float32 does not hold, and counts as nothing.
+        held = expected[0 if max_norm / (6**0.5 * large) > np.finfo(np.float32).tiny else 1 :]
+        assert_close(flat(found), held.sum(0), factor=20)
+        assert int(found.num_clipped) == 3
+
+
 def test_what_is_not_finite_stays_so():
     params, x, y, *_ = problem()
     assert not np.all(np.isfinite(flat(program(None)(params, x.at[2, 0].set(jnp.nan), y))))

@@ -27,7 +27,7 @@ from jaxfisher._engine import (
     squared_norms,
     squares_along,
 )
-from jaxfisher._linalg import matmul
+from jaxfisher._linalg import inverse_power, matmul
 from jaxfisher._once import Static, once
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores.centred import CenteredScores
@@ -88,14 +88,19 @@ class HeldScores(FactoredScores):
         return total([squared_norms(leaf) for leaf in self.leaves]).reshape(-1)
 
     def _clipped(self, max_norm: Scalar) -> tuple[Any, Int[Array, ""]]:
-        # In units in which no square overflows, and of rows as long as the bound none underflows.
-        tiny = jnp.finfo(self.spec.dtype).tiny
-        unit = jnp.maximum(jnp.maximum(max_norm, self.bound() * tiny**0.375), tiny)
-        norms = jnp.sqrt(self.rescaled((1 / unit,) * len(self.leaves)).squared_norms())
-        limit = max_norm / unit
+        # Each row in units of its own: in those of all rows the square of a small one may underflow, and it is not clipped.
+        tiny = float(jnp.finfo(self.spec.dtype).tiny)
+        down = inverse_power(jnp.clip(self._row_sizes(), tiny, 1 / tiny))
+        leaves = tuple(leaf.rows_times(down) for leaf in self.leaves)
+        norms = jnp.sqrt(dataclasses.replace(self, leaves=leaves).squared_norms())
+        limit = jnp.broadcast_to(max_norm * down, self._omega.shape).reshape(-1)
         longer = norms > limit
         whole = self.rmv(jnp.where(longer, limit / jnp.where(longer, norms, 1), 1))
         return whole, jnp.sum(longer, dtype=jnp.int32)
+
+    def _row_sizes(self) -> Float[Array, "n rows"]:
+        """A bound on the entries of each row, as `bound` is one on all; axes of length one where the rows do not differ."""
+        return functools.reduce(jnp.maximum, [leaf.sizes() for leaf in self.leaves if leaf.layer is None])
 
     def diagonal(self) -> Any:
         return joined(self.spec.tree([diagonal(leaf, self._omega) for leaf in self.leaves]))
@@ -124,7 +129,7 @@ class HeldScores(FactoredScores):
         return jnp.concatenate([leaf.gradient().reshape(self.num_rows, -1) for leaf in self.leaves], axis=1)
 
     def bound(self) -> Scalar:
-        return jnp.max(functools.reduce(jnp.maximum, [leaf.sizes() for leaf in self.leaves if leaf.layer is None]))
+        return jnp.max(self._row_sizes())
 
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> HeldScores:
         return dataclasses.replace(self, leaves=kept_leaves(self.leaves, keep), spec=spec)

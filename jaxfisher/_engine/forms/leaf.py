@@ -138,6 +138,14 @@ class Leaf:
         forms = tuple(form.changed(lambda array: array * factor) for form in self.forms)
         return dataclasses.replace(self, forms=forms, layer=None, bias=False)
 
+    def rows_times(self, factors: Float[Array, "n rows"]) -> Leaf:
+        """The gradients of each row times a number of its own; an axis of length one is of rows that have the same."""
+
+        def scaled(array: Array) -> Array:
+            return array * factors.reshape(*factors.shape, *(1,) * (array.ndim - 2))
+
+        return dataclasses.replace(self, forms=tuple(form.changed(scaled) for form in self.forms))
+
     def masked(self, live: Bool[Array, " examples"]) -> Leaf:
         """The same gradients, exactly zero for the examples that are not live."""
         # Those of right factors, since that of a layer's weight is the gradient of its bias as well.
