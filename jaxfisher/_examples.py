@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, Scalar
 
 from jaxfisher._automatic import automatic
+from jaxfisher._once import Static, once
 from jaxfisher._pytree import array_fields
 from jaxfisher._tree import ParamSpec, at_least_float32, param_spec, path_names, refuse_sparse, threefry_key
 from jaxfisher._values import check_array, described, dtype_of, is_array, whole
@@ -142,11 +143,8 @@ def make_batch(
     if weights is None:
         even = Batch(spec, n, data, jnp.full(n, 1 / n, spec.dtype), None, batch_size, max_bytes)
         return even if counts is None else _over_counts(even, counts)
-    weights = checked_weights(weights, n)
-    omega = _normalised(weights).astype(spec.dtype)
-    live = omega != 0
-    mass = jnp.sum(jnp.where(weights >= 0, weights, jnp.nan))
-    batch = Batch(spec, n, _filled(data, omega, live), omega, live, batch_size, max_bytes, mass)
+    data, omega, live, mass = _weighted(data, checked_weights(weights, n), Static(spec.dtype))
+    batch = Batch(spec, n, data, omega, live, batch_size, max_bytes, mass)
     return batch if counts is None else _over_counts(batch, counts)
 
 
@@ -160,11 +158,8 @@ def _over_counts(batch: Batch, counts: Any) -> Batch:
             f"`counts` has shape {counts.shape}, but there are {batch.size} examples. Pass one count each, shape "
             f"({batch.size},), such as the lengths of the sequences."
         )
-    counts = counts.astype(batch.spec.dtype)
-    counts = counts if batch.live is None else jnp.where(batch.live, counts, 0)
-    mean = jnp.sum(batch.weights * counts)
-    mean = jnp.where((mean > 0) & jnp.all(counts >= 0), mean, jnp.nan)
-    return dataclasses.replace(batch, weights=batch.weights / mean, mass=batch.total * mean, counted=True)
+    weights, mass = _weighted_over_counts(counts.astype(batch.spec.dtype), batch.weights, batch.live, batch.total)
+    return dataclasses.replace(batch, weights=weights, mass=mass, counted=True)
 
 
 def checked_weights(weights: Any, n: int) -> Float[Array, " n"]:
@@ -242,6 +237,28 @@ def _filled(data: tuple[Any, ...], weights: Float[Array, " n"], live: Bool[Array
 
     made: tuple[Any, ...] = jax.tree.map(filled, data)
     return made
+
+
+def _weigh(data: tuple[Any, ...], weights: Float[Array, " n"], dtype: Static[jnp.dtype]) -> tuple[Any, Array, Array, Scalar]:
+    """The data without padding, the weights over their sum, which examples are live, and that sum."""
+    omega = _normalised(weights).astype(dtype.value)
+    live = omega != 0
+    return _filled(data, omega, live), omega, live, jnp.sum(jnp.where(weights >= 0, weights, jnp.nan))
+
+
+_weighted = once(_weigh, lambda data, weights, dtype: (data, weights))
+"""`_weigh` as one program. Operation by operation it is some twenty-five, each compiled for each shape."""
+
+
+def _weigh_over_counts(counts: Array, weights: Array, live: Array | None, total: Scalar) -> tuple[Array, Scalar]:
+    """Weights for means over terms, and the number of these."""
+    counts = counts if live is None else jnp.where(live, counts, 0)
+    mean = jnp.sum(weights * counts)
+    mean = jnp.where((mean > 0) & jnp.all(counts >= 0), mean, jnp.nan)
+    return weights / mean, total * mean
+
+
+_weighted_over_counts = once(_weigh_over_counts, lambda counts, *_: counts)
 
 
 def checked_batch_size(batch_size: int | None) -> int | None:

@@ -28,6 +28,7 @@ from calls import (
 )
 
 import jaxfisher as jf
+from jaxfisher._examples import make_batch
 
 COMPILED = []
 """One entry for each program that XLA has compiled since this module was read."""
@@ -114,6 +115,18 @@ def test_distributions_are_compiled_once():
 
 def test_all_else_is_compiled_once():
     assert found_in({name: lambda call=call: jax.tree.leaves(call()) for name, call in OTHERS.items()}) == NOTHING
+
+
+def test_examples_are_weighted_in_one_program_and_counted_in_another():
+    """Operation by operation these are thirty programs for each shape of the data, and ten more with counts."""
+    params, x, y = problem()
+    weights, counts = jnp.array([2.0, 0.0, 1.0]), jnp.array([4.0, 5.0, 1.0])
+    compiled = len(COMPILED)
+    made = make_batch(params, (x, y), weights, counts=counts)
+    assert len(COMPILED) - compiled <= 2
+    # 2/9 * 4 + 1/9 * 1 is one, and what is padding is the example of the largest weight.
+    assert jnp.allclose(made.weights, jnp.array([2.0, 0.0, 1.0]) / 9) and made.mass == 9
+    assert jnp.array_equal(made.data[0], x[jnp.array([0, 0, 2])])
 
 
 class Net:
