@@ -63,6 +63,7 @@ from jaxfisher._operators.low_rank import low_rank as low_rank
 from jaxfisher._operators.formed import marginal as marginal
 from jaxfisher._operators.low_rank import nystrom as nystrom
 from jaxfisher._operators.low_rank import partial_cholesky as partial_cholesky
+from jaxfisher._operators.sketch import sketch as sketch
 from jaxfisher._operators.spread import spread_solves as spread_solves
 
 # Solving.

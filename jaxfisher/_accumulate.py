@@ -94,7 +94,8 @@ def accumulate(fisher: FisherFunction, view: View) -> Accumulation:
     (`itertools.islice`). For a progress bar, give ``tqdm(batches)``. On a mesh, give batches that are spread over it.
 
     **When it is the wrong one.** `jaxfisher.scale_by_fisher` takes running means while parameters move. Where all data fit, a
-    ``batch_size`` bounds memory as well. Low-rank views of batches have no exact mean of their rank.
+    ``batch_size`` bounds memory as well. Low-rank views of batches have no exact mean of their rank: `jaxfisher.sketch` has
+    one with a bound of its error.
 
     Args:
         fisher: ``(params, *batch) -> operator``, such as `jaxfisher.exact_fisher` returns, or a function of your own that gives

@@ -150,6 +150,7 @@ FISHERS = {
     "low_rank": lambda: jf.low_rank(fisher(), 2),
     "nystrom": lambda: jf.nystrom(fisher(), key(), 2),
     "partial_cholesky": lambda: jf.partial_cholesky(fisher(), 2),
+    "sketch": lambda: jf.merge(jf.sketch(fisher(), 2), jf.sketch(fisher(), 2)),
     "spread_solves": lambda: jf.spread_solves(fisher(), mesh(), "rows").solve(problem()[0], 0.1),
     "marginal": lambda: jf.marginal(fisher(), lambda path: "w" in path),
     "scaled_identity": lambda: jf.scaled_identity(fisher(), 2.0),

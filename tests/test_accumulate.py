@@ -1,5 +1,6 @@
 """Means over streams: merged views of batches are the view of all examples, whatever the sizes and weights of the batches."""
 
+import functools
 import itertools
 
 import jax
@@ -140,6 +141,28 @@ def test_a_loop_carries_a_mean():
     assert_same(run(x, length), view(data[0][:16], data[1][:16]))
 
 
+@pytest.mark.parametrize("rank", [3, 12])
+def test_a_sketch_of_a_stream_is_below_the_mean_by_no_more_than_it_says(rank):
+    """Against the dense mean, of uneven and weighted batches: one of padding only, and some of fewer rows than the rank.
+
+    What it says is itself within the bound of Ghashami et al. (SIAM J. Comput. 2016), theorem 1.1.
+    """
+    params, data, w = problem()
+    w[BOUNDS[1] : BOUNDS[2]] = 0
+    found = jf.accumulate(weighted, functools.partial(jf.sketch, rank=rank))(params, batches(*data, w))
+    scores = jax.vmap(jax.grad(log_prob), (None, 0, 0, 0))(params, *data)
+    rows = np.concatenate([np.asarray(leaf).reshape(len(w), -1) for leaf in jax.tree.leaves(scores)], 1)
+    mean = rows.T @ (w[:, None] * rows) / w.sum()
+    values = np.linalg.eigvalsh(mean)[::-1]
+    below = np.linalg.eigvalsh(mean - np.asarray(found.as_matrix()))
+    error, rounding = float(found.form.error), 64 * EPS * values[0]
+    assert below[0] >= -rounding and below[-1] <= error + rounding
+    assert error <= min(values[j:].sum() / (rank + 1 - j) for j in range(rank + 1)) + rounding
+    assert found.form.vectors.shape == (len(mean), rank)
+    # Of 17 rows some must have been left out, and a sketch of all of them leaves out nothing.
+    assert error > 0 if rank == 3 else error < values[rank - 1]
+
+
 def test_what_has_no_mean_is_refused():
     params, data, _ = problem()
     fisher = jf.exact_fisher(model)(params, *data[:2])
@@ -147,6 +170,7 @@ def test_what_has_no_mean_is_refused():
         (lambda: jf.merge(fisher, fisher), TypeError, "exact as scores has no mean in the same form.*jf.diagonal"),
         (lambda: jf.merge(*2 * [jf.block_diagonal(fisher)]), TypeError, "exact as scores has no mean in the same form"),
         (lambda: jf.merge(jf.low_rank(fisher, 2), jf.low_rank(fisher, 2)), TypeError, "has no mean in the same form"),
+        (lambda: jf.merge(jf.sketch(fisher, 2), jf.sketch(fisher, 3)), ValueError, "sketches of ranks 2 and 3"),
         (lambda: jf.merge(jf.diagonal(fisher), jf.dense(fisher)), ValueError, "different structures.*the same view"),
         (
             lambda: jf.merge(jf.scaled_identity(params, 1.0), jf.scaled_identity(params, 1.0)),

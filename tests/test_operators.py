@@ -75,6 +75,12 @@ def truncated(matrix, rank):
     return (vectors[:, -rank:] * values[-rank:]) @ vectors[:, -rank:].T
 
 
+def shrunk(matrix, rank):
+    """The largest eigenpairs, less the largest eigenvalue that is left out."""
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors[:, -rank:] * (values[-rank:] - values[-rank - 1])) @ vectors[:, -rank:].T
+
+
 def masked(matrix, *groups):
     """A matrix with the entries between groups of places dropped."""
     full = np.zeros_like(matrix)
@@ -159,6 +165,7 @@ FORMS = {
     "kronecker and dense": lambda p: (jf.kronecker(p.E) + jf.dense(p.E), p.kronecker + p.exact),
     "eigen-kronecker": lambda p: (jf.eigen_kronecker(p.E), eigen_kronecker_reference(*p.wide)),
     "low rank": lambda p: (jf.low_rank(p.E, 5), truncated(p.exact, 5)),
+    "sketch": lambda p: (jf.sketch(p.E, 5), shrunk(p.exact, 5)),
     "low rank, all": lambda p: (jf.low_rank(p.F, 7), p.empirical),
     "low rank of dense": lambda p: (jf.low_rank(jf.dense(p.E), 9), truncated(p.exact, 9)),
     "nystrom, all": lambda p: (jf.nystrom(p.E, jax.random.key(1), 20), p.exact),
@@ -179,7 +186,7 @@ def form(name, dtype=jnp.float64):
     return FORMS[name](problem(dtype))
 
 
-EIGEN_FORMS = ("eigen-kronecker", "low rank", "nystrom", "partial cholesky")
+EIGEN_FORMS = ("eigen-kronecker", "low rank", "sketch", "nystrom", "partial cholesky")
 """Forms that have other eigenvectors with their leaves scaled one by one."""
 
 

@@ -128,12 +128,17 @@ def _truncated(form: Form, rank: int) -> LowRank:
         return dataclasses.replace(made, values=made.values + form.shift, floor=made.floor + form.shift)
     if isinstance(form, FromScores) and form.scores.num_rows < form.spec.size:
         _check_rank(rank, form.scores.num_rows, "low_rank")
-        values, vectors = _largest_of_rows(form.scores, Static(rank))
-    else:
-        _check_rank(rank, form.spec.size, "low_rank")
-        values, vectors = _largest(small_matrix(form, "low_rank"), rank)
+    values, vectors = largest_of(form, rank, rank, "low_rank")
     floor = form.scale if isinstance(form, ScaledIdentity) else jnp.zeros((), form.spec.dtype)
     return LowRank(vectors, values, floor, form.spec)
+
+
+def largest_of(form: Form, rank: int, most: int, caller: str) -> tuple[Float[Array, " k"], Float[Array, "p k"]]:
+    """The largest eigenpairs, ascending, ``most`` of them or as many as there are, for a ``rank`` that a user has chosen."""
+    _check_rank(rank, form.spec.size, caller)
+    if isinstance(form, FromScores) and form.scores.num_rows < form.spec.size:
+        return _largest_of_rows(form.scores, Static(min(most, form.scores.num_rows)))
+    return _largest(small_matrix(form, caller), min(most, form.spec.size))
 
 
 @once
