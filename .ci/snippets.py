@@ -18,6 +18,8 @@ import warnings
 # Nearly all the time of these blocks is XLA compiling programs that run once.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+import jax  # noqa: E402: the line above must come first
+
 BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
 
 
@@ -39,7 +41,10 @@ def run(path: pathlib.Path, write: bool) -> int:
             sys.exit(f"{path}, line {line}: the block printed\n{said}but the page says\n{block[2]}")
         return f"```python\n{block[1]}```" + (f"\n\n```text\n{said}```" if said else "")
 
+    # A page that turns on float64 must not change what the pages after it print: a reader starts each of them afresh.
+    float64 = jax.config.read("jax_enable_x64")
     made, count = BLOCK.subn(run_block, text)
+    jax.config.update("jax_enable_x64", float64)
     if write and made != text:
         path.write_text(made)
     return count
