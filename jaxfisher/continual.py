@@ -89,8 +89,10 @@ def fisher_average(
 
     Diagonal views merge entry by entry, which is Fisher-weighted averaging as it was published. Scores, matrices and blocks
     are merged by an exact solve. A sum of Kronecker products is no Kronecker product: ``view=jf.kronecker`` solves with the one
-    product nearest to the sum, at the cost of its factors; ``solver=jf.CG(preconditioner=jf.kronecker)`` solves exactly, and
-    without either the matrix of each layer is made.
+    product nearest to the sum, at the cost of its factors. Of two models ``solver=jf.factored_solve`` solves with the sum
+    itself, by the factors as well: exactly at damping zero, else with KFAC's own damping. ``solver=
+    jf.CG(preconditioner=jf.kronecker)`` solves exactly for any number of models, and without any of these the matrix of each
+    layer is made.
 
     **When it is the wrong one.** It joins quadratics about each model: models of different initialisations, whose units are
     permuted, have no useful mean. Fine-tune from one start, or align the units first.

@@ -293,12 +293,19 @@ def _partial_traces(
     return jnp.where(whole > 0, a / jnp.where(whole > 0, whole, 1), 1), g
 
 
+def balanced(
+    a: Float[Array, " groups"], g: Float[Array, " groups"], damping: Scalar
+) -> tuple[Float[Array, " groups"], Float[Array, " groups"]]:
+    """Two shares of a damping, whose product it is: they are to each other as the mean eigenvalues of the factors are."""
+    balance = jnp.sqrt(jnp.where((a > 0) & (g > 0), a / jnp.where(g > 0, g, 1), 1))
+    return jnp.sqrt(damping) * balance, jnp.sqrt(damping) / balance
+
+
 def _shifts(
     a: Float[Array, " groups"], g: Float[Array, " groups"], damping: Scalar, sizes: tuple[int, int]
 ) -> tuple[Float[Array, " groups"], Float[Array, " groups"]]:
     """What is added to each factor, from their mean eigenvalues and sizes: at least what makes a singular one invertible."""
-    balance = jnp.sqrt(jnp.where((a > 0) & (g > 0), a / jnp.where(g > 0, g, 1), 1))
-    shifts = jnp.sqrt(damping) * balance, jnp.sqrt(damping) / balance
+    shifts = balanced(a, g, damping)
     rounding = [10 * size * jnp.finfo(mean.dtype).eps * mean for mean, size in zip((a, g), sizes, strict=True)]
     held = [jnp.maximum(shift, least) for shift, least in zip(shifts, rounding, strict=True)]
     return jnp.where(held[0] > 0, held[0], 1), jnp.where(held[1] > 0, held[1], 1)
