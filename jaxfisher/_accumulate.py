@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxfisher._examples import batches_of
 from jaxfisher._fisher import FisherFunction
 from jaxfisher._once import once
 from jaxfisher._operators.averaging import mean_of
 from jaxfisher._operators.operator import VIEW, Operator, View, as_operator
 from jaxfisher._operators.provenance import Provenance
 from jaxfisher._tree import check_function
-from jaxfisher._values import described
 
 
 def merge(one: Operator, other: Operator) -> Operator:
@@ -131,11 +131,9 @@ def accumulate(fisher: FisherFunction, view: View) -> Accumulation:
         return as_operator(view(made), "accumulate: `view`")
 
     def accumulated(params: chex.ArrayTree, batches: Iterable[Any], start: Operator | None = None) -> Operator:
-        if not isinstance(batches, Iterable):
-            raise TypeError(f"accumulate: `batches` is {described(batches)}; expected an iterable of batches, each a tuple.")
         mean = start
-        for batch in batches:
-            new = of_batch(params, tuple(batch) if isinstance(batch, tuple | list) else (batch,))
+        for batch in batches_of(batches, "accumulate: `batches`"):
+            new = of_batch(params, batch)
             mean = new if mean is None else merge(mean, new)
         if mean is None:
             raise ValueError("accumulate: `batches` has no batch; a mean needs at least one.")

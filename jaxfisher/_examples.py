@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -45,6 +46,15 @@ def num_examples(data: tuple[Any, ...], name: str) -> int:
     if n == 0:
         raise ValueError(f"{paths[0]} has no examples (shape {jnp.shape(leaves[0])}). A mean needs at least one.")
     return n
+
+
+def batches_of(given: Any, name: str) -> Iterator[tuple[Any, ...]]:
+    """The batches of an iterable, one at a time, each as the tuple of its data; an only array of data needs no tuple."""
+    if not isinstance(given, Iterable) or isinstance(given, dict | str):
+        raise TypeError(
+            f"{name} is {described(given)}; expected an iterable of batches, each a tuple of arrays such as (x, y)."
+        )
+    return (tuple(batch) if isinstance(batch, tuple | list) else (batch,) for batch in given)
 
 
 def _data_paths(data: tuple[Any, ...], name: str) -> list[str]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxfisher._examples import checked_batch_size, num_examples
+from jaxfisher._examples import batches_of, checked_batch_size, num_examples
 from jaxfisher._model import LOG_PROB, LogProb
 from jaxfisher._operators.damping import Damping
 from jaxfisher._operators.observations import observations
@@ -275,13 +275,7 @@ def _batches(train: Any, caller: str) -> Iterable[tuple[Any, ...]]:
     """The batches of an iterable; data in a tuple are one batch."""
     if isinstance(train, tuple) or is_array(train):
         return [_data(train, "train")]
-    if not isinstance(train, Iterable) or isinstance(train, dict | str):
-        raise TypeError(
-            f"{caller}: `train` is {described(train)}; expected a tuple of arrays such as (x, y), or an iterable of "
-            "such tuples."
-        )
-    found = (tuple(batch) if isinstance(batch, tuple | list) else (batch,) for batch in train)
-    return _at_least_one(found, caller)
+    return _at_least_one(batches_of(train, f"{caller}: `train`"), caller)
 
 
 def _at_least_one(batches: Iterable[tuple[Any, ...]], caller: str) -> Iterable[tuple[Any, ...]]:

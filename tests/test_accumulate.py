@@ -180,6 +180,8 @@ def test_what_has_no_mean_is_refused():
         (lambda: jf.merge(jf.dense(fisher) + jf.dense(fisher), jf.dense(fisher)), TypeError, "no mean over examples"),
         (lambda: jf.accumulate(jf.exact_fisher(model), jf.diagonal)(params, []), ValueError, "`batches` has no batch"),
         (lambda: jf.accumulate(jf.exact_fisher(model), jf.diagonal)(params, 3), TypeError, "`batches` is 3"),
+        # Its keys are no batches.
+        (lambda: jf.accumulate(jf.exact_fisher(model), jf.diagonal)(params, {"x": data[0]}), TypeError, "`batches` is"),
         (lambda: jf.accumulate(fisher, jf.diagonal), TypeError, "`fisher`"),
     ]:
         with pytest.raises(kind, match=words):
