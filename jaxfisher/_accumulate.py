@@ -37,7 +37,7 @@ def merge(one: Operator, other: Operator) -> Operator:
 
     Raises:
         TypeError: an argument that is no operator; a form that has no mean in itself, such as scores; a sum, or an operator
-            that is no mean over examples.
+            that is no mean over examples; a marginal, or a covariance of the score, which are of all examples together.
         ValueError: operators over other parameters, or of other kinds or forms.
 
     Reference: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances (1979),
@@ -54,6 +54,12 @@ def merge(one: Operator, other: Operator) -> Operator:
     for fisher in (one, other):
         if fisher.provenance.mass is None:
             raise TypeError(f"merge: {fisher} is no mean over examples; merge means, and add or multiply afterwards.")
+        if fisher.provenance.mean.together:
+            raise TypeError(
+                f"merge: {fisher} is of all its examples together: a covariance of the score, or a marginal. Of two of these "
+                "the mean is not that of all examples. Merge dense Fishers, and take the marginal of what comes out; for a "
+                "covariance, merge them without `center` and take away the outer product of the mean score."
+            )
     structures: list[Any] = [jax.tree.structure(fisher) for fisher in (one, other)]
     if structures[0] != structures[1]:
         raise ValueError(
@@ -95,7 +101,7 @@ def accumulate(fisher: FisherFunction, view: View) -> Accumulation:
 
     **When it is the wrong one.** `jaxfisher.scale_by_fisher` takes running means while parameters move. Where all data fit, a
     ``batch_size`` bounds memory as well. Low-rank views of batches have no exact mean of their rank: `jaxfisher.sketch` has
-    one with a bound of its error.
+    one with a bound of its error. A covariance of the score and a marginal are of all examples together: `merge` refuses them.
 
     Args:
         fisher: ``(params, *batch) -> operator``, such as `jaxfisher.exact_fisher` returns, or a function of your own that gives

@@ -109,7 +109,7 @@ def empirical_fisher(
             )
         if center:
             kinds = made.num_rows // examples_of(made)
-            return Operator(FromScores(made.centered(kinds)), mean_over("empirical, centred", batch))
+            return Operator(FromScores(made.centered(kinds)), mean_over("empirical, centred", batch).as_a_whole())
         return Operator(FromScores(made), mean_over("empirical", batch))
 
     return OfData(fisher_of, takes_target=True)
@@ -153,7 +153,8 @@ def fisher_from_scores(scores: Scores) -> Operator:
     kind = "scores, centred" if isinstance(scores, CenteredScores) else "scores"
     size = jnp.asarray(examples_of(scores), scores.spec.dtype)
     mass = None if scores.mass is None else scores.mass.astype(size.dtype)
-    return Operator(FromScores(scores), Provenance(kind, size, mass, Mean(weighted=mass is not None)))
+    mean = Mean(weighted=mass is not None, together=isinstance(scores, CenteredScores))
+    return Operator(FromScores(scores), Provenance(kind, size, mass, mean))
 
 
 def exact_fisher(model: Model, *, batch_size: int | None = None, max_bytes: int | None = None) -> FisherFunction:

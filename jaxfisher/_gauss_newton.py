@@ -16,6 +16,7 @@ from jaxfisher._distributions.base import Distribution
 from jaxfisher._distributions.root import Root
 from jaxfisher._examples import make_batch, needs_data
 from jaxfisher._fisher import FisherFunction
+from jaxfisher._linalg import matmul, unit_root
 from jaxfisher._model import of_one_example, scalar
 from jaxfisher._once import Around
 from jaxfisher._operators.from_scores import FromScores
@@ -26,6 +27,7 @@ from jaxfisher._row_functions import ExactRows, prediction
 from jaxfisher._scores import make_scores
 from jaxfisher._targets import OfData
 from jaxfisher._tree import check_function
+from jaxfisher._values import described, dtype_of, is_array
 
 
 @array_fields("outputs", "target", eq=False, repr=False)
@@ -43,19 +45,16 @@ class _Output(Distribution):
         """Nothing to check or broadcast: the fields are whatever the model and the data are made of."""
 
     def fisher_root(self, moving: tuple[bool, ...]) -> tuple[Any, Root]:
-        """The symmetric root of the Hessian in all outputs."""
+        """A root of the Hessian in all outputs."""
         del moving
         flat, unravel = ravel_pytree(self.outputs)
         value = lambda z: scalar(self.loss(unravel(z), self.target), "loss")  # noqa: E731
-        values, vectors = jnp.linalg.eigh(jax.hessian(value)(flat))
-        # What is negative to rounding is zero, and anything else is no convex loss: it is not hidden.
-        rounding = 10 * flat.size * jnp.finfo(flat.dtype).eps * jnp.max(jnp.abs(values), initial=0)
-        roots = jnp.where(values < -rounding, jnp.nan, jnp.sqrt(jnp.maximum(values, 0)))
+        # What is negative beyond rounding is no convex loss: it is not hidden.
+        half = unit_root(jax.hessian(value)(flat), jnp.nan)
         still = [jnp.zeros_like(leaf) for leaf in jax.tree.leaves(self.target) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
         def root(u: Array) -> list[Array]:
-            along = jnp.matmul(vectors * roots[None], u, precision=jax.lax.Precision.HIGHEST)
-            return [*jax.tree.leaves(unravel(along)), *still]
+            return [*jax.tree.leaves(unravel(matmul(half, u))), *still]
 
         return jnp.zeros_like(flat), root
 
@@ -69,13 +68,16 @@ class _Outputs(Around):
 
     def __call__(self, params: chex.ArrayTree, /, *data: Any) -> _Output:
         *inputs, target = data
-        outputs = jax.tree.map(jnp.asarray, self.model(params, *inputs))
-        for leaf in jax.tree.leaves(outputs):
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        outputs = self.model(params, *inputs)
+        leaves = jax.tree.leaves(outputs)
+        for leaf in leaves or [outputs]:
+            if not leaves or not is_array(leaf) or not jnp.issubdtype(dtype_of(leaf), jnp.floating):
+                seen = f"dtype {leaf.dtype}" if hasattr(leaf, "dtype") else described(leaf)
                 raise TypeError(
-                    f"gauss_newton: the model returned an array of dtype {leaf.dtype}; expected real floating outputs, of "
-                    "which the loss is a convex function."
+                    f"gauss_newton: the model returned {seen}; expected real floating outputs, of which the loss is a convex "
+                    "function: an array or a pytree of them."
                 )
+        outputs = jax.tree.map(jnp.asarray, outputs)
         return _Output(outputs, jax.tree.map(jnp.asarray, target), self.loss)
 
 

@@ -6,17 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._cholesky import Cholesky
 from jaxfisher._linalg import in_another_rounding, norm
 from jaxfisher._once import Static, once
 from jaxfisher._operators.from_scores import FromScores
-from jaxfisher._scores import Scores
+from jaxfisher._scores import Scores, one_a_row
 from jaxfisher._system import SolveInfo
 from jaxfisher._tree import all_finite, joined, split
-from jaxfisher._values import check_array, check_nonnegative, described, is_known_zero, nonnegative
+from jaxfisher._values import check_nonnegative, is_known_zero, nonnegative
 
 
 def least_squares(
@@ -59,15 +58,7 @@ def least_squares(
     >>> print(line.round(3), info.converged)
     [1. 2.] True
     """
-    if not isinstance(scores, Scores):
-        raise TypeError(
-            f"least_squares: `scores` is {described(scores)}; expected what jf.scores(log_prob)(params, *data) returns."
-        )
-    check_array("least_squares: `e`", e)
-    if np.shape(e) != (scores.num_rows,) or jnp.issubdtype(jnp.result_type(e), jnp.complexfloating):
-        raise ValueError(
-            f"least_squares: `e` is {described(e)}; expected one real number a row, of shape ({scores.num_rows},)."
-        )
+    e = one_a_row("least_squares", scores, e)
     check_nonnegative("damping", damping)
     if is_known_zero(damping, scores.spec.dtype):
         raise ValueError(
@@ -76,7 +67,7 @@ def least_squares(
         )
     rtol = Cholesky(rtol).rtol
     dtype = scores.spec.dtype
-    x, info = _fitted(FromScores(scores), jnp.asarray(e, dtype), nonnegative("damping", damping, dtype), Static(rtol))
+    x, info = _fitted(FromScores(scores), e, nonnegative("damping", damping, dtype), Static(rtol))
     return joined(x), info
 
 

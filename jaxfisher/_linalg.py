@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
+from jaxfisher._tree import at_least_float32
+
 matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -129,6 +131,45 @@ def _eigenpairs_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tupl
     apart = jnp.abs(gaps) > jnp.finfo(values.dtype).eps ** 0.5 * jnp.max(jnp.abs(values), initial=0.0)
     turned = jnp.where(apart, change / jnp.where(apart, gaps, 1), 0)
     return (values, vectors), (jnp.diagonal(change), matmul(vectors, turned))
+
+
+def unit_root(matrix: Float[Array, "m m"], negative: float) -> Float[Array, "m m"]:
+    """``R`` with ``R R^T`` a positive semi-definite matrix. An eigenvalue that is negative beyond rounding has the root given.
+
+    The diagonal is scaled to one first: what is rounding is then the same for entries in any units. Derivatives hold where
+    eigenvalues are equal, and where some are zero and stay so.
+    """
+    eps = float(jnp.finfo(matrix.dtype).eps)
+    wide = matrix.astype(at_least_float32(matrix.dtype))  # there is no eigh below float32
+    size = jnp.abs(jnp.diagonal(wide))
+    scale = jnp.sqrt(jnp.where(size > 0, size, 1))
+    root = _symmetric_root(wide / scale[:, None] / scale[None, :], negative, eps)
+    return (scale[:, None] * root).astype(matrix.dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _symmetric_root(matrix: Float[Array, "m m"], negative: float, eps: float) -> Float[Array, "m m"]:
+    vectors, roots = _roots(matrix, negative, eps)
+    return matmul(vectors * roots[None, :], vectors.T)
+
+
+@_symmetric_root.defjvp
+def _symmetric_root_jvp(negative: float, eps: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """``R dR + dR R = dM`` in the basis of the eigenvectors. A root that is zero has no derivative of its own."""
+    vectors, roots = _roots(*primals, negative, eps)
+    sums = roots[:, None] + roots[None, :]
+    change = matmul(vectors.T, matmul(*tangents, vectors))
+    change = jnp.where(sums == 0, 0, change / jnp.where(sums == 0, 1, sums))
+    return _symmetric_root(*primals, negative, eps), matmul(vectors, matmul(change, vectors.T))
+
+
+def _roots(matrix: Float[Array, "m m"], negative: float, eps: float) -> tuple[Float[Array, "m m"], Float[Array, " m"]]:
+    """Eigenvectors of a matrix, and the roots of its eigenvalues: zero of what is rounding."""
+    values, vectors = eigenpairs(mirrored(matrix))
+    rounding = values.size * eps * jnp.max(jnp.abs(values), initial=0)
+    seen = values > rounding
+    roots = jnp.where(seen, jnp.sqrt(jnp.where(seen, values, 1)), jnp.where(values < -10 * rounding, negative, 0))
+    return vectors, jnp.where(jnp.isnan(values), values, roots)
 
 
 def eigenvalues(matrix: Float[Array, "m m"]) -> Float[Array, " m"]:

@@ -18,7 +18,7 @@ from jaxfisher._once import once
 from jaxfisher._operators.damping import Damping, Dampings, checked_damping, damped_inverse, entries_of
 from jaxfisher._operators.operator import Operator, Solver, View, as_operator, exact_solve, scores_of
 from jaxfisher._pytree import array_fields
-from jaxfisher._scores import Scores
+from jaxfisher._scores import Scores, one_a_row
 from jaxfisher._system import SolveInfo
 from jaxfisher._tree import ParamSpec, all_finite, cast_like, described, joined
 from jaxfisher._values import check_nonnegative, nonnegative, whole
@@ -277,16 +277,19 @@ class LSMR:
         return fisher.spec.unravel(x), info
 
     def least_squares(self, scores: Scores, e: Float[Array, " rows"], damping: chex.Numeric) -> tuple[Any, SolveInfo]:
-        """``(F + damping I)^-1 S^T diag(omega) e`` and a report, whose residual is that of this right-hand side."""
-        dtype = scores.spec.dtype
-        x, info = self._least_squares(scores, jnp.asarray(e).astype(dtype), nonnegative("damping", damping, dtype))
+        """``(F + damping I)^-1 S^T diag(omega) e`` and a report, whose residual is that of this right-hand side.
+
+        Arguments and errors are those of `jaxfisher.least_squares`, but the damping may be zero.
+        """
+        e = one_a_row("LSMR.least_squares", scores, e)
+        x, info = self._least_squares(scores, e, nonnegative("damping", damping, scores.spec.dtype))
         return joined(x), info
 
     @once
     def _least_squares(self, scores: Scores, e: Float[Array, " rows"], strength: Scalar) -> tuple[Any, SolveInfo]:
         spec = scores.spec
         root = jnp.sqrt(scores.weights)
-        e = root * e
+        e = root * jnp.where(scores.weights == 0, 0, e)  # a row of padding may have anything
         x, steps, stopped = self._run(scores, e, spec.zeros(), strength)
         right = spec.ravel(scores.rmv(root * e), "v")
         left = spec.ravel(scores.rmv(scores.weights * scores.mv(x)), "x") + strength * spec.ravel(x, "x")

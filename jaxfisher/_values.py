@@ -50,6 +50,17 @@ def whole(value: Any) -> int | None:
     return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
 
 
+def checked_shape(caller: str, shape: Any) -> tuple[int, ...]:
+    """The shape of draws: whole numbers of at least zero, in a tuple or list."""
+    sizes = [whole(size) for size in shape] if isinstance(shape, tuple | list) else [None]
+    known = tuple(size for size in sizes if size is not None and size >= 0)
+    if len(known) != len(sizes):
+        raise TypeError(
+            f"{caller}: `shape` is {shape!r}; expected a tuple of whole numbers, such as (100,) for a hundred draws, or ()."
+        )
+    return known
+
+
 def is_table(value: Any) -> bool:
     """Whether it is a frame or column of pandas or polars."""
     return type(value).__module__.split(".")[0] in ("pandas", "polars")
@@ -94,6 +105,15 @@ def nonnegative(name: str, value: chex.Numeric, dtype: Any) -> Scalar:
     return _nan_below_zero(value, dtype)
 
 
+def positive(name: str, value: chex.Numeric, dtype: Any) -> Scalar:
+    """The argument as a scalar of this dtype; refused where it is known not to be above zero, and NaN where it turns out so."""
+    check_number(name, value, "one real number above zero")
+    if isinstance(value, (numbers.Real, np.ndarray, np.generic)) and not 0 < float(value) < math.inf:
+        raise ValueError(f"`{name}` is {value}; expected a finite number above zero.")
+    array = jnp.asarray(value, dtype)
+    return jnp.where(array > 0, array, jnp.nan) if isinstance(value, jax.Array) else array
+
+
 def nonnegative_entries(name: str, values: Any, dtype: Any) -> Array:
     """The same of an array, each of whose entries is such a number."""
     check_array(name, values)
@@ -123,9 +143,12 @@ def check_nonnegative(name: str, value: chex.Numeric) -> None:
 
 
 def is_known_zero(value: chex.Numeric, dtype: Any) -> bool:
-    """Whether an argument is known, when a program is traced, to be zero in this dtype, or below its normal numbers."""
+    """Whether an argument is known, when a program is traced, to be zero in this dtype, or below its normal numbers.
+
+    Of an array one number is enough.
+    """
     known = isinstance(value, (numbers.Real, np.ndarray, np.generic))
-    return known and abs(float(np.asarray(value, dtype))) < float(jnp.finfo(dtype).tiny)
+    return known and bool(np.any(np.abs(np.asarray(value, dtype)) < jnp.finfo(dtype).tiny))
 
 
 def is_known_positive(value: chex.Numeric, dtype: Any) -> bool:

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from jaxfisher._once import Static, once
 from jaxfisher._stack import refuse_stack
 from jaxfisher._tree import dot
-from jaxfisher._values import described
+from jaxfisher._values import check_nonnegative, described, is_number, whole
 from jaxfisher.posterior import Posterior, is_one
 
 
@@ -40,7 +40,8 @@ def tune_prior(posterior: Posterior, *, rtol: float = 1e-3, max_steps: int = 100
         their squares.
 
     Raises:
-        TypeError: ``posterior`` is no `Posterior`.
+        TypeError: ``posterior`` is no `Posterior`, or ``rtol`` no Python number.
+        ValueError: a negative ``rtol``, a number of steps below one.
 
     Reference: MacKay, Bayesian interpolation (Neural Computation 1992), section 4.2.
 
@@ -54,7 +55,13 @@ def tune_prior(posterior: Posterior, *, rtol: float = 1e-3, max_steps: int = 100
     if not isinstance(posterior, Posterior):
         raise TypeError(f"tune_prior: `posterior` is {described(posterior)}; expected what jf.laplace returns.")
     refuse_stack(posterior.stack, "Posterior", "tune_prior")
-    return _tuned(posterior, Static((float(rtol), int(max_steps))))
+    if not is_number(rtol) or isinstance(rtol, jax.Array):
+        raise TypeError(f"tune_prior: `rtol` is {described(rtol)}; expected a Python number of at least zero.")
+    check_nonnegative("rtol", rtol)
+    steps = whole(max_steps)
+    if steps is None or steps < 1:
+        raise ValueError(f"tune_prior: `max_steps` is {described(max_steps)}; expected a whole number of steps, at least 1.")
+    return _tuned(posterior, Static((float(rtol), steps)))
 
 
 @once

@@ -34,7 +34,7 @@ from jaxfisher._pytree import array_fields
 from jaxfisher._stack import refuse_stack
 from jaxfisher._targets import given_with, taken_by
 from jaxfisher._tree import as_key, check_function, joined, products, split, subtree
-from jaxfisher._values import described, is_known_zero, whole
+from jaxfisher._values import checked_shape, described, is_known_zero, whole
 
 NUMBERS_AT_ONCE = 2**24
 """How many entries of the outputs' derivatives are held at a time when predictions are made."""
@@ -83,7 +83,11 @@ class Posterior:
 
         Parameters that are known are the same in each. The cost is that of one root of the precision, an eigendecomposition of
         what a solve would factor, and one product with it for each draw.
+
+        Raises:
+            TypeError: a ``key`` that is no random key, a ``shape`` that is no tuple of whole numbers.
         """
+        shape = checked_shape("Posterior.sample", shape)
         count = math.prod(shape)
         deviations = _deviations(self, as_key(key, "Posterior.sample"), Static(count))
         drawn = jax.vmap(lambda u: self._with(jax.tree.map(jnp.add, self._wide, u)))(deviations)
@@ -288,7 +292,7 @@ def _mean_log_likelihood(log_prob: LogProb, params: Any, batch: Batch) -> Scalar
 def _checked_prior(prior: Damping, fisher: Operator) -> Any:
     """The prior's precision checked and cast: one number, or a pytree with a number or an array for each leaf."""
     for leaf in jax.tree.leaves(prior):
-        if jnp.shape(leaf) == () and is_known_zero(leaf, fisher.spec.dtype):
+        if is_known_zero(leaf, fisher.spec.dtype):
             raise ValueError("`prior` is zero; expected precisions above zero: a flat prior has no evidence.")
     checked = checked_damping(prior, fisher.spec, "prior")
     return fisher.spec.tree(list(checked)) if isinstance(checked, tuple) else checked

@@ -192,3 +192,23 @@ def test_weights_that_are_no_weights_are_not_lost_in_a_mean():
     params, data, w = problem()
     w[0] = -np.sum(w[1 : SIZES[0]])
     assert np.isnan(jf.accumulate(weighted, jf.diagonal)(params, batches(*data, w)).trace())
+
+
+def test_what_is_of_all_examples_together_is_not_merged():
+    """A covariance of two batches knows nothing of the distance of their means, a marginal nothing of the other's nuisance."""
+    params, data, _ = problem()
+    whole = jf.empirical_fisher(log_prob)
+    scores = jf.scores(log_prob, center=True)
+    y = np.zeros(len(data[0]), int)
+    makers = {
+        "covariance": lambda *batch: jf.dense(jf.empirical_fisher(log_prob, center=True)(params, *batch)),
+        "centred scores": lambda *batch: jf.diagonal(jf.fisher_from_scores(scores(params, *batch))),
+        "marginal": lambda *batch: whole(params, *batch).marginal(lambda path: "a" in path),
+        "part of a marginal": lambda *batch: jf.diagonal(2 * whole(params, *batch).marginal(lambda path: "a" in path)),
+    }
+    batch = data[0][:2], data[1][:2], y[:2]
+    for name, make in makers.items():
+        made = make(*batch)
+        with pytest.raises(TypeError, match="of all its examples together"):
+            jf.merge(made, made)
+            pytest.fail(name)

@@ -311,6 +311,31 @@ MISTAKES = [
         ValueError,
         ["`damping` is 0.0", "above"],
     ),
+    *[
+        (f"observations {n}", lambda n=n: jf.covariance(fisher(), n), ValueError, [f"`n` is {n}", "above zero"])
+        for n in (0, -4, np.nan)
+    ],
+    ("observations of an influence", lambda: jf.influence(log_prob, fisher(), -1), ValueError, ["`n` is -1", "above zero"]),
+    *[
+        (
+            f"draws {shape!r}",
+            lambda shape=shape: jf.Normal(0.0, 1.0).sample(KEY, shape),
+            TypeError,
+            ["Normal.sample", repr(shape)],
+        )
+        for shape in (3, "a", (2.5,), (-1,), None)
+    ],
+    ("draws of parts", lambda: jf.Joint({"a": jf.Normal(0.0, 1.0)}).sample(KEY, 3), TypeError, ["Joint.sample", "3", "(100,)"]),
+    ("seed for a key", lambda: jf.Poisson(0.0).sample(0), TypeError, ["Poisson.sample", "`key` is 0", "jax.random.key"]),
+    *[
+        (
+            f"outputs {outputs!r}",
+            lambda outputs=outputs: jf.gauss_newton(lambda p, x: outputs, lambda z, y: 0.0)(PARAMS, X, Y),
+            TypeError,
+            ["gauss_newton: the model returned", seen, "real floating outputs"],
+        )
+        for outputs, seen in (("a", "'a'"), (None, "None"), ({}, "a dict"), (1, "1"))
+    ],
     ("amplitude that is no function", lambda: jf.energy_gradient(1.0), TypeError, ["`log_psi`", "1.0", "ONE sample"]),
     ("boolean parameter", lambda: exact(with_leaf(np.ones(3, bool)), X), TypeError, ["['w']", "bool", "floating"]),
     ("string parameter", lambda: exact(with_leaf("relu"), X), TypeError, ["['w']", "str", "close over", "equinox.partition"]),

@@ -219,13 +219,28 @@ def test_divergences_of_normal_vectors_add_up_over_independent_entries():
     )
 
 
+def test_an_order_that_is_known_late_is_taken_as_one_that_is_known():
+    """Also where the closed form has no value; and what is no order gives no number."""
+    p, q = PAIRS["Bernoulli"]
+    for function, orders in ((geometry.renyi_divergence, (0.3, 1, 2.5)), (geometry.alpha_divergence, (-1, 0.2, 1, 3.0))):
+        late = jax.vmap(lambda order, function=function: function(p, q, order))(jnp.array(orders, float))
+        np.testing.assert_allclose(late, np.stack([function(p, q, order) for order in orders]), rtol=1e-12)
+    assert np.all(np.isnan(geometry.renyi_divergence(p, q, jnp.array(-1.0))))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda: geometry.renyi_divergence(*PAIRS["Normal"], np.inf), ValueError, "`order` is inf; expected a finite number"),
+        (lambda: geometry.alpha_divergence(*PAIRS["Normal"], np.nan), ValueError, "`alpha` is nan; expected a finite number"),
         (lambda: geometry.distance(jf.Normal(0.0, 1.0), jf.Poisson(0.0)), TypeError, "`p` is a Normal and `q` a Poisson"),
         (lambda: geometry.distance(*PAIRS["Gamma"]), TypeError, "a Gamma has no closed form here.*see jf.geometry.geodesic"),
         (lambda: geometry.mahalanobis_distance(*PAIRS["Normal"]), TypeError, "expected one of MultivariateNormal"),
-        (lambda: geometry.renyi_divergence(*PAIRS["Normal"], 0), ValueError, "`order` is 0; expected a positive number"),
+        (
+            lambda: geometry.renyi_divergence(*PAIRS["Normal"], 0),
+            ValueError,
+            "`order` is 0; expected a finite number above zero",
+        ),
         (lambda: geometry.renyi_divergence(*PAIRS["Normal"], "half"), TypeError, "`order` is 'half'"),
         (
             lambda: geometry.alpha_divergence(jf.Laplace(0.0, 1.0), jf.Laplace(0.0, 1.0), 0),

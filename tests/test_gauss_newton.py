@@ -75,6 +75,32 @@ def test_outputs_and_targets_may_be_trees():
     np.testing.assert_allclose(G.as_matrix(), np.diag([np.cosh(0.2), mean + 4 * mean * (2 * 0.7) ** 2]), rtol=1e-12)
 
 
+def tied(z, y):
+    """A curvature with a null direction, and at equal outputs with two equal eigenvalues."""
+    return jax.nn.logsumexp(z, axis=0) - z[y]
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_it_has_derivatives_where_the_curvature_of_the_loss_is_singular(equal):
+    """Of a softmax it is singular everywhere, and at equal outputs it has two equal eigenvalues."""
+    w, x, y = (
+        jnp.where(equal, 0, jnp.cos(jnp.arange(6.0))).reshape(2, 3),
+        jnp.array([[1.0, 0.5], [-0.3, 2.0]]),
+        jnp.array([0, 2]),
+    )
+    model = lambda w, x: x @ w  # noqa: E731
+    probabilities = lambda w: jax.nn.softmax(x @ w, axis=1)  # noqa: E731
+    v = jnp.sin(jnp.arange(6.0)).reshape(2, 3)
+
+    def by_hand(w):
+        p, along = probabilities(w), x @ v
+        return jnp.mean(jnp.sum(p * along**2, 1) - jnp.sum(p * along, 1) ** 2)
+
+    found = lambda w: jf.gauss_newton(model, tied)(w, x, y).quadratic(v)  # noqa: E731
+    np.testing.assert_allclose(found(w), by_hand(w), rtol=1e-12)
+    np.testing.assert_allclose(jax.grad(found)(w), jax.grad(by_hand)(w), atol=1e-12)
+
+
 def test_a_step_and_a_view():
     """It goes where a Fisher goes: a Kronecker view has its trace, and Levenberg and Marquardt's steps lower the loss."""
     params, x, _, _, _ = reference()

@@ -302,6 +302,7 @@ def test_bad_input_is_named():
     make = functools.partial(jf.laplace, line, params, x, y)
     for prior, error, message in (
         (0.0, ValueError, "`prior` is zero; expected precisions above zero"),
+        ({"b": 1.0, "w": np.array([1.0, 0.0, 1.0])}, ValueError, "`prior` is zero; expected precisions above zero"),
         (-1.0, ValueError, "`prior` is -1.0; expected a finite number of at least zero"),
         ("wide", TypeError, "`prior` is 'wide'; expected one real number"),
         ({"w": 1.0}, TypeError, "`prior` is a dict with leaves of shapes .*; expected one number"),
@@ -326,6 +327,16 @@ def test_bad_input_is_named():
         posterior.sample_predictive(jax.random.key(0), x, num_samples=0)
     with pytest.raises(TypeError, match=r"tune_prior: `posterior` is 3; expected what jf.laplace returns"):
         jf.tune_prior(3)
+    for options, error, message in (
+        ({"rtol": -1.0}, ValueError, "`rtol` is -1.0; expected a finite number of at least zero"),
+        ({"rtol": "x"}, TypeError, "`rtol` is 'x'; expected a Python number"),
+        ({"max_steps": 0}, ValueError, "`max_steps` is 0; expected a whole number of steps"),
+        ({"max_steps": 2.5}, ValueError, "`max_steps` is 2.5; expected a whole number of steps"),
+    ):
+        with pytest.raises(error, match=message):
+            jf.tune_prior(posterior, **options)
+    with pytest.raises(TypeError, match=r"Posterior.sample: `shape` is 3; expected a tuple"):
+        posterior.sample(jax.random.key(0), 3)
     stacked = jax.vmap(lambda alpha: make(prior=alpha))(jnp.ones(2))
     with pytest.raises(ValueError, match=r"Posterior came out of jax\.vmap"):
         stacked.predictive(x)

@@ -101,6 +101,7 @@ def test_what_is_not_finite_is_not_called_converged():
         ({"scores": 1.0}, TypeError, "`scores` is 1.0"),
         ({"e": np.zeros(6)}, ValueError, r"`e` is .*expected one real number a row, of shape \(7,\)"),
         ({"e": np.zeros(7, complex)}, ValueError, "expected one real number a row"),
+        ({"e": [1.0] * 7}, ValueError, "`e` is a list; expected one real number a row"),
         ({"damping": 0.0}, ValueError, "expected a number above zero"),
         ({"damping": -1.0}, ValueError, "damping"),
         ({"rtol": "tight"}, TypeError, "rtol"),
@@ -111,11 +112,15 @@ def test_bad_arguments_are_named(change, error, message):
     given = {"scores": jf.scores(log_psi)(params, spins), "e": e, "damping": 0.1, "rtol": 1e-5} | change
     with pytest.raises(error, match=message):
         jf.least_squares(given["scores"], given["e"], given["damping"], rtol=given["rtol"])
+    if "rtol" not in change and given["damping"] != 0:
+        with pytest.raises(error, match=message):
+            jf.LSMR().least_squares(given["scores"], given["e"], given["damping"])
 
 
 def test_padding_may_have_any_number():
     x, weights = jnp.array([1.0, jnp.nan, 2.0]), jnp.array([1.0, 0.0, 1.0])
     scores = jf.scores(lambda w, x: w * x)(0.0, x, weights=weights)
-    fitted, info = jf.least_squares(scores, jnp.array([2.0, jnp.nan, 4.0]), 0.5)
-    np.testing.assert_allclose(fitted, 5.0 / (2.5 + 0.5), rtol=1e-5)  # (1 * 2 + 2 * 4) / 2 over (1 + 4) / 2 + 1/2
-    assert bool(info.converged)
+    for solve in (jf.least_squares, jf.LSMR().least_squares):
+        fitted, info = solve(scores, jnp.array([2.0, jnp.nan, 4.0]), 0.5)
+        np.testing.assert_allclose(fitted, 5.0 / (2.5 + 0.5), rtol=1e-5)  # (1 * 2 + 2 * 4) / 2 over (1 + 4) / 2 + 1/2
+        assert bool(info.converged)

@@ -374,6 +374,17 @@ def test_a_complex_parameter_has_an_error_for_each_part():
         (lambda F: jf.standard_errors(jf.covariance(F), 3), ValueError, "`n` is given beside a covariance"),
         (lambda F: statistics.wald_interval(jnp.sum, level=95), ValueError, "`level` is 95; expected a coverage between"),
         (lambda F: statistics.wald_interval(lambda p: p)(jnp.zeros(3), jf.covariance(F)), ValueError, r"returned shape \(3,\)"),
+        (
+            lambda F: statistics.wald_interval(lambda p: jax.lax.complex(p[0], p[0]))(jnp.zeros(3), jf.covariance(F)),
+            TypeError,
+            "dtype complex.*expected real floating numbers",
+        ),
+        (lambda F: statistics.delta_method(lambda p: p > 0)(jnp.zeros(3), jf.covariance(F)), TypeError, "returned dtype bool"),
+        (
+            lambda F: statistics.likelihood_interval(poisson, lambda p: jax.lax.complex(p[0], p[0]))(jnp.zeros(3), X, COUNTS),
+            TypeError,
+            "complex",
+        ),
         (lambda F: statistics.score_interval(poisson, lambda p: p)(jnp.zeros(3), X, COUNTS), ValueError, "expected one number"),
         (
             lambda F: statistics.meat(jf.log_likelihood(poisson))(jnp.zeros(3), X, COUNTS, groups=[1, 2]),

@@ -27,7 +27,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 from jaxfisher._distributions.root import Root, narrowed
 from jaxfisher._linalg import matmul
 from jaxfisher._once import once
-from jaxfisher._values import check_array, described, is_array
+from jaxfisher._tree import as_key
+from jaxfisher._values import check_array, checked_shape, described, is_array
 
 
 @dataclass_transform(frozen_default=True)
@@ -91,6 +92,8 @@ def _compile_once(cls: type) -> None:
             setattr(cls, name, property(once(member.fget)))
         elif member is not None:
             setattr(cls, name, _of_a_target(once(member)) if name == "log_prob" else once(member))
+    if "sample" in vars(cls):
+        setattr(cls, "sample", _of_a_key(vars(cls)["sample"]))  # noqa: B010
 
 
 def _of_a_target(log_prob: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -100,6 +103,17 @@ def _of_a_target(log_prob: Callable[[Any, Any], Any]) -> Callable[[Any, Any], An
     def call(self: Any, x: Any) -> Any:
         check_array(f"{type(self).__name__}.log_prob: `x`", x)
         return log_prob(self, x)
+
+    return call
+
+
+def _of_a_key(sample: Callable[..., Any]) -> Callable[..., Any]:
+    """A sampler that names what is wrong with its arguments."""
+
+    @functools.wraps(sample)
+    def call(self: Any, key: Any, shape: Any = ()) -> Any:
+        caller = f"{type(self).__name__}.sample"
+        return sample(self, as_key(key, caller), checked_shape(caller, shape))
 
     return call
 
@@ -219,7 +233,11 @@ class Distribution:
         raise NotImplementedError
 
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Shaped[Array, "*shape_batch_event"]:
-        """Independent draws, shape ``[*shape, *batch, *event]``."""
+        """Independent draws, shape ``[*shape, *batch, *event]``.
+
+        Raises:
+            TypeError: a ``key`` that is no random key, a ``shape`` that is no tuple of whole numbers.
+        """
         raise NotImplementedError
 
     def kl(self, other: Self) -> Float[Array, "*batch"]:

@@ -24,9 +24,10 @@ from jaxfisher._distributions.excess import exp_excess
 from jaxfisher._distributions.libraries import LIBRARIES, Library, independent, library_of, translate
 from jaxfisher._distributions.outcomes import Outcomes, outcomes_of
 from jaxfisher._distributions.root import Root, triangle
-from jaxfisher._linalg import matmul
+from jaxfisher._linalg import matmul, unit_root
 from jaxfisher._pytree import array_fields
-from jaxfisher._tree import at_least_float32
+from jaxfisher._tree import as_key, at_least_float32
+from jaxfisher._values import checked_shape
 
 _NUM_SAMPLES = 1024
 _SAMPLE_SEED = 20261123
@@ -156,6 +157,7 @@ class Foreign(Distribution):
         return value
 
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Shaped[Array, "*shape_batch_event"]:
+        key, shape = as_key(key, "sample"), checked_shape("sample", shape)
         draws: Array = self._library.sample(self._object(), key, shape)
         return draws
 
@@ -279,7 +281,7 @@ class Foreign(Distribution):
             return jnp.sum(self._library.kl(p, self._object(unravel(q))))
 
         slope, hessian = jax.grad(divergence)(flat), jax.hessian(divergence)(flat)
-        return jnp.where(_is_stationary(flat, slope, hessian), _psd_root(hessian), jnp.nan)
+        return jnp.where(_is_stationary(flat, slope, hessian), unit_root(hessian, 0.0), jnp.nan)
 
     def _root_of_scores(self) -> Float[Array, "fields samples"]:
         flat, unravel = ravel_pytree(self.fields)
@@ -353,23 +355,6 @@ def _is_stationary(flat: Array, slope: Array, hessian: Array) -> Array:
     floor = 1e3 * eps / (1 + jnp.abs(flat))
     # Written so that a NaN does not count as a slope: it passes through the root.
     return ~jnp.any(jnp.abs(slope) > jnp.maximum(allowed, floor))
-
-
-def _psd_root(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
-    """``R`` with ``R R^T = matrix``, eigenvalues at rounding level or below set to zero.
-
-    The diagonal is scaled to one first: what is rounding is then the same for fields in any units.
-    """
-    dtype = matrix.dtype
-    matrix = matrix.astype(at_least_float32(dtype))  # there is no eigh below float32
-    diagonal = jnp.diagonal(matrix)
-    scale = jnp.where(diagonal > 0, jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1)), 1)
-    values, vectors = jnp.linalg.eigh(matrix / scale[:, None] / scale[None, :])
-    if not values.size:
-        return matrix.astype(dtype)
-    rounding = float(jnp.finfo(dtype).eps) * values.size * values[-1]
-    roots = jnp.sqrt(jnp.where(values < rounding, 0, values))
-    return (scale[:, None] * vectors * roots[None, :]).astype(dtype)
 
 
 def _seen(obj: Any) -> str:

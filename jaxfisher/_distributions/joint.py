@@ -14,7 +14,8 @@ from jaxfisher._distributions.foreign import as_distribution
 from jaxfisher._distributions.libraries import library_of
 from jaxfisher._distributions.root import Root
 from jaxfisher._pytree import array_fields
-from jaxfisher._values import described
+from jaxfisher._tree import as_key
+from jaxfisher._values import checked_shape, described
 
 
 @array_fields("parts", repr=False, eq=False)
@@ -152,7 +153,8 @@ class Joint(Distribution):
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Any:
         """Independent draws from each part, ``[*shape, *batch, *event]``, in the container."""
         parts = self._each
-        keys = jax.random.split(key, len(parts))
+        keys = jax.random.split(as_key(key, "Joint.sample"), len(parts))
+        shape = checked_shape("Joint.sample", shape)
         return jax.tree.unflatten(self._outer, [part.sample(k, shape) for part, k in zip(parts, keys, strict=True)])
 
     def kl(self, other: Joint) -> Float[Array, "*batch"]:

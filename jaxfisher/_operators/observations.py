@@ -6,7 +6,7 @@ import chex
 import jax.numpy as jnp
 
 from jaxfisher._operators.operator import Operator
-from jaxfisher._values import check_number
+from jaxfisher._values import check_number, positive
 
 
 def observations(fisher: Operator, n: chex.Numeric | None, caller: str) -> chex.Numeric:
@@ -17,7 +17,7 @@ def observations(fisher: Operator, n: chex.Numeric | None, caller: str) -> chex.
     """
     if n is not None:
         check_number("n", n, "a number of observations, of those that the parameters were fitted to")
-        return jnp.asarray(n, fisher.spec.dtype)
+        return positive("n", n, fisher.spec.dtype)
     means = [part for part in fisher.provenance.parts or (fisher.provenance,) if part.mass is not None]
     if len(means) != 1 or means[0].mean.scaled:
         several = "a sum of several means, over the same observations or over others"

@@ -299,7 +299,7 @@ class Operator:
         [[1.]]
         """
         seen = _looked_at(self)
-        return Operator(_schur_complement(seen, Static(seen.spec.flags(keep, "marginal"))), seen.provenance)
+        return Operator(_schur_complement(seen, Static(seen.spec.flags(keep, "marginal"))), seen.provenance.as_a_whole())
 
     # NumPy would take an operator for a scalar and make an array of operators: this hands the arithmetic to the methods below.
     __array_ufunc__ = None

@@ -16,11 +16,16 @@ from jaxfisher._pytree import array_fields
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Mean:
-    """How a mean is taken: with weights or without, over examples or what they count, and whether a multiple is taken of it."""
+    """How a mean is taken: with weights or without, over examples or what they count, and whether a multiple is taken of it.
+
+    ``together`` is true of what is no mean of one term for each example, but is made of such a mean as a whole, as a covariance
+    and what is known where other parameters are unknown: of two of these, the mean is not that of all examples.
+    """
 
     weighted: bool = False
     scaled: bool = False
     counted: bool = False
+    together: bool = False
 
     def __str__(self) -> str:
         words = ["scaled"] * self.scaled + ["weighted"] * self.weighted + ["mean over"] + ["the counts of"] * self.counted
@@ -81,6 +86,11 @@ class Provenance:
         """The provenance of a multiple."""
         mean = dataclasses.replace(self.mean, scaled=True)
         return dataclasses.replace(self, mean=mean, parts=tuple(part.times() for part in self.parts))
+
+    def as_a_whole(self) -> Provenance:
+        """The provenance of what is made of the whole mean, and not term by term."""
+        mean = dataclasses.replace(self.mean, together=True)
+        return dataclasses.replace(self, mean=mean, parts=tuple(part.as_a_whole() for part in self.parts))
 
     def plus(self, other: Provenance) -> Provenance:
         """The provenance of a sum."""

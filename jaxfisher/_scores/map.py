@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Scalar
 
 from jaxfisher._engine import Basis, Leaf, Moments, Seal, leaf_of, sealed
@@ -18,7 +19,7 @@ from jaxfisher._linalg import mirrored
 from jaxfisher._once import once
 from jaxfisher._stack import of_one
 from jaxfisher._tree import ParamSpec
-from jaxfisher._values import check_array, described, dtype_of, nonnegative
+from jaxfisher._values import check_array, described, dtype_of, is_array, nonnegative
 
 
 class ClippedSum(NamedTuple):
@@ -256,6 +257,20 @@ def check_one_row_each(caller: str, scores: Scores) -> None:
             f"{caller}: {scores} have several rows an example, as those of a complex log-density have, and what {caller} says "
             "of an example takes one. Give a real log-density, such as 2 * log_psi(params, x).real."
         )
+
+
+def one_a_row(caller: str, scores: Any, e: Any) -> Float[Array, " rows"]:
+    """One real number a row, in the scores' dtype, or the error of a least-squares fit that is asked for anything else."""
+    if not isinstance(scores, Scores):
+        raise TypeError(f"{caller}: `scores` is {described(scores)}; expected what jf.scores(log_prob)(params, *data) returns.")
+    check_array(f"{caller}: `e`", e)
+    if not is_array(e) or np.shape(e) != (scores.num_rows,) or not jnp.issubdtype(dtype_of(e), jnp.number):
+        raise ValueError(f"{caller}: `e` is {described(e)}; expected one real number a row, of shape ({scores.num_rows},).")
+    if jnp.issubdtype(dtype_of(e), jnp.complexfloating):
+        raise ValueError(
+            f"{caller}: `e` is complex ({dtype_of(e)}); expected one real number a row, of shape ({scores.num_rows},)."
+        )
+    return jnp.asarray(e, scores.spec.dtype)
 
 
 def examples_of(scores: Scores) -> int:

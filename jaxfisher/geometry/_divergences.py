@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from jaxfisher._distributions.multivariate_normal import MultivariateNormal
 from jaxfisher._distributions.normal import Normal
 from jaxfisher._distributions.poisson import Poisson
 from jaxfisher._divergence import kl_divergence
-from jaxfisher._values import check_number
+from jaxfisher._values import check_number, positive
 from jaxfisher.geometry._families import matched
 
 Affinity = Callable[[Any, Any, Array], Array]
@@ -114,7 +115,7 @@ AFFINITIES: dict[type, Affinity] = {
 
 
 def renyi_divergence(p: Any, q: Any, order: chex.Numeric) -> Float[Array, "*batch"]:
-    r"""Renyi's divergence of an order, from 0 to infinity; at 1 it is Kullback and Leibler's.
+    r"""Renyi's divergence of an order above 0; at 1 it is Kullback and Leibler's.
 
     .. math:: D_a(p \,\|\, q) = \frac1{a - 1} \log \int p^a q^{1 - a}.
 
@@ -126,14 +127,14 @@ def renyi_divergence(p: Any, q: Any, order: chex.Numeric) -> Float[Array, "*batc
     Args:
         p: a distribution: Normal, MultivariateNormal, Bernoulli, Categorical, Poisson, Exponential, Gamma, Beta or Dirichlet.
         q: a distribution of the same family.
-        order: a positive number.
+        order: a positive number; of one that is known at run time to be none the divergence is NaN.
 
     Returns:
         Nats, one number for each distribution of the batch, shape ``[*batch]``.
 
     Raises:
         TypeError: the families differ, or this one has no closed form here.
-        ValueError: an order that is not positive.
+        ValueError: an order that is known not to be positive, or infinite.
 
     Reference: van Erven and Harremoes, Renyi divergence and Kullback-Leibler divergence (2014), definition 2; Gil, Alajaji and
     Linder (2013), for the families.
@@ -143,14 +144,13 @@ def renyi_divergence(p: Any, q: Any, order: chex.Numeric) -> Float[Array, "*batc
     >>> print(geometry.renyi_divergence(jf.Normal(0.0, 1.0), jf.Normal(1.0, 1.0), order=0.5))  # a / 2
     0.25
     """
-    check_number("order", order, "one positive number")
-    if not isinstance(order, jax.Array) and not float(order) > 0:
-        raise ValueError(f"renyi_divergence: `order` is {order}; expected a positive number.")
     p, q, affinity = matched(p, q, AFFINITIES, "renyi_divergence", "Estimate it from draws of p.")
-    if not isinstance(order, jax.Array) and float(order) == 1:
-        return kl_divergence(p, q)
-    a = jnp.asarray(order, jnp.result_type(*jax.tree.leaves(p)))
-    return affinity(p, q, a) / (a - 1)
+    a = positive("order", order, jnp.result_type(*jax.tree.leaves(p)))
+    if not isinstance(order, jax.Array):
+        return kl_divergence(p, q) if float(order) == 1 else affinity(p, q, a) / (a - 1)
+    # An order that is known late may be the one at which the quotient has no value.
+    apart = jnp.where(a == 1, 0.5, a)
+    return jnp.where(a == 1, kl_divergence(p, q), affinity(p, q, apart) / (apart - 1))
 
 
 def alpha_divergence(p: Any, q: Any, alpha: chex.Numeric) -> Float[Array, "*batch"]:
@@ -172,6 +172,7 @@ def alpha_divergence(p: Any, q: Any, alpha: chex.Numeric) -> Float[Array, "*batc
 
     Raises:
         TypeError: the families differ, or this one has no closed form here; an ``alpha`` that is no number.
+        ValueError: an ``alpha`` that is known not to be finite.
 
     Reference: Amari, Information Geometry and Its Applications (2016), section 3.5.
 
@@ -182,8 +183,16 @@ def alpha_divergence(p: Any, q: Any, alpha: chex.Numeric) -> Float[Array, "*batc
     True True
     """
     check_number("alpha", alpha)
+    known = not isinstance(alpha, jax.Array)
+    if known and not math.isfinite(alpha):
+        raise ValueError(f"alpha_divergence: `alpha` is {alpha}; expected a finite number.")
     p, q, affinity = matched(p, q, AFFINITIES, "alpha_divergence", "Estimate it from draws of p.")
-    if not isinstance(alpha, jax.Array) and abs(float(alpha)) == 1:
+    if known and abs(float(alpha)) == 1:
         return kl_divergence(p, q) if float(alpha) < 0 else kl_divergence(q, p)
     number = jnp.asarray(alpha, jnp.result_type(*jax.tree.leaves(p)))
-    return -4 * jnp.expm1(affinity(p, q, 0.5 * (1 - number))) / (1 - jnp.square(number))
+    # An alpha that is known late may be one of the two at which the quotient has no value.
+    apart = number if known else jnp.where(jnp.abs(number) == 1, 0, number)
+    value = -4 * jnp.expm1(affinity(p, q, 0.5 * (1 - apart))) / (1 - jnp.square(apart))
+    if known:
+        return value
+    return jnp.where(number == -1, kl_divergence(p, q), jnp.where(number == 1, kl_divergence(q, p), value))

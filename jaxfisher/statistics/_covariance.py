@@ -21,6 +21,7 @@ from jaxfisher._operators.provenance import Provenance
 from jaxfisher._pytree import array_fields
 from jaxfisher._solve import solve
 from jaxfisher._tree import ParamSpec, cast_like, check_function, joined
+from jaxfisher._values import described
 
 
 @array_fields("finite", "null", "unit", repr=False)
@@ -238,7 +239,8 @@ def delta_method(function: Callable[[Any], Any]) -> Callable[[chex.ArrayTree, Op
         order of `jax.flatten_util.ravel_pytree`. It is infinite for what the data do not determine.
 
     Raises:
-        TypeError: ``function`` is not a function; (when called) ``covariance`` is not an operator.
+        TypeError: ``function`` is not a function; (when called) ``covariance`` is not an operator, or what the function returns
+            is no real floating numbers.
         ValueError: (when called) parameters of another structure.
 
     Reference: van der Vaart, Asymptotic Statistics (1998), theorem 3.1.
@@ -256,6 +258,7 @@ def delta_method(function: Callable[[Any], Any]) -> Callable[[chex.ArrayTree, Op
         covariance = as_operator(covariance, "delta_method: `covariance`")
         spec = covariance.spec
         flat = spec.ravel(params, "params")
+        check_real("delta_method", jax.eval_shape(function, params))
 
         def numbers(flat: Array) -> Array:
             return ravel_pytree(function(cast_like(spec.unravel(flat), params)))[0]
@@ -265,6 +268,16 @@ def delta_method(function: Callable[[Any], Any]) -> Callable[[chex.ArrayTree, Op
         return function(params), matrix
 
     return inherited
+
+
+def check_real(caller: str, value: Any) -> None:
+    """Raise `TypeError` unless what a function of the parameters returns is real floating numbers, which have derivatives."""
+    for leaf in jax.tree.leaves(value) or [value]:
+        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            seen = f"dtype {leaf.dtype}" if hasattr(leaf, "dtype") else described(leaf)
+            raise TypeError(
+                f"{caller}: `function` returned {seen}; expected real floating numbers. Of complex ones ask for .real or .imag."
+            )
 
 
 def cramer_rao_bound(

@@ -20,7 +20,7 @@ from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._tree import cast_like, check_function
 from jaxfisher._values import check_number
 from jaxfisher._varying import while_loop
-from jaxfisher.statistics._covariance import delta_method
+from jaxfisher.statistics._covariance import check_real, delta_method
 from jaxfisher.statistics._observations import fisher_at
 
 STAGES, STEPS = 12, 30
@@ -66,7 +66,7 @@ def wald_interval(function: Callable[[Any], Any], level: chex.Numeric = 0.95) ->
 
     Raises:
         ValueError: a level that is not between zero and one; (when called) a function of several numbers.
-        TypeError: (when called) ``covariance`` is not an operator.
+        TypeError: (when called) ``covariance`` is not an operator, a function whose value is not real.
 
     Reference: Wald (1943); van der Vaart, Asymptotic Statistics (1998), section 5.5.
 
@@ -82,8 +82,8 @@ def wald_interval(function: Callable[[Any], Any], level: chex.Numeric = 0.95) ->
 
     def interval(params: chex.ArrayTree, covariance: Operator, /) -> Interval:
         covariance = as_operator(covariance, "wald_interval: `covariance`")
+        _check_scalar("wald_interval", jax.eval_shape(function, params))
         value, matrix = inherited(params, covariance)
-        _check_scalar("wald_interval", value)
         half = z * jnp.sqrt(matrix[0, 0])
         return Interval(value - half, value + half, jnp.isfinite(half))
 
@@ -114,7 +114,7 @@ def likelihood_interval(model: Model, function: Callable[[Any], Any], level: che
     Raises:
         ValueError: a level that is not between zero and one; (when called) a function of several numbers, arrays of different
             lengths.
-        TypeError: (when called) a model that returns no distribution.
+        TypeError: (when called) a model that returns no distribution, a function whose value is not real.
 
     Reference: Venzon and Moolgavkar, A method for computing profile-likelihood-based confidence intervals (1988).
 
@@ -150,7 +150,7 @@ def score_interval(model: Model, function: Callable[[Any], Any], level: chex.Num
     Raises:
         ValueError: a level that is not between zero and one; (when called) a function of several numbers, arrays of different
             lengths.
-        TypeError: (when called) a model that returns no distribution.
+        TypeError: (when called) a model that returns no distribution, a function whose value is not real.
 
     Reference: Rao (1948); Wilson (1927); Cox and Hinkley, Theoretical Statistics (1974), section 9.3.
 
@@ -190,6 +190,7 @@ def _deviations(name: str, level: Any) -> Scalar:
 
 
 def _check_scalar(name: str, value: Any) -> None:
+    check_real(name, value)
     if jnp.shape(value) != ():
         raise ValueError(f"{name}: `function` returned shape {jnp.shape(value)}; expected one number. Ask for one at a time.")
 
