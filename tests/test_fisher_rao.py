@@ -231,6 +231,21 @@ def test_an_order_that_is_known_late_is_taken_as_one_that_is_known():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        *[
+            (lambda f=f: f(jf.Categorical(np.zeros(1)), jf.Categorical(np.zeros(3))), ValueError, "over different spaces")
+            for f in (
+                geometry.distance,
+                lambda p, q: geometry.renyi_divergence(p, q, 0.5),
+                lambda p, q: geometry.alpha_divergence(p, q, 0.5),
+            )
+        ],
+        (
+            lambda: geometry.covariance_distance(
+                *(jf.MultivariateNormal(np.zeros(d), np.eye(d)) for d in (2, 3)),
+            ),
+            ValueError,
+            "covariance_distance: the two are over different spaces",
+        ),
         (lambda: geometry.renyi_divergence(*PAIRS["Normal"], np.inf), ValueError, "`order` is inf; expected a finite number"),
         (lambda: geometry.alpha_divergence(*PAIRS["Normal"], np.nan), ValueError, "`alpha` is nan; expected a finite number"),
         (lambda: geometry.distance(jf.Normal(0.0, 1.0), jf.Poisson(0.0)), TypeError, "`p` is a Normal and `q` a Poisson"),

@@ -195,6 +195,18 @@ def test_an_exchange_finds_the_runs_and_the_gradient_the_places():
         ),
         (lambda: forecasts.gaussian_fisher(mean, covariance)({**PARAMS, "decay": 1}), TypeError, r"\['decay'\] has dtype int"),
         (lambda: forecasts.gaussian_prior(PARAMS, {"amplitude": 1.0}), ValueError, "errors"),
+        (lambda: forecasts.gaussian_prior(np.zeros(2), np.array([1.0, -2.0])), ValueError, "holds -2.0; expected standard"),
+        (
+            lambda: forecasts.gaussian_fisher(lambda p: jax.lax.complex(p, p), np.eye(2))(np.zeros(2)),
+            TypeError,
+            "`mean` gives numbers of dtype co",
+        ),
+        (
+            lambda: design.exchange(candidates(), lambda m: m[0], np.arange(3)),
+            TypeError,
+            "`criterion` returned an array of shape",
+        ),
+        (lambda: design.optimal_weights(candidates(), lambda m: 1), TypeError, "`criterion` returned .*; expected one real"),
         (lambda: forecasts.conditional_errors(np.eye(3)), TypeError, "conditional_errors: expected a Fisher operator"),
         (
             lambda: forecasts.bias(mean, covariance)(PARAMS, forecast()[0], np.ones(4)),

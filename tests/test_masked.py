@@ -223,5 +223,7 @@ def test_what_is_refused():
             jf.Masked(p, mask)
     with pytest.raises(TypeError, match="Expected a distribution"):
         jf.Masked(3.0, MASK)
+    with pytest.raises(TypeError, match="expected one family"):
+        jf.Masked(jf.Joint({"a": p}), MASK)
     with pytest.raises(TypeError, match="expected another Normal"):
         jf.Masked(p, MASK).kl(jf.Masked(jf.Laplace(jnp.zeros(3), 1.0), MASK))

@@ -396,6 +396,15 @@ def test_a_complex_parameter_has_an_error_for_each_part():
             ValueError,
             "`factors` has",
         ),
+        (
+            lambda F: statistics.meat(jf.log_likelihood(poisson))(jnp.zeros(3), X, COUNTS, factors=np.ones(len(X), complex)),
+            TypeError,
+            "meat: `factors` is .*complex.*; expected real numbers",
+        ),
+        *[
+            (lambda F, f=f: f("high"), TypeError, f"{f.__name__}: `leverages` is 'high'; expected real numbers")
+            for f in (statistics.hc1, statistics.hc2, statistics.hc3)
+        ],
         (lambda F: statistics.cluster_factor(np.ones(5), 1), ValueError, "with 1 labels; expected a vector of two or more"),
         (lambda F: statistics.cluster_factor(np.arange(5), 5), ValueError, "below the 5 observations"),
         (lambda F: statistics.hc1(jnp.zeros(3), weights=[1.0, 2.0]), ValueError, "`weights` has shape"),

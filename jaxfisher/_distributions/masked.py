@@ -13,6 +13,7 @@ from jaxfisher._distributions.base import Distribution, family
 from jaxfisher._distributions.bernoulli import Bernoulli
 from jaxfisher._distributions.categorical import Categorical
 from jaxfisher._distributions.foreign import Foreign, as_distribution
+from jaxfisher._distributions.joint import Joint
 from jaxfisher._distributions.negative_binomial import NegativeBinomial
 from jaxfisher._distributions.poisson import Poisson
 from jaxfisher._distributions.root import Root
@@ -39,7 +40,8 @@ class Masked(Distribution):
         mask: booleans, of a shape that broadcasts to the batch shape.
 
     Raises:
-        TypeError: ``distribution`` is none, or a foreign one without a counterpart; ``mask`` is not boolean.
+        TypeError: ``distribution`` is none, a `jaxfisher.Joint`, or a foreign one without a counterpart; ``mask`` is not
+            boolean.
         ValueError: ``mask`` does not broadcast to the batch shape.
 
     Reference: Martens, New insights and perspectives on the natural gradient method (JMLR 2020), section 9: the Fisher of a
@@ -59,6 +61,11 @@ class Masked(Distribution):
 
     def __post_init__(self) -> None:
         distribution = as_distribution(self.distribution)
+        if isinstance(distribution, Joint):
+            raise TypeError(
+                f"Masked: `distribution` is {distribution}; expected one family. Mask its parts, "
+                'jf.Joint({"label": jf.Masked(p, mask), ...}).'
+            )
         if isinstance(distribution, Foreign | Masked):
             raise TypeError(
                 f"Masked: `distribution` is {distribution}; expected one of the library's families, such as "

@@ -21,7 +21,7 @@ from jaxfisher._transform.update_arguments import (
     fisher_for,
 )
 from jaxfisher._tree import cast_like, check_function, dot, param_spec, split
-from jaxfisher._values import check_nonnegative
+from jaxfisher._values import check_nonnegative, nonnegative
 
 
 class GeodesicAccelerationState(NamedTuple):
@@ -114,7 +114,7 @@ def geodesic_acceleration(
         bend, _ = training_solve(operator, pulled, strength, solver)
         step = operator.spec.vector(updates)
         # Half of the solution is subtracted, and twice that is what is compared. A NaN is not small.
-        small = dot(bend, bend) <= jnp.asarray(max_ratio, operator.spec.dtype) ** 2 * dot(step, step)
+        small = dot(bend, bend) <= nonnegative("max_ratio", max_ratio, operator.spec.dtype) ** 2 * dot(step, step)
         bent = jax.tree.map(lambda u, a: jnp.where(small, u - 0.5 * a, u), step, bend)
         return cast_like(bent, updates), GeodesicAccelerationState(step)
 

@@ -220,4 +220,8 @@ def _checked(informations: Any, criterion: Any, caller: str) -> Float[Array, "m 
             f"{caller}: `informations` is {described(informations)}; expected one matrix for each candidate, shape (m, p, p), "
             "as jf.design.informations(model)(params, *candidates) gives."
         )
-    return jnp.asarray(informations)
+    matrices = jnp.asarray(informations)
+    value: Any = jax.eval_shape(criterion, matrices[0])
+    if not hasattr(value, "dtype") or value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"{caller}: `criterion` returned {described(value)}; expected one real number, {CRITERION}.")
+    return matrices

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxfisher._linalg import matmul
@@ -52,6 +53,13 @@ def _whitened(caller: str, mean: Simulator, covariance: Spread, params: Any, spe
             "(d,), and its covariance, (d, d). Flatten the data; of independent data give a diagonal matrix."
         )
 
+    for name, shape in zip(("mean", "covariance"), shapes, strict=True):
+        if jnp.issubdtype(shape.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"{caller}: `{name}` gives numbers of dtype {shape.dtype}; expected real ones. Of complex data give real and "
+                "imaginary parts, one after the other."
+            )
+
     def at(flat: Array) -> tuple[Array, Array]:
         here = cast_like(spec.unravel(flat), params)
         return jnp.asarray(mean(here)).astype(spec.dtype), jnp.asarray(spread(here)).astype(spec.dtype)
@@ -82,7 +90,7 @@ def gaussian_fisher(mean: Simulator, covariance: Spread) -> Callable[[chex.Array
 
     Raises:
         ValueError: (when called) shapes that are not those of one vector and its covariance.
-        TypeError: ``mean`` is not a function; (when called) a parameter that is not a real floating array.
+        TypeError: ``mean`` is not a function; (when called) a parameter that is not a real floating array, complex data.
 
     Reference: Tegmark, Taylor and Heavens, Karhunen-Loeve eigenvalue problems in cosmology (1997), equation 15.
 
@@ -111,14 +119,15 @@ def gaussian_prior(like: Operator | chex.ArrayTree, errors: chex.ArrayTree) -> O
 
     Args:
         like: an operator over the parameters, or the parameters.
-        errors: a pytree like the parameters, of standard deviations; infinite where there is no prior.
+        errors: a pytree like the parameters, of standard deviations; infinite where there is no prior. One that turns out
+            negative at run time makes NaN.
 
     Returns:
         An operator of the information of all the data. Beside a Fisher that is a mean over n examples it is
         ``(1 / n) * prior``.
 
     Raises:
-        ValueError: ``errors`` of another structure.
+        ValueError: ``errors`` of another structure, or known to be negative.
         TypeError: a parameter that is not a real floating array.
 
     Reference: Tegmark, Taylor and Heavens (1997), section 2.
@@ -131,7 +140,12 @@ def gaussian_prior(like: Operator | chex.ArrayTree, errors: chex.ArrayTree) -> O
      [0. 0.]]
     """
     spec = like.spec if isinstance(like, Operator) else param_spec(like)
-    return from_matrix(jnp.diag(1 / jnp.square(spec.ravel(errors, "errors"))), spec.zeros())
+    deviations = spec.ravel(errors, "errors")
+    for leaf in jax.tree.leaves(errors):
+        if not isinstance(leaf, jax.Array) and np.any(np.minimum(np.real(leaf), np.imag(leaf)) < 0):
+            raise ValueError(f"gaussian_prior: `errors` holds {np.min(leaf)}; expected standard deviations, none below zero.")
+    # What turns out to be no standard deviation is no prior.
+    return from_matrix(jnp.diag(1 / jnp.square(jnp.where(deviations >= 0, deviations, jnp.nan))), spec.zeros())
 
 
 def conditional_errors(fisher: Operator, n: chex.Numeric | None = None) -> Any:

@@ -86,6 +86,7 @@ def distance(p: Any, q: Any) -> Float[Array, "*batch"]:
 
     Raises:
         TypeError: the families differ, or this one has no closed form.
+        ValueError: the two have different numbers of classes.
 
     Reference: Atkinson and Mitchell, Rao's distance measure (Sankhya 1981), section 4; Miyamoto et al., On closed-form
     expressions for the Fisher-Rao distance (2024), tables 1 and 2.
@@ -117,6 +118,7 @@ def covariance_distance(p: MultivariateNormal, q: MultivariateNormal) -> Float[A
 
     Raises:
         TypeError: an argument of another family.
+        ValueError: the dimensions differ.
 
     Reference: Atkinson and Mitchell (1981), section 4; Skovgaard, A Riemannian geometry of the multivariate normal model
     (1984).
@@ -148,6 +150,7 @@ def mahalanobis_distance(p: MultivariateNormal, q: MultivariateNormal) -> Float[
 
     Raises:
         TypeError: an argument of another family.
+        ValueError: the dimensions differ.
 
     Reference: Atkinson and Mitchell (1981), section 4.
 

@@ -134,7 +134,7 @@ def renyi_divergence(p: Any, q: Any, order: chex.Numeric) -> Float[Array, "*batc
 
     Raises:
         TypeError: the families differ, or this one has no closed form here.
-        ValueError: an order that is known not to be positive, or infinite.
+        ValueError: an order that is known not to be positive, or infinite; different numbers of classes or dimensions.
 
     Reference: van Erven and Harremoes, Renyi divergence and Kullback-Leibler divergence (2014), definition 2; Gil, Alajaji and
     Linder (2013), for the families.
@@ -172,7 +172,7 @@ def alpha_divergence(p: Any, q: Any, alpha: chex.Numeric) -> Float[Array, "*batc
 
     Raises:
         TypeError: the families differ, or this one has no closed form here; an ``alpha`` that is no number.
-        ValueError: an ``alpha`` that is known not to be finite.
+        ValueError: an ``alpha`` that is known not to be finite; different numbers of classes or dimensions.
 
     Reference: Amari, Information Geometry and Its Applications (2016), section 3.5.
 

@@ -19,4 +19,9 @@ def matched(p: Any, q: Any, table: Mapping[type, T], caller: str, remedy: str) -
     if type(first) not in table:
         known = ", ".join(sorted(family.__name__ for family in table))
         raise TypeError(f"{caller}: a {kinds[0]} has no closed form here; expected one of {known}. {remedy}")
+    if first._own_shapes() != second._own_shapes():
+        raise ValueError(
+            f"{caller}: the two are over different spaces: {first} and {second}. Give both the same number of classes or "
+            "dimensions."
+        )
     return first, second, table[type(first)]

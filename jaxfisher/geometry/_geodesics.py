@@ -17,7 +17,7 @@ from jaxfisher._model import MODEL, Model, log_likelihood, of_one_example
 from jaxfisher._natural import natural_grad
 from jaxfisher._once import Around, Static, once_for
 from jaxfisher._tree import cast_like, check_function
-from jaxfisher._values import check_nonnegative, described, whole
+from jaxfisher._values import check_nonnegative, described, nonnegative, whole
 
 STAGES, NEWTON = 8, 6
 """Into how many parts the way to the other end is cut, and how many of Newton's steps each part takes."""
@@ -298,7 +298,7 @@ def natural_gradient_flow(model: Model, time: chex.Numeric, steps: int = 100) ->
             return -spec.ravel(descent(here, *data, **given), "gradient")
 
         def step(flat: Array, _: None) -> tuple[Array, Array]:
-            moved = _runge_kutta(rate, flat, jnp.asarray(time, flat.dtype) / count)
+            moved = _runge_kutta(rate, flat, nonnegative("time", time, flat.dtype) / count)
             return moved, moved
 
         start = spec.ravel(params, "params")

@@ -186,7 +186,9 @@ def _deviations(name: str, level: Any) -> Scalar:
     check_number("level", level)
     if not isinstance(level, jax.Array) and not 0 < float(level) < 1:
         raise ValueError(f"{name}: `level` is {level}; expected a coverage between zero and one, such as 0.95.")
-    return jax.scipy.special.ndtri(0.5 * (1 + jnp.asarray(level, jnp.result_type(float))))
+    share = jnp.asarray(level, jnp.result_type(float))
+    # What turns out to be no coverage has no interval.
+    return jax.scipy.special.ndtri(0.5 * (1 + jnp.where((share > 0) & (share < 1), share, jnp.nan)))
 
 
 def _check_scalar(name: str, value: Any) -> None:

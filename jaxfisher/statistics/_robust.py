@@ -25,7 +25,7 @@ from jaxfisher._operators.operator import Operator, scores_of
 from jaxfisher._operators.provenance import mean_over
 from jaxfisher._scores import check_one_row_each, scores
 from jaxfisher._tree import check_function
-from jaxfisher._values import described, whole
+from jaxfisher._values import described, dtype_of, is_array, whole
 from jaxfisher.statistics._covariance import inverse_and_null
 from jaxfisher.statistics._observations import occurrences
 
@@ -51,7 +51,7 @@ def meat(log_prob: LogProb) -> Callable[..., Operator]:
 
     Raises:
         ValueError: (when called) arrays of different lengths, groups or factors of another length than the data.
-        TypeError: (when called) groups inside ``jit`` that are no numbers.
+        TypeError: (when called) groups inside ``jit`` that are no numbers, factors that are no real numbers.
 
     Reference: Liang and Zeger, Longitudinal data analysis using generalized linear models (Biometrika 1986), section 3;
     MacKinnon and White (1985), for the factors.
@@ -86,12 +86,23 @@ def meat(log_prob: LogProb) -> Callable[..., Operator]:
 
 
 def _per_example(name: str, values: Any, n: int) -> Array:
-    array = jnp.asarray(values)
+    array = _real(f"meat: `{name}`", values)
     if array.shape != (n,):
-        raise ValueError(
-            f"meat: `{name}` has shape {array.shape}, but there are {n} examples. Pass one number each, shape ({n},)."
-        )
+        raise _other_length(name, array.shape, n)
     return array
+
+
+def _other_length(name: str, shape: tuple[int, ...], n: int) -> ValueError:
+    return ValueError(f"meat: `{name}` has shape {shape}, but there are {n} examples. Pass one each, shape ({n},).")
+
+
+def _real(name: str, values: Any) -> Array:
+    """Real numbers as an array, floating ones if they are not."""
+    held = np.asarray(values) if isinstance(values, list | tuple) else values
+    if not is_array(held) or not any(jnp.issubdtype(dtype_of(held), kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+        raise TypeError(f"{name} is {described(held)}; expected real numbers.")
+    array = jnp.asarray(held)
+    return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.result_type(float))
 
 
 def _places(groups: Any, n: int) -> Array:
@@ -99,13 +110,13 @@ def _places(groups: Any, n: int) -> Array:
     if isinstance(groups, jax.core.Tracer):
         if not jnp.issubdtype(groups.dtype, jnp.number) and groups.dtype != bool:
             raise TypeError(f"meat: `groups` has dtype {groups.dtype} inside jit; expected numbers, a label for each example.")
-        traced: Array = jnp.unique(_per_example("groups", groups, n), return_inverse=True, size=n)[1]
+        if groups.shape != (n,):
+            raise _other_length("groups", groups.shape, n)
+        traced: Array = jnp.unique(groups, return_inverse=True, size=n)[1]
         return traced
     labels = np.asarray(groups)
     if labels.shape != (n,):
-        raise ValueError(
-            f"meat: `groups` has shape {labels.shape}, but there are {n} examples. Pass one label each, shape ({n},)."
-        )
+        raise _other_length("groups", labels.shape, n)
     return jnp.asarray(np.unique(labels, return_inverse=True)[1])
 
 
@@ -198,7 +209,7 @@ def hc1(leverages: Float[Array, " n"], weights: Float[Array, " n"] | None = None
 
     Raises:
         ValueError: weights of another length, or known to be negative or all zero. Of those known late the factors are NaN.
-        TypeError: weights that are no numbers.
+        TypeError: weights or leverages that are no numbers.
 
     Reference: MacKinnon and White, Some heteroskedasticity-consistent covariance matrix estimators (1985), equation 9.
 
@@ -207,6 +218,7 @@ def hc1(leverages: Float[Array, " n"], weights: Float[Array, " n"] | None = None
     >>> print(statistics.hc1(jnp.full(4, 0.75)))
     [2. 2. 2. 2.]
     """
+    leverages = _real("hc1: `leverages`", leverages)
     often = occurrences(weights, leverages.shape[0]).astype(leverages.dtype)
     n = jnp.sum(often)
     return jnp.full_like(leverages, 1) * jnp.sqrt(n / (n - jnp.sum(often * leverages)))
@@ -220,6 +232,9 @@ def hc2(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
     Args:
         leverages: what `jaxfisher.statistics.leverages` gives.
 
+    Raises:
+        TypeError: leverages that are no real numbers.
+
     Reference: MacKinnon and White (1985), equation 10.
 
     >>> import jax.numpy as jnp
@@ -227,7 +242,7 @@ def hc2(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
     >>> print(statistics.hc2(jnp.array([0.0, 0.75])))
     [1. 2.]
     """
-    return jax.lax.rsqrt(1 - leverages)
+    return jax.lax.rsqrt(1 - _real("hc2: `leverages`", leverages))
 
 
 def hc3(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
@@ -241,6 +256,9 @@ def hc3(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
     Args:
         leverages: what `jaxfisher.statistics.leverages` gives.
 
+    Raises:
+        TypeError: leverages that are no real numbers.
+
     Reference: MacKinnon and White (1985), equation 12; Long and Ervin (2000), who advise it below 250 observations.
 
     >>> import jax.numpy as jnp
@@ -248,7 +266,7 @@ def hc3(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
     >>> print(statistics.hc3(jnp.array([0.0, 0.75])))
     [1. 4.]
     """
-    return 1 / (1 - leverages)
+    return 1 / (1 - _real("hc3: `leverages`", leverages))
 
 
 def dispersion(model: Model) -> Callable[..., Scalar]:
