@@ -13,12 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from tasks import Task
+from task import Task
 
 import jaxfisher as jf
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-"""Six learning rates for every optimiser that has one to tune."""
 DAMPINGS = (1.0, 1e-1, 1e-2)
 """Three first dampings for other libraries' second-order methods."""
 MOST_ROWS = 64
@@ -85,7 +83,7 @@ def called(init: Callable[..., Any], step: Step) -> Trainer:
 def rows(task: Task) -> int:
     """How many rows an example has in an exact Fisher: the numbers that `forward` gives."""
     params = jax.eval_shape(task.init, jax.random.key(0))
-    return jax.eval_shape(task.forward, params, task.train[0][0]).size
+    return jax.eval_shape(task.forward, params, task.train[0][:1]).size
 
 
 # --- Optax: ours, and theirs -------------------------------------------------------------------------------------------------
@@ -115,7 +113,7 @@ def natural(
 
     def trainer(task: Task) -> Trainer:
         params = task.init(jax.random.key(0))
-        inputs = tuple(leaf[: task.size] for leaf in task.train[:-1])
+        *inputs, _ = task.data(params, tuple(leaf[: task.size] for leaf in task.train))
         like = lambda: fisher(task, jax.random.key(0))(params, *inputs)  # noqa: E731
         return with_optax(make(like), fisher)(task)
 
@@ -131,7 +129,7 @@ def with_optax(optimiser: optax.GradientTransformation, fisher: Fisher | None = 
 
         def step(params: Any, state: Any, key: jax.Array, batch: tuple[jax.Array, ...]) -> tuple[Any, Any]:
             curvature = None if fisher is None else fisher(task, key)
-            params, state, _ = jf.training_step(task.model, optimiser, curvature)(params, state, *batch)
+            params, state, _ = task.training_step(optimiser, curvature)(params, state, *task.data(params, batch))
             return params, state
 
         return scanned(lambda params, *_: optimiser.init(params), step)
@@ -143,14 +141,14 @@ def as_it_comes(optimiser: optax.GradientTransformation) -> Callable[[Task], Tra
     """A training step that is told nothing of a Fisher."""
 
     def trainer(task: Task) -> Trainer:
-        made = jf.training_step(task.model, optimiser)
+        made = task.training_step(optimiser)
 
         def step(params: Any, state: Any, key: jax.Array, batch: tuple[jax.Array, ...]) -> tuple[Any, Any]:
             del key
-            params, state, _ = made(params, state, *batch)
+            params, state, _ = made(params, state, *task.data(params, batch))
             return params, state
 
-        return scanned(lambda params, _, batch: made.init(params, *batch), step)
+        return scanned(lambda params, _, batch: made.init(params, *task.data(params, batch)), step)
 
     return trainer
 
@@ -192,7 +190,8 @@ def kfac_jax(damping: float, task: Task) -> Trainer:
         jf.Categorical: library_.register_softmax_cross_entropy_loss,
         jf.Bernoulli: library_.register_multi_bernoulli_predictive_distribution,
     }
-    kind = type(jax.eval_shape(task.model, jax.eval_shape(task.init, jax.random.key(0)), task.train[0][0]))
+    fields = jax.eval_shape(task.forward, jax.eval_shape(task.init, jax.random.key(0)), task.train[0][:1])
+    kind = type(jax.eval_shape(task.distribution, fields))
     if kind not in register:
         raise Unsuited(f"it registers no {kind.__name__} with these parameters")
 
@@ -226,8 +225,8 @@ def kfac_jax(damping: float, task: Task) -> Trainer:
 def somax(damping: float, task: Task) -> Trainer:
     """Its `sgn_ce`: conjugate gradients on the Gauss-Newton matrix of a softmax, learning rate one."""
     library_ = library("somax", "python-somax")
-    outputs = jax.eval_shape(task.forward, jax.eval_shape(task.init, jax.random.key(0)), task.train[0][0])
-    if task.distribution is not jf.Categorical or outputs.ndim != 1:
+    outputs = jax.eval_shape(task.forward, jax.eval_shape(task.init, jax.random.key(0)), task.train[0][:1])
+    if task.distribution is not jf.Categorical or outputs.ndim != 2 or task.statistics is not None:
         raise Unsuited("its matrix-free method takes one softmax an example")
     method = library_.sgn_ce(predict_fn=task.forward, lam0=damping)
 
@@ -241,9 +240,24 @@ def somax(damping: float, task: Task) -> Trainer:
 # --- all of them -------------------------------------------------------------------------------------------------------------
 
 
-def entries() -> Iterator[Entry]:
+def entries(task: Task) -> Iterator[Entry]:
     """Ours first."""
     yield Entry("jf.kfac", "", as_it_comes(jf.kfac()))
+    if not task.lean:
+        yield from settings()
+    for name, make in {"Adam": optax.adam, "AdamW": optax.adamw, "Muon": optax.contrib.muon}.items():
+        for rate in task.rates:
+            yield Entry(name, f"rate {rate:g}", with_optax(make(rate)))
+    yield Entry("L-BFGS", "", deterministic(with_optax(optax.lbfgs())))
+    for damping in DAMPINGS:
+        yield Entry("kfac-jax", f"damping {damping:g}", functools.partial(kfac_jax, damping))
+    if not task.lean:
+        for damping in DAMPINGS:
+            yield Entry("somax", f"damping {damping:g}", functools.partial(somax, damping))
+
+
+def settings() -> Iterator[Entry]:
+    """Ours with other settings than the defaults."""
     yield Entry("jf.kfac, all at every step", "", as_it_comes(jf.kfac(update_every=1)))
     whole = functools.partial(jf.kfac, solver=None, update_every=1)
     yield Entry("jf.kfac, exact", "", natural(whole, exact))
@@ -251,14 +265,6 @@ def entries() -> Iterator[Entry]:
     ekfac = functools.partial(jf.kfac, view=jf.eigen_kronecker, decay=None)
     yield Entry("jf.kfac, EKFAC", "", natural(ekfac, exact))
     yield Entry("jf.natural_gradient", "", deterministic(with_optax(newton(), exact)))
-    for name, make in {"Adam": optax.adam, "AdamW": optax.adamw, "Muon": optax.contrib.muon}.items():
-        for rate in RATES:
-            yield Entry(name, f"rate {rate:g}", with_optax(make(rate)))
-    yield Entry("L-BFGS", "", deterministic(with_optax(optax.lbfgs())))
-    for damping in DAMPINGS:
-        yield Entry("kfac-jax", f"damping {damping:g}", functools.partial(kfac_jax, damping))
-    for damping in DAMPINGS:
-        yield Entry("somax", f"damping {damping:g}", functools.partial(somax, damping))
 
 
 def newton() -> optax.GradientTransformation:

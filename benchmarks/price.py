@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from tasks import dense, network
+from task import dense, network
 
 import jaxfisher as jf
 

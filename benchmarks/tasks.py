@@ -1,107 +1,25 @@
-"""The training tasks: data that a package ships, a model of one example, and the training loss to reach."""
+"""The training tasks on data that a package ships, and the table of all of them."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import pydoc_data.topics
 from collections import Counter
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from curves import curves_autoencoder
+from gpt import byte_gpt
+from resnet import resnet
+from signals import mnist1d_cnn, mnist1d_gru, mnist1d_mlp
 from sklearn import datasets
+from task import Task, accuracy, dense, network, of_loss, split, standard
 
 import jaxfisher as jf
 
-Arrays = tuple[jax.Array, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """What a held-out set says of parameters: ``score(params, *test)``."""
-
-    name: str
-    score: Callable[..., jax.Array]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Task:
-    """A model, its data, and the training loss to reach in nats an example.
-
-    Attributes:
-        name: as the table has it.
-        forward: ``(params, x)`` to the distribution's fields; x is one example, or many along leading axes.
-        distribution: of those fields.
-        init: from a key to parameters.
-        train: inputs and targets.
-        test: the same, held out.
-        watched: the training data on which the loss is looked at: all of them, where that is cheap.
-        metric: of the held-out data.
-        batch: examples a step; None trains on all of the data.
-        target: the loss to reach.
-        max_steps: when to give up.
-    """
-
-    name: str
-    forward: Callable[[Any, jax.Array], jax.Array]
-    distribution: Callable[[jax.Array], jf.Distribution]
-    init: Callable[[jax.Array], Any]
-    train: Arrays
-    test: Arrays
-    watched: Arrays
-    metric: Metric
-    batch: int | None
-    target: float
-    max_steps: int
-
-    @property
-    def model(self) -> Callable[[Any, jax.Array], jf.Distribution]:
-        """Of ONE example."""
-        return lambda params, x: self.distribution(self.forward(params, x))
-
-    @property
-    def loss(self) -> Callable[..., jax.Array]:
-        """The mean negative log-likelihood, in nats an example."""
-        log_prob = jf.log_likelihood(self.model)
-        return lambda params, *data: -jnp.mean(jax.vmap(log_prob, (None, *(0 for _ in data)))(params, *data))
-
-    @property
-    def size(self) -> int:
-        """Examples a step."""
-        return self.batch or len(self.train[0])
-
-    def batches(self, seed: int) -> jax.Array:
-        """Indices of each step's examples: one permutation after another, cut into batches."""
-        n = len(self.train[0])
-        if self.batch is None:
-            return jnp.broadcast_to(jnp.arange(n), (self.max_steps, n))
-        rng = np.random.default_rng(seed)
-        epochs = -(-self.max_steps * self.batch // n)
-        order = np.concatenate([rng.permutation(n) for _ in range(epochs)])
-        return jnp.asarray(order[: self.max_steps * self.batch].reshape(self.max_steps, self.batch))
-
-
-# --- networks ----------------------------------------------------------------------------------------------------------------
-
-
-def dense(key: jax.Array, *widths: int) -> list[dict[str, jax.Array]]:
-    """Layers with weights of variance one over the inputs, biases zero."""
-    pairs = list(itertools.pairwise(widths))
-    return [
-        {"w": jax.random.normal(k, (i, o)) * i**-0.5, "b": jnp.zeros(o)}
-        for k, (i, o) in zip(jax.random.split(key, len(pairs)), pairs, strict=True)
-    ]
-
-
-def network(layers: Sequence[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
-    """Tanh between the layers."""
-    *hidden, last = layers
-    for layer in hidden:
-        x = jnp.tanh(x @ layer["w"] + layer["b"])
-    return x @ last["w"] + last["b"]
+# --- networks -----------------------------------------------------------------------------------------------------------------
 
 
 def conv_params(key: jax.Array) -> dict[str, Any]:
@@ -169,31 +87,7 @@ def _normalised(h: jax.Array, scale: jax.Array) -> jax.Array:
     return scale * h * jax.lax.rsqrt(jnp.mean(jnp.square(h), -1, keepdims=True) + 1e-6)
 
 
-# --- metrics -----------------------------------------------------------------------------------------------------------------
-
-
-def accuracy(forward: Callable[[Any, jax.Array], jax.Array]) -> Metric:
-    """The share of examples whose most probable class is theirs."""
-    return Metric("test accuracy", lambda params, x, y: jnp.mean((jnp.argmax(forward(params, x), -1) == y).astype(float)))
-
-
-def of_loss(name: str, scale: float, model: Callable[..., jf.Distribution]) -> Metric:
-    """The mean negative log-likelihood of the test set, in some unit."""
-    log_prob = jf.log_likelihood(model)
-    return Metric(name, lambda params, *data: -scale * jnp.mean(jax.vmap(log_prob, (None, 0, 0))(params, *data)))
-
-
-# --- tasks -------------------------------------------------------------------------------------------------------------------
-
-
-def _split(x: np.ndarray, y: np.ndarray, test: int) -> tuple[Arrays, Arrays]:
-    order = np.random.default_rng(0).permutation(len(x))
-    x, y = jnp.asarray(x[order]), jnp.asarray(y[order])
-    return (x[:-test], y[:-test]), (x[-test:], y[-test:])
-
-
-def _standard(x: np.ndarray) -> np.ndarray:
-    return ((x - x.mean(0)) / x.std(0)).astype(np.float32)
+# --- tasks --------------------------------------------------------------------------------------------------------------------
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:
@@ -203,21 +97,21 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 def mlp() -> Task:
     """Handwritten digits, two hidden layers of 256."""
-    train, test = _split(*_digits(), 360)
+    train, test = split(*_digits(), 360)
     init = lambda k: dense(k, 64, 256, 256, 10)  # noqa: E731
     return Task("digits MLP", network, jf.Categorical, init, train, test, train, accuracy(network), 256, 0.01, 300)
 
 
 def cnn() -> Task:
     """Handwritten digits, two convolutions and a dense layer."""
-    train, test = _split(*_digits(), 360)
+    train, test = split(*_digits(), 360)
     score = accuracy(convolutions)
     return Task("digits CNN", convolutions, jf.Categorical, conv_params, train, test, train, score, 256, 0.01, 300)
 
 
 def autoencoder() -> Task:
     """Black and white digits through six numbers and back, Bernoulli pixels."""
-    (x, _), (held, _) = _split(*_digits(), 360)
+    (x, _), (held, _) = split(*_digits(), 360)
     x, held = ((image > 0.5).astype(jnp.float32) for image in (x, held))
     init = lambda k: dense(k, 64, 64, 32, 6, 32, 64, 64)  # noqa: E731
     score = of_loss("test loss", 1.0, lambda p, x: jf.Bernoulli(network(p, x)))
@@ -227,7 +121,7 @@ def autoencoder() -> Task:
 def diabetes() -> Task:
     """Heteroscedastic regression: mean and log-scale of disease progression, from ten numbers, on all of the data."""
     x, y = datasets.load_diabetes(return_X_y=True, scaled=False)
-    train, test = _split(_standard(x), _standard(y), 90)
+    train, test = split(standard(x), standard(y), 90)
     init = lambda k: dense(k, 10, 32, 2)  # noqa: E731
     normal = lambda z: jf.Normal(z[..., 0], jnp.exp(z[..., 1]))  # noqa: E731
     score = of_loss("test loss", 1.0, lambda p, x: normal(network(p, x)))
@@ -240,7 +134,7 @@ def fair() -> Task:
 
     table = shipped.fair.load_pandas().data
     y = table.pop("rate_marriage").to_numpy().astype(np.int32) - 1
-    train, test = _split(_standard(table.to_numpy()), y, 1274)
+    train, test = split(standard(table.to_numpy()), y, 1274)
     init = lambda k: dense(k, 8, 64, 64, 5)  # noqa: E731
     return Task("fair survey", network, jf.Categorical, init, train, test, train, accuracy(network), 512, 1.15, 300)
 
@@ -251,12 +145,12 @@ def poisson() -> Task:
 
     table = shipped.randhie.load_pandas().data
     y = table.pop("mdvis").to_numpy().astype(np.float32)
-    x = _standard(table.to_numpy())
+    x = standard(table.to_numpy())
     # The square of an indicator is the indicator again.
     pairs = [
         x[:, i] * x[:, j] for i, j in itertools.combinations_with_replacement(range(9), 2) if i != j or len(set(x[:, i])) > 2
     ]
-    train, test = _split(np.column_stack([x, _standard(np.column_stack(pairs))]), y, 4038)
+    train, test = split(np.column_stack([x, standard(np.column_stack(pairs))]), y, 4038)
 
     def rate(z: jax.Array) -> jf.Poisson:
         return jf.Poisson(jnp.exp(z[..., 0]))
@@ -272,7 +166,7 @@ def text() -> Task:
     common = {symbol: k for k, (symbol, _) in enumerate(Counter(string).most_common(SYMBOLS - 1))}
     codes = np.array([common.get(symbol, SYMBOLS - 1) for symbol in string], np.int32)
     windows = codes[: len(codes) // (CONTEXT + 1) * (CONTEXT + 1)].reshape(-1, CONTEXT + 1)
-    train, test = _split(windows[:, :-1], windows[:, 1:], 512)
+    train, test = split(windows[:, :-1], windows[:, 1:], 512)
     watched = (train[0][:512], train[1][:512])
     score = of_loss("test bits a character", 1 / (CONTEXT * np.log(2)), lambda p, x: jf.Categorical(transformer(p, x)))
     target = 2.2 * CONTEXT
@@ -281,4 +175,6 @@ def text() -> Task:
     )
 
 
-TASKS = {made.__name__: made for made in (mlp, cnn, autoencoder, diabetes, fair, poisson, text)}
+SMALL = (mlp, cnn, autoencoder, diabetes, fair, poisson, text)
+LARGER = (curves_autoencoder, mnist1d_mlp, mnist1d_cnn, mnist1d_gru, byte_gpt, resnet)
+TASKS = {made.__name__: made for made in (*SMALL, *LARGER)}

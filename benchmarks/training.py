@@ -20,7 +20,8 @@ from typing import Any
 import jax
 import numpy as np
 from peers import Entry, Trainer, Unsuited, entries
-from tasks import TASKS, Task
+from task import Task
+from tasks import TASKS
 
 CHUNK = 5
 """Steps in one call, which is what is timed."""
@@ -30,11 +31,15 @@ WARM = 2
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training: steps and seconds of stepping to the target, the held-out score there (else at the end), the last loss."""
+    """One training: steps and seconds of stepping to the target, the held-out score there (else at the end), the last loss.
+
+    ``cpu`` is the processor time of one step, which other programs on the machine do not change.
+    """
 
     steps: int | None
     seconds: float
     per_step: float
+    cpu: float
     score: float
     loss: float
 
@@ -52,8 +57,9 @@ class Result:
 @functools.cache
 def evaluation(task: Task) -> Callable[[Any], jax.Array]:
     """The watched losses along a path."""
-    along = jax.jit(jax.vmap(task.loss, (0, *(None for _ in task.watched))))
-    return lambda path: along(path, *task.watched)
+    # One set of parameters after the other: convolutions with many kernels at once are slow on a CPU.
+    along = jax.jit(lambda path, watched: jax.lax.map(lambda params: task.loss(params, *watched), path))
+    return lambda path: along(path, task.watched)
 
 
 def chunks(task: Task, seed: int) -> list[tuple[jax.Array, tuple[jax.Array, ...]]]:
@@ -80,15 +86,17 @@ def warm_up(task: Task, trainer: Trainer) -> tuple[float, int]:
     return time.perf_counter() - begun, size
 
 
-def train(task: Task, trainer: Trainer, seed: int) -> Run:
-    """Train to the target, looked at after every step; only stepping is timed."""
+def train(task: Task, trainer: Trainer, seed: int, most: int | None = None) -> Run:
+    """Train to the target, looked at after every step, or until ``most`` steps are made; only stepping is timed."""
     pieces = chunks(task, seed)
     params, state = start(task, trainer, seed, *pieces[0])
-    seconds, made, losses, last = 0.0, 0, np.array([np.inf]), 0
+    seconds, cpu, made, losses, last = 0.0, 0.0, 0, np.array([np.inf]), 0
     for keys, batches in pieces:
-        begun = time.perf_counter()
+        if most is not None and made >= most:
+            break
+        begun, used = time.perf_counter(), time.process_time()
         params, state, path = jax.block_until_ready(trainer.advance(params, state, keys, batches))
-        seconds += time.perf_counter() - begun
+        seconds, cpu = seconds + time.perf_counter() - begun, cpu + time.process_time() - used
         losses = np.asarray(evaluation(task)(path))
         hits = np.flatnonzero(losses <= task.target)
         last = int(hits[0]) if len(hits) else CHUNK - 1
@@ -96,8 +104,9 @@ def train(task: Task, trainer: Trainer, seed: int) -> Run:
         if len(hits) or not np.all(np.isfinite(losses)):
             break
     score = float(task.metric.score(jax.tree.map(lambda leaf: leaf[last], path), *task.test))
-    per_step = seconds / (made + CHUNK - 1 - last)
-    return Run(made if losses[last] <= task.target else None, per_step * made, per_step, score, float(losses[last]))
+    run = made + CHUNK - 1 - last
+    per_step, cpu = seconds / run, cpu / run
+    return Run(made if losses[last] <= task.target else None, per_step * made, per_step, cpu, score, float(losses[last]))
 
 
 def measure(task: Task, entry: Entry, seeds: int) -> Result:
@@ -105,6 +114,24 @@ def measure(task: Task, entry: Entry, seeds: int) -> Result:
     trainer = entry.make(task)
     first, size = warm_up(task, trainer)
     return Result(entry, [train(task, trainer, seed) for seed in range(seeds)], first, size)
+
+
+def raced(task: Task, settings: Sequence[Entry], seeds: int) -> Result:
+    """The setting that arrives in the fewest steps on the first seed, and all seeds of it.
+
+    A setting is given up at the number of steps in which one before it has arrived: it cannot be the best any more.
+    """
+    tried: list[Result] = []
+    trainers: list[Trainer] = []
+    for entry in settings:
+        trainer = entry.make(task)
+        first, size = warm_up(task, trainer)
+        most = min((result.runs[0].steps or task.max_steps for result in tried), default=task.max_steps)
+        tried.append(Result(entry, [train(task, trainer, 0, most)], first, size))
+        trainers.append(trainer)
+    found = best(tried)
+    trainer = trainers[tried.index(found)]
+    return dataclasses.replace(found, runs=[*found.runs, *(train(task, trainer, seed) for seed in range(1, seeds))])
 
 
 def best(results: Sequence[Result]) -> Result:
@@ -127,15 +154,22 @@ def spread(values: Sequence[float]) -> str:
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
-def row(result: Result) -> tuple[str, ...]:
-    """A line of the table."""
+def cpu_of(result: Result) -> float:
+    """The processor time of a step."""
+    return float(np.median([run.cpu for run in result.runs]))
+
+
+def row(result: Result, adam: Result | None) -> tuple[str, ...]:
+    """A line of the table; the processor time of a step is in those of Adam, where that was measured."""
     entry, runs = result.entry, result.runs
     arrived = [run for run in runs if run.steps is not None]
     return (
         f"{entry.name}, {entry.setting}" if entry.setting else entry.name,
         ", ".join("-" if run.steps is None else str(run.steps) for run in runs),
         spread([run.seconds for run in arrived]) if arrived else "-",
+        spread([run.cpu * run.steps for run in arrived if run.steps]) if arrived else "-",
         f"{1e3 * np.median([run.per_step for run in runs]):.3g}",
+        f"{cpu_of(result) / cpu_of(adam):.2f}" if adam else "",
         spread([run.score for run in runs]),
         f"{result.first:.2g}",
         f"{result.bytes / 1e3:,.1f} kB",
@@ -147,24 +181,31 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])
 
 
-def chosen(only: Sequence[str], check: bool) -> list[Entry]:
-    """The entries asked for; to check that lines run, one setting of each is enough."""
-    found = [entry for entry in entries() if not only or any(name.lower() in entry.name.lower() for name in only)]
-    return list({entry.name: entry for entry in found}.values()) if check else found
+def chosen(task: Task, only: Sequence[str], check: bool) -> dict[str, list[Entry]]:
+    """The settings of each entry asked for; to check that lines run, one of each is enough."""
+    found: dict[str, list[Entry]] = {}
+    for entry in entries(task):
+        if not only or any(name.lower() in entry.name.lower() for name in only):
+            found.setdefault(entry.name, []).append(entry)
+    return {name: settings[-1:] for name, settings in found.items()} if check else found
 
 
-def table(task: Task, asked: Sequence[Entry], seeds: int) -> None:
+def table(task: Task, asked: dict[str, list[Entry]], seeds: int) -> None:
     """Measure and print."""
-    tried: dict[str, list[Result]] = {}
+    tried: dict[str, Result] = {}
     left_out: dict[str, str] = {}
-    for entry in asked:
+    for name, settings in asked.items():
         try:
-            tried.setdefault(entry.name, []).append(measure(task, entry, seeds))
+            if task.lean:
+                tried[name] = raced(task, settings, seeds)
+            else:
+                tried[name] = best([measure(task, entry, seeds) for entry in settings])
         except Unsuited as reason:
-            left_out[entry.name] = str(reason)
+            left_out[name] = str(reason)
     print(f"\n### {task.name}: to a training loss of {task.target:g} nats, at most {task.max_steps} steps\n")
-    header = ("optimiser", "steps, by seed", "seconds", "a step, ms", task.metric.name, "first call, s", "state")
-    print(markdown(header, [row(best(results)) for results in tried.values() if results]))
+    header = ("optimiser", "steps, by seed", "seconds", "CPU seconds", "a step, ms", "CPU a step, Adam's")
+    header = (*header, task.metric.name, "first call, s", "state")
+    print(markdown(header, [row(result, tried.get("Adam")) for result in tried.values()]))
     if left_out:
         print("\nLeft out: " + "; ".join(f"{name} ({reason})" for name, reason in left_out.items()) + ".", flush=True)
 
@@ -173,7 +214,7 @@ def main() -> None:
     """Every optimiser on every task asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tasks", nargs="*", choices=[[], *TASKS], default=[])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, help="runs of each setting; unless given, as many as the task says")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="entries whose name has one of these in it")
     parser.add_argument("--check", action="store_true", help="five steps of one seed and setting: that the lines run")
     given = parser.parse_args()
@@ -181,7 +222,7 @@ def main() -> None:
         task = TASKS[name]()
         if given.check:
             task = dataclasses.replace(task, max_steps=CHUNK)
-        table(task, chosen(given.only, given.check), 1 if given.check else given.seeds)
+        table(task, chosen(task, given.only, given.check), 1 if given.check else given.seeds or task.seeds)
 
 
 if __name__ == "__main__":

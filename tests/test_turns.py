@@ -21,7 +21,8 @@ def is_due(t, phase=0, every=3):
 def test_each_inverse_is_the_one_of_its_own_last_refresh():
     """Eleven steps by hand at a period of three: the two layers' turns are the first and the second of each period.
 
-    The factors are debiased means of those of drawn targets, and a step whose model is not due is as long as the last at most.
+    One program makes them all: the state that `init` makes is what a step returns, to the last type. The factors are debiased
+    means of those of drawn targets, and a step whose model is not due is as long as the last at most.
     """
     params, x, y, *_ = reference()
     step = jf.training_step(classifier, jf.kfac(update_every=3, seed=5))
@@ -48,6 +49,7 @@ def test_each_inverse_is_the_one_of_its_own_last_refresh():
         np.testing.assert_allclose(flat(new), flat(params) + u, rtol=1e-6, atol=1e-9, err_msg=str(t))
         params, last = new, u
     assert clipped, "one of the steps must have been too long for this to say anything"
+    assert run._cache_size() == 1, "programs compiled for one step"
 
 
 @pytest.mark.parametrize("every", [None, 4])
