@@ -15,7 +15,7 @@ from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.implicit import Implicit
 from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._operators.provenance import Mean, Provenance, mean_over
-from jaxfisher._row_functions import ExactRows, Prediction, Rows, SampledRows, ScoreRows, prediction
+from jaxfisher._row_functions import DrawnRow, ExactRows, Prediction, Rows, SampledRows, ScoreRows, prediction
 from jaxfisher._scores import CenteredScores, Scores, examples_of, make_scores
 from jaxfisher._targets import OfData
 from jaxfisher._tree import as_key, check_function, split
@@ -258,6 +258,15 @@ def sampled_fisher(
         return _from_rows(kind, SampledRows(model, draws), params, batch)
 
     return fisher_of
+
+
+def drawn_fisher(
+    model: Model, params: chex.ArrayTree, keys: PRNGKeyArray, inputs: tuple[Any, ...], weights: Any = None, counts: Any = None
+) -> Operator:
+    """A sampled Fisher of one draw for each example, by a key for each."""
+    batch = make_batch(params, inputs, weights, None, None, counts)
+    batch = dataclasses.replace(batch, data=(keys, *batch.data))
+    return _from_rows("sampled, 1 draw", DrawnRow(model), params, batch)
 
 
 class SampledFisher(Protocol):

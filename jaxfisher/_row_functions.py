@@ -114,26 +114,34 @@ class ExactRows(Around):
 
 
 class Prediction(NamedTuple):
-    """What is known of a model's predictions when it is traced: where their Fisher is from, and which real fields move."""
+    """What is known of a model's predictions when it is traced.
+
+    Attributes:
+        source: where their Fisher is from.
+        moving: which real fields move with the parameters.
+        takes_any_key: whether targets may be drawn with keys of any implementation.
+    """
 
     source: str
     moving: tuple[bool, ...]
+    takes_any_key: bool
 
 
 def prediction(model: Model, params: chex.ArrayTree, data: tuple[Any, ...]) -> Prediction:
     """The prediction of a model, at the parameters and a batch of inputs."""
-    sources: list[str] = []
+    known: list[tuple[str, bool]] = []
 
     def fields(params: chex.ArrayTree, *inputs: Any) -> list[Array]:
         predicted = predict(model, params, *inputs)
         # This is done inside the trace, since finding the source of another library's Fisher may need computation.
-        sources.append(predicted.fisher_source)
+        known.append((predicted.fisher_source, predicted._takes_any_key))
         return float_fields(predicted)
 
     own = frozenset(range(len(jax.tree.leaves(params))))
     moving = tuple(not own.isdisjoint(places) for places in moved_by(fields, params, *shape_of_one(data)))
     # Where no field moves the Fisher is zero, and rows of zeros represent it.
-    return Prediction(sources[-1], moving if any(moving) else (True,) * len(moving))
+    source, takes_any_key = known[-1]
+    return Prediction(source, moving if any(moving) else (True,) * len(moving), takes_any_key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,3 +169,13 @@ class SampledRows(Around):
             return jnp.sum(predicted.log_prob(target)) * self.num_samples**-0.5
 
         return (), jax.grad(log_prob)(params)
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnRow(SampledRows):
+    """One of them, drawn with the example's own key itself: no other is derived."""
+
+    num_samples: int = 1
+
+    def seeds(self, params: chex.ArrayTree, key: PRNGKeyArray, /, *inputs: Any) -> Array:
+        return key[None]

@@ -16,6 +16,8 @@ from problems import assert_close, class_sum_fisher, classifier, flat, reference
 from problems import mean_loss as loss
 
 import jaxfisher as jf
+from jaxfisher._draws import draw_keys
+from jaxfisher._fisher import drawn_fisher
 
 LOG_PROB = jf.log_likelihood(classifier)
 
@@ -142,14 +144,13 @@ GAUSSIAN = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), "v": jnp.linspace(0.
 def test_the_default_fisher_of_kfac_is_exact_where_outputs_are_few(few):
     """The step is the one with that Fisher given: exact for two rows an example, with a drawn view for three classes."""
     _, x, y, *_ = reference()
-    key = jax.random.fold_in(jax.random.key(3), 0)
     if few:
         model, params, y = gaussian, GAUSSIAN, x[:, 0] ** 2
         given = jf.exact_fisher(model)
     else:
         model, params = classifier, reference()[0]
-        drawn = jf.sampled_fisher(model)
-        given = lambda p, x: jf.implicit_fisher(model)(p, x, views_of=drawn(p, key, x))  # noqa: E731
+        keys = draw_keys(3, jnp.asarray(0), len(x), hashed=True)
+        given = lambda p, x: jf.implicit_fisher(model)(p, x, views_of=drawn_fisher(model, p, keys, (x,)))  # noqa: E731
     opt = jf.kfac(seed=3)
     step, expected = jf.training_step(model, opt), jf.training_step(model, opt, given)
     state = step.init(params, x, y)

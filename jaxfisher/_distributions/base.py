@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import numbers
 from collections.abc import Callable
-from typing import Any, ClassVar, Self, dataclass_transform
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ from jaxfisher._linalg import matmul
 from jaxfisher._once import once
 from jaxfisher._tree import as_key
 from jaxfisher._values import check_array, checked_shape, described, is_array
+
+S = TypeVar("S", bound=Callable[..., Any])
 
 
 @dataclass_transform(frozen_default=True)
@@ -118,6 +120,12 @@ def _of_a_key(sample: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def of_plain_bits(sample: S) -> S:
+    """Say of a sampler that it takes uniform bits and no more, so that keys of any implementation do."""
+    sample.of_plain_bits = True  # type: ignore[attr-defined]
+    return sample
+
+
 class Distribution:
     """A distribution over one target, or a batch of independent ones.
 
@@ -195,6 +203,11 @@ class Distribution:
     def event_shape(self) -> tuple[int, ...]:
         """Shape of one draw from one distribution of the batch."""
         return self.mean.shape[len(self.batch_shape) :]
+
+    @property
+    def _takes_any_key(self) -> bool:
+        """Whether `sample` takes keys of any implementation; `jax.random.poisson`, for one, takes threefry keys only."""
+        return getattr(type(self).sample, "of_plain_bits", False)
 
     @property
     def mean(self) -> Float[Array, "*batch_and_event"]:

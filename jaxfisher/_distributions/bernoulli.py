@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, Shaped
 
-from jaxfisher._distributions.base import Distribution, family, one_of
+from jaxfisher._distributions.base import Distribution, family, of_plain_bits, one_of
 from jaxfisher._distributions.excess import exp_excess
 from jaxfisher._distributions.special import log_gap_ratio
 from jaxfisher._distributions.stable import working_dtype
@@ -76,6 +76,7 @@ class Bernoulli(Distribution):
         outside = (outcome != 0) & (outcome != 1) & ~jnp.isnan(outcome)
         return jnp.where(outside, -jnp.inf, log_prob)
 
+    @of_plain_bits
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Int[Array, "*shape_and_batch"]:
         # Uniform noise of a narrow dtype has too few values to resolve a probability.
         probs = jax.nn.sigmoid(self.logits.astype(working_dtype(self.logits.dtype)))

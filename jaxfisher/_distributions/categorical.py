@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
-from jaxfisher._distributions.base import Distribution, family, one_of
+from jaxfisher._distributions.base import Distribution, family, of_plain_bits, one_of
 from jaxfisher._distributions.excess import exp_excess
 from jaxfisher._tree import at_least_float32
 
@@ -94,6 +94,7 @@ class Categorical(Distribution):
         known = (index >= 0) & (index < log_probs.shape[-1]) & (index.astype(label.dtype) == label)
         return (picked * jnp.where(known, 1, jnp.nan).astype(picked.dtype))[..., 0]
 
+    @of_plain_bits
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Int[Array, "*shape_and_batch"]:
         # By the cumulative probabilities: one random number a draw, where `jax.random.categorical` takes one for each class.
         logits = self.logits.astype(at_least_float32(self.logits.dtype))

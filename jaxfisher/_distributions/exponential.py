@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxfisher._distributions.base import Distribution, family
+from jaxfisher._distributions.base import Distribution, family, of_plain_bits
 from jaxfisher._distributions.excess import exp_excess
 
 
@@ -60,6 +60,7 @@ class Exponential(Distribution):
         log_prob = self.log_rate - jnp.where(outside, 0, time) * jnp.exp(self.log_rate)
         return jnp.where(outside, -jnp.inf, log_prob)
 
+    @of_plain_bits
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Float[Array, "*shape_and_batch"]:
         size = shape + self.batch_shape
         noise = jax.random.exponential(key, size, self.log_rate.dtype)

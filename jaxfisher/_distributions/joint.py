@@ -150,6 +150,10 @@ class Joint(Distribution):
         entries = self._entries(x, "Joint.log_prob: `x`")
         return self._total(part.log_prob(entry) for part, entry in zip(self._each, entries, strict=True))
 
+    @property
+    def _takes_any_key(self) -> bool:
+        return all(part._takes_any_key for part in self._each)
+
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Any:
         """Independent draws from each part, ``[*shape, *batch, *event]``, in the container."""
         parts = self._each

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxfisher._distributions.base import Distribution, family
+from jaxfisher._distributions.base import Distribution, family, of_plain_bits
 from jaxfisher._distributions.excess import excess_over_log, exp_excess
 from jaxfisher._distributions.stable import ratio
 
@@ -67,6 +67,7 @@ class Laplace(Distribution):
         # Not `abs`: the score is 0 at the kink itself, and NaN where the target is.
         return -ratio(jnp.sign(residual) * residual, self.scale) - jnp.log(self.scale) - _LOG_TWO
 
+    @of_plain_bits
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Float[Array, "*shape_and_batch"]:
         size = shape + self.batch_shape
         noise = jax.random.laplace(key, size, self.loc.dtype)

@@ -159,6 +159,10 @@ class Masked(Distribution):
         value = inside.log_prob(self._filled(jnp.asarray(x), inside))
         return jnp.where(self.mask, value, jnp.zeros_like(value))
 
+    @property
+    def _takes_any_key(self) -> bool:
+        return self._inside._takes_any_key
+
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Shaped[Array, "*shape_batch_event"]:
         inside = self._inside
         return self._filled(inside.sample(key, shape), inside)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from jaxfisher._distributions.base import Distribution, family, one_of
+from jaxfisher._distributions.base import Distribution, family, of_plain_bits, one_of
 from jaxfisher._distributions.excess import excess_over_log
 from jaxfisher._distributions.stable import working_dtype
 
@@ -100,6 +100,7 @@ class MultivariateNormal(Distribution):
         log_det = jnp.sum(jnp.log(_diagonal(self.scale_tril)), axis=-1)
         return -0.5 * jnp.sum(jnp.square(z), axis=-1) - log_det - self.loc.shape[-1] * _HALF_LOG_TWO_PI
 
+    @of_plain_bits
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Float[Array, "*shape_batch d"]:
         noise = jax.random.normal(key, shape + self.loc.shape, self.loc.dtype)
         factor = jnp.tril(self.scale_tril)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxfisher._distributions.base import Distribution, family
+from jaxfisher._distributions.base import Distribution, family, of_plain_bits
 from jaxfisher._distributions.excess import excess_over_log
 from jaxfisher._distributions.stable import ratio
 
@@ -62,6 +62,7 @@ class Normal(Distribution):
     def log_prob(self, x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         return -0.5 * jnp.square(ratio(x - self.loc, self.scale)) - jnp.log(self.scale) - _HALF_LOG_TWO_PI
 
+    @of_plain_bits
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Float[Array, "*shape_and_batch"]:
         size = shape + self.batch_shape
         noise = jax.random.normal(key, size, self.loc.dtype)

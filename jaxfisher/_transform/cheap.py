@@ -9,10 +9,11 @@ from typing import Any
 
 import chex
 import jax
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Int
 
-from jaxfisher._examples import map_examples, shape_of_one
-from jaxfisher._fisher import exact_fisher, implicit_fisher, sampled_fisher
+from jaxfisher._draws import draw_keys
+from jaxfisher._examples import map_examples, num_examples, shape_of_one
+from jaxfisher._fisher import drawn_fisher, exact_fisher, implicit_fisher
 from jaxfisher._model import Model, predict
 from jaxfisher._operators.operator import Operator
 from jaxfisher._row_functions import ExactRows, prediction
@@ -46,11 +47,13 @@ class Cheap:
         """Products with the exact Fisher."""
         return implicit_fisher(self.model)(self.params, *self.inputs, **self.keywords)
 
-    def factors(self, key: PRNGKeyArray) -> Operator:
+    def factors(self, seed: Any, count: Int[Array, ""]) -> Operator:
         """What views are taken of: the exact Fisher where outputs are few, else one target drawn for each example."""
-        if _rows(self.model, self.params, self.inputs) <= FEW_ROWS:
+        known = prediction(self.model, self.params, self.inputs)
+        if _rows(self.model, known.moving, self.params, self.inputs) <= FEW_ROWS:
             return exact_fisher(self.model)(self.params, *self.inputs, **self.keywords)
-        return sampled_fisher(self.model)(self.params, key, *self.inputs, **self.keywords)
+        keys = draw_keys(seed, count, num_examples(self.inputs, "data"), hashed=known.takes_any_key)
+        return drawn_fisher(self.model, self.params, keys, self.inputs, **self.keywords)
 
     def forward_cost(self) -> float:
         """The operations of a forward pass over the batch."""
@@ -74,7 +77,7 @@ class Offered:
         return self.usual()
 
 
-def _rows(model: Model, params: chex.ArrayTree, inputs: tuple[Any, ...]) -> int:
+def _rows(model: Model, moving: tuple[bool, ...], params: chex.ArrayTree, inputs: tuple[Any, ...]) -> int:
     """How many rows one example has in the exact Fisher."""
-    rows = ExactRows(model, prediction(model, params, inputs).moving)
+    rows = ExactRows(model, moving)
     return jax.eval_shape(rows.seeds, params, *shape_of_one(inputs)).shape[0]

@@ -58,7 +58,7 @@ def kfac(
 
     In `jaxfisher.training_step`, unless that is given a Fisher, the products are exact and the factors cheap: of the exact
     Fisher where an example has one or two rows in it, else of one target drawn from the model for each example, by a key that
-    is folded from ``seed`` and the count in the state. The exact route is an option:
+    ``seed``, the count in the state and the example's place make. The exact route is an option:
     ``training_step(model, jf.kfac(solver=None, update_every=1), jf.exact_fisher(model))``. In a loop of your own, give that
     Fisher, or `jaxfisher.implicit_fisher` with ``views_of`` a sampled one. The empirical one is refused: the length of the
     step comes from the Fisher's size, and that of the empirical Fisher falls with the loss, whatever the curvature::
@@ -119,8 +119,8 @@ def kfac(
             return inner.update(updates, state, params, fisher=fisher, **extra_args)
         count, given = state.inner[0].count, dict[str, Any]()
         if isinstance(fisher, Offered) and fisher.cheap is not None:
-            cheap, key = fisher.cheap, jax.random.fold_in(jax.random.key(seed), count)
-            given = {"factors": partial(cheap.factors, key), "forward": cheap.forward_cost()}
+            cheap = fisher.cheap
+            given = {"factors": partial(cheap.factors, seed, count), "forward": cheap.forward_cost()}
             fisher = cheap.products
         judged = due(count, settings.check_every)
         given["due"] = judged if judged is True else judged | (state.rejected > 0)
