@@ -54,7 +54,7 @@ def _split(key: UInt32[Array, "2"], shape: tuple[int, ...]) -> UInt32[Array, "..
     return _hashes(key, SPLIT, 2 * math.prod(shape)).reshape(*shape, 2)
 
 
-def _fold_in(key: UInt32[Array, "2"], number: Array) -> UInt32[Array, "2"]:
+def _fold_in(key: UInt32[Array, "2"], number: Any) -> UInt32[Array, "2"]:
     folded = jnp.stack([key[0], _mixed(key[1] ^ FOLD) + _mixed(number.astype(jnp.uint32))])
     return _hashes(folded, FOLD, 2)
 

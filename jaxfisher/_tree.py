@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
 from jaxfisher._values import check_array, is_array, is_sparse, is_table
@@ -330,6 +331,24 @@ def products(a: chex.ArrayTree, b: chex.ArrayTree) -> Float[Array, "k m"]:
     highest = jax.lax.Precision.HIGHEST
     parts = [jnp.matmul(x.reshape(len(x), -1), y.reshape(len(y), -1).T, precision=highest) for x, y in pairs]
     return sum(parts[1:], start=parts[0])
+
+
+def together(function: Callable[..., Any], *trees: Any) -> Any:
+    """A function of each entry of trees of one structure, shapes and dtype, such as ``a + b``, applied to all leaves at once.
+
+    For trees of many small leaves: the program has each operation once, not once for each leaf.
+    """
+    leaves, treedef = jax.tree.flatten(trees[0])
+    flat = function(*map(raveled, trees))
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    parts = [flat[end - leaf.size : end].reshape(leaf.shape) for end, leaf in zip(ends, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, parts)
+
+
+def raveled(tree: Any) -> Float[Array, " p"]:
+    """All numbers of a tree whose leaves have one dtype, at least one of them."""
+    leaves = [leaf.reshape(-1) for leaf in jax.tree.leaves(tree)]
+    return jnp.concatenate(leaves) if len(leaves) > 1 else leaves[0]
 
 
 def all_finite(tree: chex.ArrayTree) -> Scalar:

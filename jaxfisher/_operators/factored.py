@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._linalg import cholesky, matmul, norm
+from jaxfisher._linalg import cholesky, diagonals, matmul, norm
 from jaxfisher._once import once
 from jaxfisher._operators.block import BlockDiagonal
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.identity import Shifted
 from jaxfisher._operators.inverted import reported
-from jaxfisher._operators.kronecker import EigenKronecker, Kronecker
+from jaxfisher._operators.kronecker import EigenKronecker, Kronecker, balanced_shifts
 from jaxfisher._operators.operator import Operator
 from jaxfisher._operators.pair import inverse_of_pair, pair_of
 from jaxfisher._pytree import array_fields
@@ -115,10 +115,21 @@ def is_invertible(form: Form) -> bool:
     return all(isinstance(block, Kronecker | Diagonal) for block in bare) and any(map(_kronecker_in, bare))
 
 
-def damped_factors(form: Form, damping: Scalar) -> list[Float[Array, "groups m m"]]:
-    """The factors of the blocks that are Kronecker products, damped as `factored_solve` does it."""
-    blocks = _damped_blocks(form, damping)
-    return [side for block, at in blocks if isinstance(block, Kronecker) for side in block.damped_factors(at)]
+def shifted_factors(form: Form, damping: Scalar) -> list[tuple[Float[Array, "groups m m"], Float[Array, " groups"]]]:
+    """The factors of the blocks that are Kronecker products, and what `factored_solve` adds to the diagonal of each."""
+    blocks = [(block, at) for block, at in _damped_blocks(form, damping) if isinstance(block, Kronecker)]
+    # Of all layers at once: the numbers are few, and the program has each operation on them once.
+    counts, sizes = zip(*((len(block.inputs), block.sizes) for block, _ in blocks), strict=True)
+    each = [jnp.asarray(np.repeat([size[side] for size in sizes], counts), form.spec.dtype) for side in (0, 1)]
+    at = jnp.concatenate([jnp.broadcast_to(at, count) for (_, at), count in zip(blocks, counts, strict=True)])
+    traces = [jnp.concatenate([jnp.sum(diagonals(x), 1) for x in side]) for side in zip(*_sides(blocks), strict=True)]
+    a, g = (trace / size for trace, size in zip(traces, each, strict=True))
+    shifts = [jnp.split(side, np.cumsum(counts)[:-1]) for side in balanced_shifts(a, g, at, (each[0], each[1]))]
+    return [pair for k, sides in enumerate(_sides(blocks)) for pair in zip(sides, (shifts[0][k], shifts[1][k]), strict=True)]
+
+
+def _sides(blocks: Sequence[tuple[Kronecker, Scalar]]) -> list[tuple[Array, Array]]:
+    return [(block.inputs, block.outputs) for block, _ in blocks]
 
 
 def with_inverses(form: Form, held: Sequence[Float[Array, "groups m m"]], damping: Scalar) -> InvertedBlocks:

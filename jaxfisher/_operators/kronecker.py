@@ -157,11 +157,16 @@ class Kronecker(Layer):
     def power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
         return self.factorised().power_mv(v, power, damping)
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The sizes of the two factors."""
+        return self.inputs.shape[-1], self.outputs.shape[-1]
+
     def damped_factors(self, damping: Scalar) -> list[Float[Array, "groups m m"]]:
         """``A + pi sqrt(damping) I`` and ``G + sqrt(damping) / pi I``, ``pi`` balancing the factors' mean eigenvalues."""
         factors = (self.inputs, self.outputs)
-        sizes = self.inputs.shape[-1], self.outputs.shape[-1]
-        shifts = _shifts(jnp.mean(diagonals(self.inputs), 1), jnp.mean(diagonals(self.outputs), 1), damping, sizes)
+        a, g = (jnp.mean(diagonals(factor), 1) for factor in factors)
+        shifts = balanced_shifts(a, g, damping, self.sizes)
         pairs = zip(factors, shifts, strict=True)
         return [x + s[:, None, None] * jnp.eye(x.shape[-1], dtype=x.dtype)[None] for x, s in pairs]
 
@@ -294,15 +299,15 @@ def _partial_traces(
 
 
 def balanced(
-    a: Float[Array, " groups"], g: Float[Array, " groups"], damping: Scalar
+    a: Float[Array, " groups"], g: Float[Array, " groups"], damping: Float[Array, "*groups"]
 ) -> tuple[Float[Array, " groups"], Float[Array, " groups"]]:
     """Two shares of a damping, whose product it is: they are to each other as the mean eigenvalues of the factors are."""
     balance = jnp.sqrt(jnp.where((a > 0) & (g > 0), a / jnp.where(g > 0, g, 1), 1))
     return jnp.sqrt(damping) * balance, jnp.sqrt(damping) / balance
 
 
-def _shifts(
-    a: Float[Array, " groups"], g: Float[Array, " groups"], damping: Scalar, sizes: tuple[int, int]
+def balanced_shifts(
+    a: Float[Array, " groups"], g: Float[Array, " groups"], damping: Float[Array, "*groups"], sizes: tuple[Any, Any]
 ) -> tuple[Float[Array, " groups"], Float[Array, " groups"]]:
     """What is added to each factor, from their mean eigenvalues and sizes: at least what makes a singular one invertible."""
     shifts = balanced(a, g, damping)
@@ -346,7 +351,7 @@ class EigenKronecker(Layer, Spectral):
         """The factored inverse of the `Kronecker` with these eigenvectors."""
         # How the values are shared between the factors does not matter.
         a, g = _partial_traces(self.values)
-        shifts = _shifts(jnp.mean(a, 1), jnp.mean(g, 1), damping, (a.shape[1], g.shape[1]))
+        shifts = balanced_shifts(jnp.mean(a, 1), jnp.mean(g, 1), damping, (a.shape[1], g.shape[1]))
         inverted = 1 / ((a + shifts[0][:, None])[:, :, None] * (g + shifts[1][:, None])[:, None, :])
         return partial(self.apply, lambda _: inverted)
 

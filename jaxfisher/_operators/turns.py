@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,67 +10,144 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Scalar
 
-from jaxfisher._once import renewed
-from jaxfisher._operators.factored import damped_factors, inverses, with_inverses
+from jaxfisher._once import repeat
+from jaxfisher._operators.factored import inverses, shifted_factors, with_inverses
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.kronecker import Kronecker, eigenvectors
 from jaxfisher._operators.sum import Sum
 
 Matrices = Float[Array, "groups m m"]
+Shifts = Float[Array, " groups"]
 Flag = bool | Bool[Array, ""]
 
 
 class Holding(NamedTuple):
     """A way to hold the factors of the layers of a form, so that solves take products only.
 
+    Factors of one size are held together, and with ``pads`` those of nearly one size too: the program has one body for each.
+
     Attributes:
-        factors: what is taken of a form at a damping: two stacks of matrices a layer.
-        make: what is held of such a stack, whatever its size.
+        factors: what is taken of a form at a damping: for each layer two stacks of matrices, each with what is added to the
+            diagonals of its matrices.
+        make: what is held of a stack of matrices, whatever its size.
         form: a form, what is held of its factors in order, and the damping of now, to the form that is solved with.
+        pads: whether what is made of a block-diagonal matrix is what is made of its blocks.
     """
 
-    factors: Callable[[Form, Scalar], Sequence[Matrices]]
+    factors: Callable[[Form, Scalar], Sequence[tuple[Matrices, Shifts]]]
     make: Callable[[Matrices], Any]
     form: Callable[[Form, Sequence[Any], Scalar], Form]
+    pads: bool
+
+    def layers(self, form: Form) -> int:
+        """How many layers have factors that are held."""
+        return len(jax.eval_shape(self.factors, form, jnp.ones((), form.spec.dtype))) // 2
 
     def shapes(self, form: Form) -> list[Any]:
         """What is held of a form that may be without values, without values."""
-        return jax.eval_shape(lambda form: [self.make(x) for x in self.factors(form, jnp.ones((), form.spec.dtype))], form)
+
+        def made(form: Form) -> list[Any]:
+            factors = self.factors(form, jnp.ones((), form.spec.dtype))
+            return [self.make(stack.matrices(factors)) for stack in _stacks(factors, pads=self.pads)]
+
+        return jax.eval_shape(made, form)
 
     def refreshed(self, form: Form, damping: Scalar, due: Sequence[Flag], held: Sequence[Any]) -> list[Any]:
         """What is held of the factors: made anew of the layers that are due."""
         factors = self.factors(form, damping)
+        stacks = _stacks(factors, pads=self.pads)
         if all(flag is True for flag in due):
-            return _together(self.make, factors)
-        made = [partial(_ignoring, self.make, x) for x in factors]
-        flags = [flag for flag in due for _ in range(2)]
-        return [renewed(flag, make, old) for flag, make, old in zip(flags, made, held, strict=True)]
+            return [self.make(stack.matrices(factors)) for stack in stacks]
+        return [_renewed(self.make, stack, factors, due, old) for stack, old in zip(stacks, held, strict=True)]
+
+    def solved_with(self, form: Form, held: Sequence[Any], damping: Scalar) -> Form:
+        """The form that is solved with."""
+        factors = jax.eval_shape(self.factors, form, damping)
+        parts: dict[int, Any] = {}
+        for stack, made in zip(_stacks(factors, pads=self.pads), held, strict=True):
+            parts |= stack.parts(factors, made)
+        return self.form(form, [parts[k] for k in range(len(factors))], damping)
 
 
-def _ignoring(make: Callable[[Matrices], Any], factor: Matrices, held: Any) -> Any:
-    del held
-    return make(factor)
+class _Stack(NamedTuple):
+    """Factors that are held together: their places among all, and the size to which they are padded."""
+
+    places: tuple[int, ...]
+    size: int
+
+    def matrices(self, factors: Sequence[tuple[Matrices, Shifts]]) -> Matrices:
+        """The matrices with what is added to their diagonals; where they are padded, with a unit matrix."""
+        wide, diagonal = [], []
+        for place in self.places:
+            matrix, shift = factors[place]
+            extra = self.size - matrix.shape[1]
+            wide.append(jnp.pad(matrix, ((0, 0), (0, extra), (0, extra))))
+            own = jnp.broadcast_to(shift[:, None], matrix.shape[:2])
+            diagonal.append(jnp.pad(own, ((0, 0), (0, extra)), constant_values=1))
+        unit = jnp.eye(self.size, dtype=wide[0].dtype)[None]
+        return jnp.concatenate(wide) + jnp.concatenate(diagonal)[:, None] * unit
+
+    def parts(self, factors: Sequence[tuple[Any, Any]], made: Any) -> dict[int, Any]:
+        """What was made, of each of the factors."""
+        ends = np.cumsum([len(factors[place][0]) for place in self.places])
+        found = {}
+        for place, end in zip(self.places, ends, strict=True):
+            count, size = factors[place][0].shape[:2]
+            cut = lambda x, end=end, count=count, size=size: x[(slice(end - count, end), *(slice(size),) * (x.ndim - 1))]  # noqa: E731
+            found[place] = jax.tree.map(cut, made)
+        return found
 
 
-def _together(make: Callable[[Matrices], Any], factors: Sequence[Matrices]) -> list[Any]:
-    """What is made of all of them, those of one size in one call."""
-    made: dict[int, Any] = {}
-    for size in sorted({x.shape[1] for x in factors}):
-        places = [i for i, x in enumerate(factors) if x.shape[1] == size]
-        ends = np.cumsum([len(factors[i]) for i in places])
-        whole = make(jnp.concatenate([factors[i] for i in places]))
-        for i, end in zip(places, ends, strict=True):
-            made[i] = jax.tree.map(lambda x, i=i, end=end: x[end - len(factors[i]) : end], whole)
-    return [made[i] for i in range(len(factors))]
+PADDING = 1.1
+"""How much longer inverses may take for the sake of a smaller program."""
+TINY = 32
+"""So much longer as one of this size takes they may take in any case."""
 
 
-INVERSES = Holding(damped_factors, inverses, with_inverses)
+def _stacks(factors: Sequence[tuple[Any, Any]], *, pads: bool) -> list[_Stack]:
+    """Factors by size, the largest first; where padding is allowed, smaller ones with larger ones while that costs little."""
+    sizes = [matrix.shape[1] for matrix, _ in factors]
+    cost = sum(len(matrix) * float(matrix.shape[1]) ** 3 for matrix, _ in factors)
+    spare = (PADDING - 1) * cost + TINY**3 if pads else 0.0
+    found: dict[int, list[int]] = {}
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        size = min((other for other in found if other >= sizes[place]), default=sizes[place])
+        extra = len(factors[place][0]) * (float(size) ** 3 - float(sizes[place]) ** 3)
+        if extra > spare:
+            size = sizes[place]
+        else:
+            spare -= extra
+        found.setdefault(size, []).append(place)
+    return [_Stack(tuple(places), size) for size, places in found.items()]
+
+
+def _renewed(
+    make: Callable[[Matrices], Any], stack: _Stack, factors: Sequence[tuple[Matrices, Shifts]], due: Sequence[Flag], held: Any
+) -> Any:
+    """What is held of one stack, made anew for the layers that are due, one matrix after the other."""
+    flags = jnp.stack([jnp.asarray(due[place // 2]) for place in stack.places for _ in range(len(factors[place][0]))])
+    numbers = np.arange(flags.size, dtype=np.int32)
+
+    def following(number: Array | int) -> Array:
+        return jnp.min(jnp.where(flags & (numbers > number), numbers, flags.size))
+
+    def step(state: tuple[Array, Any]) -> tuple[Array, Any]:
+        number, held = state
+        new = make(jax.lax.dynamic_slice_in_dim(stack.matrices(factors), number, 1))
+        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, number, 0)  # noqa: E731
+        return following(number), jax.tree.map(put, held, new)
+
+    return repeat(lambda state: state[0] < flags.size, step, (following(-1), held))[1]
+
+
+INVERSES = Holding(shifted_factors, inverses, with_inverses, pads=True)
 """The inverses of the damped factors: see `jaxfisher.factored_solve`."""
 
 
-def _bare_factors(form: Form, damping: Scalar) -> list[Matrices]:
+def _bare_factors(form: Form, damping: Scalar) -> list[tuple[Matrices, Shifts]]:
     del damping
-    return [factor for block in _products(form) for factor in (block.inputs, block.outputs)]
+    factors = [factor for block in _products(form) for factor in (block.inputs, block.outputs)]
+    return [(factor, jnp.zeros(len(factor), factor.dtype)) for factor in factors]
 
 
 def _with_eigenvectors(form: Form, held: Sequence[Any], damping: Scalar) -> Form:
@@ -84,9 +160,9 @@ def _with_eigenvectors(form: Form, held: Sequence[Any], damping: Scalar) -> Form
     )
 
 
-EIGENVECTORS = Holding(_bare_factors, eigenvectors, _with_eigenvectors)
+EIGENVECTORS = Holding(_bare_factors, eigenvectors, _with_eigenvectors, pads=False)
 """The eigenvectors and eigenvalues of the factors, for solves at any damping."""
-NOTHING = Holding(lambda form, damping: [], lambda factor: factor, lambda form, held, damping: form)
+NOTHING = Holding(lambda form, damping: [], lambda factor: factor, lambda form, held, damping: form, pads=False)
 """The form is solved with as it is."""
 
 

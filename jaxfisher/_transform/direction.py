@@ -10,9 +10,9 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Scalar
+from jaxtyping import Array, Bool, Scalar
 
-from jaxfisher._once import renewed
+from jaxfisher._once import once, renewed
 from jaxfisher._operators.averaging import arrays_of, with_arrays
 from jaxfisher._operators.factored import InvertedBlocks, factored_solve, has_factors, is_invertible
 from jaxfisher._operators.form import Form
@@ -25,7 +25,7 @@ from jaxfisher._transform.like import Like, shape_of_view
 from jaxfisher._transform.scale_by_fisher import ScaleByFisherState, averaged, empty_info, zeros_like
 from jaxfisher._transform.turns import CHECK, counted_period, due, phases, turns_before
 from jaxfisher._transform.update_arguments import Shared, check_state, check_vector_of_state, fisher_for
-from jaxfisher._tree import all_finite, cast_like, param_spec
+from jaxfisher._tree import cast_like, param_spec, raveled, together
 
 SHARE = 1e-2
 """The damping of the direction, as a share of that of the length: the best of a few powers of ten on four tasks."""
@@ -132,19 +132,33 @@ def _in_turn(
         beta = jnp.asarray(settings.decay, shape.spec.dtype)
         # The newest has the weight that it has in a debiased mean of all so far, so the mean stays debiased.
         share = (1 - beta) / (1 - beta ** (turns_before(state.count, every) + 1).astype(beta.dtype))
-        # A batch with a NaN in it is no reason to lose all that came before.
-        finite = all_finite(new)
-        return jax.tree.map(lambda a, b: jnp.where(finite, a + share * (b - a), a), mean, new)
+        moved: Any = _moved(mean, new, share)
+        return moved
 
     mean = renewed(due(state.count, every), averages, state.mean)
     form = with_arrays(shape.form, mean)
     holding = _holding(settings.solver, form)
     operator = Operator(form, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape.provenance))
     gamma = _gamma(operator, damping)
-    layers = len(state.in_use) // 2
-    turns = [due(state.count, every, phase) for phase in phases(layers, every)]
+    turns = [due(state.count, every, phase) for phase in phases(holding.layers(form), every)]
     held = tuple(holding.refreshed(form, gamma, turns, state.in_use))
-    return dataclasses.replace(operator, form=holding.form(form, held, gamma)), mean, held
+    return dataclasses.replace(operator, form=holding.solved_with(form, held, gamma)), mean, held
+
+
+@once
+def _moved(mean: Any, new: Any, share: Scalar) -> Any:
+    """The running mean, with this share of the newest."""
+
+    def moved(a: Array, b: Array) -> Array:
+        # A batch with a NaN in it is no reason to lose all that came before.
+        return jnp.where(jnp.all(jnp.isfinite(b)), a + share * (b - a), a)
+
+    return together(moved, mean, new)
+
+
+@once
+def _finite(x: Any) -> Bool[Array, ""]:
+    return jnp.all(jnp.isfinite(raveled(x)))
 
 
 def _holding(solver: Solver | None, form: Form) -> Holding:
@@ -164,7 +178,7 @@ def _lightly(solver: Solver | None, fisher: Operator, v: Any, damping: chex.Nume
     """The direction, and a report whose residual is left out: to compute it takes as long, and the loss judges the step."""
     if isinstance(fisher.form, InvertedBlocks):
         x = fisher.mv(v)
-        finite = all_finite(x)
+        finite = _finite(x)
         nothing, size = jnp.zeros((), fisher.spec.dtype), jnp.asarray(fisher.size, jnp.int32)
         no = jnp.zeros_like(finite)
         return x, SolveInfo(nothing, jnp.zeros((), jnp.int32), finite, finite, size, no, no)

@@ -12,10 +12,10 @@ import optax
 from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._linalg import matmul
-from jaxfisher._once import either
+from jaxfisher._once import either, once
 from jaxfisher._operators.operator import Operator, inner_products
 from jaxfisher._transform.update_arguments import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
-from jaxfisher._tree import cast_like, dot, param_spec, products, split
+from jaxfisher._tree import cast_like, param_spec, raveled, split, together
 from jaxfisher._values import check_nonnegative, nonnegative
 
 
@@ -109,35 +109,52 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
         strength = nonnegative("damping", damping_for(damping, usual, state.count, "quadratic_model"), operator.spec.dtype)
         g, d = operator.spec.tree(operator.spec.leaves(grad, "grad")), operator.spec.vector(updates)
 
-        def step_of(alpha: Scalar, mu: Scalar) -> tuple[Any, Scalar]:
-            step = jax.tree.map(lambda d, v: mu * v - alpha * d, d, state.step)
-            return step, jnp.sqrt(dot(step, step))
-
-        def minimised() -> tuple[Any, ...]:
+        def minimised() -> tuple[Scalar, ...]:
             columns = jax.tree.map(lambda d, v: jnp.stack([-d, v]), d, state.step)
-            (alpha, mu), change = _minimum(operator, g, columns, strength)
-            step, length = step_of(alpha, mu)
-            return step, alpha, mu, change, length
+            return _minimum(operator, g, columns, strength)
 
-        def repeated() -> tuple[Any, ...]:
-            step, length = step_of(state.learning_rate, jnp.clip(state.momentum, 0, 1))
-            share = jnp.where(length > state.length, state.length / length, 1)
-            return jax.tree.map(lambda leaf: share * leaf, step), *state[2:]
-
-        step, *rates = either(due, minimised, repeated)
-        return cast_like(step, updates), QuadraticModelState(optax.safe_increment(state.count), step, *rates)
+        alpha, mu, change = either(due, minimised, lambda: (state.learning_rate, state.momentum, state.change))
+        # A step whose model is not due goes no farther than the last one whose model was.
+        bounds = (
+            (mu, jnp.inf) if due is True else (jnp.where(due, mu, jnp.clip(mu, 0, 1)), jnp.where(due, jnp.inf, state.length))
+        )
+        step, length = _combined(d, state.step, alpha, *(jnp.asarray(bound, mu.dtype) for bound in bounds))
+        length = length if due is True else jnp.where(due, length, state.length)
+        return cast_like(step, updates), QuadraticModelState(optax.safe_increment(state.count), step, alpha, mu, change, length)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _minimum(operator: Operator, g: Any, columns: Any, damping: Scalar) -> tuple[tuple[Scalar, Scalar], Scalar]:
-    """The coefficients of two directions, stacked, at the minimum of the damped model; and the change without damping there.
+@once
+def _combined(d: Any, v: Any, alpha: Scalar, mu: Scalar, most: Scalar) -> tuple[Any, Scalar]:
+    """The step ``mu v - alpha d``, made no longer than ``most``, and its length before that."""
+    length = jnp.zeros(())
+
+    def combined(d: Array, v: Array) -> Array:
+        nonlocal length
+        step = mu * v - alpha * d
+        length = jnp.sqrt(jnp.vdot(step, step, precision=jax.lax.Precision.HIGHEST))
+        return jnp.where(length > most, most / length, 1) * step
+
+    return together(combined, d, v), length
+
+
+def _minimum(operator: Operator, g: Any, columns: Any, damping: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+    """The coefficients of two directions, stacked, at the minimum of the damped model; and the change without damping there."""
+    found: tuple[Scalar, Scalar, Scalar] = _lowest(inner_products(operator, columns), g, columns, damping)
+    return found
+
+
+@once
+def _lowest(curvature: Float[Array, "2 2"], g: Any, columns: Any, damping: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+    """`_minimum`, by the curvature along the directions and between them.
 
     Only the part of the second direction that is not along the first counts, and there may be no such part.
     """
-    curvature, lengths = inner_products(operator, columns), products(columns, columns)
-    slopes = products(columns, jax.tree.map(lambda leaf: leaf[None], g))[:, 0]
-    damped = curvature + damping * lengths
+    both = jnp.concatenate([leaf.reshape(2, -1) for leaf in jax.tree.leaves(columns)], 1)
+    # With the gradient as a third row there is one product in place of two.
+    found = matmul(both, jnp.concatenate([both, raveled(g)[None]]).T)
+    slopes, damped = found[:, 2], curvature + damping * found[:, :2]
     along = _over(damped[0, 1], damped[0, 0])
     own = damped[1, 1] - along * damped[0, 1]
     # What is left of parallel directions is rounding.
@@ -145,7 +162,7 @@ def _minimum(operator: Operator, g: Any, columns: Any, damping: Scalar) -> tuple
     second = -_over(slopes[1] - along * slopes[0], own)
     first = -_over(slopes[0], damped[0, 0]) - along * second
     rates = jnp.stack([first, second])
-    return (first, second), matmul(rates, slopes + 0.5 * matmul(curvature, rates))
+    return first, second, matmul(rates, slopes + 0.5 * matmul(curvature, rates))
 
 
 def _over(a: Scalar, b: Scalar) -> Scalar:
