@@ -75,11 +75,13 @@ def test_standard_errors_in_own_units(count, dtype):
 
 
 FEW = 1500
-"""Steps enough for all but those of `FAR`."""
-FAR = {("MGH10", 0), ("MGH17", 0)}
-"""From these starts the fit ends elsewhere, and says that it did not converge."""
+"""Steps enough from every start."""
 NO_DIGITS = {"Lanczos1"}
-"""Its residuals are 1e-13 of the data, so that float64 has few digits of their size, and of the standard errors."""
+"""Its residuals are 9e-14 where the data are up to 2.5, whose last bit is 4e-16: so float64 has three digits of their size.
+
+The certified size is found from the same data with 40 digits, and from no data in float64. Nothing else lacks digits: the
+estimates, and the errors for the certified size of the residuals, are right as everywhere.
+"""
 
 
 def padded(values, size):
@@ -119,13 +121,10 @@ def test_fits_from_both_starts(name):
     p, n = len(known.estimates), len(known.y)
     for k in (0, 1):
         params, errors, converged, rank = fits()[name, k]
-        if (name, k) in FAR:
-            assert not converged
-            continue
-        assert converged or name in NO_DIGITS
+        assert converged != (name in NO_DIGITS)
         assert np.all(np.abs(params[:p] / known.estimates - 1) < 1e-6)
         assert rank == p and np.all(np.isinf(errors[p:]))
-        if name not in NO_DIGITS:
-            rest = known.y - known.mean(params, known.x, np)
-            scaled = errors[:p] * np.sqrt(rest @ rest / (n - p))
-            assert np.all(np.abs(scaled / known.errors - 1) < 1e-6)
+        assert np.all(np.abs(errors[:p] * known.deviation / known.errors - 1) < 1e-6)
+        rest = known.y - known.mean(params, known.x, np)
+        deviation = np.sqrt(rest @ rest / (n - p))
+        assert abs(deviation / known.deviation - 1) < (2e-3 if name in NO_DIGITS else 1e-6)

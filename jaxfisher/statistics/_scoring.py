@@ -1,0 +1,262 @@
+"""Fisher scoring: steps within a radius that follows how well the quadratic model held, to where nothing goes down any more."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Scalar
+
+from jaxfisher._examples import Batch
+from jaxfisher._linalg import matmul
+from jaxfisher._model import Model, log_likelihood, mean_loss
+from jaxfisher._once import Around
+from jaxfisher._scores import scores
+from jaxfisher._tree import cast_like
+from jaxfisher._varying import cond, while_loop
+from jaxfisher.statistics._observations import fisher_at
+
+VISIBLE = 1e-3
+"""A step that is so long where the information was largest, in standard deviations of one observation, is not a small one."""
+FORGET = 0.9
+"""What is left, at the next step, of the information that was met before."""
+HALVINGS = 60
+"""How often the bracket of a damping is halved, in its logarithm."""
+TRIALS = 40
+"""The most damped steps that are tried from one point."""
+REACH = 10.0
+"""How far the first step may go, in the units of `_Equations.length`, or in lengths of the parameters that it starts from."""
+PULL = 100
+"""A slope of so many roundings, along what the information does not tell from zero, is a slope."""
+FLOOR = 32
+"""An offset within so many tolerances is as good as it gets, where rounding does not let it fall any more."""
+ENOUGH, WELL = 1e-4, 0.75
+"""The share of what the quadratic model says that a step must go down, to be taken; and to be followed by a longer one."""
+
+
+Penalty = Callable[..., Scalar]
+"""``penalty(params, *inputs, weights) -> nats``, added to the negative log-likelihood of all observations."""
+
+
+def nothing(params: Any, *inputs: Any, weights: Any) -> Scalar:
+    return jnp.zeros(())
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem(Around):
+    model: Model
+    penalty: Penalty
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """What is fitted, as functions of flat parameters."""
+
+    problem: Problem
+    params: Any
+    batch: Batch
+
+    def at(self, flat: Float[Array, " p"]) -> Any:
+        return cast_like(self.batch.spec.unravel(flat), self.params)
+
+    def loss(self, flat: Float[Array, " p"]) -> Scalar:
+        """The mean negative log-likelihood, and the penalty."""
+        batch, at = self.batch, self.at(flat)
+        penalty = self.problem.penalty(at, *batch.data[:-1], weights=batch.weights)
+        loss = mean_loss(log_likelihood(self.problem.model), at, batch.data, batch.weights)
+        return loss + penalty.astype(batch.spec.dtype) / batch.total
+
+    def information(self, flat: Float[Array, " p"]) -> Float[Array, "p p"]:
+        return fisher_at(self.problem.model, self.at(flat), self.batch.data, self.batch.weights).as_matrix()
+
+    def scatter(self, flat: Float[Array, " p"], told: Float[Array, " p"]) -> Scalar:
+        """How much the scores scatter for what the model says: a scale that is known up to a factor only does not matter."""
+        batch = self.batch
+        found = scores(log_likelihood(self.problem.model))(self.at(flat), *batch.data, weights=batch.weights).diagonal()
+        ratio = jnp.mean(batch.spec.ravel(found, "diagonal") / jnp.where(told > 0, told, 1), where=told > 0)
+        return jnp.where(ratio > 0, ratio, 1)
+
+
+class State(NamedTuple):
+    """Where a fit is."""
+
+    flat: Float[Array, " p"]
+    value: Scalar
+    radius: Scalar
+    steps: Int[Array, ""]
+    gradient: Float[Array, " p"]
+    largest: Float[Array, " p"]
+    """The largest information on each parameter that was met."""
+    recent: Float[Array, " p"]
+    """The same, slowly forgotten."""
+    offset: Scalar
+    rank: Int[Array, ""]
+    most: Int[Array, ""]
+    """The largest rank that was met."""
+    separated: Bool[Array, " p"]
+    pulled: Bool[Array, ""]
+    """Whether the loss falls along what the information does not tell from zero."""
+    moved: Bool[Array, ""]
+    """Whether the last step was taken."""
+
+
+class _Equations(NamedTuple):
+    """The equations of one step, ``F d = -g``, and their eigenvectors in the units of `length`."""
+
+    matrix: Float[Array, "p p"]
+    gradient: Float[Array, " p"]
+    newton: Float[Array, " p"]
+    """The step as it is, of the directions that the data determine."""
+    rank: Int[Array, ""]
+    unseen: Float[Array, " p"]
+    """The share of each parameter in the directions that the data do not determine."""
+    hidden: Scalar
+    """The slope along these directions, in the units of the information."""
+    unit: Float[Array, " p"]
+    """The root of the information on each parameter that was met lately: in these units a damping lets none run away."""
+    values: Float[Array, " p"]
+    vectors: Float[Array, "p p"]
+
+    def length(self, step: Float[Array, " p"]) -> Scalar:
+        """The length of a step in standard deviations of one observation, of one that tells as much as any that was met."""
+        return jnp.linalg.norm(self.unit * step)
+
+    def fall(self, step: Float[Array, " p"]) -> Scalar:
+        """By how much the quadratic model of the loss says that it goes down."""
+        return -jnp.vdot(self.gradient, step) - 0.5 * jnp.vdot(step, matmul(self.matrix, step))
+
+    def within(self, radius: Scalar, pulled: Bool[Array, ""]) -> Float[Array, " p"]:
+        """The lowest point of the quadratic model within a radius: ``-(F + lambda U^2)^-1 g``, or the step as it is.
+
+        Where the loss falls along what the step as it is does not see, it is the first of the two in any case.
+        """
+        along = matmul(self.vectors.T, self.gradient / self.unit)
+        eps = jnp.finfo(radius.dtype).eps
+        largest = jnp.linalg.norm(along) / radius
+
+        def halve(_: int, ends: tuple[Scalar, Scalar]) -> tuple[Scalar, Scalar]:
+            low, high = ends
+            middle = jnp.sqrt(low * high)
+            outside = jnp.linalg.norm(along / (self.values + middle)) > radius
+            return jnp.where(outside, middle, low), jnp.where(outside, high, middle)
+
+        def damped() -> Float[Array, " p"]:
+            _, damping = jax.lax.fori_loop(0, HALVINGS, halve, (eps * eps * largest, largest))
+            return -matmul(self.vectors, along / (self.values + damping)) / self.unit
+
+        return cond((self.length(self.newton) <= radius) & ~pulled, lambda: self.newton, damped)
+
+
+def _equations(matrix: Float[Array, "p p"], gradient: Float[Array, " p"], recent: Float[Array, " p"]) -> _Equations:
+    def scaled(diagonal: Float[Array, " p"]) -> tuple[Array, Array, Array]:
+        unit = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
+        return unit, *jnp.linalg.eigh(matrix / unit[:, None] / unit[None, :])
+
+    # The step as it is has its own units, so that no information that was once there takes digits from it.
+    own, values, vectors = scaled(jnp.diagonal(matrix))
+    seen = values > values.shape[0] * jnp.finfo(values.dtype).eps * jnp.max(values)
+    slopes = matmul(vectors.T, gradient / own)
+    along = jnp.where(seen, slopes / jnp.where(seen, values, 1), 0)
+    unit, damped, basis = scaled(recent)
+    return _Equations(
+        matrix,
+        gradient,
+        newton=-matmul(vectors, along) / own,
+        rank=jnp.sum(seen, dtype=jnp.int32),
+        unseen=jnp.sum(jnp.where(seen[None, :], 0, vectors**2), axis=1),
+        hidden=jnp.linalg.norm(jnp.where(seen, 0, slopes)),
+        unit=unit,
+        values=jnp.maximum(damped, 0),
+        vectors=basis,
+    )
+
+
+def scoring(likelihood: Likelihood, tolerance: Scalar, steps: int) -> State:
+    """Scoring from a start until the offset is below the tolerance, or nothing goes down any more."""
+    spec = likelihood.batch.spec
+    flat = spec.ravel(likelihood.params, "params")
+    zero, none, no = jnp.zeros((), spec.dtype), jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    begin = State(
+        flat,
+        value=likelihood.loss(flat),
+        radius=zero,
+        steps=none,
+        gradient=jnp.zeros_like(flat),
+        largest=jnp.zeros_like(flat),
+        recent=jnp.zeros_like(flat),
+        offset=zero + jnp.inf,
+        rank=none,
+        most=none,
+        separated=jnp.zeros(spec.size, bool),
+        pulled=no,
+        moved=~no,
+    )
+
+    def step(state: State) -> State:
+        looked, equations, done = _looked(likelihood, state, tolerance)
+        flat, value, radius, good = _tried(likelihood, looked, equations)
+        moved = good & ~done
+        return looked._replace(
+            flat=jnp.where(moved, flat, state.flat), value=jnp.where(moved, value, state.value), radius=radius, moved=moved
+        )
+
+    # What is reported is of the place where it ends: the last step looks and stays.
+    ended: State = while_loop(lambda state: state.moved & (state.steps <= steps), step, begin)
+    return ended
+
+
+def _looked(likelihood: Likelihood, state: State, tolerance: Scalar) -> tuple[State, _Equations, Bool[Array, ""]]:
+    """The state with what is to be known of the place where it is, the equations there, and whether to stay."""
+    matrix, gradient = likelihood.information(state.flat), jax.grad(likelihood.loss)(state.flat)
+    told = jnp.diagonal(matrix)
+    largest, recent = jnp.maximum(state.largest, told), jnp.maximum(FORGET * state.recent, told)
+    equations = _equations(matrix, gradient, recent)
+    decrement = jnp.sqrt(likelihood.batch.total * jnp.maximum(-jnp.vdot(gradient, equations.newton), 0))
+    scatter = likelihood.scatter(state.flat, told)
+    offset = decrement / jnp.sqrt(scatter)
+    # Long steps that change nothing any more, and information that was there and has gone.
+    running = (jnp.sqrt(largest) * jnp.abs(equations.newton) > VISIBLE) & (decrement < tolerance)
+    gone = (equations.unseen > VISIBLE) & (equations.rank < state.most) & (largest > 0)
+    small = offset <= FLOOR * tolerance
+    # A square of scores keeps half of their digits, and a slope keeps all of them.
+    rounding = PULL * told.size * float(jnp.finfo(gradient.dtype).eps) * jnp.sqrt(scatter)
+    pulled = small & (equations.hidden > rounding)
+    arrived = (offset <= tolerance) | (small & (offset >= state.offset))
+    # The first step goes no farther than so many lengths of where it starts.
+    first = REACH * jnp.maximum(1, equations.length(state.flat))
+    looked = state._replace(
+        radius=jnp.where(state.steps == 0, first, state.radius),
+        steps=state.steps + 1,
+        gradient=gradient,
+        largest=largest,
+        recent=recent,
+        offset=offset,
+        rank=equations.rank,
+        most=jnp.maximum(state.most, equations.rank),
+        separated=running | gone,
+        pulled=pulled,
+    )
+    return looked, equations, (arrived & ~pulled) | jnp.any(running) | ~jnp.isfinite(offset)
+
+
+def _tried(likelihood: Likelihood, state: State, equations: _Equations) -> tuple[Array, Scalar, Scalar, Bool[Array, ""]]:
+    """The first step that goes down, of radii from the state's on, and the radius to go on with."""
+    eps = float(jnp.finfo(state.flat.dtype).eps)
+
+    def trial(carry: Any) -> Any:
+        count, radius, *_ = carry
+        step = equations.within(radius, state.pulled)
+        value = likelihood.loss(state.flat + step)
+        fall, length = equations.fall(step), equations.length(step)
+        # Rounding of the loss must not stop a step that is too short for it to be seen.
+        gain = (state.value - value + 8 * eps * jnp.abs(state.value)) / jnp.where(fall > 0, fall, 1)
+        farther = jnp.where(gain >= WELL, jnp.maximum(2 * length, radius), radius)
+        onwards = jnp.where(gain >= 0.25, farther, 0.25 * jnp.minimum(length, radius))
+        return count + 1, onwards, state.flat + step, value, gain > ENOUGH
+
+    start = jnp.zeros((), jnp.int32), state.radius, state.flat, state.value, jnp.zeros((), bool)
+    _, radius, flat, value, good = while_loop(lambda carry: ~carry[4] & (carry[0] < TRIALS), trial, start)
+    return flat, value, radius, good
