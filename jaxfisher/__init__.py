@@ -81,6 +81,8 @@ from jaxfisher._natural import natural_grad as natural_grad
 from jaxfisher._natural import value_and_natural_grad as value_and_natural_grad
 from jaxfisher._energy_gradient import energy_gradient as energy_gradient
 from jaxfisher._acceleration import acceleration as acceleration
+from jaxfisher._residuals import Residuals as Residuals
+from jaxfisher._residuals import residuals as residuals
 
 # Optax.
 from jaxfisher._transform.adapt_damping import AdaptDampingState as AdaptDampingState

@@ -162,6 +162,13 @@ FISHERS = {
 accumulated = jf.accumulate(jf.exact_fisher(model), jf.kronecker)
 
 
+RESIDUALS = jf.residuals({"outputs": outputs, "bias": lambda params: params["b"]})
+
+
+def points():
+    return {"outputs": problem()[1], "bias": ()}
+
+
 def mesh():
     return jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -183,6 +190,10 @@ NUMBERS = {
     "tune_prior": lambda: jf.tune_prior(posterior()),
     "clipped_grad": lambda: jf.clipped_grad(LOG_PROB, 0.5)(*problem(), weights=jnp.array([1.0, 0.0, 1.0])),
     "acceleration": lambda: jf.acceleration(model)(problem()[0], vector(), problem()[1]),
+    "residuals, loss": lambda: RESIDUALS.loss(problem()[0], points(), {"bias": 0.5}),
+    "residuals, gauss_newton": lambda: RESIDUALS.gauss_newton(problem()[0], points(), {"bias": 0.5}).diagonal(),
+    "residuals, acceleration": lambda: RESIDUALS.acceleration(problem()[0], vector(), points()),
+    "residuals, kl": lambda: RESIDUALS.kl(problem()[0], vector(), points()),
     "energy_gradient": lambda: jf.energy_gradient(LOG_PROB)(*problem(), jnp.array([1.0, -0.5, 0.2])),
     "energy_gradient, complex": lambda: jf.energy_gradient(log_psi)(*wave(), jnp.array([1.0, -0.5, 0.2])),
     "scores, complex": lambda: jf.scores(log_psi, center=True)(*wave()).rmv(jnp.ones(6)),

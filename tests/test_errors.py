@@ -69,6 +69,9 @@ def with_leaf(leaf):
     return {**PARAMS, "w": leaf}
 
 
+KINDS = jf.residuals({"inside": model})
+
+
 def one_update(optimiser, updates=GRADIENT, params=PARAMS, **extra):
     return optimiser.update(updates, optimiser.init(params), params, **extra)
 
@@ -303,6 +306,37 @@ MISTAKES = [
         lambda: one_update(jf.geodesic_acceleration(0.1), fisher=fisher(), acceleration_fn=lambda d: d["w"]),
         ValueError,
         ["`acceleration_fn(updates)`", "no leaf at ['b']"],
+    ),
+    ("residuals of no dict", lambda: jf.residuals(model), TypeError, ["`kinds`", "a dict of functions"]),
+    ("residuals of nothing", lambda: jf.residuals({}), ValueError, ["`kinds` is empty"]),
+    ("a kind that is no function", lambda: jf.residuals({"edge": 1.0}), TypeError, ["`kinds['edge']`", "ONE point"]),
+    ("a kind without points", lambda: KINDS.loss(PARAMS, {}), ValueError, ["`points` has no 'inside'", "['inside']"]),
+    ("an unknown kind", lambda: KINDS.loss(PARAMS, {"inside": X}, {"edge": 2.0}), ValueError, ["`scales` has 'edge'"]),
+    ("a negative scale", lambda: KINDS.loss(PARAMS, {"inside": X}, {"inside": -2.0}), ValueError, ["scales['inside']", "-2.0"]),
+    ("points of no dict", lambda: KINDS.gauss_newton(PARAMS, X), TypeError, ["`points`", "a dict by the kinds ['inside']"]),
+    (
+        "a residual that is a model",
+        lambda: KINDS.loss(PARAMS, {"inside": X}),
+        TypeError,
+        ["a residual returned", "expected a real floating array"],
+    ),
+    (
+        "a loss beside residuals",
+        lambda: jf.training_step(KINDS, optax.sgd(0.1), loss=lambda p: 0.0),
+        ValueError,
+        ["`loss` is given beside residuals"],
+    ),
+    (
+        "residuals without points",
+        lambda: jf.training_step(KINDS, optax.sgd(0.1))(PARAMS, (), *5 * [{"inside": X}]),
+        TypeError,
+        ["5 entries of data", "step(params, state, points, scales)"],
+    ),
+    (
+        "residuals with a key",
+        lambda: jf.training_step(KINDS, optax.sgd(0.1))(PARAMS, (), {"inside": X}, key=jax.random.key(0)),
+        ValueError,
+        ["`key` is given", "residuals take none"],
     ),
     ("no ratio", lambda: jf.geodesic_acceleration(0.1, max_ratio=-1.0), ValueError, ["`max_ratio`", "-1.0", "at least zero"]),
     (

@@ -17,7 +17,7 @@ PUBLIC = sorted(name for name, value in vars(jf).items() if not name.startswith(
 VALUES = {
     *("AdaptDampingState", "BacktrackKLState", "GeodesicAccelerationState", "QuadraticModelState", "ScaleByFisherState"),
     *("ClippedSum", "Distribution", "Estimate", "FisherCheck", "Form", "LawCheck", "Operator", "Posterior"),
-    *("Provenance", "Scores", "SolveInfo", "Spectrum"),
+    *("Provenance", "Residuals", "Scores", "SolveInfo", "Spectrum"),
     *("FisherFunction", "LogProb", "Model", "ParamSpec", "Solver", "View"),
 }
 """Types that users meet as results, and protocols that a function of theirs may follow."""
@@ -97,7 +97,7 @@ ROOMS = {
     "Fishers": "_accumulate _fisher _gauss_newton",
     "Operators": "_operators",
     "Solving": "_cholesky _least_squares _solve _solve_path _system",
-    "Natural gradients": "_acceleration _energy_gradient _natural",
+    "Natural gradients": "_acceleration _energy_gradient _natural _residuals",
     "Optax": "_transform",
     "Influence": "influence",
     "Continual learning": "continual",

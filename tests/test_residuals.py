@@ -143,42 +143,55 @@ def solution(x):
 
 
 def interior(params, x):
-    return jf.Normal(laplacian(params, x) + 2 * jnp.pi**2 * solution(x), 1.0)
-
-
-def boundary(params, x):
-    return jf.Normal(network(params, x), 1.0)
+    return laplacian(params, x) + 2 * jnp.pi**2 * solution(x)
 
 
 WEIGHT = 4.0
+PROBLEM = jf.residuals({"interior": interior, "boundary": network})
+SCALES = {"boundary": WEIGHT}
+
+
+def points():
+    _, grid, edges = poisson()
+    return {"interior": grid, "boundary": edges}
 
 
 def fisher(params):
-    _, grid, edges = poisson()
-    return jf.exact_fisher(interior)(params, grid) + WEIGHT * jf.exact_fisher(boundary)(params, edges)
+    return PROBLEM.gauss_newton(params, points(), SCALES)
 
 
 def residuals(params):
     """Both kinds, such that half the sum of their squares is the loss."""
     _, grid, edges = poisson()
-    kinds = ((interior, grid, 1.0), (boundary, edges, WEIGHT))
-    return jnp.concatenate([(w / len(x)) ** 0.5 * jax.vmap(f, (None, 0))(params, x).loc for f, x, w in kinds])
+    kinds = ((interior, grid, 1.0), (network, edges, WEIGHT))
+    return jnp.concatenate([(w / len(x)) ** 0.5 * jax.vmap(f, (None, 0))(params, x) for f, x, w in kinds])
 
 
 def test_residuals_of_two_kinds_are_one_gauss_newton():
     """The sum with weights, and its views, against the dense Jacobian of all residuals, through derivatives of the inputs."""
     params, grid, _ = poisson()
-    assert {"['inner']['w']", "['outer']['w']"} <= set(jf.explain(interior)(params, grid).factored)
+    assert {"['inner']['w']", "['outer']['w']"} <= set(
+        jf.explain(lambda p, x: jf.Normal(interior(p, x), 1.0))(params, grid).factored
+    )
+    v = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=float)).reshape(leaf.shape), params)
 
     def found(params):
         F = fisher(params)
         layers = jf.eigen_kronecker(F), jf.kronecker(F)
-        return F.as_matrix(), F.diagonal(), jf.block_diagonal(F).as_matrix(), *(view.trace() for view in layers)
+        bent = PROBLEM.acceleration(params, v, points(), SCALES)
+        loss = jax.value_and_grad(lambda p: PROBLEM.loss(p, points(), SCALES))(params)
+        matrices = F.as_matrix(), F.diagonal(), jf.block_diagonal(F).as_matrix(), *(view.trace() for view in layers)
+        return *matrices, F.solve(v, 0.1), loss, bent
 
-    matrix, diagonal, blocks, eigen, kronecker = compiled(found)(params)
+    matrix, diagonal, blocks, eigen, kronecker, solved, (loss, gradient), bent = compiled(found)(params)
+    r, second = compiled(lambda p: (residuals(p), jax.jvp(lambda p: jax.jvp(residuals, (p,), (v,))[1], (p,), (v,))[1]))(params)
     J = compiled(jax.jacrev(residuals))(params)
     J = np.concatenate([np.asarray(leaf).reshape(len(leaf), -1) for leaf in jax.tree.leaves(J)], 1)
     assert_close(matrix, J.T @ J, factor=1e3)
+    assert_close(flat(solved), np.linalg.solve(J.T @ J + 0.1 * np.eye(len(matrix)), flat(v)), factor=1e7)
+    assert_close(loss, np.sum(r**2) / 2, factor=1e3)
+    assert_close(flat(gradient), J.T @ r, factor=1e3)
+    assert_close(flat(bent), J.T @ second, factor=1e3)
     assert_close(flat(diagonal), np.sum(J**2, 0), factor=1e3)
     ends = np.cumsum([leaf.size for leaf in jax.tree.leaves(params)])
     same = np.digitize(np.arange(len(matrix)), ends)
@@ -188,31 +201,53 @@ def test_residuals_of_two_kinds_are_one_gauss_newton():
     assert 0.05 < kronecker / np.sum(J**2) < 20
 
 
+def error(params):
+    """Of the network at points that it was not trained on."""
+    x = jax.random.uniform(jax.random.key(2), (200, 2))
+    return jnp.sqrt(jnp.mean(jnp.square(jax.vmap(network, (None, 0))(params, x) - jax.vmap(solution)(x))))
+
+
+def trained(opt, fisher, steps):
+    """Parameters, and the losses of the steps."""
+    step, (start, *_) = jf.training_step(PROBLEM, opt, fisher), poisson()
+    state = step.init(start, points(), SCALES)
+
+    def one(carry, _):
+        *carry, loss = step(*carry, points(), SCALES)
+        return carry, loss
+
+    (params, _), losses = jax.jit(lambda p, s: jax.lax.scan(one, [p, s], length=steps))(start, state)
+    return params, losses
+
+
 def test_poisson_to_a_small_error_in_few_steps():
     """A hundred accelerated steps reach what takes plain ones several times as many."""
-    start, grid, edges = poisson()
-    loss = lambda params: 0.5 * jnp.sum(jnp.square(residuals(params)))  # noqa: E731
     inner = optax.chain(jf.scale_by_fisher(), optax.scale_by_learning_rate(1.0), jf.geodesic_acceleration())
-    opt = jf.levenberg_marquardt(inner, 1e-2)
-
-    def step(carry, _):
-        params, state = carry
-
-        def bend(direction):
-            parts = ((interior, grid, 1.0), (boundary, edges, WEIGHT))
-            return sum_of([jax.tree.map(lambda a, w=w: w * a, jf.acceleration(f)(params, direction, x)) for f, x, w in parts])
-
-        updates, state = opt.update(
-            jax.grad(loss)(params), state, params, fisher=jf.dense(fisher(params)), value_fn=loss, acceleration_fn=bend
-        )
-        return (optax.apply_updates(params, updates), state), state.accepted
-
-    (params, _), _ = jax.jit(lambda p: jax.lax.scan(step, (p, opt.init(p)), length=100))(start)
-    points = jax.random.uniform(jax.random.key(2), (200, 2))
-    error = jax.vmap(network, (None, 0))(params, points) - jax.vmap(solution)(points)
-    assert jnp.sqrt(jnp.mean(jnp.square(error))) < 1e-3
-    assert loss(params) < 1e-5 * loss(start)
+    dense = lambda *given: jf.dense(PROBLEM.gauss_newton(*given))  # noqa: E731
+    params, losses = trained(jf.levenberg_marquardt(inner, 1e-2), dense, 100)
+    assert error(params) < 1e-3
+    assert losses[-1] < 1e-5 * losses[0]
 
 
-def sum_of(trees):
-    return jax.tree.map(lambda *leaves: sum(leaves[1:], start=leaves[0]), *trees)
+def test_kronecker_factors_train_through_derivatives_of_the_inputs():
+    """KFAC of a sum of kinds, with factors of weights that pass through a Laplacian: no loss rises, and all of it goes."""
+    params, losses = trained(jf.kfac(decay=None, update_every=1), None, 300)
+    assert np.all(np.diff(losses) <= 0)
+    assert losses[-1] < 2e-3 * losses[0]
+    assert error(params) < 0.12
+
+
+def test_kinds_with_weights_in_pieces_and_without_points():
+    """A kind of several inputs, some of weight zero, and one of none, against the formula."""
+    kinds = {"data": lambda p, t, y: p["a"] * t + p["b"] - y, "prior": lambda p: jnp.stack([p["a"] - 1.0, 2.0 * p["b"]])}
+    t, y, w = np.array([0.0, 1.0, 2.0, 5.0]), np.array([1.0, 2.0, 4.0, np.nan]), np.array([1.0, 3.0, 2.0, 0.0])
+    params, given = {"a": jnp.asarray(0.5), "b": jnp.asarray(-0.25)}, {"data": (t, y), "prior": ()}
+    scales, weights = {"prior": 0.3, "data": 2.0}, {"data": w}
+    rows, r = np.stack([t, np.ones(4)], 1)[:3], (0.5 * t - 0.25 - y)[:3]
+    expected = 2 * rows.T @ (w[:3, None] * rows) / 6 + 0.3 * np.diag([1.0, 4.0])
+    for batch_size in (None, 2):
+        problem = jf.residuals(kinds, batch_size=batch_size)
+        assert_close(problem.gauss_newton(params, given, scales, weights=weights).as_matrix(), expected)
+        assert_close(problem.loss(params, given, scales, weights=weights), w[:3] @ r**2 / 6 + 0.15 * 0.5)
+    moved = problem.kl(params, {"a": jnp.asarray(1.5), "b": jnp.asarray(-0.25)}, given, scales, weights=weights)
+    assert_close(moved, w[:3] @ t[:3] ** 2 / 6 + 0.15)

@@ -15,6 +15,7 @@ from jaxfisher._automatic import automatic
 from jaxfisher._examples import example_keys, make_batch, map_examples, needs_data, num_examples
 from jaxfisher._model import LogLikelihood, Model, as_prediction, log_prob_of, of_one_example
 from jaxfisher._once import Around
+from jaxfisher._residuals import Residuals
 from jaxfisher._tree import as_key, param_spec
 from jaxfisher._values import described, is_array
 
@@ -108,6 +109,28 @@ def own_loss(loss: Callable[..., Any], has_aux: bool) -> Objective:
         return evaluate
 
     return objective
+
+
+def of_residuals(problem: Residuals) -> Objective:
+    """The sum of squares of residuals."""
+
+    def objective(params: chex.ArrayTree, data: StepData) -> Evaluate:
+        return lambda params: (problem.loss(params, *data.inputs, **data.given), ())
+
+    return objective
+
+
+def points_of_step(data: tuple[Any, ...], key: Any, given: dict[str, Any], caller: str) -> StepData:
+    """The points of residuals, and their scales, as the data of a step."""
+    if len(data) not in (1, 2):
+        raise TypeError(
+            f"{caller}: it was called with {len(data)} entries of data; residuals have their points, a dict by kind, and after "
+            "these the scales, if there are any: step(params, state, points, scales)."
+        )
+    for name, value in (("key", key), ("counts", given["counts"])):
+        if value is not None:
+            raise ValueError(f"{caller}: `{name}` is given, but residuals take none. Put it into the points of a kind.")
+    return StepData(data, None, {name: value for name, value in given.items() if value is not None})
 
 
 def _pair(returned: Any, name: str, expected: str) -> tuple[Any, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -17,10 +18,20 @@ from jaxfisher._divergence import kl
 from jaxfisher._fisher import FisherFunction, exact_fisher
 from jaxfisher._model import MODEL, Model
 from jaxfisher._operators.operator import Operator
+from jaxfisher._residuals import Residuals
 from jaxfisher._targets import given_with, taken_by
 from jaxfisher._transform.cheap import Cheap, Offered
 from jaxfisher._transform.like import fishers_like
-from jaxfisher._transform.objective import StepData, WithoutAux, likelihood, own_loss, step_data
+from jaxfisher._transform.objective import (
+    Objective,
+    StepData,
+    WithoutAux,
+    likelihood,
+    of_residuals,
+    own_loss,
+    points_of_step,
+    step_data,
+)
 from jaxfisher._tree import check_function, described, uphill
 from jaxfisher._values import check_flag
 
@@ -52,7 +63,7 @@ class TrainingStep:
 
 
 def training_step(
-    model: Model,
+    model: Model | Residuals,
     optimiser: optax.GradientTransformation,
     fisher: FisherFunction | None = None,
     *,
@@ -83,7 +94,7 @@ def training_step(
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example; with ``has_aux``, and no ``loss`` of your own,
-            ``(distribution, aux)``.
+            ``(distribution, aux)``. Or what `jaxfisher.residuals` returns: the data are then its points, and the scales.
         optimiser: a gradient transformation.
         fisher: such as ``jf.empirical_fisher(log_prob)`` or ``jf.exact_fisher(model)``, or a function of your own,
             ``(params, *inputs) -> operator`` of the batch, to which priors and penalties are added as operators; None for
@@ -123,17 +134,16 @@ def training_step(
     >>> print(mu.round(5))  # least squares in one step
     3.0
     """
-    check_function("model", model, MODEL)
+    if not isinstance(model, Residuals):
+        check_function("model", model, MODEL)
     _check_optimiser(optimiser)
     if fisher is not None:
         check_function("fisher", fisher, "(params, *inputs) -> operator")
     if loss is not None:
         check_function("loss", loss, "(params, *inputs, target) -> the scalar loss of the whole batch")
     check_flag("training_step: `has_aux`", has_aux)
-    objective = likelihood(model, has_aux) if loss is None else own_loss(loss, has_aux)
-    predicting = WithoutAux(model) if has_aux and loss is None else model
-    curvature = exact_fisher(predicting) if fisher is None else fisher
-    divergence = kl(predicting)
+    task = _task(model, loss, has_aux)
+    curvature = task.curvature if fisher is None else fisher
     update = optax.with_extra_args_support(optimiser).update
 
     def curvature_of(params: chex.ArrayTree, data: StepData) -> Operator:
@@ -149,8 +159,8 @@ def training_step(
         counts: Shaped[Array, " n"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Any, Any, Any]:
-        known = step_data(data, key, {"weights": weights, "counts": counts}, "training_step", with_target=loss is None)
-        evaluate = objective(params, known)
+        known = task.data(data, key, {"weights": weights, "counts": counts}, "training_step")
+        evaluate = task.objective(params, known)
         (value, aux), grads = jax.value_and_grad(evaluate, has_aux=True)(params)
         grads = uphill(grads)
 
@@ -170,15 +180,16 @@ def training_step(
             return evaluate(params)[0]
 
         given = given_with(known.inputs, known.given)
-        cheap = Cheap(predicting, params, known.inputs, given) if fisher is None else None
+        drawn = task.predicting if fisher is None else None
+        cheap = None if drawn is None else Cheap(drawn, params, known.inputs, given)
         offered = {
             "value": value,
             "grad": grads,
             "value_fn": value_fn,
             "obj_fn": value_fn,
             "grad_fn": lambda new, _: uphill(jax.grad(value_fn)(new)),
-            "kl_fn": lambda new: divergence(params, new, *known.inputs, **given),
-            "acceleration_fn": lambda d: acceleration(predicting)(params, d, *known.inputs, **given),
+            "kl_fn": lambda new: task.divergence(params, new, *known.inputs, **given),
+            "acceleration_fn": lambda d: task.acceleration(params, d, *known.inputs, **given),
             "fisher": Offered(lambda: curvature_of(params, known), cheap),
         }
         updates, state = update(grads, state, params, **_taken(update, offered))
@@ -194,12 +205,37 @@ def training_step(
     ) -> Any:
         def made(params: chex.ArrayTree, data: tuple[Any, ...], weights: Any, counts: Any, key: Any) -> Operator:
             given = {"weights": weights, "counts": counts}
-            return curvature_of(params, step_data(data, key, given, "training_step(...).init", with_target=loss is None))
+            return curvature_of(params, task.data(data, key, given, "training_step(...).init"))
 
         with fishers_like(lambda: jax.eval_shape(made, params, data, weights, counts, key)):
             return optimiser.init(params)
 
     return TrainingStep(step, init)
+
+
+class _Task(NamedTuple):
+    """What is trained: the objective, and whatever an optimiser may ask of it."""
+
+    objective: Objective
+    curvature: Callable[..., Operator]
+    divergence: Callable[..., Scalar]
+    acceleration: Callable[..., Any]
+    data: Callable[[tuple[Any, ...], Any, dict[str, Any], str], StepData]
+    """The data of a step from what it was called with: the data, a key, weights and counts, who is called."""
+    predicting: Model | None
+    """What targets can be drawn from."""
+
+
+def _task(model: Model | Residuals, loss: Callable[..., Any] | None, has_aux: bool) -> _Task:
+    if isinstance(model, Residuals):
+        if loss is not None or has_aux:
+            given = "`loss`" if loss is not None else "`has_aux`"
+            raise ValueError(f"training_step: {given} is given beside residuals, whose loss is their own. Leave it out.")
+        return _Task(of_residuals(model), model.gauss_newton, model.kl, model.acceleration, points_of_step, None)
+    objective = likelihood(model, has_aux) if loss is None else own_loss(loss, has_aux)
+    predicting = WithoutAux(model) if has_aux and loss is None else model
+    data = partial(step_data, with_target=loss is None)
+    return _Task(objective, exact_fisher(predicting), kl(predicting), acceleration(predicting), data, predicting)
 
 
 def _taken(update: Callable[..., Any], known: dict[str, Any]) -> dict[str, Any]:

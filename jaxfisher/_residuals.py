@@ -1,0 +1,223 @@
+"""Least squares on residuals of several kinds, each with points of its own: the loss, its Gauss-Newton matrix, how it bends."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Scalar
+
+from jaxfisher._acceleration import acceleration
+from jaxfisher._distributions.normal import Normal
+from jaxfisher._divergence import kl
+from jaxfisher._examples import Batch, make_batch
+from jaxfisher._fisher import exact_fisher
+from jaxfisher._model import mean_loss, of_one_example
+from jaxfisher._once import Around, once_for
+from jaxfisher._operators.operator import Operator
+from jaxfisher._tree import check_function, described
+from jaxfisher._values import check_nonnegative
+
+RESIDUAL = "(params, *point) -> the residual at ONE point, a real floating array"
+"""The signature, as messages show it."""
+
+Residual = Callable[..., Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Value(Around):
+    """A residual, checked."""
+
+    residual: Residual
+
+    def __call__(self, params: chex.ArrayTree, /, *point: Any) -> Array:
+        value = self.residual(params, *point)
+        if isinstance(value, (float, jax.Array)) and jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            return jnp.asarray(value)
+        raise TypeError(f"residuals: a residual returned {described(value)}; expected a real floating array: {RESIDUAL}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Likelihood(Around):
+    """The log-density of a residual, up to a constant."""
+
+    value: _Value
+
+    def __call__(self, params: chex.ArrayTree, /, *point: Any) -> Scalar:
+        return -0.5 * jnp.sum(jnp.square(self.value(params, *point)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model(Around):
+    """Least squares as a likelihood: a normal of scale one around the residual."""
+
+    value: _Value
+
+    def __call__(self, params: chex.ArrayTree, /, *point: Any) -> Normal:
+        value = self.value(params, *point)
+        return Normal(value, jnp.ones((), value.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Residuals:
+    """What `jaxfisher.residuals` returns.
+
+    Attributes:
+        kinds: the names of the kinds, and their functions of one point.
+        batch_size: the most points that a function is run on at a time, in the matrix and in the acceleration.
+    """
+
+    kinds: Mapping[str, Residual]
+    batch_size: int | None = None
+
+    def loss(self, params: chex.ArrayTree, points: Any, scales: Any = None, *, weights: Any = None) -> Scalar:
+        """``sum_k c_k / 2 mean_i |r_k(x_ki)|^2``, a scalar in the statistics dtype.
+
+        >>> import jax.numpy as jnp, jaxfisher as jf
+        >>> problem = jf.residuals({"data": lambda w, x, y: w * x - y, "prior": lambda w: w})
+        >>> points = {"data": (jnp.array([1.0, 2.0]), jnp.array([3.0, 5.0])), "prior": ()}
+        >>> print(problem.loss(2.0, points, {"prior": 0.5}))  # (1 + 1) / 4 + 0.5 * 4 / 2
+        1.5
+        """
+
+        def one(kind: Residual, scale: Any, weights: Any, inputs: tuple[Any, ...]) -> Scalar:
+            batch = make_batch(params, inputs, weights)
+            found: Scalar = scale * _half_squares(_Likelihood(_Value(kind)), params, batch)
+            return found
+
+        return self._total(one, points, scales, weights)
+
+    def gauss_newton(self, params: chex.ArrayTree, points: Any, scales: Any = None, *, weights: Any = None) -> Operator:
+        """``sum_k c_k mean_i J_ki^T J_ki`` with ``J_ki`` the Jacobian of a residual at a point: the sum of a Fisher a kind.
+
+        It is an operator like any other, exact as scores, and every view and solve takes it.
+
+        >>> import jax.numpy as jnp, jaxfisher as jf
+        >>> problem = jf.residuals({"data": lambda w, x, y: w * x - y, "prior": lambda w: w})
+        >>> points = {"data": (jnp.array([1.0, 2.0]), jnp.array([3.0, 5.0])), "prior": ()}
+        >>> print(problem.gauss_newton(2.0, points, {"prior": 0.5}).as_matrix())  # (1 + 4) / 2 + 0.5
+        [[3.]]
+        """
+
+        def one(kind: Residual, scale: Any, weights: Any, inputs: tuple[Any, ...]) -> Operator:
+            found: Operator = scale * exact_fisher(_Model(_Value(kind)), batch_size=self.batch_size)(
+                params, *inputs, weights=weights
+            )
+            return found
+
+        return self._total(one, points, scales, weights)
+
+    def acceleration(
+        self, params: chex.ArrayTree, direction: chex.ArrayTree, points: Any, scales: Any = None, *, weights: Any = None
+    ) -> Any:
+        """``sum_k c_k mean_i J_ki^T r_ki''`` along a direction: what `jaxfisher.geodesic_acceleration` asks for.
+
+        >>> import jax.numpy as jnp, jaxfisher as jf
+        >>> print(jf.residuals({"data": lambda w, x: w**2 * x}).acceleration(3.0, 1.0, {"data": jnp.ones(2)}))  # 6 times 2
+        12.0
+        """
+
+        def one(kind: Residual, scale: Any, weights: Any, inputs: tuple[Any, ...]) -> Any:
+            found = acceleration(_Model(_Value(kind)), batch_size=self.batch_size)(params, direction, *inputs, weights=weights)
+            return jax.tree.map(lambda leaf: scale * leaf, found)
+
+        return self._total(one, points, scales, weights)
+
+    def kl(
+        self, params: chex.ArrayTree, other: chex.ArrayTree, points: Any, scales: Any = None, *, weights: Any = None
+    ) -> Scalar:
+        """``sum_k c_k / 2 mean_i |r_k(x_ki; params) - r_k(x_ki; other)|^2``, by which `jaxfisher.backtrack_kl` measures a step.
+
+        >>> import jax.numpy as jnp, jaxfisher as jf
+        >>> print(jf.residuals({"data": lambda w, x: w * x}).kl(1.0, 3.0, {"data": jnp.ones(2)}))
+        2.0
+        """
+
+        def one(kind: Residual, scale: Any, weights: Any, inputs: tuple[Any, ...]) -> Scalar:
+            found: Scalar = scale * kl(_Model(_Value(kind)))(params, other, *inputs, weights=weights)
+            return found
+
+        return self._total(one, points, scales, weights)
+
+    def _total(self, one: Callable[..., Any], points: Any, scales: Any, weights: Any) -> Any:
+        """The sum over the kinds of what one of them gives, of its function, scale, weights and inputs."""
+        of_points = self._by_kind("points", points, all_of_them=True)
+        of_weights = self._by_kind("weights", {} if weights is None else weights)
+        of_scales = self._by_kind("scales", {} if scales is None else scales)
+        parts = []
+        for name, kind in self.kinds.items():
+            inputs, scale = of_points[name], of_scales.get(name, 1.0)
+            check_nonnegative(f"scales[{name!r}]", scale)
+            parts.append(one(kind, scale, of_weights.get(name), inputs if type(inputs) is tuple else (inputs,)))
+        # Operators are added as they are, and pytrees leaf by leaf.
+        if isinstance(parts[0], Operator):
+            return functools.reduce(lambda a, b: a + b, parts)
+        return jax.tree.map(lambda *leaves: sum(leaves[1:], start=leaves[0]), *parts)
+
+    def _by_kind(self, name: str, given: Any, all_of_them: bool = False) -> Mapping[str, Any]:
+        if not isinstance(given, Mapping):
+            raise TypeError(f"residuals: `{name}` is {described(given)}; expected a dict by the kinds {list(self.kinds)}.")
+        unknown, missing = [k for k in given if k not in self.kinds], [k for k in self.kinds if k not in given]
+        if unknown or (all_of_them and missing):
+            wrong = f"has {unknown[0]!r}, which is no kind" if unknown else f"has no {missing[0]!r}"
+            raise ValueError(f"residuals: `{name}` {wrong}; expected a dict by the kinds {list(self.kinds)}.")
+        return given
+
+
+def residuals(kinds: Mapping[str, Residual], *, batch_size: int | None = None) -> Residuals:
+    r"""Least squares on residuals of several kinds, each with its own points, numbers of them, weights and scale.
+
+    .. math:: L(\theta) = \sum_k \frac{c_k}{2} \sum_i \omega_{ki}\, |r_k(\theta, x_{ki})|^2, \qquad
+        G = \sum_k c_k \sum_i \omega_{ki}\, J_{ki}^T J_{ki},
+
+    where ``omega_ki`` is ``1 / n_k``, or ``w_ki / sum_i w_ki``. The equation of a physics-informed network in the interior, its
+    boundary condition, initial values, measured points, a prior: the one thing that they share is the parameters. Derivatives
+    in the inputs are taken inside a residual, by `jax.jvp`, `jax.grad` or `jax.hessian`, and the factors of the weights hold
+    through them. It may stand in the place of a model in `jaxfisher.training_step`; the data are then the points, and the
+    scales if there are any::
+
+        problem = jf.residuals({"interior": interior, "boundary": boundary})
+        step = jf.training_step(problem, jf.levenberg_marquardt(inner, damping=1e-2))
+        params, state, loss = step(params, state, {"interior": inside, "boundary": edges})
+
+    Args:
+        kinds: by name, ``(params, *point) -> residual`` of ONE point, a real floating array of any shape.
+        batch_size: run a residual on at most so many points at a time, in the matrix and in the acceleration.
+
+    Returns:
+        A `Residuals`, with the methods ``loss``, ``gauss_newton``, ``acceleration`` and ``kl``. ``points`` is a dict by kind:
+        an array, or a tuple of what the residual takes after the parameters; ``()`` where it takes nothing. ``weights`` is a
+        dict of arrays with one number a point, and ``scales`` one of ``c_k``, at least zero. What is left out is one.
+
+    Raises:
+        TypeError: ``kinds`` is no dict of functions; (when called) what is given by kind is no dict, a residual that is not
+            real and floating.
+        ValueError: there is no kind; (when called) a kind without points, one that is unknown, a negative scale.
+
+    Reference: Raissi, Perdikaris and Karniadakis, Physics-informed neural networks (Journal of Computational Physics 2019),
+    section 3; Mueller and Zeinhofer, Achieving high accuracy with PINNs via energy natural gradient descent (ICML 2023).
+
+    >>> import jax.numpy as jnp, jaxfisher as jf
+    >>> problem = jf.residuals({"slope": lambda p, t: p["a"] - 2.0 + 0 * t, "start": lambda p: p["b"] - 1.0})
+    >>> points, params = {"slope": jnp.arange(3.0), "start": ()}, {"a": 0.0, "b": 0.0}
+    >>> print(problem.loss(params, points), problem.gauss_newton(params, points).trace())
+    2.5 2.0
+    """
+    if not isinstance(kinds, Mapping):
+        raise TypeError(f"residuals: `kinds` is {described(kinds)}; expected a dict of functions, each {RESIDUAL}.")
+    if not kinds:
+        raise ValueError(f"residuals: `kinds` is empty; expected at least one function, {RESIDUAL}.")
+    for name, kind in kinds.items():
+        check_function(f"kinds[{name!r}]", kind, RESIDUAL)
+    return Residuals(dict(kinds), batch_size)
+
+
+@once_for
+def _half_squares(likelihood: _Likelihood, params: Any, batch: Batch) -> Float[Array, ""]:
+    with of_one_example(likelihood.value.residual, "residual", params, batch.data):
+        return mean_loss(likelihood, params, batch.data, batch.weights)
