@@ -18,9 +18,10 @@ Map = Callable[[Array], Array]
 
 
 def varying_axes(tree: Any) -> frozenset[str]:
-    """The axes over which any array of a tree varies."""
+    """The axes over which any array of a tree is known to vary: none under ``shard_map(..., check_vma=False)``."""
     kinds = [jax.typeof(leaf) if isinstance(leaf, jax.Array) else leaf for leaf in jax.tree.leaves(tree)]
-    return frozenset[str]().union(*(kind.manual_axis_type.varying for kind in kinds if hasattr(kind, "manual_axis_type")))
+    known = [getattr(kind, "manual_axis_type", None) for kind in kinds]
+    return frozenset[str]().union(*(kind.varying for kind in known if kind is not None))
 
 
 def vary(tree: T, axes: frozenset[str]) -> T:
