@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import chex
 import jax
 
+from jaxfisher._automatic import automatic
 from jaxfisher._engine import Leaf, by_factors, gram_flops, has_moments, inner_cost, leaf_forms, trace
 from jaxfisher._examples import make_batch, shape_of_one
 from jaxfisher._model import of_one_example
@@ -27,6 +28,7 @@ class LeafExplanation:
             no larger than what it is made of), ``zero``, ``plain`` (the gradient had to be formed), or several of them added.
         positions: T, how many outer products an example contributes; 0 where there are none.
         bytes: the memory that it takes, for all rows.
+        bytes_per_device: what of it is on one device: its own examples' rows.
         flops: those of its part of the Gram matrix; a multiplication and an addition count as two.
         why: what decided the form, or how its inner products are taken.
         kronecker: ``yes`` if the leaf has a block of its own in `jaxfisher.kronecker`; of a bias, the weight whose block it
@@ -38,6 +40,7 @@ class LeafExplanation:
     form: str
     positions: int
     bytes: int
+    bytes_per_device: int
     flops: int
     why: str
     kronecker: str
@@ -51,7 +54,9 @@ class Explanation:
         leaves: one entry a parameter leaf, in pytree order.
         examples: n.
         rows: the rows an example contributes: one for a score, one a column of the output metric for an exact Fisher.
+        devices: over how many devices the examples are spread, each of which holds its own examples' rows.
         bytes: the memory that the scores take.
+        bytes_per_device: what of that is on one device.
         flops: those of the Gram matrix from these scores.
         plain_bytes: the memory that the gradients of all rows would take.
         plain_flops: those of the Gram matrix from such gradients.
@@ -60,7 +65,9 @@ class Explanation:
     leaves: tuple[LeafExplanation, ...]
     examples: int
     rows: int
+    devices: int
     bytes: int
+    bytes_per_device: int
     flops: int
     plain_bytes: int
     plain_flops: int
@@ -76,25 +83,30 @@ class Explanation:
         return tuple(leaf.path for leaf in self.leaves if "plain" in leaf.form)
 
     def __str__(self) -> str:
-        head = ("leaf", "shape", "held as", "T", "memory", "Gram flops", "Kronecker", "why")
-        body = [
+        head: tuple[str, ...] = ("leaf", "shape", "held as", "T", "memory", "a device", "Gram flops", "Kronecker", "why")
+        body: list[tuple[str, ...]] = [
             (
                 leaf.path,
                 str(leaf.shape),
                 leaf.form,
                 str(leaf.positions or ""),
                 _bytes(leaf.bytes),
+                _bytes(leaf.bytes_per_device),
                 _count(leaf.flops),
                 leaf.kronecker,
                 leaf.why,
             )
             for leaf in self.leaves
         ]
-        total = ("total", f"{self.examples} x {self.rows} rows", "", "", _bytes(self.bytes), _count(self.flops), "", "")
-        plain = ("plain gradients", "", "", "", _bytes(self.plain_bytes), _count(self.plain_flops), "", "")
+        memory = _bytes(self.bytes), _bytes(self.bytes_per_device)
+        total: tuple[str, ...] = ("total", f"{self.examples} x {self.rows} rows", "", "", *memory, _count(self.flops), "", "")
+        memory = _bytes(self.plain_bytes), _bytes(self.plain_bytes // self.devices)
+        plain: tuple[str, ...] = ("plain gradients", "", "", "", *memory, _count(self.plain_flops), "", "")
         table = [head, *body, total, plain]
-        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-        right = (3, 4, 5)
+        if self.devices == 1:
+            table = [(*row[:5], *row[6:]) for row in table]
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        right = range(3, len(table[0]) - 2)
         lines = [
             "  ".join(
                 cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
@@ -122,7 +134,8 @@ def explain(function: Callable[..., Any]) -> ExplainFunction:
 
     Returns:
         A function ``(params, *data)``, with data as for `jaxfisher.scores` or `jaxfisher.exact_fisher`: arrays with a leading
-        axis of n examples. Any of its arrays may be a `jax.ShapeDtypeStruct`. It returns an `Explanation`: a table when
+        axis of n examples. Any of its arrays may be a `jax.ShapeDtypeStruct`, also one with a sharding. Where the examples are
+        spread over devices it says besides what each of them holds. It returns an `Explanation`: a table when
         printed, and a value to test on, for instance ``assert not explanation.plain``.
 
     Raises:
@@ -148,23 +161,33 @@ def explain(function: Callable[..., Any]) -> ExplainFunction:
 
         def run(arrays: dict[int, Any]) -> tuple[()]:
             params, data = jax.tree.unflatten(treedef, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
-            found.append(_explanation(function, params, data))
+            found.append(_explanation(function, params, data, devices))
             return ()
 
-        jax.eval_shape(run, shapes)
+        devices = max([_shares(leaf) for leaf in jax.tree.leaves(data)], default=1)
+        jax.eval_shape(automatic(run), shapes)
         return found[-1]
 
     return explained
 
 
-def _explanation(function: Callable[..., Any], params: chex.ArrayTree, data: tuple[Any, ...]) -> Explanation:
+def _shares(leaf: Any) -> int:
+    """Over how many devices the examples of an array are spread, as far as that is known."""
+    sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+    if sharding is None or not leaf.ndim:
+        return 1
+    share = sharding.shard_shape(leaf.shape)[0]
+    return leaf.shape[0] // share if share else 1
+
+
+def _explanation(function: Callable[..., Any], params: chex.ArrayTree, data: tuple[Any, ...], devices: int) -> Explanation:
     batch = make_batch(params, data, None)
     rows, params = _row_function(function, params, batch.data), split(params)
     with of_one_example(rows.function, rows.name, joined(params), batch.data[rows.own :]):
         traced = trace(rows, params, batch.data)
     shapes = jax.eval_shape(lambda params, data: leaf_forms(traced, params, data, batch.spec)[1], params, batch.data)
     leaves = tuple(
-        _explained(path, leaf, _kronecker(leaf, shapes, batch.spec.paths))
+        _explained(path, leaf, _kronecker(leaf, shapes, batch.spec.paths), devices)
         for path, leaf in zip(batch.spec.paths, shapes, strict=True)
     )
     count = batch.size * traced.rows
@@ -172,7 +195,9 @@ def _explanation(function: Callable[..., Any], params: chex.ArrayTree, data: tup
         leaves,
         batch.size,
         traced.rows,
+        devices,
         sum(leaf.bytes for leaf in leaves),
+        sum(leaf.bytes_per_device for leaf in leaves),
         sum(leaf.flops for leaf in leaves),
         count * batch.spec.size * batch.spec.dtype.itemsize,
         2 * count**2 * batch.spec.size,
@@ -192,12 +217,11 @@ def _row_function(function: Callable[..., Any], params: chex.ArrayTree, data: tu
     return ScoreRows(function) if numbers[-1] else ExactRows(function, prediction(function, params, data).moving)
 
 
-def _explained(path: str, leaf: Leaf, kronecker: str) -> LeafExplanation:
+def _explained(path: str, leaf: Leaf, kronecker: str, devices: int) -> LeafExplanation:
     # A gradient that the engine had to form: the form has no factors, and the leaf says why. Others are formed by choice.
     names = ["plain" if leaf.why is not None and not form.positions else form.name for form in leaf.forms] or ["zero"]
-    return LeafExplanation(
-        path, leaf.shape, " + ".join(names), leaf.positions, leaf.bytes, gram_flops(leaf), _why(leaf), kronecker
-    )
+    form, memory = " + ".join(names), (leaf.bytes, leaf.bytes // devices)
+    return LeafExplanation(path, leaf.shape, form, leaf.positions, *memory, gram_flops(leaf), _why(leaf), kronecker)
 
 
 def _kronecker(leaf: Leaf, leaves: tuple[Leaf, ...], paths: tuple[str, ...]) -> str:

@@ -6,6 +6,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -127,6 +128,41 @@ def test_work_falls_with_the_number_of_devices():
         assert others, each
         for devices, flops in others:
             assert 1 <= flops * int(devices) / one[1] <= 1.2, each
+
+
+def test_what_the_page_on_scale_says_of_costs_is_what_is_compiled():
+    """Within a tenth, and what is received to the number, on eight devices and on one with as many examples as each has."""
+    *found, memory = said("modelled.py", 8)
+    assert memory["held"] == memory["explained"] == memory["on all"] / 8
+    assert [each["name"] for each in found] == [name for name in ("gradient", "Gram", "moments") for _ in range(2)]
+    for many, one in zip(found[::2], found[1::2], strict=True):
+        for each in (many, one):
+            assert abs(each["compiled"]["flops"] / each["modelled"]["flops"] - 1) <= 0.1, each
+            assert abs(each["compiled"]["received"] - each["modelled"]["received"]) <= 8, each
+        # With more devices and as many examples on each, a device does as much, and the rows of the Gram matrix are longer.
+        longer = many["modelled"]["flops"] / one["modelled"]["flops"] if many["name"] == "Gram" else 1
+        assert abs(many["compiled"]["flops"] / one["compiled"]["flops"] / longer - 1) <= 0.1, (many, one)
+
+
+def test_one_process_that_dies_ends_the_other():
+    """In the time that it waits for signs of life, five seconds, and what ending takes; with an error that says so."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(pathlib.Path(__file__).with_name("dying.py"))]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": os.environ | {"JAX_PLATFORMS": "cpu"}}
+    running = [subprocess.Popen([*command, str(k), str(port)], **pipes) for k in range(2)]
+    try:
+        said, errors = running[0].communicate(timeout=300)
+        ended = time.time()
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+    *_, (value, last) = (line.split() for line in said.splitlines() if line[0].isdigit())
+    assert float(value) == 3.0, errors
+    assert running[0].returncode != 0 and "another task died" in errors, errors
+    assert ended - float(last) <= 30
 
 
 def test_what_a_step_holds_is_spread_as_the_parameters_are():
