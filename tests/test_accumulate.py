@@ -10,7 +10,8 @@ import pytest
 
 import jaxfisher as jf
 
-SIZES = (7, 3, 6, 1)
+SIZES = (7, 3, 7, 1)
+"""Three sizes in four batches: each size is a compilation for each view."""
 BOUNDS = np.cumsum((0, *SIZES))
 EPS = np.finfo(np.float64).eps
 
