@@ -61,9 +61,8 @@ def main() -> None:
         params, state, loss = run(params, state, windows[rows, :-1], windows[rows, 1:])
         losses.append(float(loss) / CONTEXT)
         if t % (steps // 10) == 0:
-            alive = jax.live_arrays()
-            held = sum(array.nbytes for array in alive) / 1e6
-            line = [f"{t:,}", f"{np.mean(losses):.3f}", run._cache_size(), len(COMPILED), len(alive), f"{held:.2f}"]
+            sizes = [array.nbytes for array in jax.live_arrays()]  # and not the arrays, which would live on for that
+            line = [f"{t:,}", f"{np.mean(losses):.3f}", run._cache_size(), len(COMPILED), len(sizes), f"{sum(sizes) / 1e6:.2f}"]
             print("| " + " | ".join(map(str, [*line, f"{resident():.0f}", f"{time.process_time():.0f}"])) + " |", flush=True)
             losses.clear()
 
