@@ -571,6 +571,12 @@ MISTAKES = [
         ["spread_solves: `mesh` has no axis 'b'", "['a']"],
     ),
     (
+        "spread_solves, a block of layers",
+        lambda: jf.spread_solves(jf.kronecker(fisher()), jax.make_mesh((1,), ("a",)), "a", block=8),
+        ValueError,
+        ["spread_solves: `block` is 8", "which has no rows"],
+    ),
+    (
         "spread_solves, an explicit axis",
         lambda: jf.spread_solves(fisher(), jax.make_mesh((1,), ("a",), axis_types=(jax.sharding.AxisType.Explicit,)), "a"),
         ValueError,

@@ -130,6 +130,27 @@ def test_work_falls_with_the_number_of_devices():
             assert 1 <= flops * int(devices) / one[1] <= 1.2, each
 
 
+def test_each_device_inverts_its_own_factors():
+    """The numbers are those of one device, also of a run that goes on from what it saved on half of the devices, and again.
+
+    Sixteen factors of nearly one size, which are padded to be of one, are two for each of eight devices. What is sent is the
+    inverses, and `jf.explain` says what each device holds.
+    """
+    *found, one, two, four, eight = said("apart.py", 8)
+    assert [each["name"] for each in found] == ["kfac", "memory", "undamped", "factored", "by eigenvectors"]
+    for each in found:
+        # The condition of a damped factor is below 1e4; in seven steps rounding has grown.
+        assert each["off"] <= (1e5 if each["name"] == "kfac" else 1e4) * np.finfo(np.float64).eps, each
+    numbers, work = 16 * 257**2, 16 * 257**3
+    for each in (one, two, four, eight):
+        share = 1 / each["devices"]
+        assert share <= each["flops"] / one["flops"] <= 1.2 * share, each
+        # A branch of the program for each device.
+        assert each["factored"] == each["devices"] * [work // each["devices"]], each
+        assert each["devices"] == 1 or numbers <= sum(each["sent"].pop("all-gather")) <= 1.05 * numbers
+        assert not each["sent"], each
+
+
 def test_what_the_page_on_scale_says_of_costs_is_what_is_compiled():
     """Within a tenth, and what is received to the number, on eight devices and on one with as many examples as each has."""
     *found, memory = said("modelled.py", 8)

@@ -93,7 +93,7 @@ class BlockDiagonal(Form):
             if any(inside):
                 blocks.append(block if all(inside) else block.restrict(inside, _listed(sum(inside))))
                 members.append(tuple(place[i] for i in group if i in place))
-        return BlockDiagonal(tuple(blocks), tuple(members), self.spec.restrict(keep, treedef))
+        return dataclasses.replace(self, blocks=tuple(blocks), members=tuple(members), spec=self.spec.restrict(keep, treedef))
 
     def rescaled(self, factors: Sequence[Scalar]) -> BlockDiagonal:
         pairs = zip(self.members, self.blocks, strict=True)

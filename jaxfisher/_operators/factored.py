@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import chex
@@ -15,12 +15,13 @@ from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._linalg import cholesky, diagonals, matmul, norm
 from jaxfisher._once import once
+from jaxfisher._operators.apart import bare, damped_blocks, made_of
 from jaxfisher._operators.block import BlockDiagonal
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.identity import Shifted
 from jaxfisher._operators.inverted import reported
-from jaxfisher._operators.kronecker import EigenKronecker, Kronecker, balanced_shifts
+from jaxfisher._operators.kronecker import EigenKronecker, Kronecker, balanced_shifts, roots
 from jaxfisher._operators.operator import Operator
 from jaxfisher._operators.pair import inverse_of_pair, pair_of
 from jaxfisher._pytree import array_fields
@@ -81,7 +82,10 @@ def factored_solve(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric) -
 @once
 def _by_factors(form: BlockDiagonal, v: Any, damping: Scalar) -> tuple[Any, SolveInfo]:
     """`factored_solve` without its checks."""
-    blocks = [_factored_inverse(block, damping) for block in form.blocks]
+    parts = damped_blocks(form, damping)
+    factors = [side for block, at in parts if isinstance(block, Kronecker) for side in block.damped_factors(at)]
+    found = iter(made_of(form, roots, factors))
+    blocks = [_factored_inverse(block, at, found) for block, at in parts]
     product = form.product()
 
     def inverse(v: Any) -> Solved:
@@ -95,7 +99,7 @@ def _by_factors(form: BlockDiagonal, v: Any, damping: Scalar) -> tuple[Any, Solv
 
 def has_factors(form: Form) -> bool:
     """Whether `factored_solve` has something to damp in it."""
-    form = form.base if isinstance(form, Shifted) else form
+    form = bare(form)
     return isinstance(form, BlockDiagonal) and any(_kronecker_in(block) or _pair_in(block) for block in form.blocks)
 
 
@@ -108,16 +112,16 @@ class InvertedBlocks(BlockDiagonal):
 
 def is_invertible(form: Form) -> bool:
     """Whether the inverse of a form with damped factors has its form: of blocks that are Kronecker products and diagonals."""
-    form = form.base if isinstance(form, Shifted) else form
+    form = bare(form)
     if not isinstance(form, BlockDiagonal):
         return False
-    bare = [block.base if isinstance(block, Shifted) else block for block in form.blocks]
-    return all(isinstance(block, Kronecker | Diagonal) for block in bare) and any(map(_kronecker_in, bare))
+    blocks = [bare(block) for block in form.blocks]
+    return all(isinstance(block, Kronecker | Diagonal) for block in blocks) and any(map(_kronecker_in, blocks))
 
 
 def shifted_factors(form: Form, damping: Scalar) -> list[tuple[Float[Array, "groups m m"], Float[Array, " groups"]]]:
     """The factors of the blocks that are Kronecker products, and what `factored_solve` adds to the diagonal of each."""
-    blocks = [(block, at) for block, at in _damped_blocks(form, damping) if isinstance(block, Kronecker)]
+    blocks = [(block, at) for block, at in damped_blocks(form, damping) if isinstance(block, Kronecker)]
     # Of all layers at once: the numbers are few, and the program has each operation on them once.
     counts, sizes = zip(*((len(block.inputs), block.sizes) for block, _ in blocks), strict=True)
     each = [jnp.asarray(np.repeat([size[side] for size in sizes], counts), form.spec.dtype) for side in (0, 1)]
@@ -138,24 +142,16 @@ def with_inverses(form: Form, held: Sequence[Float[Array, "groups m m"]], dampin
     The rounding of an inverse that is formed grows with the condition of the damped factor, which the damping bounds: it is for
     directions, whose length is found by other means.
     """
-    whole = form.base if isinstance(form, Shifted) else form
+    whole = bare(form)
     assert isinstance(whole, BlockDiagonal)
     sides, made = iter(held), list[Form]()
-    for block, at in _damped_blocks(form, damping):
+    for block, at in damped_blocks(form, damping):
         if isinstance(block, Kronecker):
             made.append(dataclasses.replace(block, inputs=next(sides), outputs=next(sides)))
         else:
             assert isinstance(block, Diagonal)
             made.append(Diagonal(jax.tree.map(lambda leaf, at=at: 1 / (leaf + at), block.entries), block.spec))
     return InvertedBlocks(tuple(made), whole.members, whole.spec)
-
-
-def _damped_blocks(form: Form, damping: Scalar) -> list[tuple[Form, Scalar]]:
-    """The blocks without the multiples of the identity that are added to them, and each with its damping, these included."""
-    whole, shift = (form.base, form.shift) if isinstance(form, Shifted) else (form, 0)
-    assert isinstance(whole, BlockDiagonal)
-    pairs = [(block.base, block.shift) if isinstance(block, Shifted) else (block, 0) for block in whole.blocks]
-    return [(block, damping + shift + own) for block, own in pairs]
 
 
 def inverses(matrices: Float[Array, "groups m m"]) -> Float[Array, "groups m m"]:
@@ -170,14 +166,15 @@ def _inverse(matrix: Float[Array, "m m"]) -> Float[Array, "m m"]:
     return matmul(root.T, root)
 
 
-def _factored_inverse(block: Form, damping: Scalar) -> Callable[[Any], Any]:
-    kronecker, pair, damped = _kronecker_in(block), _pair_in(block), damping
-    if isinstance(block, Shifted):
-        damped = damping + block.shift
+def _factored_inverse(block: Form, damping: Scalar, found: Iterator[Array]) -> Callable[[Any], Any]:
+    """The inverse of a block, if it is a Kronecker product by the next two of the roots that were found."""
+    pair = pair_of(block)
     if pair is not None:
-        return inverse_of_pair(*pair, damped)
-    if kronecker is not None:
-        return kronecker.factored_inverse(damped)
+        return inverse_of_pair(*pair, damping)
+    if isinstance(block, Kronecker):
+        return block.inverse_by_roots([next(found), next(found)])
+    if isinstance(block, EigenKronecker) and block.separable:
+        return block.factored_inverse(damping)
     inverse = block.inverse(damping)
     return lambda v: inverse(v).x
 
@@ -191,4 +188,4 @@ def _kronecker_in(block: Form) -> Kronecker | EigenKronecker | None:
 
 def _pair_in(block: Form) -> tuple[Kronecker, Kronecker] | None:
     """The two Kronecker products that a block is the sum of, up to a multiple of the identity; None if it is no such sum."""
-    return pair_of(block.base if isinstance(block, Shifted) else block)
+    return pair_of(bare(block))

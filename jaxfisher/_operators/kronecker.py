@@ -24,7 +24,6 @@ from jaxfisher._operators.form import Form, small_matrix
 from jaxfisher._operators.inverted import Inverted
 from jaxfisher._operators.layer import Layer
 from jaxfisher._operators.spectral import Spectral, Tests, applied_once
-from jaxfisher._operators.sum import Sum
 from jaxfisher._pytree import array_fields
 from jaxfisher._system import Factorise
 from jaxfisher._tree import ParamSpec
@@ -117,12 +116,22 @@ class Kronecker(Layer):
 
     def inverse(self, damping: Scalar) -> Inverted:
         """The inverse by the eigenvectors of the factors; without a damping, the product of the factors' pseudo-inverses."""
+        halves = self.halves(damping)
+        return self.inverse_by(damping, halves, [sides(*half) for half in halves])
+
+    def halves(self, damping: Scalar) -> list[tuple[Array, Array, Array]]:
+        """What `sides` takes of each factor: it, its units, and whether the damping can be told from zero."""
         # Derivatives go through the products that solutions satisfy.
         *factors, at = jax.lax.stop_gradient((self.inputs, self.outputs, damping))
         entries, eps = [diagonals(factor) for factor in factors], jnp.finfo(self.spec.dtype).eps
         told = ~(at <= eps * jnp.max(jnp.max(entries[0], 1) * jnp.max(entries[1], 1)))
-        units = [jax.vmap(unit_diagonal)(part) for part in entries]
-        a, g = (jax.vmap(partial(_side, told=told))(*side) for side in zip(factors, units, strict=True))
+        each = jnp.broadcast_to(told, len(self.inputs))
+        return [(factor, jax.vmap(unit_diagonal)(part), each) for factor, part in zip(factors, entries, strict=True)]
+
+    def inverse_by(self, damping: Scalar, halves: Sequence[tuple[Array, Array, Array]], found: Sequence[Side]) -> Inverted:
+        """The inverse, of what `sides` makes of the two `halves`."""
+        at, eps = jax.lax.stop_gradient(damping), jnp.finfo(self.spec.dtype).eps
+        units, told, (a, g) = [half[1] for half in halves], halves[0][2][0], found
         (inputs, outputs), kept = (a.vectors, g.vectors), a.kept[:, :, None] & g.kept[:, None, :]
         values = a.values[:, :, None] * g.values[:, None, :] + jnp.where(told, at, 0)
         inverted = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
@@ -170,9 +179,9 @@ class Kronecker(Layer):
         pairs = zip(factors, shifts, strict=True)
         return [x + s[:, None, None] * jnp.eye(x.shape[-1], dtype=x.dtype)[None] for x, s in pairs]
 
-    def factored_inverse(self, damping: Scalar) -> Callable[[Any], Any]:
-        """``(A + pi sqrt(damping) I)^-1 V (G + sqrt(damping) / pi I)^-1``, ``pi`` balancing the factors' mean eigenvalues."""
-        a, g = (jax.vmap(cholesky)(factor) for factor in self.damped_factors(damping))
+    def inverse_by_roots(self, found: Sequence[Float[Array, "groups m m"]]) -> Callable[[Any], Any]:
+        """``(A + pi sqrt(damping) I)^-1 V (G + sqrt(damping) / pi I)^-1``, of the `roots` of the `damped_factors`."""
+        a, g = found
         solve = partial(jax.lax.linalg.triangular_solve, lower=True)
 
         def apply(v: Any) -> Any:
@@ -226,17 +235,12 @@ class Kronecker(Layer):
         return dataclasses.replace(self, outputs=factor * self.outputs, unit=factor * self.unit)
 
 
-def factorised(form: Form) -> Form:
-    """The same form with its Kronecker products held by eigenvectors, so that solves at any damping need products only."""
-    # The terms of a sum stay as they are, since a solve with the sum makes its matrix.
-    return jax.tree.map(
-        lambda part: part.factorised() if isinstance(part, Kronecker) else part,
-        form,
-        is_leaf=lambda part: isinstance(part, Kronecker | Sum),
-    )
+def roots(x: Float[Array, "groups m m"]) -> Float[Array, "groups m m"]:
+    """The Cholesky factors of positive definite matrices."""
+    return jax.vmap(cholesky)(x)
 
 
-class _Side(NamedTuple):
+class Side(NamedTuple):
     """One factor of a Kronecker product by its eigenvectors, in its units; without a damping, projected off its null space.
 
     Attributes:
@@ -254,7 +258,9 @@ class _Side(NamedTuple):
     off: Float[Array, "m m"]
 
 
-def _side(matrix: Float[Array, "m m"], unit: Float[Array, " m"], told: Bool[Array, ""]) -> _Side:
+@jax.vmap
+def sides(matrix: Float[Array, "m m"], unit: Float[Array, " m"], told: Bool[Array, ""]) -> Side:
+    """Each of a stack of factors by its eigenvectors."""
     found = eigen(matrix, unit, told)
     inverted = jnp.where(found.kept, 1 / jnp.where(found.kept, found.values, 1), 0)
     vectors = cond(
@@ -263,7 +269,7 @@ def _side(matrix: Float[Array, "m m"], unit: Float[Array, " m"], told: Bool[Arra
         lambda: projected(found.vectors, inverted, found.kept, unit, multiplied(matrix, jnp.zeros_like(unit[0]), unit))[0],
     )
     own = unit[:, None] * vectors
-    return _Side(jnp.where(found.kept, own, 0), found.values, found.kept, found.clear, jnp.where(found.kept, 0, own))
+    return Side(jnp.where(found.kept, own, 0), found.values, found.kept, found.clear, jnp.where(found.kept, 0, own))
 
 
 def merged(terms: Sequence[Kronecker]) -> Kronecker:

@@ -1,7 +1,8 @@
-"""Scores whose rows x rows solves are spread over the devices of a mesh: no device has the square matrix."""
+"""Solves spread over the devices of a mesh: by the rows of a Gram matrix, which no device has whole, or layer by layer."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -15,14 +16,23 @@ from jaxfisher._cholesky_on_mesh import Lower, Strips, block_size, factorised, s
 from jaxfisher._damped import raised
 from jaxfisher._engine import cross_gram
 from jaxfisher._inverse import Map
+from jaxfisher._jobs_on_mesh import Devices
 from jaxfisher._linalg import matmul, norm, to_unit, twice
+from jaxfisher._operators.apart import LayersApart, bare
+from jaxfisher._operators.block import BlockDiagonal
+from jaxfisher._operators.form import Form
 from jaxfisher._operators.from_scores import FromScores, Scaled, by_gram
+from jaxfisher._operators.identity import Shifted
 from jaxfisher._operators.inverted import Inverted, flat_inverse
+from jaxfisher._operators.kronecker import Kronecker
 from jaxfisher._operators.operator import Operator, as_operator, scores_of
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores import HeldScores
 from jaxfisher._system import Factorise
 from jaxfisher._values import described, whole
+
+BLOCK = 256
+"""How many columns are factored at a time, unless asked otherwise."""
 
 
 @array_fields("scores", repr=False)
@@ -131,8 +141,8 @@ def _factored(gram: Float[Array, "rows rows"], damping: Scalar, strips: Strips) 
     return Apart(factorised(jnp.where(there, raised(gram, damping), gram), strips), told, strips)
 
 
-def spread_solves(fisher: Operator, mesh: Mesh, axis: str, block: int = 256) -> Operator:
-    r"""The same Fisher with solves by a rows x rows matrix that is spread over the devices of a mesh.
+def spread_solves(fisher: Operator, mesh: Mesh, axis: str, block: int | None = None) -> Operator:
+    r"""The same Fisher, or view by layers, with solves whose matrices are spread over the devices of a mesh.
 
     .. math:: (F + \lambda I)^{-1} v, \qquad \text{by } S S^T + \lambda I = L L^T \text{ with the rows of } L \text{ spread}.
 
@@ -141,14 +151,19 @@ def spread_solves(fisher: Operator, mesh: Mesh, axis: str, block: int = 256) -> 
     their row is, from the factors of all rows, ``n T (d_in + d_out)`` numbers a layer; nothing else is gathered. Everything
     but `solve` is as before.
 
+    **Of a view by layers**, `jaxfisher.kronecker`, each factor is inverted by one device alone, which sends the inverse, or
+    the eigenvectors, to all others: the ``m^3`` flops of a factor are done once, not on every device. The costliest factors
+    are given out first, each to the device with the least to do. Running means and turns are as before, and so are all
+    numbers, on however many devices: ``jf.kfac(view=lambda F: jf.spread_solves(jf.kronecker(F), mesh, "examples"))``.
+
     **When it is the wrong one.** Where the matrix fits on one device that is faster. Where n is above the number of parameters,
-    the rows x rows matrix is the larger one.
+    the rows x rows matrix is the larger one. Factors of a few hundred are inverted sooner than they are sent.
 
     Args:
-        fisher: an operator held as scores in memory, neither centred nor in pieces.
+        fisher: an operator held as scores in memory, neither centred nor in pieces; or a view with Kronecker factors.
         mesh: of automatic axes; the examples need not be spread over it, but should.
-        axis: the axis of the mesh over which rows are spread; its size must divide the number of rows.
-        block: how many columns are factored at a time, at most.
+        axis: the axis of the mesh over which rows, or factors, are spread; its size must divide the number of rows.
+        block: of scores, how many columns are factored at a time, at most; None for 256.
 
     Returns:
         An operator, whose `solve` is as accurate as its solver asks: ``jf.Cholesky(rtol=)``, or none, as far as rounding
@@ -157,10 +172,12 @@ def spread_solves(fisher: Operator, mesh: Mesh, axis: str, block: int = 256) -> 
 
     Raises:
         TypeError: ``fisher`` is not held as scores, or these are not in memory; ``block`` is no whole number.
-        ValueError: an axis that the mesh has not, or that is explicit; a number of rows that its size does not divide.
+        ValueError: an axis that the mesh has not, or that is explicit; a number of rows that its size does not divide; a
+            ``block`` with a view by layers.
 
     Reference: Chen and Heyl, Empowering deep neural quantum states through efficient optimization (Nature Physics 2024), for
-    solves of this size; Blackford et al., ScaLAPACK Users' Guide (SIAM 1997), for the factorisation.
+    solves of this size; Blackford et al., ScaLAPACK Users' Guide (SIAM 1997), for the factorisation; Pauloski et al., KAISA: an
+    adaptive second-order optimizer framework for deep neural networks (SC 2021), for the layers.
 
     >>> import jax, jax.numpy as jnp, jaxfisher as jf
     >>> mesh = jax.make_mesh((1,), ("examples",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -170,11 +187,35 @@ def spread_solves(fisher: Operator, mesh: Mesh, axis: str, block: int = 256) -> 
     [1.  0.4 2. ]
     """
     fisher = as_operator(fisher, "spread_solves")
+    layers = bare(fisher.form)
+    if isinstance(layers, BlockDiagonal) and any(isinstance(bare(block), Kronecker) for block in layers.blocks):
+        if block is not None:
+            raise ValueError(f"spread_solves: `block` is {block}; expected none with {fisher}, which has no rows.")
+        _check_axis(mesh, axis)
+        apart = LayersApart(layers.blocks, layers.members, layers.spec, Devices(mesh, axis))
+        return dataclasses.replace(fisher, form=_under(fisher.form, apart))
     scores = scores_of(fisher, "spread_solves")
     if not isinstance(scores, HeldScores):
         raise TypeError(f"spread_solves: {scores} are not held in memory as they are; leave `batch_size` or `center` out.")
-    if (whole(block) or 0) < 1:
+    if block is not None and (whole(block) or 0) < 1:
         raise TypeError(f"spread_solves: `block` is {described(block)}; expected a whole number of columns, at least one.")
+    _check_axis(mesh, axis)
+    rows, devices = scores.num_rows, mesh.shape[axis]
+    if rows % devices:
+        raise ValueError(
+            f"spread_solves: {fisher} has {rows} rows, which cannot be spread evenly over {devices} devices. Pad the data to a "
+            "multiple, with `weights=` of zero for the padding."
+        )
+    strips = Strips(mesh, axis, block_size(rows, BLOCK if block is None else block))
+    return Operator(Spread(scores, strips), fisher.provenance)
+
+
+def _under(form: Form, base: Form) -> Form:
+    """A form with another one in the place of what is shifted in it, if it is shifted, else in its own."""
+    return dataclasses.replace(form, base=base) if isinstance(form, Shifted) else base
+
+
+def _check_axis(mesh: Mesh, axis: str) -> None:
     if axis not in mesh.shape:
         raise ValueError(f"spread_solves: `mesh` has no axis {axis!r}; it has {list(mesh.shape)}.")
     if mesh.axis_types[mesh.axis_names.index(axis)] != AxisType.Auto:
@@ -182,11 +223,3 @@ def spread_solves(fisher: Operator, mesh: Mesh, axis: str, block: int = 256) -> 
             f"spread_solves: the axis {axis!r} of `mesh` is explicit; expected an automatic one, as of jax.make_mesh(..., "
             "axis_types=(jax.sharding.AxisType.Auto,))."
         )
-    rows, devices = scores.num_rows, mesh.shape[axis]
-    if rows % devices:
-        raise ValueError(
-            f"spread_solves: {fisher} has {rows} rows, which cannot be spread evenly over {devices} devices. Pad the data to a "
-            "multiple, with `weights=` of zero for the padding."
-        )
-    strips = Strips(mesh, axis, block_size(rows, block))
-    return Operator(Spread(scores, strips), fisher.provenance)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Scalar
 
-from jaxfisher._once import repeat
+from jaxfisher._jobs_on_mesh import Devices, shared_out
+from jaxfisher._once import renewed, repeat
+from jaxfisher._operators.apart import devices_of, together
 from jaxfisher._operators.factored import inverses, shifted_factors, with_inverses
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.kronecker import Kronecker, eigenvectors
@@ -55,7 +59,9 @@ class Holding(NamedTuple):
     def refreshed(self, form: Form, damping: Scalar, due: Sequence[Flag], held: Sequence[Any]) -> list[Any]:
         """What is held of the factors: made anew of the layers that are due."""
         factors = self.factors(form, damping)
-        stacks = _stacks(factors, pads=self.pads)
+        stacks, devices = _stacks(factors, pads=self.pads), devices_of(form)
+        if devices is not None:
+            return _made_apart(self.make, stacks, factors, due, held, devices)
         if all(flag is True for flag in due):
             return [self.make(stack.matrices(factors)) for stack in stacks]
         return [_renewed(self.make, stack, factors, due, old) for stack, old in zip(stacks, held, strict=True)]
@@ -77,6 +83,10 @@ class _Stack(NamedTuple):
 
     def matrices(self, factors: Sequence[tuple[Matrices, Shifts]]) -> Matrices:
         """The matrices with what is added to their diagonals; where they are padded, with a unit matrix."""
+        return _shifted(*self.padded(factors))
+
+    def padded(self, factors: Sequence[tuple[Matrices, Shifts]]) -> tuple[Matrices, Float[Array, "groups m"]]:
+        """The matrices, and what is to be added to their diagonals: one where they are padded."""
         wide, diagonal = [], []
         for place in self.places:
             matrix, shift = factors[place]
@@ -84,8 +94,7 @@ class _Stack(NamedTuple):
             wide.append(jnp.pad(matrix, ((0, 0), (0, extra), (0, extra))))
             own = jnp.broadcast_to(shift[:, None], matrix.shape[:2])
             diagonal.append(jnp.pad(own, ((0, 0), (0, extra)), constant_values=1))
-        unit = jnp.eye(self.size, dtype=wide[0].dtype)[None]
-        return jnp.concatenate(wide) + jnp.concatenate(diagonal)[:, None] * unit
+        return jnp.concatenate(wide), jnp.concatenate(diagonal)
 
     def parts(self, factors: Sequence[tuple[Any, Any]], made: Any) -> dict[int, Any]:
         """What was made, of each of the factors."""
@@ -96,6 +105,10 @@ class _Stack(NamedTuple):
             cut = lambda x, end=end, count=count, size=size: x[(slice(end - count, end), *(slice(size),) * (x.ndim - 1))]  # noqa: E731
             found[place] = jax.tree.map(cut, made)
         return found
+
+
+def _shifted(matrices: Matrices, diagonals: Float[Array, "groups m"]) -> Matrices:
+    return matrices + diagonals[:, None] * jnp.eye(matrices.shape[1], dtype=matrices.dtype)[None]
 
 
 PADDING = 1.1
@@ -138,6 +151,39 @@ def _renewed(
         return following(number), jax.tree.map(put, held, new)
 
     return repeat(lambda state: state[0] < flags.size, step, (following(-1), held))[1]
+
+
+def _made_apart(
+    make: Callable[[Matrices], Any],
+    stacks: Sequence[_Stack],
+    factors: Sequence[tuple[Matrices, Shifts]],
+    due: Sequence[Flag],
+    held: Sequence[Any],
+    devices: Devices,
+) -> list[Any]:
+    """What is held of each stack, those factors made anew that are due, each by one device: of one turn all together."""
+    counts, sizes = [len(matrix) for matrix, _ in factors], dict[int, int]()
+    parts: dict[int, Any] = {}
+    for stack, old in zip(stacks, held or [None] * len(stacks), strict=True):
+        end, whole = 0, (stack.padded(factors), old)
+        for place in stack.places:
+            start, end = end, end + counts[place]
+            sizes[place] = stack.size
+            parts[place] = jax.tree.map(lambda x, start=start, end=end: x[start:end], whole)
+    of_all = partial(together, lambda padded: make(_shifted(*padded)))
+    found: dict[int, Any] = {}
+    for _, turn in itertools.groupby(range(len(factors)), key=lambda place: id(due[place // 2])):
+        places = tuple(turn)
+
+        def made(held: list[Any], places: tuple[int, ...] = places) -> list[Any]:
+            del held
+            costs = [counts[place] * float(sizes[place]) ** 3 for place in places]
+            return shared_out(of_all, [parts[place][0] for place in places], costs, devices)
+
+        before: list[Any] = [parts[place][1] for place in places]
+        after: list[Any] = renewed(due[places[0] // 2], made, before)
+        found |= dict(zip(places, after, strict=True))
+    return [jax.tree.map(lambda *part: jnp.concatenate(part), *(found[place] for place in stack.places)) for stack in stacks]
 
 
 INVERSES = Holding(shifted_factors, inverses, with_inverses, pads=True)

@@ -140,7 +140,10 @@ def _in_turn(
     holding = _holding(settings.solver, form)
     operator = Operator(form, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape.provenance))
     gamma = _gamma(operator, damping)
-    turns = [due(state.count, every, phase) for phase in phases(holding.layers(form), every)]
+    own = phases(holding.layers(form), every)
+    # Layers of one turn have one flag, by which what is made apart is made together.
+    known = {phase: due(state.count, every, phase) for phase in own} if isinstance(every, int) else {}
+    turns = [known[phase] if known else due(state.count, every, phase) for phase in own]
     held = tuple(holding.refreshed(form, gamma, turns, state.in_use))
     return dataclasses.replace(operator, form=holding.solved_with(form, held, gamma)), mean, held
 

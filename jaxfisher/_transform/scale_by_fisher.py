@@ -16,9 +16,9 @@ from jaxtyping import Array, Int
 
 from jaxfisher._cholesky import training_solve
 from jaxfisher._once import either
+from jaxfisher._operators.apart import factorised
 from jaxfisher._operators.averaging import arrays_of, with_arrays
 from jaxfisher._operators.form import Form
-from jaxfisher._operators.kronecker import factorised
 from jaxfisher._operators.operator import VIEW, Operator, Solver, View, as_operator
 from jaxfisher._solve import check_solver
 from jaxfisher._system import SolveInfo
