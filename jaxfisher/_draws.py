@@ -1,9 +1,9 @@
 """Random keys whose draws are a small program: for one target of each example, drawn at steps of training.
 
-A threefry draw takes two hundred instructions of a compiled program and, on a CPU, more time to compile than the rest of a
-training step. Drawn targets need numbers that are uniform and know nothing of each other, and no adversary looks at them. Here
-each number is a hash of the key's two words and its place: rounds of xor, shift and product by odd numbers, each of which is
-one to one, and after which each bit of the result depends on each bit of what went in.
+A threefry draw takes two hundred instructions of a compiled program, and on a CPU two to thirty times as long to compile as
+one by a hash, by what is drawn. Drawn targets need numbers that are uniform and know nothing of each other, and no adversary
+looks at them. Here each number is a hash of the key's two words and its place: rounds of xor, shift and product by odd numbers,
+each of which is one to one, and after which each bit of the result depends on each bit of what went in.
 
 Reference: Steele, Lea and Flood, Fast splittable pseudorandom number generators (OOPSLA 2014), for numbers as hashes of their
 places; Mulvey, Hash functions (2012), for the avalanche that the constants were searched for by; the two constants are those
