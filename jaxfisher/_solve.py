@@ -393,7 +393,8 @@ def as_lineax(fisher: Operator) -> lineax.AbstractLinearOperator:
         A `lineax.FunctionLinearOperator`. Add damping with ``+ damping * lineax.IdentityLinearOperator(structure)``.
 
     Raises:
-        TypeError: ``fisher`` is not an operator.
+        TypeError: ``fisher`` is not an operator, or is one over complex parameters, which is linear in their real and imaginary
+            parts and not in complex numbers, as lineax's solvers take it: ``jf.solve(F, v, damping, jf.CG())`` is right.
 
     Reference: Rader, Lyons and Kidger, Lineax: unified linear solves and linear least-squares in JAX and Equinox (2023).
 
@@ -404,4 +405,9 @@ def as_lineax(fisher: Operator) -> lineax.AbstractLinearOperator:
     """
     fisher = as_operator(fisher, "as_lineax")
     structure = jax.eval_shape(fisher.spec.zeros)
+    if len(jax.tree.leaves(joined(fisher.spec.zeros()))) < len(jax.tree.leaves(structure)):
+        raise TypeError(
+            f"as_lineax: {fisher} is over complex parameters, each two real numbers; expected real ones, since lineax takes "
+            "complex vectors for complex numbers. Solve with jf.solve(F, v, damping, jf.CG())."
+        )
     return lineax.FunctionLinearOperator(fisher.form.product(), structure, lineax.positive_semidefinite_tag)

@@ -329,3 +329,24 @@ def test_what_the_engine_makes_of_it():
     F = jf.empirical_fisher(holomorphic, center=True)(WAVE, SPINS)
     assert f"{F.n:g}" == "7" and "params 38" in repr(F)
     assert f"{jf.fisher_from_scores(F.form.scores).n:g}" == "7"
+
+
+def test_clipped_sums_are_those_of_the_real_numbers():
+    """A sum of steepest ascents of one example, each no longer than the bound, as complex numbers."""
+    log_prob = lambda params, spins: 2 * holomorphic(params, spins).real  # noqa: E731
+    bound = 8.0
+    ascents = jax.tree.map(jnp.conj, compiled(lambda: jax.vmap(jax.grad(log_prob), (None, 0))(WAVE, SPINS))())
+    lengths = np.sqrt(sum(np.sum(np.abs(np.asarray(leaf)).reshape(N, -1) ** 2, 1) for leaf in jax.tree.leaves(ascents)))
+    assert np.min(lengths) < bound < np.max(lengths)
+    found = compiled(lambda: jf.clipped_grad(log_prob, bound)(WAVE, SPINS))().sum
+    for name, leaf in ascents.items():
+        expected = np.tensordot(np.minimum(1, bound / lengths), np.asarray(leaf), 1)
+        assert found[name].dtype == WAVE[name].dtype
+        assert_close(found[name].real, -expected.real, factor=1e3)
+        assert_close(found[name].imag, -expected.imag, factor=1e3)
+
+
+def test_lineax_is_refused_where_its_vectors_would_mean_something_else():
+    F = jf.empirical_fisher(holomorphic, center=True)(WAVE, SPINS)
+    with pytest.raises(TypeError, match=r"over complex parameters, each two real numbers.*jf\.CG\(\)"):
+        jf.as_lineax(F)
