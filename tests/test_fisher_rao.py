@@ -1,6 +1,7 @@
 """The room of geometry: distances, geodesics and divergences, against closed forms that are written here in another way."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,26 @@ def test_distances_in_closed_form():
     a, b = np.array([0.2, 0.5, 0.3]), np.array([0.6, 0.1, 0.3])
     found = geometry.distance(jf.Categorical(np.log(a)), jf.Categorical(np.log(b)))
     close(found, 2 * np.arccos(np.sum(np.sqrt(a * b))))
+
+
+FAMILIES = {
+    "normal": lambda x: jf.Normal(x[..., 0], x[..., 1]),
+    "bernoulli": lambda x: jf.Bernoulli(probs=x[..., 0]),
+    "categorical": lambda x: jf.Categorical(probs=x),
+    "exponential": lambda x: jf.Exponential(np.log(x[..., 0])),
+    "poisson": lambda x: jf.Poisson(np.log(x[..., 0])),
+}
+
+
+def test_distances_are_those_of_geomstats():
+    """Of five pairs of each family; its metric of covariances is twice the Fisher information of normal vectors."""
+    with np.load(pathlib.Path(__file__).parent / "references" / "geometry.npz") as stored:
+        known = dict(stored)
+    for name, family in FAMILIES.items():
+        p, q = map(family, known[f"{name}_points"])
+        close(geometry.distance(p, q), known[f"{name}_distances"], factor=1e3)
+    p, q = (jf.MultivariateNormal(np.zeros((5, 3)), root) for root in np.linalg.cholesky(known["covariance_points"]))
+    close(geometry.covariance_distance(p, q), known["covariance_distances"] / np.sqrt(2), factor=1e4)
 
 
 def test_distances_of_normal_vectors():
