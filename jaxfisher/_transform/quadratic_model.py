@@ -115,10 +115,8 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
 
         alpha, mu, change = either(due, minimised, lambda: (state.learning_rate, state.momentum, state.change))
         # A step whose model is not due goes no farther than the last one whose model was.
-        bounds = (
-            (mu, jnp.inf) if due is True else (jnp.where(due, mu, jnp.clip(mu, 0, 1)), jnp.where(due, jnp.inf, state.length))
-        )
-        step, length = _combined(d, state.step, alpha, *(jnp.asarray(bound, mu.dtype) for bound in bounds))
+        weight = mu if due is True else jnp.where(due, mu, jnp.clip(mu, 0, 1))
+        step, length = _combined(d, state.step, alpha, weight, state.length, jnp.asarray(due))
         length = length if due is True else jnp.where(due, length, state.length)
         return cast_like(step, updates), QuadraticModelState(optax.safe_increment(state.count), step, alpha, mu, change, length)
 
@@ -126,15 +124,15 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
 
 
 @once
-def _combined(d: Any, v: Any, alpha: Scalar, mu: Scalar, most: Scalar) -> tuple[Any, Scalar]:
-    """The step ``mu v - alpha d``, made no longer than ``most``, and its length before that."""
+def _combined(d: Any, v: Any, alpha: Scalar, mu: Scalar, most: Scalar, free: Bool[Array, ""]) -> tuple[Any, Scalar]:
+    """The step ``mu v - alpha d``, made no longer than ``most`` unless it is ``free``, and its length before that."""
     length = jnp.zeros(())
 
     def combined(d: Array, v: Array) -> Array:
         nonlocal length
         step = mu * v - alpha * d
         length = jnp.sqrt(jnp.vdot(step, step, precision=jax.lax.Precision.HIGHEST))
-        return jnp.where(length > most, most / length, 1) * step
+        return jnp.where(~free & (length > most), most / length, 1) * step
 
     return together(combined, d, v), length
 
