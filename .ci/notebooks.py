@@ -30,7 +30,7 @@ def execute(notebook: nbformat.NotebookNode) -> None:
     # Times of execution would make every run a difference to commit. The kernel warns that TCP is not encrypted.
     client = NotebookClient(
         notebook,
-        timeout=300,
+        timeout=900,
         kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,

@@ -138,7 +138,7 @@ def in_browser(browser: str, pages: list[pathlib.Path]) -> list[str]:
         # No sandbox, which containers do not allow: what is opened is what was just built.
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--allow-file-access-from-files"]
         flags += ["--enable-logging=stderr", f"--user-data-dir={folder}/profile", "--virtual-time-budget=120000"]
-        ran = subprocess.run([browser, *flags, "--dump-dom", start.as_uri()], capture_output=True, text=True, timeout=120)
+        ran = subprocess.run([browser, *flags, "--dump-dom", start.as_uri()], capture_output=True, text=True, timeout=600)
     said = re.search(r"<pre>(.*?)</pre>", ran.stdout, re.DOTALL)
     lines = html.unescape(said[1]).splitlines() if said else []
     opened = [line for line in lines if line.startswith("opened ")]

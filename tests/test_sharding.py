@@ -22,7 +22,7 @@ def said(script, devices):
     flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, str(pathlib.Path(__file__).with_name(script))]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]
 
@@ -39,7 +39,7 @@ def test_several_processes_give_the_answers_of_one(count):
         command = [sys.executable, str(pathlib.Path(__file__).with_name("processes.py"))]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
         running = [subprocess.Popen([*command, str(k), str(size), str(port)], **pipes) for k in range(size)]
-        said = [process.communicate(timeout=300) for process in running]
+        said = [process.communicate(timeout=900) for process in running]
         assert all(process.returncode == 0 for process in running), [errors for _, errors in said]
         # What sends numbers between processes says so on the same stream.
         found.append([json.loads(line) for line in said[0][0].splitlines() if line.startswith("{")])
@@ -174,7 +174,7 @@ def test_one_process_that_dies_ends_the_other():
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": os.environ | {"JAX_PLATFORMS": "cpu"}}
     running = [subprocess.Popen([*command, str(k), str(port)], **pipes) for k in range(2)]
     try:
-        said, errors = running[0].communicate(timeout=300)
+        said, errors = running[0].communicate(timeout=900)
         ended = time.time()
     finally:
         for process in running:

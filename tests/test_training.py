@@ -322,6 +322,6 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL, "it was to be killed before its end"
     resumed = start(tmp_path / "killed")
-    ends = [run.communicate(timeout=120)[0].split() for run in (whole, resumed)]
+    ends = [run.communicate(timeout=600)[0].split() for run in (whole, resumed)]
     assert int(ends[0][0]) == 0 and int(ends[1][0]) > 0, f"first steps: {ends[0][0]}, {ends[1][0]}"
     assert ends[0][1:] == ends[1][1:] and len(ends[0]) > 30
