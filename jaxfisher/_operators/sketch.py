@@ -69,7 +69,7 @@ def sketch(fisher: Operator, rank: int) -> Operator:
     >>> model = lambda p, x: jf.Normal(jnp.dot(x, p), 1.0)
     >>> batches = [(jnp.array([[2.0, 0.0], [0.0, 1.0]]),), (jnp.array([[2.0, 0.0]]),)]
     >>> F = jf.accumulate(jf.exact_fisher(model), lambda F: jf.sketch(F, 1))(jnp.zeros(2), batches)
-    >>> print(F.trace().round(3), F.form.error.round(3))  # the largest eigenvalue is 8/3, the other 1/3
+    >>> print(f"{F.trace():.3f} {F.form.error:.3f}")  # the largest eigenvalue is 8/3, the other 1/3
     2.333 0.333
     """
     fisher = viewed(fisher, "sketch")
