@@ -12,8 +12,8 @@ import pytest
 from problems import assert_close, class_sum_fisher, classifier, flat, reference
 
 import jaxfisher as jf
+from jaxfisher._operators.apart import factorised
 from jaxfisher._operators.averaging import arrays_of, with_arrays
-from jaxfisher._operators.kronecker import factorised
 
 F64 = np.finfo(np.float64).eps
 
