@@ -268,13 +268,14 @@ def test_optimisers_take_complex_gradients():
     made, masked = compiled(run)(params)
     assert jax.tree.map(jnp.result_type, made[1]) == jax.tree.map(jnp.result_type, params)
     S, last = tensor("mixed"), np.zeros(len(parts(params)))
+    damped = S + DAMPING * np.eye(len(S))
+    factor = 50 * np.linalg.cond(damped)  # the solves of the optimisers are not refined
     for gradient, updates in zip(gradients, made, strict=True):
-        last = mu * last + np.linalg.solve(S + DAMPING * np.eye(len(S)), parts(gradient) - mu * S @ last)
+        last = mu * last + np.linalg.solve(damped, parts(gradient) - mu * S @ last)
         step = -rate * last
-        assert_close(parts(updates), step * min(1, (2 * radius / (step @ S @ step)) ** 0.5), factor=1e4)
+        assert_close(parts(updates), step * min(1, (2 * radius / (step @ S @ step)) ** 0.5), factor=factor)
     keep = slice(2 * HIDDEN, None)  # all but the bias
-    block = S[keep, keep] + DAMPING * np.eye(len(S) - 2 * HIDDEN)
-    assert_close(parts(masked)[keep], np.linalg.solve(block, parts(gradients[0])[keep]), factor=1e4)
+    assert_close(parts(masked)[keep], np.linalg.solve(damped[keep, keep], parts(gradients[0])[keep]), factor=factor)
     np.testing.assert_array_equal(masked["bias"], gradients[0]["bias"])
 
 
