@@ -113,6 +113,20 @@ def test_a_geodesic_has_the_length_of_the_closed_form(name):
         assert abs(found.distance * part / length - 1) < 1e-6
 
 
+def test_a_distance_by_shooting_has_the_derivatives_of_the_closed_form():
+    """In reverse and of second order, though the search for it is a loop that ends when it has arrived."""
+    model, start, end = CURVES["normal"]
+
+    def slopes(distance):
+        return lambda a, b: (jax.grad(distance, (0, 1))(a, b), jax.hessian(distance, 1)(a, b))
+
+    shot = slopes(lambda a, b: geometry.geodesic(model, steps=48)(a, b).distance)
+    closed = slopes(lambda a, b: geometry.distance(model(a), model(b)))
+    found, expected = (compiled(f)(jnp.asarray(start), jnp.asarray(end)) for f in (shot, closed))
+    for mine, known in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, known, atol=1e-6)
+
+
 def test_a_geodesic_of_a_regression_and_one_that_is_not_there():
     """With a fixed scale the metric of a linear model is flat: the geodesic is straight, its length Mahalanobis'."""
     x = np.random.default_rng(2).normal(size=(7, 2))

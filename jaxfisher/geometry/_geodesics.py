@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,8 +20,10 @@ from jaxfisher._once import Around, Static, once_for
 from jaxfisher._tree import cast_like, check_function
 from jaxfisher._values import check_nonnegative, described, nonnegative, whole
 
-STAGES, NEWTON = 8, 6
-"""Into how many parts the way to the other end is cut, and how many of Newton's steps each part takes."""
+STAGES, NEWTON = 8, 12
+"""Into how many parts the way to the other end is cut, and how many of Newton's steps a part takes at most."""
+COARSER, NEAR = 4, 0.1
+"""A place on the way only has to be hit nearly: by so many times fewer steps, to such a share of the velocity."""
 
 Field = Callable[[Array], Array]
 
@@ -89,27 +92,38 @@ def _symbols(manifold: _Manifold, params: Any, batch: Batch) -> Array:
 
 
 def _moved(metric: Callable[[Array], Array], start: Array, velocity: Array, steps: int) -> Array:
-    """Where a geodesic is after a unit of time, by Runge and Kutta's fourth-order steps."""
+    """Where a geodesic is after a unit of time, by Runge and Kutta's fourth-order steps.
+
+    In Hamilton's form, with the momentum ``m = F v``: ``theta' = F^-1 m`` and ``m' = 1/2 grad v^T F v`` at fixed v, which takes
+    the metric and one derivative of it in reverse.
+    """
 
     def rate(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        place, speed = state
-        matrix, along = jax.jvp(metric, (place,), (speed,))
-        pull = jax.grad(lambda place: 0.5 * jnp.vdot(speed, jnp.matmul(metric(place), speed, precision="highest")))(place)
-        return speed, jnp.linalg.solve(matrix, pull - jnp.matmul(along, speed, precision="highest"))
+        place, momentum = state
+        matrix, pull_back = jax.vjp(metric, place)
+        speed = jnp.linalg.solve(matrix, momentum)
+        return speed, pull_back(0.5 * jnp.outer(speed, speed))[0]
 
-    (place, _), _ = jax.lax.scan(lambda state, _: (_runge_kutta(rate, state, 1 / steps), None), (start, velocity), length=steps)
+    state = start, jnp.matmul(metric(start), velocity, precision="highest")
+    (place, _), _ = jax.lax.scan(lambda state, _: (_runge_kutta(rate, state, 1 / steps), None), state, length=steps)
     return place
 
 
 def _runge_kutta(rate: Callable[[Any], Any], state: Any, time: chex.Numeric) -> Any:
-    def after(slope: Any, share: float) -> Any:
+    """A step: each slope is that where the one before it leads to, and the step goes along a mean of the four."""
+
+    def after(slope: Any, share: chex.Numeric) -> Any:
         return jax.tree.map(lambda x, dx: x + share * time * dx, state, slope)
 
-    first = rate(state)
-    second = rate(after(first, 0.5))
-    third = rate(after(second, 0.5))
-    fourth = rate(after(third, 1.0))
-    mean = jax.tree.map(lambda a, b, c, d: (a + 2 * b + 2 * c + d) / 6, first, second, third, fourth)
+    def stage(carry: tuple[Any, Any], shares: Float[Array, "2"]) -> tuple[tuple[Any, Any], None]:
+        slope, mean = carry
+        slope = rate(after(slope, shares[0]))
+        return (slope, jax.tree.map(lambda total, dx: total + shares[1] * dx, mean, slope)), None
+
+    nothing = jax.tree.map(jnp.zeros_like, state)
+    dtype = jnp.result_type(*jax.tree.leaves(state))
+    shares = jnp.array([[0, 1 / 6], [1 / 2, 1 / 3], [1 / 2, 1 / 3], [1, 1 / 6]], dtype)
+    (_, mean), _ = jax.lax.scan(stage, (nothing, nothing), shares)
     return after(mean, 1.0)
 
 
@@ -189,8 +203,8 @@ def geodesic(model: Model, steps: int = 64) -> Callable[..., Geodesic]:
     .. math:: \mathrm{Exp}_\theta(v) = \theta', \qquad d = \sqrt{v^T F(\theta)\, v}.
 
     **When it is the wrong tool.** Where a closed form is known take `jaxfisher.geometry.distance`. Geodesics of a curved family
-    may leave it, or there may be several; this one is found from the straight line, part by part. The cost is p times that of
-    a geodesic for each of some fifty steps: it is for few parameters.
+    may leave it, or there may be several; this one is found from the straight line, part by part. Each of some ten to twenty
+    steps of Newton's costs p times a geodesic, most of them one of a quarter of the steps: it is for few parameters.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
@@ -228,31 +242,52 @@ def geodesic(model: Model, steps: int = 64) -> Callable[..., Geodesic]:
 def _shot(manifold: _Manifold, params: Any, other: Any, batch: Batch, steps: Static[int]) -> Geodesic:
     spec, metric = batch.spec, manifold.metric(params, batch)
     start, end = spec.ravel(params, "params"), spec.ravel(other, "other")
-
-    def ends(velocity: Array) -> Array:
-        return _moved(metric, start, velocity, steps.value)
-
-    def aim(velocity: Array, stage: Array) -> tuple[Array, None]:
-        share = (stage + 1) / STAGES
-        target = start + share * (end - start)
-        # What hit the last target, made longer by as much as this one is farther.
-        velocity = velocity * share * STAGES / jnp.maximum(stage, 1)
-
-        def correct(_: int, velocity: Array) -> Array:
-            return velocity - jnp.linalg.solve(jax.jacfwd(ends)(velocity), ends(velocity) - target)
-
-        return jax.lax.fori_loop(0, NEWTON, correct, velocity), None
-
-    first = (end - start) / STAGES
-    velocity, _ = jax.lax.scan(aim, first, jnp.arange(STAGES, dtype=spec.dtype))
-    matrix, miss = metric(start), ends(velocity) - end
+    matrix, root = metric(start), jnp.finfo(spec.dtype).eps ** 0.5
 
     def length(vector: Array) -> Scalar:
         return jnp.sqrt(jnp.vdot(vector, jnp.matmul(matrix, vector, precision="highest")))
 
+    def miss(velocity: Array, target: Array = end, count: int = steps.value) -> Array:
+        return _moved(metric, start, velocity, count) - target
+
+    def aim(velocity: Array, stage: Array) -> tuple[Array, None]:
+        share = (stage + 1) / STAGES
+        nearly = functools.partial(miss, target=start + share * (end - start), count=max(steps.value // COARSER, 1))
+        # What hit the last target, made longer by as much as this one is farther.
+        return _newton(nearly, velocity * share * STAGES / jnp.maximum(stage, 1), length, NEAR), None
+
+    def search(miss: Field, velocity: Array) -> Array:
+        velocity, _ = jax.lax.scan(aim, velocity, jnp.arange(STAGES, dtype=spec.dtype))
+        return _newton(miss, velocity, length, root)
+
+    # The search ends when it has arrived, which has no derivative in reverse: that of its result follows from the equation.
+    velocity = jax.lax.custom_root(miss, (end - start) / STAGES, search, _solved)
     distance = length(velocity)
-    error = jnp.finfo(spec.dtype).eps ** 0.5
-    return Geodesic(cast_like(spec.unravel(velocity), params), distance, length(miss) <= error * distance + error**2)
+    arrived = length(miss(velocity)) <= root * distance + root**2
+    return Geodesic(cast_like(spec.unravel(velocity), params), distance, arrived)
+
+
+def _newton(function: Field, start: Array, length: Callable[[Array], Scalar], enough: chex.Numeric) -> Array:
+    """Newton's steps to a root, up to the first that is no longer than a share of where it leads."""
+
+    def short(state: tuple[Array, Array, Array]) -> Array:
+        place, step, count = state
+        return (count < NEWTON) & (length(step) > enough * length(place))
+
+    def correct(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        place, _, count = state
+        along = jax.vmap(lambda axis: jax.jvp(function, (place,), (axis,)), out_axes=(None, 1))
+        value, slopes = along(jnp.eye(len(place), dtype=place.dtype))
+        step = jnp.linalg.solve(slopes, value)
+        return place - step, step, count + 1
+
+    place, _, _ = jax.lax.while_loop(short, correct, correct((start, start, jnp.zeros((), int))))
+    return place
+
+
+def _solved(function: Field, value: Array) -> Array:
+    """What a linear function maps to a value."""
+    return jnp.linalg.solve(jax.jacfwd(function)(value), value)
 
 
 def natural_gradient_flow(model: Model, time: chex.Numeric, steps: int = 100) -> Callable[..., Any]:
