@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from problems import assert_close, class_sum_fisher, classifier, flat, reference
 from problems import mean_loss as nll
 
@@ -108,6 +109,48 @@ def test_the_gradient_of_all_micro_batches_and_the_curvature_of_one():
     new, _, _ = jax.jit(jf.training_step(classifier, opt, loss=loss))(params, opt.init(params), x[:3], batches)
     step = np.linalg.solve(class_sum_fisher(params, x[:3]) + 0.1 * np.eye(31), rows[:6].mean(0))
     assert_close(flat(new) - flat(params), step, factor=1e5)
+
+
+@pytest.mark.relaxed  # optax.MultiSteps adds integers to floats
+def test_steps_over_micro_batches_take_the_mean_gradient_and_the_curvature_and_loss_of_the_last():
+    params, x, y, _, rows = reference()
+    opt = optax.MultiSteps(jf.adapt_damping(jf.natural_gradient(1.0), 0.25), 2, accumulator_dtype=jnp.float64)
+    step = jf.training_step(classifier, opt.gradient_transformation())
+    state, run = step.init(params, x[:3], y[:3]), jax.jit(step)
+    same, state, _ = run(params, state, x[:3], y[:3])
+    np.testing.assert_array_equal(flat(same), flat(params))
+    new, state, value = run(same, state, x[3:6], y[3:6])
+    g, F = -rows[:6].mean(0), class_sum_fisher(params, x[3:6])
+    u = -np.linalg.solve(F + 0.25 * np.eye(31), g)
+    assert_close(flat(new) - flat(params), u, factor=1e5)
+    assert_close(value, nll(params, x[3:6], y[3:6]))
+    actual = value - nll(new, x[3:6], y[3:6])
+    np.testing.assert_allclose(optax.tree.get(state, "ratio"), actual / -(g @ u + 0.5 * u @ F @ u), rtol=1e-6)
+
+
+@pytest.mark.relaxed  # and so does optax.adam
+def test_kfac_in_a_partition_trains_its_part_as_if_the_rest_were_data():
+    params, x, y, *_ = reference()
+    opt = optax.partition({"kfac": jf.kfac(), "adam": optax.adam(0.1)}, {"hidden": "kfac", "out": "adam"})
+    adam = optax.adam(0.1)
+
+    def of_part(rest):
+        return jf.training_step(lambda part, x: classifier(rest | {"hidden": part}, x), jf.kfac())
+
+    @jax.jit
+    def by_hand(params, natural, state):
+        hidden, natural, _ = of_part(params)(params["hidden"], natural, x, y)
+        updates, state = adam.update(jax.grad(nll)(params, x, y)["out"], state)
+        return {"hidden": hidden, "out": optax.apply_updates(params["out"], updates)}, natural, state
+
+    step = jf.training_step(classifier, opt)
+    state, run = step.init(params, x, y), jax.jit(step)
+    expected = params, of_part(params).init(params["hidden"], x, y), adam.init(params["out"])
+    for _ in range(6):
+        params, state, _ = run(params, state, x, y)
+        expected = by_hand(*expected)
+        np.testing.assert_allclose(flat(params), flat(expected[0]), rtol=1e-9, atol=1e-12)
+    assert state.inner_states["kfac"].inner_state.accepted
 
 
 # --- mixed precision ---------------------------------------------------------------------------------------------------------

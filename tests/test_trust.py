@@ -233,6 +233,40 @@ def test_around_a_partition_the_ratio_is_of_all_that_moved(problem):
     np.testing.assert_allclose(state.ratio, actual / -(g @ u + 0.5 * u @ dense @ u), rtol=1e-6)
 
 
+@pytest.mark.parametrize("out", [False, [False, False]])
+def test_inside_a_mask_the_loss_is_a_function_of_the_part(problem, out):
+    """The others keep their values, in the ratio as in the halvings; a mask may leave out a whole subtree by one flag."""
+    params, x, y, gradient, fisher, dense = problem
+    mask, k = {"hidden": True, "out": out}, 16  # the hidden layer comes first in ravel order
+    whole = lambda hidden: {"hidden": hidden, "out": params["out"]}  # noqa: E731
+    given = {
+        "fisher": fisher,
+        "value_fn": lambda new: loss(new, x, y),
+        "kl_fn": lambda new: jf.kl(classifier)(params, new, x),
+        "all_params": params,
+    }
+    opt = optax.masked(jf.adapt_damping(jf.natural_gradient(1.0), 0.25), mask)
+    updates, state = jax.jit(lambda s: opt.update(gradient, s, params, **given))(opt.init(params))
+    g, F = flat(gradient["hidden"]), dense[:k, :k]
+    u = -np.linalg.solve(F + 0.25 * np.eye(k), g)
+    assert_close(flat(updates["hidden"]), u, factor=1e4)
+    assert_close(flat(updates["out"]), flat(gradient["out"]), factor=0)
+    actual = loss(params, x, y) - loss(whole(optax.apply_updates(params["hidden"], updates["hidden"])), x, y)
+    np.testing.assert_allclose(state.inner_state.ratio, actual / -(g @ u + 0.5 * u @ F @ u), rtol=1e-6)
+    opt = optax.masked(jf.backtrack_kl(1e-2, max_halvings=30), mask)
+    long = jax.tree.map(lambda leaf: -64.0 * leaf, gradient)
+    updates, state = jax.jit(lambda s: opt.update(long, s, params, **given))(opt.init(params))
+    halvings = state.inner_state.halvings
+    assert 0 < halvings < 30 and state.inner_state.accepted
+    assert_close(flat(updates["hidden"]), flat(long["hidden"]) * 0.5**halvings)
+    moved = [
+        divergence(params, whole(jax.tree.map(lambda p, u, m=m: p + m * u, params["hidden"], updates["hidden"])), x)
+        for m in (1, 2)
+    ]
+    np.testing.assert_allclose(state.inner_state.moved, moved[0], rtol=1e-5)
+    assert moved[0] <= 1e-2 < moved[1]
+
+
 @pytest.mark.parametrize("name", ["adapt_damping", "backtrack_kl"])
 def test_inside_a_mask_what_looks_at_the_loss_says_where_it_belongs(name, problem):
     params, x, y, gradient, fisher, _ = problem
@@ -240,7 +274,8 @@ def test_inside_a_mask_what_looks_at_the_loss_says_where_it_belongs(name, proble
     masked = optax.masked(opt, {"hidden": True, "out": False})
     given = {"fisher": fisher, "value_fn": lambda new: loss(new, x, y), "kl_fn": lambda new: jf.kl(classifier)(params, new, x)}
     with pytest.raises(
-        ValueError, match=f"{name}: inside optax.masked.*a part of the parameters.*adapt_damping around.*backtrack_kl behind"
+        ValueError,
+        match=f"{name}: inside optax.masked.*a part of.*all_params=params.*adapt_damping around.*backtrack_kl behind",
     ):
         masked.update(gradient, masked.init(params), params, **given)
 

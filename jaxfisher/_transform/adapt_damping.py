@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._once import either
 from jaxfisher._operators.operator import Operator
-from jaxfisher._transform.update_arguments import Shared, check_params, check_state, fisher_for, function_for, value_for
+from jaxfisher._transform.update_arguments import Shared, check_state, completing, fisher_for, function_for, value_for
 from jaxfisher._tree import described, dot, param_spec, split
 from jaxfisher._values import check_nonnegative, check_number
 
@@ -92,10 +92,11 @@ def adapt_damping(
 
     Returns:
         A gradient transformation whose ``update`` takes ``params`` and, by keyword, ``fisher``, ``value_fn`` (parameters to the
-        loss) and, if known, ``value``, the loss at ``params``. What comes in must be the gradient itself, and the chain
-        is given it as ``grad``. An update that is given ``due=``, a flag, judges the step only where that is true: else the
-        step is taken if it is finite, and the ratio and the damping stay until the next one is judged, by the sum of the
-        slopes since.
+        loss) and, if known, ``value``, the loss at ``params``; inside `optax.masked` or `optax.partition` also ``all_params``.
+        There the loss is judged as a function of the part, the others as they are. What comes in must be the gradient itself,
+        and the chain is given it as ``grad``. An update that is given ``due=``, a flag, judges the step only where that is
+        true: else the step is taken if it is finite, and the ratio and the damping stay until the next one is judged, by the
+        sum of the slopes since.
 
     Raises:
         ValueError: numbers out of order; (at update) ``params``, ``fisher`` or ``value_fn`` is missing.
@@ -230,11 +231,11 @@ def adapting(
         due: bool | Bool[Array, ""] = True,
         **extra_args: Any,
     ) -> tuple[Any, AdaptDampingState]:
-        check_params(params, "adapt_damping")
+        whole = completing(params, extra_args.get("all_params"), "adapt_damping")
         if not jax.tree.leaves(updates):
             return updates, state
         check_state(state, AdaptDampingState, "adapt_damping")
-        loss = function_for("value_fn", value_fn, "from parameters to the loss", "adapt_damping")
+        loss = function_for("value_fn", value_fn, "from parameters to the loss", "adapt_damping", whole)
         start = value_for(value, loss, params, "adapt_damping")
         # The operator is needed here at every update, and need not be made again by each transformation inside.
         shared = Shared(fisher) if callable(fisher) and not isinstance(fisher, Operator) else fisher

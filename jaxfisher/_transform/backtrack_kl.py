@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._once import repeat
-from jaxfisher._transform.update_arguments import check_params, check_state, function_for, value_for
+from jaxfisher._transform.update_arguments import check_state, completing, function_for, value_for
 from jaxfisher._tree import scaled, select
 from jaxfisher._values import check_nonnegative
 
@@ -50,8 +50,9 @@ def backtrack_kl(radius: chex.Numeric, max_halvings: chex.Numeric = 10) -> optax
 
     Returns:
         A gradient transformation whose ``update`` takes ``params`` and, by keyword, ``value_fn`` (parameters to the loss),
-        ``kl_fn`` (new parameters to the mean KL divergence from the old) and, if known, ``value``, the loss at ``params``. A
-        step, loss or divergence that is not finite is never taken.
+        ``kl_fn`` (new parameters to the mean KL divergence from the old) and, if known, ``value``, the loss at ``params``;
+        inside `optax.masked` or `optax.partition` also ``all_params``, since both are functions of all parameters. A step, loss
+        or divergence that is not finite is never taken.
 
     Raises:
         ValueError: a negative radius; (at update) ``params``, ``value_fn`` or ``kl_fn`` is missing.
@@ -81,13 +82,14 @@ def backtrack_kl(radius: chex.Numeric, max_halvings: chex.Numeric = 10) -> optax
         value: chex.Numeric | None = None,
         value_fn: Callable[[Any], chex.Numeric] | None = None,
         kl_fn: Callable[[Any], chex.Numeric] | None = None,
+        all_params: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, BacktrackKLState]:
         del extra_args
         check_state(state, BacktrackKLState, "backtrack_kl")
-        check_params(params, "backtrack_kl")
-        loss = function_for("value_fn", value_fn, "from parameters to the loss", "backtrack_kl")
-        divergence = function_for("kl_fn", kl_fn, "such as lambda new: jf.kl(model)(params, new, x)", "backtrack_kl")
+        whole = completing(params, all_params, "backtrack_kl")
+        loss = function_for("value_fn", value_fn, "from parameters to the loss", "backtrack_kl", whole)
+        divergence = function_for("kl_fn", kl_fn, "such as lambda new: jf.kl(model)(params, new, x)", "backtrack_kl", whole)
         start = value_for(value, loss, params, "backtrack_kl")
 
         def at_length(halvings: Int[Array, ""]) -> Any:

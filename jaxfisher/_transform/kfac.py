@@ -79,7 +79,8 @@ def kfac(
 
     Returns:
         A gradient transformation whose ``update`` takes ``params`` and, by keyword, ``fisher``, ``value_fn`` and, if known,
-        ``value``: what `jaxfisher.training_step` gives. Its updates are negated. Read `optax.tree.get` of its state:
+        ``value``: what `jaxfisher.training_step` gives, also where `optax.partition` gives it a part of the parameters: then
+        the loss is judged as a function of that part. Its updates are negated. Read `optax.tree.get` of its state:
         ``learning_rate``, ``momentum``, ``ratio``, ``accepted``; and ``info`` of the direction, whose residual is not
         computed, and ``measured`` false, unless a ``solver`` has it anyway.
 

@@ -84,8 +84,10 @@ def training_step(
     so one step takes `natural_gradient`, `adapt_damping`, `backtrack_kl`, a chain of them, and every optimiser of `optax` and
     `optax.contrib` whose updates are of one mean gradient: line searches such as `optax.lbfgs` have ``value_fn``,
     `optax.contrib.sophia` has ``obj_fn``, `optax.contrib.sam` has ``grad_fn``, both of the same loss. (`optax.contrib.dpsgd`
-    clips a gradient for each example, and there is none here.) What the optimiser does not call is not computed. Jit it, or
-    scan it.
+    clips a gradient for each example, and there is none here.) Inside `optax.partition` ours are of a part of the parameters,
+    and ``all_params`` has the others. Under ``optax.MultiSteps(optimiser, k).gradient_transformation()`` the gradient is the
+    mean over k batches, and all else is of the last of them. What the optimiser does not call is not computed. Jit it, or scan
+    it.
 
     **The data.** The last entry is the target, all before it are the inputs. The model is given the inputs of one example, and
     so are its Fisher and its KL divergence; the objective is given all. With a ``loss`` of your own the target is whatever that
@@ -144,7 +146,7 @@ def training_step(
     check_flag("training_step: `has_aux`", has_aux)
     task = _task(model, loss, has_aux)
     curvature = task.curvature if fisher is None else fisher
-    update = optax.with_extra_args_support(optimiser).update
+    update = optimiser.update
 
     def curvature_of(params: chex.ArrayTree, data: StepData) -> Operator:
         taken = taken_by(curvature, data.all, data.inputs)
@@ -165,7 +167,7 @@ def training_step(
         grads = uphill(grads)
 
         # Optax's line searches refuse a keyword that the signature of `value_fn` does not name, whoever it is for.
-        def value_fn(
+        def value_fn(  # noqa: PLR0913
             params: chex.ArrayTree,
             *,
             fisher: Any = None,
@@ -175,8 +177,9 @@ def training_step(
             acceleration_fn: Any = None,
             damping: Any = None,
             due: Any = None,
+            all_params: Any = None,
         ) -> Scalar:
-            del fisher, kl_fn, obj_fn, grad_fn, acceleration_fn, damping, due
+            del fisher, kl_fn, obj_fn, grad_fn, acceleration_fn, damping, due, all_params
             return evaluate(params)[0]
 
         given = given_with(known.inputs, known.given)
@@ -190,6 +193,7 @@ def training_step(
             "grad_fn": lambda new, _: uphill(jax.grad(value_fn)(new)),
             "kl_fn": lambda new: task.divergence(params, new, *known.inputs, **given),
             "acceleration_fn": lambda d: task.acceleration(params, d, *known.inputs, **given),
+            "all_params": params,
             "fisher": Offered(lambda: curvature_of(params, known), cheap),
         }
         updates, state = update(grads, state, params, **_taken(update, offered))
@@ -239,7 +243,10 @@ def _task(model: Model | Residuals, loss: Callable[..., Any] | None, has_aux: bo
 
 
 def _taken(update: Callable[..., Any], known: dict[str, Any]) -> dict[str, Any]:
-    """What of the keywords an update names; all, where it takes any: `optax.contrib.sam` takes one and no other."""
+    """What of the keywords an update names; all, where it takes any: `optax.contrib.sam` takes one and no other.
+
+    The type says less: what `optax.MultiSteps` makes is of the one without keywords, and hands them on.
+    """
     parameters = inspect.signature(update).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return known

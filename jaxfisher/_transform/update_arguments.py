@@ -115,15 +115,17 @@ def scheduled(name: str, schedule: Callable[[Array], Any], expected: str, caller
     return lambda count: _one_number(f"the schedule `{name}` returned", schedule(count), f"{expected} for each count", caller)
 
 
-def function_for(name: str, function: Callable[[Any], Any] | None, meaning: str, caller: str) -> Callable[[Any], Array]:
-    """A function of parameters given by keyword, whose values are checked; or an error that says how to give it."""
+def function_for(
+    name: str, function: Callable[[Any], Any] | None, meaning: str, caller: str, whole: Callable[[Any], Any]
+) -> Callable[[Any], Array]:
+    """A function of ``whole(parameters)`` given by keyword, whose values are checked; or an error that says how to give it."""
     if function is None:
         raise ValueError(f"{caller}: `update` needs `{name}`, a function {meaning}. Pass it by keyword to opt.update.")
     if not callable(function):
         raise TypeError(f"{caller}: `{name}` is {described(function)}; expected a function {meaning}.")
     given = function
     return lambda params: jnp.asarray(
-        _one_number(f"`{name}` returned", given(params), "one real number, the mean over the batch", caller)
+        _one_number(f"`{name}` returned", given(whole(params)), "one real number, the mean over the batch", caller)
     )
 
 
@@ -157,13 +159,28 @@ def check_vector_of_state(held: Any, new: Any, caller: str) -> None:
         )
 
 
-def check_params(params: Any, caller: str) -> None:
-    """Raise `ValueError` where an update that looks at the loss is given no parameters, or a part of them."""
+def completing(params: Any, all_params: Any, caller: str) -> Callable[[Any], Any]:
+    """From parameters like ``params`` to all of them, for an update that looks at the loss.
+
+    Under `optax.masked` and `optax.partition` those of an update are a part, and the others are those of ``all_params``.
+    """
     if params is None:
         raise ValueError(f"{caller}: `update` needs the parameters. Pass them, opt.update(grads, state, params, ...).")
-    masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
-    if any(map(masked, jax.tree.leaves(params, is_leaf=masked))):
+    if not _has_masked(params):
+        return lambda new: new
+    if all_params is None or _has_masked(all_params):
         raise ValueError(
             f"{caller}: inside optax.masked or optax.partition it sees only a part of the parameters, and the loss is a "
-            "function of all. Put jf.adapt_damping around the masked transformation, jf.backtrack_kl behind it in optax.chain."
+            "function of all. Pass all, opt.update(grads, state, params, all_params=params, ...), as jf.training_step does; or "
+            "put jf.adapt_damping around the masked transformation, jf.backtrack_kl behind it in optax.chain."
         )
+    # A mask may leave out a whole subtree by one node.
+    return lambda new: jax.tree.map(lambda own, rest: rest if _is_masked(own) else own, new, all_params, is_leaf=_is_masked)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _has_masked(tree: Any) -> bool:
+    return any(map(_is_masked, jax.tree.leaves(tree, is_leaf=_is_masked)))
