@@ -1,10 +1,12 @@
 """Solves by a rows x rows matrix that is spread over eight devices, against a dense one in float64; run by `test_sharding`.
 
-Prints a line of JSON for each dtype and damping, and one for the size of what a compiled solve holds and sends.
+Prints a line of JSON for each dtype and damping, one for scores in pieces, centred, and of a sum, and one for each of those on
+the size of what a compiled solve holds and sends.
 """
 
 import itertools
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,21 @@ def problem(dtype):
     return params, jax.random.normal(keys[-2], (EXAMPLES, 10), dtype), jax.random.randint(keys[-1], (EXAMPLES,), 0, 4)
 
 
+DAMPING = 0.1
+FISHERS = {
+    "whole": jf.empirical_fisher(LOG_PROB),
+    "pieces": jf.empirical_fisher(LOG_PROB, max_bytes=2**17),
+    "centred pieces": jf.empirical_fisher(LOG_PROB, center=True, batch_size=128),
+    "sum": lambda params, x, y: jf.empirical_fisher(LOG_PROB)(params, x, y) + jf.empirical_fisher(LOG_PROB)(params, -x, y),
+}
+
+
+def solved(fisher, mesh, params, x, y):
+    return jf.spread_solves(fisher(params, x, y), mesh, "examples", block=64).solve(
+        jax.tree.map(jnp.ones_like, params), DAMPING
+    )
+
+
 def main():
     jax.config.update("jax_enable_x64", True)
     mesh = jax.make_mesh((DEVICES,), ("examples",), axis_types=(AxisType.Auto,))
@@ -59,8 +76,15 @@ def main():
                 rest = np.linalg.norm(damped @ found - 1) / np.linalg.norm(np.ones(len(matrix)))
                 said = {"residual": float(info.residual), "converged": bool(info.converged)}
                 print(json.dumps({"dtype": jnp.dtype(dtype).name, "damping": damping, "rest": rest, **said}))
-    program = jax.jit(step).lower(*given, 0.1).compile()
-    print(json.dumps({"largest": largest(program.as_text()), "sent": collectives(program.as_text())}))
+    params, x, y = problem(jnp.float64)
+    given = (jax.device_put(params, everywhere), *jax.device_put((x, y), apart))
+    for name, fisher in FISHERS.items():
+        program = jax.jit(partial(solved, fisher, mesh)).lower(*given).compile()
+        found, matrix = ravel_pytree(program(*given))[0], np.asarray(fisher(params, x, y).as_matrix())
+        rest = matrix @ found + DAMPING * found - 1
+        text, memory = program.as_text(), program.memory_analysis().temp_size_in_bytes
+        off = float(np.linalg.norm(rest) / len(rest) ** 0.5)
+        print(json.dumps({"name": name, "off": off, "largest": largest(text), "sent": collectives(text), "memory": memory}))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._cholesky_on_mesh import Lower, Strips, block_size, factorised, solved_by
 from jaxfisher._damped import raised
-from jaxfisher._engine import cross_gram
 from jaxfisher._inverse import Map
 from jaxfisher._jobs_on_mesh import Devices
 from jaxfisher._linalg import matmul, norm, to_unit, twice
@@ -27,7 +26,6 @@ from jaxfisher._operators.inverted import Inverted, flat_inverse
 from jaxfisher._operators.kronecker import Kronecker
 from jaxfisher._operators.operator import Operator, as_operator, scores_of
 from jaxfisher._pytree import array_fields
-from jaxfisher._scores import HeldScores
 from jaxfisher._system import Factorise
 from jaxfisher._values import described, whole
 
@@ -127,9 +125,8 @@ class Apart(NamedTuple):
 
 def _gram(scaled: Scaled, strips: Strips) -> Float[Array, "rows rows"]:
     """``X X^T``: each device makes its own rows, from its own factors and all others."""
-    assert isinstance(scaled.scores, HeldScores)
-    leaves, root = scaled.scores.leaves, scaled.root
-    matrix = root[:, None] * cross_gram(leaves, leaves, scaled.factor) * root[None, :]
+    root, scores = scaled.root, scaled.scores.rescaled((scaled.factor,) * len(scaled.scores.spec.sizes))
+    matrix = root[:, None] * scores.cross_gram(scores) * root[None, :]
     return jax.lax.with_sharding_constraint(matrix, strips.sharding)
 
 
@@ -148,8 +145,8 @@ def spread_solves(fisher: Operator, mesh: Mesh, axis: str, block: int | None = N
 
     For more examples than the square of one device's memory: with n rows on D devices each holds ``n^2 / D`` numbers and does
     ``n^3 / D`` flops, three times its share of the least, and receives n numbers for every row. Inner products are made where
-    their row is, from the factors of all rows, ``n T (d_in + d_out)`` numbers a layer; nothing else is gathered. Everything
-    but `solve` is as before.
+    their row is, from the factors of all rows, ``n T (d_in + d_out)`` numbers a layer; nothing else is gathered. Of
+    scores in pieces (``max_bytes=``) no device has more than the factors of two pieces. Everything but `solve` is as before.
 
     **Of a view by layers**, `jaxfisher.kronecker`, each factor is inverted by one device alone, which sends the inverse, or
     the eigenvectors, to all others: the ``m^3`` flops of a factor are done once, not on every device. The costliest factors
@@ -160,7 +157,7 @@ def spread_solves(fisher: Operator, mesh: Mesh, axis: str, block: int | None = N
     the rows x rows matrix is the larger one. Factors of a few hundred are inverted sooner than they are sent.
 
     Args:
-        fisher: an operator held as scores in memory, neither centred nor in pieces; or a view with Kronecker factors.
+        fisher: an operator held as scores; or a view with Kronecker factors.
         mesh: of automatic axes; the examples need not be spread over it, but should.
         axis: the axis of the mesh over which rows, or factors, are spread; its size must divide the number of rows.
         block: of scores, how many columns are factored at a time, at most; None for 256.
@@ -171,7 +168,7 @@ def spread_solves(fisher: Operator, mesh: Mesh, axis: str, block: int | None = N
         As a ``view`` it is ``functools.partial(jf.spread_solves, mesh=mesh, axis="examples")``.
 
     Raises:
-        TypeError: ``fisher`` is not held as scores, or these are not in memory; ``block`` is no whole number.
+        TypeError: ``fisher`` is not held as scores; ``block`` is no whole number.
         ValueError: an axis that the mesh has not, or that is explicit; a number of rows that its size does not divide; a
             ``block`` with a view by layers.
 
@@ -195,8 +192,6 @@ def spread_solves(fisher: Operator, mesh: Mesh, axis: str, block: int | None = N
         apart = LayersApart(layers.blocks, layers.members, layers.spec, Devices(mesh, axis))
         return dataclasses.replace(fisher, form=_under(fisher.form, apart))
     scores = scores_of(fisher, "spread_solves")
-    if not isinstance(scores, HeldScores):
-        raise TypeError(f"spread_solves: {scores} are not held in memory as they are; leave `batch_size` or `center` out.")
     if block is not None and (whole(block) or 0) < 1:
         raise TypeError(f"spread_solves: `block` is {described(block)}; expected a whole number of columns, at least one.")
     _check_axis(mesh, axis)
