@@ -94,7 +94,7 @@ def test_a_solve_by_rows_that_are_spread_is_the_dense_one_and_no_device_has_the_
         bound = 10 / each["damping"] * 100 * eps
         assert each["rest"] <= bound and each["residual"] <= bound and each["converged"], each
     rows = 512
-    # Factors of all rows, the widest layer's being 40, and of the Cholesky factor 64 columns at a time. A sum has twice as many.
+    # Factors of all rows, at most 40 wide, and of the Cholesky factor 64 columns at a time; a sum has twice as many.
     for each, size in ((whole, rows), (pieces, rows), (centred, rows), (joined, 2 * rows)):
         assert each["off"] <= 1e4 * np.finfo(np.float64).eps, each
         assert max(each["sent"]["all-gather"]) <= size * 64, each
