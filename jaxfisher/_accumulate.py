@@ -15,7 +15,7 @@ from jaxfisher._fisher import FisherFunction
 from jaxfisher._once import once
 from jaxfisher._operators.averaging import mean_of
 from jaxfisher._operators.operator import VIEW, Operator, View, as_operator
-from jaxfisher._operators.provenance import Provenance
+from jaxfisher._operators.provenance import Provenance, check_terms
 from jaxfisher._tree import check_function
 
 
@@ -54,12 +54,7 @@ def merge(one: Operator, other: Operator) -> Operator:
     for fisher in (one, other):
         if fisher.provenance.mass is None:
             raise TypeError(f"merge: {fisher} is no mean over examples; merge means, and add or multiply afterwards.")
-        if fisher.provenance.mean.together:
-            raise TypeError(
-                f"merge: {fisher} is of all its examples together: a covariance of the score, or a marginal. Of two of these "
-                "the mean is not that of all examples. Merge dense Fishers, and take the marginal of what comes out; for a "
-                "covariance, merge them without `center` and take away the outer product of the mean score."
-            )
+        check_terms(fisher.provenance, fisher, "merge", _MERGE_FIRST)
     structures: list[Any] = [jax.tree.structure(fisher) for fisher in (one, other)]
     if structures[0] != structures[1]:
         raise ValueError(
@@ -67,6 +62,12 @@ def merge(one: Operator, other: Operator) -> Operator:
             "in a form that does not grow with the examples, such as jf.diagonal or jf.kronecker."
         )
     return _merged(one, other)
+
+
+_MERGE_FIRST = (
+    "Merge dense Fishers, and take the marginal of what comes out; for a covariance, merge them without `center` and take away "
+    "the outer product of the mean score."
+)
 
 
 @once

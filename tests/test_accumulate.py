@@ -198,7 +198,7 @@ def test_weights_that_are_no_weights_are_not_lost_in_a_mean():
 def test_what_is_of_all_examples_together_is_not_merged():
     """A covariance of two batches knows nothing of the distance of their means, a marginal nothing of the other's nuisance."""
     params, data, _ = problem()
-    whole = jf.empirical_fisher(log_prob)
+    whole = lambda params, x, length, y: jf.exact_fisher(model)(params, x, length)  # noqa: E731
     scores = jf.scores(log_prob, center=True)
     y = np.zeros(len(data[0]), int)
     makers = {
@@ -206,10 +206,29 @@ def test_what_is_of_all_examples_together_is_not_merged():
         "centred scores": lambda *batch: jf.diagonal(jf.fisher_from_scores(scores(params, *batch))),
         "marginal": lambda *batch: whole(params, *batch).marginal(lambda path: "a" in path),
         "part of a marginal": lambda *batch: jf.diagonal(2 * whole(params, *batch).marginal(lambda path: "a" in path)),
+        "covariance and another term": lambda *batch: makers["covariance"](*batch) + jf.dense(whole(params, *batch)),
     }
     batch = data[0][:2], data[1][:2], y[:2]
+    as_it_is = lambda F: F  # noqa: E731
+
+    def updated(made):
+        opt, v = jf.scale_by_fisher(0.1, view=as_it_is, decay=0.5, like=made), made.diagonal()
+        # Its state is that of a Fisher that has a mean.
+        return opt.update(v, jf.scale_by_fisher(0.1).init(v), v, fisher=made)
+
+    def state(made):
+        return jf.scale_by_fisher(0.1, view=as_it_is, decay=0.5, like=made).init(made.diagonal())
+
+    means = {
+        "merge": lambda made: jf.merge(made, made),
+        "accumulate": lambda made: jf.accumulate(lambda _, *batch: made, as_it_is)(params, 2 * [batch]),
+        "state of a running mean": state,
+        "running mean": updated,
+        "state of kfac": lambda made: jf.kfac(made, view=as_it_is).init(made.diagonal()),
+    }
     for name, make in makers.items():
         made = make(*batch)
-        with pytest.raises(TypeError, match="of all its examples together"):
-            jf.merge(made, made)
-            pytest.fail(name)
+        for kind, mean in means.items():
+            with pytest.raises(TypeError, match=r"of all its examples together|is no mean over examples"):
+                mean(made)
+                pytest.fail(f"{kind} of a {name}")

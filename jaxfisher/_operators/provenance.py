@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -82,6 +83,11 @@ class Provenance:
         counts = [part.n for part in self.parts] or [jnp.zeros(()) if self.examples is None else jnp.asarray(self.examples)]
         return functools.reduce(lambda a, b: a + b.astype(a.dtype), counts)
 
+    @property
+    def together(self) -> bool:
+        """Whether it, or a term of it, is of all its examples together."""
+        return self.mean.together or any(part.together for part in self.parts)
+
     def times(self) -> Provenance:
         """The provenance of a multiple."""
         mean = dataclasses.replace(self.mean, scaled=True)
@@ -101,6 +107,15 @@ def mean_over(kind: str, batch: Batch) -> Provenance:
     """The provenance of a mean over a batch."""
     size = jnp.asarray(batch.size, batch.spec.dtype)
     return Provenance(kind, size, batch.total, Mean(batch.weighted, counted=batch.counted))
+
+
+def check_terms(provenance: Provenance, fisher: Any, caller: str, fix: str) -> None:
+    """Raise `TypeError` where the mean of such a Fisher and another is not that of all examples of both."""
+    if provenance.together:
+        raise TypeError(
+            f"{caller}: {fisher} is of all its examples together: a covariance of the score, or a marginal. Of two of these "
+            f"the mean is not that of all examples. {fix}"
+        )
 
 
 def _shown(count: chex.Numeric) -> str:

@@ -78,8 +78,9 @@ def direction(settings: Settings) -> optax.GradientTransformationExtraArgs:
         mean: Any = ()
         held: Any = ()
         if settings.holds:
-            form = shape_of_view(params, like, viewed).form
-            mean = zeros_like(arrays_of(form if decay is None else averaged(form)), dtype)
+            shape = shape_of_view(params, like, viewed)
+            form = shape.form if decay is None else averaged(shape, "kfac")
+            mean = zeros_like(arrays_of(form), dtype)
             held = zeros_like(tuple(_holding(solver, form).shapes(form)), dtype)
         return ScaleByFisherState(jnp.zeros((), jnp.int32), mean, held, (), empty_info(params))
 
@@ -122,7 +123,8 @@ def _in_turn(
     """What is solved with, the running mean, and what is held: of each what is due made anew."""
     # The structure is found without running anything, so that steps at which nothing is due do not pay for it.
     shape = jax.eval_shape(fresh)
-    check_vector_of_state(state.mean, arrays_of(shape.form), "kfac")
+    template = shape.form if settings.decay is None else averaged(shape, "kfac")
+    check_vector_of_state(state.mean, arrays_of(template), "kfac")
     every = counted_period(forward, shape.form) if settings.asked is None else settings.asked
 
     def averages(mean: Any) -> Any:

@@ -20,6 +20,7 @@ from jaxfisher._operators.apart import factorised
 from jaxfisher._operators.averaging import arrays_of, with_arrays
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.operator import VIEW, Operator, Solver, View, as_operator
+from jaxfisher._operators.provenance import check_terms
 from jaxfisher._solve import check_solver
 from jaxfisher._system import SolveInfo
 from jaxfisher._transform.like import Like, shape_of_view
@@ -113,7 +114,8 @@ def scale_by_fisher(
     Raises:
         ValueError: a negative damping, a decay or momentum outside ``[0, 1)``, a decay without a view, a missing ``like``; (at
             update) ``fisher=`` is missing, not over the parameters of the updates, or not of the shapes of ``like``.
-        TypeError: (at update) ``fisher=`` is no operator.
+        TypeError: (at update) ``fisher=`` is no operator; with ``decay``, it is of all its examples together, as
+            `jaxfisher.merge` says.
 
     Reference: Martens (JMLR 2020), section 6 (damping) and 11 (Adam as a diagonal empirical Fisher); Kingma and Ba (2015),
         section 3; Goldshlager, Abrahamsen and Lin (J. Comput. Phys. 2024), equation 17 (SPRING).
@@ -133,7 +135,7 @@ def scale_by_fisher(
 
     def init(params: chex.ArrayTree) -> ScaleByFisherState:
         dtype = param_spec(params).dtype
-        mean = zeros_like(_means(shape_of_view(params, like, viewed).form), dtype) if decay is not None else ()
+        mean = zeros_like(_means(shape_of_view(params, like, viewed)), dtype) if decay is not None else ()
         held = zeros_like(_held_arrays(shape_of_view(params, like, viewed)), dtype) if update_every is not None else ()
         previous = () if momentum is None else jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), split(params))
         return ScaleByFisherState(jnp.zeros((), jnp.int32), mean, held, previous, empty_info(params))
@@ -241,7 +243,7 @@ def _running_mean(operator: Operator, mean: Any, before: Int[Array, ""], decay: 
     """The debiased running mean, as an operator and as arrays; ``before`` is the number of operators already in it."""
     if decay is None:
         return operator, mean
-    new = _means(operator.form)
+    new = _means(operator)
     check_vector_of_state(mean, new, "scale_by_fisher")
     beta = jnp.asarray(decay, operator.spec.dtype)
     # The newest operator has the weight that it has in a debiased mean of ``before + 1``, so the mean stays debiased.
@@ -250,16 +252,17 @@ def _running_mean(operator: Operator, mean: Any, before: Int[Array, ""], decay: 
     return dataclasses.replace(operator, form=with_arrays(operator.form, mean)), mean
 
 
-def _means(form: Form) -> tuple[Any, ...]:
-    """The arrays of a form that averages."""
-    return arrays_of(averaged(form))
+def _means(operator: Operator) -> tuple[Any, ...]:
+    """The arrays of an operator that a running mean is taken of."""
+    return arrays_of(averaged(operator, "scale_by_fisher"))
 
 
-def averaged(form: Form) -> Form:
-    """The form; refused where a mean of it does not have its shape."""
-    if not form.averages:
-        raise ValueError(_NO_MEAN.format(form=form.name))
-    return form
+def averaged(operator: Operator, caller: str) -> Form:
+    """The form of an operator; refused where a mean does not have its shape, or is not that of the examples."""
+    check_terms(operator.provenance, operator, caller, "Leave out `decay`, or give a Fisher without `center` or `marginal`.")
+    if not operator.form.averages:
+        raise ValueError(_NO_MEAN.format(caller=caller, form=operator.form.name))
+    return operator.form
 
 
 def _held(operator: Operator) -> Operator:
@@ -293,7 +296,7 @@ def empty_info(params: chex.ArrayTree) -> SolveInfo:
 
 
 _NO_MEAN = (
-    "scale_by_fisher: `decay` averages a view whose shape does not depend on the number of examples; one held {form} is not. "
+    "{caller}: `decay` averages a view whose shape does not depend on the number of examples; one held {form} is not. "
     "Pass view=jf.diagonal, view=jf.kronecker or view=jf.dense."
 )
 
@@ -310,7 +313,7 @@ def _check_arguments(damping: Any, view: Any, power: Any, solver: Any, decay: An
         if isinstance(value, _KNOWN) and not 0 <= float(value) < 1:
             raise ValueError(f"scale_by_fisher: `{name}` is {value}; expected a number in [0, 1), the weight of the past.")
     if decay is not None and view is None:
-        raise ValueError(_NO_MEAN.format(form="as it comes (view=None)"))
+        raise ValueError(_NO_MEAN.format(caller="scale_by_fisher", form="as it comes (view=None)"))
     _check_together(power, solver, momentum)
     check_number("update_every", 1 if update_every is None else update_every, "a whole number of at least one")
     if isinstance(update_every, _KNOWN) and not (float(update_every) >= 1 and float(update_every).is_integer()):
