@@ -114,6 +114,20 @@ def positive(name: str, value: chex.Numeric, dtype: Any) -> Scalar:
     return jnp.where(array > 0, array, jnp.nan) if isinstance(value, jax.Array) else array
 
 
+def fraction(name: str, value: chex.Numeric, dtype: Any) -> Scalar:
+    """The argument as a scalar of this dtype; refused as by `check_fraction`, and NaN where it turns out outside ``[0, 1)``."""
+    check_fraction(name, value)
+    array = jnp.asarray(value, dtype)
+    return jnp.where((array >= 0) & (array < 1), array, jnp.nan) if isinstance(value, jax.Array) else array
+
+
+def check_fraction(name: str, value: chex.Numeric) -> None:
+    """Raise unless the argument is a real number, and where it is known to be outside ``[0, 1)``."""
+    check_number(name, value, "one real number in [0, 1), the weight of the past")
+    if isinstance(value, (numbers.Real, np.ndarray, np.generic)) and not 0 <= float(value) < 1:
+        raise ValueError(f"`{name}` is {value}; expected a number in [0, 1), the weight of the past.")
+
+
 def nonnegative_entries(name: str, values: Any, dtype: Any) -> Array:
     """The same of an array, each of whose entries is such a number."""
     check_array(name, values)

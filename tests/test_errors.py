@@ -714,6 +714,11 @@ MISTAKES = [
         )
         for d in (1.0, -0.1, float("nan"))
     ],
+    *[
+        (f"{name} {bad} of kfac", lambda given=given: jf.kfac(**given), ValueError, [f"`{name}` is {bad}", expected])
+        for name, bad, expected in [("decay", 1.5, "[0, 1)"), ("update_every", 0, "at least one")]
+        for given in [{name: bad}]
+    ],
     ("decay 'a'", lambda: jf.scale_by_fisher(0.1, view=jf.diagonal, decay="a"), TypeError, ["`decay` is 'a'", "[0, 1)"]),
     ("decay, no view", lambda: jf.scale_by_fisher(0.1, decay=0.9), ValueError, ["`decay`", "view=None", "view=jf.diagonal"]),
     (

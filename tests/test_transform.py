@@ -122,6 +122,16 @@ def test_larger_batches_are_not():
     assert np.median(ratio) > 1.5
 
 
+@pytest.mark.parametrize("share", [1.5, 1.0, -0.5])
+@pytest.mark.parametrize("name", ["decay", "momentum"])
+def test_a_share_of_the_past_that_turns_out_to_be_none_is_nan(name, share, problem):
+    """The values of an array are not looked at: they may be on a device, or not be known before the program runs."""
+    params, gradient, fisher, _ = problem
+    opt = jf.scale_by_fisher(0.1, view=jf.diagonal, **{name: jnp.asarray(share)})
+    updates, _ = jax.jit(lambda: opt.update(gradient, opt.init(params), params, fisher=fisher))()
+    assert np.all(np.isnan(flat(updates)))
+
+
 @pytest.mark.parametrize("view", [jf.dense, jf.diagonal])
 def test_the_running_mean_is_a_debiased_average_of_views(problem, view):
     params, gradient, fisher, dense = problem

@@ -26,6 +26,7 @@ from jaxfisher._transform.scale_by_fisher import ScaleByFisherState, averaged, e
 from jaxfisher._transform.turns import CHECK, counted_period, due, phases, turns_before
 from jaxfisher._transform.update_arguments import Shared, check_state, check_vector_of_state, fisher_for
 from jaxfisher._tree import cast_like, param_spec, raveled, together
+from jaxfisher._values import fraction
 
 SHARE = 1e-2
 """The damping of the direction, as a share of that of the length: the best of a few powers of ten on four tasks."""
@@ -131,7 +132,7 @@ def _in_turn(
         new = arrays_of(fresh().form)
         if settings.decay is None:
             return new
-        beta = jnp.asarray(settings.decay, shape.spec.dtype)
+        beta = fraction("decay", settings.decay, shape.spec.dtype)
         # The newest has the weight that it has in a debiased mean of all so far, so the mean stays debiased.
         share = (1 - beta) / (1 - beta ** (turns_before(state.count, every) + 1).astype(beta.dtype))
         moved: Any = _moved(mean, new, share)

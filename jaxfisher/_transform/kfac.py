@@ -20,6 +20,7 @@ from jaxfisher._transform.cheap import Offered
 from jaxfisher._transform.direction import Settings, direction
 from jaxfisher._transform.like import Like
 from jaxfisher._transform.quadratic_model import quadratic_model
+from jaxfisher._transform.scale_by_fisher import check_kept
 from jaxfisher._transform.turns import due
 from jaxfisher._tree import check_function
 
@@ -100,6 +101,7 @@ def kfac(
     True True
     """
     check_solver(solver)
+    check_kept(decay, update_every)
     if view is not None:
         check_function("view", view, VIEW)
 

@@ -33,7 +33,7 @@ from jaxfisher._transform.update_arguments import (
     fisher_for,
 )
 from jaxfisher._tree import all_finite, cast_like, check_function, param_spec, scaled, split
-from jaxfisher._values import check_nonnegative, check_number
+from jaxfisher._values import check_fraction, check_nonnegative, check_number, fraction
 
 
 class ScaleByFisherState(NamedTuple):
@@ -101,7 +101,8 @@ def scale_by_fisher(
         decay: ``beta`` in ``[0, 1)`` of a running mean of the view, whose shape must not depend on n.
         update_every: make the operator (and add it to the mean) only once in so many updates; None for every update. Give
             ``fisher`` as a function of no arguments: it is not run in between.
-        momentum: ``mu`` in ``[0, 1)``; amplifies a constant gradient by at most ``1 / (1 - mu)``. With ``power=1`` only.
+        momentum: ``mu`` in ``[0, 1)``; amplifies a constant gradient by at most ``1 / (1 - mu)``. With ``power=1`` only. A
+            decay or momentum that is only known at run time to be outside ``[0, 1)`` makes the updates NaN.
         like: an operator like the later ``fisher=``, what `jax.eval_shape` gives of one, or a function that makes one and is
             never run: it shapes the state. Needed with ``update_every`` or ``decay``, except for the views `jaxfisher.diagonal`
             and `jaxfisher.dense`, and for a state that `jaxfisher.training_step` makes.
@@ -192,7 +193,7 @@ def _precondition(
         if previous is None:
             return training_solve(operator, updates, damping, solver)
         mu, last = previous
-        kept = scaled(last, mu)
+        kept = scaled(last, fraction("momentum", mu, operator.spec.dtype))
         # The solve is for the rest and not for g + damping mu u, whose part outside the rows' span it would have to invert.
         rest, info = training_solve(operator, jax.tree.map(jnp.subtract, updates, operator.mv(kept)), damping, solver)
         return jax.tree.map(jnp.add, kept, rest), info
@@ -245,7 +246,7 @@ def _running_mean(operator: Operator, mean: Any, before: Int[Array, ""], decay: 
         return operator, mean
     new = _means(operator)
     check_vector_of_state(mean, new, "scale_by_fisher")
-    beta = jnp.asarray(decay, operator.spec.dtype)
+    beta = fraction("decay", decay, operator.spec.dtype)
     # The newest operator has the weight that it has in a debiased mean of ``before + 1``, so the mean stays debiased.
     share = (1 - beta) / (1 - beta ** (before + 1).astype(beta.dtype))
     mean = jax.tree.map(lambda a, b: a + share * (b - a), mean, new)
@@ -308,20 +309,23 @@ def _check_arguments(damping: Any, view: Any, power: Any, solver: Any, decay: An
         check_function("view", view, VIEW)
     check_number("power", power)
     check_solver(solver)
-    for name, value in (("decay", decay), ("momentum", momentum)):
-        check_number(name, 0.0 if value is None else value, "one real number in [0, 1)")
-        if isinstance(value, _KNOWN) and not 0 <= float(value) < 1:
-            raise ValueError(f"scale_by_fisher: `{name}` is {value}; expected a number in [0, 1), the weight of the past.")
+    if momentum is not None:
+        check_fraction("momentum", momentum)
     if decay is not None and view is None:
         raise ValueError(_NO_MEAN.format(caller="scale_by_fisher", form="as it comes (view=None)"))
     _check_together(power, solver, momentum)
+    check_kept(decay, update_every)
+
+
+def check_kept(decay: chex.Numeric | None, update_every: chex.Numeric | None) -> None:
+    """Raise unless these can say what is kept from one update to the next."""
+    if decay is not None:
+        check_fraction("decay", decay)
     check_number("update_every", 1 if update_every is None else update_every, "a whole number of at least one")
-    if isinstance(update_every, _KNOWN) and not (float(update_every) >= 1 and float(update_every).is_integer()):
-        raise ValueError(f"scale_by_fisher: `update_every` is {update_every}; expected a whole number of at least one.")
-
-
-_KNOWN = (numbers.Real, np.ndarray, np.generic)
-"""Numbers whose value can be looked at without waiting for a device."""
+    if not isinstance(update_every, (numbers.Real, np.ndarray, np.generic)):
+        return
+    if not (float(update_every) >= 1 and float(update_every).is_integer()):
+        raise ValueError(f"`update_every` is {update_every}; expected a whole number of at least one.")
 
 
 def _check_together(power: chex.Numeric, solver: Solver | None, momentum: chex.Numeric | None) -> None:
