@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
-from jaxfisher._values import check_array, is_array, is_sparse, is_table
+from jaxfisher._values import check_array, check_flag, is_array, is_sparse, is_table
 from jaxfisher._values import described as described
 from jaxfisher._values import dtype_of as dtype_of
 
@@ -152,7 +152,10 @@ class ParamSpec:
     def flags(self, keep: Callable[[str], bool], caller: str) -> tuple[bool, ...]:
         """What a filter of paths says of each leaf; an error unless the filter keeps some and not all."""
         check_function("keep", keep, "path -> bool, of the path of a parameter leaf")
-        found = tuple(bool(keep(path)) for path in for_both_parts(given_paths(self), self))
+        kept_by = {path: keep(path) for path in given_paths(self)}
+        for path, flag in kept_by.items():
+            check_flag(f"{caller}: `keep` of {path}", flag)
+        found = tuple(bool(kept_by[path]) for path in for_both_parts(given_paths(self), self))
         if all(found) or not any(found):
             what = "every leaf" if all(found) else "no leaf"
             raise ValueError(f"{caller}: `keep` keeps {what} of {list(self.paths)}. Keep some of them, and not all.")

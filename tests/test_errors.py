@@ -719,6 +719,20 @@ MISTAKES = [
         for name, bad, expected in [("decay", 1.5, "[0, 1)"), ("update_every", 0, "at least one")]
         for given in [{name: bad}]
     ],
+    *[
+        (
+            f"keep that gives {seen}, {caller}",
+            lambda call=call, flag=flag: call(lambda path: flag),
+            TypeError,
+            [caller, "`keep` of ['b']", seen, "expected True or False"],
+        )
+        for flag, seen in [("no", "'no'"), (None, "None"), (1, "is 1")]
+        for caller, call in [
+            ("restrict", lambda keep: fisher().restrict(keep)),
+            ("marginal", lambda keep: fisher().marginal(keep)),
+            ("laplace", lambda keep: jf.laplace(model, PARAMS, X, Y, prior=1.0, keep=keep)),
+        ]
+    ],
     ("decay 'a'", lambda: jf.scale_by_fisher(0.1, view=jf.diagonal, decay="a"), TypeError, ["`decay` is 'a'", "[0, 1)"]),
     ("decay, no view", lambda: jf.scale_by_fisher(0.1, decay=0.9), ValueError, ["`decay`", "view=None", "view=jf.diagonal"]),
     (
