@@ -9,7 +9,7 @@ import chex
 import jax
 
 from jaxfisher._damped import by_cholesky
-from jaxfisher._operators.damping import Damping, is_one_damping
+from jaxfisher._operators.damping import Damping, check_one_damping, is_one_damping
 from jaxfisher._operators.operator import Operator, Solver, exact_solve, scores_of
 from jaxfisher._solve import solve
 from jaxfisher._system import SolveInfo
@@ -58,6 +58,7 @@ class Cholesky:
 
     def __call__(self, fisher: Operator, v: chex.ArrayTree, damping: Damping) -> tuple[Any, SolveInfo]:
         scores_of(fisher, "Cholesky")
+        check_one_damping(damping, fisher.spec, "Cholesky")
         check_nonnegative("damping", damping)
         if is_known_zero(damping, fisher.spec.dtype):
             raise ValueError(

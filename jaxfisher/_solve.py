@@ -15,7 +15,14 @@ from jaxtyping import Array, Float, Scalar
 from jaxfisher._engine import unsealed
 from jaxfisher._linalg import in_another_rounding, inverse_power, norm, power_or_one, to_unit
 from jaxfisher._once import once
-from jaxfisher._operators.damping import Damping, Dampings, checked_damping, damped_inverse, entries_of
+from jaxfisher._operators.damping import (
+    Damping,
+    Dampings,
+    check_one_damping,
+    checked_damping,
+    damped_inverse,
+    entries_of,
+)
 from jaxfisher._operators.operator import Operator, Solver, View, as_operator, exact_solve, scores_of
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores import Scores, one_a_row
@@ -257,6 +264,7 @@ class LSMR:
                 "LSMR: `damping` is 0, where a right-hand side must be known by its coordinates in the scores: "
                 "jf.LSMR().least_squares(scores, e, damping=0.0)."
             )
+        check_one_damping(damping, fisher.spec, "LSMR")
         strength = nonnegative("damping", damping, fisher.spec.dtype)
         x, info = self._solution(fisher, fisher.spec.vector(v), strength)
         return cast_like(x, v), info

@@ -733,6 +733,19 @@ MISTAKES = [
             ("laplace", lambda keep: jf.laplace(model, PARAMS, X, Y, prior=1.0, keep=keep)),
         ]
     ],
+    *[
+        (
+            f"damping by leaf, {name}",
+            lambda solver=solver, view=view: jf.solve(view(fisher()), GRADIENT, {"b": 0.1, "w": 1.0}, solver),
+            TypeError,
+            [f"{name}: `damping`", "a dict", "one number", "Leave the solver out"],
+        )
+        for name, solver, view in [
+            ("Cholesky", jf.Cholesky(), lambda F: F),
+            ("LSMR", jf.LSMR(), lambda F: F),
+            ("factored_solve", jf.factored_solve, jf.kronecker),
+        ]
+    ],
     ("decay 'a'", lambda: jf.scale_by_fisher(0.1, view=jf.diagonal, decay="a"), TypeError, ["`decay` is 'a'", "[0, 1)"]),
     ("decay, no view", lambda: jf.scale_by_fisher(0.1, decay=0.9), ValueError, ["`decay`", "view=None", "view=jf.diagonal"]),
     (

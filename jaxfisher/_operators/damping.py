@@ -41,6 +41,15 @@ def is_one_damping(damping: Damping, spec: ParamSpec, name: str = "damping") -> 
     return False
 
 
+def check_one_damping(damping: Damping, spec: ParamSpec, caller: str) -> None:
+    """Raise `TypeError` where a solver whose accuracy or factors are those of one damping is given others."""
+    if not is_one_damping(damping, spec):
+        raise TypeError(
+            f"{caller}: `damping` is {described(damping)} with numbers for each leaf; expected one number. Leave the solver "
+            "out, or give jf.CG(): they take a damping by leaf."
+        )
+
+
 def _of_leaves(damping: Damping, spec: ParamSpec) -> list[Any]:
     """What is given for each leaf; for both parts of a complex one the same."""
     return jax.tree.leaves(damping) if jax.tree.structure(damping) == spec.treedef else for_both_parts(damping, spec)

@@ -17,6 +17,7 @@ from jaxfisher._linalg import cholesky, diagonals, matmul, norm
 from jaxfisher._once import once
 from jaxfisher._operators.apart import bare, damped_blocks, made_of
 from jaxfisher._operators.block import BlockDiagonal
+from jaxfisher._operators.damping import check_one_damping
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.identity import Shifted
@@ -69,6 +70,7 @@ def factored_solve(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric) -
     form, shift = (fisher.form.base, fisher.form.shift) if isinstance(fisher.form, Shifted) else (fisher.form, 0)
     if not isinstance(form, BlockDiagonal) or not has_factors(form):
         raise TypeError(f"factored_solve: {fisher} has no Kronecker factors to damp; expected jf.kronecker(fisher).")
+    check_one_damping(damping, fisher.spec, "factored_solve")
     zero = isinstance(damping, (numbers.Real, np.ndarray, np.generic)) and float(damping) == 0
     if zero and form is fisher.form and any(_kronecker_in(block) for block in form.blocks):
         raise ValueError(
