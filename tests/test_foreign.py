@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from jax.experimental import sparse
 from jax.flatten_util import ravel_pytree
 
 import jaxfisher as jf
@@ -512,6 +513,11 @@ def test_batches_of_wrapped_ones_keep_their_axes(key):
     assert (p.batch_shape, p.event_shape, p.event_ndim) == ((3,), (), 0)
     assert p.log_prob(jnp.zeros(3)).shape == p.kl(q).shape == (3,)
     assert p.sample(key, (4, 2)).shape == (4, 2, 3)
+    for wrong, seen in ((lambda: p.sample(0), "sample: `key` is 0"), (lambda: p.sample(key, 3), "sample: `shape` is 3")):
+        with pytest.raises(TypeError, match=f"Foreign.{seen}"):
+            wrong()
+    with pytest.raises(TypeError, match=r"Foreign.log_prob: `x` is a sparse BCOO"):
+        p.log_prob(sparse.BCOO.fromdense(jnp.zeros(3)))
     np.testing.assert_allclose(p.mean, M + np.euler_gamma * S, rtol=1e-12)
     single = jax.jit(jax.vmap(lambda m, s: as_distribution(tfd.Gumbel(m, s)).fisher_matrix()))(M, S)
     joint = jax.jit(lambda p: p.fisher_matrix())(p).reshape(2, 3, 2, 3)

@@ -93,12 +93,12 @@ def _compile_once(cls: type) -> None:
             assert member.fget is not None
             setattr(cls, name, property(once(member.fget)))
         elif member is not None:
-            setattr(cls, name, _of_a_target(once(member)) if name == "log_prob" else once(member))
+            setattr(cls, name, of_a_target(once(member)) if name == "log_prob" else once(member))
     if "sample" in vars(cls):
-        setattr(cls, "sample", _of_a_key(vars(cls)["sample"]))  # noqa: B010
+        setattr(cls, "sample", of_a_key(vars(cls)["sample"]))  # noqa: B010
 
 
-def _of_a_target(log_prob: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def of_a_target(log_prob: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """A density that names what keeps JAX from taking its argument."""
 
     @functools.wraps(log_prob)
@@ -109,7 +109,7 @@ def _of_a_target(log_prob: Callable[[Any, Any], Any]) -> Callable[[Any, Any], An
     return call
 
 
-def _of_a_key(sample: Callable[..., Any]) -> Callable[..., Any]:
+def of_a_key(sample: Callable[..., Any]) -> Callable[..., Any]:
     """A sampler that names what is wrong with its arguments."""
 
     @functools.wraps(sample)

@@ -19,15 +19,14 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from jaxfisher._dataflow import moved_by
-from jaxfisher._distributions.base import Distribution
+from jaxfisher._distributions.base import Distribution, of_a_key, of_a_target
 from jaxfisher._distributions.excess import exp_excess
 from jaxfisher._distributions.libraries import LIBRARIES, Library, independent, library_of, translate
 from jaxfisher._distributions.outcomes import Outcomes, outcomes_of
 from jaxfisher._distributions.root import Root, triangle
 from jaxfisher._linalg import matmul, unit_root
 from jaxfisher._pytree import array_fields
-from jaxfisher._tree import as_key, at_least_float32
-from jaxfisher._values import checked_shape
+from jaxfisher._tree import at_least_float32
 
 _NUM_SAMPLES = 1024
 _SAMPLE_SEED = 20261123
@@ -152,12 +151,13 @@ class Foreign(Distribution):
             return f"sum over {len(self.form.outcomes)} outcomes"
         return _FROM_KL if self._kl_gap(self) is None else _FROM_SAMPLES
 
+    @of_a_target
     def log_prob(self, x: Shaped[Array, "*batch_and_event"]) -> Float[Array, "*batch"]:
         value: Array = self._object().log_prob(x)
         return value
 
+    @of_a_key
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Shaped[Array, "*shape_batch_event"]:
-        key, shape = as_key(key, "sample"), checked_shape("sample", shape)
         draws: Array = self._library.sample(self._object(), key, shape)
         return draws
 

@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxfisher._distributions.base import Distribution, float_fields
+from jaxfisher._distributions.base import Distribution, float_fields, of_a_key
 from jaxfisher._distributions.foreign import as_distribution
 from jaxfisher._distributions.libraries import library_of
 from jaxfisher._distributions.root import Root
 from jaxfisher._pytree import array_fields
-from jaxfisher._tree import as_key
-from jaxfisher._values import checked_shape, described
+from jaxfisher._values import described
 
 
 @array_fields("parts", repr=False, eq=False)
@@ -154,11 +153,11 @@ class Joint(Distribution):
     def _takes_any_key(self) -> bool:
         return all(part._takes_any_key for part in self._each)
 
+    @of_a_key
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Any:
         """Independent draws from each part, ``[*shape, *batch, *event]``, in the container."""
         parts = self._each
-        keys = jax.random.split(as_key(key, "Joint.sample"), len(parts))
-        shape = checked_shape("Joint.sample", shape)
+        keys = jax.random.split(key, len(parts))
         return jax.tree.unflatten(self._outer, [part.sample(k, shape) for part, k in zip(parts, keys, strict=True)])
 
     def kl(self, other: Joint) -> Float[Array, "*batch"]:
