@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from rooms import ROOMS, candidates, covariance, information, observed
 
 import jaxfisher as jf
 
@@ -316,13 +317,14 @@ OTHERS = {
 
 def everything(forms=("scores", "sum", "Kronecker")):
     """All calls above, by name; what they share is made first and anew, so that a flag meets the calls only."""
-    for shared in (fisher, scores, problem, posterior):
+    for shared in (fisher, scores, problem, posterior, observed, information, covariance, candidates):
         shared.cache_clear()
+    covariance(), candidates()
     for form in ("scores", "exact", "streamed", "sum", "Kronecker", "low rank"):
         fisher(form)
     scores(None), scores(2), posterior()
     made = {(name, form): lambda c=c, f=form: c(fisher(f)) for name, c in METHODS.items() for form in forms}
     made |= {(name, size): lambda c=c, size=size: c(scores(size)) for name, c in SCORES.items() for size in (None, 2)}
-    made |= FISHERS | NUMBERS | OTHERS
+    made |= FISHERS | NUMBERS | OTHERS | ROOMS
     made |= {name: lambda make=make: stepped(make()) for name, make in OPTIMISERS.items()}
     return made | {name: lambda make=make: asked(make) for name, make in DISTRIBUTIONS.items()}

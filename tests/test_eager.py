@@ -26,6 +26,7 @@ from calls import (
     stepped,
     vector,
 )
+from rooms import ROOMS
 
 import jaxfisher as jf
 from jaxfisher._examples import make_batch
@@ -115,6 +116,10 @@ def test_distributions_are_compiled_once():
 
 def test_all_else_is_compiled_once():
     assert found_in({name: lambda call=call: jax.tree.leaves(call()) for name, call in OTHERS.items()}) == NOTHING
+
+
+def test_jobs_are_compiled_once():
+    assert found_in({name: lambda call=call: jax.tree.leaves(call()) for name, call in ROOMS.items()}) == NOTHING
 
 
 def test_examples_are_weighted_in_one_program_and_counted_in_another():

@@ -8,6 +8,7 @@ import inspect
 import jax
 import jax.numpy as jnp
 import pytest
+import rooms
 from calls import DISTRIBUTIONS, FISHERS, METHODS, NUMBERS, OTHERS, SCORES, everything, fisher, key
 
 import jaxfisher as jf
@@ -44,7 +45,14 @@ def test_every_public_function_is_in_the_table():
     }
     public = {name for name, value in vars(jf).items() if callable(value) and not name.startswith("_")} - types
     called = {str(name).split(",")[0] for name in everything()}
-    assert public - called == set()
+    rooms = {
+        f"{room}.{name}"
+        for room in ("statistics", "geometry", "forecasts", "design")
+        for name, value in vars(getattr(jf, room)).items()
+        if inspect.isfunction(value) and not name.startswith("_")
+    }
+    assert len(rooms) > 30
+    assert (public | rooms) - called == set()
 
 
 PARTS = {
@@ -88,8 +96,20 @@ def test_without_float64():
 def test_without_jit():
     """Nothing needs a program to be compiled: loops run as loops of Python."""
     calls = abstractly(everything(("scores",)))
+    # Newton's steps with their derivatives are loops in loops in loops: operation by operation they take a minute.
+    for name in ("geometry.geodesic", "statistics.likelihood_interval", "statistics.score_interval"):
+        del calls[name]
     with jax.disable_jit():
         assert stumbles(calls, Exception) == {}
+
+
+def test_parameters_and_data_in_bfloat16(monkeypatch):
+    """Strict promotion of dtypes shows where a number of another dtype comes in."""
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), rooms.observed())
+    monkeypatch.setattr(rooms, "observed", lambda: narrow)
+    for made in (rooms.information, rooms.covariance, rooms.candidates):
+        made.cache_clear()
+    assert stumbles(abstractly(rooms.ROOMS), Exception) == {}
 
 
 @pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])

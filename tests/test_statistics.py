@@ -316,6 +316,16 @@ def test_an_interval_without_an_end_says_so():
     assert not bool(wald({"level": 0.0, "idle": 0.0}, jf.covariance(F)).converged)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_an_interval_of_narrow_parameters_has_the_digits_of_the_statistics(dtype):
+    """1 +- z s / sqrt(n), in float32."""
+    mean = jnp.asarray(1.0, dtype)
+    F = jf.exact_fisher(lambda mean: jf.Normal(mean, jnp.asarray(2.0, dtype)))(mean)
+    found = statistics.wald_interval(lambda mean: mean)(mean, jf.covariance(F, n=4))
+    assert found.lower.dtype == found.upper.dtype == jnp.float32
+    np.testing.assert_allclose([found.lower, found.upper], 1 + scipy.stats.norm.ppf(0.975) * np.array([-1, 1]), rtol=1e-6)
+
+
 def test_the_bound_of_cramer_and_rao():
     """Mean and standard deviation over mean, of n draws of a normal."""
     model = lambda p: jf.Normal(p["loc"], jnp.exp(p["log_scale"]))  # noqa: E731

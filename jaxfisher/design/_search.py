@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
+from jaxfisher._once import Static, once_for
 from jaxfisher._tree import check_function
-from jaxfisher._values import check_nonnegative, described, whole
+from jaxfisher._values import described, nonnegative, whole
 from jaxfisher._varying import while_loop
 
 Criterion = Callable[[Array], Scalar]
@@ -88,10 +89,16 @@ def optimal_weights(
     [0.5 0.  0.  0.  0.5]
     """
     matrices = _checked(informations, criterion, "optimal_weights")
-    check_nonnegative("atol", atol)
     steps = whole(max_steps)
     if steps is None or steps < 1:
         raise ValueError(f"optimal_weights: `max_steps` is {described(max_steps)}; expected a whole number, at least 1.")
+    found: Design = _weighted(criterion, matrices, nonnegative("atol", atol, matrices.dtype), Static(steps))
+    return found
+
+
+@once_for
+def _weighted(criterion: Criterion, matrices: Array, atol: Scalar, steps: Static[int]) -> Design:
+    """The search of `optimal_weights`."""
 
     def of(weights: Float[Array, " m"]) -> Scalar:
         return criterion(jnp.tensordot(weights, matrices, 1, precision="highest"))
@@ -125,7 +132,7 @@ def optimal_weights(
 
     uniform = jnp.full(matrices.shape[0], 1 / matrices.shape[0], matrices.dtype)
     begin = jnp.zeros((), jnp.int32), uniform, *look(uniform), jnp.ones((), bool)
-    going = lambda state: state[4] & (state[3] > atol) & (state[0] < steps)  # noqa: E731
+    going = lambda state: state[4] & (state[3] > atol) & (state[0] < steps.value)  # noqa: E731
     _, weights, _, gap, _ = while_loop(going, step, begin)
     return Design(weights, of(weights), gap, gap <= atol)
 
@@ -174,6 +181,13 @@ def exchange(
             f"exchange: `start` is {described(start)}; expected a vector of whole numbers, the candidate of each run."
         )
     _check_places(start, len(matrices))
+    found: Exchanged = _exchanged(criterion, matrices, runs, Static(steps))
+    return found
+
+
+@once_for
+def _exchanged(criterion: Criterion, matrices: Array, runs: Array, steps: Static[int]) -> Exchanged:
+    """The search of `exchange`."""
     eps = float(jnp.finfo(matrices.dtype).eps)
 
     def step(state: Any) -> Any:
@@ -195,7 +209,7 @@ def exchange(
     there = jnp.all((runs >= 0) & (runs < len(matrices)))
     first = jnp.where(there, criterion(jnp.sum(matrices[runs], axis=0)), jnp.nan)
     begin = jnp.zeros((), jnp.int32), runs, first, jnp.ones((), bool)
-    _, runs, value, better = while_loop(lambda state: state[3] & (state[0] < steps), step, begin)
+    _, runs, value, better = while_loop(lambda state: state[3] & (state[0] < steps.value), step, begin)
     return Exchanged(runs, value, ~better & jnp.isfinite(value))
 
 

@@ -324,24 +324,29 @@ def natural_gradient_flow(model: Model, time: chex.Numeric, steps: int = 100) ->
     count = _counted(steps)
 
     def path(params: chex.ArrayTree, /, *data: Any, weights: Any = None) -> Any:
-        descent = natural_grad(log_likelihood(model), exact_fisher(model), damping=0.0)
         spec = make_batch(params, data, weights).spec
-
-        def rate(flat: Array) -> Array:
-            here = cast_like(spec.unravel(flat), params)
-            given = {"weights": weights} if weights is not None else {}
-            return -spec.ravel(descent(here, *data, **given), "gradient")
-
-        def step(flat: Array, _: None) -> tuple[Array, Array]:
-            moved = _runge_kutta(rate, flat, nonnegative("time", time, flat.dtype) / count)
-            return moved, moved
-
-        start = spec.ravel(params, "params")
-        _, later = jax.lax.scan(step, start, length=count)
-        every = jnp.concatenate([start[None], later])
-        return jax.vmap(lambda flat: cast_like(spec.unravel(flat), params))(every)
+        return _flowed(_Manifold(model), params, data, weights, nonnegative("time", time, spec.dtype), Static(count))
 
     return path
+
+
+@once_for
+def _flowed(manifold: _Manifold, params: Any, data: Any, weights: Any, time: Scalar, steps: Static[int]) -> Any:
+    descent = natural_grad(log_likelihood(manifold.model), exact_fisher(manifold.model), damping=0.0)
+    spec = make_batch(params, data, weights).spec
+    given = {"weights": weights} if weights is not None else {}
+
+    def rate(flat: Array) -> Array:
+        return -spec.ravel(descent(cast_like(spec.unravel(flat), params), *data, **given), "gradient")
+
+    def step(flat: Array, _: None) -> tuple[Array, Array]:
+        moved = _runge_kutta(rate, flat, time / steps.value)
+        return moved, moved
+
+    start = spec.ravel(params, "params")
+    _, later = jax.lax.scan(step, start, length=steps.value)
+    every = jnp.concatenate([start[None], later])
+    return jax.vmap(lambda flat: cast_like(spec.unravel(flat), params))(every)
 
 
 def log_jeffreys(model: Model) -> Callable[..., Scalar]:

@@ -84,8 +84,8 @@ def wald_interval(function: Callable[[Any], Any], level: chex.Numeric = 0.95) ->
         covariance = as_operator(covariance, "wald_interval: `covariance`")
         _check_scalar("wald_interval", jax.eval_shape(function, params))
         value, matrix = inherited(params, covariance)
-        half = z * jnp.sqrt(matrix[0, 0])
-        return Interval(value - half, value + half, jnp.isfinite(half))
+        middle, half = jnp.asarray(value, matrix.dtype), z.astype(matrix.dtype) * jnp.sqrt(matrix[0, 0])
+        return Interval(middle - half, middle + half, jnp.isfinite(half))
 
     return interval
 
