@@ -32,7 +32,6 @@ from jaxfisher._linalg import (
     twice,
     unit_diagonal,
 )
-from jaxfisher._path import with_derivatives_of
 from jaxfisher._system import Factorise, Solved, System, scaled
 from jaxfisher._varying import alike, cond, linear_solve, varying_through, while_loop
 
@@ -46,9 +45,9 @@ class _State(NamedTuple):
     """Where conjugate gradients are.
 
     Attributes:
-        found: the solution: its coordinates, and what else is made of them.
+        found: the solution, and what else the caller makes of its directions.
         rest: what is left of the right-hand side.
-        ahead: the coordinates of the direction to go.
+        ahead: the last direction.
         curvature: ``rest^T (solve rest)`` for the rest that this direction was made of.
         left: the size of the rest.
         target: what that is to come down to.
@@ -57,7 +56,7 @@ class _State(NamedTuple):
         sweeps: how often a step was taken.
     """
 
-    found: tuple[Any, ...]
+    found: Any
     rest: Float[Array, " m"]
     ahead: Float[Array, " m"]
     curvature: Scalar
@@ -68,10 +67,13 @@ class _State(NamedTuple):
     sweeps: Int[Array, ""]
 
 
-def _begin(lifted: Callable[[Array], tuple[Any, ...]], b: Float[Array, " m"], target: Scalar) -> _State:
-    found = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(lifted, b))
+def _begin(b: Float[Array, " m"], found: Any, target: Scalar) -> _State:
+    """With a solution of zero, of this shape."""
+    # The zeros are made of what comes late: XLA would make constant ones first of all, and hold them while there is much else.
+    late = jnp.minimum(target, 0)
+    zero = jax.tree.map(lambda leaf: jax.lax.broadcast(late, leaf.shape), found)
     infinite, none = jnp.full((), jnp.inf, b.dtype), jnp.zeros((), jnp.int32)
-    return _State(found, b, jnp.zeros_like(b), infinite, infinite, target, infinite, none, none)
+    return _State(zero, b, jnp.zeros_like(b), infinite, infinite, target, infinite, none, none)
 
 
 def _turned(solve: Map, state: _State) -> _State:
@@ -83,20 +85,13 @@ def _turned(solve: Map, state: _State) -> _State:
     return state._replace(ahead=change + share * state.ahead, curvature=curvature)
 
 
-def _stepped(
-    lifted: Callable[[Array], tuple[Any, ...]], image: Callable[..., Array], size: Callable[[Array], Scalar], state: _State
-) -> _State:
-    """As far along the direction as makes the error smallest, in the norm of the matrix."""
-    ahead = lifted(state.ahead)
-    product = image(*ahead)
+def _stepped(product: Float[Array, " m"], size: Callable[[Array], Scalar], state: _State) -> tuple[Scalar, _State]:
+    """As far along the direction, of this product, as makes the error smallest in the norm of the matrix; how far that is."""
     along = jnp.vdot(state.ahead, product)
     length = state.curvature / jnp.where(along != 0, along, 1)
     rest = state.rest - length * product
     left = size(rest)
-    # Where part of the solution is made of the other, directions are added to both: most of one may cancel in the other, and so
-    # would what is small in it. What is added is what the product was taken of, with its rounding.
-    return state._replace(
-        found=jax.tree.map(lambda x, by: x + length * by, state.found, ahead),
+    return length, state._replace(
         rest=rest,
         left=left,
         least=jnp.minimum(left, state.least),
@@ -114,13 +109,14 @@ def _going(state: _State) -> Bool[Array, ""]:
 
 
 class Damped(NamedTuple):
-    """``(M + damping I) c = b`` with ``M c = into(out(c))``, of which ``x = out(c)`` is wanted.
+    """``(M + damping I) c = b`` with ``M c = into(out(c))``, of which ``x = unit out(c)`` is wanted.
 
     Attributes:
         matrix: ``M``, rounded; its upper triangle is read.
         damping: above zero.
-        out: ``X^T`` where ``M = X X^T``; the identity where ``M = X^T X``.
+        out: ``X^T`` where ``M = X X^T``; the identity where ``M = X^T X``. A pytree of what derivatives are taken by.
         into: ``X``, or a product with ``X^T X``.
+        unit: of the solution.
         of_root: whether ``out`` is ``X^T``. Residuals are then measured after a product with it: as ``|X^T rest| / |X^T b|``.
     """
 
@@ -128,38 +124,65 @@ class Damped(NamedTuple):
     damping: Scalar
     out: Callable[[Float[Array, " m"]], Any]
     into: Callable[[Any], Float[Array, " m"]]
+    unit: Scalar
     of_root: bool
 
     def image(self, c: Float[Array, " m"], x: Any) -> Float[Array, " m"]:
         """``(M + damping I) c`` where ``x = out(c)``."""
         return self.into(x) + self.damping * c
 
+    def length(self, c: Float[Array, " m"], image: Float[Array, " m"]) -> Scalar:
+        """``|out(c)|``, given the image of ``c``."""
+        return jnp.sqrt(jnp.maximum(jnp.vdot(c, image - self.damping * c if self.of_root else c), 0))
+
 
 def solution(system: Damped, b: Float[Array, " m"], rtol: float) -> Any:
     """``x`` whose residual is about ``rtol`` of ``b``, or what rounding leaves; unrefined where ``rtol`` is infinite."""
     factor = _factored(system)
     system = system._replace(damping=factor.damping)
+    # Rows of zeros make nothing of the solution, and may have a pivot of any size.
+    b = jnp.where(factor.there, b, 0)
     product: Map = lambda c: system.image(c, system.out(c))  # noqa: E731
-    lifted: Callable[[Array], tuple[Array, Any]] = lambda c: (c, system.out(c))  # noqa: E731
     if math.isinf(rtol):
-        return system.out(linear_solve(product, b, lambda _, b: (factor.solve(b), ()))[0])
+        return _solution(system.out, system.unit, linear_solve(product, b, lambda _, b: (factor.solve(b), ()))[0])
 
     def iterate(_: Map, b: Array) -> tuple[Array, Any]:
-        least = factor.least(b)
-        begin = _turned(factor.solve, _begin(lifted, b, rtol * least))
-
         def step(state: _State) -> _State:
-            after = _stepped(lifted, system.image, factor.size, state)
+            state = _turned(factor.solve, state)
+            out, first = system.out(state.ahead), state.sweeps == 0
+            # A product is taken only where the first solution may be off by more than is asked for. Otherwise that solves it.
+            enough = first & (factor.error(state.ahead) <= state.target)
+            image = cond(enough, lambda: state.rest, lambda: system.image(state.ahead, out))
             # The right-hand side is at least the damping times the solution, of which the first one is near.
-            size = jnp.where(state.sweeps == 0, system.damping * _size(after.found[1]), 0)
-            return _turned(factor.solve, after._replace(target=jnp.maximum(state.target, rtol * size)))
+            least = jnp.where(first, system.damping * system.length(state.ahead, image), 0)
+            state = state._replace(target=jnp.maximum(state.target, rtol * least))
+            length, after = _stepped(image, factor.size, state)
+            # What was found of x is no product with what was found of c, most of which may cancel in that, and with it what is
+            # small. It is the sum of what products were taken of, with its rounding.
+            coordinates, x = state.found
+            x = jax.tree.map(lambda leaf, by: leaf + length * system.unit * by, x, out)
+            return after._replace(found=(coordinates + length * state.ahead, x))
 
-        # A product is taken only where the first solution may be off by more than is asked for.
-        enough = factor.error(begin.ahead) <= begin.target
-        return cond(enough, lambda: lifted(begin.ahead), lambda: while_loop(_going, step, begin).found)
+        begin = _begin(b, jax.eval_shape(lambda: (b, system.out(b))), rtol * factor.least(b))
+        return while_loop(_going, step, begin).found
 
     c, x = linear_solve(product, b, iterate)
-    return with_derivatives_of(x, system.out(c))
+    return _with_derivatives_of(x, system.out, system.unit, c)
+
+
+@jax.custom_jvp
+def _with_derivatives_of(x: Any, out: Callable[[Array], Any], unit: Scalar, c: Float[Array, " m"]) -> Any:
+    """``x``, which is ``unit out(c)`` but for rounding, with the derivatives of that, which is only traced for them."""
+    return x
+
+
+@_with_derivatives_of.defjvp
+def _with_derivatives_of_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    return primals[0], jax.jvp(_solution, primals[1:], tangents[1:])[1]
+
+
+def _solution(out: Callable[[Array], Any], unit: Scalar, c: Float[Array, " m"]) -> Any:
+    return jax.tree.map(lambda leaf: unit * leaf, out(c))
 
 
 class _Factor(NamedTuple):
@@ -167,6 +190,7 @@ class _Factor(NamedTuple):
 
     Attributes:
         damping: that of the system. If it could not be told from the rounding of the matrix, what could be.
+        there: which rows are not zero.
         solve: a solve by it.
         error: a bound on the size of what the first solution leaves.
         size: of a residual, or somewhat more.
@@ -174,6 +198,7 @@ class _Factor(NamedTuple):
     """
 
     damping: Scalar
+    there: Bool[Array, " m"]
     solve: Map
     error: Callable[[Array], Scalar]
     size: Callable[[Array], Scalar]
@@ -202,41 +227,42 @@ def _factored(system: Damped) -> _Factor:
     eps = float(jnp.finfo(matrix.dtype).eps)
     lower = _raised_cholesky(matrix, system.damping)
     # The diagonal, of the factor: where that of the matrix is used, XLA makes the whole matrix again.
-    entries = jnp.sum(jnp.square(lower), 1)
-    empty = entries == EMPTY
-    entries = jnp.where(empty, 0, entries)
-    counts = entries if system.of_root else jnp.ones_like(entries)
-    raised = jnp.where(empty, 1, jnp.maximum(rounding * entries, system.damping))
+    entries = jnp.einsum("ij,ij->i", lower, lower, precision=jax.lax.Precision.HIGHEST)
+    there = entries != EMPTY
+    entries = jnp.where(there, entries, 0)
+    raised = jnp.maximum(rounding * entries, system.damping)
     # Of right-hand sides in the null space of X^T nothing is wanted, but what a smaller damping divides cancels no more. There
     # is such a space where rows depend on each other, to rounding.
-    dependent = jnp.any(~empty & (jnp.square(diagonals(lower[None])[0]) < 16 * rounding * entries))
-    floor = jnp.where(dependent, eps * jnp.max(entries), 0)
+    dependent = there & (jnp.square(diagonals(lower[None])[0]) < 16 * rounding * entries)
+    floor = eps * jnp.max(entries) * jnp.max(dependent.astype(entries.dtype))
     damping = jnp.maximum(system.damping, floor) if system.of_root else system.damping
+    # From the rounding of the matrix and of ``out``, and from what the diagonal was raised by.
+    beyond = jnp.where(there, (raised - damping) * jax.lax.rsqrt(jnp.where(there, entries, 1)), 0)
+    counts = entries if system.of_root else jnp.ones_like(entries)
+    rounded = 2 * eps * jnp.sqrt(jnp.vdot(counts, entries)) + jnp.sqrt(jnp.vdot(counts * beyond, beyond))
 
     def solve(b: Array) -> Array:
         solved: Array = jax.scipy.linalg.cho_solve((lower, True), b)
         return solved
 
     def error(c: Array) -> Scalar:
-        """From the rounding of the matrix and of ``out``, and from what the diagonal was raised by."""
-        rounded = 2 * eps * jnp.sqrt(jnp.vdot(counts, entries) * jnp.vdot(entries, c * c))
-        return rounded + jnp.vdot(jnp.sqrt(counts) * (raised - damping), jnp.abs(c))
+        return rounded * jnp.sqrt(jnp.vdot(entries * c, c))
 
     def size(rest: Array) -> Scalar:
-        return jnp.linalg.norm(matmul(jnp.where(empty, 0, rest), lower) if system.of_root else rest)
+        return _size(matmul(rest, lower) if system.of_root else rest)
 
     def least(b: Array) -> Scalar:
         """``|X^T b|^2 = b^T M b``, where that is more than its rounding error."""
         if not system.of_root:
-            return jnp.linalg.norm(b)
+            return _size(b)
         known = jnp.square(size(b)) - jnp.vdot((raised + 4 * rounding * entries) * b, b)
         return jnp.sqrt(jnp.maximum(known, 0))
 
-    return _Factor(damping, solve, error, size, least)
+    return _Factor(damping, there, solve, error, size, least)
 
 
-def _size(x: Any) -> Scalar:
-    return jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(x)))
+def _size(x: Float[Array, " m"]) -> Scalar:
+    return jnp.sqrt(jnp.vdot(x, x))
 
 
 # --- any vector -----------------------------------------------------------------------------------------------------------
@@ -343,12 +369,14 @@ def _solved(system: System, v: Float[Array, " p"], rtol: float) -> Solved:
         return functools.reduce(jnp.maximum, parts)
 
     def iterate(product: Map, b: Array) -> tuple[Array, tuple[Array, Array]]:
-        lifted: Callable[[Array], tuple[Array]] = lambda y: (y,)  # noqa: E731
-        image: Map = lambda y: product(y) + floor * y  # noqa: E731
-        step = lambda state: _stepped(lifted, image, size, _turned(system.solve, state))  # noqa: E731
-        begin = _begin(lifted, b, jnp.full((), max(rtol, 32 * eps), b.dtype))._replace(left=size(b))
+        def step(state: _State) -> _State:
+            state = _turned(system.solve, state)
+            length, after = _stepped(product(state.ahead) + floor * state.ahead, size, state)
+            return after._replace(found=state.found + length * state.ahead)
+
+        begin = _begin(b, b, jnp.full((), max(rtol, 32 * eps), b.dtype))._replace(left=size(b))
         end = while_loop(_going, step, begin)
-        (y,) = end.found
+        y = end.found
         # Of the solution that is given, and on another way through the product than the one that led there.
         rest = b - in_another_rounding(product, settled(y))
         return y, (rest, rest - end.rest - floor * y)

@@ -11,7 +11,6 @@ Reference: Ren and Goldfarb, Efficient subsampled Gauss-Newton and natural gradi
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -186,18 +185,18 @@ class FromScores(Form):
         scaled, damping = Scaled(self.scores, factor), twice(damping, factor)
         b = scaled.root * e
         if scaled.short:
-            x = solution(Damped(scaled.gram(), damping, scaled.rmv, scaled.mv, of_root=True), b, rtol.value)
-        else:
-            product = lambda x: scaled.out_of_rows(scaled.into_rows(x))  # noqa: E731
-            system = Damped(scaled.moment(), damping, lambda x: x, product, of_root=False)
-            v = scaled.out_of_rows(b)
-            # The squares of a tiny right-hand side would vanish.
-            size = power_or_one(jnp.max(jnp.abs(v), initial=0.0))
-            x = self.spec.unravel(solution(system, v * inverse_power(size), rtol.value) * size)
-        return jax.tree.map(lambda leaf: leaf * factor, x)
+            out = jax.tree_util.Partial(Scaled.rmv, scaled)
+            return solution(Damped(scaled.gram(), damping, out, scaled.mv, factor, of_root=True), b, rtol.value)
+        product = lambda x: scaled.out_of_rows(scaled.into_rows(x))  # noqa: E731
+        v = scaled.out_of_rows(b)
+        # The squares of a tiny right-hand side would vanish.
+        size = power_or_one(jnp.max(jnp.abs(v), initial=0.0))
+        identity = jax.tree_util.Partial(lambda x: x)
+        system = Damped(scaled.moment(), damping, identity, product, size, of_root=False)
+        return self.spec.unravel(solution(system, v * inverse_power(size), rtol.value) * factor)
 
 
-@dataclasses.dataclass(frozen=True)
+@array_fields("scores", "factor")
 class Scaled:
     """``X = factor diag(sqrt(omega)) S``, in units in which its squares stay in the dtype."""
 

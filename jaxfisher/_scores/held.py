@@ -59,12 +59,17 @@ class HeldScores(FactoredScores):
     def roles(self) -> tuple[Role, ...]:
         return roles_of(self.leaves)
 
+    @property
+    def _distinct(self) -> list[Leaf]:
+        """The leaves, with each array that is in two of them there once."""
+        return [leaf if leaf.layer is None else leaf.beside(self.leaves[leaf.layer]) for leaf in self.leaves]
+
     def rescaled(self, factors: tuple[Scalar, ...]) -> HeldScores:
         leaves = tuple(leaf.times(factor) for leaf, factor in zip(self.leaves, factors, strict=True))
         return dataclasses.replace(self, leaves=leaves)
 
     def product(self, v: chex.ArrayTree, seal: Seal) -> Float[Array, " rows"]:
-        parts = [leaf.mv(x, seal) for leaf, x in zip(self.leaves, self.spec.leaves(v, "v"), strict=True)]
+        parts = [leaf.mv(x, seal) for leaf, x in zip(self._distinct, self.spec.leaves(v, "v"), strict=True)]
         return total(parts).reshape(-1)
 
     @property
@@ -73,7 +78,7 @@ class HeldScores(FactoredScores):
 
     def rmv(self, w: Float[Array, " rows"]) -> Any:
         w = self._by_example(self._row_numbers(w))
-        return joined(self.spec.tree([leaf.rmv(w) for leaf in self.leaves]))
+        return joined(self.spec.tree([leaf.rmv(w) for leaf in self._distinct]))
 
     def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
         return gram_upper(self.leaves, factor)

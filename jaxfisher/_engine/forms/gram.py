@@ -23,10 +23,10 @@ from jaxfisher._pieces import map_batches
 
 
 class Sizes(NamedTuple):
-    """The largest entries of the left factors of one form, and of its gradients: what its factors are divided by on the way."""
+    """The largest entries of the factors of one form, which are divided by these on the way."""
 
     left: Float[Array, "n rows groups T 1"]
-    whole: Float[Array, "n rows groups T 1"]
+    right: Float[Array, "n rows groups T 1"]
 
 
 class Pair(NamedTuple):
@@ -75,8 +75,7 @@ def _paired(mine: Sequence[Leaf], theirs: Sequence[Leaf]) -> list[Pair]:
 
 
 def _sizes(leaf: Leaf, *, bias: bool) -> tuple[Sizes, ...]:
-    lefts = [(form, form.left_size(bias=bias)) for form in factors(leaf) or ()]
-    return tuple(Sizes(left, magnitude(form.right * left, -1)) for form, left in lefts)
+    return tuple(Sizes(form.left_size(bias=bias), magnitude(form.right, -1)) for form in factors(leaf) or ())
 
 
 def _flat(blocks: Float[Array, "n rows m rows2"]) -> Float[Array, "n*rows m*rows2"]:
@@ -150,10 +149,11 @@ def _all_pairs(pair: Pair, factor: Scalar) -> Float[Array, "n rows m rows2"]:
     for one, sizes in zip(factors(pair.mine) or (), pair.sizes or (), strict=True):
         for two in factors(pair.theirs) or ():
             lefts = _inner_left(one, two, sizes.left)
+            rights = inner(near_one(one.right, sizes.right), two.right)
+            products = lefts * rights * factor * (factor * _beside(sizes.left * sizes.right))
             if pair.bias:
-                lefts = lefts + 1 / _beside(sizes.left)
-            rights = inner(near_one(one.right * sizes.left, sizes.whole), two.right)
-            parts.append(jnp.sum(lefts * rights * factor * (factor * _beside(sizes.whole)), (0, 3, 6)))
+                products = products + rights * factor * (factor * _beside(sizes.right))
+            parts.append(jnp.sum(products, (0, 3, 6)))
     return total(parts)
 
 

@@ -15,6 +15,7 @@ from jaxfisher._engine.forms.arrays import Seal, few, masked, taken, total
 from jaxfisher._engine.forms.form import Form, Made
 from jaxfisher._engine.forms.formed import Formed
 from jaxfisher._engine.forms.layout import Layout, plain_layout
+from jaxfisher._engine.forms.product import Product
 from jaxfisher._pieces import map_batches, sum_batches
 from jaxfisher._pytree import array_fields
 
@@ -113,6 +114,16 @@ class Leaf:
     def formed(self) -> Leaf:
         """With the gradients formed."""
         return dataclasses.replace(self, forms=(Formed(self.gradient()),))
+
+    def beside(self, weight: Leaf) -> Leaf:
+        """The bias of a layer, of the right factors of its weight where these are its gradients.
+
+        A program that is given one array twice, in two shapes, copies it on its way into a loop.
+        """
+        (form,) = weight.forms
+        if weight.positions > 1 or not isinstance(form, Product):
+            return self
+        return dataclasses.replace(self, forms=(Formed(form.right.reshape(*form.right.shape[:2], *self.shape)),))
 
     def sizes(self) -> Float[Array, "n rows"]:
         """A bound on the entries of ``D`` of each row, of their order of magnitude; with those of the bias of the layer.

@@ -91,7 +91,7 @@ class Product:
 
     def sizes(self, *, bias: bool) -> Float[Array, "n rows"]:
         """The products of the largest entries of both factors, summed over positions."""
-        return jnp.max(jnp.sum(magnitude(self.right * self.left_size(bias=bias), -1), (3, 4)), 2)
+        return jnp.max(jnp.sum(self.left_size(bias=bias) * magnitude(self.right, -1), (3, 4)), 2)
 
     def means(self, w: Float[Array, "n rows"], by_row: bool) -> tuple[Array, ...]:
         """Those of both factors."""
