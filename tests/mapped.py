@@ -45,6 +45,8 @@ def answers(params, keys, x, y):
         "observed": jf.observed_information(LOG_PROB)(params, x, y).as_matrix(),
         "diagonal": flat(jf.diagonal(F).diagonal()),
         "Kronecker": jf.kronecker(F).as_matrix(),
+        "Kronecker, of pieces": jf.kronecker(jf.exact_fisher(model, max_bytes=8000)(params, x)).as_matrix(),
+        "Kronecker, of products": jf.kronecker(jf.implicit_fisher(model)(params, x)).as_matrix(),
         "natural gradient": flat(jf.natural_grad(LOG_PROB, damping=0.1)(params, x, y)),
         "solve": flat(jf.solve(F, params, 0.1)[0]),
         "solve of blocks": flat(jf.block_diagonal(F).solve(params, 0.1)),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
+from jaxfisher._automatic import automatic
 from jaxfisher._engine import Basis, Leaf, Moments, Seal, cross_gram, leaf_forms, trace
 from jaxfisher._examples import num_examples
 from jaxfisher._once import Static, once
@@ -108,7 +109,8 @@ class StreamedScores(ScoresInPieces, FactoredScores):
 
     def _shapes(self) -> tuple[Leaf, ...]:
         """The leaves of one example, without values."""
-        shapes: tuple[Leaf, ...] = jax.eval_shape(self._leaves, *jax.tree.map(lambda leaf: leaf[:1], self.data))
+        # The first example of data spread over explicit axes cannot be sliced off, unless they are made automatic.
+        shapes: tuple[Leaf, ...] = jax.eval_shape(automatic(_leaves_of_first), self)
         return shapes
 
     def rescaled(self, factors: tuple[Scalar, ...]) -> StreamedScores:
@@ -190,6 +192,10 @@ class StreamedScores(ScoresInPieces, FactoredScores):
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> StreamedScores:
         factors = None if self.factors is None else tuple(kept(self.factors, keep))
         return dataclasses.replace(self, keep=narrowed(self.keep, keep), spec=spec, factors=factors)
+
+
+def _leaves_of_first(scores: StreamedScores) -> tuple[Leaf, ...]:
+    return scores._leaves(*jax.tree.map(lambda leaf: leaf[:1], scores.data))
 
 
 @once
