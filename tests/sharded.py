@@ -32,6 +32,20 @@ def problem():
     return params, jax.random.normal(keys[2], (EXAMPLES, 6)), jax.random.randint(keys[3], (EXAMPLES,), 0, 3)
 
 
+def kinds():
+    """Least squares on the outputs, at points that are spread, and on some parameters, at none."""
+    outputs = lambda params, x, y: jnp.tanh(x @ params["a"] + params["b"]) @ params["c"] - jax.nn.one_hot(y, 3)  # noqa: E731
+    return jf.residuals({"outputs": outputs, "parameters": lambda params: params["b"]})
+
+
+def runs(params, x, y):
+    """By name: the model, the optimiser, the Fisher, and the data."""
+    residuals = (kinds(), jf.levenberg_marquardt(), None, ({"outputs": (x, y), "parameters": ()},))
+    return {name: (model, opt, fisher, (x, y)) for name, (opt, fisher) in optimisers(params, x).items()} | {
+        "residuals": residuals
+    }
+
+
 def optimisers(params, x):
     # The exact Fisher has more rows than parameters, the empirical one fewer.
     # `training_step` gives a Fisher the inputs only.
@@ -58,16 +72,16 @@ def difference(a, b):
 def main():
     jax.config.update("jax_enable_x64", True)
     params, x, y = problem()
-    for name, (opt, fisher) in optimisers(params, x).items():
-        step, state = jf.training_step(model, opt, fisher), opt.init(params)
-        one = jax.jit(step)(params, state, x, y)
+    for name, (trained, opt, fisher, data) in runs(params, x, y).items():
+        step, state = jf.training_step(trained, opt, fisher), opt.init(params)
+        one = jax.jit(step)(params, state, *data)
         for kind in (AxisType.Auto, AxisType.Explicit):
-            if kind == AxisType.Explicit and name != "exact":
+            if kind == AxisType.Explicit and name not in ("exact", "residuals"):
                 continue
             mesh = jax.make_mesh((8,), ("examples",), axis_types=(kind,))
             with jax.set_mesh(mesh):
                 everywhere, apart = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("examples",)))
-                given = (*jax.device_put((params, state), everywhere), *jax.device_put((x, y), apart))
+                given = (*jax.device_put((params, state), everywhere), *jax.device_put(data, apart))
                 program = jax.jit(step).lower(*given).compile()
                 many = program(*given)
             pairs = zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True)

@@ -78,6 +78,8 @@ def test_eight_devices_take_the_step_of_one():
         ("empirical", "Auto"),
         ("diagonal", "Auto"),
         ("kfac", "Auto"),
+        ("residuals", "Auto"),
+        ("residuals", "Explicit"),
     ]
     for each in found:
         # The condition of F + damping is below 1e3.

@@ -233,7 +233,7 @@ class JoinedScores(ScoresInPieces):
     @property
     def weights(self) -> Float[Array, " rows"]:  # type: ignore[override]
         """The weights of all rows."""
-        return jnp.concatenate([part.weights for part in self.parts])
+        return _one_after_the_other([part.weights for part in self.parts])
 
     def rescaled(self, factors: tuple[Scalar, ...]) -> JoinedScores:
         return JoinedScores(tuple(part.rescaled(factors) for part in self.parts))
@@ -243,7 +243,7 @@ class JoinedScores(ScoresInPieces):
         return list(zip(self.parts, *(jnp.split(entries, ends) for entries in given), strict=True))
 
     def _map(self, function: Callable[..., Array], *given: Array) -> Array:
-        return jnp.concatenate([function(*block) for block in self._blocks(given)])
+        return _one_after_the_other([function(*block) for block in self._blocks(given)])
 
     def _sum(self, function: Callable[..., Any], *given: Array) -> Any:
         return total([function(*block) for block in self._blocks(given)])
@@ -264,3 +264,9 @@ class JoinedScores(ScoresInPieces):
 
     def reweighted(self, factor: Any) -> JoinedScores:
         return JoinedScores(tuple(dataclasses.replace(part, weights=part.weights * factor) for part in self.parts))
+
+
+@once
+def _one_after_the_other(blocks: Sequence[Array]) -> Array:
+    """Blocks of rows, of which some may be spread over explicit axes of a mesh and others not."""
+    return jnp.concatenate(blocks)
