@@ -182,7 +182,7 @@ def residuals(kinds: Mapping[str, Residual], *, batch_size: int | None = None) -
     scales if there are any::
 
         problem = jf.residuals({"interior": interior, "boundary": boundary})
-        step = jf.training_step(problem, jf.levenberg_marquardt(inner, damping=1e-2))
+        step = jf.training_step(problem, jf.levenberg_marquardt())
         params, state, loss = step(params, state, {"interior": inside, "boundary": edges})
 
     Args:

@@ -9,10 +9,14 @@ from jaxtyping import Scalar
 
 from jaxfisher._operators.operator import Operator
 from jaxfisher._transform.adapt_damping import Evidence, adapting, chosen, promised
+from jaxfisher._transform.geodesic_acceleration import geodesic_acceleration
+from jaxfisher._transform.scale_by_fisher import scale_by_fisher
 from jaxfisher._values import check_nonnegative, is_known_zero
 
 
-def levenberg_marquardt(inner: optax.GradientTransformation, damping: chex.Numeric) -> optax.GradientTransformationExtraArgs:
+def levenberg_marquardt(
+    inner: optax.GradientTransformation | None = None, damping: chex.Numeric = 1e-2
+) -> optax.GradientTransformationExtraArgs:
     r"""Run ``inner`` with a damping that follows the quality of each step closely, for a loss that is the same at every step.
 
     .. math:: \rho = \frac{L(\theta) - L(\theta + u)}{-(g^T u + \frac12 u^T F u)}, \qquad
@@ -26,13 +30,13 @@ def levenberg_marquardt(inner: optax.GradientTransformation, damping: chex.Numer
     ``tr F / eps``.
 
     It is for least squares, physics-informed residuals, fits to all of the data. With minibatches a loss says little of the
-    others: use `jaxfisher.adapt_damping`. For long curved valleys put a `jaxfisher.geodesic_acceleration` inside::
-
-        inner = optax.chain(jf.scale_by_fisher(), optax.scale_by_learning_rate(1.0), jf.geodesic_acceleration())
-        opt = jf.levenberg_marquardt(inner, damping=1e-2)
+    others: use `jaxfisher.adapt_damping`.
 
     Args:
-        inner: a transformation with a `scale_by_fisher` inside, whose own damping is replaced by the state's.
+        inner: a transformation with a `scale_by_fisher` inside, whose own damping is replaced by the state's. None stands for a
+            whole step that is bent, as long curved valleys want it: ``optax.chain(jf.scale_by_fisher(),
+            optax.scale_by_learning_rate(1.0), jf.geodesic_acceleration())``, whose ``update`` takes ``acceleration_fn=``
+            besides; `jaxfisher.training_step` has it.
         damping: the first lambda, above zero, in the units of F.
 
     Returns:
@@ -53,11 +57,23 @@ def levenberg_marquardt(inner: optax.GradientTransformation, damping: chex.Numer
     >>> updates, state = opt.update(jax.grad(loss)(0.0), opt.init(0.0), 0.0, fisher=F, value_fn=loss)
     >>> print(updates.round(5), state.damping.round(5))  # the loss is its quadratic model
     1.5 0.33333
+    >>> circle = jf.residuals({"radius": lambda p: p["x"] ** 2 + p["y"] ** 2 - 2, "diagonal": lambda p: p["x"] - p["y"]})
+    >>> points, params = {"radius": (), "diagonal": ()}, {"x": 2.0, "y": 0.0}
+    >>> step = jf.training_step(circle, jf.levenberg_marquardt())
+    >>> state = step.init(params, points)
+    >>> for _ in range(10):
+    ...     params, state, loss = step(params, state, points)
+    >>> print({name: leaf.round(3) for name, leaf in params.items()})
+    {'x': Array(1., dtype=float32), 'y': Array(1., dtype=float32)}
     """
     check_nonnegative("damping", damping)
     if is_known_zero(damping, jnp.float32):
         raise ValueError(f"levenberg_marquardt: `damping` is {damping}; expected a number above zero, which it multiplies.")
-    return adapting(inner, damping, nielsen, promised, chosen)
+    return adapting(_bent() if inner is None else inner, damping, nielsen, promised, chosen)
+
+
+def _bent() -> optax.GradientTransformationExtraArgs:
+    return optax.chain(scale_by_fisher(), optax.scale_by_learning_rate(1.0), geodesic_acceleration())
 
 
 def nielsen(damping: Scalar, seen: Evidence, operator: Operator) -> Scalar:
