@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.metadata
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -175,6 +176,12 @@ def library(name: str, package: str) -> Any:
             return importlib.import_module(name)
         except (ImportError, AttributeError) as error:
             raise Unsuited(f"{package} does not import here: {error}") from error
+
+
+def netket() -> Any:
+    """NetKet, which would switch float64 on for everything that is measured after it."""
+    os.environ.setdefault("NETKET_ENABLE_X64", "0")
+    return library("netket", "netket")
 
 
 def mean_loss(task: Task, params: Any, batch: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
