@@ -60,6 +60,12 @@ def truncated(params, x):
     return vectors[:, -4:] @ jnp.diag(values[-4:]) @ vectors[:, -4:].T
 
 
+def sketched(params, x):
+    """Four eigenpairs, less the largest eigenvalue that is left out."""
+    values, vectors = jnp.linalg.eigh(dense(params, x))
+    return vectors[:, -4:] @ jnp.diag(values[-4:] - values[-5]) @ vectors[:, -4:].T
+
+
 FORMS = {
     "scores": (exact, dense),
     "scores, in pieces": (lambda p, x: jf.exact_fisher(model, batch_size=2)(p, x), dense),
@@ -71,6 +77,7 @@ FORMS = {
     "implicit": (lambda p, x: jf.implicit_fisher(model)(p, x), dense),
     "low rank": (lambda p, x: jf.low_rank(exact(p, x), 6), dense),
     "low rank, some": (lambda p, x: jf.low_rank(exact(p, x), 4), truncated),
+    "sketch": (lambda p, x: jf.sketch(exact(p, x), 4), sketched),
     "low rank of dense": (lambda p, x: jf.low_rank(jf.dense(exact(p, x)), 6), dense),
     "a prior": (lambda p, x: exact(p, x) + jf.scaled_identity(p, 0.1), lambda p, x: dense(p, x) + 0.1 * jnp.eye(12)),
     "sum of forms": (
@@ -128,6 +135,7 @@ CASES = [
     ("implicit", 7),
     ("low rank", 3),
     ("low rank, some", 3),
+    ("sketch", 3),
     ("low rank of dense", 3),
     ("a prior", 3),
     ("sum of forms", 3),
@@ -135,12 +143,15 @@ CASES = [
 """Each form with fewer rows than parameters (6 of 12), or more (14): every case is two programs."""
 
 
+APART = {"low rank, some", "sketch", "eigen-Kronecker"}
+"""Eigenvectors are part of the view: those that are taken must stand apart from those that are not."""
+
+
 @pytest.mark.parametrize(("form", "rows"), CASES)
 def test_derivatives_against_a_dense_matrix(form, rows):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(7, 3)))
     cases = {"apart": (PARAMS, x[:rows], 0.3), "equal": (jax.tree.map(jnp.zeros_like, PARAMS), ORTHONORMAL[:rows], 0.3)}
-    if form in ("low rank, some", "eigen-Kronecker"):
-        # Eigenvectors are part of the view: those that are taken must stand apart from those that are not.
+    if form in APART:
         del cases["equal"]
     for name, case in cases.items():
         found, true = (both_ways(function, form)(*case) for function in (numbers, expected))
@@ -186,12 +197,12 @@ def expected_counts(form, params, x, damping):
     return 0.9 * jnp.trace(inverse) - 0.6 * jnp.sum(matrix * inverse)
 
 
-@pytest.mark.parametrize("form", ["scores", "scores, in pieces", "dense", "blocks", "kronecker", "low rank, some", "a prior"])
+@pytest.mark.parametrize("form", FORMS)
 def test_the_trace_of_the_inverse_and_the_effective_dimension(form):
     """By parameters, data and damping; where eigenvalues are equal or zero as well, but for a form that picks some of them."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3)))
     cases = {"apart": (PARAMS, x, 0.3), "equal": (jax.tree.map(jnp.zeros_like, PARAMS), ORTHONORMAL[:3], 0.3)}
-    if form == "low rank, some":
+    if form in APART:
         del cases["equal"]
     programs = [jax.jit(jax.value_and_grad(functools.partial(f, form), (0, 1, 2))) for f in (counts, expected_counts)]
     for name, case in cases.items():
