@@ -145,6 +145,13 @@ def test_the_damping_follows_the_evidence(seen, change):
     np.testing.assert_allclose(next_damping(jnp.float32(0.5), known, narrow), np.clip(0.5 * change, 0.4, 0.6), rtol=1e-6)
 
 
+@pytest.mark.parametrize("wrong", [{"factor": 0.5}, {"upper_ratio": 0.1}, {"lower_damping": 0.0}, {"upper_damping": 1e-9}])
+def test_numbers_that_turn_out_to_be_out_of_order_adapt_nothing(wrong):
+    known = Evidence(**{name: jnp.asarray(value) for name, value in GOOD.items()})
+    rule = RULE._replace(**{name: jnp.asarray(value) for name, value in wrong.items()})
+    assert np.isnan(next_damping(jnp.float32(0.5), known, rule))
+
+
 def test_the_gradient_of_the_next_batch_judges_the_last_step(problem):
     """Of two last steps one still points downhill and one uphill: that one went too far, and the damping rises."""
     opt = jf.adapt_damping(jf.natural_gradient(0.1, 0.5), 0.3)
@@ -365,6 +372,12 @@ def test_what_an_update_lacks_is_named(make, given, match):
         (lambda: jf.adapt_damping("sgd", 1.0), TypeError, "`inner` is 'sgd'; expected a gradient transformation"),
         (lambda: jf.adapt_damping(optax.sgd(1.0), -1.0), ValueError, "`damping` is -1.0"),
         (lambda: jf.adapt_damping(optax.sgd(1.0), 1.0, factor=0.5), ValueError, "factor 0.5.*expected factor > 1"),
+        (lambda: jf.adapt_damping(optax.sgd(1.0), jnp.ones(()), factor=np.float32(0.5)), ValueError, "expected factor > 1"),
+        (
+            lambda: jf.adapt_damping(optax.sgd(1.0), jnp.ones(()), lower_damping=2.0, upper_damping=0.5),
+            ValueError,
+            "lower_damping 2.0, upper_damping 0.5; expected",
+        ),
         (
             lambda: jf.adapt_damping(optax.sgd(1.0), 1.0, lower_damping=2.0),
             ValueError,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
@@ -99,7 +101,8 @@ def adapt_damping(
         sum of the slopes since.
 
     Raises:
-        ValueError: numbers out of order; (at update) ``params``, ``fisher`` or ``value_fn`` is missing.
+        ValueError: numbers that are known to be out of order; where they turn out to be, the damping is NaN, and no step is
+            taken; (at update) ``params``, ``fisher`` or ``value_fn`` is missing.
         TypeError: ``inner`` is no gradient transformation.
 
     Reference: Marquardt (J. SIAM 1963); More, The Levenberg-Marquardt algorithm (1978); Martens (JMLR 2020), section 6.5;
@@ -162,7 +165,9 @@ def next_damping(damping: Scalar, seen: Evidence, rule: Rule) -> Scalar:
     change = jnp.where(seen.ratio > high, jnp.where(seen.beyond, c**-4, 1 / c), 1)
     change = jnp.where(seen.overshot | (seen.ratio < low), jnp.where(seen.beyond, 1, c), change)
     change = jnp.where(seen.clear, jnp.where(seen.accepted, change, after_rejection), 1)
-    return jnp.clip(damping * change, floor, ceiling)
+    # What is only known at run time to be out of order adapts nothing.
+    ordered = (c > 1) & (low < high) & (floor > 0) & (floor <= ceiling)
+    return jnp.where(ordered, jnp.clip(damping * change, floor, ceiling), jnp.nan)
 
 
 class NextDamping(Protocol):
@@ -298,14 +303,27 @@ def adapting(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_order(*numbers: chex.Numeric) -> None:
+def _check_order(
+    damping: chex.Numeric,
+    factor: chex.Numeric,
+    lower_ratio: chex.Numeric,
+    upper_ratio: chex.Numeric,
+    lower_damping: chex.Numeric,
+    upper_damping: chex.Numeric,
+) -> None:
     """Raise `ValueError` where numbers that are known are out of order."""
-    if not all(isinstance(number, (int, float)) for number in numbers):
-        return
-    damping, factor, lower_ratio, upper_ratio, lower_damping, upper_damping = numbers
-    if not (factor > 1 and lower_ratio < upper_ratio and 0 < lower_damping <= damping <= upper_damping):
+    strictly = (1, factor), (lower_ratio, upper_ratio), (0, lower_damping)
+    at_most = (lower_damping, damping), (damping, upper_damping), (lower_damping, upper_damping)
+    if any(_known(*pair) and not pair[0] < pair[1] for pair in strictly) or any(
+        _known(*pair) and not pair[0] <= pair[1] for pair in at_most
+    ):
         raise ValueError(
             f"adapt_damping: damping {damping}, factor {factor}, lower_ratio {lower_ratio}, upper_ratio {upper_ratio}, "
             f"lower_damping {lower_damping}, upper_damping {upper_damping}; expected factor > 1, lower_ratio < upper_ratio and "
             "0 < lower_damping <= damping <= upper_damping."
         )
+
+
+def _known(*values: chex.Numeric) -> bool:
+    """Whether these numbers can be looked at without waiting for a device."""
+    return all(isinstance(value, (numbers.Real, np.ndarray, np.generic)) for value in values)
