@@ -110,7 +110,7 @@ def lookup(rng, dtype, layout, positions=1, left=OF_EXAMPLE, right=OWN):
     size = layout.inputs
     indices = np.stack([rng.permutation(size)[:positions] for _ in range(math.prod(left))]).reshape(*left, positions)
     rights = numbers(rng, *right, 1, positions, layout.outputs, dtype=dtype)
-    form = Lookup(jnp.asarray(indices, jnp.int32), jnp.asarray(rights), layout)
+    form = Lookup(jnp.asarray(indices.astype(np.int32)), jnp.asarray(rights), layout)
     return of_factors(form, np.eye(size)[indices][:, :, None], rights, layout)
 
 
@@ -163,7 +163,7 @@ def leaf(dtype, *parts):
 def layer(dtype, part):
     """A weight and its bias: the right factors summed over positions."""
     weight = leaf(dtype, part)
-    value = jnp.sum(part.form.right, 3)[:, :, 0]
+    value = jnp.asarray(np.sum(part.form.right, 3)[:, :, 0])
     bias = Leaf((Formed(value),), value.shape[2:], jnp.dtype(dtype), N, ROWS, layer=0)
     right = np.broadcast_to(wide(part.form.right)[:, :, 0], (N, ROWS, *part.form.right.shape[3:]))
     return Case(

@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 import jaxfisher as jf
 
-PARAMS = {"v": jnp.linspace(-0.4, 0.5, 6).reshape(3, 2), "w": jnp.cos(jnp.arange(6.0)).reshape(3, 2)}
+PARAMS = {"v": np.linspace(-0.4, 0.5, 6).reshape(3, 2), "w": np.cos(np.arange(6.0)).reshape(3, 2)}
 
 
 def mean(params, x):
@@ -85,41 +85,44 @@ FORMS = {
         lambda p, x: dense(p, x) + jnp.diag(jnp.diag(dense(p, x))),
     ),
 }
-U, C = jnp.cos(jnp.arange(12.0)), jnp.sin(jnp.arange(12.0))
-DIRECTION = jax.tree.map(lambda leaf: jnp.sin(1 + jnp.arange(leaf.size, dtype=float)).reshape(leaf.shape), PARAMS)
-COTANGENT = jnp.array([0.3, -1.0, 0.7, 0.5, 1.3])
+U, C = jnp.asarray(np.cos(np.arange(12.0))), jnp.asarray(np.sin(np.arange(12.0)))
+DIRECTION = jax.tree.map(lambda leaf: np.sin(1 + np.arange(leaf.size, dtype=float)).reshape(leaf.shape), PARAMS)
+COTANGENT = np.array([0.3, -1.0, 0.7, 0.5, 1.3])
 
 
-def numbers(form, params, x, damping):
+def numbers(make, params, x, damping):
     """Log-determinant, trace, diagonal, quadratic and solve, as five numbers."""
-    F = FORMS[form][0](params, x)
+    F = make(params, x)
     u = F.spec.unravel(U)
     diagonal, solution = (ravel_pytree(tree)[0] for tree in (F.diagonal(), F.solve(u, damping)))
     return jnp.stack([F.logdet(damping), F.trace(), C @ diagonal, F.quadratic(u), C @ solution])
 
 
-def expected(form, params, x, damping):
+def expected(make, params, x, damping):
     """The same of the dense matrix, by JAX alone."""
-    matrix = FORMS[form][1](params, x)
+    matrix = make(params, x)
     damped = matrix + damping * jnp.eye(12)
     solution = jnp.linalg.solve(damped, U)
     return jnp.stack([jnp.linalg.slogdet(damped)[1], jnp.trace(matrix), C @ jnp.diag(matrix), U @ matrix @ U, C @ solution])
 
 
 @functools.cache
-def both_ways(function, form):
-    """The numbers, their derivative in one direction, and the gradient of one combination of them."""
+def both_ways(function, make):
+    """The numbers, their derivative in one direction, and the gradient of one combination of them.
+
+    Forms of one matrix share the program of the dense one.
+    """
 
     def run(params, x, damping):
         along = (DIRECTION, jnp.cos(jnp.arange(x.size, dtype=float)).reshape(x.shape), jnp.ones(()))
-        value, forward = jax.jvp(functools.partial(function, form), (params, x, damping), along)
-        back = jax.grad(lambda *args: COTANGENT @ function(form, *args), (0, 1, 2))(params, x, damping)
+        value, forward = jax.jvp(functools.partial(function, make), (params, x, damping), along)
+        back = jax.grad(lambda *args: COTANGENT @ function(make, *args), (0, 1, 2))(params, x, damping)
         return value, forward, ravel_pytree(back)[0]
 
     return jax.jit(run)
 
 
-ORTHONORMAL = jnp.concatenate([jnp.eye(3), -jnp.eye(3), jnp.zeros((1, 3))])
+ORTHONORMAL = np.concatenate([np.eye(3), -np.eye(3), np.zeros((1, 3))])
 """Inputs for which, at parameters of zero, many eigenvalues are equal and many are zero."""
 
 
@@ -154,7 +157,7 @@ def test_derivatives_against_a_dense_matrix(form, rows):
     if form in APART:
         del cases["equal"]
     for name, case in cases.items():
-        found, true = (both_ways(function, form)(*case) for function in (numbers, expected))
+        found, true = (both_ways(f, make)(*case) for f, make in zip((numbers, expected), FORMS[form], strict=True))
         for one, other in zip(found, true, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9 * np.max(np.abs(other)), err_msg=name)
 
@@ -184,15 +187,21 @@ def test_derivatives_of_a_path_of_dampings(rows):
         np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9 * np.max(np.abs(other)))
 
 
-def counts(form, params, x, damping):
+def counts(make, params, x, damping):
     """One number of the trace of the inverse, which is the derivative of the log-determinant, and the effective dimension."""
-    F = FORMS[form][0](params, x)
+    F = make(params, x)
     return 0.9 * jax.grad(F.logdet)(damping) - 0.6 * jf.effective_dimension(F, damping)
 
 
-def expected_counts(form, params, x, damping):
+@functools.cache
+def slopes(function, make):
+    """The number and its gradient; forms of one matrix share the program of the dense one."""
+    return jax.jit(jax.value_and_grad(functools.partial(function, make), (0, 1, 2)))
+
+
+def expected_counts(make, params, x, damping):
     """The same of the dense matrix: ``tr (F + d I)^-1`` and ``tr F (F + d I)^-1``."""
-    matrix = FORMS[form][1](params, x)
+    matrix = make(params, x)
     inverse = jnp.linalg.inv(matrix + damping * jnp.eye(12))
     return 0.9 * jnp.trace(inverse) - 0.6 * jnp.sum(matrix * inverse)
 
@@ -204,7 +213,7 @@ def test_the_trace_of_the_inverse_and_the_effective_dimension(form):
     cases = {"apart": (PARAMS, x, 0.3), "equal": (jax.tree.map(jnp.zeros_like, PARAMS), ORTHONORMAL[:3], 0.3)}
     if form in APART:
         del cases["equal"]
-    programs = [jax.jit(jax.value_and_grad(functools.partial(f, form), (0, 1, 2))) for f in (counts, expected_counts)]
+    programs = [slopes(f, make) for f, make in zip((counts, expected_counts), FORMS[form], strict=True)]
     for name, case in cases.items():
         found, true = (ravel_pytree(program(*case))[0] for program in programs)
         np.testing.assert_allclose(found, true, rtol=1e-7, atol=1e-9 * np.max(np.abs(true)), err_msg=name)

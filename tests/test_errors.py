@@ -76,7 +76,12 @@ def one_update(optimiser, updates=GRADIENT, params=PARAMS, **extra):
     return optimiser.update(updates, optimiser.init(params), params, **extra)
 
 
-SPARSE_X, SPARSE_W = sparse.BCOO.fromdense(X), sparse.BCOO.fromdense(PARAMS["w"])
+def sparse_array(dense):
+    """It with each of its entries held; JAX's `fromdense` compiles tens of programs."""
+    return sparse.BCOO((dense.reshape(-1), np.argwhere(np.ones(dense.shape))), shape=dense.shape)
+
+
+SPARSE_X, SPARSE_W = sparse_array(X), sparse_array(PARAMS["w"])
 OTHERS = {"w": np.ones(2)}
 
 

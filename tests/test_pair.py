@@ -12,7 +12,7 @@ SHAPES = {"b": (3,), "c": (2,), "v": (3, 2), "w": (4, 3)}
 
 
 def numbers(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+    return np.random.default_rng(seed).normal(size=shape)
 
 
 def model(p, x):
@@ -26,8 +26,8 @@ def params(seed):
 
 
 PARAMS = params(0)
-DATA = [numbers(10, 9, 4), numbers(11, 7, 4) * jnp.array([3.0, 0.1, 1.0, 1.0])]
-DEAD = [x.at[:, 1].set(0.0) for x in DATA]
+DATA = [numbers(10, 9, 4), numbers(11, 7, 4) * np.array([3.0, 0.1, 1.0, 1.0])]
+DEAD = [x * np.array([1.0, 0.0, 1.0, 1.0]) for x in DATA]
 """An input that is zero in both data sets."""
 
 
@@ -43,10 +43,8 @@ def solved(F, G, v, damping):
 
 
 def vector(seed):
-    return F_SPEC.unravel(numbers(seed, F_SPEC.size))
-
-
-F_SPEC = views(PARAMS, PARAMS, *DATA, 1.0)[0].spec
+    rng = np.random.default_rng(seed)
+    return {name: jnp.asarray(rng.normal(size=shape)) for name, shape in SHAPES.items()}
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e10])

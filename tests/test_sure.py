@@ -28,31 +28,32 @@ def test_a_sure_outcome(name):
     @jax.jit
     def everything(z, other):
         p, q = make(z), make(other)
-        log_prob = jax.value_and_grad(lambda z, x: make(z).log_prob(x))
-        to = lambda start: jax.value_and_grad(lambda z: start.kl(make(z)))  # noqa: E731
+        places, outcomes = jnp.stack([z, other]), np.array([outcome, *others])
+        # Values and slopes by place and by outcome: each function is in the program once.
+        log_prob = jax.vmap(jax.vmap(jax.value_and_grad(lambda z, x: make(z).log_prob(x)), (None, 0)), (0, None))
+        from_sure = jax.vmap(jax.value_and_grad(lambda z: p.kl(make(z))))
         return {
-            "happens": log_prob(z, outcome),
-            "does not": [log_prob(z, x) for x in others],
+            "log_prob": log_prob(places, outcomes),
             "mean": p.mean,
             "draws": p.sample(jax.random.key(0), (5,)),
             "Fisher": p.fisher_matrix(),
             "its slope": jax.grad(lambda z: jnp.trace(make(z).fisher_matrix()))(z),
-            "to itself": to(p)(z),
-            "to another": to(p)(other),
+            "from sure": from_sure(places),
             "of another": q.kl(p),
-            "another's": log_prob(other, outcome),
         }
 
     seen = jax.tree.map(np.asarray, everything(sure, ordinary))
-    assert tuple(seen["happens"]) == (0, 0)
-    for value, slope in seen["does not"]:
-        assert value == -INF and np.isfinite(slope)
+    values, slopes = seen["log_prob"]
+    assert (values[0, 0], slopes[0, 0]) == (0, 0)
+    assert np.all(values[0, 1:] == -INF) and np.all(np.isfinite(slopes[0, 1:]))
     assert seen["mean"] == outcome and np.all(seen["draws"] == outcome)
     assert not np.any(seen["Fisher"][..., :1, :1]) and seen["its slope"] == 0
-    assert tuple(seen["to itself"]) == (0, 0)
+    to, slope_to = seen["from sure"]
+    assert (to[0], slope_to[0]) == (0, 0)
     assert seen["of another"] == INF
     # Of a sure outcome the divergence is minus its log-probability under the other.
-    np.testing.assert_allclose(seen["to another"], -np.asarray(seen["another's"]), rtol=20 * np.finfo(np.float32).eps)
+    for found, expected in ((to[1], -values[1, 0]), (slope_to[1], -slopes[1, 0])):
+        np.testing.assert_allclose(found, expected, rtol=20 * np.finfo(np.float32).eps)
 
 
 def test_rows_of_zero_exposure():
