@@ -270,7 +270,7 @@ after = np.arange(1, TASKS + 1)
 for marker, (name, color) in zip("osD^x", STYLE.items(), strict=True):
     seen = [curves[name][:, k, : k + 1].mean() for k in range(TASKS)]
     left.plot(after, seen, color=color, marker=marker, label=name)
-left.set(xlabel="tasks learned", ylabel="accuracy on the tasks so far", xticks=after, ylim=(0.68, 1.01))
+left.set(xlabel="tasks learned", ylabel="accuracy on the tasks so far", xticks=after, ylim=(0.6, 1.01))
 left.legend(loc="lower left")
 bars = [name for name in both if "0.0001" not in name]
 right.barh(
