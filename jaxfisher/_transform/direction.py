@@ -23,7 +23,7 @@ from jaxfisher._solve import solve
 from jaxfisher._system import SolveInfo
 from jaxfisher._transform.like import Like, shape_of_view
 from jaxfisher._transform.scale_by_fisher import ScaleByFisherState, averaged, empty_info, zeros_like
-from jaxfisher._transform.turns import CHECK, counted_period, due, phases, turns_before
+from jaxfisher._transform.turns import CHECK, Turns, counted_period, phases
 from jaxfisher._transform.update_arguments import Shared, check_state, check_vector_of_state, fisher_for
 from jaxfisher._tree import cast_like, param_spec, raveled, together
 from jaxfisher._values import fraction
@@ -127,6 +127,7 @@ def _in_turn(
     template = shape.form if settings.decay is None else averaged(shape, "kfac")
     check_vector_of_state(state.mean, arrays_of(template), "kfac")
     every = counted_period(forward, shape.form) if settings.asked is None else settings.asked
+    turns = Turns(state.count, every)
 
     def averages(mean: Any) -> Any:
         new = arrays_of(fresh().form)
@@ -134,20 +135,20 @@ def _in_turn(
             return new
         beta = fraction("decay", settings.decay, shape.spec.dtype)
         # The newest has the weight that it has in a debiased mean of all so far, so the mean stays debiased.
-        share = (1 - beta) / (1 - beta ** (turns_before(state.count, every) + 1).astype(beta.dtype))
+        share = (1 - beta) / (1 - beta ** (turns.before() + 1).astype(beta.dtype))
         moved: Any = _moved(mean, new, share)
         return moved
 
-    mean = renewed(due(state.count, every), averages, state.mean)
+    mean = renewed(turns.due(), averages, state.mean)
     form = with_arrays(shape.form, mean)
     holding = _holding(settings.solver, form)
     operator = Operator(form, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape.provenance))
     gamma = _gamma(operator, damping)
     own = phases(holding.layers(form), every)
     # Layers of one turn have one flag, by which what is made apart is made together.
-    known = {phase: due(state.count, every, phase) for phase in own} if isinstance(every, int) else {}
-    turns = [known[phase] if known else due(state.count, every, phase) for phase in own]
-    held = tuple(holding.refreshed(form, gamma, turns, state.in_use))
+    known = {phase: turns.due(phase) for phase in own} if isinstance(every, int) else {}
+    flags = [known[phase] if known else turns.due(phase) for phase in own]
+    held = tuple(holding.refreshed(form, gamma, flags, state.in_use))
     return dataclasses.replace(operator, form=holding.solved_with(form, held, gamma)), mean, held
 
 

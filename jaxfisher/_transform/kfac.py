@@ -21,7 +21,7 @@ from jaxfisher._transform.direction import Settings, direction
 from jaxfisher._transform.like import Like
 from jaxfisher._transform.quadratic_model import quadratic_model
 from jaxfisher._transform.scale_by_fisher import check_kept
-from jaxfisher._transform.turns import due
+from jaxfisher._transform.turns import Turns
 from jaxfisher._tree import check_function
 
 RULE = Rule(factor=2.0**0.5, lower_ratio=0.25, upper_ratio=0.75, lower_damping=1e-8, upper_damping=1e8)
@@ -49,13 +49,14 @@ def kfac(
     the model that gives the length, not K: so lambda damps the length, and the direction is damped by a share of it, and by no
     less than a share of the mean eigenvalue, where lambda goes to zero.
 
-    **In turns.** Everything is made at each of the first four steps. From then on the factors are made at every e-th step, the
-    inverses of each layer at every e-th, the layers one after the other so that no step is long, and alpha, mu and the ratio
-    at every third. In between a step takes the last alpha and mu, and is no longer than the last that the model gave; it is
-    taken unless it is not finite. What is not due is not run. The period e is the least from 3 to 10 at which the average step
-    costs three steps of Adam by the count of operations in a `jaxfisher.training_step`, and 5 in a loop of your own. On the
-    digits this takes 20 to 25 steps to a loss where all at every step takes 16 to 20, and less time. With a fixed batch only
-    ``update_every=1`` makes sure that the loss never rises.
+    **In turns.** Everything is made at each of the first four steps. From then on the factors and the inverses of each layer
+    have two turns in each doubling of the count of steps, until they have one at every e-th step, the layers one after the
+    other so that no step is long. Alpha, mu and the ratio are made at every second step, and from the eighth on at every third.
+    In between a step takes the last alpha and mu, and is no longer than the last that the model gave; it is taken unless it is
+    not finite. What is not due is not run. The period e is 4, 8 or 16: the least at which the average step costs three steps of
+    Adam by the count of operations in a `jaxfisher.training_step`, or up to four and a half where the batch is narrower than
+    the widest layer; 8 in a loop of your own. On the digits this takes 20 or 21 steps to a loss where all at every step takes
+    19 or 20, and less time. With a fixed batch only ``update_every=1`` makes sure that the loss never rises.
 
     In `jaxfisher.training_step`, unless that is given a Fisher, the products are exact and the factors cheap: of the exact
     Fisher where an example has one or two rows in it, else of one target drawn from the model for each example, by a key that
@@ -75,7 +76,8 @@ def kfac(
         solver: of the direction, with gamma its damping. `jaxfisher.factored_solve` takes two Cholesky factors a layer, and
             is exact for views without Kronecker factors; None for ``(K + gamma I)^-1`` itself, by eigenvectors.
         decay: of the running mean, None for the batch's own view.
-        update_every: the period e; 1 makes everything at every step. None counts it, and without a ``decay`` is 1.
+        update_every: the period e; 1 makes everything at every step, and 2 the model and the ratio at every second. None counts
+            it, and without a ``decay`` is 1.
         seed: of the targets that are drawn.
 
     Returns:
@@ -125,7 +127,7 @@ def kfac(
             cheap = fisher.cheap
             given = {"factors": partial(cheap.factors, seed, count), "forward": cheap.forward_cost()}
             fisher = cheap.products
-        judged = due(count, settings.check_every)
+        judged = Turns(count, settings.check_every).due()
         given["due"] = judged if judged is True else judged | (state.rejected > 0)
         return inner.update(updates, state, params, fisher=fisher, **extra_args | given)
 

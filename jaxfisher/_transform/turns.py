@@ -15,32 +15,50 @@ from jaxtyping import Array, Bool, Int
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.kronecker import Kronecker
 
-WARM = 4
-"""In so many first steps everything is due, since the curvature changes most from one of them to the next.
-
-With two such steps more, a period of eight took 19 to 21 steps in place of 23 to 27 on the digits, where one of one takes 18.
-"""
 CHECK = 3
-"""The longest period of the model and of the ratio: with it the digits took 19 or 20 steps, without 18 to 20."""
-FEWEST, MOST, USUAL = 3, 10, 5
+"""The longest gap between two steps whose model and ratio are made."""
+FEWEST, MOST, USUAL = 4, 16, 8
 """The bounds of the period that is counted, and the period where nothing is known of the cost of a model."""
 AIM = 9.0
 """The cost of the average step that the period is chosen for, in forward passes: three steps of Adam, a gradient each."""
+NARROW = 1.5
+"""How much more it may be where a batch has fewer positions than the widest layer has outputs, and inverses cost the most."""
 INVERSE = 6.0
 """What an inverse costs, in cubes of its size: 10/3 by count, and as timed with LAPACK at sizes of 512 and 1024."""
 
 
-def due(count: Int[Array, ""], every: chex.Numeric, phase: chex.Numeric = 0) -> bool | Bool[Array, ""]:
-    """Whether what has its turn every so many steps, at this place in a period, is made at this step."""
-    if isinstance(every, numbers.Integral) and every == 1:
-        return True
-    return (count < WARM) | (count % every == phase % every)
+class Turns:
+    """What of a thing that is made at every e-th step in the end is due at this one, and how often it was.
+
+    Between two turns lie as many steps as the power of two in (count / 4, count / 2], and at most e. The curvature changes less
+    from one step to the next the longer training lasts: so the gap grows as the count does, and each doubling of the count has
+    two turns, until the gap is as long as it gets.
+    """
+
+    def __init__(self, count: Int[Array, ""], every: chex.Numeric) -> None:
+        self._count, self._always = count, isinstance(every, numbers.Integral) and every == 1
+        self._every = jnp.asarray(every, count.dtype)
+        # Of numbers that are not negative: the primitives are a third of the program that NumPy's functions are.
+        log = jax.lax.min(_digits(count) - 2, _digits(self._every - 1))
+        self._log = jax.lax.max(log, jnp.zeros_like(log))
+        self._gap = jax.lax.min(jax.lax.shift_left(jnp.ones_like(log), self._log), self._every)
+
+    def due(self, phase: chex.Numeric = 0) -> bool | Bool[Array, ""]:
+        """Whether what has its turn at this place in a period is made."""
+        if self._always:
+            return True
+        return jax.lax.rem(self._count, self._gap) == jax.lax.div(phase * self._gap, self._every)
+
+    def before(self) -> Int[Array, ""]:
+        """How many times what has the first turn of each period was made before this step."""
+        periods = lambda count: jax.lax.div(count + self._gap - 1, self._gap)  # noqa: E731
+        # Those since the gap is what it is, and two in each doubling of the count before.
+        return 2 * (self._log + 1) + periods(self._count) - periods(2 << self._log)
 
 
-def turns_before(count: Int[Array, ""], every: chex.Numeric) -> Int[Array, ""]:
-    """How many times what has the first turn of each period was made before this step."""
-    periods = lambda count: -(-count // every)  # noqa: E731
-    return jnp.minimum(count, WARM) + jnp.maximum(periods(count) - periods(jnp.asarray(WARM, count.dtype)), 0)
+def _digits(number: Int[Array, ""]) -> Int[Array, ""]:
+    """How many binary digits it has, none where it is zero."""
+    return 32 - jax.lax.clz(number)
 
 
 def phases(layers: int, every: chex.Numeric) -> list[chex.Numeric]:
@@ -49,11 +67,13 @@ def phases(layers: int, every: chex.Numeric) -> list[chex.Numeric]:
 
 
 def counted_period(forward: float | None, form: Form) -> int:
-    r"""Every how many steps the factors of a form are due, so that the average step costs `AIM` forward passes, if it can.
+    r"""Every how many steps the factors of a form are due in the end, so that the average step costs c forward passes.
 
-    .. math:: e = \Big\lceil \frac{m + s}{9 - 3 - a - 6 / 3} \Big\rceil, \qquad
+    It is the least power of two from 4 to 16, if there is one, with
+
+    .. math:: e \ge \frac{m + s}{c - 3 - a - 6 / 3}, \qquad
         m = 2 + \frac{2 N}{f} \sum_l (i_l^2 + o_l^2), \quad s = \frac6f \sum_l (i_l^3 + o_l^3), \quad
-        a = \frac2f \sum_l i_l o_l (i_l + o_l)
+        a = \frac2f \sum_l i_l o_l (i_l + o_l), \quad c = 9 \min\Big(\max\Big(1, \frac{\max_l o_l}{N}\Big), \frac32\Big)
 
     in forward passes of ``f`` operations, for layers of i inputs and o outputs at N positions: the gradient takes 3, the
     moments m, the inverses s, applying them a, the quadratic model and the loss after a step 6 at every third step.
@@ -74,8 +94,9 @@ def counted_period(forward: float | None, form: Form) -> int:
     moments = 2 + 2 * positions * sum(g * (i * i + o * o) for g, i, o in sizes) / forward
     inverses = INVERSE * sum(g * (i**3 + o**3) for g, i, o in sizes) / forward
     applied = 2 * sum(g * i * o * (i + o) for g, i, o in sizes) / forward
-    left = AIM - 3 - 6 / CHECK - applied
-    return int(np.clip(np.ceil((moments + inverses) / left), FEWEST, MOST)) if left > 0 else MOST
+    most = AIM * np.clip(max(o for _, _, o in sizes) / positions, 1, NARROW)
+    left = most - 3 - 6 / CHECK - applied
+    return min(2 ** int(np.ceil(np.log2(max((moments + inverses) / left, FEWEST)))), MOST) if left > 0 else MOST
 
 
 def forward_cost(function: Callable[..., Any], *args: Any) -> float:
