@@ -69,8 +69,13 @@ class _Outputs(Around):
     def __call__(self, params: chex.ArrayTree, /, *data: Any) -> _Output:
         *inputs, target = data
         outputs = self.model(params, *inputs)
-        leaves = jax.tree.leaves(outputs)
+        leaves = jax.tree.leaves(outputs, is_leaf=_is_distribution)
         for leaf in leaves or [outputs]:
+            if _is_distribution(leaf):
+                raise TypeError(
+                    f"gauss_newton: the model returned a {type(leaf).__name__}; expected outputs: an array or a tree of them. "
+                    "The matrix of its negative log-likelihood is jf.exact_fisher(model); for another loss return its fields."
+                )
             if not leaves or not is_array(leaf) or not jnp.issubdtype(dtype_of(leaf), jnp.floating):
                 seen = f"dtype {leaf.dtype}" if hasattr(leaf, "dtype") else described(leaf)
                 raise TypeError(
@@ -79,6 +84,10 @@ class _Outputs(Around):
                 )
         outputs = jax.tree.map(jnp.asarray, outputs)
         return _Output(outputs, jax.tree.map(jnp.asarray, target), self.loss)
+
+
+def _is_distribution(value: Any) -> bool:
+    return isinstance(value, Distribution)
 
 
 def gauss_newton(
@@ -109,7 +118,8 @@ def gauss_newton(
         curvature in the outputs its entries are NaN.
 
     Raises:
-        TypeError: ``model`` or ``loss`` is no function; (when called) outputs that are not floating, a missing target.
+        TypeError: ``model`` or ``loss`` is no function; (when called) outputs that are not floating or are a distribution, a
+            missing target.
         ValueError: (when called) arrays of different lengths, a loss that is no scalar.
 
     Reference: Schraudolph, Fast curvature matrix-vector products (Neural Computation 2002), section 3; Martens (JMLR 2020),

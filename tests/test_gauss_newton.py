@@ -142,3 +142,7 @@ def test_what_is_refused():
         jf.gauss_newton(lambda p, x: jnp.argmax(x), cross_entropy)(params, x, y)
     with pytest.raises(TypeError, match="`loss`"):
         jf.gauss_newton(network, 3.0)
+    for outputs in (lambda z: jf.Normal(z, 1.0), lambda z: {"head": jf.Categorical(z)}):
+        model = lambda p, x, outputs=outputs: outputs(network(p, x))  # noqa: E731
+        with pytest.raises(TypeError, match=r"the model returned a \w+; expected outputs.*jf.exact_fisher\(model\)"):
+            jf.gauss_newton(model, lambda d, y: -d.log_prob(y))(params, x, y)
