@@ -172,6 +172,15 @@ def _over_counts(batch: Batch, counts: Any) -> Batch:
     return dataclasses.replace(batch, weights=weights, mass=mass, counted=True)
 
 
+def check_centred(center: bool, batch: Batch, of: str) -> None:
+    """Refuse counts of terms where the mean score is taken away."""
+    if center and batch.counted:
+        raise ValueError(
+            f"{of}: `counts` are given with center=True; expected one of the two, since the covariance of the score is one "
+            "over examples. Leave the counts out, and divide by their mean."
+        )
+
+
 def checked_weights(weights: Any, n: int) -> Float[Array, " n"]:
     """The weights as an array of floating numbers, one for each example; refused where they are known to be no weights."""
     if isinstance(weights, (list, tuple)):

@@ -9,7 +9,7 @@ import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-from jaxfisher._examples import Batch, example_keys, make_batch, needs_data
+from jaxfisher._examples import Batch, check_centred, example_keys, make_batch, needs_data
 from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.implicit import Implicit
@@ -101,12 +101,8 @@ def empirical_fisher(
     ) -> Operator:
         needs_data(data, "empirical_fisher")
         batch = make_batch(params, data, weights, batch_size, max_bytes, counts)
+        check_centred(center, batch, "empirical_fisher")
         made = make_scores(ScoreRows(log_prob), params, batch)
-        if center and batch.counted:
-            raise ValueError(
-                "empirical_fisher: `counts` are given with center=True; expected one of the two, since the covariance of the "
-                "score is one over examples. Leave the counts out, and divide by their mean."
-            )
         if center:
             kinds = made.num_rows // examples_of(made)
             return Operator(FromScores(made.centered(kinds)), mean_over("empirical, centred", batch).as_a_whole())

@@ -208,8 +208,19 @@ def test_counts_that_are_none():
             fisher(params, x, LENGTHS, counts=counts)
     traced = jax.jit(lambda counts: fisher(params, x, LENGTHS, counts=counts).trace())
     assert np.isnan(traced(jnp.array([1, -2, 3, 1]))) and np.isnan(traced(jnp.zeros(4))) and np.isfinite(traced(LENGTHS))
-    with pytest.raises(ValueError, match="`counts` are given with center=True"):
-        jf.empirical_fisher(jf.log_likelihood(sequence), center=True)(params, x, LENGTHS, y, counts=LENGTHS)
+    for made in (jf.empirical_fisher, jf.scores):
+        with pytest.raises(ValueError, match="`counts` are given with center=True"):
+            made(jf.log_likelihood(sequence), center=True)(params, x, LENGTHS, y, counts=LENGTHS)
+
+
+def test_scores_carry_the_weights_of_means_over_terms():
+    params, x, y = sequences(0.0)
+    log_prob = jf.log_likelihood(sequence)
+    S = jf.scores(log_prob)(params, x, LENGTHS, y, counts=LENGTHS)
+    rows = np.asarray(jf.scores(log_prob)(params, x, LENGTHS, y).as_matrix())
+    assert_close(S.as_matrix(), rows)
+    assert_close(flat(S.diagonal()), np.sum(rows**2, 0) / TOKENS, factor=1e3)
+    assert_close(jf.fisher_from_scores(S).as_matrix(), rows.T @ rows / TOKENS, factor=1e3)
 
 
 def test_what_is_refused():

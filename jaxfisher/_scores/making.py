@@ -10,10 +10,10 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from jaxfisher._engine import Traced, leaf_forms, trace, working
-from jaxfisher._examples import Batch, make_batch, map_examples, needs_data
+from jaxfisher._examples import Batch, check_centred, make_batch, map_examples, needs_data
 from jaxfisher._model import LOG_PROB, LogProb, check_real, of_one_example
 from jaxfisher._once import Static, once_for
 from jaxfisher._pieces import map_batches
@@ -97,7 +97,7 @@ def _batch_size(traced: Traced, params: chex.ArrayTree, batch: Batch) -> int | N
 def scores(
     log_prob: LogProb, center: bool = False, *, batch_size: int | None = None, max_bytes: int | None = None
 ) -> Callable[..., Scores]:
-    r"""Per-example scores: a function ``(params, *data, weights=None) -> Scores``.
+    r"""Per-example scores: a function ``(params, *data, weights=None, counts=None) -> Scores``.
 
     .. math:: S_{ij} = \partial_{\theta_j} \log p_\theta(x_i), \qquad S \in R^{n \times p}.
 
@@ -116,7 +116,8 @@ def scores(
 
     Returns:
         A function of the parameters and the data, every array of which has a leading axis of n examples; ``weights``, shape
-        ``[n]``, turn means into ``sum w_i (.) / sum w_i``. A weight of zero marks padding: its row is zero, whatever the data.
+        ``[n]``, turn means into ``sum w_i (.) / sum w_i``, and ``counts`` into those over terms, as in `exact_fisher`; of
+        centred scores there are none. A weight of zero marks padding: its row is zero, whatever the data.
 
     Raises:
         ValueError: (when called) arrays of different lengths, a non-scalar ``log_prob``, one that is a batch mean, weights of
@@ -137,9 +138,15 @@ def scores(
     check_flag("scores: `center`", center)
     rows = ScoreRows(log_prob)
 
-    def scores_of(params: chex.ArrayTree, *data: Any, weights: Float[Array, " n"] | None = None) -> Scores:
+    def scores_of(
+        params: chex.ArrayTree,
+        *data: Any,
+        weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
+    ) -> Scores:
         needs_data(data, "scores")
-        batch = make_batch(params, data, weights, batch_size, max_bytes)
+        batch = make_batch(params, data, weights, batch_size, max_bytes, counts)
+        check_centred(center, batch, "scores")
         made: Any = dataclasses.replace(make_scores(rows, params, batch), mass=batch.mass)  # type: ignore[type-var]
         return made.centered(made.num_rows // examples_of(made)) if center else made
 
