@@ -163,7 +163,7 @@ def leaf(dtype, *parts):
 def layer(dtype, part):
     """A weight and its bias: the right factors summed over positions."""
     weight = leaf(dtype, part)
-    value = jnp.asarray(np.sum(part.form.right, 3)[:, :, 0])
+    value = jnp.asarray(np.sum(np.asarray(part.form.right), 3)[:, :, 0])
     bias = Leaf((Formed(value),), value.shape[2:], jnp.dtype(dtype), N, ROWS, layer=0)
     right = np.broadcast_to(wide(part.form.right)[:, :, 0], (N, ROWS, *part.form.right.shape[3:]))
     return Case(

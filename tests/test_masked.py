@@ -1,5 +1,7 @@
 """A distribution over part of the positions: closed forms, sums over outcomes, and nothing from where the mask is false."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,8 @@ from problems import assert_close, flat
 
 import jaxfisher as jf
 
-MASK = jnp.array([True, False, True])
-RUBBISH = {"NaN": jnp.nan, "infinite": jnp.inf, "large": 1e300, "minus": -1e5}
+MASK = np.array([True, False, True])
+RUBBISH = {"NaN": np.nan, "infinite": np.inf, "large": 1e300, "minus": -1e5}
 FAMILIES = {
     "normal": lambda a: jf.Normal(a, jnp.exp(0.3 * a)),
     "multivariate": lambda a: jf.MultivariateNormal(
@@ -26,72 +28,91 @@ FAMILIES = {
     "student": lambda a: jf.StudentT(jnp.exp(a) + 2, a, jnp.exp(a)),
     "negative binomial": lambda a: jf.NegativeBinomial(a, 0.5 * a),
 }
-GOOD = jnp.array([0.3, 0.0, -0.7])
+GOOD = np.array([0.3, 0.0, -0.7])
 
 
-def at(name, rubbish=None):
-    """The fields of the second member, which does not count, are as they come or rubbish."""
-    inside = FAMILIES[name](GOOD)
-    if rubbish is None:
-        return inside
-    return jax.tree.map(lambda leaf: leaf.at[1].set(rubbish), inside)
+def spoiled(tree, rubbish):
+    """The second member, which does not count, is rubbish."""
+    return jax.tree.map(lambda leaf: leaf.at[1].set(rubbish), tree)
 
 
-def draws(name):
-    return at(name).sample(jax.random.key(0))
+@functools.cache
+def answers(name):
+    """What is compared of a family, as a function of the rubbish: one program for every kind of it."""
+
+    def total(inside, x):
+        return jnp.sum(jf.Masked(inside, MASK).log_prob(x))
+
+    @jax.jit
+    def of(rubbish):
+        plain = FAMILIES[name](GOOD)
+        other = jax.tree.map(lambda leaf: 1.01 * leaf, plain)
+        inside, inside_other = spoiled(plain, rubbish), spoiled(other, rubbish)
+        bad, x = jf.Masked(inside, MASK), plain.sample(jax.random.key(0))
+        bad_x = spoiled(x, -7 if jnp.issubdtype(x.dtype, jnp.integer) else rubbish)
+        drawn = bad.sample(jax.random.key(3), (2,))
+        return {
+            "log_prob": (bad.log_prob(bad_x), plain.log_prob(x)),
+            "total": jax.value_and_grad(total)(inside, bad_x),
+            "slopes": jax.grad(lambda inside: jnp.sum(inside.log_prob(x)))(plain),
+            "kl": (bad.kl(jf.Masked(inside_other, MASK)), plain.kl(other)),
+            "slopes of kl": jax.grad(lambda q: jnp.sum(bad.kl(jf.Masked(q, MASK))))(inside_other),
+            "drawn": (drawn, jax.vmap(bad.log_prob)(drawn)),
+            "draw": x,
+        }
+
+    return of
 
 
 @pytest.mark.parametrize("rubbish", RUBBISH)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_only_what_the_mask_lets_through_counts(name, rubbish):
     """Values, derivatives in the fields, KL, Fisher and draws are those of the members that count, one by one."""
-    plain, bad, x = at(name), jf.Masked(at(name, RUBBISH[rubbish]), MASK), draws(name)
-    spoiled = x.at[1].set(-7) if jnp.issubdtype(x.dtype, jnp.integer) else x.at[1].set(RUBBISH[rubbish])
-    known = np.asarray(MASK)
-
-    def total(inside, x):
-        return jnp.sum(jf.Masked(inside, MASK).log_prob(x))
-
-    assert_close(bad.log_prob(spoiled), np.where(known, plain.log_prob(x), 0.0))
-    assert_close(jax.jit(total)(at(name, RUBBISH[rubbish]), spoiled), np.sum(np.asarray(plain.log_prob(x))[known]))
-    wanted = jax.grad(lambda inside: jnp.sum(inside.log_prob(x)))(plain)
-    for found, leaf in zip(
-        jax.tree.leaves(jax.grad(total)(at(name, RUBBISH[rubbish]), spoiled)), jax.tree.leaves(wanted), strict=True
-    ):
-        assert np.all(np.asarray(found)[1] == 0)
-        assert_close(np.asarray(found)[known], np.asarray(leaf)[known], factor=1e3)
-    other = jax.tree.map(lambda leaf: 1.01 * leaf, plain)
-    spoiled_other = jax.tree.map(lambda leaf: leaf.at[1].set(RUBBISH[rubbish]), other)
-    assert_close(bad.kl(jf.Masked(spoiled_other, MASK)), np.where(known, plain.kl(other), 0.0), factor=1e4)
-    slopes = jax.grad(lambda q: jnp.sum(bad.kl(jf.Masked(q, MASK))))(spoiled_other)
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(slopes))
-    drawn = bad.sample(jax.random.key(3), (2,))
-    assert np.all(np.isfinite(drawn)) and drawn.shape == (2, *x.shape)
-    assert np.all(np.isfinite(jax.vmap(bad.log_prob)(drawn)))
+    seen = jax.tree.map(np.asarray, answers(name)(np.float64(RUBBISH[rubbish])))
+    found, plain = seen["log_prob"]
+    assert_close(found, np.where(MASK, plain, 0.0))
+    total, slopes = seen["total"]
+    assert_close(total, np.sum(plain[MASK]))
+    for found, wanted in zip(jax.tree.leaves(slopes), jax.tree.leaves(seen["slopes"]), strict=True):
+        assert np.all(found[1] == 0)
+        assert_close(found[MASK], wanted[MASK], factor=1e3)
+    divergence, plain = seen["kl"]
+    assert_close(divergence, np.where(MASK, plain, 0.0), factor=1e4)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(seen["slopes of kl"]))
+    drawn, log_prob = seen["drawn"]
+    assert np.all(np.isfinite(drawn)) and drawn.shape == (2, *seen["draw"].shape)
+    assert np.all(np.isfinite(log_prob))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_fisher_has_no_part_of_what_does_not_count(name):
-    plain, masked = at(name), jf.Masked(at(name, jnp.nan), MASK)
-    tangent = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=float)).reshape(leaf.shape), plain)
-    keep = [np.broadcast_to(np.asarray(MASK).reshape(3, *[1] * (leaf.ndim - 1)), leaf.shape) for leaf in jax.tree.leaves(plain)]
+    @jax.jit
+    def views(rubbish):
+        plain = FAMILIES[name](GOOD)
+        masked = jf.Masked(spoiled(plain, rubbish), MASK)
+        tangent = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=float)).reshape(leaf.shape), plain)
+        moved = masked.fisher_mv(jax.tree.unflatten(jax.tree.structure(masked), [*jax.tree.leaves(tangent), MASK]))
+        moments = [(inside.mean, inside.variance) for inside in (masked, plain)]
+        return plain, plain.fisher_matrix(), masked.fisher_matrix(), tangent, moved.distribution, moments
+
+    plain, matrix, found, tangent, moved, moments = jax.tree.map(np.asarray, views(np.nan))
+    keep = [np.broadcast_to(MASK.reshape(3, *[1] * (leaf.ndim - 1)), leaf.shape) for leaf in jax.tree.leaves(plain)]
     inside = np.concatenate([part.reshape(-1) for part in keep])
-    matrix = np.where(inside[:, None] & inside[None], plain.fisher_matrix(), 0)
-    assert_close(masked.fisher_matrix(), matrix, factor=1e3)
-    moved = masked.fisher_mv(jax.tree.unflatten(jax.tree.structure(masked), [*jax.tree.leaves(tangent), MASK]))
-    assert_close(flat(moved.distribution), matrix @ flat(tangent), factor=1e3)
-    for moments in ("mean", "variance"):
-        found, wanted = getattr(masked, moments), getattr(plain, moments)
-        assert_close(np.asarray(found)[np.asarray(MASK)], np.asarray(wanted)[np.asarray(MASK)])
+    matrix = np.where(inside[:, None] & inside[None], matrix, 0)
+    assert_close(found, matrix, factor=1e3)
+    assert_close(flat(moved), matrix @ flat(tangent), factor=1e3)
+    for found, wanted in zip(*moments, strict=True):
+        assert_close(found[MASK], wanted[MASK])
         assert np.all(np.isfinite(found))
 
 
 def test_entropy_counts_what_is_there():
-    masked = jf.Masked(at("categorical", jnp.nan), MASK)
-    assert_close(masked.entropy(), np.where(MASK, at("categorical").entropy(), 0.0))
+    plain = FAMILIES["categorical"](GOOD)
+    masked = jf.Masked(spoiled(plain, np.nan), MASK)
+    assert_close(masked.entropy(), np.where(MASK, plain.entropy(), 0.0))
 
 
-LENGTHS = jnp.array([4, 2, 3, 1])
+LENGTHS = np.array([4, 2, 3, 1])
 
 
 def sequence(params, x, length):
@@ -101,55 +122,52 @@ def sequence(params, x, length):
 
 
 def sequences(fill):
-    keys = jax.random.split(jax.random.key(1), 4)
-    params = {"w": jax.random.normal(keys[0], (3, 4)), "v": jax.random.normal(keys[1], (4, 3))}
-    real = jnp.arange(4)[None] < LENGTHS[:, None]
-    x = jnp.where(real[..., None], jax.random.normal(keys[2], (4, 4, 3)), fill)
-    y = jnp.where(real, jax.random.randint(keys[3], (4, 4), 0, 3), -9)
-    return params, x, y
+    rng = np.random.default_rng(1)
+    params = {"w": rng.standard_normal((3, 4)), "v": rng.standard_normal((4, 3))}
+    real = np.arange(4)[None] < LENGTHS[:, None]
+    x = np.where(real[..., None], rng.standard_normal((4, 4, 3)), fill)
+    y = np.where(real, rng.integers(0, 3, (4, 4)), -9)
+    return jax.tree.map(jnp.asarray, (params, x, y))
 
 
 def dense_fisher(params, x):
     """By its definition: over sequences, positions that count, and classes."""
-    total = 0.0
+    log_prob = jax.jit(jax.value_and_grad(lambda p, x, c: jax.nn.log_softmax(jnp.tanh(x @ p["w"]) @ p["v"])[c]))
+    total, x = 0.0, np.asarray(x)
     for i, length in enumerate(LENGTHS):
-        for t in range(int(length)):
+        for t in range(length):
             for c in range(3):
-                of = lambda p, i=i, t=t, c=c: jax.nn.log_softmax(jnp.tanh(x[i, t] @ p["w"]) @ p["v"])[c]  # noqa: E731
-                score = flat(jax.grad(of)(params))
-                total = total + np.exp(float(of(params))) * np.outer(score, score) / len(LENGTHS)
+                value, score = log_prob(params, x[i, t], c)
+                total = total + np.exp(float(value)) * np.outer(flat(score), flat(score)) / len(LENGTHS)
     return total
 
 
+@jax.jit
+def token_losses(params, x, y):
+    """Of the positions that count, one by one."""
+    logits = {(i, t): jnp.tanh(x[i, t] @ params["w"]) @ params["v"] for i in range(4) for t in range(LENGTHS[i])}
+    return jnp.stack([-jax.nn.log_softmax(z)[y[place]] for place, z in logits.items()])
+
+
 def test_fishers_losses_and_steps_of_sequences_in_padding():
-    """Against loops over the positions that count; NaN in the padding changes nothing, held, implicit, drawn or in a step."""
+    """Against loops over the positions that count; what is in the padding changes nothing, held, implicit or in a step."""
     params, x, y = sequences(0.0)
     dense = dense_fisher(params, x)
-    bad = sequences(jnp.nan)[1]
-    clean = jnp.where(jnp.isnan(bad), 30.0, bad)
+    clean = sequences(30.0)[1]
     assert_close(jf.exact_fisher(sequence)(params, clean, LENGTHS).as_matrix(), dense, factor=1e3)
-    v = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=float)).reshape(leaf.shape), params)
+    v = jax.tree.map(lambda leaf: np.cos(np.arange(leaf.size, dtype=float)).reshape(leaf.shape), params)
     assert_close(flat(jf.implicit_fisher(sequence)(params, clean, LENGTHS).mv(v)), dense @ flat(v), factor=1e3)
-    losses = [
-        -jax.nn.log_softmax(jnp.tanh(x[i, t] @ params["w"]) @ params["v"])[y[i, t]] for i in range(4) for t in range(LENGTHS[i])
-    ]
     step = jf.training_step(sequence, jf.kfac())
     state = step.init(params, x, LENGTHS, y)
     (first, _, value), (second, _, same) = (jax.jit(step)(params, state, data, LENGTHS, y) for data in (x, clean))
-    assert_close(value, sum(losses) / 4)
+    assert_close(value, np.sum(token_losses(params, x, y)) / 4)
     np.testing.assert_allclose([same, *flat(second)], [value, *flat(first)], rtol=1e-11)
     assert np.max(np.abs(flat(first) - flat(params))) > 1e-3
 
 
 # --- means over tokens -----------------------------------------------------------------------------------------------------
 
-TOKENS = int(jnp.sum(LENGTHS))
-
-
-def token_losses(params, x, y):
-    return [
-        -jax.nn.log_softmax(jnp.tanh(x[i, t] @ params["w"]) @ params["v"])[y[i, t]] for i in range(4) for t in range(LENGTHS[i])
-    ]
+TOKENS = int(np.sum(LENGTHS))
 
 
 def test_means_over_tokens():
@@ -159,7 +177,7 @@ def test_means_over_tokens():
     known = {"counts": LENGTHS}
     assert_close(jf.exact_fisher(sequence)(params, x, LENGTHS, **known).as_matrix(), dense, factor=1e3)
     assert_close(jf.exact_fisher(sequence, batch_size=3)(params, x, LENGTHS, **known).as_matrix(), dense, factor=1e3)
-    v = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=float)).reshape(leaf.shape), params)
+    v = jax.tree.map(lambda leaf: np.cos(np.arange(leaf.size, dtype=float)).reshape(leaf.shape), params)
     implicit = jf.implicit_fisher(sequence, batch_size=2)(params, x, LENGTHS, **known)
     assert_close(flat(implicit.mv(v)), dense @ flat(v), factor=1e3)
     assert_close(jf.kl_hessian(sequence)(params, x, LENGTHS, **known).as_matrix(), dense, factor=1e4)
@@ -179,7 +197,7 @@ def test_means_over_tokens():
     step = jf.training_step(sequence, jf.natural_gradient(1.0, 0.1))
     new, _, loss = jax.jit(step)(params, step.init(params, x, LENGTHS, y, **known), x, LENGTHS, y, **known)
     assert_close(loss, np.sum(token_losses(params, x, y)) / TOKENS)
-    gradient = flat(jax.grad(lambda params: sum(token_losses(params, x, y)) / TOKENS)(params))
+    gradient = flat(jax.jit(jax.grad(lambda params: jnp.sum(token_losses(params, x, y)) / TOKENS))(params))
     expected = np.linalg.solve(dense + 0.1 * np.eye(len(dense)), gradient)
     assert_close(flat(new), flat(params) - expected, factor=1e4)
     log_prob = jf.log_likelihood(sequence)
