@@ -1,5 +1,6 @@
 """Data spread over devices: the same steps, and nothing of the size of all gradients is sent around."""
 
+import functools
 import json
 import os
 import pathlib
@@ -27,22 +28,26 @@ def said(script, devices):
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_give_the_answers_of_one(count):
-    """Each has its own share of the examples, and what is drawn for an example does not depend on who has it."""
+@functools.cache
+def said_by_the_first_of(count):
+    """What the first of so many processes says that train together."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
+    command = [sys.executable, str(pathlib.Path(__file__).with_name("processes.py"))]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    found = []
-    for size in (1, count):
-        command = [sys.executable, str(pathlib.Path(__file__).with_name("processes.py"))]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-        running = [subprocess.Popen([*command, str(k), str(size), str(port)], **pipes) for k in range(size)]
-        said = [process.communicate(timeout=900) for process in running]
-        assert all(process.returncode == 0 for process in running), [errors for _, errors in said]
-        # What sends numbers between processes says so on the same stream.
-        found.append([json.loads(line) for line in said[0][0].splitlines() if line.startswith("{")])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    running = [subprocess.Popen([*command, str(k), str(count), str(port)], **pipes) for k in range(count)]
+    said = [process.communicate(timeout=900) for process in running]
+    assert all(process.returncode == 0 for process in running), [errors for _, errors in said]
+    # What sends numbers between processes says so on the same stream.
+    return [json.loads(line) for line in said[0][0].splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_give_the_answers_of_one(count):
+    """Each has its own share of the examples, and what is drawn for an example does not depend on who has it."""
+    found = [said_by_the_first_of(size) for size in (1, count)]
     assert [each["name"] for each in found[0]] == ["Kronecker", "in pieces", "natural gradient", "sampled", "step"]
     for one, many in zip(*found, strict=True):
         expected = np.array(one["value"])
