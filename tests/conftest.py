@@ -4,7 +4,6 @@ import gc
 import importlib.metadata
 import os
 import pathlib
-import threading
 
 # Nearly all the time of the suite is XLA compiling programs that run once. CI runs the suite both ways: set this to 0 for the
 # optimised programs that users run.
@@ -25,27 +24,8 @@ if "CI" not in os.environ:
 
 import jax
 import pytest
-from jax._src.interpreters import mlir
 
 jax.config.update("jax_enable_x64", True)
-
-
-def reuse_contexts():
-    """Give ten programs one context of MLIR, as JAX 0.12 does: to make one takes a third of the time of a small program."""
-    make, held = mlir.make_ir_context, threading.local()
-
-    def make_ir_context():
-        count = getattr(held, "count", 0)
-        if count % 10 == 0:
-            held.context = make()
-        held.count = count + 1
-        return held.context
-
-    mlir.make_ir_context = make_ir_context
-
-
-if jax.__version_info__ < (0, 11):
-    reuse_contexts()
 
 
 def pytest_collection_finish():
