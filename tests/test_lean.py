@@ -129,10 +129,10 @@ def test_a_step_is_a_small_program():
     assert eigen.search(whole.as_text()), "the control: at zero damping eigenvectors are needed"
     # What we hand to XLA is the same on every version; how often XLA then writes an instruction into several fusions is not:
     # of the two it makes 588 and 1,044 by the older code generator, and 618 and 1,247 by the newer one.
-    assert operations(lean) < 540, operations(lean)
-    assert operations(refined) < 750, operations(refined)
-    assert instructions(lean.compile().as_text()) < 640
-    assert instructions(refined.compile().as_text()) < 1280
+    assert operations(lean) < 550, operations(lean)
+    assert operations(refined) < 760, operations(refined)
+    assert instructions(lean.compile().as_text()) < 660
+    assert instructions(refined.compile().as_text()) < 1310
 
 
 def test_a_solve_is_half_the_program_where_its_damping_is_known_to_be_positive():
