@@ -128,6 +128,23 @@ def test_steps_over_micro_batches_take_the_mean_gradient_and_the_curvature_and_l
     np.testing.assert_allclose(optax.tree.get(state, "ratio"), actual / -(g @ u + 0.5 * u @ F @ u), rtol=1e-6)
 
 
+@pytest.mark.relaxed
+def test_steps_over_micro_batches_of_a_part_of_the_parameters():
+    params, x, y, _, rows = reference()
+    steps = optax.MultiSteps(jf.natural_gradient(1.0, 0.25), 2, accumulator_dtype=jnp.float64)
+    of_part = optax.GradientTransformationExtraArgs(steps.init, steps.update)
+    step = jf.training_step(
+        classifier, optax.partition({"on": of_part, "off": optax.set_to_zero()}, {"hidden": "on", "out": "off"})
+    )
+    state, run, new = step.init(params, x[:3], y[:3]), jax.jit(step), params
+    for batch in (slice(3), slice(3, 6)):
+        new, state, _ = run(new, state, x[batch], y[batch])
+    mine = flat(jax.tree.map_with_path(lambda path, leaf: np.full(leaf.shape, path[0].key == "hidden"), params))
+    F = class_sum_fisher(params, x[3:6])[np.ix_(mine, mine)] + 0.25 * np.eye(np.sum(mine))
+    assert_close((flat(new) - flat(params))[mine], np.linalg.solve(F, rows[:6].mean(0)[mine]), factor=1e5)
+    np.testing.assert_array_equal(flat(new)[~mine], flat(params)[~mine])
+
+
 @pytest.mark.relaxed  # and so does optax.adam
 def test_kfac_in_a_partition_trains_its_part_as_if_the_rest_were_data():
     params, x, y, *_ = reference()
