@@ -74,7 +74,7 @@ def least_squares(
 @once
 def _fitted(form: FromScores, e: Float[Array, " rows"], damping: Scalar, rtol: Static[float]) -> tuple[Any, SolveInfo]:
     scores = form.scores
-    e = jnp.where(scores.weights == 0, 0, e)  # a row of padding may have anything
+    e = scores._felt(e)
     x = form.solve_row_space(e, damping, rtol)
 
     def rest(fitted: Float[Array, " rows"]) -> Float[Array, " p"]:

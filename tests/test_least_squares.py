@@ -31,6 +31,16 @@ def by_lstsq(scores, e, damping):
     return np.linalg.lstsq(below, np.concatenate([root * e, np.zeros(matrix.shape[1])]))[0]
 
 
+def test_centred_rows_do_not_feel_what_all_numbers_have_in_common():
+    """As of local energies far from zero: over a small damping it would be large, and its rounding would be in the fit."""
+    params, spins, e, weights = problem(7, 3, jnp.float32, np.random.default_rng(1))
+    scores = jf.scores(log_psi, center=True)(params, spins, weights=weights)
+    x, _ = compiled(lambda s, e: jf.least_squares(s, e, 1e-3))(scores, e + 100)
+    exact = np.asarray(e + 100, np.float64)
+    expected = by_lstsq(scores, exact - np.average(exact, weights=weights), 1e-3)
+    np.testing.assert_allclose(flat(x), expected, atol=1e-4 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("center", [False, True], ids=["plain", "centred"])
 @pytest.mark.parametrize(("rows", "width"), [(7, 3), (40, 2)], ids=["fewer rows", "more rows"])
 def test_the_fit_is_that_of_the_stacked_system(rows, width, center):

@@ -87,6 +87,11 @@ class CenteredScores(Scores):
         w = jnp.where(self._live, self._row_numbers(w), 0)
         return self.scores.rmv(w - self.mean_weights * self._own(self._sums(w)))
 
+    def _felt(self, e: Float[Array, " rows"]) -> Float[Array, " rows"]:
+        """The mean is not felt, and over a small damping its rounding would be."""
+        e = jnp.where(self._live, e, 0)
+        return jnp.where(self._live, e - self._own(self._sums(self.mean_weights * e)), 0)
+
     def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
         full = mirrored(self.scores.gram_upper(factor))
         along = self._sums(self.mean_weights[:, None] * full)  # [kinds, rows]

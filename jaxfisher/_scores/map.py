@@ -97,6 +97,10 @@ class Scores(abc.ABC):
     def rmv(self, w: Float[Array, " rows"]) -> Any:
         """``S^T w``: the weighted sum of the scores, a pytree like the parameters."""
 
+    def _felt(self, e: Float[Array, " rows"]) -> Float[Array, " rows"]:
+        """What of one number a row its weighted sum with the scores feels: nothing of padding, which may be anything."""
+        return jnp.where(self.weights == 0, 0, e)
+
     @once
     def gram(self) -> Float[Array, "rows rows"]:
         """``S S^T``: inner products of all pairs of scores; one triangle is the mirror image of the other."""
