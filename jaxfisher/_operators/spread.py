@@ -126,7 +126,9 @@ class Apart(NamedTuple):
 def _gram(scaled: Scaled, strips: Strips) -> Float[Array, "rows rows"]:
     """``X X^T``: each device makes its own rows, from its own factors and all others."""
     root, scores = scaled.root, scaled.scores.rescaled((scaled.factor,) * len(scaled.scores.spec.sizes))
-    matrix = root[:, None] * scores.cross_gram(scores) * root[None, :]
+    # `cross_gram` takes the factors of its own rows as they are and scales those of the other block. What is not scaled is sent
+    # as it is held, so a device keeps the rows of the other block; the matrix is symmetric.
+    matrix = root[:, None] * scores.cross_gram(scores).T * root[None, :]
     return jax.lax.with_sharding_constraint(matrix, strips.sharding)
 
 
