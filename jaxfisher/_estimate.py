@@ -11,14 +11,12 @@ Random signs and Krylov spaces are matfree's, an optional extra: ``pip install '
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
 
 from jaxfisher._lanczos import gauss, lanczos, log_sum, matfree
@@ -27,7 +25,7 @@ from jaxfisher._once import Static, once
 from jaxfisher._operators.damping import Damping, checked_damping, entries_of
 from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._tree import all_finite, as_key, described, dot, dtype_of, joined
-from jaxfisher._values import is_array, nonnegative, whole
+from jaxfisher._values import is_array, is_known, nonnegative, whole
 from jaxfisher._varying import while_loop
 
 BATCH = 10
@@ -437,7 +435,7 @@ def _damping_entries(fisher: Operator, damping: Damping) -> Float[Array, " p"]:
 
 def _refuse_zero(name: str, value: chex.Numeric, why: str) -> None:
     """Raise where the argument is known to be zero; the value of a JAX array is a run-time number."""
-    if isinstance(value, (numbers.Real, np.ndarray, np.generic)) and float(value) == 0:
+    if is_known(value) and float(value) == 0:
         raise ValueError(f"`{name}` is {value}; expected a number above zero. {why}")
 
 

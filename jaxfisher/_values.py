@@ -108,7 +108,7 @@ def nonnegative(name: str, value: chex.Numeric, dtype: Any) -> Scalar:
 def positive(name: str, value: chex.Numeric, dtype: Any) -> Scalar:
     """The argument as a scalar of this dtype; refused where it is known not to be above zero, and NaN where it turns out so."""
     check_number(name, value, "one real number above zero")
-    if isinstance(value, (numbers.Real, np.ndarray, np.generic)) and not 0 < float(value) < math.inf:
+    if is_known(value) and not 0 < float(value) < math.inf:
         raise ValueError(f"`{name}` is {value}; expected a finite number above zero.")
     array = jnp.asarray(value, dtype)
     return jnp.where(array > 0, array, jnp.nan) if isinstance(value, jax.Array) else array
@@ -124,7 +124,7 @@ def fraction(name: str, value: chex.Numeric, dtype: Any) -> Scalar:
 def check_fraction(name: str, value: chex.Numeric) -> None:
     """Raise unless the argument is a real number, and where it is known to be outside ``[0, 1)``."""
     check_number(name, value, "one real number in [0, 1), the weight of the past")
-    if isinstance(value, (numbers.Real, np.ndarray, np.generic)) and not 0 <= float(value) < 1:
+    if is_known(value) and not 0 <= float(value) < 1:
         raise ValueError(f"`{name}` is {value}; expected a number in [0, 1), the weight of the past.")
 
 
@@ -152,8 +152,13 @@ def check_nonnegative(name: str, value: chex.Numeric) -> None:
     """
     check_number(name, value, "one real number of at least zero")
     # The value of a JAX array is a run-time number: to look at it would wait for the device.
-    if isinstance(value, (numbers.Real, np.ndarray, np.generic)) and not 0 <= float(value) < math.inf:
+    if is_known(value) and not 0 <= float(value) < math.inf:
         raise ValueError(f"`{name}` is {value}; expected a finite number of at least zero.")
+
+
+def is_known(value: Any) -> bool:
+    """Whether a number can be looked at when a program is traced, without waiting for a device."""
+    return isinstance(value, (numbers.Real, np.ndarray, np.generic))
 
 
 def is_known_zero(value: chex.Numeric, dtype: Any) -> bool:
@@ -161,8 +166,7 @@ def is_known_zero(value: chex.Numeric, dtype: Any) -> bool:
 
     Of an array one number is enough.
     """
-    known = isinstance(value, (numbers.Real, np.ndarray, np.generic))
-    return known and bool(np.any(np.abs(np.asarray(value, dtype)) < jnp.finfo(dtype).tiny))
+    return is_known(value) and bool(np.any(np.abs(np.asarray(value, dtype)) < jnp.finfo(dtype).tiny))
 
 
 def is_known_positive(value: chex.Numeric, dtype: Any) -> bool:
@@ -170,8 +174,7 @@ def is_known_positive(value: chex.Numeric, dtype: Any) -> bool:
 
     Of an array all numbers must be.
     """
-    known = isinstance(value, (numbers.Real, np.ndarray, np.generic))
-    return known and bool(np.all(np.asarray(value, dtype) >= jnp.finfo(dtype).tiny))
+    return is_known(value) and bool(np.all(np.asarray(value, dtype) >= jnp.finfo(dtype).tiny))
 
 
 def check_number(name: str, value: Any, expected: str = "one real number") -> None:

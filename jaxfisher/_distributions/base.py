@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import numbers
 from collections.abc import Callable
 from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
@@ -28,7 +27,7 @@ from jaxfisher._distributions.root import Root, narrowed
 from jaxfisher._linalg import matmul
 from jaxfisher._once import once
 from jaxfisher._tree import as_key
-from jaxfisher._values import check_array, checked_shape, described, is_array
+from jaxfisher._values import check_array, checked_shape, described, is_array, is_known
 
 S = TypeVar("S", bound=Callable[..., Any])
 
@@ -174,7 +173,7 @@ class Distribution:
             return value
         which = np.broadcast_to(_must_be_positive(value.shape, self._ndim_of(name)), value.shape)
         # The value of a JAX array is a run-time number: to look at it would wait for the device.
-        if not isinstance(given, (numbers.Real, np.ndarray, np.generic)):
+        if not is_known(given):
             return jnp.where(which & (value < 0), jnp.nan, value)
         entries = np.asarray(given, float)[which]
         if np.any(entries <= 0):

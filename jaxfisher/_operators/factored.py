@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,7 +27,7 @@ from jaxfisher._operators.pair import inverse_of_pair, pair_of
 from jaxfisher._pytree import array_fields
 from jaxfisher._system import Solved, SolveInfo
 from jaxfisher._tree import cast_like
-from jaxfisher._values import nonnegative
+from jaxfisher._values import is_known, nonnegative
 
 
 def factored_solve(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric) -> tuple[Any, SolveInfo]:
@@ -71,7 +70,7 @@ def factored_solve(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric) -
     if not isinstance(form, BlockDiagonal) or not has_factors(form):
         raise TypeError(f"factored_solve: {fisher} has no Kronecker factors to damp; expected jf.kronecker(fisher).")
     check_one_damping(damping, fisher.spec, "factored_solve")
-    zero = isinstance(damping, (numbers.Real, np.ndarray, np.generic)) and float(damping) == 0
+    zero = is_known(damping) and float(damping) == 0
     if zero and form is fisher.form and any(_kronecker_in(block) for block in form.blocks):
         raise ValueError(
             "factored_solve: `damping` is 0, without which factors may be singular. Give a number above zero, or leave the "

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
@@ -17,7 +15,7 @@ from jaxfisher._once import either
 from jaxfisher._operators.operator import Operator
 from jaxfisher._transform.update_arguments import Shared, check_state, completing, fisher_for, function_for, value_for
 from jaxfisher._tree import described, dot, param_spec, split
-from jaxfisher._values import check_nonnegative, check_number
+from jaxfisher._values import check_nonnegative, check_number, is_known
 
 
 class AdaptDampingState(NamedTuple):
@@ -314,16 +312,12 @@ def _check_order(
     """Raise `ValueError` where numbers that are known are out of order."""
     strictly = (1, factor), (lower_ratio, upper_ratio), (0, lower_damping)
     at_most = (lower_damping, damping), (damping, upper_damping), (lower_damping, upper_damping)
-    if any(_known(*pair) and not pair[0] < pair[1] for pair in strictly) or any(
-        _known(*pair) and not pair[0] <= pair[1] for pair in at_most
+    known = lambda pair: all(map(is_known, pair))  # noqa: E731
+    if any(known(pair) and not pair[0] < pair[1] for pair in strictly) or any(
+        known(pair) and not pair[0] <= pair[1] for pair in at_most
     ):
         raise ValueError(
             f"adapt_damping: damping {damping}, factor {factor}, lower_ratio {lower_ratio}, upper_ratio {upper_ratio}, "
             f"lower_damping {lower_damping}, upper_damping {upper_damping}; expected factor > 1, lower_ratio < upper_ratio and "
             "0 < lower_damping <= damping <= upper_damping."
         )
-
-
-def _known(*values: chex.Numeric) -> bool:
-    """Whether these numbers can be looked at without waiting for a device."""
-    return all(isinstance(value, (numbers.Real, np.ndarray, np.generic)) for value in values)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Int
 
@@ -33,7 +32,7 @@ from jaxfisher._transform.update_arguments import (
     fisher_for,
 )
 from jaxfisher._tree import all_finite, cast_like, check_function, param_spec, scaled, split
-from jaxfisher._values import check_fraction, check_nonnegative, check_number, fraction
+from jaxfisher._values import check_fraction, check_nonnegative, check_number, fraction, is_known
 
 
 class ScaleByFisherState(NamedTuple):
@@ -321,10 +320,10 @@ def check_kept(decay: chex.Numeric | None, update_every: chex.Numeric | None) ->
     """Raise unless these can say what is kept from one update to the next."""
     if decay is not None:
         check_fraction("decay", decay)
-    check_number("update_every", 1 if update_every is None else update_every, "a whole number of at least one")
-    if not isinstance(update_every, (numbers.Real, np.ndarray, np.generic)):
+    if update_every is None:
         return
-    if not (float(update_every) >= 1 and float(update_every).is_integer()):
+    check_number("update_every", update_every, "a whole number of at least one")
+    if is_known(update_every) and not (float(update_every) >= 1 and float(update_every).is_integer()):
         raise ValueError(f"`update_every` is {update_every}; expected a whole number of at least one.")
 
 
