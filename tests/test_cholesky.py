@@ -79,6 +79,31 @@ def test_rows_that_are_spread_need_a_damping_that_can_be_told():
         assert np.all(np.isfinite(x)) and not info.converged
 
 
+def with_prior(F):
+    """The Fisher and a prior of precision 1/2."""
+    return F + jf.scaled_identity(F, 0.5)
+
+
+KEPT = {  # what is made, how many times the Fisher is in it, and the prior
+    "a sum": (lambda F: spread(F) + F, 2, 0),
+    "a sum, the other way round": (lambda F: F + spread(F), 2, 0),
+    "of a sum": (lambda F: spread(F + F), 2, 0),
+    "with a prior": (lambda F: with_prior(spread(F)), 1, 0.5),
+    "of one with a prior": (lambda F: spread(with_prior(F)), 1, 0.5),
+    "a multiple": (lambda F: 2.0 * spread(F), 2, 0),
+    "in one block": (lambda F: jf.block_diagonal(spread(F)), 1, 0),
+}
+
+
+@pytest.mark.parametrize(("made", "times", "prior"), KEPT.values(), ids=KEPT)
+def test_rows_stay_spread_in_sums_multiples_and_blocks(made, times, prior):
+    F, matrix, vectors = problem("fewer rows", 10.0)
+    F, v = made(F), vectors["anything"]
+    assert "solves spread" in str(F)
+    expected = np.linalg.solve(times * matrix + (prior + 0.1) * np.eye(30), v.astype(float))
+    np.testing.assert_allclose(F.solve(v, 0.1), expected, rtol=0, atol=1e-5 * np.linalg.norm(expected))
+
+
 @pytest.mark.parametrize("view", [lambda F: F, jf.dense])
 def test_a_damping_that_cannot_be_told_divides_no_rounding(view):
     """Along directions that F does not see, rounding over next to nothing would be all that there is of a solution."""

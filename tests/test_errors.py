@@ -591,7 +591,13 @@ MISTAKES = [
         "spread_solves, of a view",
         lambda: jf.spread_solves(jf.diagonal(fisher()), jax.make_mesh((1,), ("a",)), "a"),
         TypeError,
-        ["spread_solves", "is not held as scores", "jf.empirical_fisher"],
+        ["spread_solves", "diagonal) has neither scores nor layers", "jf.exact_fisher"],
+    ),
+    (
+        "spread_solves, of a sum with scores in pieces",
+        lambda: jf.spread_solves(fisher() + jf.exact_fisher(model, batch_size=2)(PARAMS, X), jax.make_mesh((1,), ("a",)), "a"),
+        TypeError,
+        ["exact as scores + exact as scores) has neither", "held whole (without `batch_size=`"],
     ),
     (
         "spread_solves, a block of no columns",

@@ -127,8 +127,9 @@ class FromScores(Form):
     def scaled(self, factor: Scalar) -> FromScores:
         return FromScores(self.scores.reweighted(factor))
 
-    def plus(self, other: Form) -> FromScores | None:
-        if not (isinstance(other, FromScores) and isinstance(self.scores, HeldScores) and isinstance(other.scores, HeldScores)):
+    def plus(self, other: Form) -> Form | None:
+        # What a subclass is besides its scores, it keeps by making the sum itself.
+        if type(other) is not FromScores or not (isinstance(self.scores, HeldScores) and isinstance(other.scores, HeldScores)):
             return None
         return FromScores(JoinedScores((self.scores, other.scores)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,9 @@ from jaxfisher._operators.from_scores import FromScores, Scaled, by_gram
 from jaxfisher._operators.identity import Shifted
 from jaxfisher._operators.inverted import Inverted, flat_inverse
 from jaxfisher._operators.kronecker import Kronecker
-from jaxfisher._operators.operator import Operator, as_operator, scores_of
+from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._pytree import array_fields
+from jaxfisher._scores import Scores
 from jaxfisher._system import Factorise
 from jaxfisher._values import described, whole
 
@@ -47,6 +48,18 @@ class Spread(FromScores):
 
     def rescaled(self, factors: Sequence[Scalar]) -> Spread:
         return Spread(self.scores.rescaled(tuple(factors)), self.strips)
+
+    def restrict(self, keep: tuple[bool, ...], treedef: Any) -> FromScores:
+        part = super().restrict(keep, treedef)
+        # A part with fewer parameters than there are rows has the smaller matrix.
+        return Spread(part.scores, self.strips) if part.scores.num_rows <= part.spec.size else part
+
+    def plus(self, other: Form) -> Form | None:
+        if not isinstance(other, FromScores):
+            return None
+        joined = FromScores(self.scores).plus(FromScores(other.scores))
+        scores = None if joined is None else joined.as_scores()
+        return None if scores is None else _spread(scores, self.strips, "a sum of Fishers")
 
     def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
         scaled = Scaled(self.scores, to_unit(self.scores.bound(), jnp.sqrt(jnp.abs(largest))))
@@ -159,18 +172,20 @@ def spread_solves(fisher: Operator, mesh: Mesh, axis: str, block: int | None = N
     the rows x rows matrix is the larger one. Factors of a few hundred are inverted sooner than they are sent.
 
     Args:
-        fisher: an operator held as scores; or a view with Kronecker factors.
+        fisher: an operator held as scores, or a view with Kronecker factors, either with or without a multiple of the identity
+            added to it. The scores of a sum must be held whole, in no pieces, and must not be centred.
         mesh: of automatic axes; the examples need not be spread over it, but should.
         axis: the axis of the mesh over which rows, or factors, are spread; its size must divide the number of rows.
         block: of scores, how many columns are factored at a time, at most; None for 256.
 
     Returns:
         An operator, whose `solve` is as accurate as its solver asks: ``jf.Cholesky(rtol=)``, or none, as far as rounding
-        allows. Its damping must be above zero: at one that the dtype cannot tell from zero, no solution is called converged.
+        allows. The damping, with the multiple of the identity, must be above zero: at one that the dtype cannot tell from
+        zero, no solution is called converged.
         As a ``view`` it is ``functools.partial(jf.spread_solves, mesh=mesh, axis="examples")``.
 
     Raises:
-        TypeError: ``fisher`` is not held as scores; ``block`` is no whole number.
+        TypeError: ``fisher`` is neither held as scores nor a view by layers; ``block`` is no whole number.
         ValueError: an axis that the mesh has not, or that is explicit; a number of rows that its size does not divide; a
             ``block`` with a view by layers.
 
@@ -193,18 +208,29 @@ def spread_solves(fisher: Operator, mesh: Mesh, axis: str, block: int | None = N
         _check_axis(mesh, axis)
         apart = LayersApart(layers.blocks, layers.members, layers.spec, Devices(mesh, axis))
         return dataclasses.replace(fisher, form=_under(fisher.form, apart))
-    scores = scores_of(fisher, "spread_solves")
+    scores = layers.as_scores()
+    if scores is None:
+        raise TypeError(
+            f"spread_solves: {fisher} has neither scores nor layers whose solves could be spread. Expected a Fisher held as "
+            "scores, such as jf.exact_fisher returns, a sum of such whose scores are held whole (without `batch_size=`, "
+            "`max_bytes=` or `center=`), or jf.kronecker(fisher). A multiple of the identity may be added to each."
+        )
     if block is not None and (whole(block) or 0) < 1:
         raise TypeError(f"spread_solves: `block` is {described(block)}; expected a whole number of columns, at least one.")
     _check_axis(mesh, axis)
-    rows, devices = scores.num_rows, mesh.shape[axis]
+    strips = Strips(mesh, axis, BLOCK if block is None else block)
+    return dataclasses.replace(fisher, form=_under(fisher.form, _spread(scores, strips, str(fisher))))
+
+
+def _spread(scores: Scores, strips: Strips, called: str) -> Spread:
+    """The scores with solves that are spread, in blocks of no more columns than these."""
+    rows, devices = scores.num_rows, strips.mesh.shape[strips.axis]
     if rows % devices:
         raise ValueError(
-            f"spread_solves: {fisher} has {rows} rows, which cannot be spread evenly over {devices} devices. Pad the data to a "
+            f"spread_solves: {called} has {rows} rows, which cannot be spread evenly over {devices} devices. Pad the data to a "
             "multiple, with `weights=` of zero for the padding."
         )
-    strips = Strips(mesh, axis, block_size(rows, BLOCK if block is None else block))
-    return Operator(Spread(scores, strips), fisher.provenance)
+    return Spread(scores, strips._replace(block=block_size(rows, strips.block)))
 
 
 def _under(form: Form, base: Form) -> Form:
