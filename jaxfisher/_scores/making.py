@@ -78,6 +78,9 @@ def _batch_size(traced: Traced, params: chex.ArrayTree, batch: Batch) -> int | N
     if limit is None:
         if batch.batch_size is not None:
             return batch.batch_size
+        # What all gradients formed would take is no more: there is no need to ask which of them are.
+        if batch.size * traced.rows * batch.spec.size * batch.spec.dtype.itemsize <= PLAIN_BYTES:
+            return None
         shapes = jax.eval_shape(lambda data: leaf_forms(traced, params, data, batch.spec)[1], batch.data)
         if sum(leaf.bytes for leaf in shapes if leaf.why is not None) <= PLAIN_BYTES:
             return None
