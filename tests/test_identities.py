@@ -5,9 +5,9 @@ r"""The identities of information geometry, for every family on a linear model, 
 .. math:: F = E[s s^T] = \nabla^2_q KL(\theta \| q)|_\theta = -E[\nabla^2 \log p], \qquad
     KL(\theta \| \theta + d) = \tfrac12 d^T F d + O(|d|^3).
 
-The library's side is the whole model, differentiated through. The other side are sums over outcomes or quadrature nodes of
-`oracle`: moments of derivatives of the log-density in the head's raw numbers, pulled back by the chain rule in numpy. The
-log-density itself is held against SciPy in `test_distributions`.
+The library's side is the whole model, differentiated through, traced as `jax.jit` does it and run in NumPy. The other side are
+sums over outcomes or quadrature nodes of `oracle`: moments of derivatives of the log-density in the head's raw numbers, pulled
+back by the chain rule in numpy. The log-density itself is held against SciPy in `test_distributions`.
 """
 
 import dataclasses
@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from laws import close
-from models import BODIES, HEADS, Body, Head, compiled, flat_function, raw_rows
+from models import BODIES, HEADS, Body, Head, compiled, flat_function
+from programs.evaluate import evaluated
 
 import jaxfisher as jf
 
@@ -60,26 +61,32 @@ class Point:
                 seen["kl_hessian"] = jf.kl_hessian(model)(theta, *inputs).as_matrix()
             return seen
 
-        moved = theta[None] + jnp.asarray(np.concatenate(list(displacements.values())))
-        seen = jax.tree.map(np.asarray, compiled(views)(theta, moved, *self.body.inputs))
+        moved = np.asarray(theta) + np.concatenate(list(displacements.values()))
+        seen = evaluated(views, theta, moved, *self.body.inputs)
         ends = np.cumsum([len(rows) for rows in displacements.values()])[:-1]
         return seen | dict(zip(displacements, np.split(seen["moved"], ends), strict=True))
 
     @property
     def has_hessian(self):
-        """Where KL is a long formula or a quadrature XLA takes 5 to 10 s to compile its Hessian: on one body, not three."""
+        """Where KL is a long formula or a quadrature its Hessian takes long to trace: it is made on one body, not three."""
         return self.body.name == "MLP" or self.head.name not in ("Gamma", "Beta", "Dirichlet", "StudentT", "NegativeBinomial")
 
     @functools.cached_property
     def oracle(self) -> dict[str, Any]:
         """``E[score]``, ``E[score score^T]`` and ``-E[Hessian of log p]`` over the flat parameters; the mass of the nodes."""
-        params = self.body.params(self.head.centre)
-        raws = raw_rows(self.body, params)
-        rules = [self.head.rule(jax.tree.map(np.asarray, self.head.predict(raw))) for raw in raws]
+        params, axes = self.body.params(self.head.centre), (None, *(0 for _ in self.body.inputs))
+        raw, theta = flat_function(self.body.raw, params)
+
+        def derivatives(theta, *x):
+            """The raw numbers of an example, their first and their second derivatives."""
+            return raw(theta, *x), jax.jacobian(raw)(theta, *x), jax.hessian(raw)(theta, *x)
+
+        # Three examples, also where there are no inputs.
+        raws, slopes, bends = evaluated(jax.vmap(derivatives, axes, axis_size=3), theta, *self.body.inputs)
+        predicted = evaluated(jax.vmap(self.head.predict), raws)
+        rules = [self.head.rule(jax.tree.map(lambda leaf, i=i: leaf[i], predicted)) for i in range(3)]
         nodes, weights = (np.stack(part) for part in zip(*rules, strict=True))
         mass, mean, outer, hessian = map(np.asarray, raw_moments(self.head)(raws, nodes, weights))
-        raw, theta = flat_function(self.body.raw, params)
-        slopes, bends = map(np.asarray, derivatives(raw)(theta, *self.body.inputs))
         pulled_back = lambda moment: np.mean(slopes.swapaxes(1, 2) @ moment @ slopes, axis=0)  # noqa: E731
         return {
             "mass": mass,
@@ -97,7 +104,10 @@ class Point:
 
 @functools.lru_cache
 def raw_moments(head):
-    """``(raws [n, k], nodes [n, m, *event], weights [n, m])`` to the mass, ``E[s]``, ``E[s s^T]``, ``E[H]`` of each example."""
+    """``(raws [n, k], nodes [n, m, *event], weights [n, m])`` to the mass, ``E[s]``, ``E[s s^T]``, ``E[H]`` of each example.
+
+    It is compiled: it serves three bodies, and works on thousands of nodes.
+    """
     log_p = jf.log_likelihood(head.predict)
 
     def of_one(raw, nodes, weights):
@@ -109,12 +119,6 @@ def raw_moments(head):
         return jnp.sum(mass), mass @ rows, rows.T @ (mass[:, None] * rows), hessian
 
     return compiled(jax.vmap(of_one))
-
-
-def derivatives(raw):
-    """``(theta, *inputs)`` to the first and second derivatives of the raw numbers, a row an example (three if no inputs)."""
-    both = lambda theta, *x: (jax.jacobian(raw)(theta, *x), jax.hessian(raw)(theta, *x))  # noqa: E731
-    return lambda theta, *inputs: compiled(jax.vmap(both, (None, *(0 for _ in inputs)), axis_size=3))(theta, *inputs)
 
 
 POINTS = [Point(head, body) for head in HEADS for body in BODIES]
@@ -151,7 +155,7 @@ def test_the_exact_fisher_is_the_covariance_of_the_score(point):
 def test_the_hessian_of_kl_is_the_exact_fisher(point):
     if not point.has_hessian:
         pytest.skip(
-            "kl_hessian of this family is compiled for the MLP alone; the third-order test still holds its KL to the Fisher"
+            "kl_hessian of this family is made for the MLP alone; the third-order test still holds its KL to the Fisher"
         )
     close(point.library["kl_hessian"], point.library["exact"], "kl_hessian is exact_fisher")
     close(point.library["kl_hessian"], point.oracle["outer"], "kl_hessian is E[score score^T]")
@@ -189,11 +193,12 @@ def measured_orders(remainders):
 
 def remainder(model, theta, along):
     """KL less half its quadratic form, at each of `HALVINGS`."""
-    theta, along = jnp.asarray(theta), jnp.asarray(along)
-    steps = jnp.asarray(HALVINGS) * 10
-    half = 0.5 * jf.exact_fisher(model)(theta).quadratic(along)
-    left = jax.vmap(lambda h, theta, along: jf.kl(model)(theta, theta + h * along) - h**2 * half, (0, None, None))
-    return np.asarray(compiled(left)(steps, theta, along))
+
+    def left(theta, along):
+        half = 0.5 * jf.exact_fisher(model)(theta).quadratic(along)
+        return jax.vmap(lambda h: jf.kl(model)(theta, theta + h * along) - h**2 * half)(jnp.asarray(HALVINGS) * 10)
+
+    return evaluated(left, np.asarray(theta), np.asarray(along))
 
 
 SYMMETRIC = [

@@ -9,7 +9,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import jaxfisher as jf
-from programs.evaluate import evaluate
+from programs.evaluate import evaluate, evaluated
 from programs.writer import EXAMPLES
 
 WEIGHTS = np.array([0.4, 1.0, 2.5, 0.7, 1.6])
@@ -121,7 +121,7 @@ def _faults_of(way, log_prob, params, data, v, u, exact, seed):
         return {quantity: _QUANTITIES[quantity](made, v, u) for quantity in quantities}
 
     try:
-        made = _evaluated(run, params, data, v, jnp.asarray(u, exact.dtype), keywords)
+        made = evaluated(run, params, data, v, jnp.asarray(u, exact.dtype), keywords)
     except Exception as error:
         return [Fault("crashed", way, _said(error))]
     return list(_differences(way, made, exact, _flat(v), u[:EXAMPLES], weights, "centred" in way))
@@ -156,11 +156,6 @@ def _padded(array):
 
 def _flat(tree):
     return np.concatenate([np.asarray(tree[name], np.float64).reshape(-1) for name in sorted(tree)])
-
-
-def _evaluated(run, *arguments):
-    traced, shapes = jax.make_jaxpr(run, return_shape=True)(*arguments)
-    return jax.tree.unflatten(jax.tree.structure(shapes), evaluate(traced, *jax.tree.leaves(arguments)))
 
 
 def _said(error):
@@ -227,7 +222,7 @@ def _faults_of_factors(log_prob, params, data, exact):
 
     try:
         leaves = {leaf.path: leaf for leaf in jf.explain(log_prob)(params, *data).leaves}
-        diagonal, trace = _evaluated(run, params, data, first)
+        diagonal, trace = evaluated(run, params, data, first)
     except Exception as error:
         return [Fault("crashed", "kronecker", _said(error))]
     faults = []

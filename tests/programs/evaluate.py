@@ -19,6 +19,12 @@ def evaluate(closed, *arguments):
         return _run(closed.jaxpr, closed.consts, [_array(value) for value in arguments])
 
 
+def evaluated(function, *arguments):
+    """What a function of pytrees gives, traced as `jax.jit` does it and then run in NumPy."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    return jax.tree.unflatten(jax.tree.structure(shapes), evaluate(closed, *jax.tree.leaves(arguments)))
+
+
 def _array(value):
     """As NumPy's; a random key has no counterpart there and stays as it is."""
     return value if jnp.issubdtype(getattr(value, "dtype", float), jax.dtypes.extended) else np.asarray(value)
