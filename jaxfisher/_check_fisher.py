@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+from jaxtyping import Array, Float, PRNGKeyArray, Scalar, Shaped
 
 from jaxfisher._check_scores import Product, products
 from jaxfisher._divergence import kl
@@ -79,9 +79,17 @@ FORWARD, BY_LEAF, BACKWARD = (
 
 
 class CheckFunction(Protocol):
-    """``check(params, key, *inputs) -> FisherCheck``."""
+    """``check(params, key, *inputs, weights=None, counts=None) -> FisherCheck``."""
 
-    def __call__(self, params: chex.ArrayTree, key: PRNGKeyArray, /, *inputs: Any) -> FisherCheck: ...
+    def __call__(
+        self,
+        params: chex.ArrayTree,
+        key: PRNGKeyArray,
+        /,
+        *inputs: Any,
+        weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
+    ) -> FisherCheck: ...
 
 
 def check_fisher(model: Model, *, num_directions: int = 4, num_samples: int = 16384) -> CheckFunction:
@@ -108,10 +116,11 @@ def check_fisher(model: Model, *, num_directions: int = 4, num_samples: int = 16
         num_samples: how many draws from the model in all, at least one for each example.
 
     Returns:
-        A function ``(params, key, *inputs)``: the random key is for directions and draws, and the inputs are arrays with a
-        leading axis of n examples. It returns a `FisherCheck`; ``print`` it for a table, test ``.passed``. For four directions
-        it costs some 200 KL divergences of the batch, the scores of the draws and one compilation. A foreign distribution
-        without a KL is checked by draws alone.
+        A function ``(params, key, *inputs, weights=None, counts=None)``: the random key is for directions and draws, and the
+        inputs are arrays with a leading axis of n examples. ``weights`` and ``counts`` are those of the Fisher that is to be
+        checked, as in `exact_fisher`. It returns a `FisherCheck`; ``print`` it for a table, test ``.passed``. For four
+        directions it costs some 200 KL divergences of the batch, the scores of the draws and one compilation. A foreign
+        distribution without a KL is checked by draws alone.
 
     Raises:
         TypeError: (when called) a model that returns no distribution, a parameter that is not a floating array; a key that
@@ -132,12 +141,20 @@ def check_fisher(model: Model, *, num_directions: int = 4, num_samples: int = 16
         if (whole(count) or 0) < 1:
             raise ValueError(f"`{name}` is {described(count)}; expected a whole number of at least 1.")
 
-    def check(params: chex.ArrayTree, key: PRNGKeyArray, /, *inputs: Any) -> FisherCheck:
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, inputs, key))):
+    def check(
+        params: chex.ArrayTree,
+        key: PRNGKeyArray,
+        /,
+        *inputs: Any,
+        weights: Float[Array, " n"] | None = None,
+        counts: Shaped[Array, " n"] | None = None,
+    ) -> FisherCheck:
+        given = {name: value for name, value in (("weights", weights), ("counts", counts)) if value is not None}
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, inputs, key, given))):
             raise TypeError(
                 "check_fisher returns a verdict on numbers, and there are none under jit, vmap or grad. Call it outside."
             )
-        return _verdict(model, split(params), as_key(key, "check_fisher"), inputs, num_directions, num_samples)
+        return _verdict(model, split(params), as_key(key, "check_fisher"), inputs, given, num_directions, num_samples)
 
     return check
 
@@ -147,11 +164,13 @@ def _verdict(
     params: chex.ArrayTree,
     key: PRNGKeyArray,
     inputs: tuple[Any, ...],
+    given: dict[str, Any],
     num_directions: int,
     num_samples: int,
 ) -> FisherCheck:
     keys = jax.random.split(key, 3)
-    batch = make_batch(params, inputs, None)
+    batch = make_batch(params, inputs, **({"weights": None} | given))
+    given = {name: jnp.asarray(value) for name, value in given.items()}
     sources: list[str] = []
 
     def look(params: Any, *example: Any) -> tuple[Any, Any]:
@@ -175,14 +194,15 @@ def _verdict(
     together = batch.size * max(1, min(num_samples, DRAWS) // batch.size)
     draw_keys = jax.random.split(keys[2], (-(-num_samples // together), together))
     noise, nudges = map(jax.vmap(batch.spec.unravel), (noise, nudges))
-    found = _found(model, batch, Static(has_kl), params, noise, nudges, draw_keys)
+    found = _found(model, batch, given, Static(has_kl), params, noise, nudges, draw_keys)
     measured, along, log_probs, compared = jax.tree.map(partial(np.asarray, dtype=float), found)
     rounding = SAFETY * math.sqrt(batch.spec.size + batch.size) * eps
     # Where a part's metric is from samples, its noise is the longest: a number for each of them.
     from_samples = max(leaf.size for leaf in jax.tree.leaves(metric_noise)) if "samples" in sources[-1] else math.inf
     # NumPy need not warn of numbers that are not finite: the checks below report them.
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        exact = _exact_checks(measured, batch.size, rounding, np.mean(np.abs(log_probs))) if has_kl else ()
+        share = float(jnp.max(batch.weights) / jnp.sum(batch.weights))
+        exact = _exact_checks(measured, share, rounding, np.mean(np.abs(log_probs))) if has_kl else ()
         engine, leaves = _engine_checks(compared, batch.spec.paths, rounding)
         checks = (*exact, *_sampled_checks(along, from_samples), *engine)
     notes: tuple[str, ...] = () if has_kl else ("the distribution has no KL divergence: checked by draws alone",)
@@ -203,10 +223,18 @@ class _Measured(NamedTuple):
 
 @once_for
 def _found(
-    model: Model, batch: Batch, has_kl: Static[bool], params: Any, noise: Any, nudges: Any, keys: Array
+    model: Model,
+    batch: Batch,
+    given: dict[str, Array],
+    has_kl: Static[bool],
+    params: Any,
+    noise: Any,
+    nudges: Any,
+    keys: Array,
 ) -> tuple[_Measured, Array, Array, tuple[Product, Product, Product]]:
     """What is measured at each of some points near the parameters, what draws give, and the scores against JAX's own."""
-    measured = jax.lax.map(lambda nudge: _measure(model, batch, has_kl.value, _nudged(params, nudge), noise), nudges)
+    at = partial(_measure, model, batch, given, has_kl.value)
+    measured = jax.lax.map(lambda nudge: at(_nudged(params, nudge), noise), nudges)
     directions = jax.tree.map(lambda leaf: leaf[0], measured.directions)
     one, near = (jax.tree.map(lambda leaf, i=i: leaf[i], tree) for tree, i in ((directions, 0), (nudges, 1)))
     compared = products(model, batch, params, _nudged(params, near), one, keys[0, : batch.size])
@@ -222,16 +250,18 @@ def _wide(params: chex.ArrayTree, like: Any) -> Any:
     return cast_like(jax.tree.map(jnp.asarray, params), like)
 
 
-def _measure(model: Model, batch: Batch, has_kl: bool, params: chex.ArrayTree, noise: Any) -> _Measured:
+def _measure(
+    model: Model, batch: Batch, given: dict[str, Array], has_kl: bool, params: chex.ArrayTree, noise: Any
+) -> _Measured:
     """Along the noise made unit directions: the KL over its quadratic at every length, and the ratio of second derivatives."""
-    fisher = exact_fisher(model)(params, *batch.data)
+    fisher = exact_fisher(model)(params, *batch.data, **given)
     means = jax.tree.map(jnp.mean, split(fisher.diagonal()))
     largest = jnp.max(jnp.stack(jax.tree.leaves(means)))
     precisions = jax.tree.map(lambda mean: jnp.where(mean > 0, mean, largest), means)
     directions = jax.tree.map(lambda leaf, precision: leaf / jnp.sqrt(precision), noise, precisions)
     lengths = jnp.sqrt(jax.vmap(fisher.quadratic)(directions))
     directions = jax.vmap(lambda v, length: jax.tree.map(lambda leaf: leaf / length, v))(directions, lengths)
-    divergence = lambda q: kl(model)(params, q, *batch.data)  # noqa: E731
+    divergence = lambda q: kl(model)(params, q, *batch.data, **given)  # noqa: E731
 
     def quotient(v: Any, t: Scalar) -> Scalar:
         moved = cast_like(jax.tree.map(lambda leaf, x: leaf + t * x, _wide(params, v), v), params)
@@ -253,7 +283,7 @@ def _measure(model: Model, batch: Batch, has_kl: bool, params: chex.ArrayTree, n
 
     if not has_kl:
         return _Measured(directions, *(jnp.zeros(0),) * 4)
-    rounded = jnp.mean(map_examples(rounded_kl, params, batch.data))
+    rounded = jnp.sum(batch.weights * map_examples(rounded_kl, params, batch.data))
     return _Measured(directions, divergence(params), rounded, *jax.lax.map(along, directions))
 
 
@@ -268,21 +298,29 @@ def _has_kl(model: Model, params: chex.ArrayTree, batch: Batch) -> bool:
 def _draws(
     model: Model, batch: Batch, params: chex.ArrayTree, directions: Any, keys: PRNGKeyArray
 ) -> tuple[Float[Array, "draws directions"], Float[Array, " draws"]]:
-    """Of a draw for each key, the scores along the directions and the log-density; a row of keys is a multiple of n long."""
+    """Of a draw for each key, the scores along the directions and the log-density; a row of keys is a multiple of n long.
+
+    Each score is multiplied by the root of its example's weight over the mean weight, so that squares have the weighted mean.
+    """
     log_prob, source = log_likelihood(model), jnp.arange(keys.shape[1]) % batch.size
     inputs = jax.tree.map(lambda leaf: leaf[source], batch.data)
+    roots = jnp.sqrt(batch.size * batch.weights)[source]
 
     def drawn_once(keys: PRNGKeyArray) -> tuple[Array, Array]:
         targets = map_examples(lambda p, key, *example: predict(model, p, *example).sample(key), params, (keys, *inputs))
         drawn = scores(log_prob)(params, *inputs, targets)
-        return jax.vmap(drawn.mv)(directions).T, map_examples(log_prob, params, (*inputs, targets))
+        along = roots[:, None] * jax.vmap(drawn.mv)(directions).T
+        return along, map_examples(log_prob, params, (*inputs, targets))
 
     along, log_probs = jax.lax.map(drawn_once, keys)
     return along.reshape(-1, along.shape[-1]), log_probs.reshape(-1)
 
 
-def _exact_checks(measured: Any, examples: int, rounding: float, log_prob: float) -> tuple[Check, ...]:
-    """What holds without chance; arrays have a leading axis of points, the first of which is the one asked for."""
+def _exact_checks(measured: Any, share: float, rounding: float, log_prob: float) -> tuple[Check, ...]:
+    """What holds without chance; arrays have a leading axis of points, the first of which is the one asked for.
+
+    ``share`` is the largest that one example has in a mean.
+    """
 
     def scatter(values: np.ndarray) -> np.ndarray:
         """What rounding does to numbers of every direction."""
@@ -304,7 +342,7 @@ def _exact_checks(measured: Any, examples: int, rounding: float, log_prob: float
     settled = within < 0.25 * np.abs(limit)
     # It is not known either where the derivatives agree and a few examples may lie nearer to a kink than the shortest length.
     hessian = _check(HESSIAN, measured.hessians[0], 1, np.full(len(limit), scatter(measured.hessians) + rounding))
-    settled &= ~((np.abs(limit - 1) > within) & (np.abs(limit - 1) < min(SAFETY / examples, 0.1)) & bool(hessian.passed))
+    settled &= ~((np.abs(limit - 1) > within) & (np.abs(limit - 1) < min(SAFETY * share, 0.1)) & bool(hessian.passed))
     # A KL is a difference of two mean log-densities, with rounding errors of their size.
     return (
         _check(ZERO, measured.zero, 0, np.full(measured.zero.shape, rounding * (1 + log_prob))),

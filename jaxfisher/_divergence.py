@@ -12,11 +12,12 @@ from jaxtyping import Array, Float, Scalar, Shaped
 
 from jaxfisher._distributions.joint import as_prediction
 from jaxfisher._examples import Batch, make_batch, map_examples, needs_data
-from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, mean_loss, of_one_example, predict, scalar
+from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, batch_loss, of_one_example, predict, scalar
 from jaxfisher._once import once_for
 from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.operator import Operator
 from jaxfisher._operators.provenance import mean_over
+from jaxfisher._pieces import sum_again
 from jaxfisher._targets import OfData
 from jaxfisher._tree import ParamSpec, cast_like, check_function
 from jaxfisher._varying import varying_like
@@ -73,7 +74,7 @@ def kl_divergence(p: Any, q: Any) -> Float[Array, "*batch"]:
     return as_prediction(p).kl(as_prediction(q))
 
 
-def kl(model: Model) -> KLFunction:
+def kl(model: Model, *, batch_size: int | None = None) -> KLFunction:
     r"""The mean KL divergence between what a model predicts at two parameter values.
 
     .. math:: KL(\theta_p \,\|\, \theta_q) = \frac1n \sum_i
@@ -84,6 +85,7 @@ def kl(model: Model) -> KLFunction:
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
+        batch_size: work on pieces of at most so many examples, which bounds memory.
 
     Returns:
         A function ``(params_p, params_q, *inputs, weights=None, counts=None)`` giving a scalar in nats; with weights,
@@ -110,7 +112,7 @@ def kl(model: Model) -> KLFunction:
         weights: Float[Array, " n"] | None = None,
         counts: Shaped[Array, " n"] | None = None,
     ) -> Scalar:
-        batch = make_batch(params_p, inputs, weights, counts=counts)
+        batch = make_batch(params_p, inputs, weights, batch_size, counts=counts)
         batch.spec.check(params_q, "params_q")
         return _mean_kl(model, params_p, params_q, batch)
 
@@ -125,9 +127,12 @@ def _mean_kl(model: Model, params_p: Any, params_q: Any, batch: Batch) -> Scalar
         p, q = (predict(model, params, *example) for params in pair)
         return jnp.sum(p.kl(q))
 
+    def piece(omega: Float[Array, " n"], *inputs: Any) -> Scalar:
+        return jnp.sum(omega * map_examples(one, (params_p, params_q), inputs).astype(omega.dtype))
+
     with of_one_example(model, "model", params_p, batch.data):
-        each = map_examples(one, (params_p, params_q), batch.data)
-    return jnp.sum(batch.weights * each.astype(batch.spec.dtype))
+        total: Scalar = sum_again(piece, (batch.weights, *batch.data), batch.batch_size)
+    return total
 
 
 def monte_carlo_kl(log_prob: LogProb) -> Callable[..., Scalar]:
@@ -188,7 +193,7 @@ def _mean_difference(log_prob: LogProb, params_p: Any, params_q: Any, batch: Bat
     return jnp.sum(batch.weights * each.astype(batch.spec.dtype))
 
 
-def kl_hessian(model: Model) -> HessianFunction:
+def kl_hessian(model: Model, *, batch_size: int | None = None) -> HessianFunction:
     r"""The Hessian of the KL divergence at zero displacement, by `jax.hessian`: the Fisher's first definition.
 
     .. math:: F = \nabla_q^2\, KL(\theta \,\|\, q) \big|_{q = \theta}.
@@ -200,6 +205,7 @@ def kl_hessian(model: Model) -> HessianFunction:
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
+        batch_size: work on pieces of at most so many examples, which bounds memory.
 
     Returns:
         A function ``(params, *inputs, weights=None, counts=None)`` that returns a dense operator.
@@ -224,14 +230,14 @@ def kl_hessian(model: Model) -> HessianFunction:
         weights: Float[Array, " n"] | None = None,
         counts: Shaped[Array, " n"] | None = None,
     ) -> Operator:
-        batch = make_batch(params, inputs, weights, counts=counts)
+        batch = make_batch(params, inputs, weights, batch_size, counts=counts)
         form = Dense(_hessian_of_kl(model, params, batch), batch.spec)
         return Operator(form, mean_over("KL Hessian", batch))
 
     return OfData(hessian_of, takes_target=False)
 
 
-def observed_information(log_prob: LogProb) -> HessianFunction:
+def observed_information(log_prob: LogProb, *, batch_size: int | None = None) -> HessianFunction:
     r"""Minus the mean Hessian of the log-density at the data: the observed information.
 
     .. math:: -\frac1n \sum_i \nabla^2_\theta \log p_\theta(x_i).
@@ -241,6 +247,7 @@ def observed_information(log_prob: LogProb) -> HessianFunction:
 
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
+        batch_size: work on pieces of at most so many examples, which bounds memory.
 
     Returns:
         A function ``(params, *data, weights=None, counts=None)`` that returns a dense operator.
@@ -265,7 +272,7 @@ def observed_information(log_prob: LogProb) -> HessianFunction:
         counts: Shaped[Array, " n"] | None = None,
     ) -> Operator:
         needs_data(data, "observed_information")
-        batch = make_batch(params, data, weights, counts=counts)
+        batch = make_batch(params, data, weights, batch_size, counts=counts)
         form = Dense(_hessian_of_loss(log_prob, params, batch), batch.spec)
         return Operator(form, mean_over("observed information", batch))
 
@@ -282,7 +289,7 @@ def _hessian_of_kl(model: Model, params: Any, batch: Batch) -> Float[Array, "p p
 def _hessian_of_loss(log_prob: LogProb, params: Any, batch: Batch) -> Float[Array, "p p"]:
     with of_one_example(log_prob, "log_prob", params, batch.data):
         params = varying_like(params, batch.data)
-        return _hessian(lambda p: mean_loss(log_prob, p, batch.data, batch.weights), params, batch.spec)
+        return _hessian(lambda p: batch_loss(log_prob, p, batch), params, batch.spec)
 
 
 def _hessian(function: Callable[[Any], Scalar], params: chex.ArrayTree, spec: ParamSpec) -> Float[Array, "p p"]:

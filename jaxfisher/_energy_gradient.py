@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._examples import Batch, make_batch, map_examples, needs_data
+from jaxfisher._examples import BATCH_SIZE, Batch, make_batch, map_examples, needs_data, refusing
 from jaxfisher._model import LogProb, of_one_example, scalar
 from jaxfisher._once import once_for
 from jaxfisher._pieces import sum_batches
@@ -59,6 +59,11 @@ def energy_gradient(log_psi: LogProb, *, batch_size: int | None = None) -> Calla
     """
     check_function("log_psi", log_psi, LOG_PSI)
 
+    @refusing(
+        "energy_gradient",
+        counts="none: the energy is a mean over samples. How often a sample occurs, pass as weights=.",
+        batch_size=BATCH_SIZE.format("jaxfisher.energy_gradient(log_psi, batch_size=...)"),
+    )
     def gradient_of(params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> Any:
         needs_data(data[:-1], "energy_gradient", "(params, *samples, local_energies)")
         batch = make_batch(params, data, weights, batch_size)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import functools
+import typing
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import chex
 import jax
@@ -18,6 +20,9 @@ from jaxfisher._once import Static, once
 from jaxfisher._pytree import array_fields
 from jaxfisher._tree import ParamSpec, at_least_float32, param_spec, path_names, refuse_sparse, threefry_key
 from jaxfisher._values import check_array, described, dtype_of, is_array, whole
+
+P = typing.ParamSpec("P")
+R = TypeVar("R")
 
 
 def num_examples(data: tuple[Any, ...], name: str) -> int:
@@ -85,6 +90,30 @@ def check_numbers(name: str, leaf: Any) -> None:
             f"{name} is {described(leaf)}; expected an array of numbers with a leading axis of examples. Encode it as numbers, "
             "or close over it in your function."
         )
+
+
+BATCH_SIZE = "it with the function and not with the data: {}."
+"""What is expected of a size of pieces that is given with the data."""
+
+
+def refusing(function: str, **reasons: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A function of data that takes none of the keywords which ``reasons`` names: a value for one raises, and says why.
+
+    A reason says what is expected instead, and what to do. None stands for an argument that is not given, as everywhere.
+    """
+
+    def decorate(of_data: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(of_data)
+        def checked(*args: P.args, **keywords: P.kwargs) -> R:
+            for name in reasons.keys() & keywords.keys():
+                value = keywords.pop(name)
+                if value is not None:
+                    raise TypeError(f"{function}: `{name}` is {described(value)}; expected {reasons[name]}")
+            return of_data(*args, **keywords)
+
+        return checked
+
+    return decorate
 
 
 def needs_data(data: tuple[Any, ...], function: str, call: str = "(params, *data)") -> None:

@@ -16,8 +16,9 @@ from jaxtyping import Array, Float, Scalar
 from jaxfisher._distributions.base import Distribution
 from jaxfisher._distributions.base import float_fields as float_fields
 from jaxfisher._distributions.joint import as_prediction as as_prediction
-from jaxfisher._examples import map_examples, shape_of_one
+from jaxfisher._examples import Batch, map_examples, shape_of_one
 from jaxfisher._once import Around
+from jaxfisher._pieces import sum_again
 from jaxfisher._tree import check_function, is_complex, joined
 
 LOG_PROB = "(params, *example) -> the scalar log-density of ONE example"
@@ -131,6 +132,16 @@ def mean_loss(log_prob: LogProb, params: chex.ArrayTree, data: tuple[Any, ...], 
     """``-sum w_i log p(x_i)``, the mean negative log-likelihood where the weights sum to one, in their dtype."""
     values = map_examples(lambda p, *example: scalar(log_prob(joined(p), *example), "log_prob"), params, data)
     return -jnp.sum(weights * values.astype(weights.dtype))
+
+
+def batch_loss(log_prob: LogProb, params: chex.ArrayTree, batch: Batch) -> Scalar:
+    """`mean_loss` of a batch, in pieces where it has them."""
+
+    def piece(omega: Float[Array, " n"], *data: Any) -> Scalar:
+        return mean_loss(log_prob, params, data, omega)
+
+    total: Scalar = sum_again(piece, (batch.weights, *batch.data), batch.batch_size)
+    return total
 
 
 @contextlib.contextmanager

@@ -44,6 +44,11 @@ def sum_batches(function: Callable[..., Any], data: tuple[Any, ...], batch_size:
     return total if cut.rest is None else jax.tree.map(jnp.add, total, function(*cut.rest))
 
 
+def sum_again(function: Callable[..., Any], data: tuple[Any, ...], batch_size: int | None) -> Any:
+    """`sum_batches`, whose derivative computes again what a piece needs for its own: of one piece at a time it is held."""
+    return sum_batches(function if batch_size is None else jax.checkpoint(function), data, batch_size)
+
+
 @dataclasses.dataclass(frozen=True)
 class Pieces(abc.ABC):
     """A batch in pieces of one size and what remains. A piece is taken when it is needed: the data is not copied.

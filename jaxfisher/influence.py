@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxfisher._examples import batches_of, checked_batch_size, num_examples
+from jaxfisher._examples import BATCH_SIZE, batches_of, checked_batch_size, num_examples, refusing
 from jaxfisher._model import LOG_PROB, LogProb
 from jaxfisher._operators.damping import Damping
 from jaxfisher._operators.observations import observations
@@ -23,6 +23,19 @@ from jaxfisher._values import check_number, described, is_array, is_number
 
 Answers = tuple[Float[Array, "..."], SolveInfo]
 """Influences, and a report on the solves."""
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _of_examples(function: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A function of this room: what it says of an example does not depend on how often others count."""
+    weights = (
+        "none: an influence is that of counting an example once more. Weights belong to the Fisher, as in "
+        "jf.exact_fisher(model)(params, x, weights=w); leave out what is padding."
+    )
+    counts = "none: an influence is that of an example, not of one of its terms. Leave it out, and divide afterwards."
+    batch_size = BATCH_SIZE.format(f"jaxfisher.{function}(log_prob, ..., batch_size=...)")
+    return refusing(function, weights=weights, counts=counts, batch_size=batch_size)
 
 
 def influence(
@@ -85,6 +98,7 @@ def influence(
     fisher, count = _checked("influence", log_prob, fisher, n, solver)
     train_scores, test_scores = _one_row_each("influence", log_prob, batch_size), _one_row_each("influence", log_prob)
 
+    @_of_examples("influence")
     def influence_of(params: chex.ArrayTree, train: Any, test: Any, damping: Damping) -> Answers:
         solved, info = _solutions(fisher, _vectors(test_scores, params, _data(test, "test"), fisher), damping, solver)
         columns = [train_scores(params, *batch).cross_gram(solved) for batch in _batches(train, "influence")]
@@ -142,6 +156,7 @@ def self_influence(
     fisher, count = _checked("self_influence", log_prob, fisher, n, solver)
     scores_of, size = _one_row_each("self_influence", log_prob), checked_batch_size(batch_size)
 
+    @_of_examples("self_influence")
     def self_influence_of(params: chex.ArrayTree, train: Any, damping: Damping) -> Answers:
         values, infos = [], []
         for batch in _batches(train, "self_influence"):
@@ -194,6 +209,7 @@ def tracin(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[...,
     check_function("log_prob", log_prob, LOG_PROB)
     scores_of = _one_row_each("tracin", log_prob, batch_size)
 
+    @_of_examples("tracin")
     def tracin_of(
         checkpoints: Iterable[chex.ArrayTree], train: Any, test: Any, rates: chex.Numeric | Sequence[chex.Numeric] = 1.0
     ) -> Float[Array, "test train"]:

@@ -22,14 +22,14 @@ from jaxfisher._distributions.base import Distribution
 from jaxfisher._distributions.marginalised import bound, free, integrated, output_of
 from jaxfisher._examples import Batch, make_batch, map_examples
 from jaxfisher._fisher import FisherFunction, exact_fisher
-from jaxfisher._model import MODEL, LogProb, Model, log_likelihood, mean_loss, of_one_example, predict
+from jaxfisher._model import MODEL, LogProb, Model, batch_loss, log_likelihood, of_one_example, predict
 from jaxfisher._once import Static, once, once_for
 from jaxfisher._operators.damping import Damping, checked_damping, damped_inverse, entries_of, restricted_damping
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._operators.identity import scaled_identity
 from jaxfisher._operators.operator import VIEW, Operator, View, as_operator
 from jaxfisher._operators.provenance import Provenance
-from jaxfisher._pieces import map_batches, sum_batches
+from jaxfisher._pieces import map_batches
 from jaxfisher._pytree import array_fields
 from jaxfisher._stack import refuse_stack
 from jaxfisher._targets import given_with, taken_by
@@ -283,10 +283,7 @@ def _fisher_of(
 @once_for
 def _mean_log_likelihood(log_prob: LogProb, params: Any, batch: Batch) -> Scalar:
     with of_one_example(log_prob, "model", params, batch.data):
-        loss: Scalar = sum_batches(
-            lambda omega, *data: mean_loss(log_prob, params, data, omega), (batch.weights, *batch.data), batch.batch_size
-        )
-    return -loss
+        return -batch_loss(log_prob, params, batch)
 
 
 def _checked_prior(prior: Damping, fisher: Operator) -> Any:

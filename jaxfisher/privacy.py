@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxfisher._examples import check_numbers
+from jaxfisher._examples import BATCH_SIZE, check_numbers, refusing
 from jaxfisher._model import LogProb
 from jaxfisher._scores import ClippedSum, scores
 from jaxfisher._values import check_nonnegative
@@ -66,6 +66,11 @@ def clipped_grad(log_prob: LogProb, max_norm: chex.Numeric, *, batch_size: int |
     check_nonnegative("max_norm", max_norm)
     scores_of = scores(log_prob, batch_size=batch_size)
 
+    @refusing(
+        "clipped_grad",
+        counts="none: a sum is not divided by a number of terms. Divide the sum that comes back by it.",
+        batch_size=BATCH_SIZE.format("jaxfisher.clipped_grad(log_prob, max_norm, batch_size=...)"),
+    )
     def clipped(params: chex.ArrayTree, /, *data: Any, weights: Float[Array, " n"] | None = None) -> ClippedSum:
         if weights is None:
             return _of_loss(scores_of(params, *data).clipped_sum(max_norm))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxfisher._examples import make_batch, map_examples
+from jaxfisher._examples import make_batch, map_examples, refusing
 from jaxfisher._fisher import exact_fisher
 from jaxfisher._model import MODEL, Model, of_one_example
 from jaxfisher._tree import check_function
@@ -46,6 +46,12 @@ def informations(model: Model) -> Callable[..., Float[Array, "m p p"]]:
     """
     check_function("model", model, MODEL)
 
+    @refusing(
+        "informations",
+        weights="none: a design's weights multiply what comes back. Pass them to jnp.tensordot(weights, informations, 1).",
+        counts="none: each matrix is of one measurement. Divide it by a number of terms afterwards.",
+        batch_size="none: all of the matrices are held. Call it for some candidates at a time, and join what comes back.",
+    )
     def informations_of(params: chex.ArrayTree, /, *candidates: Any) -> Float[Array, "m p p"]:
         batch = make_batch(params, candidates, None)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Scalar
 
-from jaxfisher._examples import Batch, make_batch
+from jaxfisher._examples import Batch, make_batch, refusing
 from jaxfisher._fisher import exact_fisher
 from jaxfisher._model import MODEL, Model, log_likelihood, of_one_example
 from jaxfisher._natural import natural_grad
@@ -26,6 +26,8 @@ COARSER, NEAR = 4, 0.1
 """A place on the way only has to be hit nearly: by so many times fewer steps, to such a share of the velocity."""
 
 Field = Callable[[Array], Array]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,13 @@ class _Manifold(Around):
             return exact_fisher(self.model)(here, *batch.data, weights=weights).as_matrix()
 
         return at
+
+
+def _of_inputs(function: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A function of this room: its metric is a mean over inputs, all of which it takes at once."""
+    counts = "none: the metric is a mean over inputs. One over their terms is this, divided by the mean of the counts."
+    batch_size = "none: all inputs are taken at once. Take fewer of them, with weights= where they stand for others."
+    return refusing(function, counts=counts, batch_size=batch_size)
 
 
 def christoffel(model: Model) -> Callable[..., Float[Array, "p p p"]]:
@@ -74,6 +83,7 @@ def christoffel(model: Model) -> Callable[..., Float[Array, "p p p"]]:
     """
     check_function("model", model, MODEL)
 
+    @_of_inputs("christoffel")
     def symbols(params: chex.ArrayTree, /, *inputs: Any, weights: Any = None) -> Float[Array, "p p p"]:
         batch = make_batch(params, inputs, weights)
         with of_one_example(model, "model", params, batch.data):
@@ -160,6 +170,7 @@ def exponential_map(model: Model, steps: int = 64) -> Callable[..., Any]:
     check_function("model", model, MODEL)
     count = _counted(steps)
 
+    @_of_inputs("exponential_map")
     def moved(params: chex.ArrayTree, velocity: chex.ArrayTree, /, *inputs: Any, weights: Any = None) -> Any:
         batch = make_batch(params, inputs, weights)
         batch.spec.check(velocity, "velocity")
@@ -228,6 +239,7 @@ def geodesic(model: Model, steps: int = 64) -> Callable[..., Geodesic]:
     check_function("model", model, MODEL)
     count = _counted(steps)
 
+    @_of_inputs("geodesic")
     def between(params: chex.ArrayTree, other: chex.ArrayTree, /, *inputs: Any, weights: Any = None) -> Geodesic:
         batch = make_batch(params, inputs, weights)
         batch.spec.check(other, "other")
@@ -323,6 +335,7 @@ def natural_gradient_flow(model: Model, time: chex.Numeric, steps: int = 100) ->
     check_nonnegative("time", time)
     count = _counted(steps)
 
+    @_of_inputs("natural_gradient_flow")
     def path(params: chex.ArrayTree, /, *data: Any, weights: Any = None) -> Any:
         spec = make_batch(params, data, weights).spec
         return _flowed(_Manifold(model), params, data, weights, nonnegative("time", time, spec.dtype), Static(count))
@@ -376,6 +389,7 @@ def log_jeffreys(model: Model) -> Callable[..., Scalar]:
     """
     check_function("model", model, MODEL)
 
+    @_of_inputs("log_jeffreys")
     def density(params: chex.ArrayTree, /, *inputs: Any, weights: Any = None) -> Scalar:
         return 0.5 * exact_fisher(model)(params, *inputs, weights=weights).logdet(0.0)
 

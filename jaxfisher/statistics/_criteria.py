@@ -10,15 +10,16 @@ import jax.numpy as jnp
 from jaxtyping import Scalar
 
 from jaxfisher._divergence import observed_information
-from jaxfisher._examples import make_batch
+from jaxfisher._examples import checked_batch_size, make_batch
 from jaxfisher._fisher import empirical_fisher
 from jaxfisher._linalg import matmul
-from jaxfisher._model import LOG_PROB, LogProb, mean_loss, of_one_example
+from jaxfisher._model import LOG_PROB, LogProb, batch_loss, of_one_example
 from jaxfisher._tree import check_function
 from jaxfisher.statistics._covariance import inverse_and_null
+from jaxfisher.statistics._observations import of_observations
 
 
-def aic(log_prob: LogProb) -> Callable[..., Scalar]:
+def aic(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[..., Scalar]:
     r"""Akaike's information criterion, ``2 p - 2 log-likelihood``: of two fits the smaller one is expected to predict better.
 
     **When it is the wrong tool.** It holds for a model that is right and has full rank; for one that may be wrong see
@@ -26,6 +27,7 @@ def aic(log_prob: LogProb) -> Callable[..., Scalar]:
 
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
+        batch_size: work on pieces of at most so many observations, which bounds memory.
 
     Returns:
         A function ``(params, *data, weights=None)``, of the maximum of the likelihood: a scalar in nats. Weights say how often
@@ -43,15 +45,17 @@ def aic(log_prob: LogProb) -> Callable[..., Scalar]:
     4.773
     """
     check_function("log_prob", log_prob, LOG_PROB)
+    batch_size = checked_batch_size(batch_size)
 
+    @of_observations("aic")
     def criterion(params: chex.ArrayTree, /, *data: Any, weights: Any = None) -> Scalar:
-        spec, likelihood = _likelihood(log_prob, params, data, weights)
+        spec, likelihood = _likelihood(log_prob, params, data, weights, batch_size)
         return 2 * spec.size - 2 * likelihood
 
     return criterion
 
 
-def tic(log_prob: LogProb) -> Callable[..., Scalar]:
+def tic(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[..., Scalar]:
     r"""Takeuchi's information criterion: Akaike's, with the number of parameters that a wrong model really has.
 
     .. math:: -2 \log L + 2\, \mathrm{tr}(B^{-1} M),
@@ -63,6 +67,7 @@ def tic(log_prob: LogProb) -> Callable[..., Scalar]:
 
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
+        batch_size: work on pieces of at most so many observations, which bounds memory.
 
     Returns:
         A function ``(params, *data, weights=None)``, of the maximum of the likelihood: a scalar in nats.
@@ -80,18 +85,20 @@ def tic(log_prob: LogProb) -> Callable[..., Scalar]:
     6.0
     """
     check_function("log_prob", log_prob, LOG_PROB)
+    batch_size = checked_batch_size(batch_size)
 
+    @of_observations("tic")
     def criterion(params: chex.ArrayTree, /, *data: Any, weights: Any = None) -> Scalar:
-        _, likelihood = _likelihood(log_prob, params, data, weights)
-        bread = observed_information(log_prob)(params, *data, weights=weights)
-        meat = empirical_fisher(log_prob)(params, *data, weights=weights).as_matrix()
+        _, likelihood = _likelihood(log_prob, params, data, weights, batch_size)
+        bread = observed_information(log_prob, batch_size=batch_size)(params, *data, weights=weights)
+        meat = empirical_fisher(log_prob, batch_size=batch_size)(params, *data, weights=weights).as_matrix()
         return 2 * jnp.trace(matmul(inverse_and_null(bread)[0], meat)) - 2 * likelihood
 
     return criterion
 
 
-def _likelihood(log_prob: LogProb, params: Any, data: Any, weights: Any) -> tuple[Any, Scalar]:
-    batch = make_batch(params, data, weights)
+def _likelihood(log_prob: LogProb, params: Any, data: Any, weights: Any, batch_size: int | None) -> tuple[Any, Scalar]:
+    batch = make_batch(params, data, weights, batch_size)
     with of_one_example(log_prob, "log_prob", params, batch.data):
-        mean = mean_loss(log_prob, params, batch.data, batch.weights)
+        mean = batch_loss(log_prob, params, batch)
     return batch.spec, -mean * batch.total

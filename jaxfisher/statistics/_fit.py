@@ -12,16 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from jaxfisher._examples import Batch, make_batch, needs_data
+from jaxfisher._examples import Batch, checked_batch_size, make_batch, needs_data
 from jaxfisher._fisher import exact_fisher
-from jaxfisher._model import MODEL, Model, log_likelihood, mean_loss, of_one_example
+from jaxfisher._model import MODEL, Model, batch_loss, log_likelihood, of_one_example
 from jaxfisher._once import Around, Static, once_for
 from jaxfisher._operators.operator import Operator
 from jaxfisher._pytree import array_fields
 from jaxfisher._targets import given_with
 from jaxfisher._tree import cast_like, check_function, either_part, path_names
 from jaxfisher._values import check_nonnegative, described, whole
-from jaxfisher.statistics._observations import fisher_at
+from jaxfisher.statistics._observations import fisher_at, of_observations
 from jaxfisher.statistics._scoring import FLOOR, Likelihood, Penalty, Problem, nothing, scoring
 
 
@@ -81,7 +81,12 @@ def _named(flags: Any) -> list[str]:
 
 
 def fit(
-    model: Model, *, penalty: Penalty | None = None, rtol: chex.Numeric | None = None, max_steps: int = 100
+    model: Model,
+    *,
+    penalty: Penalty | None = None,
+    rtol: chex.Numeric | None = None,
+    max_steps: int = 100,
+    batch_size: int | None = None,
 ) -> Callable[..., Fit]:
     r"""Maximum likelihood by Fisher scoring.
 
@@ -93,8 +98,8 @@ def fit(
     far. Where it does not, lambda keeps the step within a radius that follows how well the model held before; U is the
     information on each parameter that was met lately.
 
-    **When it is the wrong tool.** It makes p x p matrices and decomposes them at each step, and takes all data at once: for a
-    network of more than about a thousand parameters see `jaxfisher.kfac`. It finds one maximum, that of its start.
+    **When it is the wrong tool.** It makes p x p matrices and decomposes them at each step, and goes through all data for
+    each: for a network of more than about a thousand parameters see `jaxfisher.kfac`. It finds one maximum, that of its start.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
@@ -102,13 +107,15 @@ def fit(
             such as `jaxfisher.statistics.firth`; inputs are those of all examples, and weights have the sum one.
         rtol: how far the next step may go at the end, in standard errors; None is the root of the dtype's eps.
         max_steps: the most steps.
+        batch_size: work on pieces of at most so many observations, which bounds memory. A penalty is of all at once.
 
     Returns:
         A function ``(params, *inputs, target, weights=None)`` that returns a `jaxfisher.statistics.Fit`, from a start. Weights
         say how often an observation occurs. It computes in float64 where a parameter is float64.
 
     Raises:
-        ValueError: a number of steps below one, a negative tolerance; (when called) arrays of different lengths.
+        ValueError: a number of steps or a ``batch_size`` below one, a negative tolerance; (when called) arrays of different
+            lengths.
         TypeError: (when called) a model that returns no distribution, a parameter that is not a real floating array.
 
     Reference: McCullagh and Nelder, Generalized Linear Models (1989), section 2.5; More, The Levenberg-Marquardt algorithm
@@ -133,11 +140,13 @@ def fit(
         raise ValueError(f"`max_steps` is {described(max_steps)}; expected a whole number of steps, at least 1.")
     if rtol is not None:
         check_nonnegative("rtol", rtol)
+    batch_size = checked_batch_size(batch_size)
     problem = Problem(model, nothing if penalty is None else penalty)
 
+    @of_observations("fit")
     def fitted(params: chex.ArrayTree, /, *data: Any, weights: Any = None) -> Fit:
         needs_data(data, "fit")
-        batch = make_batch(params, data, weights)
+        batch = make_batch(params, data, weights, batch_size)
         with of_one_example(log_likelihood(model), "log_prob", params, batch.data):
             tolerance = jnp.finfo(batch.spec.dtype).eps ** 0.5 if rtol is None else rtol
             found: Fit = _fitted(problem, params, batch, weights, jnp.asarray(tolerance, batch.spec.dtype), Static(steps))
@@ -153,8 +162,8 @@ def _fitted(problem: Problem, params: Any, batch: Batch, weights: Any, tolerance
     at = cast_like(batch.spec.unravel(state.flat), params)
     return Fit(
         at,
-        fisher_at(problem.model, at, batch.data, weights),
-        -batch.total * mean_loss(log_likelihood(problem.model), at, batch.data, batch.weights),
+        fisher_at(problem.model, at, batch.data, weights, batch.batch_size),
+        -batch.total * batch_loss(log_likelihood(problem.model), at, batch),
         state.steps,
         state.offset,
         jnp.linalg.norm(state.gradient),

@@ -12,16 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Scalar
 
-from jaxfisher._examples import Batch, make_batch, needs_data
+from jaxfisher._examples import Batch, checked_batch_size, make_batch, needs_data
 from jaxfisher._linalg import matmul
-from jaxfisher._model import MODEL, Model, log_likelihood, mean_loss, of_one_example
+from jaxfisher._model import MODEL, Model, batch_loss, log_likelihood, of_one_example
 from jaxfisher._once import Around, once_for
 from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._tree import cast_like, check_function
 from jaxfisher._values import check_number
 from jaxfisher._varying import while_loop
 from jaxfisher.statistics._covariance import check_real, delta_method
-from jaxfisher.statistics._observations import fisher_at
+from jaxfisher.statistics._observations import fisher_at, of_observations
 
 STAGES, STEPS = 12, 30
 """In how many parts the way from the estimate to an end is gone, and the most of Newton's steps for each."""
@@ -90,7 +90,9 @@ def wald_interval(function: Callable[[Any], Any], level: chex.Numeric = 0.95) ->
     return interval
 
 
-def likelihood_interval(model: Model, function: Callable[[Any], Any], level: chex.Numeric = 0.95) -> Callable[..., Interval]:
+def likelihood_interval(
+    model: Model, function: Callable[[Any], Any], level: chex.Numeric = 0.95, *, batch_size: int | None = None
+) -> Callable[..., Interval]:
     r"""The interval of the likelihood ratio, with all else fitted: the profile-likelihood interval of a number.
 
     .. math:: \{f(\theta) : 2 \log L(\hat\theta) - 2 \log L(\theta) \le z^2\}.
@@ -105,6 +107,7 @@ def likelihood_interval(model: Model, function: Callable[[Any], Any], level: che
         model: ``(params, *inputs) -> distribution`` of ONE example.
         function: ``params -> scalar``; with one parameter and the identity it is the plain likelihood-ratio interval.
         level: the coverage, between zero and one.
+        batch_size: work on pieces of at most so many observations, which bounds memory.
 
     Returns:
         A function ``(params, *inputs, target, weights=None) -> Interval``, of the maximum of the likelihood. The Fisher
@@ -125,10 +128,12 @@ def likelihood_interval(model: Model, function: Callable[[Any], Any], level: che
     >>> print(round(float(found.lower), 2), round(float(found.upper), 2), found.converged)
     -0.96 2.96 True
     """
-    return _interval("likelihood_interval", model, function, level, _likelihood_ends)
+    return _interval("likelihood_interval", model, function, level, batch_size, _likelihood_ends)
 
 
-def score_interval(model: Model, function: Callable[[Any], Any], level: chex.Numeric = 0.95) -> Callable[..., Interval]:
+def score_interval(
+    model: Model, function: Callable[[Any], Any], level: chex.Numeric = 0.95, *, batch_size: int | None = None
+) -> Callable[..., Interval]:
     r"""The interval of the score: the values that the score test, with all else fitted, does not refuse.
 
     .. math:: \{f(\theta) : n\, g^T F^{-1} g \le z^2\}, \qquad g = \tfrac1n \nabla \log L \text{ along } \nabla f.
@@ -141,6 +146,7 @@ def score_interval(model: Model, function: Callable[[Any], Any], level: chex.Num
         model: ``(params, *inputs) -> distribution`` of ONE example.
         function: ``params -> scalar``.
         level: the coverage, between zero and one.
+        batch_size: work on pieces of at most so many observations, which bounds memory.
 
     Returns:
         A function ``(params, *inputs, target, weights=None) -> Interval``, of the maximum of the likelihood. The Fisher
@@ -161,18 +167,22 @@ def score_interval(model: Model, function: Callable[[Any], Any], level: chex.Num
     >>> print(round(float(found.lower), 2), round(float(found.upper), 2))
     0.15 0.85
     """
-    return _interval("score_interval", model, function, level, _score_ends)
+    return _interval("score_interval", model, function, level, batch_size, _score_ends)
 
 
-def _interval(name: str, model: Model, function: Any, level: Any, ends: Callable[..., Any]) -> Callable[..., Interval]:
+def _interval(
+    name: str, model: Model, function: Any, level: Any, batch_size: int | None, ends: Callable[..., Any]
+) -> Callable[..., Interval]:
     check_function("model", model, MODEL)
     check_function("function", function, "params -> scalar")
     z = _deviations(name, level)
+    batch_size = checked_batch_size(batch_size)
     question = _Question(model, function)
 
+    @of_observations(name)
     def interval(params: chex.ArrayTree, /, *data: Any, weights: Any = None) -> Interval:
         needs_data(data, name)
-        batch = make_batch(params, data, weights)
+        batch = make_batch(params, data, weights, batch_size)
         _check_scalar(name, jax.eval_shape(function, params))
         with of_one_example(log_likelihood(model), "log_prob", params, batch.data):
             values, good = ends(question, params, batch, jnp.asarray(z, batch.spec.dtype))
@@ -220,17 +230,17 @@ def _local(question: _Question, params: Any, batch: Batch) -> _Local:
         return cast_like(spec.unravel(flat), params)
 
     def fisher(flat: Array) -> Array:
-        return fisher_at(question.model, at(flat), batch.data, batch.weights).as_matrix()
+        return fisher_at(question.model, at(flat), batch.data, batch.weights, batch.batch_size).as_matrix()
 
     root = jnp.linalg.inv(jnp.linalg.cholesky(total * fisher(flat))).T
-    here, value = mean_loss(log_prob, at(flat), batch.data, batch.weights), question.function(at(flat)).astype(spec.dtype)
+    here, value = batch_loss(log_prob, at(flat), batch), question.function(at(flat)).astype(spec.dtype)
     error = jnp.linalg.norm(matmul(root.T, jax.grad(lambda flat: question.function(at(flat)).astype(spec.dtype))(flat)))
 
     def place(u: Array) -> Array:
         return flat + matmul(root, u)
 
     return _Local(
-        lambda u: total * (mean_loss(log_prob, at(place(u)), batch.data, batch.weights) - here),
+        lambda u: total * (batch_loss(log_prob, at(place(u)), batch) - here),
         lambda u: (question.function(at(place(u))).astype(spec.dtype) - value) / error,
         lambda u: total * matmul(root.T, matmul(fisher(place(u)), root)),
         jnp.zeros_like(flat),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import chex
 import jax
@@ -11,11 +12,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxfisher._distributions.base import Distribution
-from jaxfisher._examples import checked_weights
+from jaxfisher._examples import BATCH_SIZE, checked_weights, refusing
 from jaxfisher._fisher import exact_fisher
 from jaxfisher._model import Model
 from jaxfisher._once import Around
 from jaxfisher._operators.operator import Operator
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def of_observations(function: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A function of this room: sums over observations, which do not depend on what a mean is divided by."""
+    counts = (
+        "none: estimates and their errors do not depend on what a mean is divided by. How often an observation occurs, pass as "
+        "weights=."
+    )
+    return refusing(function, counts=counts, batch_size=BATCH_SIZE.format(f"statistics.{function}(..., batch_size=...)"))
 
 
 def occurrences(weights: Any, n: int) -> Float[Array, " n"]:
@@ -36,8 +49,8 @@ class _Repeated(Around):
         return self.model(params)
 
 
-def fisher_at(model: Model, params: chex.ArrayTree, data: tuple[Any, ...], weights: Any) -> Operator:
+def fisher_at(model: Model, params: chex.ArrayTree, data: tuple[Any, ...], weights: Any, batch_size: int | None) -> Operator:
     """The exact Fisher over all observations; of a model without inputs too its n is the number of targets."""
     if jax.tree.leaves(data[:-1]):
-        return exact_fisher(model)(params, *data[:-1], weights=weights)
-    return exact_fisher(_Repeated(model))(params, data[-1], weights=weights)
+        return exact_fisher(model, batch_size=batch_size)(params, *data[:-1], weights=weights)
+    return exact_fisher(_Repeated(model), batch_size=batch_size)(params, data[-1], weights=weights)

@@ -16,21 +16,22 @@ from jaxfisher._distributions.categorical import Categorical
 from jaxfisher._distributions.foreign import Foreign
 from jaxfisher._distributions.joint import Joint
 from jaxfisher._distributions.masked import Masked
-from jaxfisher._examples import make_batch, map_examples
+from jaxfisher._examples import checked_batch_size, make_batch, map_examples
 from jaxfisher._fisher import exact_fisher
 from jaxfisher._linalg import matmul
 from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example, predict
 from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.operator import Operator, scores_of
 from jaxfisher._operators.provenance import mean_over
+from jaxfisher._pieces import map_batches
 from jaxfisher._scores import check_one_row_each, scores
 from jaxfisher._tree import check_function
 from jaxfisher._values import described, dtype_of, is_array, whole
 from jaxfisher.statistics._covariance import inverse_and_null
-from jaxfisher.statistics._observations import occurrences
+from jaxfisher.statistics._observations import occurrences, of_observations
 
 
-def meat(log_prob: LogProb) -> Callable[..., Operator]:
+def meat(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[..., Operator]:
     r"""The meat of `jaxfisher.sandwich`: the mean outer product of scores, each times a factor, summed over clusters first.
 
     .. math:: M = \frac1n \sum_g t_g t_g^T, \qquad t_g = \sum_{i \in g} f_i s_i.
@@ -43,6 +44,7 @@ def meat(log_prob: LogProb) -> Callable[..., Operator]:
 
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
+        batch_size: run the model on at most so many observations at a time, which bounds its activations.
 
     Returns:
         A function ``(params, *data, groups=None, factors=None, weights=None)`` that returns a dense operator, by way of the
@@ -64,12 +66,14 @@ def meat(log_prob: LogProb) -> Callable[..., Operator]:
     [[1.]] [[2.]]
     """
     check_function("log_prob", log_prob, LOG_PROB)
+    scores_of_data = scores(log_prob, batch_size=checked_batch_size(batch_size))
 
+    @of_observations("meat")
     def meat_of(
         params: chex.ArrayTree, /, *data: Any, groups: Any = None, factors: Any = None, weights: Any = None
     ) -> Operator:
         batch = make_batch(params, data, weights)
-        made = scores(log_prob)(params, *data, weights=weights)
+        made = scores_of_data(params, *data, weights=weights)
         check_one_row_each("meat", made)
         rows = made.as_matrix()
         if factors is not None:
@@ -159,13 +163,14 @@ def cluster_factor(groups: Any, p: int, weights: Float[Array, " n"] | None = Non
     return jnp.where((occur > 1) & (total > columns), factor, jnp.nan)
 
 
-def leverages(model: Model) -> Callable[..., Float[Array, " n"]]:
+def leverages(model: Model, *, batch_size: int | None = None) -> Callable[..., Float[Array, " n"]]:
     r"""How much each observation determines its own prediction: the diagonal of the hat matrix of a generalised linear model.
 
     .. math:: h_i = r_i^T (n F)^{-1} r_i, \qquad F = \frac1n \sum_i r_i r_i^T, \qquad \sum_i h_i = \mathrm{rank}\, F.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example, of which one number moves with the parameters.
+        batch_size: run the model on at most so many observations at a time, which bounds its activations.
 
     Returns:
         A function ``(params, *inputs, weights=None)``: numbers between 0 and 1, shape ``[n]``. With weights, which say how
@@ -184,9 +189,11 @@ def leverages(model: Model) -> Callable[..., Float[Array, " n"]]:
     [0.1 0.1 0.4 0.4]
     """
     check_function("model", model, MODEL)
+    fisher_of = exact_fisher(model, batch_size=checked_batch_size(batch_size))
 
+    @of_observations("leverages")
     def leverages_of(params: chex.ArrayTree, /, *inputs: Any, weights: Any = None) -> Float[Array, " n"]:
-        fisher = exact_fisher(model)(params, *inputs, weights=weights)
+        fisher = fisher_of(params, *inputs, weights=weights)
         rows = scores_of(fisher, "leverages").as_matrix()
         batch = make_batch(params, inputs, weights)
         if rows.shape[0] != batch.size:
@@ -269,7 +276,7 @@ def hc3(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
     return 1 / (1 - _real("hc3: `leverages`", leverages))
 
 
-def dispersion(model: Model) -> Callable[..., Scalar]:
+def dispersion(model: Model, *, batch_size: int | None = None) -> Callable[..., Scalar]:
     r"""Pearson's estimate of the dispersion: how much larger the variance is than the model says.
 
     .. math:: \hat\phi = \frac1{n k - p} \sum_i \sum_{j=1}^k \frac{(y_{ij} - \mu_{ij})^2}{v_{ij}},
@@ -283,6 +290,7 @@ def dispersion(model: Model) -> Callable[..., Scalar]:
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example, with a ``mean`` and a ``variance``.
+        batch_size: work on pieces of at most so many observations, which bounds memory.
 
     Returns:
         A function ``(params, *inputs, target, weights=None)``: a scalar. n is the sum of the weights, where there are any.
@@ -301,8 +309,9 @@ def dispersion(model: Model) -> Callable[..., Scalar]:
     """
     check_function("model", model, MODEL)
 
+    @of_observations("dispersion")
     def dispersion_of(params: chex.ArrayTree, /, *data: Any, weights: Any = None) -> Scalar:
-        batch = make_batch(params, data, weights)
+        batch = make_batch(params, data, weights, batch_size)
 
         def squared(params: chex.ArrayTree, *example: Any) -> Array:
             predicted = predict(model, params, *example[:-1])
@@ -312,7 +321,8 @@ def dispersion(model: Model) -> Callable[..., Scalar]:
             return jnp.square(target - predicted.mean) / predicted.variance
 
         with of_one_example(model, "model", params, batch.data[:-1]):
-            each = map_examples(squared, params, batch.data).astype(batch.spec.dtype).reshape(batch.size, -1)
+            found = map_batches(lambda *data: map_examples(squared, params, data), batch.data, batch.batch_size)
+        each = found.astype(batch.spec.dtype).reshape(batch.size, -1)
         total = batch.total
         return jnp.sum(batch.weights * jnp.sum(each, axis=1)) * total / (total * each.shape[1] - batch.spec.size)
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._examples import Batch
 from jaxfisher._linalg import matmul
-from jaxfisher._model import Model, log_likelihood, mean_loss
+from jaxfisher._model import Model, batch_loss, log_likelihood
 from jaxfisher._once import Around
 from jaxfisher._scores import scores
 from jaxfisher._tree import cast_like
@@ -66,16 +66,18 @@ class Likelihood:
         """The mean negative log-likelihood, and the penalty."""
         batch, at = self.batch, self.at(flat)
         penalty = self.problem.penalty(at, *batch.data[:-1], weights=batch.weights)
-        loss = mean_loss(log_likelihood(self.problem.model), at, batch.data, batch.weights)
+        loss = batch_loss(log_likelihood(self.problem.model), at, batch)
         return loss + penalty.astype(batch.spec.dtype) / batch.total
 
     def information(self, flat: Float[Array, " p"]) -> Float[Array, "p p"]:
-        return fisher_at(self.problem.model, self.at(flat), self.batch.data, self.batch.weights).as_matrix()
+        batch = self.batch
+        return fisher_at(self.problem.model, self.at(flat), batch.data, batch.weights, batch.batch_size).as_matrix()
 
     def scatter(self, flat: Float[Array, " p"], told: Float[Array, " p"]) -> Scalar:
         """How much the scores scatter for what the model says: a scale that is known up to a factor only does not matter."""
         batch = self.batch
-        found = scores(log_likelihood(self.problem.model))(self.at(flat), *batch.data, weights=batch.weights).diagonal()
+        scores_of = scores(log_likelihood(self.problem.model), batch_size=batch.batch_size)
+        found = scores_of(self.at(flat), *batch.data, weights=batch.weights).diagonal()
         ratio = jnp.mean(batch.spec.ravel(found, "diagonal") / jnp.where(told > 0, told, 1), where=told > 0)
         return jnp.where(ratio > 0, ratio, 1)
 
