@@ -74,7 +74,7 @@ def test_standard_errors_in_own_units(count, dtype):
         assert np.all(converged) or name in OUT_OF_REACH[dtype], (name, info)
 
 
-FEW = 1500
+FEW = 250
 """Steps enough from every start."""
 NO_DIGITS = {"Lanczos1"}
 """Its residuals are 9e-14 where the data are up to 2.5, whose last bit is 4e-16: so float64 has three digits of their size.

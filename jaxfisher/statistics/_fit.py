@@ -95,8 +95,8 @@ def fit(
 
     The step at ``lambda = 0`` is that of iteratively reweighted least squares for a generalised linear model, and Gauss and
     Newton's for a normal of fixed scale. It is taken as it is where the quadratic model of the negative log-likelihood holds so
-    far. Where it does not, lambda keeps the step within a radius that follows how well the model held before; U is the
-    information on each parameter that was met lately.
+    far. Where it does not, lambda keeps the step within a radius that follows how well the model held before, and the step is
+    bent as predictions bend along it (`jaxfisher.acceleration`); U is the information on each parameter that was met lately.
 
     **When it is the wrong tool.** It makes p x p matrices and decomposes them at each step, and goes through all data for
     each: for a network of more than about a thousand parameters see `jaxfisher.kfac`. It finds one maximum, that of its start.
@@ -119,8 +119,8 @@ def fit(
         TypeError: (when called) a model that returns no distribution, a parameter that is not a real floating array.
 
     Reference: McCullagh and Nelder, Generalized Linear Models (1989), section 2.5; More, The Levenberg-Marquardt algorithm
-    (1978); Bates and Watts, Nonlinear Regression Analysis (1988), section 2.2.3, for the offset; Albert and Anderson
-    (Biometrika 1984), for separation.
+    (1978); Transtrum and Sethna (arXiv 1201.5885), section IV, for the bend; Bates and Watts, Nonlinear Regression Analysis
+    (1988), section 2.2.3, for the offset; Albert and Anderson (Biometrika 1984), for separation.
 
     >>> import jax.numpy as jnp, jaxfisher as jf
     >>> x, y = jnp.array([0.0, 0.0, 1.0, 1.0]), jnp.array([1.0, 3.0, 4.0, 8.0])

@@ -1,4 +1,8 @@
-"""Fisher scoring: steps within a radius that follows how well the quadratic model held, to where nothing goes down any more."""
+"""Fisher scoring: steps within a radius that follows how well the quadratic model held, to where nothing goes down any more.
+
+A step that had to be shortened is bent as predictions bend along it. Where a long valley is curved, steps along its tangent
+leave it after a short way: the bent ones are longer.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
+from jaxfisher._acceleration import acceleration
 from jaxfisher._examples import Batch
 from jaxfisher._linalg import matmul
 from jaxfisher._model import Model, batch_loss, log_likelihood
 from jaxfisher._once import Around
 from jaxfisher._scores import scores
+from jaxfisher._targets import given_with
 from jaxfisher._tree import cast_like
 from jaxfisher._varying import cond, while_loop
 from jaxfisher.statistics._observations import fisher_at
@@ -33,6 +39,8 @@ PULL = 100
 """A slope of so many roundings, along what the information does not tell from zero, is a slope."""
 FLOOR = 32
 """An offset within so many tolerances is as good as it gets, where rounding does not let it fall any more."""
+BENT = 0.75
+"""The longest bend of a step, in its own lengths: where it is longer, the step is too long for a parabola."""
 ENOUGH, WELL = 1e-4, 0.75
 """The share of what the quadratic model says that a step must go down, to be taken; and to be followed by a longer one."""
 
@@ -72,6 +80,14 @@ class Likelihood:
     def information(self, flat: Float[Array, " p"]) -> Float[Array, "p p"]:
         batch = self.batch
         return fisher_at(self.problem.model, self.at(flat), batch.data, batch.weights, batch.batch_size).as_matrix()
+
+    def bending(self, flat: Float[Array, " p"], step: Float[Array, " p"]) -> Float[Array, " p"]:
+        """How predictions bend along a step, as the gradient that would undo it."""
+        spec, at = self.batch.spec, self.at(flat)
+        *inputs, _ = self.batch.data
+        given = given_with(tuple(inputs), {"weights": self.batch.weights})
+        bends = acceleration(self.problem.model, batch_size=self.batch.batch_size)
+        return spec.ravel(bends(at, spec.unravel(step), *inputs, **given), "acceleration")
 
     def scatter(self, flat: Float[Array, " p"], told: Float[Array, " p"]) -> Scalar:
         """How much the scores scatter for what the model says: a scale that is known up to a factor only does not matter."""
@@ -130,8 +146,13 @@ class _Equations(NamedTuple):
         """By how much the quadratic model of the loss says that it goes down."""
         return -jnp.vdot(self.gradient, step) - 0.5 * jnp.vdot(step, matmul(self.matrix, step))
 
-    def within(self, radius: Scalar, pulled: Bool[Array, ""]) -> Float[Array, " p"]:
-        """The lowest point of the quadratic model within a radius: ``-(F + lambda U^2)^-1 g``, or the step as it is.
+    def damped(self, gradient: Float[Array, " p"], damping: Scalar) -> Float[Array, " p"]:
+        """``-(F + lambda U^2)^-1 g``."""
+        along = matmul(self.vectors.T, gradient / self.unit)
+        return -matmul(self.vectors, along / (self.values + damping)) / self.unit
+
+    def within(self, radius: Scalar, pulled: Bool[Array, ""]) -> tuple[Float[Array, " p"], Scalar]:
+        """The lowest point of the quadratic model within a radius, `damped` or the step as it is; and its damping, or zero.
 
         Where the loss falls along what the step as it is does not see, it is the first of the two in any case.
         """
@@ -145,11 +166,12 @@ class _Equations(NamedTuple):
             outside = jnp.linalg.norm(along / (self.values + middle)) > radius
             return jnp.where(outside, middle, low), jnp.where(outside, high, middle)
 
-        def damped() -> Float[Array, " p"]:
+        def shortened() -> tuple[Float[Array, " p"], Scalar]:
             _, damping = jax.lax.fori_loop(0, HALVINGS, halve, (eps * eps * largest, largest))
-            return -matmul(self.vectors, along / (self.values + damping)) / self.unit
+            return self.damped(self.gradient, damping), damping
 
-        return cond((self.length(self.newton) <= radius) & ~pulled, lambda: self.newton, damped)
+        whole = (self.length(self.newton) <= radius) & ~pulled
+        return cond(whole, lambda: (self.newton, jnp.zeros_like(largest)), shortened)
 
 
 def _equations(matrix: Float[Array, "p p"], gradient: Float[Array, " p"], recent: Float[Array, " p"]) -> _Equations:
@@ -250,15 +272,29 @@ def _tried(likelihood: Likelihood, state: State, equations: _Equations) -> tuple
 
     def trial(carry: Any) -> Any:
         count, radius, *_ = carry
-        step = equations.within(radius, state.pulled)
-        value = likelihood.loss(state.flat + step)
+        step, damping = equations.within(radius, state.pulled)
+        flat = state.flat + step + _bend(likelihood, state, equations, step, damping)
+        value = likelihood.loss(flat)
         fall, length = equations.fall(step), equations.length(step)
         # Rounding of the loss must not stop a step that is too short for it to be seen.
         gain = (state.value - value + 8 * eps * jnp.abs(state.value)) / jnp.where(fall > 0, fall, 1)
         farther = jnp.where(gain >= WELL, jnp.maximum(2 * length, radius), radius)
         onwards = jnp.where(gain >= 0.25, farther, 0.25 * jnp.minimum(length, radius))
-        return count + 1, onwards, state.flat + step, value, gain > ENOUGH
+        return count + 1, onwards, flat, value, gain > ENOUGH
 
     start = jnp.zeros((), jnp.int32), state.radius, state.flat, state.value, jnp.zeros((), bool)
     _, radius, flat, value, good = while_loop(lambda carry: ~carry[4] & (carry[0] < TRIALS), trial, start)
     return flat, value, radius, good
+
+
+def _bend(
+    likelihood: Likelihood, state: State, equations: _Equations, step: Float[Array, " p"], damping: Scalar
+) -> Float[Array, " p"]:
+    """What a shortened step is bent by: half of the acceleration of the geodesic that starts with it, if that is short."""
+
+    def bent() -> Float[Array, " p"]:
+        acceleration = equations.damped(likelihood.bending(state.flat, step), damping)
+        short = 2 * equations.length(acceleration) <= BENT * equations.length(step)
+        return jnp.where(short, 0.5 * acceleration, 0)
+
+    return cond(damping > 0, bent, lambda: jnp.zeros_like(step))
