@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 from leaves import OF_EXAMPLE, OWN, ROWS, N
+from problems import assert_close
 
-from jaxfisher._engine.forms import arrays
+from jaxfisher._engine.forms import Layout, Leaf, Product, arrays, cross_gram, gram_upper
 from jaxfisher._scores import JoinedScores
 
 OMEGA = np.random.default_rng(1).uniform(0.1, 1, N * ROWS)
@@ -146,3 +147,48 @@ def test_two_blocks_of_rows_are_those_of_both():
     made, blocks = answers_of_two_blocks()
     for name, cases in blocks.items():
         check(made[name], *(np.vstack([getattr(case, part) for case in cases]) for part in ("rows", "sizes")), name)
+
+
+KINDS = {
+    "a row each": ((N, 1), (N, 1), 1, 1),
+    "rows that share inputs": ((N, 1), (N, ROWS), 1, 1),
+    "groups, rows of their own": ((N, ROWS), (N, ROWS), 2, 1),
+    "two positions": ((N, 1), (N, ROWS), 1, 2),
+}
+"""Row axes of left and of right factors, groups, positions."""
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_inner_products_of_factors_that_deviate_from_constants(dtype, by_row):
+    """Of gradients less a constant, which need not be their mean: one that each row has, and another block of rows another."""
+    rng = np.random.default_rng(7)
+    given, expected = {}, {}
+    for name, (left, right, groups, positions) in KINDS.items():
+        size = 32 * positions
+        layout = Layout((groups, size, size), (groups, size, size), (0, 1, 2), groups, size, size)
+        blocks, rows = [], []
+        for _ in range(2):
+            a, g = (leaves.numbers(rng, *lead, groups, positions, size, dtype=dtype) for lead in (left, right))
+            means = [
+                leaves.numbers(rng, 1, lead[1] if by_row else 1, groups, positions, size, dtype=dtype, size=5.0)
+                for lead in (left, right)
+            ]
+            full = (N, max(left[1], right[1]), groups, positions, size)
+            wide = [np.broadcast_to(x, full).astype(np.float64) for x in (a, g, *means)]
+            dense = [np.einsum("nrbti,nrbto->nrbio", x, y) for x, y in (wide[:2], wide[2:])]
+            rows.append((dense[0] - dense[1]).reshape(N * full[1], -1))
+            blocks.append((Leaf((Product(a, g, layout),), layout.shape, dtype, N, full[1]), tuple(means)))
+        given[name], expected[name] = blocks, (rows[0] @ rows[0].T, rows[0] @ rows[1].T)
+
+    @jax.jit
+    def run(given):
+        found = {}
+        for name, blocks in given.items():
+            one, other = (leaf.shifted((means,)) for leaf, means in blocks)
+            found[name] = gram_upper([one], jnp.ones((), dtype)), cross_gram([one], [other], jnp.ones((), dtype))
+        return found
+
+    for name, (upper, cross) in run(given).items():
+        for actual, dense in ((np.triu(upper), np.triu(expected[name][0])), (cross, expected[name][1])):
+            assert_close(actual, dense, factor=50)

@@ -205,6 +205,16 @@ def test_an_exact_fisher_runs_the_model_once_an_example():
     assert flops(by_row, PARAMS, DATA[0]) > 1.5 * least
 
 
+def test_inner_products_of_centred_scores_cost_little_more():
+    """One product of matrices more for each layer: that of its bias, which is no longer joined to it."""
+    params, x = [(shape(i, o), shape(o)) for i, o in itertools.pairwise((128, 128, 128, 128))], shape(256, 128)
+    plain, centred = (
+        flops(lambda p, x, c=c: jf.scores(lambda p, x: jnp.sum(model(p, x).logits), center=c)(p, x).gram(), params, x)
+        for c in (False, True)
+    )
+    assert centred < 1.6 * plain, (centred, plain)
+
+
 def test_rows_of_an_exact_fisher_share_their_inputs():
     scores = jax.eval_shape(exact_rows, PARAMS, DATA[0])
     weights = [leaf for leaf in scores.leaves if len(leaf.shape) == 2]

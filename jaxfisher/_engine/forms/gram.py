@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxfisher._engine.forms.cost import by_factors, factors, forms_gradients
 from jaxfisher._engine.forms.form import Factored
 from jaxfisher._engine.forms.leaf import Leaf
 from jaxfisher._engine.forms.lookup import Lookup
-from jaxfisher._engine.forms.product import Product
+from jaxfisher._engine.forms.product import Deviation, Product
 from jaxfisher._engine.forms.tiles import by_columns
 from jaxfisher._linalg import matmul
 from jaxfisher._pieces import map_batches
@@ -145,6 +145,8 @@ def _all_pairs(pair: Pair, factor: Scalar) -> Float[Array, "n rows m rows2"]:
     product in between is larger than a gradient, and rows that are small beside others keep their digits. Nothing of
     ``theirs`` is copied.
     """
+    if pair.sizes is not None and _is_shifted(pair.mine) and _is_shifted(pair.theirs):
+        return jnp.sum(_shifted_pairs(pair.mine.forms, pair.theirs.forms, pair.sizes, factor), (0, 3, 6))
     parts = []
     for one, sizes in zip(factors(pair.mine) or (), pair.sizes or (), strict=True):
         for two in factors(pair.theirs) or ():
@@ -155,6 +157,33 @@ def _all_pairs(pair: Pair, factor: Scalar) -> Float[Array, "n rows m rows2"]:
                 products = products + rights * factor * (factor * _beside(sizes.right))
             parts.append(jnp.sum(products, (0, 3, 6)))
     return total(parts)
+
+
+def _is_shifted(leaf: Leaf) -> bool:
+    """Whether its forms are the two of `Product.shifted`."""
+    return len(leaf.forms) == 2 and type(leaf.forms[0]) is Product and isinstance(leaf.forms[1], Deviation)
+
+
+def _shifted_pairs(mine: Any, theirs: Any, sizes: tuple[Sizes, ...], factor: Scalar) -> Float[Array, "b n r t m q s"]:
+    """Inner products of gradients ``a (x) (g + G) + A (x) g``, with capitals for constants.
+
+    Only ``a.b`` and ``g.h`` are products of matrices: ``(a.b) (g+G).(h+H) + (a.B) (g+G).h + (A.b) g.(h+H) + (A.B) g.h`` is
+    multiplied out.
+    """
+    (moving, still), (others, rest) = mine, theirs
+    largest = magnitude(still.mean, -1)
+    left, right = jnp.maximum(sizes[0].left, sizes[1].left), jnp.maximum(sizes[1].right, largest)
+
+    def constant(value: Array, size: Array, whole: Array, other: Array) -> Array:
+        return inner(near_one(value, size), other) * _beside(near_one(size, whole))
+
+    lefts, rights = near_one(moving.left, left), near_one(still.right, right)
+    a_b, g_h = inner(lefts, others.left), inner(rights, rest.right)
+    a_mean, g_mean = inner(lefts, rest.left), inner(rights, rest.mean)
+    mean_b, means = (constant(still.left, sizes[1].left, left, other) for other in (others.left, rest.left))
+    mean_h, centres = (constant(still.mean, largest, right, other) for other in (rest.right, rest.mean))
+    products = g_h * (a_b + a_mean + mean_b + means) + a_b * (g_mean + mean_h + centres) + a_mean * mean_h + mean_b * g_mean
+    return products * factor * (factor * _beside(left * right))
 
 
 def _beside(size: Float[Array, "n rows groups T 1"]) -> Float[Array, "groups n rows T 1 1 1"]:

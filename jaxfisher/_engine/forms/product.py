@@ -101,8 +101,23 @@ class Product:
         """Two products: of deviations of left factors, and of right ones with a constant."""
         left, right = means
         moving = dataclasses.replace(self, left=self.left - left)
-        return moving, Product(left, self.right - right, self.layout)
+        return moving, Deviation(left, self.right - right, self.layout, right)
 
     def changed(self, change: Callable[[Array], Array]) -> Product:
         """With other right factors."""
         return dataclasses.replace(self, right=change(self.right))
+
+
+@array_fields("left", "right", "mean")
+class Deviation(Product):
+    """A product of a constant left factor and what right factors deviate from their ``mean`` by.
+
+    The gradients less a constant are the sum of such a product and one of the whole right factors (`Product.shifted`). As it is
+    known by how much these differ, inner products of the sum take no more products of matrices than those of one of them.
+    """
+
+    mean: Float[Array, "n rows groups T outputs"]
+
+    def changed(self, change: Callable[[Array], Array]) -> Deviation:
+        """With other right factors, and so with another mean of them."""
+        return dataclasses.replace(self, right=change(self.right), mean=change(self.mean))
