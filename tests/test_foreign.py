@@ -16,6 +16,7 @@ import oracle
 import pytest
 from jax.experimental import sparse
 from jax.flatten_util import ravel_pytree
+from programs.evaluate import evaluated
 
 import jaxfisher as jf
 from jaxfisher._distributions.beta import Beta
@@ -299,7 +300,6 @@ def test_density_divergence_and_fisher(row, library):
     nodes = jnp.asarray(rule.nodes)
     params, other = as_arrays(row.params), as_arrays(row.other)
 
-    @jax.jit
     def theirs(params, other):
         def log_prob(flat, x):
             return row.make(*unravel(flat)).log_prob(x)
@@ -312,7 +312,6 @@ def test_density_divergence_and_fisher(row, library):
             kl = None
         return values, scores, jax.vmap(log_prob, (None, 0))(ravel_pytree(other)[0], nodes), kl
 
-    @jax.jit
     def ours(params, other):
         flat, unravel = ravel_pytree(params)
         p, q = as_distribution(row.make(*params)), as_distribution(row.make(*other))
@@ -323,8 +322,8 @@ def test_density_divergence_and_fisher(row, library):
         kl = p.kl(q) if row.has_kl else None
         return jax.vmap(p.log_prob)(nodes), kl, fisher
 
-    log_p, scores, log_q, their_kl = jax.tree.map(np.asarray, theirs(params, other))
-    values, kl, fisher = jax.tree.map(np.asarray, ours(params, other))
+    log_p, scores, log_q, their_kl = evaluated(theirs, params, other)
+    values, kl, fisher = evaluated(ours, params, other)
 
     # Far out in the tails the rules have nodes where a density is zero, and its score may not be a number.
     here = log_p > -600

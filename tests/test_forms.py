@@ -8,6 +8,7 @@ import numpy as np
 import problems
 import pytest
 from jax.flatten_util import ravel_pytree
+from programs.evaluate import evaluated
 
 import jaxfisher as jf
 from jaxfisher._engine import Basis
@@ -43,7 +44,7 @@ def plain(log_prob, params, data):
     wide = jax.tree.map(
         lambda leaf: leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, (params, data)
     )
-    return flat_rows(jax.jit(jax.vmap(jax.grad(log_prob), (None, *(0 for _ in data))))(wide[0], *wide[1]))
+    return flat_rows(evaluated(jax.vmap(jax.grad(log_prob), (None, *(0 for _ in data))), wide[0], *wide[1]))
 
 
 def flat(tree):
@@ -200,7 +201,6 @@ def moments_of(name):
     place = sorted(params).index(weight)
     layouts = {}
 
-    @jax.jit
     def run(params, x, y, weights):
         made = {}
         for how, size in (("held", None), ("streamed", 2)):
@@ -218,7 +218,7 @@ def moments_of(name):
         gradients = jax.vmap(jax.grad(log_prob), (None, 0, 0))(params, x, y)
         return made, (gradients[weight], gradients.get("b"))
 
-    made, gradients = run(params, x, y, jnp.asarray(WEIGHTS))
+    made, gradients = evaluated(run, params, x, y, WEIGHTS)
     assert layouts["held"] == layouts["streamed"]
     weights, biases = (None if part is None else np.asarray(part) for part in gradients)
     return made, layouts["held"], weights, biases, np.asarray(x), np.asarray(y)
@@ -584,7 +584,7 @@ def test_a_bias_is_joined_with_its_weight_only_where_it_is_one(name):
     params = arrays(w=(6, 4, 2) if name == "weight repeated" else (6, 4), b=(4, 2) if name == "bias repeated" else (4,))
     data = (jnp.asarray(numbers(3, N, 6)), jnp.asarray(numbers(4, N, 4)))
     rows = plain(log_prob, params, data)
-    gram, norms = jax.jit(lambda *args: (lambda s: (s.gram(), s.squared_norms()))(jf.scores(log_prob)(*args)))(params, *data)
+    gram, norms = evaluated(lambda *args: (lambda s: (s.gram(), s.squared_norms()))(jf.scores(log_prob)(*args)), params, *data)
     close(gram, rows @ rows.T)
     close(norms, np.sum(rows**2, 1))
 

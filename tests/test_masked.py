@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import assert_close, flat
+from programs.evaluate import evaluated
 
 import jaxfisher as jf
 
@@ -87,7 +88,6 @@ def test_only_what_the_mask_lets_through_counts(name, rubbish):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_fisher_has_no_part_of_what_does_not_count(name):
-    @jax.jit
     def views(rubbish):
         plain = FAMILIES[name](GOOD)
         masked = jf.Masked(spoiled(plain, rubbish), MASK)
@@ -96,7 +96,7 @@ def test_the_fisher_has_no_part_of_what_does_not_count(name):
         moments = [(inside.mean, inside.variance) for inside in (masked, plain)]
         return plain, plain.fisher_matrix(), masked.fisher_matrix(), tangent, moved.distribution, moments
 
-    plain, matrix, found, tangent, moved, moments = jax.tree.map(np.asarray, views(np.nan))
+    plain, matrix, found, tangent, moved, moments = evaluated(views, np.nan)
     keep = [np.broadcast_to(MASK.reshape(3, *[1] * (leaf.ndim - 1)), leaf.shape) for leaf in jax.tree.leaves(plain)]
     inside = np.concatenate([part.reshape(-1) for part in keep])
     matrix = np.where(inside[:, None] & inside[None], matrix, 0)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import leaves
 import numpy as np
 import pytest
+from programs.evaluate import evaluated, traced
 from test_leaf import OMEGA, close
 
 import jaxfisher as jf
@@ -81,7 +82,7 @@ def _views(log_prob):
         found = [view(fisher).as_matrix() for fisher in (held, streamed) for view in (jf.kronecker, jf.kronecker_reduce)]
         return [*found, jf.eigen_kronecker(held).as_matrix()], held.as_matrix()
 
-    return jax.jit(run)
+    return traced(run)
 
 
 @pytest.mark.parametrize("padding", PADDING)
@@ -197,7 +198,7 @@ def test_a_weight_of_one_output_has_its_exact_block(readout, column):
         fisher = jf.exact_fisher(model)(params, x)
         return jf.kronecker(fisher).as_matrix(), fisher.as_matrix()
 
-    view, fisher = jax.jit(both)(params, x)
+    view, fisher = evaluated(both, params, x)
     # The bias comes first, then the hidden layer's 18 entries. With a single use of the weight it is in the block of that.
     bias = [0] if readout is once else []
     block = np.ix_(*[[*bias, *range(19, 25)]] * 2)

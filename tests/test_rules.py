@@ -17,6 +17,7 @@ import pytest
 from jax import lax
 from models import compiled
 from problems import assert_close, flat
+from programs.evaluate import evaluated
 
 import jaxfisher as jf
 from jaxfisher._engine import parts, rules, terms
@@ -506,7 +507,7 @@ def test_a_leaf_joined_or_not_has_the_gram_of_its_matrix(width, inputs, position
         made = [jf.scores(model)(params, x) for model in NOT_BIASES.values()]
         return [(scores.gram(), scores.as_matrix(), scores.squared_norms()) for scores in made]
 
-    found = jax.jit(both)(params, x)
+    found = evaluated(both, params, x)
     for name, (gram, matrix, norms) in zip(NOT_BIASES, found, strict=True):
         dense_gram = np.asarray(matrix) @ np.asarray(matrix).T
         tolerance = 1e-12 * np.abs(dense_gram).max()

@@ -21,8 +21,22 @@ def evaluate(closed, *arguments):
 
 def evaluated(function, *arguments):
     """What a function of pytrees gives, traced as `jax.jit` does it and then run in NumPy."""
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
-    return jax.tree.unflatten(jax.tree.structure(shapes), evaluate(closed, *jax.tree.leaves(arguments)))
+    return traced(function)(*arguments)
+
+
+def traced(function):
+    """A function of pytrees that is traced once for each structure, shape and dtype, as by `jax.jit`, and runs in NumPy."""
+    programs = {}
+
+    def call(*arguments):
+        leaves, structure = jax.tree.flatten(arguments)
+        kind = structure, tuple(map(jax.typeof, leaves))
+        if kind not in programs:
+            programs[kind] = jax.make_jaxpr(function, return_shape=True)(*arguments)
+        closed, shapes = programs[kind]
+        return jax.tree.unflatten(jax.tree.structure(shapes), evaluate(closed, *leaves))
+
+    return call
 
 
 def _array(value):
