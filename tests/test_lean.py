@@ -129,8 +129,11 @@ def test_a_step_is_a_small_program():
     assert eigen.search(whole.as_text()), "the control: at zero damping eigenvectors are needed"
     # What we hand to XLA is the same on every version; how often XLA then writes an instruction into several fusions is not:
     # of the two it makes 588 and 1,044 by the older code generator, and 618 and 1,247 by the newer one.
-    assert operations(lean) < 550, operations(lean)
-    assert operations(refined) < 760, operations(refined)
+    assert operations(lean) < 500, operations(lean)
+    assert operations(refined) < 705, operations(refined)
+    for text in (lean.as_text(), refined.as_text()):
+        assert "across dimensions = []" not in text, "a sum over nothing"
+        assert "stablehlo.pad" not in text, "a block padded by nothing"
     assert instructions(lean.compile().as_text()) < 660
     assert instructions(refined.compile().as_text()) < 1310
 
@@ -147,8 +150,8 @@ def test_a_solve_is_half_the_program_where_its_damping_is_known_to_be_positive()
     known = jax.jit(lambda v, *args: jf.solve(fisher(*args), v, 1e-3)).lower(args[0], *args)
     unknown = jax.jit(lambda d, v, *args: jf.solve(fisher(*args), v, d)).lower(shape(), args[0], *args)
     step = jax.jit(update).lower(shape(), args[0], *args)
-    assert operations(known) < 1300, operations(known)
-    assert operations(step) < 1300, operations(step)
+    assert operations(known) < 1190, operations(known)
+    assert operations(step) < 1220, operations(step)
     assert operations(unknown) > 1.4 * operations(known), "the control"
     assert instructions(known.compile().as_text()) < 3000
 
@@ -164,7 +167,7 @@ def test_a_step_of_kfac_is_a_small_program():
     lowered = jax.jit(step).lower(params, state, *data)
     text = lowered.as_text()
     assert "threefry" not in text and len(re.findall("spotrf", text)) == 2
-    assert operations(lowered) < 1975, operations(lowered)
+    assert operations(lowered) < 1940, operations(lowered)
 
 
 def test_a_step_of_many_examples_takes_little_more_memory_than_a_gradient():

@@ -106,12 +106,17 @@ def _formed(term: Term, shape: tuple[int, ...]) -> Part:
     order = [axis for axes in term.dims for axis in axes]
     gone = [i for i, axis in enumerate(factor.axes) if axis not in order]
     axes = [axis for axis in factor.axes if axis in order]
-    array = jnp.sum(jnp.asarray(factor.plain), gone)
+    array = _summed(jnp.asarray(factor.plain), gone)
     array = array.transpose([axes.index(axis) for axis in order if axis in axes])
     array = array.reshape([axis.size if axis in axes else 1 for axis in order])
     array = jnp.broadcast_to(array, [axis.size for axis in order]).reshape(shape)
     source = _source(factor, order) if all(axis in axes for axis in order) else None
     return Part(Formed(array), (factor.flags,), gradient=source)
+
+
+def _summed(array: Array, axes: Sequence[int]) -> Array:
+    """The sum over some axes. A sum over none would be an operation all the same."""
+    return jnp.sum(array, axes) if axes else array
 
 
 def _source(factor: Factor, kept: Sequence[Axis]) -> Source | None:
@@ -218,7 +223,7 @@ def _before(a: Sequence[Axis], b: Sequence[Axis], order: Sequence[Axis]) -> bool
 def _arranged(factor: Factor, *groups: Sequence[Axis]) -> Array:
     """The factor's array with its axes in three groups, each merged; axes in none of them are summed over."""
     kept = [axis for group in groups for axis in group]
-    array = jnp.sum(jnp.asarray(factor.plain), [i for i, axis in enumerate(factor.axes) if axis not in kept])
+    array = _summed(jnp.asarray(factor.plain), [i for i, axis in enumerate(factor.axes) if axis not in kept])
     axes = [axis for axis in factor.axes if axis in kept]
     array = array.transpose([axes.index(axis) for axis in kept if axis in axes])
     array = jnp.broadcast_to(array.reshape([a.size if a in axes else 1 for a in kept]), [a.size for a in kept])

@@ -59,8 +59,10 @@ def magnitude(x: Array, axes: int | Sequence[int], least: float = 0.0) -> Array:
 
     It is only divided by and multiplied back, so no derivative goes through it.
     """
-    # The bound is taken before the maximum: what comes after, XLA makes again wherever the maximum is used.
-    sizes = jnp.maximum(jnp.abs(jax.lax.stop_gradient(x)), least)
+    sizes = jnp.abs(jax.lax.stop_gradient(x))
+    if least > 0:
+        # The bound is taken before the maximum: what comes after, XLA makes again wherever the maximum is used.
+        sizes = jnp.maximum(sizes, least)
     return jnp.max(sizes, axes, keepdims=True, initial=None if x.size else least)
 
 

@@ -90,8 +90,8 @@ def _strips(pairs: Sequence[Pair], factor: Scalar) -> Float[Array, "rows rows"]:
     for start in range(0, examples, size):
         some, rest = slice(start, start + size), slice(start, examples)
         strip = total([_gram(pair.cut(some, rest), factor) for pair in pairs])
-        strips.append(jnp.pad(_flat(strip), ((0, 0), (start * rows, 0))))
-    return jnp.concatenate(strips)
+        strips.append(jnp.pad(_flat(strip), ((0, 0), (start * rows, 0))) if start else _flat(strip))
+    return jnp.concatenate(strips) if strips[1:] else strips[0]
 
 
 def _own_gram(leaf: Leaf, factor: Scalar) -> Float[Array, "rows rows"]:
@@ -152,9 +152,9 @@ def _all_pairs(pair: Pair, factor: Scalar) -> Float[Array, "n rows m rows2"]:
         for two in factors(pair.theirs) or ():
             lefts = _inner_left(one, two, sizes.left)
             rights = inner(near_one(one.right, sizes.right), two.right)
-            products = lefts * rights * factor * (factor * _beside(sizes.left * sizes.right))
+            products = lefts * rights * factor * _beside(factor * (sizes.left * sizes.right))
             if pair.bias:
-                products = products + rights * factor * (factor * _beside(sizes.right))
+                products = products + rights * factor * _beside(factor * sizes.right)
             parts.append(jnp.sum(products, (0, 3, 6)))
     return total(parts)
 
