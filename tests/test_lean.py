@@ -170,6 +170,13 @@ def test_a_step_of_kfac_is_a_small_program():
     assert operations(lowered) < 1940, operations(lowered)
 
 
+def test_a_layer_takes_one_product_with_a_vector():
+    """Its bias is the weight of an input of one, and no product of its own."""
+    scores = jax.eval_shape(jf.scores(LOG_PROB), PARAMS, *DATA)
+    text = jax.jit(lambda scores, v: scores.mv(v)).lower(scores, PARAMS).as_text()
+    assert text.count("dot_general") == len(PARAMS)
+
+
 def test_a_step_of_many_examples_takes_little_more_memory_than_a_gradient():
     """Twice a gradient's, three Gram matrices and four vectors of the parameters, where the network is small."""
     n, params = 512, [(shape(i, o), shape(o)) for i, o in itertools.pairwise((64, 256, 256, 10))]

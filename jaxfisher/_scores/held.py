@@ -69,7 +69,13 @@ class HeldScores(FactoredScores):
         return dataclasses.replace(self, leaves=leaves)
 
     def product(self, v: chex.ArrayTree, seal: Seal) -> Float[Array, " rows"]:
-        parts = [leaf.mv(x, seal) for leaf, x in zip(self._distinct, self.spec.leaves(v, "v"), strict=True)]
+        given = self.spec.leaves(v, "v")
+        biases = {leaf.layer: x for leaf, x in zip(self.leaves, given, strict=True) if leaf.layer is not None}
+        parts = [
+            leaf.mv(x, seal, biases.get(k))
+            for k, (leaf, x) in enumerate(zip(self.leaves, given, strict=True))
+            if leaf.layer is None
+        ]
         return total(parts).reshape(-1)
 
     @property

@@ -55,13 +55,17 @@ class Leaf:
         """The forms that products are taken with."""
         return tuple(form.made() for form in self.forms)
 
-    def mv(self, v: Float[Array, "*shape"], seal: Seal) -> Float[Array, "examples rows"]:
-        """``D . V`` for every row."""
+    def mv(self, v: Float[Array, "*shape"], seal: Seal, bias: Array | None = None) -> Float[Array, "examples rows"]:
+        """``D . V`` for every row; with a vector for the bias of the layer, the product with both."""
         if not self.forms:
             return jnp.zeros((self.examples, self.rows), self.dtype)
 
         def product(leaf: Leaf) -> Array:
-            return jnp.broadcast_to(total([form.mv(v, seal) for form in leaf.made]), (leaf.examples, leaf.rows))
+            if bias is None:
+                parts = [form.mv(v, seal) for form in leaf.made]
+            else:
+                parts = [form.mv(v, seal, bias.reshape(1, 1, 1, 1, -1)) for form in leaf.made if isinstance(form, Product)]
+            return jnp.broadcast_to(total(parts), (leaf.examples, leaf.rows))
 
         return self.in_pieces(product, map_batches)
 

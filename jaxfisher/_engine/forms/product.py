@@ -40,14 +40,17 @@ class Product:
         """Itself."""
         return self
 
-    def mv(self, v: Float[Array, "*shape"], seal: Seal) -> Float[Array, "n rows"]:
-        """``sum_t left_t^T V right_t`` for every row."""
+    def mv(
+        self, v: Float[Array, "*shape"], seal: Seal, bias: Float[Array, "1 1 1 1 outputs"] | None = None
+    ) -> Float[Array, "n rows"]:
+        """``sum_t left_t^T V right_t`` for every row; with a vector for the ``bias`` of the layer, ``right_t`` times it too."""
         matrix, left, right = self.layout.matrix(v), self.left, self.right
         # The factor with fewer rows meets the matrix; the other takes only a sum.
         if left.shape[0] * left.shape[1] > right.shape[0] * right.shape[1]:
-            matrix, left, right = matrix.swapaxes(1, 2), right, left
-        # An input so huge that its product overflows may have a cotangent of zero.
-        return jnp.sum(jnp.where(right == 0, 0, seal(times(left, matrix)) * right), (-3, -2, -1))
+            found = _met(times(right, matrix.swapaxes(1, 2)), left, seal)
+            return found if bias is None else found + jnp.sum(seal(bias * right), (-3, -2, -1))
+        along = times(left, matrix)
+        return _met(along if bias is None else along + bias, right, seal)
 
     def rmv(self, w: Float[Array, "n rows"]) -> Float[Array, "*shape"]:
         """``sum_rows w sum_t left_t (x) right_t``."""
@@ -121,3 +124,9 @@ class Deviation(Product):
     def changed(self, change: Callable[[Array], Array]) -> Deviation:
         """With other right factors, and so with another mean of them."""
         return dataclasses.replace(self, right=change(self.right), mean=change(self.mean))
+
+
+def _met(along: Array, other: Float[Array, "n rows groups T m"], seal: Seal) -> Float[Array, "n rows"]:
+    """The sum of the products of all entries for each row."""
+    # An input so huge that its product overflows may have a cotangent of zero.
+    return jnp.sum(jnp.where(other == 0, 0, seal(along) * other), (-3, -2, -1))
