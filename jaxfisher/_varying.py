@@ -7,6 +7,7 @@ before and after a step, must vary over the same axes. Outside ``shard_map`` not
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -76,7 +77,9 @@ def linear_solve(product: Map, b: Array, iterate: Callable[[Map, Array], tuple[A
     What the product and the iteration close over must be `alike`: JAX 0.10 to 0.12 cannot compile one in which it is not.
     """
     b = varying_through(product, b)
-    solved: tuple[Array, Any] = jax.lax.custom_linear_solve(product, b, iterate, symmetric=True, has_aux=True)
+    # JAX traces what solves, and once more what solves with the transpose: the second time finds the first.
+    found = jax.jit(functools.partial(iterate, product), inline=True)
+    solved: tuple[Array, Any] = jax.lax.custom_linear_solve(product, b, lambda _, b: found(b), symmetric=True, has_aux=True)
     return solved
 
 

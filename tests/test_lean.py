@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import jaxfisher as jf
+from jaxfisher._varying import linear_solve
 
 WIDTHS = (64, 1024, 1024, 10)
 N = 256
@@ -175,6 +176,18 @@ def test_a_layer_takes_one_product_with_a_vector():
     scores = jax.eval_shape(jf.scores(LOG_PROB), PARAMS, *DATA)
     text = jax.jit(lambda scores, v: scores.mv(v)).lower(scores, PARAMS).as_text()
     assert text.count("dot_general") == len(PARAMS)
+
+
+def test_what_solves_is_traced_once():
+    """JAX asks for what solves with the transpose as well, which is the same function."""
+    traced = []
+
+    def iterate(product, b):
+        traced.append(b)
+        return 0.5 * b, ()
+
+    jax.make_jaxpr(jax.grad(lambda b: jnp.sum(linear_solve(lambda x: 2 * x, b, iterate)[0])))(shape(3))
+    assert len(traced) == 1
 
 
 def test_a_step_of_many_examples_takes_little_more_memory_than_a_gradient():
