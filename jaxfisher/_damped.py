@@ -32,7 +32,7 @@ from jaxfisher._linalg import (
     twice,
     unit_diagonal,
 )
-from jaxfisher._system import Factorise, Solved, System, scaled
+from jaxfisher._system import Factorise, Solved, System, scaled, with_derivatives_of
 from jaxfisher._varying import alike, cond, linear_solve, varying_through, while_loop
 
 SWEEPS = 60
@@ -167,18 +167,7 @@ def solution(system: Damped, b: Float[Array, " m"], rtol: float) -> Any:
         return while_loop(_going, step, begin).found
 
     c, x = linear_solve(product, b, iterate)
-    return _with_derivatives_of(x, system.out, system.unit, c)
-
-
-@jax.custom_jvp
-def _with_derivatives_of(x: Any, out: Callable[[Array], Any], unit: Scalar, c: Float[Array, " m"]) -> Any:
-    """``x``, which is ``unit out(c)`` but for rounding, with the derivatives of that, which is only traced for them."""
-    return x
-
-
-@_with_derivatives_of.defjvp
-def _with_derivatives_of_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-    return primals[0], jax.jvp(_solution, primals[1:], tangents[1:])[1]
+    return with_derivatives_of(x, jax.tree_util.Partial(_solution), system.out, system.unit, c)
 
 
 def _solution(out: Callable[[Array], Any], unit: Scalar, c: Float[Array, " m"]) -> Any:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._inverse import Factored, Map
 from jaxfisher._linalg import OTHER, inverse_power, kept_of, matmul, mirrored, twice, unit_diagonal, without_noise
-from jaxfisher._system import Factorise, Solved, System, length, scaled
+from jaxfisher._system import Factorise, Solved, System, length, scaled, with_derivatives_of
 from jaxfisher._varying import linear_solve, while_loop
 
 CORRECTIONS = 8
@@ -236,19 +236,9 @@ def _solved(system: System, v: Float[Array, " p"]) -> Solved:
     # The matrix has a rounding of its own, by which the coordinates leave nothing: what they leave all the same is about what
     # rounding does to them. What it does besides to what is left of the right-hand side is no more than both of their sizes.
     sound = length(rest) + 4 * (length(rest) + 2 * size * length(b)) <= jnp.finfo(b.dtype).eps ** 0.5 * length(b)
-    y = with_derivatives_of(y, linear_solve(system.product, b, iterate)[0])
+    same = jax.tree_util.Partial(lambda y: y)
+    y = with_derivatives_of(y, same, linear_solve(system.product, b, iterate)[0])
     return Solved(to_x(y), to_rest(rest), system.rank, sound & system.factored.told)
-
-
-@jax.custom_jvp
-def with_derivatives_of(x: Any, same: Any) -> Any:
-    """``x``, with the derivatives of ``same``: the same but for rounding, and not computed where no derivative is taken."""
-    return x
-
-
-@with_derivatives_of.defjvp
-def _with_derivatives_of_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
-    return primals[0], tangents[1]
 
 
 PATH = Factorise(_by_eigenvectors, _solved)

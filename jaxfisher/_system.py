@@ -107,6 +107,20 @@ class System(NamedTuple):
     rows: Rows | None = None
 
 
+@jax.custom_jvp
+def with_derivatives_of(x: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """``x``, which is ``function(*args)`` but for rounding, with the derivatives of that, which is only traced for them.
+
+    The function is a pytree, such as `jax.tree_util.Partial`.
+    """
+    return x
+
+
+@with_derivatives_of.defjvp
+def _with_derivatives_of_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    return primals[0], jax.jvp(lambda function, *args: function(*args), primals[1:], tangents[1:])[1]
+
+
 class Factorise(NamedTuple):
     """A way to invert: how a matrix is factored, and how a system is solved with the factors.
 
