@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import jaxfisher as jf
+from jaxfisher._scores import making
 from jaxfisher._varying import linear_solve
 
 WIDTHS = (64, 1024, 1024, 10)
@@ -176,6 +177,14 @@ def test_a_layer_takes_one_product_with_a_vector():
     scores = jax.eval_shape(jf.scores(LOG_PROB), PARAMS, *DATA)
     text = jax.jit(lambda scores, v: scores.mv(v)).lower(scores, PARAMS).as_text()
     assert text.count("dot_general") == len(PARAMS)
+
+
+def test_forms_are_traced_once(monkeypatch):
+    """Of a network so large that their shapes are asked for first, to say how many examples to take at a time."""
+    made, leaf_forms = [], making.leaf_forms
+    monkeypatch.setattr(making, "leaf_forms", lambda *args: made.append(args) or leaf_forms(*args))
+    jax.eval_shape(jf.scores(jf.log_likelihood(lambda *args: model(*args))), PARAMS, *DATA)
+    assert len(made) == 1
 
 
 def test_what_solves_is_traced_once():

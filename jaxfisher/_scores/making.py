@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jaxfisher._engine import Traced, leaf_forms, trace, working
+from jaxfisher._engine import Leaf, Traced, leaf_forms, trace, working
 from jaxfisher._examples import Batch, check_centred, make_batch, map_examples, needs_data
 from jaxfisher._model import LOG_PROB, LogProb, check_real, of_one_example
 from jaxfisher._once import Static, once_for
@@ -61,9 +61,11 @@ def _run(rows: Rows, params: chex.ArrayTree, batch: Batch) -> tuple[tuple[Any, A
     with of_one_example(rows.function, rows.name, joined(params), batch.data[rows.own :]):
         traced = trace(rows, params, batch.data)
     weights = jnp.repeat(batch.weights, traced.rows)
-    batch_size = _batch_size(traced, params, batch)
+    # Asked for shapes, and then perhaps for numbers: traced once for both.
+    forms = jax.jit(lambda data: leaf_forms(traced, params, data, batch.spec), inline=True)
+    batch_size = _batch_size(traced, forms, batch)
     if batch_size is None or batch_size >= batch.size:
-        aux, leaves = leaf_forms(traced, params, batch.data, batch.spec)
+        aux, leaves = forms(batch.data)
         return (aux, masked(leaves, batch.live)), weights
     return Static(batch_size), weights
 
@@ -72,7 +74,7 @@ PLAIN_BYTES = 2**30
 """The bytes that gradients which could not be left as factors may take before they are made in pieces instead of held."""
 
 
-def _batch_size(traced: Traced, params: chex.ArrayTree, batch: Batch) -> int | None:
+def _batch_size(traced: Traced, forms: Callable[[Any], tuple[Any, tuple[Leaf, ...]]], batch: Batch) -> int | None:
     """How many examples to work on at a time: as asked for, else by the memory one example takes; None for all at once."""
     limit = batch.max_bytes
     if limit is None:
@@ -81,12 +83,12 @@ def _batch_size(traced: Traced, params: chex.ArrayTree, batch: Batch) -> int | N
         # What all gradients formed would take is no more: there is no need to ask which of them are.
         if batch.size * traced.rows * batch.spec.size * batch.spec.dtype.itemsize <= PLAIN_BYTES:
             return None
-        shapes = jax.eval_shape(lambda data: leaf_forms(traced, params, data, batch.spec)[1], batch.data)
+        _, shapes = jax.eval_shape(forms, batch.data)
         if sum(leaf.bytes for leaf in shapes if leaf.why is not None) <= PLAIN_BYTES:
             return None
         limit = PLAIN_BYTES
     first = jax.tree.map(lambda leaf: leaf[:1], batch.data)
-    one = jax.eval_shape(lambda data: leaf_forms(traced, params, data, batch.spec)[1], first)
+    _, one = jax.eval_shape(forms, first)
     beside = max(working(leaf) for leaf in one)
     taken = sum(leaf.bytes for leaf in one) + batch.spec.dtype.itemsize * (traced.rows * traced.program.size + beside)
     if taken > limit:
