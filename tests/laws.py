@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from programs.evaluate import evaluated
 
 from jaxfisher._distributions.base import Distribution
 
@@ -36,7 +37,7 @@ def check_family(case, key):
 def check_information(case):
     """Against sums over the support in float64: normalisation, mean, KL, E[score] and the routes to the Fisher."""
     p, q, rule = case.make(), case.make_other(), case.rule()
-    seen = jax.tree.map(np.asarray, jax.jit(_views)(p, q, jnp.asarray(rule.nodes), jnp.asarray(rule.weights)))
+    seen = evaluated(_views, p, q, rule.nodes, rule.weights)
     mass = rule.weights * np.exp(seen["log_p"])
 
     close(np.sum(mass), 1.0, "the density sums to one")
@@ -124,7 +125,7 @@ def _check_narrowed(p, fisher, narrowed):
 
 
 def _views(p, q, nodes, weights):
-    """All that `check_information` compares, in one compiled function."""
+    """All that `check_information` compares, in one function."""
     flat, unravel = ravel_pytree(p)
     noise, unravel_noise = ravel_pytree(p.fisher_noise())
     noise, direction = jnp.cos(jnp.arange(1.0, noise.size + 1)), jnp.sin(jnp.arange(1.0, flat.size + 1))
@@ -187,8 +188,9 @@ def check_transforms(case):
     assert traces == 1, f"one trace for six instances, not {traces}"
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves).reshape((2, 3, *leaves[0].shape)), *singles)
     wide = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (2, 3, *leaf.shape)), other)
-    mapped = jax.vmap(jax.vmap(lambda fields, q, x: members(case.family(*fields), q, x)))(jax.tree.leaves(batch), wide, x)
-    for name, whole in (("a batch", members(batch, wide, x)), ("vmap over construction", mapped)):
+    made = jax.vmap(jax.vmap(lambda fields, q, x: members(case.family(*fields), q, x)))
+    mapped = evaluated(made, jax.tree.leaves(batch), wide, x)
+    for name, whole in (("a batch", evaluated(members, batch, wide, x)), ("vmap over construction", mapped)):
         for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(stacked), strict=True):
             close(a, b, f"{name} equals its members", factor=1000)
 

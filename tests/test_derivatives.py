@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from programs.evaluate import evaluated, traced
 
 import jaxfisher as jf
 
@@ -119,7 +120,7 @@ def both_ways(function, make):
         back = jax.grad(lambda *args: COTANGENT @ function(make, *args), (0, 1, 2))(params, x, damping)
         return value, forward, ravel_pytree(back)[0]
 
-    return jax.jit(run)
+    return traced(run)
 
 
 ORTHONORMAL = np.concatenate([np.eye(3), -np.eye(3), np.zeros((1, 3))])
@@ -182,7 +183,7 @@ def test_derivatives_of_a_path_of_dampings(rows):
     def both_of(f):
         return lambda *args: (jax.jvp(f, args, along), jax.grad(lambda *args: weights @ f(*args), (0, 1, 2))(*args))
 
-    found, true = (jax.jit(both_of(f))(PARAMS, x, jnp.asarray(0.3)) for f in (path, one_by_one))
+    found, true = (evaluated(both_of(f), PARAMS, x, 0.3) for f in (path, one_by_one))
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(true), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9 * np.max(np.abs(other)))
 
@@ -196,7 +197,7 @@ def counts(make, params, x, damping):
 @functools.cache
 def slopes(function, make):
     """The number and its gradient; forms of one matrix share the program of the dense one."""
-    return jax.jit(jax.value_and_grad(functools.partial(function, make), (0, 1, 2)))
+    return traced(jax.value_and_grad(functools.partial(function, make), (0, 1, 2)))
 
 
 def expected_counts(make, params, x, damping):
