@@ -152,6 +152,11 @@ class Batch:
         return self.live is not None
 
     @property
+    def uneven(self) -> Float[Array, " n"] | None:
+        """The weights if some were given, for functions that take weights: nothing needs to be filled in where none were."""
+        return self.weights if self.weighted else None
+
+    @property
     def total(self) -> Scalar:
         """What the mean is over: the number of examples, or the `mass` where there is one."""
         return jnp.asarray(self.size if self.mass is None else self.mass, self.spec.dtype)

@@ -91,23 +91,28 @@ def evaluated(function, args, keywords):
     return jax.eval_shape(run, PARAMS)
 
 
-@pytest.mark.parametrize("given", TAKEN)
-def test_it_is_taken_or_refused_by_name(given):
-    argument, *of_maker = given.split(", ")
-    value = ASKED[argument]
+def test_what_is_taken_is_taken_together():
     for name, (make, args) in MAPPED.items():
-        error = None
-        try:
-            function = make(**{argument: value}) if of_maker else make()
-            evaluated(function, args, {} if of_maker else {argument: value})
-        except TypeError as raised:
-            error = raised
-        assert (error is None) == TAKEN[given](name), (name, error)
-        if error is not None and of_maker:  # Python's own: an option that a function does not have
-            assert f"{name.split('.')[-1]}() got an unexpected keyword argument '{argument}'" in str(error)
-        elif error is not None:
-            said = r"{}: `{}` is .*; expected (none: .*\.|it with the function and not with the data: .*\.)"
-            assert is_ours(error) and re.fullmatch(said.format(name.split(".")[-1], argument), str(error)), str(error)
+        of_maker = {"batch_size": 3} if TAKEN["batch_size, of the maker"](name) else {}
+        keywords = {argument: value for argument, value in ASKED.items() if TAKEN[argument](name)}
+        evaluated(make(**of_maker), args, keywords)
+
+
+@pytest.mark.parametrize("given", TAKEN)
+def test_what_is_not_taken_is_refused_by_name(given):
+    argument, *of_maker = given.split(", ")
+    asked = {argument: ASKED[argument]}
+    for name, (make, args) in MAPPED.items():
+        if TAKEN[given](name):
+            continue
+        with pytest.raises(TypeError) as raised:
+            evaluated(make(**asked), args, {}) if of_maker else evaluated(make(), args, asked)
+        maker, said = name.split(".")[-1], str(raised.value)
+        if of_maker:  # Python's own: an option that a function does not have
+            assert f"{maker}() got an unexpected keyword argument '{argument}'" in said
+        else:
+            expected = rf"{maker}: `{argument}` is .*; expected (none: .*\.|it with the function and not with the data: .*\.)"
+            assert is_ours(raised.value) and re.fullmatch(expected, said), said
 
 
 def test_none_is_not_given():
@@ -169,3 +174,14 @@ def test_a_fit_in_pieces():
     jax.tree.map(assert_close, cut.params, whole.params)
     assert_close(cut.fisher.as_matrix(), whole.fisher.as_matrix())
     assert_close(cut.log_likelihood, whole.log_likelihood)
+
+
+@pytest.mark.parametrize("name", ["statistics.fit", "geometry.christoffel"])
+def test_nothing_is_filled_in_where_no_weights_are(name):
+    """An example is looked up that stands for padding: of weights that are all equal XLA would do so when it compiles."""
+    make, args = MAPPED[name]
+
+    def program(**keywords):
+        return str(jax.make_jaxpr(lambda params: jax.tree.leaves(make()(params, *args[1:], **keywords)))(PARAMS))
+
+    assert "argmax" in program(weights=WEIGHTS) and "argmax" not in program()

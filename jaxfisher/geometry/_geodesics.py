@@ -41,9 +41,7 @@ class _Manifold(Around):
 
         def at(flat: Float[Array, " p"]) -> Float[Array, "p p"]:
             here = cast_like(batch.spec.unravel(flat), params)
-            # A batch without inputs has one weight, which says nothing.
-            weights = batch.weights if jax.tree.leaves(batch.data) else None
-            return exact_fisher(self.model)(here, *batch.data, weights=weights).as_matrix()
+            return exact_fisher(self.model)(here, *batch.data, weights=batch.uneven).as_matrix()
 
         return at
 

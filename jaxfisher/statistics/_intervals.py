@@ -230,7 +230,7 @@ def _local(question: _Question, params: Any, batch: Batch) -> _Local:
         return cast_like(spec.unravel(flat), params)
 
     def fisher(flat: Array) -> Array:
-        return fisher_at(question.model, at(flat), batch.data, batch.weights, batch.batch_size).as_matrix()
+        return fisher_at(question.model, at(flat), batch.data, batch.uneven, batch.batch_size).as_matrix()
 
     root = jnp.linalg.inv(jnp.linalg.cholesky(total * fisher(flat))).T
     here, value = batch_loss(log_prob, at(flat), batch), question.function(at(flat)).astype(spec.dtype)

@@ -79,13 +79,13 @@ class Likelihood:
 
     def information(self, flat: Float[Array, " p"]) -> Float[Array, "p p"]:
         batch = self.batch
-        return fisher_at(self.problem.model, self.at(flat), batch.data, batch.weights, batch.batch_size).as_matrix()
+        return fisher_at(self.problem.model, self.at(flat), batch.data, batch.uneven, batch.batch_size).as_matrix()
 
     def bending(self, flat: Float[Array, " p"], step: Float[Array, " p"]) -> Float[Array, " p"]:
         """How predictions bend along a step, as the gradient that would undo it."""
         spec, at = self.batch.spec, self.at(flat)
         *inputs, _ = self.batch.data
-        given = given_with(tuple(inputs), {"weights": self.batch.weights})
+        given = given_with(tuple(inputs), {"weights": self.batch.uneven})
         bends = acceleration(self.problem.model, batch_size=self.batch.batch_size)
         return spec.ravel(bends(at, spec.unravel(step), *inputs, **given), "acceleration")
 
@@ -93,7 +93,7 @@ class Likelihood:
         """How much the scores scatter for what the model says: a scale that is known up to a factor only does not matter."""
         batch = self.batch
         scores_of = scores(log_likelihood(self.problem.model), batch_size=batch.batch_size)
-        found = scores_of(self.at(flat), *batch.data, weights=batch.weights).diagonal()
+        found = scores_of(self.at(flat), *batch.data, weights=batch.uneven).diagonal()
         ratio = jnp.mean(batch.spec.ravel(found, "diagonal") / jnp.where(told > 0, told, 1), where=told > 0)
         return jnp.where(ratio > 0, ratio, 1)
 
