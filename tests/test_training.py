@@ -183,26 +183,35 @@ def test_kfac_fits_without_tuning():
 
 @pytest.mark.parametrize("batch", [4, 16, 64])
 def test_small_batches_do_not_run_away(batch):
-    """Labels that no model knows, in batches: a batch's own ratio says to trust it, the next one's gradient does not.
+    """Labels that no model knows, in batches: a batch's own ratio says to trust it, the gradients of later ones do not.
 
-    With the ratio alone the loss over all data was 5.8, 1.2 and 1.0 at the end where it began at 1.2, and the damping at its
-    floor for the larger two; with the slope it is 1.04, 0.95 and 0.91.
+    One order of the data is a lottery, so that this is a law of the mean over eight, with two of its standard errors. Over
+    sixteen orders the loss over all data was 41, 1.27 and 0.99 with the ratio alone, where it began at 1.2, and the damping at
+    its floor for the largest; 1.11, 0.957 and 0.916 where only the last step was judged by the next batch (its standard error
+    was 0.03 in batches of 4); 1.04, 0.948 and 0.916 with the recent steps. The best fixed dampings give 0.98, 0.94 and 0.917.
     """
     keys = jax.random.split(jax.random.key(5), 3)
     params, *_ = reference()
     x = jax.random.normal(keys[0], (512, 3))
     y = jax.random.categorical(keys[1], jnp.concatenate([x[:, :2], jnp.zeros((512, 1))], axis=1))
     opt = jf.kfac(lambda: jf.exact_fisher(classifier)(params, x[:batch]))
-    order = jax.random.randint(keys[2], (150, batch), 0, 512)
+    orders = jax.random.randint(keys[2], (8, 150, batch), 0, 512)
     step = jf.training_step(classifier, opt)
 
     def body(carry, rows):
         new, state, _ = step(*carry, x[rows], y[rows])
-        return (new, state), (loss(new, x, y), state.damping)
+        return (new, state), (new, state.damping)
 
-    _, (values, dampings) = jax.jit(lambda p, s: jax.lax.scan(body, (p, s), order))(params, opt.init(params))
-    assert np.median(values[-50:]) < {4: 1.1, 16: 1.0, 64: 0.95}[batch], values
-    assert np.median(dampings[-50:]) > 1e-2
+    def last_ones(order):
+        path, dampings = jax.lax.scan(body, (params, opt.init(params)), order)[1]
+        path = jax.tree.map(lambda leaf: leaf[-50:], path)
+        return jax.vmap(loss, (0, None, None))(path, x, y), dampings[-50:]
+
+    values, dampings = jax.jit(lambda orders: jax.lax.map(last_ones, orders))(orders)
+    medians = np.median(values, 1)
+    error = np.std(medians, ddof=1) / np.sqrt(len(medians))
+    assert np.mean(medians) + 2 * error < {4: 1.1, 16: 0.97, 64: 0.93}[batch], (medians, dampings)
+    assert np.min(np.median(dampings, 1)) > 1e-2
 
 
 SAFE = {

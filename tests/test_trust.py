@@ -152,18 +152,25 @@ def test_numbers_that_turn_out_to_be_out_of_order_adapt_nothing(wrong):
     assert np.isnan(next_damping(jnp.float32(0.5), known, rule))
 
 
-def test_the_gradient_of_the_next_batch_judges_the_last_step(problem):
-    """Of two last steps one still points downhill and one uphill: that one went too far, and the damping rises."""
+def test_the_gradient_of_the_next_batch_judges_the_recent_steps(problem):
+    """The sum of three steps by hand, each worth a twentieth less for every one after it.
+
+    Where that sum points uphill the damping rises, also if the last step points downhill; and it falls where the sum points
+    downhill, also if the last step does not.
+    """
     opt = jf.adapt_damping(jf.natural_gradient(0.1, 0.5), 0.3)
-    step, state = adapted(opt, problem)
-    assert_close(flat(state.taken), flat(step))
-    params = optax.apply_updates(problem[0], step)
+    params, state, recent = problem[0], None, 0
+    for _ in range(3):
+        gradient = jax.jit(jax.grad(loss))(params, *problem[1:3])
+        step, state = adapted(opt, problem, state, gradient, params)
+        params, recent = optax.apply_updates(params, step), 0.95 * recent + flat(step)
+    assert_close(flat(state.recent), recent)
     gradient = jax.jit(jax.grad(loss))(params, *problem[1:3])
-    _, same = adapted(opt, problem, state, gradient, params)
-    opposite = state._replace(taken=jax.tree.map(jnp.negative, state.taken))
-    _, other = adapted(opt, problem, opposite, gradient, params)
-    assert same.accepted and other.accepted and same.ratio == other.ratio > 0.75
-    np.testing.assert_allclose([same.damping, other.damping], [state.damping / 2, state.damping * 2], rtol=1e-6)
+    for sign, change in ((1, 1 / 2), (-1, 2)):
+        before = state._replace(recent=jax.tree.map(lambda leaf, sign=sign: sign * leaf, state.recent))
+        _, after = adapted(opt, problem, before, gradient, params)
+        assert after.accepted and after.ratio > 0.75
+        np.testing.assert_allclose(after.damping, state.damping * change, rtol=1e-6)
 
 
 def test_inside_it_a_transformation_needs_no_damping_of_its_own(problem):

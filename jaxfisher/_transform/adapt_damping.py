@@ -27,8 +27,9 @@ class AdaptDampingState(NamedTuple):
         ratio: the loss's actual decrease by the last step that was judged over the predicted one; one before the first step.
         accepted: whether the last step was taken.
         rejected: how many steps in a row were not, int32.
-        taken: the last step, zero where it was not taken, in the statistics dtype.
-        slope: the sum of the slopes at the ends of the steps since the damping was last set, each in the batch after it.
+        recent: the steps that were taken, summed, each times 0.95 for every step since, in the statistics dtype.
+        slope: the sum of the slopes along the recent steps, at the end of each since the damping was last set, in the batch
+            after it.
     """
 
     inner: Any
@@ -36,7 +37,7 @@ class AdaptDampingState(NamedTuple):
     ratio: Float[Array, ""]
     accepted: Bool[Array, ""]
     rejected: Int[Array, ""]
-    taken: Any
+    recent: Any
     slope: Float[Array, ""]
 
 
@@ -62,15 +63,17 @@ def adapt_damping(
     inside.
 
     **Minibatches.** The ratio is that of the batch which the step was computed from, and a small batch is fitted by steps that
-    are far too long for the others. So the last step is also judged by the gradient of the next batch, which is there anyway:
+    are far too long for the others. So the steps are also judged by the gradient of the next batch, which is there anyway,
+    along the last twenty or so of them:
 
-    .. math:: g_{t+1}^T u_t > 0 \Rightarrow \lambda \leftarrow c \lambda .
+    .. math:: r_t = \beta r_{t-1} + u_t, \quad \beta = 0.95, \qquad g_{t+1}^T r_t > 0 \Rightarrow \lambda \leftarrow c \lambda .
 
-    A positive slope at the end of a step says that it went too far. Then the damping rises, whatever the ratio. One slope is
-    noisy. Its noise averages in the logarithm of the damping, which takes equal steps up and down, and so stays where a slope
-    is as often positive as negative: at the length of step that lowers the loss of new data most. The smaller ``c`` is, the
-    longer the average. With a fixed batch a step of a good ratio ends in a slope that is not positive, up to the error of the
-    model, and the rule is the classic one.
+    A positive slope says that the parameters went too far: on the whole these steps go back and forth, or around where they
+    should end, and shorter ones would do better. Then the damping rises, whatever the ratio. The last step alone would say so
+    too early. Where batches are noisy it ends uphill in most of the next ones while a run still goes down fast, and steps so
+    short that it does not make a run slow. One slope is noisy. Its noise averages in the sum, and in the logarithm of the
+    damping, which takes equal steps up and down; the smaller ``c`` is, the longer the average. With a fixed batch a step of a
+    good ratio ends in a slope that is not positive, up to the error of the model, and the rule is the classic one.
 
     **Reach.** A damping above ten times the curvature along the step, ``u^T F u / |u|^2``, only shortens it. So it does not
     rise above that unless a step was not taken, and from above that it falls by ``c^4``. A decrease that is promised to be less
@@ -104,9 +107,9 @@ def adapt_damping(
         TypeError: ``inner`` is no gradient transformation.
 
     Reference: Marquardt (J. SIAM 1963); More, The Levenberg-Marquardt algorithm (1978); Martens (JMLR 2020), section 6.5;
-    Nielsen, Damping parameter in Marquardt's method (1999), for rises that grow; Almeida, Langlois, Amaral and Plakhov,
-    Parameter adaptation in stochastic optimization (1998), section 2, and Baydin et al. (ICLR 2018), equation 5, for the slope
-    in the next batch.
+    Nielsen, Damping parameter in Marquardt's method (1999), for rises that grow; Jacobs, Increased rates of convergence through
+    learning rate adaptation (1988), for a gradient held against a decaying sum of what came before it; Wu, Ren, Liao and
+    Grosse, Understanding short-horizon bias in stochastic meta-optimization (ICLR 2018), for what a single step says too early.
 
     >>> import jax, jax.numpy as jnp, jaxfisher as jf
     >>> model = lambda mu: jf.Normal(mu, 1.0)
@@ -140,7 +143,7 @@ class Evidence(NamedTuple):
         ratio: the actual decrease over the promised one.
         clear: whether the promised one is above the rounding of the loss.
         beyond: whether the damping is above its reach.
-        overshot: whether the steps since the damping was last set went too far in the eyes of the batches after them.
+        overshot: whether the recent steps went too far in the eyes of the batches since the damping was last set.
     """
 
     accepted: Bool[Array, ""]
@@ -153,6 +156,8 @@ class Evidence(NamedTuple):
 
 REACH = 10.0
 """The damping's reach, in curvatures along the step."""
+MEMORY = 0.95
+"""What is left of a step among the recent ones after one more: about twenty of them count, as in the mean of the factors."""
 
 
 def next_damping(damping: Scalar, seen: Evidence, rule: Rule) -> Scalar:
@@ -219,7 +224,7 @@ def adapting(
             ratio=jnp.ones((), jnp.float32),
             accepted=jnp.asarray(True),
             rejected=jnp.zeros((), jnp.int32),
-            taken=jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), split(params)),
+            recent=jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), split(params)),
             slope=jnp.zeros((), dtype),
         )
 
@@ -275,7 +280,7 @@ def adapting(
             return state.ratio, jnp.zeros_like(finite), jnp.ones_like(finite), finite
 
         ratio, beyond, clear, accepted = either(due, judged, unjudged)
-        slope = state.slope + dot(g, state.taken)
+        slope = state.slope + dot(g, state.recent)
         seen = Evidence(
             accepted,
             rejected=jnp.where(accepted, 0, state.rejected + 1),
@@ -294,7 +299,7 @@ def adapting(
             ratio,
             accepted,
             seen.rejected,
-            operator.spec.vector(taken),
+            jax.tree.map(lambda old, new: MEMORY * old + new, state.recent, operator.spec.vector(taken)),
             jnp.where(judging, 0, slope),
         )
 
