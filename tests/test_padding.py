@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 from problems import assert_close, class_sum_fisher, classifier, data, flat, loop_scores, mlp_params
+from programs.evaluate import evaluated
 
 import jaxfisher as jf
 
@@ -58,11 +59,15 @@ def expected_of(rows, v, w):
     }
 
 
-def check(made, rows, params):
+def check(function, params, data, rows):
     """The quantities of scores are those of the rows, and what is padding is zero to the last bit."""
     w = np.linspace(-1.0, 2.0, len(WEIGHTS))
-    v = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), params)
-    found = jax.jit(lambda made, v, w: quantities(made, v, w))(made, v, jnp.asarray(w))
+    v = jax.tree.map(lambda leaf: np.cos(np.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), params)
+
+    def run(params, data, v, w):
+        return quantities(function(params, *data, weights=jnp.asarray(WEIGHTS)), v, w)
+
+    found = evaluated(run, params, data, v, w)
     for name, value in expected_of(rows, flat(v), w).items():
         assert_close(found[name], value, factor=1e4)
     for name in ("as_matrix", "mv", "gram", "squared_norms"):
@@ -73,12 +78,12 @@ def check(made, rows, params):
 def test_padding_is_rows_of_zeros(name, batch_size, center):
     row = catalogue.row(name)
     rows = np.zeros((len(WEIGHTS), ravel_pytree(row.params)[0].size))
-    rows[LIVE] = loop_scores(row.log_prob, row.params, *jax.tree.map(lambda leaf: leaf[: LIVE.sum()], row.data))
+    gradients = evaluated(jax.vmap(jax.grad(row.log_prob), (None, *(0 for _ in row.data))), row.params, *row.data)
+    rows[LIVE] = [flat(jax.tree.map(lambda leaf, i=i: leaf[i], gradients)) for i in range(LIVE.sum())]
     if center:
         rows = LIVE[:, None] * (rows - OMEGA @ rows)
     function = jf.scores(row.log_prob, center=center, batch_size=batch_size)
-    made = jax.jit(lambda *args: function(*args, weights=jnp.asarray(WEIGHTS)))(row.params, *jax.tree.map(padded, row.data))
-    check(made, rows, row.params)
+    check(function, row.params, jax.tree.map(padded, row.data), rows)
 
 
 def classified():
