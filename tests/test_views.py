@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from problems import assert_close, class_sum_fisher, classifier, flat, reference
+from programs.evaluate import evaluated
 
 import jaxfisher as jf
 from jaxfisher._operators.apart import factorised
@@ -27,9 +28,9 @@ def layer_blocks(F):
 
 
 def matrices(model, params, x, *views):
-    """The matrices of views of the exact Fisher, after that of its layers' blocks; one program."""
+    """The matrices of views of the exact Fisher, after that of its layers' blocks."""
     made = lambda params, x: [view(jf.exact_fisher(model)(params, x)).as_matrix() for view in (layer_blocks, *views)]  # noqa: E731
-    return [np.asarray(matrix) for matrix in jax.jit(made)(params, jnp.asarray(x))]
+    return evaluated(made, params, x)
 
 
 # Exactness.
