@@ -11,6 +11,7 @@ import lineax
 import numpy as np
 import pytest
 from problems import assert_close, class_sum_fisher, classifier, flat, reference
+from programs.evaluate import traced
 
 import jaxfisher as jf
 
@@ -405,7 +406,7 @@ def without_provenance(tree):
     return jax.tree.map(lambda F: dataclasses.replace(F, provenance=some), tree, is_leaf=is_leaf)
 
 
-@jax.jit
+@traced
 def numbers_of_parts(part, again, v):
     return part.as_matrix(), part.mv(v), [leaf.as_matrix() for leaf in again]
 
