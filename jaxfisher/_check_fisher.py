@@ -406,15 +406,16 @@ def _reason(checks: tuple[Check, ...], leaves: tuple[str, ...]) -> str:
         return (
             "a number is not finite: predictions are not, or d^T F d is zero along a random direction, where they are constant"
         )
-    if {FORWARD, BY_LEAF, BACKWARD} & wrong:
-        return (
-            f"the library's scores by {', '.join(leaves) or 'the parameters'} are not JAX's own derivatives of the same "
-            "log-density. This is a fault of jaxfisher, and no other line of this table can be trusted: please report the model"
-        )
+    # Of a model that changes from call to call, scores by the library and by JAX are those of two models.
     if ZERO in wrong:
         return (
             "two calls of the model at the same parameters differ (it is not a pure function of them: hidden state, random "
             "numbers without a key), or `kl` of a distribution and itself is not zero"
+        )
+    if {FORWARD, BY_LEAF, BACKWARD} & wrong:
+        return (
+            f"the library's scores by {', '.join(leaves) or 'the parameters'} are not JAX's own derivatives of the same "
+            "log-density. This is a fault of jaxfisher, and no other line of this table can be trusted: please report the model"
         )
     found = []
     if HESSIAN in wrong and not passed[QUOTIENT]:
