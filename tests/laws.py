@@ -188,9 +188,9 @@ def check_transforms(case):
     assert traces == 1, f"one trace for six instances, not {traces}"
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves).reshape((2, 3, *leaves[0].shape)), *singles)
     wide = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (2, 3, *leaf.shape)), other)
-    made = jax.vmap(jax.vmap(lambda fields, q, x: members(case.family(*fields), q, x)))
-    mapped = evaluated(made, jax.tree.leaves(batch), wide, x)
-    for name, whole in (("a batch", evaluated(members, batch, wide, x)), ("vmap over construction", mapped)):
+    # All of them compiled: expectations that are zero are rounding, which is the same only where operations are.
+    mapped = jax.vmap(jax.vmap(lambda fields, q, x: members(case.family(*fields), q, x)))(jax.tree.leaves(batch), wide, x)
+    for name, whole in (("a batch", members(batch, wide, x)), ("vmap over construction", mapped)):
         for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(stacked), strict=True):
             close(a, b, f"{name} equals its members", factor=1000)
 
