@@ -35,7 +35,8 @@ def said_by_the_first_of(count):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [sys.executable, str(pathlib.Path(__file__).with_name("processes.py"))]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    # Without the cache of programs: processes of which some load one and others compile it were seen not to fit together.
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     running = [subprocess.Popen([*command, str(k), str(count), str(port)], **pipes) for k in range(count)]
     said = [process.communicate(timeout=900) for process in running]
