@@ -96,13 +96,19 @@ BATCH_SIZE = "it with the function and not with the data: {}."
 """What is expected of a size of pieces that is given with the data."""
 
 
-def refusing(function: str, **reasons: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+class Refusing(typing.Protocol):
+    """What `refusing` returns: the same function of data, which refuses more."""
+
+    def __call__(self, of_data: Callable[P, R], /) -> Callable[P, R]: ...
+
+
+def refusing(function: str, **reasons: str) -> Refusing:
     """A function of data that takes none of the keywords which ``reasons`` names: a value for one raises, and says why.
 
     A reason says what is expected instead, and what to do. None stands for an argument that is not given, as everywhere.
     """
 
-    def decorate(of_data: Callable[P, R]) -> Callable[P, R]:
+    def decorate(of_data: Callable[P, R], /) -> Callable[P, R]:
         @functools.wraps(of_data)
         def checked(*args: P.args, **keywords: P.kwargs) -> R:
             for name in reasons.keys() & keywords.keys():

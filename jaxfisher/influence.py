@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxfisher._examples import BATCH_SIZE, batches_of, checked_batch_size, num_examples, refusing
+from jaxfisher._examples import BATCH_SIZE, Refusing, batches_of, checked_batch_size, num_examples, refusing
 from jaxfisher._model import LOG_PROB, LogProb
 from jaxfisher._operators.damping import Damping
 from jaxfisher._operators.observations import observations
@@ -23,11 +23,9 @@ from jaxfisher._values import check_number, described, is_array, is_number
 
 Answers = tuple[Float[Array, "..."], SolveInfo]
 """Influences, and a report on the solves."""
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
-def _of_examples(function: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def _of_examples(function: str) -> Refusing:
     """A function of this room: what it says of an example does not depend on how often others count."""
     weights = (
         "none: an influence is that of counting an example once more. Weights belong to the Fisher, as in "

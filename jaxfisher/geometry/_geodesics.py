@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Scalar
 
-from jaxfisher._examples import Batch, make_batch, refusing
+from jaxfisher._examples import Batch, Refusing, make_batch, refusing
 from jaxfisher._fisher import exact_fisher
 from jaxfisher._model import MODEL, Model, log_likelihood, of_one_example
 from jaxfisher._natural import natural_grad
@@ -26,8 +26,6 @@ COARSER, NEAR = 4, 0.1
 """A place on the way only has to be hit nearly: by so many times fewer steps, to such a share of the velocity."""
 
 Field = Callable[[Array], Array]
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +44,7 @@ class _Manifold(Around):
         return at
 
 
-def _of_inputs(function: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def _of_inputs(function: str) -> Refusing:
     """A function of this room: its metric is a mean over inputs, all of which it takes at once."""
     counts = "none: the metric is a mean over inputs. One over their terms is this, divided by the mean of the counts."
     batch_size = "none: all inputs are taken at once. Take fewer of them, with weights= where they stand for others."

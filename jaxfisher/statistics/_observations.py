@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import chex
 import jax
@@ -12,17 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxfisher._distributions.base import Distribution
-from jaxfisher._examples import BATCH_SIZE, checked_weights, refusing
+from jaxfisher._examples import BATCH_SIZE, Refusing, checked_weights, refusing
 from jaxfisher._fisher import exact_fisher
 from jaxfisher._model import Model
 from jaxfisher._once import Around
 from jaxfisher._operators.operator import Operator
 
-P = ParamSpec("P")
-R = TypeVar("R")
 
-
-def of_observations(function: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def of_observations(function: str) -> Refusing:
     """A function of this room: sums over observations, which do not depend on what a mean is divided by."""
     counts = (
         "none: estimates and their errors do not depend on what a mean is divided by. How often an observation occurs, pass as "
