@@ -73,7 +73,8 @@ def adapt_damping(
     too early. Where batches are noisy it ends uphill in most of the next ones while a run still goes down fast, and steps so
     short that it does not make a run slow. One slope is noisy. Its noise averages in the sum, and in the logarithm of the
     damping, which takes equal steps up and down; the smaller ``c`` is, the longer the average. With a fixed batch a step of a
-    good ratio ends in a slope that is not positive, up to the error of the model, and the rule is the classic one.
+    good ratio ends in a slope along itself that is not positive, up to the error of the model. The slope along the recent steps
+    seldom is positive then, and the rule is nearly the classic one.
 
     **Reach.** A damping above ten times the curvature along the step, ``u^T F u / |u|^2``, only shortens it. So it does not
     rise above that unless a step was not taken, and from above that it falls by ``c^4``. A decrease that is promised to be less
