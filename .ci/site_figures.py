@@ -28,8 +28,8 @@ def figures(benchmarks: str) -> dict[str, str]:
 
 
 def table(text: str, name: str) -> list[dict[str, str]]:
-    """The rows of the first table below the heading that begins with a name."""
-    found = re.search(rf"^### {re.escape(name)}:.*\n\n((?:\|.*\n)+)", text, re.MULTILINE)
+    """The rows of the first table below the heading that begins with a name; between the two there may be prose."""
+    found = re.search(rf"^### {re.escape(name)}:.*\n(?:(?![#|]).*\n)+((?:\|.*\n)+)", text, re.MULTILINE)
     if found is None:
         raise ValueError(f"benchmarks/README.md has no table below '### {name}:'")
     head, _, *body = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in found[1].splitlines()]
