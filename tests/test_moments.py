@@ -129,7 +129,7 @@ def factors():
         made = {}
         for name, parts in held.items():
             scores = leaves.scores_of(parts, jnp.asarray(OMEGA))
-            made[name] = scores.expanded_moments()[0].factors(), scores.reduced_moments()[0].factors()
+            made[name] = [getattr(scores, how)()[0].factors()[:2] for how in ("expanded_moments", "reduced_moments")]
         return made
 
     return run({name: case.leaves for name, case in cases.items()}), cases

@@ -427,8 +427,8 @@ def _(block: Kronecker, other: Kronecker, share: Scalar) -> Kronecker:
         mean(lambda of: jnp.sum(diagonals(of.inputs), 1) * jnp.sum(diagonals(of.outputs), 1)),
         block.layout,
     )
-    inputs, outputs = moments.factors()
-    return dataclasses.replace(block, inputs=inputs, outputs=outputs, count=moments.count, unit=moments.unit())
+    inputs, outputs, unit = moments.factors()
+    return dataclasses.replace(block, inputs=inputs, outputs=outputs, count=moments.count, unit=unit)
 
 
 @mean_of.register

@@ -264,9 +264,9 @@ def _layers(places: Places, form: Form, sharing: Sharing) -> tuple[tuple[Places,
     for k, made in enumerate(sharing.moments(scores)):
         if made is not None:
             group = tuple(i for i, role in enumerate(scores.roles) if k in (i, role.layer))
-            inputs, outputs = map(_symmetric, made.factors())
-            spec = _spec_of(form.spec, group)
-            block = Kronecker(inputs, outputs, made.count, made.unit(), made.layout, group.index(k), sharing.name, spec)
+            inputs, outputs, unit = made.factors()
+            spec, sides = _spec_of(form.spec, group), (_symmetric(inputs), _symmetric(outputs))
+            block = Kronecker(*sides, made.count, unit, made.layout, group.index(k), sharing.name, spec)
             found.append((tuple(places[i] for i in group), block))
     return tuple(found)
 

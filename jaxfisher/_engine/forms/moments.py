@@ -48,18 +48,18 @@ class Moments:
     trace: Float[Array, " groups"]
     layout: Layout
 
-    def factors(self) -> tuple[Float[Array, "groups inputs inputs"], Float[Array, "groups outputs outputs"]]:
-        r"""``A`` and ``G``, whose Kronecker product approximates the block and has its trace, group by group.
+    def factors(
+        self,
+    ) -> tuple[Float[Array, "groups inputs inputs"], Float[Array, "groups outputs outputs"], Float[Array, " groups"]]:
+        r"""``A`` and ``G``, whose Kronecker product approximates the block and has its trace, group by group, and ``c``.
 
         .. math:: A = \frac{\sum \omega\, a a^T}{\sum \omega}, \qquad G = c \sum \omega\, g g^T, \qquad
             \mathrm{tr} A\, \mathrm{tr} G = \sum \omega\, |D|^2.
         """
-        return self.inputs / _or_one(self.count)[:, None, None], self.outputs * self.unit()[:, None, None]
-
-    def unit(self) -> Float[Array, " groups"]:
-        """The number ``c``."""
+        count = _or_one(self.count)
         sizes = [_or_one(jnp.sum(diagonals(factor), 1)) for factor in (self.inputs, self.outputs)]
-        return self.trace / (sizes[0] / _or_one(self.count)) / sizes[1]
+        unit = self.trace / (sizes[0] / count) / sizes[1]
+        return self.inputs / count[:, None, None], self.outputs * unit[:, None, None], unit
 
 
 def _or_one(x: Float[Array, " groups"]) -> Float[Array, " groups"]:
