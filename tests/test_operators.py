@@ -11,9 +11,10 @@ import lineax
 import numpy as np
 import pytest
 from problems import assert_close, class_sum_fisher, classifier, flat, reference
-from programs.evaluate import traced
+from programs.evaluate import evaluated, traced
 
 import jaxfisher as jf
+from jaxfisher import _laws
 
 LOG_PROB = jf.log_likelihood(classifier)
 MLP_DAMPING = {"hidden": {"b": 0.3, "w": 0.1}, "out": [0.05, 0.7]}
@@ -90,6 +91,11 @@ def masked(matrix, *groups):
     return full
 
 
+def made(function):
+    """What a function without arguments makes, its numbers from NumPy: a form is made once, by many small programs."""
+    return jax.tree.map(jnp.asarray, evaluated(function))
+
+
 LEAVES = [np.r_[0:4], np.r_[4:16], np.r_[16:28], np.r_[28:31]]
 LAYERS = [np.r_[0:16], np.r_[16:31]]
 
@@ -103,10 +109,13 @@ class Problem:
         self.params, self.x, self.weights = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, x, weights))
         self.empirical, self.exact = self.rows.T @ self.rows / len(self.rows), class_sum_fisher(params, x)
         self.identity, self.kronecker = np.eye(31), kronecker_reference(*self.wide)
-        self.F = jf.empirical_fisher(LOG_PROB)(self.params, self.x, self.y)
-        self.E = jf.exact_fisher(classifier)(self.params, self.x)
-        self.implicit = jf.implicit_fisher(classifier)(self.params, self.x)
-        self.prior = jf.scaled_identity(self.E, 0.25)
+        self.weighted = class_sum_fisher(params, x, self.omega)
+        self.F, self.E, self.implicit, self.prior = made(self.makers)
+
+    def makers(self):
+        E = jf.exact_fisher(classifier)(self.params, self.x)
+        F = jf.empirical_fisher(LOG_PROB)(self.params, self.x, self.y)
+        return F, E, jf.implicit_fisher(classifier)(self.params, self.x), jf.scaled_identity(E, 0.25)
 
 
 problem = functools.cache(Problem)
@@ -132,7 +141,7 @@ FORMS = {
     "implicit": lambda p: (p.implicit, p.exact),
     "implicit, streamed": lambda p: (
         jf.implicit_fisher(classifier, batch_size=2)(p.params, p.x, weights=p.weights),
-        class_sum_fisher(*p.wide, p.omega),
+        p.weighted,
     ),
     "implicit, views of another": lambda p: (jf.implicit_fisher(classifier)(p.params, p.x, views_of=p.F), p.exact),
     "multiple of scores": lambda p: (0.25 * p.F, 0.25 * p.empirical),
@@ -184,7 +193,9 @@ FORMS = {
 @functools.cache
 def form(name, dtype=jnp.float64):
     """A form, and the dense matrix."""
-    return FORMS[name](problem(dtype))
+    p = problem(dtype)
+    F, dense = made(lambda: FORMS[name](p))
+    return F, np.asarray(dense)
 
 
 EIGEN_FORMS = ("eigen-kronecker", "low rank", "sketch", "nystrom", "partial cholesky")
@@ -193,6 +204,17 @@ EIGEN_FORMS = ("eigen-kronecker", "low rank", "sketch", "nystrom", "partial chol
 
 EPS_OF_A_SKETCH = 100 * float(np.finfo(float).eps)
 """A sketch takes a shift away again, of ten times the rounding error."""
+
+
+IN_NUMPY = {name: traced(getattr(_laws, name).__wrapped__) for name in ("_columns", "_numbers", "_numbers_by_leaf")}
+"""The programs of the laws, which serve one operator each: traced as they are compiled, and run in NumPy."""
+
+
+@pytest.fixture
+def in_numpy(monkeypatch):
+    """`jf.check_laws` compiles nothing. One of each form has its laws compiled, in float32."""
+    for name, program in IN_NUMPY.items():
+        monkeypatch.setattr(_laws, name, program)
 
 
 def check_operator(F, dense, key, eps=None, by_leaf=True):
@@ -210,6 +232,7 @@ def leaf_damping(name):
     return not name.startswith(EIGEN_FORMS)
 
 
+@pytest.mark.usefixtures("in_numpy")
 @pytest.mark.parametrize("name", FORMS)
 def test_every_law_for_every_form(name, key):
     F, dense = form(name)
@@ -237,12 +260,12 @@ def asked(F, v):
 def test_a_call_outside_jit_gives_what_one_inside_gives(name, key):
     F, _ = form(name)
     v = F.spec.unravel(jax.random.normal(key, (F.size,)))
-    inside = jax.jit(asked)(F, v)
+    inside = evaluated(asked, F, v)
     for what, value in asked(F, v).items():
         assert_close(flat(value), flat(inside[what]), factor=1e4)
     # A batch of vectors is its members, from one factorisation.
-    both = jax.tree.map(lambda leaf: jnp.stack([leaf, 1 - leaf]), v)
-    solved = jax.jit(jax.vmap(lambda v: (F.mv(v), F.solve(v, 0.1))))(both)
+    both = jax.tree.map(lambda leaf: np.stack([leaf, 1 - np.asarray(leaf)]), v)
+    solved = evaluated(jax.vmap(lambda v: (F.mv(v), F.solve(v, 0.1))), both)
     for i in range(2):
         single, member = (jax.tree.map(lambda leaf, i=i: leaf[i], tree) for tree in (both, solved))
         assert_close(flat(member[0]), flat(F.mv(single)), factor=100)
@@ -254,7 +277,7 @@ ONE_OF_EACH = (
     "scores, centred",
     "dense",
     "implicit",
-    "blocks, a leaf",
+    "blocks, a layer, dense",
     "kronecker",
     "eigen-kronecker",
     "low rank",
@@ -293,15 +316,18 @@ VIEWS = {
 }
 
 
+@pytest.mark.usefixtures("in_numpy")
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("body", BODIES)
 def test_every_law_for_every_shape(body, view, key):
     mean, params = BODIES[body]
     dtype = jax.tree.leaves(params)[0].dtype
     x = jnp.array([[1, -2, 0], [3, 1, 2], [0, 1, -1], [2, 2, 1], [-1, 0, 3]], dtype)
-    F = VIEWS[view](jf.exact_fisher(lambda p, x: jf.Normal(mean(p, x), jnp.asarray(0.5, dtype)))(params, x))
-    exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (params, x))
-    rows = np.stack([flat(jax.jacfwd(mean)(exact[0], row)) for row in exact[1]])
+    fisher = jf.exact_fisher(lambda p, x: jf.Normal(mean(p, x), jnp.asarray(0.5, dtype)))
+    F = made(lambda: VIEWS[view](fisher(params, x)))
+    exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, x))
+    gradient = traced(jax.jacfwd(mean))
+    rows = np.stack([flat(gradient(exact[0], row)) for row in exact[1]])
     dense = 4 * rows.T @ rows / 5
     if view == "blocks":
         dense = masked(dense, *np.split(np.arange(F.size), np.cumsum(F.spec.sizes)[:-1]))
@@ -363,6 +389,7 @@ BROKEN = {
 """Dense operators, each wrong in one way."""
 
 
+@pytest.mark.usefixtures("in_numpy")
 @pytest.mark.parametrize("name", BROKEN)
 def test_the_laws_see_a_broken_operator(name, key):
     with pytest.raises(AssertionError):
@@ -387,27 +414,21 @@ def test_restriction_is_the_principal_submatrix(name):
     paths = F.spec.paths
     keep = tuple("hidden" in path for path in paths)
     index = np.flatnonzero(np.repeat(keep, F.spec.sizes))
-    part = F.restrict(lambda path: "hidden" in path)
-    again = [part.restrict(lambda path, name=name: path.endswith(f"['{name}']")) for name in ("b", "w")]
     v = jax.tree.unflatten(F.spec.treedef, [jnp.ones(s) if k else None for s, k in zip(F.spec.shapes, keep, strict=True)])
     close = functools.partial(assert_close, eps=EPS_OF_A_SKETCH if name.startswith("nystrom") else None)
     expected = dense[np.ix_(index, index)]
-    matrix, product, parts = numbers_of_parts(*map(without_provenance, (part, again)), v)
+    # Operators that are held alike are of one structure without it, and share a program, wherever they come from.
+    matrix, product, parts = numbers_of_parts(dataclasses.replace(F, provenance=dense_form().provenance), v)
     close(matrix, expected)
     close(flat(product), expected @ np.ones(16))
     for found, inside in zip(parts, (slice(0, 4), slice(4, 16)), strict=True):
         close(found, expected[inside, inside])
 
 
-def without_provenance(tree):
-    """Operators that are held alike are of one structure then, and share a program, wherever they come from."""
-    some = dense_form().provenance
-    is_leaf = lambda part: isinstance(part, jf.Operator)  # noqa: E731
-    return jax.tree.map(lambda F: dataclasses.replace(F, provenance=some), tree, is_leaf=is_leaf)
-
-
 @traced
-def numbers_of_parts(part, again, v):
+def numbers_of_parts(F, v):
+    part = F.restrict(lambda path: "hidden" in path)
+    again = [part.restrict(lambda path, name=name: path.endswith(f"['{name}']")) for name in ("b", "w")]
     return part.as_matrix(), part.mv(v), [leaf.as_matrix() for leaf in again]
 
 
@@ -456,10 +477,10 @@ def test_results_take_the_vector_s_dtype_and_matrices_the_statistics_dtype():
 
 def test_vmap_over_vectors_and_dampings(key):
     F, dense = form("scores, fewer rows")
-    v = jax.random.normal(key, (3, F.size))
-    dampings = jnp.array([0.01, 0.1, 1.0])
-    solved = jax.jit(jax.vmap(lambda v, d: flat_jax(F.solve(F.spec.unravel(v), d))))(v, dampings)
-    for row, vector, damping in zip(solved, np.asarray(v), np.asarray(dampings), strict=True):
+    v = np.asarray(jax.random.normal(key, (3, F.size)))
+    dampings = np.array([0.01, 0.1, 1.0])
+    solved = evaluated(jax.vmap(lambda v, d: flat_jax(F.solve(F.spec.unravel(v), d))), v, dampings)
+    for row, vector, damping in zip(solved, v, dampings, strict=True):
         assert_close(row, np.linalg.solve(dense + damping * np.eye(F.size), vector), factor=1e5)
 
 
@@ -469,12 +490,11 @@ def test_gradient_through_a_solve_and_a_logdet():
         F, dense = form(name)
         v = np.cos(np.arange(F.size))
 
-        @jax.jit
         def both(d, F=F, v=v):
             return v @ flat_jax(F.solve(F.spec.unravel(jnp.asarray(v)), d)), F.logdet(d)
 
         inverse = np.linalg.inv(dense + 0.3 * np.eye(F.size))
-        slopes = jax.jacrev(both)(0.3)
+        slopes = evaluated(jax.jacrev(both), 0.3)
         np.testing.assert_allclose(slopes[0], -v @ inverse @ inverse @ v, rtol=1e-8, err_msg=name)
         np.testing.assert_allclose(slopes[1], np.trace(inverse), rtol=1e-8, err_msg=name)
 
@@ -491,10 +511,14 @@ def test_round_trips():
 def test_as_lineax_solves_with_any_lineax_solver():
     F, dense = form("implicit")
     v = F.spec.unravel(jnp.cos(jnp.arange(F.size, dtype=float)))
-    operator = jf.as_lineax(F)
-    assert lineax.is_positive_semidefinite(operator)
-    damped = operator + 0.1 * lineax.IdentityLinearOperator(jax.eval_shape(lambda: v))
-    tagged = lineax.TaggedLinearOperator(damped, lineax.positive_semidefinite_tag)
-    solution = lineax.linear_solve(tagged, v, lineax.CG(rtol=1e-12, atol=1e-12)).value
+    assert lineax.is_positive_semidefinite(jf.as_lineax(F))
+
+    def solved(F, v):
+        operator = jf.as_lineax(F)
+        damped = operator + 0.1 * lineax.IdentityLinearOperator(jax.eval_shape(lambda: v))
+        tagged = lineax.TaggedLinearOperator(damped, lineax.positive_semidefinite_tag)
+        return lineax.linear_solve(tagged, v, lineax.CG(rtol=1e-12, atol=1e-12)).value, operator.as_matrix()
+
+    solution, matrix = evaluated(solved, F, v)
     np.testing.assert_allclose(flat(solution), np.linalg.solve(dense + 0.1 * np.eye(F.size), flat(v)), rtol=1e-8)
-    assert_close(operator.as_matrix(), dense)
+    assert_close(matrix, dense)
