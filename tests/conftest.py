@@ -52,7 +52,7 @@ def forget_programs():
     jax.clear_caches()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def key():
     """The one random key of the suite; tests split it."""
     return jax.random.key(20261122)

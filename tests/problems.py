@@ -5,12 +5,28 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from programs.evaluate import traced
 
 import jaxfisher as jf
 
 N, INPUTS, HIDDEN, CLASSES = 7, 3, 4, 3
 
 
+def drawn_once(draw):
+    """A function of a key and shapes that draws the same numbers once a process: each module forgets its programs."""
+    known = {}
+
+    @functools.wraps(draw)
+    def call(key, *args, **kwargs):
+        asked = (np.asarray(jax.random.key_data(key)).tobytes(), args, tuple(sorted(kwargs.items())))
+        if asked not in known:
+            known[asked] = draw(key, *args, **kwargs)
+        return jax.tree.map(lambda leaf: leaf, known[asked])  # containers of one's own, which a test may change
+
+    return call
+
+
+@drawn_once
 def mlp_params(key, dtype=jnp.float64):
     """A two-layer network's parameters; leaf order (b before w) is the pytree's, not the reader's."""
     keys = jax.random.split(key, 2)
@@ -36,6 +52,7 @@ def mean_loss(params, x, y):
     return -jnp.mean(jax.vmap(log_prob, (None, 0, 0))(params, x, y))
 
 
+@drawn_once
 def data(key, n=N, dtype=jnp.float64):
     """Inputs ``[n, INPUTS]`` and class labels ``[n]``."""
     keys = jax.random.split(key, 2)
@@ -45,7 +62,7 @@ def data(key, n=N, dtype=jnp.float64):
 @functools.lru_cache(maxsize=8)
 def gradient_of(log_prob):
     """The gradient of a log-density as one program for all who ask."""
-    return jax.jit(jax.grad(log_prob))
+    return traced(jax.grad(log_prob))
 
 
 def loop_scores(log_prob, params, *examples):
@@ -60,7 +77,7 @@ def loop_scores(log_prob, params, *examples):
 @functools.lru_cache(maxsize=8)
 def batched(log_prob):
     """A log-density of each example, as one program for all who ask."""
-    return jax.jit(jax.vmap(log_prob, (None, 0, 0)))
+    return traced(jax.vmap(log_prob, (None, 0, 0)))
 
 
 def class_sum_fisher(params, x, weights=None):

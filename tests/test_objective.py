@@ -7,6 +7,7 @@ import optax
 import pytest
 from problems import assert_close, class_sum_fisher, classifier, flat, reference
 from problems import mean_loss as nll
+from programs.evaluate import evaluated, traced
 
 import jaxfisher as jf
 
@@ -15,12 +16,16 @@ LOG_PROB = jf.log_likelihood(classifier)
 
 
 def stepped(opt, *args, data, params=None, **options):
-    """The parameters after a step, and what it returned of the objective; jitted, from the state that it makes."""
+    """The parameters after a step, and what it returned of the objective; traced, from the state that it makes."""
     given = {name: options.pop(name) for name in ("weights", "key") if name in options}
     params = reference()[0] if params is None else params
     step = jf.training_step(*args[:1], opt, *args[1:], **options)
-    new, _, value = jax.jit(step)(params, step.init(params, *data, **given), *data, **given)
-    return new, value
+
+    def run(params, data, given):
+        new, _, value = step(params, step.init(params, *data, **given), *data, **given)
+        return new, value
+
+    return evaluated(run, params, data, given)
 
 
 # --- a loss of one's own ---------------------------------------------------------------------------------------------------
@@ -31,8 +36,8 @@ STRENGTH = 0.3
 def test_a_penalty_on_leaving_an_earlier_task():
     """Elastic weight consolidation: the penalty in the loss, its curvature as an operator beside the Fisher."""
     params, x, y, _, rows = reference()
-    earlier = jax.tree.map(lambda leaf: 0.9 * leaf + 0.1, params)
-    old = jf.diagonal(jf.exact_fisher(classifier)(earlier, x[:3]))
+    earlier = jax.tree.map(lambda leaf: 0.9 * np.asarray(leaf) + 0.1, params)
+    old = evaluated(lambda params: jf.diagonal(jf.exact_fisher(classifier)(params, x[:3])), earlier)
 
     def loss(params, x, known):
         away = jax.tree.map(jnp.subtract, params, known["earlier"])
@@ -46,17 +51,17 @@ def test_a_penalty_on_leaving_an_earlier_task():
     diagonal, away = np.diag(class_sum_fisher(earlier, x[:3])), flat(params) - flat(earlier)
     dense = class_sum_fisher(params, x) + STRENGTH * np.diag(diagonal)
     gradient = -rows.mean(0) + STRENGTH * diagonal * away
-    assert_close(value, float(nll(params, x, y)) + 0.5 * STRENGTH * away @ (diagonal * away))
+    assert_close(value, evaluated(nll, params, x, y) + 0.5 * STRENGTH * away @ (diagonal * away))
     assert_close(flat(new), flat(params) - np.linalg.solve(dense + 0.1 * np.eye(P), gradient), factor=1e4)
     new, _ = stepped(jf.kfac(), classifier, fisher, data=data, loss=loss)
-    assert loss(new, *data) < value
+    assert evaluated(loss, new, *data) < value
 
 
 def test_a_surrogate_with_advantages_inside_a_kl_ball():
     """The gradient is that of the surrogate, the curvature and the divergence are the policy's; weights are theirs alone."""
     params, x, y, weights, rows = reference()
-    advantage = jnp.cos(jnp.arange(7.0, dtype=float))
-    old = jax.vmap(LOG_PROB, (None, 0, 0))(params, x, y)
+    advantage = np.cos(np.arange(7.0))
+    old = evaluated(jax.vmap(LOG_PROB, (None, 0, 0)), params, x, y)
 
     def surrogate(new, seen, rest):
         ratio = jnp.exp(jax.vmap(LOG_PROB, (None, 0, 0))(new, seen, rest["action"]) - rest["old"])
@@ -71,7 +76,8 @@ def test_a_surrogate_with_advantages_inside_a_kl_ball():
     assert_close(flat(new), flat(params) - step, factor=1e4)
     opt = optax.chain(jf.natural_gradient(1.0, 1e-3, radius=0.01), jf.backtrack_kl(0.01))
     new, _ = stepped(opt, classifier, data=data, loss=surrogate)
-    assert 1e-3 < jf.kl(classifier)(params, new, x) <= 0.01 and surrogate(new, *data) < value
+    divergence, lower = evaluated(lambda new: (jf.kl(classifier)(params, new, x), surrogate(new, *data)), new)
+    assert 1e-3 < divergence <= 0.01 and lower < value
 
 
 def test_two_data_sets_of_different_lengths():
@@ -89,9 +95,9 @@ def test_two_data_sets_of_different_lengths():
 
     new, value = stepped(jf.natural_gradient(1.0, 0.1), classifier, fisher, data=(inputs, (y[:4], y[4:])), loss=loss)
     dense = sum(class_sum_fisher(params, part) for part in inputs)
-    gradient = flat(jax.grad(loss)(params, inputs, (y[:4], y[4:])))
-    assert_close(value, nll(params, x[:4], y[:4]) + nll(params, x[4:], y[4:]))
-    assert_close(flat(new), flat(params) - np.linalg.solve(dense + 0.1 * np.eye(P), gradient), factor=1e4)
+    expected, gradient = evaluated(jax.value_and_grad(loss), params, inputs, (y[:4], y[4:]))
+    assert_close(value, expected)
+    assert_close(flat(new), flat(params) - np.linalg.solve(dense + 0.1 * np.eye(P), flat(gradient)), factor=1e4)
 
 
 # --- auxiliary outputs -----------------------------------------------------------------------------------------------------
@@ -109,7 +115,7 @@ def test_what_comes_along_is_stacked_and_costs_no_curvature():
         plain, value = stepped(opt, classifier, data=(x, y))
         new, (same, aux) = stepped(opt, with_aux, data=(x, y), has_aux=True)
         np.testing.assert_allclose([same, *flat(new)], [value, *flat(plain)], rtol=1e-12)
-        assert_close(aux["logits"], jax.vmap(lambda x: classifier(params, x).logits)(x))
+        assert_close(aux["logits"], evaluated(jax.vmap(lambda x: classifier(params, x).logits), x))
         assert_close(aux["norm"], np.sum(np.square(x), 1))
     explained = [str(jf.explain(model)(params, x)) for model in (classifier, lambda p, x: with_aux(p, x)[0])]
     assert explained[0] == explained[1]
@@ -120,7 +126,7 @@ def test_a_loss_of_one_s_own_has_its_own_aux():
     loss = lambda p, x, y: (nll(p, x, y), jnp.arange(3))  # noqa: E731
     new, (value, aux) = stepped(jf.kfac(), classifier, data=(x, y), loss=loss, has_aux=True)
     np.testing.assert_array_equal(aux, [0, 1, 2])
-    assert_close(value, nll(params, x, y))
+    assert_close(value, evaluated(nll, params, x, y))
     assert_close(flat(new), flat(stepped(jf.kfac(), classifier, data=(x, y))[0]), factor=1e4)
     with pytest.raises(TypeError, match=r"no loss of your own.*the distribution alone, lambda params, x: model"):
         stepped(jf.kfac(), with_aux, data=(x, y), loss=loss, has_aux=True)
@@ -139,7 +145,7 @@ def dropout(params, x, key):
 def by_hand(params, x, y, keys):
     """The mean loss, its gradient and the Fisher: a loop over examples and classes."""
     log_prob = lambda p, x, key, c: jax.nn.log_softmax(dropout(p, x, key).logits)[c]  # noqa: E731
-    both = jax.jit(jax.value_and_grad(log_prob))
+    both = traced(jax.value_and_grad(log_prob))
     value, gradient, fisher = 0.0, 0.0, 0.0
     for i in range(len(x)):
         for c in range(3):
