@@ -11,6 +11,7 @@ import optax
 import pytest
 from problems import assert_close, class_sum_fisher, classifier, flat, reference
 from problems import mean_loss as loss
+from programs.evaluate import evaluated, traced
 
 import jaxfisher as jf
 
@@ -21,13 +22,13 @@ LOG_PROB = jf.log_likelihood(classifier)
 def problem():
     """``(params, gradient, exact Fisher, the same dense)``."""
     params, x, y, _, _ = reference()
-    gradient = jax.jit(jax.grad(loss))(params, x, y)
-    return params, gradient, jf.exact_fisher(classifier)(params, x), class_sum_fisher(params, x)
+    gradient, fisher = evaluated(lambda *at: (jax.grad(loss)(*at), jf.exact_fisher(classifier)(*at[:2])), params, x, y)
+    return params, gradient, fisher, class_sum_fisher(params, x)
 
 
 def one_update(opt, problem, **given):
     params, gradient, fisher, _ = problem
-    return jax.jit(lambda g, s, p, f: opt.update(g, s, p, fisher=f, **given))(gradient, opt.init(params), params, fisher)
+    return traced(lambda g, s, p, f: opt.update(g, s, p, fisher=f, **given))(gradient, opt.init(params), params, fisher)
 
 
 def damped(dense, gradient, damping=0.1):
@@ -48,7 +49,7 @@ def test_the_direction_is_the_dense_solve(problem):
 def test_a_function_that_makes_the_fisher(problem):
     params, gradient, fisher, dense = problem
     opt = jf.scale_by_fisher(0.1)
-    updates, _ = opt.update(gradient, opt.init(params), params, fisher=lambda: fisher)
+    updates, _ = evaluated(lambda s, f: opt.update(gradient, s, params, fisher=lambda: f), opt.init(params), fisher)
     assert_close(flat(updates), damped(dense, gradient), factor=1e4)
 
 
@@ -56,7 +57,7 @@ def test_a_schedule_of_damping_follows_the_count(problem):
     params, gradient, fisher, dense = problem
     opt = jf.scale_by_fisher(lambda count: 0.1 * (count + 1).astype(float))
     state = opt.init(params)
-    step = jax.jit(lambda s: opt.update(gradient, s, params, fisher=fisher))
+    step = traced(lambda s: opt.update(gradient, s, params, fisher=fisher))
     for damping in (0.1, 0.2, 0.3):
         updates, state = step(state)
         assert_close(flat(updates), damped(dense, gradient, damping), factor=1e4)
@@ -88,7 +89,7 @@ def test_batches_of_one_are_rmsprop(dtype):
     ours = jf.scale_by_fisher(damping=1e-3, view=jf.diagonal, power=0.5, decay=0.9)
     theirs = optax.scale_by_rms(0.9, eps=1e-3, eps_in_sqrt=True, bias_correction=True)
 
-    @jax.jit
+    @traced
     def both(ours_state, theirs_state, x, y):
         gradient = jax.grad(loss)(params, x, y)
         fisher = jf.empirical_fisher(LOG_PROB)(params, x, y)
@@ -111,12 +112,15 @@ def test_larger_batches_are_not():
     """
     params, x, y, _, rows = reference()
     of_squares, of_mean = np.mean(rows**2, axis=0), np.mean(rows, axis=0) ** 2
-    fisher = jf.empirical_fisher(LOG_PROB)(params, x, y)
-    gradient = jax.grad(loss)(params, x, y)
     ours = jf.scale_by_fisher(damping=0.0, view=jf.diagonal, power=0.5, decay=0.9)
     theirs = optax.scale_by_rms(0.9, eps=0.0, eps_in_sqrt=True, bias_correction=True)
-    a, _ = ours.update(gradient, ours.init(params), params, fisher=fisher)
-    b, _ = theirs.update(gradient, theirs.init(params), params)
+
+    def both(params, x, y):
+        fisher, gradient = jf.empirical_fisher(LOG_PROB)(params, x, y), jax.grad(loss)(params, x, y)
+        of_squares, _ = ours.update(gradient, ours.init(params), params, fisher=fisher)
+        return of_squares, theirs.update(gradient, theirs.init(params), params)[0]
+
+    a, b = evaluated(both, params, x, y)
     ratio = np.abs(flat(b) / flat(a))
     assert_close(ratio, np.sqrt(of_squares / of_mean), factor=1e4)
     assert np.median(ratio) > 1.5
@@ -128,7 +132,7 @@ def test_a_share_of_the_past_that_turns_out_to_be_none_is_nan(name, share, probl
     """The values of an array are not looked at: they may be on a device, or not be known before the program runs."""
     params, gradient, fisher, _ = problem
     opt = jf.scale_by_fisher(0.1, view=jf.diagonal, **{name: jnp.asarray(share)})
-    updates, _ = jax.jit(lambda: opt.update(gradient, opt.init(params), params, fisher=fisher))()
+    updates, _ = traced(lambda: opt.update(gradient, opt.init(params), params, fisher=fisher))()
     assert np.all(np.isnan(flat(updates)))
 
 
@@ -137,7 +141,7 @@ def test_the_running_mean_is_a_debiased_average_of_views(problem, view):
     params, gradient, fisher, dense = problem
     opt = jf.scale_by_fisher(0.1, view=view, decay=0.8)
     state = opt.init(params)
-    step = jax.jit(lambda s, f: opt.update(gradient, s, params, fisher=f))
+    step = traced(lambda s, f: opt.update(gradient, s, params, fisher=f))
     scales = [1.0, 3.0, 0.5]
     for t, scale in enumerate(scales, start=1):
         updates, state = step(state, scale * fisher)
@@ -151,8 +155,8 @@ def test_the_running_mean_of_factors_is_the_kronecker_view_of_their_means(proble
     params, gradient, fisher, _ = problem
     opt = jf.scale_by_fisher(0.1, view=jf.kronecker, decay=0.8, like=like)
     state = opt.init(params)
-    step = jax.jit(lambda s, f: opt.update(gradient, s, params, fisher=f))
-    blocks = jax.jit(jf.kronecker)(fisher).form.blocks
+    step = traced(lambda s, f: opt.update(gradient, s, params, fisher=f))
+    blocks = traced(jf.kronecker)(fisher).form.blocks
     for t, scale in enumerate((1.0, 3.0), start=1):
         updates, state = step(state, scale * fisher)
         weights = np.array([0.2 * 0.8 ** (t - k) for k in range(1, t + 1)]) / (1 - 0.8**t)
@@ -184,13 +188,13 @@ def test_in_between_refreshes_the_fisher_is_not_made(problem, view):
     assert branches[0] == [False, True]
     assert not any(map(any, branches[1:]))
 
-    made = jax.jit(step)
+    made = traced(step)
     whole = {
         None: lambda f: f.as_matrix(),
         jf.dense: lambda f: f.as_matrix(),
         jf.kronecker: lambda f: jf.kronecker(f).as_matrix(),
     }
-    at = jax.jit(lambda scale: whole[view](jf.exact_fisher(classifier)(params, scale * x)))
+    at = traced(lambda scale: whole[view](jf.exact_fisher(classifier)(params, scale * x)))
     for count, scale in enumerate((1.0, 2.0, 0.3, 1.5, 4.0)):
         updates, state = made(scale, state)
         used = np.asarray(at(1.0 if count < 3 else 1.5))
@@ -201,11 +205,12 @@ def test_in_between_refreshes_factors_can_be_damped(problem):
     """They are held by their eigenvectors then; the factored damping is the same."""
     params, gradient, fisher, _ = problem
     opt = jf.scale_by_fisher(0.1, view=jf.kronecker, solver=jf.factored_solve, update_every=2, like=like)
-    step = jax.jit(lambda c, s: opt.update(gradient, s, params, fisher=c * fisher))
+    step = traced(lambda c, s: opt.update(gradient, s, params, fisher=c * fisher))
     state = opt.init(params)
     for given, used in ((1.0, 1.0), (5.0, 1.0), (3.0, 3.0)):
         updates, state = step(given, state)
-        assert_close(flat(updates), flat(jf.factored_solve(jf.kronecker(used * fisher), gradient, 0.1)[0]), factor=1e4)
+        expected = evaluated(lambda used: jf.factored_solve(jf.kronecker(used * fisher), gradient, 0.1)[0], used)
+        assert_close(flat(updates), flat(expected), factor=1e4)
 
 
 def test_momentum_is_spring(problem):
@@ -218,7 +223,7 @@ def test_momentum_is_spring(problem):
     gradient = params_like(-rows.mean(0), params)
     opt = jf.scale_by_fisher(damping, momentum=mu)
     state, previous = opt.init(params), np.zeros(31)
-    step = jax.jit(lambda s: opt.update(gradient, s, params, fisher=fisher))
+    step = traced(lambda s: opt.update(gradient, s, params, fisher=fisher))
     for _ in range(4):
         updates, state = step(state)
         e = -np.ones(n) / np.sqrt(n)
@@ -281,16 +286,20 @@ def test_the_ready_made_chain(problem):
     assert_close(flat(free), d, factor=1e4)
 
 
-def test_it_solves_a_linear_regression_in_one_step(key):
+def test_it_solves_a_linear_regression_in_one_step():
     """Fisher scoring: with a linear Gaussian model one undamped step of rate one is the least-squares fit, by NumPy."""
-    x = jax.random.normal(key, (30, 4))
-    y = x @ jnp.arange(4.0) + 0.1 * jax.random.normal(jax.random.key(1), (30,))
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(30, 4))
+    y = x @ np.arange(4.0) + 0.1 * rng.normal(size=30)
     model = lambda w, x: jf.Normal(x @ w, 0.3)  # noqa: E731
     log_prob = jf.log_likelihood(model)
     opt = jf.natural_gradient(1.0, 0.0)
-    gradient = jax.grad(lambda w: -jnp.mean(jax.vmap(log_prob, (None, 0, 0))(w, x, y)))(jnp.zeros(4))
-    updates, _ = opt.update(gradient, opt.init(jnp.zeros(4)), fisher=jf.exact_fisher(model)(jnp.zeros(4), x))
-    assert_close(updates, np.linalg.lstsq(np.asarray(x), np.asarray(y))[0], factor=1e4)
+
+    def step(w):
+        gradient = jax.grad(lambda w: -jnp.mean(jax.vmap(log_prob, (None, 0, 0))(w, x, y)))(w)
+        return opt.update(gradient, opt.init(w), fisher=jf.exact_fisher(model)(w, x))[0]
+
+    assert_close(evaluated(step, jnp.zeros(4)), np.linalg.lstsq(x, y)[0], factor=1e4)
 
 
 # --- as a citizen ----------------------------------------------------------------------------------------------------------
@@ -367,12 +376,10 @@ def built(name, which=0):
     return make(**kept, **{number: values[which] for number, values in numbers.items()})
 
 
-@functools.cache
-def stepping(opt):
+def update_of(opt):
     """Its update, given all that any of `OPTIMISERS` looks at: the others let it pass."""
     _, x, y, _, _ = reference()
 
-    @jax.jit
     def step(g, s, p, f, mean):
         inputs = x.astype(p["hidden"]["w"].dtype)
         given = {"value_fn": lambda new: loss(new, inputs, y), "kl_fn": lambda new: jf.kl(classifier)(p, new, inputs)}
@@ -382,10 +389,16 @@ def stepping(opt):
     return step
 
 
-def updated(opt, state, problem, mean=None):
+@functools.cache
+def stepping(opt):
+    """The same, run in NumPy: what is compiled is held to that by `test_scan_equals_a_loop_and_traces_once`."""
+    return traced(update_of(opt))
+
+
+def updated(opt, state, problem, mean=None, by=stepping):
     """One update; ``mean`` is the gradient that is given by keyword, where that is another."""
     params, gradient, fisher, *_ = problem
-    return stepping(opt)(gradient, state, params, fisher, gradient if mean is None else mean)
+    return by(opt)(gradient, state, params, fisher, gradient if mean is None else mean)
 
 
 @every
@@ -395,10 +408,11 @@ def test_the_protocol(name, problem):
     opt = built(name)
     assert isinstance(opt, optax.GradientTransformationExtraArgs)
     state = opt.init(params)
-    updates, after = updated(opt, state, problem)
+    compiled = jax.jit(update_of(opt))
+    updates, after = updated(opt, state, problem, by=lambda _: compiled)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, gradient)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
-    chex.assert_trees_all_equal(updated(opt, state, problem), (updates, after))
+    chex.assert_trees_all_equal(updated(opt, state, problem, by=lambda _: compiled), (updates, after))
     jax.lax.cond(True, lambda: after, lambda: state)
     assert np.all(np.isfinite(flat(gradient)))
     optax.tree.map_params(opt, lambda leaf: leaf, after)
@@ -413,12 +427,12 @@ def test_scan_equals_a_loop_and_traces_once(name, problem):
     def step(carry, scale):
         traces.append(1)
         given = jax.tree.map(lambda g: scale * g, gradient)
-        updates, state = updated(opt, carry[1], (carry[0], given, fisher))
+        updates, state = updated(opt, carry[1], (carry[0], given, fisher), by=update_of)
         return (optax.apply_updates(carry[0], updates), state), optax.tree.norm(updates)
 
     scales = jnp.array([1.0, -0.5, 2.0])
     start = (params, opt.init(params))
-    scanned, _ = jax.lax.scan(step, start, scales)
+    scanned, _ = evaluated(lambda start: jax.lax.scan(step, start, scales), start)
     traces.clear()
     # Each array of the state is one of its own, so that it can be donated.
     given = jax.tree.map(jnp.copy, params)
@@ -538,7 +552,7 @@ def test_in_a_chain_with_clipping_decay_and_schedules(problem):
     updates, state = one_update(opt, problem)
     g = flat(gradient) * 1e-2 / np.linalg.norm(flat(gradient))
     assert_close(flat(updates), -(np.linalg.solve(dense + 0.1 * np.eye(31), g) + 1e-3 * flat(params)), factor=1e4)
-    updates, _ = jax.jit(lambda s: opt.update(gradient, s, params, fisher=fisher))(state)
+    updates, _ = traced(lambda s: opt.update(gradient, s, params, fisher=fisher))(state)
     assert_close(flat(updates), -0.75 * (np.linalg.solve(dense + 0.1 * np.eye(31), g) + 1e-3 * flat(params)), factor=1e4)
     named = optax.named_chain(("fisher", jf.scale_by_fisher(0.1)), ("rate", optax.scale_by_learning_rate(1.0)))
     assert optax.tree.get(one_update(named, problem)[1], "info").converged
@@ -549,8 +563,9 @@ def test_apply_if_finite_keeps_the_parameters_safe(problem):
     params, gradient, fisher, _ = problem
     _, x, y, _, _ = reference()
     bad_x = x.at[0].set(jnp.nan)
-    bad_fisher = jf.exact_fisher(classifier)(params, bad_x)
-    bad_gradient = jax.grad(loss)(params, bad_x, y)
+    bad_gradient, bad_fisher = evaluated(
+        lambda x: (jax.grad(loss)(params, x, y), jf.exact_fisher(classifier)(params, x)), bad_x
+    )
     around = optax.apply_if_finite(jf.natural_gradient(1.0, 0.1), max_consecutive_errors=3)
     behind = optax.chain(jf.scale_by_fisher(0.1), optax.apply_if_finite(optax.sgd(1.0), max_consecutive_errors=3))
     for opt, spoiled in ((around, bad_gradient), (behind, gradient)):
@@ -589,9 +604,9 @@ def test_vmap_over_members_equals_each(problem):
     def step(params):
         return opt.update(gradient, opt.init(params), params, fisher=jf.exact_fisher(classifier)(params, x))[0]
 
-    together = jax.jit(jax.vmap(step))(stacked)
+    together = traced(jax.vmap(step))(stacked)
     for i in range(2):
-        alone = jax.jit(step)(jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+        alone = traced(step)(jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
         assert_close(flat(jax.tree.map(lambda leaf, i=i: leaf[i], together)), flat(alone), factor=1e5)
 
 
@@ -600,8 +615,7 @@ def test_a_meta_gradient_through_steps(problem):
     params, *_ = problem
     _, x, y, _, _ = reference()
 
-    @jax.jit
-    def after(damping):
+    def whole(damping):
         opt = jf.natural_gradient(0.5, damping)
         p, state = params, opt.init(params)
         for _ in range(2):
@@ -610,14 +624,14 @@ def test_a_meta_gradient_through_steps(problem):
             p = optax.apply_updates(p, updates)
         return loss(p, x, y)
 
-    h = 1e-5
-    np.testing.assert_allclose(jax.grad(after)(0.3), (after(0.3 + h) - after(0.3 - h)) / (2 * h), rtol=1e-6)
+    after, h = traced(whole), 1e-5
+    np.testing.assert_allclose(traced(jax.grad(whole))(0.3), (after(0.3 + h) - after(0.3 - h)) / (2 * h), rtol=1e-6)
 
 
 def test_state_round_trips_through_its_leaves(problem):
     params, gradient, fisher, _ = problem
     opt = jf.scale_by_fisher(0.1, view=jf.dense, decay=0.9)
-    step = jax.jit(lambda s: opt.update(gradient, s, params, fisher=fisher))
+    step = traced(lambda s: opt.update(gradient, s, params, fisher=fisher))
     _, state = step(opt.init(params))
     saved = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
     restored = jax.tree.unflatten(jax.tree.structure(opt.init(params)), saved)
