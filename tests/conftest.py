@@ -52,6 +52,15 @@ def forget_programs():
     jax.clear_caches()
 
 
+@pytest.fixture
+def in_numpy():
+    """For tests of numbers, which are the same whoever computes them: nothing is compiled, see `programs.evaluate.in_numpy`."""
+    from programs.evaluate import in_numpy
+
+    with in_numpy():
+        yield
+
+
 @pytest.fixture(scope="session")
 def key():
     """The one random key of the suite; tests split it."""

@@ -41,7 +41,7 @@ def listen(event, duration, **details):
         COMPILED.append(duration)
 
 
-CALLS = 20
+CALLS = 4
 """How often what has been called twice is called again."""
 
 
@@ -120,6 +120,18 @@ def test_all_else_is_compiled_once():
 
 def test_jobs_are_compiled_once():
     assert found_in({name: lambda call=call: jax.tree.leaves(call()) for name, call in ROOMS.items()}) == NOTHING
+
+
+def test_nothing_is_compiled_for_a_test_in_numpy(in_numpy):
+    """Neither what is jitted, nor what is called eagerly or mapped; its numbers are JAX's arrays."""
+    x = jnp.array([0.5, -1.0, 2.0])
+    compiled = len(COMPILED)
+    found = jnp.sin(x) @ x, jax.jit(jnp.cumsum)(x), jax.vmap(jax.grad(jnp.square))(x)
+    assert len(COMPILED) == compiled and all(isinstance(value, jax.Array) for value in found)
+    for value, expected in zip(
+        found, (0.5 * jnp.sin(0.5) + jnp.sin(1.0) + 2 * jnp.sin(2.0), [0.5, -0.5, 1.5], 2 * x), strict=True
+    ):
+        assert jnp.allclose(value, jnp.asarray(expected), rtol=1e-15)
 
 
 def test_examples_are_weighted_in_one_program_and_counted_in_another():

@@ -12,6 +12,8 @@ from problems import assert_close
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 N, NOISE = 12, 0.5
 PRIORS = {
     "one": 0.7,

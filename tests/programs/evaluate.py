@@ -4,10 +4,13 @@ Compiling the quantities of one random program takes seconds; NumPy takes some 5
 What few programs use (a decomposition, a pooling) is left to JAX, one operation at a time.
 """
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
+from jax._src import pjit
 from jax.extend.core import Literal
 
 from programs import places
@@ -37,6 +40,58 @@ def traced(function):
         return jax.tree.unflatten(jax.tree.structure(shapes), evaluate(closed, *leaves))
 
     return call
+
+
+_HANDS_OVER = "_pjit_call_impl_python"
+"""JAX's own function that compiles a traced program and runs it. No public name is so near to it."""
+
+
+@contextlib.contextmanager
+def in_numpy():
+    """Inside, what JAX would compile is traced as ever and run in NumPy: `jax.jit`, what the library jits, eager operations.
+
+    Programs over several devices are compiled as before, and so is everything under a JAX that hands programs to XLA elsewhere.
+    """
+    compiled = getattr(pjit, _HANDS_OVER, None)
+
+    def run(*arguments, jaxpr, **params):
+        spread = any(isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 for x in arguments)
+        if spread or _is_left_to_jax(jaxpr):
+            return compiled(*arguments, jaxpr=jaxpr, **params)
+        # What is left to JAX in there is compiled, one operation at a time.
+        setattr(pjit, _HANDS_OVER, compiled)
+        try:
+            made = evaluate(jaxpr, *(_as_traced(x, aval) for x, aval in zip(arguments, jaxpr.in_avals, strict=True)))
+            return [_as_jax(x, aval) for x, aval in zip(made, jaxpr.out_avals, strict=True)], None, None, []
+        finally:
+            setattr(pjit, _HANDS_OVER, run)
+
+    if compiled is None:
+        yield
+        return
+    setattr(pjit, _HANDS_OVER, run)
+    try:
+        yield
+    finally:
+        setattr(pjit, _HANDS_OVER, compiled)
+
+
+def _is_left_to_jax(jaxpr):
+    """A program of the one operation that would be asked of JAX for it."""
+    names = [equation.primitive.name for equation in jaxpr.eqns]
+    return len(names) == 1 and names[0] not in _KNOWN
+
+
+def _as_traced(value, aval):
+    return value if isinstance(value, jax.Array) else np.asarray(value, aval.dtype)
+
+
+def _as_jax(value, aval):
+    """As an array of JAX's; one that takes the dtype of what it meets still does."""
+    if isinstance(value, jax.Array):
+        return value
+    made = jax.device_put(value)
+    return type(made)(aval, made.sharding, [made], committed=False) if aval.weak_type else made
 
 
 def _array(value):
@@ -345,3 +400,4 @@ _OPERATIONS = {
     "cumlogsumexp": _cumulative(np.logaddexp),
 }
 """What NumPy does. Any other operation is JAX's, and only slower."""
+_KNOWN = frozenset({"scan", *_CALLS, *_OPERATIONS})
