@@ -242,12 +242,16 @@ def test_float32_and_bfloat16_parameters(key):
 
 def test_more_rows_than_parameters_and_fewer(key):
     """Both sides of n = p give one matrix and one solve."""
+    params, *_ = reference()
+    v = jax.tree.map(np.ones_like, params)
+
+    @traced
+    def numbers(x, y):
+        F = jf.empirical_fisher(LOG_PROB)(params, x, y)
+        return F.as_matrix(), F.solve(v, 0.1)
+
     for n in (2, 40):
-        params, *_ = reference()
-        x, y = data(key, n)
-        v = jax.tree.map(np.ones_like, params)
-        of = lambda F: (F.as_matrix(), F.solve(v, 0.1))  # noqa: E731
-        dense, solved = evaluated(lambda x, y: of(jf.empirical_fisher(LOG_PROB)(params, x, y)), x, y)
+        dense, solved = numbers(*data(key, n))
         assert_close(flat(solved), np.linalg.solve(dense + 0.1 * np.eye(31), flat(v)), factor=1e4)
 
 
