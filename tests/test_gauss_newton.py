@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 from problems import assert_close, class_sum_fisher, flat, reference
+from programs.evaluate import evaluated, traced
 
 import jaxfisher as jf
 
@@ -41,7 +42,7 @@ def derivatives(loss):
         hessian = jax.hessian(lambda z: loss(z, y))(network(params, x))
         return jax.jacobian(lambda flat: network(unravel(flat), x))(flat), hessian
 
-    return jax.jit(of_example)
+    return traced(of_example)
 
 
 def dense(params, x, y, loss, weights=None):
@@ -61,19 +62,21 @@ def test_it_is_the_loss_s_hessian_between_jacobians(loss, weighted):
     y = np.sin(3.0 * np.asarray(x))
     given = {"weights": weights} if weighted else {}
     expected = dense(params, x, y, loss, weights if weighted else None)
-    for batch_size in (None, 3):
-        G = jf.gauss_newton(network, loss, batch_size=batch_size)(params, x, y, **given)
-        assert_close(G.as_matrix(), expected, factor=1e3)
     v = jax.tree.map(lambda leaf: np.cos(np.arange(leaf.size, dtype=float)).reshape(leaf.shape), params)
-    assert_close(flat(G.mv(v)), expected @ flat(v), factor=1e3)
-    np.testing.assert_allclose(flat(G.solve(v, 0.1)), np.linalg.solve(expected + 0.1 * np.eye(31), flat(v)), rtol=1e-8)
+    for batch_size in (None, 3):
+        curvature = jf.gauss_newton(network, loss, batch_size=batch_size)
+        G = evaluated(lambda *at, curvature=curvature: curvature(*at, **given), params, x, y)
+        matrix, product, solution = evaluated(lambda G: (G.as_matrix(), G.mv(v), G.solve(v, 0.1)), G)
+        assert_close(matrix, expected, factor=1e3)
+        assert_close(flat(product), expected @ flat(v), factor=1e3)
+        np.testing.assert_allclose(flat(solution), np.linalg.solve(expected + 0.1 * np.eye(31), flat(v)), rtol=1e-8)
     assert "Gauss-Newton" in repr(G)
 
 
 def test_of_a_likelihood_in_natural_parameters_it_is_the_fisher():
     params, x, y, _, _ = reference()
-    G = jf.gauss_newton(network, cross_entropy)(params, x, y)
-    assert_close(G.as_matrix(), class_sum_fisher(params, x), factor=1e4)
+    matrix = evaluated(lambda *at: jf.gauss_newton(network, cross_entropy)(*at).as_matrix(), params, x, y)
+    assert_close(matrix, class_sum_fisher(params, x), factor=1e4)
 
 
 def test_outputs_and_targets_may_be_trees():
@@ -103,7 +106,7 @@ def test_it_has_derivatives_where_the_curvature_of_the_loss_is_singular(equal):
         return jnp.mean(jnp.sum(p * along**2, 1) - jnp.sum(p * along, 1) ** 2)
 
     found = lambda w: jf.gauss_newton(lambda w, x: x @ w, tied)(w, x, y).quadratic(v)  # noqa: E731
-    (value, slope), (expected, expected_slope) = (jax.jit(jax.value_and_grad(f))(w) for f in (found, by_hand))
+    (value, slope), (expected, expected_slope) = (evaluated(jax.value_and_grad(f), w) for f in (found, by_hand))
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     np.testing.assert_allclose(slope, expected_slope, atol=1e-12)
 
@@ -113,7 +116,8 @@ def test_a_step_and_a_view():
     params, x, _, _, _ = reference()
     y = np.sin(3.0 * np.asarray(x))
     curvature = jf.gauss_newton(network, huber)
-    np.testing.assert_allclose(jf.kronecker(curvature(params, x, y)).trace(), np.trace(dense(params, x, y, huber)), rtol=1e-10)
+    trace = evaluated(lambda *at: jf.kronecker(curvature(*at)).trace(), params, x, y)
+    np.testing.assert_allclose(trace, np.trace(dense(params, x, y, huber)), rtol=1e-10)
     mean = lambda p: jnp.mean(jax.vmap(lambda a, b: huber(network(p, a), b))(x, y))  # noqa: E731
     opt = jf.adapt_damping(jf.natural_gradient(1.0, 1e-2), 1e-2)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import N, assert_close, class_sum_fisher, classifier, data, flat, mean_loss, mlp_params, reference
+from programs.evaluate import evaluated, traced
 
 import jaxfisher as jf
 from jaxfisher import geometry, statistics
@@ -26,9 +27,9 @@ def test_the_fused_empirical_step(batch_size, weighted):
     params, x, y, weights, rows = reference()
     omega = np.asarray(weights) / np.sum(weights) if weighted else np.full(N, 1 / N)
     given = {"weights": weights} if weighted else {}
-    step = jax.jit(jf.value_and_natural_grad(LOG_PROB, damping=0.1, batch_size=batch_size))
-    loss, d = step(params, x, y, **given)
-    losses = -np.asarray(jax.vmap(LOG_PROB, (None, 0, 0))(params, x, y))
+    step = jf.value_and_natural_grad(LOG_PROB, damping=0.1, batch_size=batch_size)
+    loss, d = evaluated(lambda *at: step(*at, **given), params, x, y)
+    losses = -evaluated(jax.vmap(LOG_PROB, (None, 0, 0)), params, x, y)
     F, g = rows.T @ (omega[:, None] * rows), -rows.T @ omega
     assert_close(loss, omega @ losses)
     assert_close(flat(d), np.linalg.solve(F + 0.1 * np.eye(31), g), factor=1e4)
@@ -38,8 +39,8 @@ def test_the_fused_empirical_step(batch_size, weighted):
 def test_both_sides_of_the_push_through(n, key):
     params, *_ = reference()
     x, y = data(key, n)
-    F = np.asarray(jf.empirical_fisher(LOG_PROB)(params, x, y).as_matrix())
-    g = flat(jax.jit(jax.grad(mean_loss))(params, x, y))
+    F = evaluated(lambda *at: jf.empirical_fisher(LOG_PROB)(*at).as_matrix(), params, x, y)
+    g = flat(evaluated(jax.grad(mean_loss), params, x, y))
     d = jax.jit(jf.natural_grad(LOG_PROB, damping=0.01))(params, x, y)
     assert_close(flat(d), np.linalg.solve(F + 0.01 * np.eye(31), g), factor=1e5)
     free = jax.jit(jf.natural_grad(LOG_PROB, damping=0.0))(params, x, y)
@@ -52,9 +53,9 @@ def test_with_a_fisher_of_one_s_own(batch_size, weighted):
     params, x, y, weights, rows = reference()
     omega = np.asarray(weights) / np.sum(weights) if weighted else np.full(N, 1 / N)
     given = {"weights": weights} if weighted else {}
-    step = jax.jit(jf.value_and_natural_grad(LOG_PROB, exact, damping=0.1, batch_size=batch_size))
-    loss, d = step(params, x, y, **given)
-    losses = -np.asarray(jax.vmap(LOG_PROB, (None, 0, 0))(params, x, y))
+    step = jf.value_and_natural_grad(LOG_PROB, exact, damping=0.1, batch_size=batch_size)
+    loss, d = evaluated(lambda *at: step(*at, **given), params, x, y)
+    losses = -evaluated(jax.vmap(LOG_PROB, (None, 0, 0)), params, x, y)
     F = class_sum_fisher(params, x, omega)
     assert_close(loss, omega @ losses)
     assert_close(flat(d), np.linalg.solve(F + 0.1 * np.eye(31), -rows.T @ omega), factor=1e4)
@@ -63,9 +64,9 @@ def test_with_a_fisher_of_one_s_own(batch_size, weighted):
 def test_a_view():
     params, x, y, _, rows = reference()
     g = -rows.mean(0)
-    d = jf.natural_grad(LOG_PROB, damping=0.1, view=jf.diagonal)(params, x, y)
+    d = evaluated(jf.natural_grad(LOG_PROB, damping=0.1, view=jf.diagonal), params, x, y)
     assert_close(flat(d), g / (np.mean(rows**2, axis=0) + 0.1), factor=1e3)
-    d = jf.natural_grad(LOG_PROB, exact, damping=0.1, view=jf.diagonal)(params, x, y)
+    d = evaluated(jf.natural_grad(LOG_PROB, exact, damping=0.1, view=jf.diagonal), params, x, y)
     assert_close(flat(d), g / (np.diag(class_sum_fisher(params, x)) + 0.1), factor=1e3)
 
 
@@ -73,12 +74,12 @@ def test_it_descends_where_jax_grad_would(key):
     """``theta - lr * d``: the sign and scale of `jax.grad`."""
     params, *_ = reference()
     x, y = data(key, 50)
-    step = jax.jit(jf.value_and_natural_grad(LOG_PROB, exact, damping=1e-2))
+    step = traced(jf.value_and_natural_grad(LOG_PROB, exact, damping=1e-2))
     losses = []
     for _ in range(5):
         loss, d = step(params, x, y)
         losses.append(float(loss))
-        params = jax.tree.map(lambda p, d: p - 0.5 * d, params, d)
+        params = jax.tree.map(lambda p, d: np.asarray(p) - 0.5 * d, params, d)
     assert all(later < earlier for earlier, later in itertools.pairwise(losses))
 
 
@@ -87,9 +88,9 @@ def test_parameter_dtype_comes_back(dtype):
     params, x, y, _, _ = reference()
     narrow = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     for fisher in (None, exact):
-        d = jf.natural_grad(LOG_PROB, fisher, damping=0.1)(narrow, x.astype(dtype), y)
+        step = traced(jf.natural_grad(LOG_PROB, fisher, damping=0.1))
+        d, full = step(narrow, x.astype(dtype), y), step(params, x, y)
         chex.assert_trees_all_equal_dtypes(d, narrow)
-        full = jf.natural_grad(LOG_PROB, fisher, damping=0.1)(params, x, y)
         eps = float(jnp.finfo(dtype).eps)
         assert np.linalg.norm(flat(d).astype(float) - flat(full)) < 100 * eps * np.linalg.norm(flat(full))
 
@@ -131,7 +132,7 @@ def test_with_a_solver_and_with_a_damping_for_each_leaf(fisher):
     params, x, y, _, rows = reference()
     dense = rows.T @ rows / len(rows) if fisher is None else class_sum_fisher(params, x)
     gradient = -np.mean(rows, axis=0)
-    direction = lambda **given: jax.jit(jf.natural_grad(LOG_PROB, fisher, **given))(params, x, y)  # noqa: E731
+    direction = lambda **given: evaluated(jf.natural_grad(LOG_PROB, fisher, **given), params, x, y)  # noqa: E731
     by_cg = direction(damping=0.1, solver=jf.CG(rtol=1e-12, preconditioner=jf.kronecker))
     np.testing.assert_allclose(flat(by_cg), np.linalg.solve(dense + 0.1 * np.eye(31), gradient), rtol=1e-8, atol=1e-10)
     dampings = {"hidden": {"b": 0.3, "w": 0.1}, "out": [0.05, 0.7]}
@@ -153,14 +154,17 @@ def test_what_makes_a_fisher_is_given_as_it_is(name, key):
     """It knows whether it takes the targets; a function of the user's is called as it says."""
     fisher, params, (x, y) = MAKERS[name], mlp_params(key), data(key)
     whole = name in ("empirical", "observed")
-    operator = fisher(params, x, y) if whole else fisher(params, x)
     solver = jf.CG(rtol=1e-10)
-    gradient = jax.grad(lambda p: -jnp.mean(jax.vmap(jf.log_likelihood(classifier), (None, 0, 0))(p, x, y)))(params)
-    expected = jf.solve(operator, gradient, 1.0, solver)[0]
-    found = jf.natural_grad(jf.log_likelihood(classifier), fisher, damping=1.0, solver=solver)(params, x, y)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), found, expected)
     optimiser = jf.natural_gradient(1.0, 1.0, solver=solver)
-    moved, _, _ = jf.training_step(classifier, optimiser, fisher)(params, optimiser.init(params), x, y)
+
+    def directions(params, x, y):
+        operator = fisher(params, x, y) if whole else fisher(params, x)
+        by_hand = jf.solve(operator, jax.grad(mean_loss)(params, x, y), 1.0, solver)[0]
+        moved, _, _ = jf.training_step(classifier, optimiser, fisher)(params, optimiser.init(params), x, y)
+        return by_hand, jf.natural_grad(LOG_PROB, fisher, damping=1.0, solver=solver)(params, x, y), moved
+
+    expected, found, moved = evaluated(directions, params, x, y)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), found, expected)
     jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a - b, c, rtol=1e-6, atol=1e-9), params, moved, expected)
 
 
@@ -173,19 +177,22 @@ def test_a_model_without_inputs_takes_weights_and_counts():
     y, weights, counts = jnp.array([1.0, 4.0, 2.0]), jnp.array([1.0, 0.0, 3.0]), jnp.array([2.0, 9.0, 1.0])
     rate = np.exp(0.3)
     opt = jf.natural_gradient(1.0, 0.0)
-    kfac = jf.kfac()
     exact = jf.exact_fisher(model)
     for given, terms in (({}, 1.0), ({"weights": weights}, 1.0), ({"weights": weights, "counts": counts}, 5 / 4)):
         omega = np.asarray(given.get("weights", jnp.ones(3)))
         gradient, fisher = (rate - omega @ np.asarray(y) / omega.sum()) / terms, rate / terms
-        direction = jf.natural_grad(jf.log_likelihood(model), exact, damping=0.5)(0.3, y, **given)
+
+        def moves(start, given):
+            direction = jf.natural_grad(jf.log_likelihood(model), exact, damping=0.5)(start, y, **given)
+            steps = [jf.training_step(model, optimiser) for optimiser in (opt, jf.kfac())]
+            return direction, *(step(start, step.init(start, y, **given), y, **given)[0] for step in steps)
+
+        direction, new, by_kfac = evaluated(moves, 0.3, given)
         assert_close(direction, gradient / (fisher + 0.5), factor=100)
-        new, _, _ = jf.training_step(model, opt)(0.3, opt.init(0.3), y, **given)
         assert_close(new, 0.3 - gradient / fisher, factor=100)
-        step = jf.training_step(model, kfac)
-        assert np.isfinite(step(0.3, step.init(0.3, y, **given), y, **given)[0])
-    path = geometry.natural_gradient_flow(model, 1.0, 10)(0.3, y, weights=weights)
+        assert np.isfinite(by_kfac)
+    path = evaluated(lambda start: geometry.natural_gradient_flow(model, 1.0, 10)(start, y, weights=weights), 0.3)
     goal = np.asarray(weights) @ np.asarray(y) / 4
-    np.testing.assert_allclose(jnp.exp(path[-1]), goal + (rate - goal) * np.exp(-1.0), rtol=1e-6)  # of ten steps
-    found = jf.fit(model, penalty=statistics.firth(model))(0.3, y, weights=weights)
-    assert_close(jnp.exp(found.params), goal + 1 / 8, factor=1e8)  # the penalty of a Poisson rate is half an observation
+    np.testing.assert_allclose(np.exp(path[-1]), goal + (rate - goal) * np.exp(-1.0), rtol=1e-6)  # of ten steps
+    params = evaluated(lambda start: jf.fit(model, penalty=statistics.firth(model))(start, y, weights=weights).params, 0.3)
+    assert_close(np.exp(params), goal + 1 / 8, factor=1e8)  # the penalty of a Poisson rate is half an observation
