@@ -326,6 +326,31 @@ def _logistic(x, **_):
     return 1 / (1 + np.exp(-x))
 
 
+def _cholesky(x, **_):
+    try:
+        return np.linalg.cholesky(x)
+    except np.linalg.LinAlgError:
+        if x.ndim == 2:
+            return np.full_like(x, np.nan)
+        return np.stack([_cholesky(matrix) for matrix in x])
+
+
+def _triangular_solve(a, b, *, left_side, lower, transpose_a, conjugate_a, unit_diagonal):
+    if not left_side:
+        b, transpose_a = b.swapaxes(-1, -2), not transpose_a
+    if transpose_a:
+        a, lower = a.swapaxes(-1, -2), not lower
+    if conjugate_a:
+        a = a.conj()
+    x = np.zeros_like(b)
+    count = a.shape[-1]
+    for i in range(count) if lower else reversed(range(count)):
+        done = slice(0, i) if lower else slice(i + 1, count)
+        rest = b[..., i, :] - (a[..., i : i + 1, done] @ x[..., done, :])[..., 0, :]
+        x[..., i, :] = rest if unit_diagonal else rest / a[..., i, i, None]
+    return x if left_side else x.swapaxes(-1, -2)
+
+
 def _plain(function):
     """Without the flags that NumPy does not know, such as an accuracy."""
     return lambda *operands, **_: function(*operands)
@@ -385,6 +410,8 @@ _OPERATIONS = {
     "reduce_or": _reduced(np.bitwise_or.reduce),
     "argmax": _arg_reduced(np.argmax),
     "argmin": _arg_reduced(np.argmin),
+    "cholesky": _cholesky,
+    "triangular_solve": _triangular_solve,
     "gather": places.gather,
     "scatter": places.scatter_with(lambda old, new: new),
     "scatter-add": places.scatter_with(np.add),
