@@ -5,8 +5,9 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import problems
 from jax.flatten_util import ravel_pytree
-from programs.evaluate import evaluated
+from programs.evaluate import evaluated, traced
 
 from jaxfisher._distributions.base import Distribution
 
@@ -54,7 +55,7 @@ def check_information(case):
     if case.reference is not None:
         _check_reference(case, rule, seen["log_p"])
     for value in case.outside:
-        log_prob, gradient = _log_prob_and_gradient(p, jnp.asarray(value, float))
+        log_prob, gradient = log_prob_and_gradient(p, np.asarray(value, float))
         assert log_prob == -jnp.inf, f"log_prob outside the support, at {value}: {log_prob}"
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient)), f"gradient outside, at {value}"
 
@@ -80,8 +81,8 @@ def check_information(case):
         close(-seen["expected_hessian"], fisher, "minus the expected Hessian of log_prob is the Fisher")
 
 
-@jax.jit
-def _log_prob_and_gradient(p, x):
+@traced
+def log_prob_and_gradient(p, x):
     return jax.value_and_grad(lambda p: p.log_prob(x))(p)
 
 
@@ -130,18 +131,32 @@ def _views(p, q, nodes, weights):
     noise, unravel_noise = ravel_pytree(p.fisher_noise())
     noise, direction = jnp.cos(jnp.arange(1.0, noise.size + 1)), jnp.sin(jnp.arange(1.0, flat.size + 1))
     root_mv = lambda noise: ravel_pytree(p.fisher_sqrt_mv(unravel_noise(noise)))[0]  # noqa: E731
+
+    def slopes(flat):
+        """The expected score, with the density at ``p`` held; beside it all log-densities and scores."""
+        log_p, rows = jax.vmap(jax.value_and_grad(lambda flat, x: unravel(flat).log_prob(x)), (None, 0))(flat, nodes)
+        mass = jax.lax.stop_gradient(weights * jnp.exp(log_p))
+        return jnp.sum(mass[:, None] * rows, 0), (log_p, rows)
+
+    def slope_of_kl(flat):
+        kl, gradient = jax.value_and_grad(lambda flat: p.kl(unravel(flat)))(flat)
+        return gradient, kl
+
+    # Each Hessian brings the values and the gradients on its way.
+    expected_hessian, (log_p, rows) = jax.jacfwd(slopes, has_aux=True)(flat)
+    kl_hessian, kl_self = jax.jacfwd(slope_of_kl, has_aux=True)(flat)
     return {
-        "log_p": jax.vmap(p.log_prob)(nodes),
+        "log_p": log_p,
         "log_q": jax.vmap(q.log_prob)(nodes),
         "mean": p.mean,
         "variance": p.variance,
         "log_p_at_mode": p.log_prob(p.mode),
         "entropy": None if type(p).entropy is Distribution.entropy else p.entropy(),
         "kl": p.kl(q),
-        "kl_self": p.kl(p),
-        "kl_hessian": jax.hessian(lambda flat: p.kl(unravel(flat)))(flat),
-        "scores": scores(p, nodes),
-        "expected_hessian": expected_hessian(p, nodes, weights),
+        "kl_self": kl_self,
+        "kl_hessian": kl_hessian,
+        "scores": rows,
+        "expected_hessian": expected_hessian,
         "fisher": p.fisher_matrix(),
         "root": jax.vmap(root_mv)(jnp.eye(noise.size)),
         "noise": noise,
@@ -161,24 +176,59 @@ def _check_reference(case, rule, log_p):
     close(log_p[there], log_density(rule.nodes[there]), "log_prob is scipy's")
 
 
+# --- what is compared between batches and between dtypes --------------------------------------------------------------------
+
+
+def _ones(tree):
+    return jax.tree.map(jnp.ones_like, tree)
+
+
+def _values(p, q, x):
+    """What a family computes at one point."""
+    return {
+        "log_prob": p.log_prob(x),
+        "kl": p.kl(q),
+        "mean": p.mean,
+        "fisher_sqrt_mv": p.fisher_sqrt_mv(_ones(p.fisher_noise())),
+        "fisher_mv": p.fisher_mv(p),
+    }
+
+
+def _values_and_gradients(p, q, x):
+    """`_values`, and the gradients that training takes."""
+
+    def sum_of_root(p):
+        root = p.fisher_sqrt_mv(_ones(p.fisher_noise()))
+        return sum(map(jnp.sum, jax.tree.leaves(root))), root
+
+    log_prob, of_log_prob = jax.value_and_grad(lambda p: p.log_prob(x))(p)
+    kl, of_kl = jax.value_and_grad(lambda p, q: p.kl(q), (0, 1))(p, q)
+    of_root, root = jax.grad(sum_of_root, has_aux=True)(p)
+    values = {"log_prob": log_prob, "kl": kl, "mean": p.mean, "fisher_sqrt_mv": root, "fisher_mv": p.fisher_mv(p)}
+    return values, {"log_prob": of_log_prob, "kl": of_kl, "fisher_sqrt_mv": of_root}
+
+
+in_numpy = traced(_values)
+compiled, exact = jax.jit(_values_and_gradients), traced(_values_and_gradients)
+"""In float32 as XLA computes them, one program for a family; in float64 by NumPy."""
+
+
 # --- batches, pytrees and JAX's transformations ---------------------------------------------------------------------------
 
 
 def check_transforms(case):
-    """A batch is its members side by side, under `jit` with one trace, `vmap`, and pytree flattening."""
+    """A batch is its members side by side, with one trace, under `vmap`, and after pytree flattening."""
     batch, other = case.make(batch=(2, 3)), case.make_other()
     x = np.broadcast_to(case.rule().nodes[1], batch.batch_shape + batch.event_shape)
     assert batch.batch_shape == (2, 3)
     assert jax.eval_shape(lambda p: p.fisher_matrix(), batch).shape == 2 * (ravel_pytree(batch)[0].size,)
     traces = 0
 
-    @jax.jit
+    @traced
     def members(p, q, x):
         nonlocal traces
         traces += 1
-        tangent = jax.tree.map(jnp.ones_like, p)
-        noise = jax.tree.map(jnp.ones_like, p.fisher_noise())
-        return p.log_prob(x), p.kl(q), p.mean, p.fisher_sqrt_mv(noise), p.fisher_mv(tangent)
+        return _values(p, q, x)
 
     # Cut and stacked in numpy: JAX would compile each slice.
     held = jax.tree.map(np.asarray, batch)
@@ -188,8 +238,8 @@ def check_transforms(case):
     assert traces == 1, f"one trace for six instances, not {traces}"
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves).reshape((2, 3, *leaves[0].shape)), *singles)
     wide = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (2, 3, *leaf.shape)), other)
-    # All of them compiled: expectations that are zero are rounding, which is the same only where operations are.
-    mapped = jax.vmap(jax.vmap(lambda fields, q, x: members(case.family(*fields), q, x)))(jax.tree.leaves(batch), wide, x)
+    one = lambda fields, q, x: _values(case.family(*fields), q, x)  # noqa: E731
+    mapped = evaluated(jax.vmap(jax.vmap(one)), jax.tree.leaves(batch), wide, x)
     for name, whole in (("a batch", members(batch, wide, x)), ("vmap over construction", mapped)):
         for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(stacked), strict=True):
             close(a, b, f"{name} equals its members", factor=1000)
@@ -207,58 +257,51 @@ def check_transforms(case):
 def check_narrow_dtype(case):
     """Dtype in, dtype out, and in float32 and bfloat16 the numbers of float64 at the same (rounded) fields."""
     x = case.rule().nodes[len(case.rule().nodes) // 3]
-
-    @jax.jit
-    def members(p, q, x):
-        noise = jax.tree.map(jnp.ones_like, p.fisher_noise())
-        return p.log_prob(x), p.kl(q), p.mean, p.fisher_sqrt_mv(noise), p.fisher_mv(p)
-
-    for dtype in (jnp.float32, jnp.bfloat16):
+    whole = np.issubdtype(x.dtype, np.integer)
+    for dtype, values in ((jnp.float32, lambda *at: compiled(*at)[0]), (jnp.bfloat16, in_numpy)):
         p, q = case.make(dtype), case.make_other(dtype)
-        point = jnp.asarray(x) if np.issubdtype(x.dtype, np.integer) else jnp.asarray(x, dtype)
-        narrow = members(p, q, point)
+        point = x if whole else x.astype(dtype)
+        narrow = values(p, q, point)
         assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(narrow)), f"{dtype.__name__} is kept"
         draw = jax.eval_shape(lambda p: p.sample(jax.random.key(0), (3,)), p)
-        expected = jnp.int32 if np.issubdtype(x.dtype, np.integer) else dtype
+        expected = jnp.int32 if whole else dtype
         assert (draw.dtype, draw.shape) == (expected, (3, *p.event_shape)), f"draws: {draw}"
-        exact = members(*jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (p, q)), jnp.asarray(np.asarray(point, x.dtype)))
-        for a, b in zip(jax.tree.leaves(narrow), jax.tree.leaves(exact), strict=True):
+        wide = in_numpy(*_doubled((p, q)), point.astype(x.dtype))
+        for a, b in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
             assert b.dtype == jnp.float64, f"float64 is kept, not {b.dtype}"
             close(a, b, f"{dtype.__name__} is float64 rounded", factor=50, eps=float(jnp.finfo(dtype).eps))
 
     # Trust regions and line searches live on divergences of 1e-6: a plain arrangement has no digit left there in float32.
     step = [a + 1e-3 * (b - a) for a, b in zip(*(jax.tree.leaves(v) for v in (case.make(), case.make_other())), strict=True)]
     near = [case.make(jnp.float32), case.family(*(leaf.astype(jnp.float32) for leaf in step))]
-    kl32 = members(*near, jnp.asarray(x, None if np.issubdtype(x.dtype, np.integer) else jnp.float32))[1]
-    kl64 = members(*jax.tree.map(lambda leaf: leaf.astype(jnp.float64), near), jnp.asarray(x))[1]
+    kl32 = compiled(*near, x if whole else x.astype(np.float32))[0]["kl"]
+    kl64 = in_numpy(*_doubled(near), x)["kl"]
     close(kl32, kl64, "kl keeps its digits near equality", factor=500, eps=float(jnp.finfo(jnp.float32).eps))
+
+
+def _doubled(tree):
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
 
 
 def check_extremes(case):
     """At the ends of float32: what fits there comes out right, values and gradients, what does not is infinite, never NaN."""
     for fields, other, x in case.extremes:
-        single = [case.family(*(jnp.asarray(value, jnp.float32) for value in point)) for point in (fields, other)]
-        double = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), single)
-        x32 = jnp.asarray(x) if np.issubdtype(np.asarray(x).dtype, np.integer) else jnp.asarray(x, jnp.float32)
-        x64 = x32 if x32.dtype != jnp.float32 else x32.astype(jnp.float64)
-        narrow, exact = _values_and_gradients(*single, x32), _values_and_gradients(*double, x64)
-        for name, (value, gradient) in exact.items():
-            fits = np.all(np.abs(ravel_pytree(value)[0]) < MAX32)
+        p, q = (case.family(*(np.asarray(value, np.float32) for value in point)) for point in (fields, other))
+        x = np.asarray(x) if np.issubdtype(np.asarray(x).dtype, np.integer) else np.asarray(x, np.float32)
+        x64 = x if x.dtype != np.float32 else x.astype(np.float64)
+        (narrow, narrow_slopes), (wide, wide_slopes) = compiled(p, q, x), exact(*_doubled((p, q)), x64)
+        for name in ("log_prob", "kl", "mean", "fisher_sqrt_mv"):
+            value = wide[name]
             where = f"{fields} {other} {name}"
-            _check_range(narrow[name][0], value, case.rtol32, where)
-            _check_range(narrow[name][1], gradient if fits else None, case.rtol32, f"gradient of {where}")
-
-
-@jax.jit
-def _values_and_gradients(p, q, x):
-    root = lambda p: p.fisher_sqrt_mv(jax.tree.map(jnp.ones_like, p.fisher_noise()))  # noqa: E731
-    return {
-        "log_prob": jax.value_and_grad(lambda p: p.log_prob(x))(p),
-        "kl": jax.value_and_grad(lambda pq: pq[0].kl(pq[1]))((p, q)),
-        "kl to itself": jax.value_and_grad(lambda q: p.kl(q))(p),
-        "mean": (p.mean, ()),
-        "fisher_sqrt_mv": (root(p), jax.grad(lambda p: sum(map(jnp.sum, jax.tree.leaves(root(p)))))(p)),
-    }
+            _check_range(narrow[name], value, case.rtol32, where)
+            if name in wide_slopes:
+                fits = np.all(np.abs(problems.flat(value)) < MAX32)
+                gradient = wide_slopes[name] if fits else None
+                _check_range(narrow_slopes[name], gradient, case.rtol32, f"gradient of {where}")
+        values, slopes = compiled(p, p, x)
+        assert values["kl"] <= case.self32**2, f"kl to itself at {fields}: {values['kl']}"
+        change = np.abs((problems.flat(q) - problems.flat(p)) * np.split(problems.flat(slopes["kl"]), 2))
+        assert np.all(change <= case.self32), f"gradient of kl to itself at {fields}: {slopes['kl']}"
 
 
 def _check_range(narrow, exact, rtol, where):
@@ -279,22 +322,27 @@ def _check_range(narrow, exact, rtol, where):
 
 # --- draws ----------------------------------------------------------------------------------------------------------------
 
+DRAWS = 20_000
+
+
+@jax.jit
+def _draws(p, key):
+    return p.sample(key, (DRAWS,))
+
 
 def check_samples(case, key):
     """First and second moments of draws by their z-scores, and independence along the batch."""
-    count = 20_000
     p, rule = case.make(batch=(2,)), case.rule()
-    draws = np.asarray(jax.jit(lambda p: p.sample(key, (count,)))(p), float).reshape(count, 2, -1)
+    draws = np.asarray(_draws(p, key), float).reshape(DRAWS, 2, -1)
     first, second = draws[:, 0], draws[:, 1]
-    log_p = jax.jit(jax.vmap(case.make().log_prob))(jnp.asarray(rule.nodes))
-    mass = rule.weights * np.exp(np.asarray(log_p))
+    mass = rule.weights * np.exp(evaluated(jax.vmap(case.make().log_prob), rule.nodes))
     nodes = np.where(mass[:, None] > 0, np.asarray(rule.nodes, float).reshape(len(mass), -1), 0)
 
     _check_mean(first, nodes, mass, "the mean of draws")
     if case.second_moment:
         _check_mean(_products(first), _products(nodes), mass, "the second moment of draws")
         correlation = np.corrcoef(first[:, 0], second[:, 0])[0, 1] if np.ptp(first[:, 0]) and np.ptp(second[:, 0]) else 0.0
-        assert abs(correlation) * np.sqrt(count) < 5, f"draws along the batch are independent, correlation {correlation}"
+        assert abs(correlation) * np.sqrt(DRAWS) < 5, f"draws along the batch are independent, correlation {correlation}"
 
 
 def _products(x):

@@ -17,10 +17,12 @@ from laws import (
     check_samples,
     close,
     expected_hessian,
+    log_prob_and_gradient,
     scores,
 )
 from others import library
 from problems import assert_close
+from programs.evaluate import evaluated, traced
 
 import jaxfisher as jf
 from jaxfisher._distributions.base import Distribution, family
@@ -148,13 +150,13 @@ def test_the_laws_see_a_broken_family(broken, law, message, key):
 def test_laplace_has_the_score_route_but_not_the_hessian_route():
     case = next(case for case in CASES if case.family is jf.Laplace)
     p, rule = case.make(), case.rule()
-    nodes, weights = jnp.asarray(rule.nodes), jnp.asarray(rule.weights)
+    nodes, weights = rule.nodes, rule.weights
     closed = np.eye(2) / float(p.scale) ** 2
-    mass = rule.weights * np.exp(jax.vmap(p.log_prob)(nodes))
-    rows = np.where(mass[:, None] > 0, jax.jit(scores)(p, nodes), 0)
+    mass = weights * np.exp(evaluated(jax.vmap(p.log_prob), nodes))
+    rows = np.where(mass[:, None] > 0, evaluated(scores, p, nodes), 0)
     close(rows.T @ (mass[:, None] * rows), closed, "score route")
     close(p.fisher_matrix(), closed, "closed form", factor=10)
-    hessian = -jax.jit(expected_hessian)(p, nodes, weights)
+    hessian = -evaluated(expected_hessian, p, nodes, weights)
     close(hessian, np.diag([0.0, closed[1, 1]]), "the kink's point mass is lost, and loc with it")
 
 
@@ -176,12 +178,15 @@ class Uniform(Distribution):
 
 def test_a_support_that_moves_has_no_fisher():
     p = Uniform(2.0)
-    nodes = jnp.linspace(0.01, 1.99, 7)  # the score is constant on the support, so any nodes give its expectation
-    rows = scores(p, nodes)
+    nodes = np.linspace(0.01, 1.99, 7)  # the score is constant on the support, so any nodes give its expectation
+    rows = evaluated(scores, p, nodes)
     close(rows, np.full((7, 1), -0.5), "the score is -1/width: its mean is not zero", factor=4)
-    mass = jnp.full(7, 1 / 7) / jnp.exp(p.log_prob(nodes))
+    mass = np.full(7, 1 / 7) / np.exp(p.log_prob(nodes))
     close(
-        -expected_hessian(p, nodes, mass), [[-0.25]], "minus the Hessian is -1/width^2, the second moment +1/width^2", factor=10
+        -evaluated(expected_hessian, p, nodes, mass),
+        [[-0.25]],
+        "minus the Hessian is -1/width^2, the second moment +1/width^2",
+        factor=10,
     )
     # No quadratic form fits the divergence: it leaves zero with slope 1/width on one side and is infinite on the other.
     close(p.kl(Uniform(2.0 + 1e-6)) / 1e-6, 0.5, "slope", factor=1e10)
@@ -220,13 +225,15 @@ def test_agrees_with_other_libraries(ours, name, theirs, has_kl):
     case = next(case for case in CASES if case.family is ours)
     p, q = case.make(), case.make_other()
     p_theirs, q_theirs = (theirs(lib, *jax.tree.leaves(one)) for one in (p, q))
-    nodes = jnp.asarray(case.rule().nodes)
-    log_p = jax.jit(jax.vmap(p.log_prob))(nodes)
+    nodes = case.rule().nodes
+    log_p = evaluated(jax.vmap(p.log_prob), nodes)
     there = log_p > -100
-    close(log_p[there], jax.jit(jax.vmap(p_theirs.log_prob))(nodes)[there], "log_prob", factor=1e3)
+    close(log_p[there], evaluated(jax.vmap(p_theirs.log_prob), nodes)[there], "log_prob", factor=1e3)
     if has_kl:
-        divergence = lib.kl_divergence(p_theirs, q_theirs) if name == NUMPYRO else p_theirs.kl_divergence(q_theirs)
-        close(p.kl(q), divergence, "kl", factor=1e3)
+        divergence = evaluated(
+            lambda: (lib.kl_divergence if name == NUMPYRO else type(p_theirs).kl_divergence)(p_theirs, q_theirs)
+        )
+        close(evaluated(p.kl, q), divergence, "kl", factor=1e3)
 
 
 # --- single promises --------------------------------------------------------------------------------------------------------
@@ -271,9 +278,9 @@ def test_a_label_that_is_no_class_is_nan_in_value_and_gradient(bad):
 @pytest.mark.parametrize("case", [c for c in CASES if c.family is not jf.Categorical], ids=lambda case: case.name)
 def test_a_nan_target_is_not_hidden(case):
     p = case.make()
-    value, gradient = jax.jit(jax.value_and_grad(lambda p, x: p.log_prob(x)))(p, jnp.full(p.event_shape, jnp.nan))
-    assert jnp.isnan(value)
-    assert all(jnp.any(jnp.isnan(leaf)) for leaf in jax.tree.leaves(gradient))
+    value, gradient = log_prob_and_gradient(p, np.full(p.event_shape, np.nan))
+    assert np.isnan(value)
+    assert all(np.any(np.isnan(leaf)) for leaf in jax.tree.leaves(gradient))
 
 
 def test_what_stands_above_the_diagonal_is_ignored(key):
@@ -339,14 +346,14 @@ def test_what_must_be_positive_and_is_not(name, make, target):
         with pytest.raises(ValueError, match=rf"`{name}` holds -?\d.*above zero.*jnp.exp"):
             make(bad)
 
-    @jax.jit
+    @traced
     def everything(value):
         p = make(value)
         return p.log_prob(jnp.asarray(target)), p.sample(jax.random.key(0)), p.kl(p), jnp.trace(p.fisher_matrix())
 
-    for value in everything(jnp.array(-1.0)):
+    for value in everything(np.array(-1.0)):
         assert np.any(np.isnan(value)), value
-    assert all(np.all(np.isfinite(value)) for value in everything(jnp.array(1.0)))
+    assert all(np.all(np.isfinite(value)) for value in everything(np.array(1.0)))
 
 
 @pytest.mark.parametrize(("make", "error", "message"), MISTAKES, ids=[message[:40] for _, _, message in MISTAKES])
@@ -411,15 +418,19 @@ def test_a_field_that_does_not_move_has_no_rows():
 
 
 def test_the_fisher_is_the_same_where_a_field_stands_still():
-    x = jnp.linspace(-1.0, 1.0, 6).reshape(3, 2)
+    x = np.linspace(-1.0, 1.0, 6).reshape(3, 2)
     for kind, at in ((jf.Gamma, 0), (jf.Gamma, 1), (jf.Beta, 1), (jf.StudentT, 0), (jf.StudentT, 2)):
         others = [1.5, 2.5, 0.5][: len(kind.field_ndims)]
 
         def model(w, x, kind=kind, at=at, others=others):
             return kind(*others[:at], jnp.exp(w @ x), *others[at + 1 :])
 
-        w = jnp.array([0.3, -0.4])
-        assert_close(jf.exact_fisher(model)(w, x).as_matrix(), jf.kl_hessian(model)(w, x).as_matrix(), factor=1e4)
+        w = np.array([0.3, -0.4])
+        fisher, hessian = (
+            evaluated(lambda w, x, make=make: make(w, x).as_matrix(), w, x)
+            for make in (jf.exact_fisher(model), jf.kl_hessian(model))
+        )
+        assert_close(fisher, hessian, factor=1e4)
 
 
 def test_a_covariance_has_a_row_for_each_entry_of_its_triangle():
