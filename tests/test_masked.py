@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from problems import assert_close, flat
-from programs.evaluate import evaluated
+from programs.evaluate import evaluated, traced
 
 import jaxfisher as jf
 
@@ -37,30 +38,39 @@ def spoiled(tree, rubbish):
     return jax.tree.map(lambda leaf: leaf.at[1].set(rubbish), tree)
 
 
+def masked(name, rubbish):
+    """A family, and its members that count beside one that is rubbish."""
+    plain = FAMILIES[name](GOOD)
+    return plain, jf.Masked(spoiled(plain, rubbish), MASK)
+
+
+@functools.cache
+def draws(name):
+    """Draws of a masked family as a function of the rubbish: compiled once for every kind of it."""
+    return jax.jit(lambda rubbish: masked(name, rubbish)[1].sample(jax.random.key(3), (2,)))
+
+
 @functools.cache
 def answers(name):
-    """What is compared of a family, as a function of the rubbish: one program for every kind of it."""
+    """What is compared of a family, as a function of the rubbish: traced once for every kind of it."""
 
     def total(inside, x):
         return jnp.sum(jf.Masked(inside, MASK).log_prob(x))
 
-    @jax.jit
-    def of(rubbish):
-        plain = FAMILIES[name](GOOD)
+    @traced
+    def of(rubbish, drawn, x):
+        plain, bad = masked(name, rubbish)
         other = jax.tree.map(lambda leaf: 1.01 * leaf, plain)
         # Not the same in both: a divergence that does not look at the mask would be zero there.
-        inside, inside_other = spoiled(plain, rubbish), spoiled(other, -rubbish)
-        bad, x = jf.Masked(inside, MASK), plain.sample(jax.random.key(0))
+        inside, inside_other = bad.distribution, spoiled(other, -rubbish)
         bad_x = spoiled(x, -7 if jnp.issubdtype(x.dtype, jnp.integer) else rubbish)
-        drawn = bad.sample(jax.random.key(3), (2,))
         return {
             "log_prob": (bad.log_prob(bad_x), plain.log_prob(x)),
             "total": jax.value_and_grad(total)(inside, bad_x),
             "slopes": jax.grad(lambda inside: jnp.sum(inside.log_prob(x)))(plain),
             "kl": (bad.kl(jf.Masked(inside_other, MASK)), plain.kl(other)),
             "slopes of kl": jax.grad(lambda q: jnp.sum(bad.kl(jf.Masked(q, MASK))))(inside_other),
-            "drawn": (drawn, jax.vmap(bad.log_prob)(drawn)),
-            "draw": x,
+            "drawn": jax.vmap(bad.log_prob)(drawn),
         }
 
     return of
@@ -70,7 +80,11 @@ def answers(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_only_what_the_mask_lets_through_counts(name, rubbish):
     """Values, derivatives in the fields, KL, Fisher and draws are those of the members that count, one by one."""
-    seen = jax.tree.map(np.asarray, answers(name)(np.float64(RUBBISH[rubbish])))
+    rubbish = np.float64(RUBBISH[rubbish])
+    drawn = np.asarray(draws(name)(rubbish))
+    assert np.all(np.isfinite(drawn)) and drawn.shape == (2, *FAMILIES[name](GOOD).mean.shape)
+    x = drawn[0][[0, 0, 2]]  # what does not count is in the support all the same
+    seen = answers(name)(rubbish, drawn, x)
     found, plain = seen["log_prob"]
     assert_close(found, np.where(MASK, plain, 0.0))
     total, slopes = seen["total"]
@@ -81,20 +95,17 @@ def test_only_what_the_mask_lets_through_counts(name, rubbish):
     divergence, plain = seen["kl"]
     assert_close(divergence, np.where(MASK, plain, 0.0), factor=1e4)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(seen["slopes of kl"]))
-    drawn, log_prob = seen["drawn"]
-    assert np.all(np.isfinite(drawn)) and drawn.shape == (2, *seen["draw"].shape)
-    assert np.all(np.isfinite(log_prob))
+    assert np.all(np.isfinite(seen["drawn"]))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_fisher_has_no_part_of_what_does_not_count(name):
     def views(rubbish):
-        plain = FAMILIES[name](GOOD)
-        masked = jf.Masked(spoiled(plain, rubbish), MASK)
+        plain, bad = masked(name, rubbish)
         tangent = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=float)).reshape(leaf.shape), plain)
-        moved = masked.fisher_mv(jax.tree.unflatten(jax.tree.structure(masked), [*jax.tree.leaves(tangent), MASK]))
-        moments = [(inside.mean, inside.variance) for inside in (masked, plain)]
-        return plain, plain.fisher_matrix(), masked.fisher_matrix(), tangent, moved.distribution, moments
+        moved = bad.fisher_mv(jax.tree.unflatten(jax.tree.structure(bad), [*jax.tree.leaves(tangent), MASK]))
+        moments = [(inside.mean, inside.variance) for inside in (bad, plain)]
+        return plain, plain.fisher_matrix(), bad.fisher_matrix(), tangent, moved.distribution, moments
 
     plain, matrix, found, tangent, moved, moments = evaluated(views, np.nan)
     keep = [np.broadcast_to(MASK.reshape(3, *[1] * (leaf.ndim - 1)), leaf.shape) for leaf in jax.tree.leaves(plain)]
@@ -108,9 +119,8 @@ def test_the_fisher_has_no_part_of_what_does_not_count(name):
 
 
 def test_entropy_counts_what_is_there():
-    plain = FAMILIES["categorical"](GOOD)
-    masked = jf.Masked(spoiled(plain, np.nan), MASK)
-    assert_close(masked.entropy(), np.where(MASK, plain.entropy(), 0.0))
+    plain, bad = masked("categorical", np.nan)
+    assert_close(bad.entropy(), np.where(MASK, plain.entropy(), 0.0))
 
 
 LENGTHS = np.array([4, 2, 3, 1])
@@ -128,12 +138,12 @@ def sequences(fill):
     real = np.arange(4)[None] < LENGTHS[:, None]
     x = np.where(real[..., None], rng.standard_normal((4, 4, 3)), fill)
     y = np.where(real, rng.integers(0, 3, (4, 4)), -9)
-    return jax.tree.map(jnp.asarray, (params, x, y))
+    return params, x, y
 
 
 def dense_fisher(params, x):
     """By its definition: over sequences, positions that count, and classes."""
-    log_prob = jax.jit(jax.value_and_grad(lambda p, x, c: jax.nn.log_softmax(jnp.tanh(x @ p["w"]) @ p["v"])[c]))
+    log_prob = traced(jax.value_and_grad(lambda p, x, c: jax.nn.log_softmax(jnp.tanh(x @ p["w"]) @ p["v"])[c]))
     total, x = 0.0, np.asarray(x)
     for i, length in enumerate(LENGTHS):
         for t in range(length):
@@ -143,7 +153,6 @@ def dense_fisher(params, x):
     return total
 
 
-@jax.jit
 def token_losses(params, x, y):
     """Of the positions that count, one by one."""
     logits = {(i, t): jnp.tanh(x[i, t] @ params["w"]) @ params["v"] for i in range(4) for t in range(LENGTHS[i])}
@@ -155,13 +164,20 @@ def test_fishers_losses_and_steps_of_sequences_in_padding():
     params, x, y = sequences(0.0)
     dense = dense_fisher(params, x)
     clean = sequences(30.0)[1]
-    assert_close(jf.exact_fisher(sequence)(params, clean, LENGTHS).as_matrix(), dense, factor=1e3)
     v = jax.tree.map(lambda leaf: np.cos(np.arange(leaf.size, dtype=float)).reshape(leaf.shape), params)
-    assert_close(flat(jf.implicit_fisher(sequence)(params, clean, LENGTHS).mv(v)), dense @ flat(v), factor=1e3)
+
+    @traced
+    def fishers(params, x):
+        return jf.exact_fisher(sequence)(params, x, LENGTHS).as_matrix(), jf.implicit_fisher(sequence)(params, x, LENGTHS).mv(v)
+
+    matrix, product = fishers(params, clean)
+    assert_close(matrix, dense, factor=1e3)
+    assert_close(flat(product), dense @ flat(v), factor=1e3)
     step = jf.training_step(sequence, jf.kfac())
     state = step.init(params, x, LENGTHS, y)
-    (first, _, value), (second, _, same) = (jax.jit(step)(params, state, data, LENGTHS, y) for data in (x, clean))
-    assert_close(value, np.sum(token_losses(params, x, y)) / 4)
+    run = traced(step)
+    (first, _, value), (second, _, same) = (run(params, state, data, LENGTHS, y) for data in (x, clean))
+    assert_close(value, np.sum(evaluated(token_losses, params, x, y)) / 4)
     np.testing.assert_allclose([same, *flat(second)], [value, *flat(first)], rtol=1e-11)
     assert np.max(np.abs(flat(first) - flat(params))) > 1e-3
 
@@ -176,34 +192,51 @@ def test_means_over_tokens():
     params, x, y = sequences(0.0)
     dense = dense_fisher(params, x) * len(LENGTHS) / TOKENS
     known = {"counts": LENGTHS}
-    assert_close(jf.exact_fisher(sequence)(params, x, LENGTHS, **known).as_matrix(), dense, factor=1e3)
-    assert_close(jf.exact_fisher(sequence, batch_size=3)(params, x, LENGTHS, **known).as_matrix(), dense, factor=1e3)
     v = jax.tree.map(lambda leaf: np.cos(np.arange(leaf.size, dtype=float)).reshape(leaf.shape), params)
-    implicit = jf.implicit_fisher(sequence, batch_size=2)(params, x, LENGTHS, **known)
-    assert_close(flat(implicit.mv(v)), dense @ flat(v), factor=1e3)
-    assert_close(jf.kl_hessian(sequence)(params, x, LENGTHS, **known).as_matrix(), dense, factor=1e4)
-    assert "mean over the counts of 4" in repr(implicit)
-    longer, unit = (jnp.concatenate([leaf, leaf[:2]]) for leaf in (x, jnp.ones(4)))
-    padded = {"weights": unit.at[4:].set(0), "counts": jnp.concatenate([LENGTHS, jnp.array([7, 10**6])])}
-    made = jf.exact_fisher(sequence)(params, longer, jnp.concatenate([LENGTHS, LENGTHS[:2]]), **padded)
-    assert_close(made.as_matrix(), dense, factor=1e3)
-    np.testing.assert_allclose(jf.kronecker(made).trace(), np.trace(dense), rtol=1e-10)
-    drawn = [jf.sampled_fisher(sequence)(params, jax.random.key(0), x, LENGTHS, **given).as_matrix() for given in ({}, known)]
-    assert_close(drawn[1], np.asarray(drawn[0]) * len(LENGTHS) / TOKENS, factor=1e3)
     moved = jax.tree.map(lambda leaf: 0.9 * leaf, params)
-    p, q = (jax.nn.log_softmax(jnp.tanh(x @ each["w"]) @ each["v"]) for each in (params, moved))
-    kept = jnp.arange(4)[None] < LENGTHS[:, None]
-    divergence = np.sum(np.where(kept, np.sum(np.exp(p) * (np.asarray(p) - q), -1), 0)) / TOKENS
-    assert_close(jf.kl(sequence)(params, moved, x, LENGTHS, **known), divergence, factor=1e4)
-    step = jf.training_step(sequence, jf.natural_gradient(1.0, 0.1))
-    new, _, loss = jax.jit(step)(params, step.init(params, x, LENGTHS, y, **known), x, LENGTHS, y, **known)
-    assert_close(loss, np.sum(token_losses(params, x, y)) / TOKENS)
-    gradient = flat(jax.jit(jax.grad(lambda params: jnp.sum(token_losses(params, x, y)) / TOKENS))(params))
-    expected = np.linalg.solve(dense + 0.1 * np.eye(len(dense)), gradient)
+    weights, lengths = np.array([1.0, 1.0, 1.0, 1.0, 0.0, 0.0]), np.concatenate([LENGTHS, LENGTHS[:2]])
+    padded = {"weights": weights, "counts": np.concatenate([LENGTHS, [7, 10**6]])}
+    log_prob, step = jf.log_likelihood(sequence), jf.training_step(sequence, jf.natural_gradient(1.0, 0.1))
+    state = step.init(params, x, LENGTHS, y, **known)
+
+    def views(params, x, longer, y):
+        made = jf.exact_fisher(sequence)(params, longer, lengths, **padded)
+        draw = lambda **given: jf.sampled_fisher(sequence)(params, jax.random.key(0), x, LENGTHS, **given)  # noqa: E731
+        return {
+            "exact": [
+                jf.exact_fisher(sequence, batch_size=size)(params, x, LENGTHS, **known).as_matrix() for size in (None, 3)
+            ],
+            "implicit": jf.implicit_fisher(sequence, batch_size=2)(params, x, LENGTHS, **known).mv(v),
+            "kl hessian": jf.kl_hessian(sequence)(params, x, LENGTHS, **known).as_matrix(),
+            "padded": (made.as_matrix(), jf.kronecker(made).trace()),
+            "drawn": (draw().as_matrix(), draw(**known).as_matrix()),
+            "kl": jf.kl(sequence)(params, moved, x, LENGTHS, **known),
+            "step": step(params, state, x, LENGTHS, y, **known),
+            "natural": jf.natural_grad(log_prob, jf.exact_fisher(sequence), damping=0.1)(params, x, LENGTHS, y, **known),
+        }
+
+    assert "mean over the counts of 4" in repr(jf.implicit_fisher(sequence, batch_size=2)(params, x, LENGTHS, **known))
+    seen = evaluated(views, params, x, np.concatenate([x, x[:2]]), y)
+    for matrix in seen["exact"]:
+        assert_close(matrix, dense, factor=1e3)
+    assert_close(flat(seen["implicit"]), dense @ flat(v), factor=1e3)
+    assert_close(seen["kl hessian"], dense, factor=1e4)
+    matrix, trace = seen["padded"]
+    assert_close(matrix, dense, factor=1e3)
+    np.testing.assert_allclose(trace, np.trace(dense), rtol=1e-10)
+    over_sequences, over_tokens = seen["drawn"]
+    assert_close(over_tokens, over_sequences * len(LENGTHS) / TOKENS, factor=1e3)
+    p, q = (scipy.special.log_softmax(np.tanh(x @ each["w"]) @ each["v"], -1) for each in (params, moved))
+    kept = np.arange(4)[None] < LENGTHS[:, None]
+    divergence = np.sum(np.where(kept, np.sum(np.exp(p) * (p - q), -1), 0)) / TOKENS
+    assert_close(seen["kl"], divergence, factor=1e4)
+    new, _, loss = seen["step"]
+    loss_of = lambda params: jnp.sum(token_losses(params, x, y)) / TOKENS  # noqa: E731
+    plain, gradient = evaluated(jax.value_and_grad(loss_of), params)
+    assert_close(loss, plain)
+    expected = np.linalg.solve(dense + 0.1 * np.eye(len(dense)), flat(gradient))
     assert_close(flat(new), flat(params) - expected, factor=1e4)
-    log_prob = jf.log_likelihood(sequence)
-    natural = jf.natural_grad(log_prob, jf.exact_fisher(sequence), damping=0.1)(params, x, LENGTHS, y, **known)
-    assert_close(flat(natural), expected, factor=1e4)
+    assert_close(flat(seen["natural"]), expected, factor=1e4)
 
 
 def test_batches_with_other_numbers_of_tokens_are_merged_by_them():
@@ -234,12 +267,17 @@ def test_counts_that_are_none():
 
 def test_scores_carry_the_weights_of_means_over_terms():
     params, x, y = sequences(0.0)
-    log_prob = jf.log_likelihood(sequence)
-    S = jf.scores(log_prob)(params, x, LENGTHS, y, counts=LENGTHS)
-    rows = np.asarray(jf.scores(log_prob)(params, x, LENGTHS, y).as_matrix())
-    assert_close(S.as_matrix(), rows)
-    assert_close(flat(S.diagonal()), np.sum(rows**2, 0) / TOKENS, factor=1e3)
-    assert_close(jf.fisher_from_scores(S).as_matrix(), rows.T @ rows / TOKENS, factor=1e3)
+    scores = jf.scores(jf.log_likelihood(sequence))
+
+    def views(params, x, y):
+        S = scores(params, x, LENGTHS, y, counts=LENGTHS)
+        plain = scores(params, x, LENGTHS, y)
+        return plain.as_matrix(), S.as_matrix(), S.diagonal(), jf.fisher_from_scores(S).as_matrix()
+
+    rows, matrix, diagonal, fisher = evaluated(views, params, x, y)
+    assert_close(matrix, rows)
+    assert_close(flat(diagonal), np.sum(rows**2, 0) / TOKENS, factor=1e3)
+    assert_close(fisher, rows.T @ rows / TOKENS, factor=1e3)
 
 
 def test_what_is_refused():
