@@ -16,7 +16,7 @@ import oracle
 import pytest
 from jax.experimental import sparse
 from jax.flatten_util import ravel_pytree
-from programs.evaluate import evaluated
+from programs.evaluate import evaluated, traced
 
 import jaxfisher as jf
 from jaxfisher._distributions.beta import Beta
@@ -349,6 +349,13 @@ def test_density_divergence_and_fisher(row, library):
     assert np.max(np.abs(0.5 * expected) / error) > 5
 
 
+def types_of(row):
+    """The library's class that a row makes. Nothing is computed."""
+    seen = []
+    jax.eval_shape(lambda: seen.append(type(row.make(*as_arrays(row.params)))))
+    return seen
+
+
 def test_every_translated_family_is_tested():
     from jaxfisher._distributions import libraries
 
@@ -356,7 +363,7 @@ def test_every_translated_family_is_tested():
     for library, rows in LIBRARIES.items():
         if library in MISSING:
             continue
-        seen = {type(row.make(*as_arrays(row.params))).__name__ for row in rows}
+        seen = {kind.__name__ for row in rows for kind in types_of(row)}
         assert set(names[library]) - seen <= {"Independent", "ExpandedDistribution"}
 
 
@@ -377,10 +384,11 @@ def test_independent_is_our_batch(make):
     theirs, other = make(jnp.asarray(M), jnp.asarray(S)), make(jnp.asarray(M + 0.1), jnp.asarray(S))
     dist = as_distribution(theirs)
     shape = tuple(theirs.batch_shape) + tuple(theirs.event_shape)
-    x = jnp.linspace(-1.0, 1.0, int(np.prod(shape))).reshape(shape)
-    assert float(dist.log_prob(x).sum()) == pytest.approx(float(jnp.sum(theirs.log_prob(x))), rel=1e-14)
+    x = np.linspace(-1.0, 1.0, int(np.prod(shape))).reshape(shape)
+    ours, same, divergence = evaluated(lambda x: (dist.log_prob(x), theirs.log_prob(x), dist.kl(as_distribution(other))), x)
+    assert float(ours.sum()) == pytest.approx(float(same.sum()), rel=1e-14)
     expected = np.sum(np.square(0.1 / S) / 2) * np.prod(shape[:-1])
-    assert float(jnp.sum(dist.kl(as_distribution(other)))) == pytest.approx(float(expected), rel=1e-12)
+    assert float(divergence.sum()) == pytest.approx(float(expected), rel=1e-12)
     assert isinstance(dist, Normal)
     assert dist.batch_shape == shape
     np.testing.assert_allclose(dist.loc, np.broadcast_to(M, shape))
@@ -429,9 +437,9 @@ def test_exact_at_extreme_logits(library):
 @needs("numpyro")
 def test_traced_counts():
     """An integer leaf that is data: it is carried along, and has no tangent."""
-    counts = jnp.array([2, 5, 9])
-    logits = jnp.array([0.3, -0.2, 0.9])
-    probs = 1 / (1 + np.exp(-np.asarray(logits)))
+    counts = np.array([2, 5, 9])
+    logits = np.array([0.3, -0.2, 0.9])
+    probs = 1 / (1 + np.exp(-logits))
 
     def one(count, logit):
         def model(z):
@@ -464,8 +472,8 @@ def test_traced_counts():
 )
 def test_transformations(make):
     """vmap = a loop, jvp and vjp are transposes, B B^T = F = products, and two objects cost one trace."""
-    weights = jnp.array([0.7, -0.3])
-    inputs = jnp.array([[0.2, 1.0], [1.5, -0.4], [-0.6, 0.8]])
+    weights = np.array([0.7, -0.3])
+    inputs = np.array([[0.2, 1.0], [1.5, -0.4], [-0.6, 0.8]])
 
     def model(weights, x):
         return as_distribution(make(weights @ x, jnp.exp(0.3 * weights[0] * x[1])))
@@ -479,8 +487,8 @@ def test_transformations(make):
         (product,) = pullback(dist.fisher_mv(tangent))
         return columns.T @ columns, jacobian.T @ dist.fisher_matrix() @ jacobian, product
 
-    batched = jax.jit(jax.vmap(fisher, (None, 0)))(weights, inputs)
-    single = jax.jit(fisher)
+    batched = evaluated(jax.vmap(fisher, (None, 0)), weights, inputs)
+    single = traced(fisher)
     looped = [single(weights, x) for x in inputs]
     for many, each in zip(batched, zip(*looped, strict=True), strict=True):
         np.testing.assert_allclose(many, np.stack(each), rtol=1e-11, atol=1e-12)
@@ -489,20 +497,20 @@ def test_transformations(make):
 
     traces = []
 
-    @jax.jit
+    @traced
     def density(dist):
         traces.append(dist)
         return dist.log_prob(0.7)
 
-    first, second = model(weights, inputs[0]), model(weights, inputs[1])
-    for dist in (first, second):
-        assert density(dist) == pytest.approx(float(dist.log_prob(0.7)), rel=1e-13)
+    made, of_weights = traced(model), traced(jax.value_and_grad(lambda w, x: model(w, x).log_prob(0.7)))
+    for x in inputs[:2]:
+        assert density(made(weights, x)) == pytest.approx(float(of_weights(weights, x)[0]), rel=1e-13)
     assert len(traces) == 1
-    assert density(first) != density(second)
-    gradient = jax.grad(lambda w: model(w, inputs[0]).log_prob(0.7))(weights)
-    step = 1e-6 * jnp.array([1.0, 0.0])
-    difference = model(weights + step, inputs[0]).log_prob(0.7) - model(weights - step, inputs[0]).log_prob(0.7)
-    assert gradient[0] == pytest.approx(float(difference) / 2e-6, rel=1e-7)
+    assert density(made(weights, inputs[0])) != density(made(weights, inputs[1]))
+    _, gradient = of_weights(weights, inputs[0])
+    step = 1e-6 * np.array([1.0, 0.0])
+    (above, _), (below, _) = of_weights(weights + step, inputs[0]), of_weights(weights - step, inputs[0])
+    assert gradient[0] == pytest.approx(float(above - below) / 2e-6, rel=1e-7)
 
 
 @needs("tfp")
@@ -510,16 +518,19 @@ def test_batches_of_wrapped_ones_keep_their_axes(key):
     p = as_distribution(tfd.Gumbel(jnp.asarray(M), jnp.asarray(S)))
     q = as_distribution(tfd.Gumbel(jnp.asarray(M + 0.1), jnp.asarray(S)))
     assert (p.batch_shape, p.event_shape, p.event_ndim) == ((3,), (), 0)
-    assert p.log_prob(jnp.zeros(3)).shape == p.kl(q).shape == (3,)
-    assert p.sample(key, (4, 2)).shape == (4, 2, 3)
+    assert jax.eval_shape(lambda: (p.log_prob(jnp.zeros(3)), p.kl(q), p.sample(key, (4, 2)))) == (
+        *[jax.ShapeDtypeStruct((3,), np.float64)] * 2,
+        jax.ShapeDtypeStruct((4, 2, 3), np.float64),
+    )
     for wrong, seen in ((lambda: p.sample(0), "sample: `key` is 0"), (lambda: p.sample(key, 3), "sample: `shape` is 3")):
         with pytest.raises(TypeError, match=f"Foreign.{seen}"):
             wrong()
     with pytest.raises(TypeError, match=r"Foreign.log_prob: `x` is a sparse BCOO"):
         p.log_prob(sparse.BCOO.fromdense(jnp.zeros(3)))
-    np.testing.assert_allclose(p.mean, M + np.euler_gamma * S, rtol=1e-12)
-    single = jax.jit(jax.vmap(lambda m, s: as_distribution(tfd.Gumbel(m, s)).fisher_matrix()))(M, S)
-    joint = jax.jit(lambda p: p.fisher_matrix())(p).reshape(2, 3, 2, 3)
+    mean, joint = evaluated(lambda p: (p.mean, p.fisher_matrix()), p)
+    np.testing.assert_allclose(mean, M + np.euler_gamma * S, rtol=1e-12)
+    single = evaluated(jax.vmap(lambda m, s: as_distribution(tfd.Gumbel(m, s)).fisher_matrix()), M, S)
+    joint = joint.reshape(2, 3, 2, 3)
     for i in range(3):
         for j in range(3):
             expected = single[i] if i == j else np.zeros((2, 2))
@@ -531,7 +542,7 @@ def test_batches_of_wrapped_ones_keep_their_axes(key):
 def test_a_root_of_fields_in_very_different_units():
     """Rounding is judged after scaling: a field of scale 1e-12 beside one of scale 1 is not lost."""
     dist = as_distribution(tfd.Weibull(2.0, 1e12))
-    fisher = jax.jit(lambda dist: dist.fisher_matrix())(dist)
+    fisher = evaluated(lambda dist: dist.fisher_matrix(), dist)
     assert float(fisher[1, 1]) == pytest.approx(4e-24, rel=1e-12)  # (concentration / scale)^2
 
 
@@ -539,7 +550,8 @@ def test_a_root_of_fields_in_very_different_units():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_singular_and_saturated(dtype):
     """A one-hot categorical: the constant direction is exactly flat, and a saturated one is zero, not NaN."""
-    fisher = jax.jit(lambda z: as_distribution(tfd.OneHotCategorical(z)).fisher_matrix())
+    program = jax.jit if dtype == jnp.float32 else traced
+    fisher = program(lambda z: as_distribution(tfd.OneHotCategorical(z)).fisher_matrix())
     for logits in ([0.3, -1.0, 0.5], [1e4, -1e4, 0.0], [40.0, 0.0, -3.0]):
         z = jnp.array(logits, dtype)
         np.testing.assert_allclose(fisher(z), Categorical(z).fisher_matrix(), atol=10 * float(jnp.finfo(dtype).eps))
@@ -553,8 +565,9 @@ def test_a_sum_over_outcomes_at_the_ends_of_the_range(dtype):
     """Predictions far outside the cutpoints: outcomes of probability zero add nothing, and nothing is NaN."""
     cuts = jnp.array([-1.0, 0.5, 2.0], dtype)
     model = lambda theta: nd.OrderedLogistic(theta, cuts)  # noqa: E731
-    trace = jax.jit(lambda theta: jf.exact_fisher(model)(theta).trace())
-    divergence = jax.jit(jax.value_and_grad(lambda q, p: jf.kl(model)(p, q)))
+    program = jax.jit if dtype == jnp.float32 else traced
+    trace = program(lambda theta: jf.exact_fisher(model)(theta).trace())
+    divergence = program(jax.value_and_grad(lambda q, p: jf.kl(model)(p, q)))
     for theta in (0.3, -3.0, 20.0, 1e3, -1e4):
         theta = jnp.asarray(theta, dtype)
         edges = np.concatenate([[1.0], 1 / (1 + np.exp(np.clip(np.asarray(cuts, float) - float(theta), -700, 700))), [0.0]])
@@ -576,9 +589,10 @@ def test_independent_parts_of_a_wrapped_one_are_a_batch():
     assert (joint.batch_shape, joint.fisher_source) == ((3,), FOUR)
     model = lambda p, x: nd.OrderedLogistic(p["w"] * x, p["cuts"]).to_event(1)  # noqa: E731
     params = {"w": jnp.ones(()), "cuts": cuts}
-    parts = jf.exact_fisher(lambda p, x: nd.OrderedLogistic(p["w"] * x, p["cuts"]))(params, predictions)
-    whole = jf.exact_fisher(model)(params, predictions[None])
-    np.testing.assert_allclose(whole.as_matrix(), 3 * parts.as_matrix(), rtol=1e-12)
+    of_one = lambda p, x: nd.OrderedLogistic(p["w"] * x, p["cuts"])  # noqa: E731
+    parts = evaluated(lambda params, x: jf.exact_fisher(of_one)(params, x).as_matrix(), params, predictions)
+    whole = evaluated(lambda params, x: jf.exact_fisher(model)(params, x).as_matrix(), params, predictions[None])
+    np.testing.assert_allclose(whole, 3 * parts, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -591,7 +605,7 @@ def test_independent_parts_of_a_wrapped_one_are_a_batch():
 def test_a_moving_support_has_no_fisher(make):
     dist = as_distribution(make())
     assert dist.fisher_source == KL
-    assert np.all(np.isnan(jax.jit(lambda dist: dist.fisher_matrix())(dist)))
+    assert np.all(np.isnan(evaluated(lambda dist: dist.fisher_matrix(), dist)))
 
 
 @needs("distrax")
@@ -681,14 +695,15 @@ def test_a_subclass_is_not_taken_for_its_base():
     assert dist.log_prob(1.0) == pytest.approx(-0.5 * np.log(2 * np.pi))
 
 
-def loaded(code):
-    names = "('distrax', 'numpyro', 'tensorflow_probability')"
-    code += f"; import sys; print(sorted(name for name in {names} if name in sys.modules))"
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True).stdout
-
-
 def test_nothing_foreign_is_imported():
-    code = "import jaxfisher, jaxfisher._distributions.foreign as f; f.as_distribution(jaxfisher.Normal(0.0, 1.0))"
-    assert loaded(code) == "[]\n"
-    if "numpyro" not in MISSING:  # the check can fail
-        assert loaded(code + "; import numpyro") == "['numpyro']\n"
+    """In a process of its own; what is imported after ours is seen, so the check can fail."""
+    names = "('distrax', 'numpyro', 'tensorflow_probability')"
+    look = f"print(sorted(name for name in {names} if name in sys.modules))"
+    code = (
+        f"import sys, jaxfisher, jaxfisher._distributions.foreign as f; f.as_distribution(jaxfisher.Normal(0.0, 1.0)); {look}"
+    )
+    expected = "[]\n"
+    if "numpyro" not in MISSING:
+        code, expected = f"{code}; import numpyro; {look}", expected + "['numpyro']\n"
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == expected
