@@ -14,6 +14,8 @@ from models import compiled
 import jaxfisher as jf
 from jaxfisher import forecasts, statistics
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 RNG = np.random.default_rng(19)
 N = 60
 X = np.column_stack([np.ones(N), RNG.normal(size=N), RNG.uniform(-1, 1, N)])

@@ -16,6 +16,8 @@ import jaxfisher as jf
 from jaxfisher._operators.apart import factorised
 from jaxfisher._operators.averaging import arrays_of, with_arrays
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 F64 = np.finfo(np.float64).eps
 
 

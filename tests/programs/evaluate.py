@@ -77,9 +77,10 @@ def in_numpy():
 
 
 def _is_left_to_jax(jaxpr):
-    """A program of the one operation that would be asked of JAX for it."""
-    names = [equation.primitive.name for equation in jaxpr.eqns]
-    return len(names) == 1 and names[0] not in _KNOWN
+    """A program of the one operation that would be asked of JAX for it: one that is not known, or is on random keys."""
+    operations = [equation.primitive.name for equation in jaxpr.eqns]
+    on_keys = any(jnp.issubdtype(aval.dtype, jax.dtypes.extended) for aval in jaxpr.in_avals)
+    return len(operations) == 1 and (on_keys or operations[0] not in _KNOWN)
 
 
 def _as_traced(value, aval):
