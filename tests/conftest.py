@@ -1,5 +1,6 @@
 """What holds for every test: float64 available, no silent promotion, one fixed key, and compiling kept cheap."""
 
+import contextlib
 import gc
 import importlib.metadata
 import os
@@ -8,6 +9,7 @@ import pathlib
 # Nearly all the time of the suite is XLA compiling programs that run once. CI runs the suite both ways: set this to 0 for the
 # optimised programs that users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+OPTIMISED = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "0"
 # A program takes the older code generator, which JAX had until 0.10, half the time that it takes the newer one.
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) <= (0, 10):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
@@ -54,10 +56,13 @@ def forget_programs():
 
 @pytest.fixture
 def in_numpy():
-    """For tests of numbers, which are the same whoever computes them: nothing is compiled, see `programs.evaluate.in_numpy`."""
+    """For tests of numbers, which are the same whoever computes them: nothing is compiled, see `programs.evaluate.in_numpy`.
+
+    Where the optimised programs are tested, those of such tests are too.
+    """
     from programs.evaluate import in_numpy
 
-    with in_numpy():
+    with contextlib.nullcontext() if OPTIMISED else in_numpy():
         yield
 
 
