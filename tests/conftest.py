@@ -55,14 +55,16 @@ def forget_programs():
 
 
 @pytest.fixture
-def in_numpy():
+def in_numpy(request):
     """For tests of numbers, which are the same whoever computes them: nothing is compiled, see `programs.evaluate.in_numpy`.
 
-    Where the optimised programs are tested, those of such tests are too.
+    Where a whole module asks for it, tests of what compiled programs do opt out with `compiled`. Where the optimised programs
+    are tested, those of such tests are too.
     """
     from programs.evaluate import in_numpy
 
-    with contextlib.nullcontext() if OPTIMISED else in_numpy():
+    compiled = OPTIMISED or request.node.get_closest_marker("compiled")
+    with contextlib.nullcontext() if compiled else in_numpy():
         yield
 
 

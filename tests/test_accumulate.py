@@ -10,6 +10,8 @@ import pytest
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 SIZES = (7, 3, 7, 1)
 """Three sizes in four batches: each size is a compilation for each view."""
 BOUNDS = np.cumsum((0, *SIZES))
@@ -98,6 +100,7 @@ def test_a_stream_that_goes_on_has_the_same_bits():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.compiled
 def test_a_stream_of_a_hundred_batches_takes_the_memory_of_one_and_survives_a_kill(tmp_path):
     """What was saved after fifty batches goes on, in the place of what died at the seventieth."""
     size, count, lives, saved = 32, 100, [], tmp_path / "saved.npz"

@@ -11,6 +11,8 @@ from test_lean import equations
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 
 def log_prob(w, x, y):
     """A line with a Gaussian error, whose scores are the inputs times what it is off by."""
@@ -57,6 +59,7 @@ def spread(F):
     return jf.spread_solves(F, jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,)), "rows")
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize(("shape", "view", "share"), [("more rows", lambda F: F, 3e-6), ("fewer rows", spread, 3e-7)])
 def test_a_smaller_rtol_is_more_accurate(shape, view, share):
     F, matrix, vectors = problem(shape, 1e6)
@@ -67,6 +70,7 @@ def test_a_smaller_rtol_is_more_accurate(shape, view, share):
     assert all(info.converged for _, info in solved)
 
 
+@pytest.mark.compiled
 def test_rows_that_are_spread_need_a_damping_that_can_be_told():
     F, matrix, vectors = problem("fewer rows", 10.0)
     x, info = jf.solve_path(spread(F), vectors["anything"], jnp.array([0.0, 0.1, 1.0]))
@@ -95,6 +99,7 @@ KEPT = {  # what is made, how many times the Fisher is in it, and the prior
 }
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize(("made", "times", "prior"), KEPT.values(), ids=KEPT)
 def test_rows_stay_spread_in_sums_multiples_and_blocks(made, times, prior):
     F, matrix, vectors = problem("fewer rows", 10.0)

@@ -8,6 +8,8 @@ from problems import assert_close, classifier, data, flat, mlp_params
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 VIEWS = {
     "scores": lambda F: F,
     "dense": jf.dense,

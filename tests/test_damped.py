@@ -9,6 +9,8 @@ import pytest
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 N, WIDTHS = 24, (5, 8, 3)
 
 
@@ -138,6 +140,7 @@ def test_an_rtol_beside_a_damping_by_leaf_is_refused():
         jf.natural_grad(log_prob, damping=jax.tree.map(lambda _: 1e-3, params), rtol=1e-3)(params, x, y)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("shape", [(6, 9), (9, 4)])
 @pytest.mark.parametrize("scale", [1.0, 1e20, 1e-20])
 def test_rows_of_zeros_change_nothing_at_any_damping(shape, scale):

@@ -11,6 +11,8 @@ from others import library
 import jaxfisher as jf
 from jaxfisher._distributions.base import family
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 ZERO, QUOTIENT, HESSIAN, MEAN, SQUARE = range(5)
 """The checks, in the order of the table."""
 
@@ -155,6 +157,7 @@ def test_models_that_are_right_pass(name, key):
     assert verdict.checks[SQUARE].tolerance < 0.9
 
 
+@pytest.mark.compiled
 def test_the_quotient_is_that_of_the_closed_form(key):
     """One parameter has two unit directions, +-1/sqrt(rate), and KL(log r, log r + h) = r (e^h - 1 - h)."""
     rate = np.exp(0.4)

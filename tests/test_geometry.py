@@ -10,6 +10,8 @@ from models import HEADS, INPUTS, compiled, flat_function, linear_raw, mlp_param
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 EPS = float(np.finfo(float).eps)
 
 

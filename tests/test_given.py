@@ -19,6 +19,8 @@ from test_surface import is_ours
 import jaxfisher as jf
 from jaxfisher import design, geometry, statistics
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 N = 4
 PARAMS = {"level": 0.3, "slope": 0.2}
 X, Y = np.arange(4.0), np.array([1.0, 0.0, 3.0, 2.0])

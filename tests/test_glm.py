@@ -20,9 +20,12 @@ from models import compiled
 import jaxfisher as jf
 
 # These two links do not keep the mean in its domain for every predictor; on these data it stays there.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The (InversePower|Sqrt) link function does not respect:statsmodels.tools.sm_exceptions.DomainWarning"
-)
+pytestmark = [
+    pytest.mark.usefixtures("in_numpy"),
+    pytest.mark.filterwarnings(
+        "ignore:The (InversePower|Sqrt) link function does not respect:statsmodels.tools.sm_exceptions.DomainWarning"
+    ),
+]
 
 STEPS = 5
 FAMILIES, LINKS = sm.families, sm.families.links

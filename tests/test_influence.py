@@ -8,6 +8,8 @@ from problems import assert_close, classifier, data, loop_scores, mlp_params
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 LOG_PROB = jf.log_likelihood(classifier)
 DAMPING = 0.05
 

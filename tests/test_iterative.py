@@ -11,6 +11,8 @@ from problems import assert_close, classifier, flat, reference
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 
 def numbers(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape)
@@ -207,6 +209,7 @@ def test_a_path_of_dampings(name, shape):
     assert len(re.findall(r"custom_call @lapack_dsyevd", program)) == (name != "diagonal")
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("n", [4, 14])
 def test_what_underflows_of_a_path_is_no_solution(n):
     """The solution is 7e-39 along a direction that F does not see, which float32 cannot hold."""
@@ -325,7 +328,7 @@ def test_cg_stays_where_it_was_best(name):
 
     _, info = run(x, jnp.asarray(v))
     assert info.finite and not info.converged
-    assert np.linalg.norm(v[7:]) / np.linalg.norm(v) <= info.residual <= 1
+    assert (1 - 1e-13) * np.linalg.norm(v[7:]) / np.linalg.norm(v) <= info.residual <= 1
 
 
 def test_a_damping_is_a_finite_number():

@@ -9,6 +9,8 @@ from problems import flat
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 RNG = np.random.default_rng(7)
 
 

@@ -10,6 +10,8 @@ from problems import mean_loss as nll
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 # --- batch normalisation in training mode ------------------------------------------------------------------------------------
 
 

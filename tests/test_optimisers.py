@@ -78,6 +78,7 @@ def test_every_optimiser_of_optax_runs(name):
     assert value.shape == ()
 
 
+@pytest.mark.usefixtures("in_numpy")
 @pytest.mark.parametrize(
     "name", ["optax.lbfgs", "optax.contrib.sam, opaque", "optax.contrib.sophia", "jf.natural_gradient and a line search"]
 )
@@ -90,6 +91,7 @@ def test_those_that_evaluate_the_loss_lower_it(name):
     assert loss(params, x, y) < start
 
 
+@pytest.mark.usefixtures("in_numpy")
 def test_lbfgs_is_the_one_written_by_hand():
     params, x, y, _, _ = reference()
     opt = optax.lbfgs()

@@ -8,6 +8,8 @@ import pytest
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 RADIUS = 0.02
 
 

@@ -12,6 +12,8 @@ from problems import assert_close, classifier, data, loop_scores, mlp_params
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 LOG_PROB = jf.log_likelihood(classifier)
 N, MAX_NORM = 7, 1.65
 
@@ -94,6 +96,7 @@ def test_rows_of_any_scale_in_float32(scale):
         assert int(found.num_clipped) == np.sum(np.linalg.norm(rows, axis=1) > max_norm)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("large", [1e25, 1e30, 1e38])
 def test_a_huge_row_keeps_no_other_from_being_clipped(large):
     """The bound holds for every row by itself: what is small beside the largest row may be large beside the bound."""

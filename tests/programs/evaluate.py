@@ -13,7 +13,7 @@ import scipy.special
 from jax._src import pjit
 from jax.extend.core import Literal
 
-from programs import places
+from programs import bits, places
 
 
 def evaluate(closed, *arguments):
@@ -79,8 +79,11 @@ def in_numpy():
 def _is_left_to_jax(jaxpr):
     """A program of the one operation that would be asked of JAX for it: one that is not known, or is on random keys."""
     operations = [equation.primitive.name for equation in jaxpr.eqns]
-    on_keys = any(jnp.issubdtype(aval.dtype, jax.dtypes.extended) for aval in jaxpr.in_avals)
-    return len(operations) == 1 and (on_keys or operations[0] not in _KNOWN)
+    return len(operations) == 1 and (operations[0] not in _KNOWN or any(map(_is_key, (*jaxpr.in_avals, *jaxpr.out_avals))))
+
+
+def _is_key(value):
+    return jnp.issubdtype(getattr(value, "dtype", float), jax.dtypes.extended)
 
 
 def _as_traced(value, aval):
@@ -96,8 +99,8 @@ def _as_jax(value, aval):
 
 
 def _array(value):
-    """As NumPy's; a random key has no counterpart there and stays as it is."""
-    return value if jnp.issubdtype(getattr(value, "dtype", float), jax.dtypes.extended) else np.asarray(value)
+    """As NumPy's; a random key stays as it is."""
+    return value if _is_key(value) else np.asarray(value)
 
 
 def _run(jaxpr, consts, arguments):
@@ -121,6 +124,8 @@ def _apply(equation, operands):
         return _scan(equation, operands, **params)
     if name in _CALLS:
         return _CALLS[name](operands, **params)
+    if name in _TRACED_AGAIN:
+        return evaluate(jax.make_jaxpr(lambda *given: equation.primitive.impl(*given, **params))(*operands), *operands)
     if name not in _OPERATIONS or any(isinstance(operand, jax.Array) for operand in operands):
         return _by_jax(equation, operands)
     (out,) = equation.outvars
@@ -157,7 +162,7 @@ def _while(operands, *, cond_jaxpr, cond_nconsts, body_jaxpr, body_nconsts):
     while np.any(going):
         made = _call([*body, *carry], jaxpr=body_jaxpr)
         # Under `vmap` the examples that are done wait for the others.
-        carry = [np.where(_along(going, new), new, old) for new, old in zip(made, carry, strict=True)]
+        carry = [np.where(_along(going, new), new, old) for new, old in zip(made, carry, strict=True)] if going.ndim else made
         (going,) = _call([*cond, *carry], jaxpr=cond_jaxpr)
     return carry
 
@@ -204,6 +209,10 @@ _CALLS = {
     "sort": places.sort,
     "split": lambda operands, *, sizes, axis: np.split(operands[0], np.cumsum(sizes)[:-1], axis),
 }
+
+
+_TRACED_AGAIN = {"linear_solve"}
+"""Primitives of other libraries that are programs of JAX."""
 
 
 # Operations.
@@ -383,6 +392,10 @@ _OPERATIONS = {
     "integer_pow": lambda x, *, y: x ** np.asarray(y, x.dtype) if y >= 0 else 1 / x ** np.asarray(-y, x.dtype),
     "erf": _special(scipy.special.erf),
     "erfc": _special(scipy.special.erfc),
+    "erf_inv": _special(scipy.special.erfinv),
+    "reduce_precision": bits.reduce_precision,
+    "bitcast_convert_type": bits.bitcast,
+    "shift_right_logical": bits.shift_right_logical,
     "lgamma": _special(scipy.special.gammaln),
     "digamma": _special(scipy.special.digamma),
     "complex": lambda a, b: a + 1j * b,
@@ -428,4 +441,4 @@ _OPERATIONS = {
     "cumlogsumexp": _cumulative(np.logaddexp),
 }
 """What NumPy does. Any other operation is JAX's, and only slower."""
-_KNOWN = frozenset({"scan", *_CALLS, *_OPERATIONS})
+_KNOWN = frozenset({"scan", *_CALLS, *_TRACED_AGAIN, *_OPERATIONS})
