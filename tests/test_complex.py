@@ -10,6 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from models import compiled
 from problems import assert_close
+from programs.evaluate import traced
 
 import jaxfisher as jf
 
@@ -84,7 +85,7 @@ def derivatives(name):
         value = log_psi(whole(flat, params), spins)
         return jnp.stack([jnp.real(value), jnp.imag(value)])
 
-    made = np.asarray(compiled(jax.vmap(jax.jacfwd(both), (None, 0)))(jnp.asarray(parts(params)), SPINS))
+    made = np.asarray(traced(jax.vmap(jax.jacfwd(both), (None, 0)))(jnp.asarray(parts(params)), SPINS))
     return made[:, 0] + 1j * made[:, 1]
 
 
@@ -142,7 +143,7 @@ def test_scores_are_those_of_real_and_imaginary_parts(name, batch_size):
         "moment": tensor(name),
     }
     held = set(expected) if batch_size is None else {"gram", "rmv", "diagonal"}
-    for key, value in compiled(lambda: {name: x for name, x in found().items() if name in held})().items():
+    for key, value in traced(lambda: {name: x for name, x in found().items() if name in held})().items():
         value = parts(value) if key in ("rmv", "diagonal") else value
         assert_close(value, expected[key], factor=100)
 
@@ -164,7 +165,7 @@ def test_an_operator_solves_for_complex_vectors():
             "LSMR": jf.LSMR().least_squares(F.form.scores, e, DAMPING)[0],
         }, F.quadratic(v)
 
-    made, quadratic = compiled(found)(params, v)
+    made, quadratic = traced(found)(params, v)
     solution = np.linalg.solve(damped, flat)
     rows = interleaved(centred("mixed", OMEGA))
     expected = {"mv": S @ flat, "diagonal": flat / np.diag(damped)} | dict.fromkeys(("solve", "by leaf", "dense"), solution)
@@ -190,7 +191,7 @@ def test_the_gradient_of_the_energy_is_the_dense_sum(batch_size):
         log_psi, params = CASES["mixed"]
         return gradient, jf.energy_gradient(log_psi, batch_size=batch_size)(params, SPINS, ENERGIES, weights=WEIGHTS)
 
-    plain, weighted = compiled(found)()
+    plain, weighted = traced(found)()
     for name, (_, params) in CASES.items():
         assert jax.tree.map(jnp.result_type, plain[name]) == jax.tree.map(jnp.result_type, params)
         assert_close(parts(plain[name]), energies_of(np.full(N, 1 / N), name))
@@ -218,8 +219,8 @@ def test_over_all_configurations_it_is_the_gradient_of_the_energy_itself():
         psi = jnp.exp(jax.vmap(mixed, (None, 0))(params, STATES))
         return jf.energy_gradient(mixed)(params, STATES, (H @ psi) / psi, weights=jnp.square(jnp.abs(psi)))
 
-    expected = compiled(jax.grad(energy))(jnp.asarray(parts(MIXED)))
-    assert_close(parts(compiled(found)(MIXED)), expected, factor=1e4)
+    expected = traced(jax.grad(energy))(jnp.asarray(parts(MIXED)))
+    assert_close(parts(traced(found)(MIXED)), expected, factor=1e4)
 
 
 def test_for_a_holomorphic_amplitude_it_is_the_complex_solve():
@@ -234,7 +235,7 @@ def test_for_a_holomorphic_amplitude_it_is_the_complex_solve():
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
         tangents = jax.vmap(ravel_pytree(params)[1])(jnp.eye(count, dtype=complex))
         along = lambda t: jax.jvp(lambda p: jax.vmap(log_psi, (None, 0))(p, SPINS), (params,), (t,))[1]  # noqa: E731
-        rows = np.asarray(compiled(jax.vmap(along))(tangents)).T
+        rows = np.asarray(traced(jax.vmap(along))(tangents)).T
         rows, energies = rows - OMEGA @ rows, np.asarray(ENERGIES)
         force = 2 * np.conj(rows).T @ (OMEGA * (energies - OMEGA @ energies))
         return np.linalg.solve(np.conj(rows).T @ (OMEGA[:, None] * rows) + DAMPING * np.eye(count), force)
@@ -242,7 +243,7 @@ def test_for_a_holomorphic_amplitude_it_is_the_complex_solve():
     def conjugated(params, spins):
         return holomorphic(params, spins) + jnp.conj(jnp.sum(params["w"] * params["w"] * spins.astype(complex)[:, None]))
 
-    ours, other = compiled(lambda params: (solved(holomorphic, params), solved(conjugated, params)))(WAVE)
+    ours, other = traced(lambda params: (solved(holomorphic, params), solved(conjugated, params)))(WAVE)
     apart = [np.asarray(ravel_pytree(x)[0]) - by_half(f, WAVE) for x, f in ((ours, holomorphic), (other, conjugated))]
     size = np.max(np.abs(by_half(holomorphic, WAVE)))
     assert np.max(np.abs(apart[0])) < 1e4 * np.finfo(float).eps * size
@@ -265,7 +266,7 @@ def test_optimisers_take_complex_gradients():
             made.append(updates)
         return made, part.update(gradients[0], part.init(params), params, fisher=F)[0]
 
-    made, masked = compiled(run)(params)
+    made, masked = traced(run)(params)
     assert jax.tree.map(jnp.result_type, made[1]) == jax.tree.map(jnp.result_type, params)
     S, last = tensor("mixed"), np.zeros(len(parts(params)))
     damped = S + DAMPING * np.eye(len(S))
@@ -304,7 +305,7 @@ def test_models_of_complex_parameters():
         )
         return made, (F.trace(), jf.block_diagonal(F).logdet(DAMPING), jf.kl(model)(params, params, inputs), *traces)
 
-    (ours, traces), (theirs, others) = compiled(lambda: (found(model, params), found(of_real, real)))()
+    (ours, traces), (theirs, others) = traced(lambda: (found(model, params), found(of_real, real)))()
     for mine, other in zip(ours, theirs, strict=True):
         for name in params:
             assert_close(mine[name].real, other[name]["real"], factor=1e5)
@@ -336,7 +337,7 @@ def test_clipped_sums_are_those_of_the_real_numbers():
     """A sum of steepest ascents of one example, each no longer than the bound, as complex numbers."""
     log_prob = lambda params, spins: 2 * holomorphic(params, spins).real  # noqa: E731
     bound = 8.0
-    ascents = jax.tree.map(jnp.conj, compiled(lambda: jax.vmap(jax.grad(log_prob), (None, 0))(WAVE, SPINS))())
+    ascents = jax.tree.map(jnp.conj, traced(lambda: jax.vmap(jax.grad(log_prob), (None, 0))(WAVE, SPINS))())
     lengths = np.sqrt(sum(np.sum(np.abs(np.asarray(leaf)).reshape(N, -1) ** 2, 1) for leaf in jax.tree.leaves(ascents)))
     assert np.min(lengths) < bound < np.max(lengths)
     found = compiled(lambda: jf.clipped_grad(log_prob, bound)(WAVE, SPINS))().sum

@@ -9,6 +9,7 @@ import optax
 import pytest
 from models import compiled
 from problems import assert_close, flat
+from programs.evaluate import evaluated, traced
 
 import jaxfisher as jf
 
@@ -30,7 +31,7 @@ def log_psi(params, spins):
 def rows(count=N):
     """Centred scores times the roots of the weights, and the weights."""
     omega = np.asarray(WEIGHTS[:count] / jnp.sum(WEIGHTS[:count]))
-    plain = compiled(jax.vmap(jax.grad(log_psi), (None, 0)))(PARAMS, SPINS[:count])
+    plain = traced(jax.vmap(jax.grad(log_psi), (None, 0)))(PARAMS, SPINS[:count])
     plain = np.concatenate([np.asarray(leaf).reshape(count, -1) for leaf in jax.tree.leaves(plain)], 1)
     return np.sqrt(omega)[:, None] * (plain - omega @ plain), omega
 
@@ -52,7 +53,7 @@ def test_an_operator_of_scores_is_the_one_that_its_function_makes():
         return made
 
     x, _ = rows()
-    made = compiled(make)()
+    made = traced(make)()
     for matrix in made["centred"]:
         assert_close(matrix, x.T @ x)
     for matrix in made["not"]:
@@ -70,7 +71,7 @@ def test_an_operator_of_weighted_scores_knows_how_many_observations_it_is_over()
         expected = jf.empirical_fisher(log_prob)(0.0, x, weights=given)
         variance = 1 / (total * np.average(x**2, weights=given))
         for options in ({}, {"batch_size": 2}):
-            made = jax.jit(jf.scores(log_prob, **options))(0.0, x, weights=given)
+            made = evaluated(lambda x, w, options=options: jf.scores(log_prob, **options)(0.0, x, weights=w), x, given)
             fisher = jf.fisher_from_scores(made)
             assert str(fisher.provenance) == str(expected.provenance).replace("empirical", "scores")
             np.testing.assert_allclose(float(jf.covariance(fisher).as_matrix()[0, 0]), variance, rtol=1e-5)
@@ -102,7 +103,7 @@ def test_spring_and_a_trust_region_on_centred_scores():
         last = mu * last + x.T @ np.linalg.solve(x @ x.T + DAMPING * np.eye(N), e - mu * x @ last)
         expected.append(last)
     for batch_size in (None, 5):
-        path, step, moved = compiled(functools.partial(make, batch_size))()
+        path, step, moved = traced(functools.partial(make, batch_size))()
         for update, vector in zip(path, expected, strict=True):
             assert_close(flat(update), vector, factor=1e4)
         assert_close(moved, radius, factor=1e4)
@@ -138,10 +139,10 @@ def test_dampings_and_solvers():
             "least squares": damped,
             "iterations": damped,
         }
-        made, natural = compiled(functools.partial(make, count))()
+        made, natural = traced(functools.partial(make, count))()
         for name, solution in made.items():
             assert_close(flat(solution), np.linalg.solve(expected[name], v), factor=1e6)
-        plain = compiled(jax.vmap(jax.grad(log_psi), (None, 0)))(PARAMS, SPINS[:count])
+        plain = traced(jax.vmap(jax.grad(log_psi), (None, 0)))(PARAMS, SPINS[:count])
         mean = np.concatenate([omega @ np.asarray(leaf).reshape(count, -1) for leaf in jax.tree.leaves(plain)])
         assert_close(flat(natural), np.linalg.solve(damped, -mean), factor=1e4)
 
@@ -156,7 +157,7 @@ def test_a_mean_that_dominates_costs_no_digits_in_float32():
 
     v = {name: jnp.ones(shape, jnp.float32) for name, shape in SHAPES.items()}
     solve = lambda params: jf.empirical_fisher(far, center=True)(params, spins).solve(v, 0.1)  # noqa: E731
-    plain = compiled(jax.vmap(jax.grad(far), (None, 0)))(PARAMS, SPINS + 1e4)
+    plain = traced(jax.vmap(jax.grad(far), (None, 0)))(PARAMS, SPINS + 1e4)
     plain = np.concatenate([np.asarray(leaf).reshape(N, -1) for leaf in jax.tree.leaves(plain)], 1)
     plain = plain - plain.mean(0)
     expected = np.linalg.solve(plain.T @ plain / N + 0.1 * np.eye(34), np.ones(34))
@@ -174,7 +175,7 @@ def test_views_other_than_kronecker_are_those_of_the_matrix():
         views = [jf.dense(fisher), jf.block_diagonal(fisher), jf.diagonal(fisher), jf.low_rank(fisher, 4)]
         return [view.as_matrix() for view in views], jf.eigen_kronecker(fisher, jf.kronecker(uncentred)).trace()
 
-    (dense, blocks, diagonal, low), trace = compiled(make)()
+    (dense, blocks, diagonal, low), trace = traced(make)()
     assert_close(dense, matrix)
     groups = np.repeat(np.arange(3), [np.prod(shape) for shape in SHAPES.values()])
     assert_close(blocks, np.where(groups[:, None] == groups[None, :], matrix, 0))
