@@ -9,19 +9,20 @@ import numpy as np
 import pytest
 from others import library
 from problems import assert_close, flat
+from programs.evaluate import evaluated, traced
 
 import jaxfisher as jf
 
 N, INPUTS, HIDDEN = 5, 3, 4
 RNG = np.random.default_rng(0)
 PARAMS = {
-    "w": jnp.asarray(RNG.standard_normal((INPUTS, HIDDEN))),
-    "label": jnp.asarray(RNG.standard_normal((HIDDEN, 3))),
-    "box": jnp.asarray(RNG.standard_normal((HIDDEN, 2))),
-    "count": jnp.asarray(0.3 * RNG.standard_normal(HIDDEN)),
-    "scale": jnp.asarray(np.float64(0.3)),
+    "w": RNG.standard_normal((INPUTS, HIDDEN)),
+    "label": RNG.standard_normal((HIDDEN, 3)),
+    "box": RNG.standard_normal((HIDDEN, 2)),
+    "count": 0.3 * RNG.standard_normal(HIDDEN),
+    "scale": np.float64(0.3),
 }
-X = jnp.asarray(RNG.standard_normal((N, INPUTS)))
+X = RNG.standard_normal((N, INPUTS))
 ONES = jax.tree.map(lambda leaf: np.cos(np.arange(leaf.size, dtype=float)).reshape(leaf.shape), PARAMS)
 
 
@@ -43,9 +44,10 @@ def model(params, x):
 
 @functools.cache
 def targets():
-    draw = jax.jit(jax.vmap(lambda x, key: jf.Joint(model(PARAMS, x)).sample(key)))
-    drawn = draw(X, jax.random.split(jax.random.key(0), N))
-    return drawn, {"label": drawn["label"], "box": drawn["rest"][0], "count": drawn["rest"][1]}
+    """Targets in the model's container, and by the names of its heads."""
+    rng = np.random.default_rng(1)
+    parts = {"label": rng.integers(0, 3, N), "box": rng.standard_normal((N, 2)), "count": rng.poisson(1.0, N)}
+    return {"label": parts["label"], "rest": (parts["box"], parts["count"])}, parts
 
 
 def joint_scores(y):
@@ -57,11 +59,11 @@ def joint_scores(y):
         normal = -0.5 * jnp.sum(jnp.square((box - h @ p["box"]) / jnp.exp(p["scale"]))) - 2 * p["scale"]
         return jax.nn.log_softmax(h @ p["label"])[label] + normal + count.astype(float) * rate - jnp.exp(rate)
 
-    gradient = jax.jit(jax.grad(log_prob))
-    return np.stack([flat(gradient(PARAMS, X[i], y["label"][i], y["box"][i], y["count"][i])) for i in range(N)])
+    gradients = evaluated(jax.vmap(jax.grad(log_prob), (None, 0, 0, 0, 0)), PARAMS, X, y["label"], y["box"], y["count"])
+    return np.concatenate([leaf.reshape(N, -1) for leaf in jax.tree.leaves(gradients)], 1)
 
 
-@jax.jit
+@traced
 def fields_and_jacobians(params, x):
     """The fields of the three heads at one input, and their derivatives."""
 
@@ -93,13 +95,23 @@ def dense_fisher():
 def test_fishers_of_several_heads_are_the_dense_sum():
     """Exact, in products, in pieces, as a Hessian of the KL, and at the data."""
     dense, (y, parts) = dense_fisher(), targets()
-    assert_close(jf.exact_fisher(model)(PARAMS, X).as_matrix(), dense, factor=1e3)
-    assert_close(jf.exact_fisher(model, batch_size=2)(PARAMS, X).as_matrix(), dense, factor=1e3)
-    assert_close(flat(jf.implicit_fisher(model)(PARAMS, X).mv(ONES)), dense @ flat(ONES), factor=1e3)
-    assert_close(jf.kl_hessian(model)(PARAMS, X).as_matrix(), dense, factor=1e4)
-    rows = joint_scores(parts)
-    assert_close(jf.empirical_fisher(jf.log_likelihood(model))(PARAMS, X, y).as_matrix(), rows.T @ rows / N, factor=1e3)
-    assert jf.exact_fisher(model)(PARAMS, X).form.scores.num_rows == N * (3 + 4 + 1), "the rows of the heads, side by side"
+
+    def fishers(params, x, y):
+        made = jf.exact_fisher(model)(params, x)
+        assert made.form.scores.num_rows == N * (3 + 4 + 1), "the rows of the heads, side by side"
+        return {
+            "held": made.as_matrix(),
+            "in pieces": jf.exact_fisher(model, batch_size=2)(params, x).as_matrix(),
+            "Hessian": jf.kl_hessian(model)(params, x).as_matrix(),
+            "product": jf.implicit_fisher(model)(params, x).mv(ONES),
+            "at the data": jf.empirical_fisher(jf.log_likelihood(model))(params, x, y).as_matrix(),
+        }
+
+    found, rows = evaluated(fishers, PARAMS, X, y), joint_scores(parts)
+    for name, factor in (("held", 1e3), ("in pieces", 1e3), ("Hessian", 1e4)):
+        assert_close(found[name], dense, factor=factor)
+    assert_close(flat(found["product"]), dense @ flat(ONES), factor=1e3)
+    assert_close(found["at the data"], rows.T @ rows / N, factor=1e3)
 
 
 def test_draws_of_several_heads_give_the_fisher():
@@ -111,11 +123,16 @@ def test_draws_of_several_heads_give_the_fisher():
 
 def test_every_view_and_a_step_of_kfac():
     """A view is that of the sum; a step runs, jitted, and lowers the loss."""
-    F, y = jf.exact_fisher(model)(PARAMS, X), targets()[0]
+    y, parts = targets()
     dense = dense_fisher()
-    assert_close(flat(jf.diagonal(F).diagonal()), np.diag(dense), factor=1e3)
-    views = jf.block_diagonal, jf.kronecker, jf.eigen_kronecker, jf.kronecker_reduce
-    traces = jax.jit(lambda F: [view(F).trace() for view in views])(F)
+
+    def views(params, x):
+        F = jf.exact_fisher(model)(params, x)
+        made = jf.block_diagonal, jf.kronecker, jf.eigen_kronecker, jf.kronecker_reduce
+        return jf.diagonal(F).diagonal(), jnp.stack([view(F).trace() for view in made])
+
+    diagonal, traces = evaluated(views, PARAMS, X)
+    assert_close(flat(diagonal), np.diag(dense), factor=1e3)
     np.testing.assert_allclose(traces, np.full(4, np.trace(dense)), rtol=1e-10)
     step = jf.training_step(model, jf.kfac())
     state, step, params, losses = step.init(PARAMS, X, y), jax.jit(step), PARAMS, []
@@ -123,7 +140,7 @@ def test_every_view_and_a_step_of_kfac():
         params, state, loss = step(params, state, X, y)
         losses.append(float(loss))
     by_hand = [
-        -sum(float(head(PARAMS, x).log_prob(value).sum()) for x, value in zip(X, targets()[1][name], strict=True)) / N
+        -np.sum(evaluated(jax.vmap(lambda x, y, head=head: jnp.sum(head(PARAMS, x).log_prob(y))), X, parts[name])) / N
         for name, head in HEADS.items()
     ]
     np.testing.assert_allclose(losses[0], sum(by_hand), rtol=1e-12)
@@ -131,14 +148,18 @@ def test_every_view_and_a_step_of_kfac():
 
 
 def test_what_a_joint_says_is_the_sum_of_its_parts():
-    p, q = (jf.Joint(model(PARAMS, x)) for x in X[:2])
+    p, q = (evaluated(lambda x: jf.Joint(model(PARAMS, x)), x) for x in X[:2])
     parts = [jax.tree.leaves(d.parts, is_leaf=lambda leaf: isinstance(leaf, jf.Distribution)) for d in (p, q)]
-    assert_close(p.kl(q), sum(np.sum(a.kl(b)) for a, b in zip(*parts, strict=True)))
-    assert_close(jf.kl_divergence(p.parts, q.parts), p.kl(q))
+    whole, same, each = evaluated(
+        lambda: (p.kl(q), jf.kl_divergence(p.parts, q.parts), [a.kl(b) for a, b in zip(*parts, strict=True)])
+    )
+    assert_close(whole, sum(map(np.sum, each)))
+    assert_close(same, whole)
     assert p.batch_shape == () and p.event_shape == {"label": (), "rest": ((2,), ())}
     assert_close(p.mean["rest"][0], parts[0][1].mean)
     pair = jf.Joint([parts[0][0], parts[0][1]])
-    assert_close(pair.entropy(), sum(np.sum(part.entropy()) for part in parts[0][:2]))
+    whole, each = evaluated(lambda: (pair.entropy(), [part.entropy() for part in parts[0][:2]]))
+    assert_close(whole, sum(map(np.sum, each)))
     batch = jf.Joint([jf.Normal(jnp.zeros((4, 2)), 1.0), jf.Categorical(logits=jnp.zeros((4, 3)))])
     assert batch.batch_shape == (4,) and batch.event_shape == [(2,), ()] and batch.entropy().shape == (4,)
 
@@ -151,24 +172,25 @@ def test_a_head_may_be_masked():
         logits = jnp.where(jnp.arange(2)[:, None] < length, logits, jnp.nan)
         return jf.Masked(jf.Categorical(logits=logits), jnp.arange(2) < length), HEADS["count"](params, x)
 
-    params, lengths = {"w": PARAMS["w"], "count": PARAMS["count"]}, jnp.array([2, 1, 1, 2, 1])
-    made = jf.exact_fisher(ragged)(params, X, lengths)
-    alone = [jf.exact_fisher(lambda p, x, n, i=i: ragged(p, x, n)[i])(params, X, lengths) for i in (0, 1)]
-    assert np.all(np.isfinite(made.as_matrix())) and float(made.trace()) > 0
-    assert_close(made.as_matrix(), sum(np.asarray(F.as_matrix()) for F in alone), factor=1e3)
+    params, lengths = {"w": PARAMS["w"], "count": PARAMS["count"]}, np.array([2, 1, 1, 2, 1])
+    models = [ragged, *(lambda p, x, n, i=i: ragged(p, x, n)[i] for i in (0, 1))]
+    made, *alone = evaluated(
+        lambda p, x, n: [jf.exact_fisher(model)(p, x, n).as_matrix() for model in models], params, X, lengths
+    )
+    assert np.all(np.isfinite(made)) and np.trace(made) > 0
+    assert_close(made, sum(alone), factor=1e3)
 
 
 def test_any_container_and_distributions_of_other_libraries():
     pair = collections.namedtuple("pair", ["number", "flag"])
     numpyro = library("numpyro.distributions")
     outputs = lambda w, x: pair(numpyro.Normal(w * x, 2.0), numpyro.OrderedLogistic(w * x, jnp.array([-1.0, 1.0])))  # noqa: E731
-    x = jnp.array([0.5, -1.0])
-    found = jf.exact_fisher(outputs)(0.3, x)
-    alone = [jf.exact_fisher(lambda w, x, i=i: outputs(w, x)[i])(0.3, x) for i in (0, 1)]
-    assert_close(found.as_matrix(), sum(np.asarray(F.as_matrix()) for F in alone), eps=1e-12)
-    assert "sum over 3 outcomes" in repr(found)
-    y = pair(jnp.array([0.1, 0.2]), jnp.array([1, 2]))
-    assert np.isfinite(-jf.log_likelihood(outputs)(0.3, 0.5, jax.tree.map(lambda leaf: leaf[0], y)))
+    w, x = np.float64(0.3), np.array([0.5, -1.0])
+    models = [outputs, *(lambda w, x, i=i: outputs(w, x)[i] for i in (0, 1))]
+    found, *alone = evaluated(lambda w, x: [jf.exact_fisher(model)(w, x).as_matrix() for model in models], w, x)
+    assert_close(found, sum(alone), eps=1e-12)
+    assert "sum over 3 outcomes" in repr(jax.eval_shape(jf.exact_fisher(outputs), w, x))
+    assert np.isfinite(evaluated(jf.log_likelihood(outputs), w, x[0], pair(np.float64(0.1), np.int64(1))))
 
 
 @pytest.mark.parametrize(
