@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 from problems import N, assert_close, classifier, data, flat, loop_scores, mlp_params, reference
+from programs.evaluate import evaluated, traced
 
 import jaxfisher as jf
 
@@ -22,7 +23,7 @@ def test_every_quantity_equals_the_loop(batch_size, key):
     w = jnp.linspace(-1.0, 2.0, N)
     omega = np.asarray(weights) / np.sum(weights)
 
-    @jax.jit
+    @traced
     def everything(params, x, y, weights):
         made = jf.scores(LOG_PROB, batch_size=batch_size)(params, x, y, weights=weights)
         return (
@@ -87,7 +88,7 @@ def test_products_with_other_rows_and_with_many_vectors(log_prob):
     weights = jnp.array([1.0, 0.0, 2.0, 1.0, 1.0, 3.0])
     flat_vectors = np.stack([flat(jax.tree.map(lambda leaf, k=k: leaf[k], vectors)) for k in range(4)])
 
-    @jax.jit
+    @traced
     def everything():
         made = {way: jf.scores(log_prob, **given)(params, *mine, weights=weights) for way, given in WAYS.items()}
         other = {way: jf.scores(log_prob, **given)(params, *theirs) for way, given in WAYS.items()}
@@ -110,11 +111,16 @@ def test_products_with_other_rows_and_with_many_vectors(log_prob):
 def test_centred_scores_give_the_covariance(batch_size):
     params, x, y, weights, rows = reference()
     made = jf.scores(LOG_PROB, center=True, batch_size=batch_size)
-    mean = rows.mean(0)
-    assert_close(made(params, x, y).as_matrix(), rows - mean)
-    assert_close(made(params, x, y).second_moment(), np.cov(rows.T, bias=True))
+
+    def views(params, x, y, weights):
+        plain = made(params, x, y)
+        return plain.as_matrix(), plain.second_moment(), made(params, x, y, weights=weights).second_moment()
+
+    matrix, moment, weighted = evaluated(views, params, x, y, weights)
+    assert_close(matrix, rows - rows.mean(0))
+    assert_close(moment, np.cov(rows.T, bias=True))
     omega = np.asarray(weights) / np.sum(weights)
-    assert_close(made(params, x, y, weights=weights).second_moment(), np.cov(rows.T, aweights=omega, ddof=0), factor=1e3)
+    assert_close(weighted, np.cov(rows.T, aweights=omega, ddof=0), factor=1e3)
 
 
 def test_padding_may_hold_anything():

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from models import compiled
 from problems import assert_close, flat
+from programs.evaluate import traced
 
 import jaxfisher as jf
 
@@ -118,7 +118,7 @@ def fisher_of(case, fisher=jf.exact_fisher, **options):
 def term_of(case):
     """The same by its definition, in NumPy, from Jacobians of the mean."""
     mean, seed, n, scale = CASES[case]
-    rows = rows_of(compiled(jax.vmap(jax.jacfwd(mean), (None, 0)))(PARAMS, numbers(seed, n, 3)), 2)
+    rows = rows_of(traced(jax.vmap(jax.jacfwd(mean), (None, 0)))(PARAMS, numbers(seed, n, 3)), 2)
     rows = rows / scales(rows.shape[1], scale)[None, :, None]
     return Term(np.einsum("nip,niq->pq", rows, rows) / n, LAYERS[mean], mean is stacked)
 
@@ -133,7 +133,7 @@ OBSERVED = numbers(20, 5, 3), numbers(21, 5, 4)
 
 def centred_term():
     """The covariance of the scores of a layer."""
-    rows = rows_of(compiled(jax.vmap(jax.grad(LOG_PROB), (None, 0, 0)))(PARAMS, *OBSERVED), 1)
+    rows = rows_of(traced(jax.vmap(jax.grad(LOG_PROB), (None, 0, 0)))(PARAMS, *OBSERVED), 1)
     rows = rows - rows.mean(0)
     return Term(rows.T @ rows / 5)
 
@@ -177,7 +177,7 @@ def forms():
             "sum": 2.0 * (fisher_of("bare") + jf.dense(alone)),
         }
 
-    return compiled(make)()
+    return traced(make)()
 
 
 @functools.cache
@@ -255,7 +255,7 @@ def views(names):
         }
         return {name: view.as_matrix() for name, view in made.items()}
 
-    return {name: np.asarray(matrix) for name, matrix in compiled(make)(forms()).items()}
+    return {name: np.asarray(matrix) for name, matrix in traced(make)(forms()).items()}
 
 
 def terms_of(names, without=()):
@@ -384,7 +384,7 @@ def test_a_view_is_the_sum_where_that_has_factors():
             for name, total in sums.items()
         }
 
-    for name, (blocks, made) in compiled(make)().items():
+    for name, (blocks, made) in traced(make)().items():
         for matrix in made:
             assert np.linalg.norm(matrix - blocks) < 1e-12 * np.linalg.norm(blocks), name
 
@@ -399,7 +399,7 @@ def test_merging_does_not_depend_on_the_order():
         orders = [terms, terms[::-1], [terms[0], jf.kronecker(terms[1] + terms[2]), terms[3]]]
         return [jf.kronecker(functools.reduce(lambda a, b: a + b, order)).as_matrix() for order in orders]
 
-    first, *others = compiled(make)(terms)
+    first, *others = traced(make)(terms)
     for other in others:
         assert_close(other, first)
 
@@ -413,7 +413,7 @@ def test_the_basis_of_another_operator():
         return {name: jf.eigen_kronecker(operator, basis).as_matrix() for name, operator in operators.items()}
 
     held = term_of("held").dense
-    for name, matrix in compiled(make)(operators).items():
+    for name, matrix in traced(make)(operators).items():
         dense, expected = sum(term.dense for term in terms()[name]), np.zeros((SIZE, SIZE))
         for places in (np.vstack([PLACES["w"], PLACES["b"]]), np.vstack([PLACES["e"].T, PLACES["c"]])):
             expected += rotated(dense, held, places[None])
@@ -458,7 +458,7 @@ def test_an_equation_is_solved_with_its_boundary_and_a_prior():
         updates, state = opt.update(gradient, state, params, **made)
         return (optax.apply_updates(params, updates), state), value
 
-    (params, _), values = compiled(lambda start: jax.lax.scan(step, start, length=60))((NETWORK, opt.init(NETWORK)))
+    (params, _), values = traced(lambda start: jax.lax.scan(step, start, length=60))((NETWORK, opt.init(NETWORK)))
     assert values[0] > 10 and loss(params) < 0.05
 
 
@@ -479,7 +479,7 @@ def test_solves_running_means_and_factored_damping_of_a_shifted_view():
         added = jf.solve(bare + jf.scaled_identity(bare, prior), v, 0.1, jf.factored_solve)[0]
         return found | {"factored": factored, "factored, a prior added to the view": (added, factored[1])}
 
-    for name, (made, expected) in compiled(make)(fisher).items():
+    for name, (made, expected) in traced(make)(fisher).items():
         assert_close(flat(made), flat(expected), factor=1e3), name
 
 
