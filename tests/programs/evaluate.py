@@ -424,6 +424,7 @@ _OPERATIONS = {
     "reduce_or": _reduced(np.bitwise_or.reduce),
     "argmax": _arg_reduced(np.argmax),
     "argmin": _arg_reduced(np.argmin),
+    "tile": lambda x, *, reps: np.tile(x, reps),
     "cholesky": _cholesky,
     "triangular_solve": _triangular_solve,
     "gather": places.gather,
