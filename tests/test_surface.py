@@ -282,8 +282,10 @@ def grid(kind):
     }
     cells |= {Cell(kind, inputs, next(families), "held", "plain"): tuple(VIEWS) for inputs in INPUTS}
     places = (("one", "held"), ("none", "held"), ("one", "in pieces"))
-    # A natural gradient meets a family only through scores and Fishers, which have cells of their own.
-    for i, family in enumerate(() if "natural_grad" in kind and not WHOLE else FAMILIES):
+    # A natural gradient meets a family only through scores and Fishers, which have cells of their own; the Hessian of each
+    # family's divergence is held to its Fisher by tests/test_identities.py, and to trace it again takes the longest of all.
+    elsewhere = "natural_grad" in kind or kind == "kl_hessian"
+    for i, family in enumerate(() if elsewhere and not WHOLE else FAMILIES):
         cells |= {Cell(kind, inputs, family, mode, "plain"): () for inputs, mode in (places if WHOLE else places[i % 3 :][:1])}
     return {cell: views if kind in FISHERS else () for cell, views in cells.items() if there_is(cell)}
 
