@@ -11,6 +11,8 @@ from models import compiled
 import jaxfisher as jf
 from jaxfisher import design, forecasts
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 RNG = np.random.default_rng(8)
 TIMES = np.linspace(0.1, 2.0, 9)
 PARAMS = {"amplitude": jnp.asarray(1.3), "decay": jnp.asarray(0.7), "noise": jnp.asarray(-1.0)}

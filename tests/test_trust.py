@@ -14,6 +14,8 @@ from problems import mean_loss as loss
 import jaxfisher as jf
 from jaxfisher._transform.adapt_damping import Evidence, Rule, next_damping
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 
 def log_probs(params, x):
     """The classifier by hand, in numpy."""
