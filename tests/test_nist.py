@@ -57,6 +57,7 @@ def errors_of(count, dtype):
     return jax.jit(lambda rows: jax.lax.map(one, rows))
 
 
+@pytest.mark.usefixtures("in_numpy")
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("count", sorted({len(known.errors) for known in SETS.values()}))
 def test_standard_errors_in_own_units(count, dtype):
