@@ -8,6 +8,8 @@ from jax.flatten_util import ravel_pytree
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 PARAMS = {
     "a": jnp.zeros(0),
     "b": jnp.array([0.1, -0.3]),

@@ -13,6 +13,8 @@ from programs.evaluate import evaluated
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 ROWS = [pytest.param(name, marks=pytest.mark.relaxed) if name in catalogue.RELAXED else name for name in catalogue.names()]
 ONE_OF_EACH_FORM = {
     "scalar_parameters",

@@ -6,6 +6,8 @@ import pytest
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 
 def poisson(**members):
     return jf.family(type("Poisson", (jf.Poisson,), members))(jnp.array([0.5, 1.0]))

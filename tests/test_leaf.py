@@ -14,6 +14,8 @@ from problems import assert_close
 from jaxfisher._engine.forms import Layout, Leaf, Product, arrays, cross_gram, gram_upper
 from jaxfisher._scores import JoinedScores
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 OMEGA = np.random.default_rng(1).uniform(0.1, 1, N * ROWS)
 OMEGA = OMEGA / OMEGA.sum()
 

@@ -7,6 +7,8 @@ import pytest
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 
 def model(p, x):
     return jf.Normal(jnp.tanh(x @ p["w"]) @ p["v"] + p["level"], jnp.exp(p["log_scale"]))

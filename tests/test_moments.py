@@ -13,6 +13,8 @@ from test_leaf import OMEGA, close
 import jaxfisher as jf
 from jaxfisher._engine import has_moments
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 # Sequences in longer and longer padding: the mask takes it out of the log-density.
 
 N, REAL, WIDTH = 3, 4, 2

@@ -8,6 +8,8 @@ from problems import assert_close, flat
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 SHAPES = {"b": (3,), "c": (2,), "v": (3, 2), "w": (4, 3)}
 
 

@@ -33,7 +33,10 @@ REAL = ("float64", "float32", "bfloat16", "float16")
 COMPLEX = ("complex128", "complex64")
 CASES = 24
 
-pytestmark = pytest.mark.relaxed  # factors differ in their dtypes, as casts on the way to a gradient are put off
+pytestmark = [
+    pytest.mark.relaxed,  # factors differ in their dtypes, as casts on the way to a gradient are put off
+    pytest.mark.usefixtures("in_numpy"),
+]
 
 EPS = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 2**-23, "complex64": 2**-23}
 """Relative precision of dtypes; of all others that of float64."""

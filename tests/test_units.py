@@ -8,6 +8,8 @@ from random_solves import FORMS
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 UNITS = 10.0 ** np.array([12, -12, 3, 0, -7, 9])
 RNG = np.random.default_rng(3)
 

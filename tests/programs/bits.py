@@ -17,3 +17,12 @@ def bitcast(x, *, new_dtype):
 def shift_right_logical(x, by):
     plain = x.astype(f"u{x.dtype.itemsize}") >> by.astype(f"u{x.dtype.itemsize}")
     return np.where((by >= 0) & (by < 8 * x.dtype.itemsize), plain, 0)
+
+
+def ends(dtype):
+    """The least and the largest number of a dtype, infinities among them: what is the largest of no numbers, and the least."""
+    if dtype.kind == "b":
+        return False, True
+    if np.issubdtype(dtype, np.integer):
+        return np.iinfo(dtype).min, np.iinfo(dtype).max
+    return dtype.type(-np.inf), dtype.type(np.inf)

@@ -13,7 +13,7 @@ import scipy.special
 from jax._src import pjit
 from jax.extend.core import Literal
 
-from programs import bits, places
+from programs import bits, matrices, places
 
 
 def evaluate(closed, *arguments):
@@ -162,13 +162,14 @@ def _while(operands, *, cond_jaxpr, cond_nconsts, body_jaxpr, body_nconsts):
     while np.any(going):
         made = _call([*body, *carry], jaxpr=body_jaxpr)
         # Under `vmap` the examples that are done wait for the others.
-        carry = [np.where(_along(going, new), new, old) for new, old in zip(made, carry, strict=True)] if going.ndim else made
+        carry = [_chosen(going, new, old) for new, old in zip(made, carry, strict=True)] if going.ndim else made
         (going,) = _call([*cond, *carry], jaxpr=cond_jaxpr)
     return carry
 
 
-def _along(going, array):
-    return going.reshape(going.shape + (1,) * (array.ndim - going.ndim))
+def _chosen(going, new, old):
+    where = jnp.where if _is_key(new) else np.where
+    return where(going.reshape(going.shape + (1,) * (new.ndim - going.ndim)), new, old)
 
 
 def _scan(equation, operands, *, jaxpr, length, reverse, **_):
@@ -225,9 +226,9 @@ def _dot_general(a, b, *, dimension_numbers, preferred_element_type=None, **_):
     a_free = [i for i in range(a.ndim) if i not in (*a_contract, *a_batch)]
     b_free = [i for i in range(b.ndim) if i not in (*b_contract, *b_batch)]
     batch = [a.shape[i] for i in a_batch]
-    count = int(np.prod([a.shape[i] for i in a_contract]))
-    left = a.transpose(*a_batch, *a_free, *a_contract).reshape(*batch, -1, count)
-    right = b.transpose(*b_batch, *b_contract, *b_free).reshape(*batch, count, -1)
+    count, rows, columns = (int(np.prod([x.shape[i] for i in axes])) for x, axes in ((a, a_contract), (a, a_free), (b, b_free)))
+    left = a.transpose(*a_batch, *a_free, *a_contract).reshape(*batch, rows, count)
+    right = b.transpose(*b_batch, *b_contract, *b_free).reshape(*batch, count, columns)
     shape = (*batch, *(a.shape[i] for i in a_free), *(b.shape[i] for i in b_free))
     return np.matmul(left, right).reshape(shape)
 
@@ -336,31 +337,6 @@ def _logistic(x, **_):
     return 1 / (1 + np.exp(-x))
 
 
-def _cholesky(x, **_):
-    try:
-        return np.linalg.cholesky(x)
-    except np.linalg.LinAlgError:
-        if x.ndim == 2:
-            return np.full_like(x, np.nan)
-        return np.stack([_cholesky(matrix) for matrix in x])
-
-
-def _triangular_solve(a, b, *, left_side, lower, transpose_a, conjugate_a, unit_diagonal):
-    if not left_side:
-        b, transpose_a = b.swapaxes(-1, -2), not transpose_a
-    if transpose_a:
-        a, lower = a.swapaxes(-1, -2), not lower
-    if conjugate_a:
-        a = a.conj()
-    x = np.zeros_like(b)
-    count = a.shape[-1]
-    for i in range(count) if lower else reversed(range(count)):
-        done = slice(0, i) if lower else slice(i + 1, count)
-        rest = b[..., i, :] - (a[..., i : i + 1, done] @ x[..., done, :])[..., 0, :]
-        x[..., i, :] = rest if unit_diagonal else rest / a[..., i, i, None]
-    return x if left_side else x.swapaxes(-1, -2)
-
-
 def _plain(function):
     """Without the flags that NumPy does not know, such as an accuracy."""
     return lambda *operands, **_: function(*operands)
@@ -417,16 +393,16 @@ _OPERATIONS = {
     "iota": _iota,
     "dot_general": _dot_general,
     "reduce_sum": _reduced(np.sum),
-    "reduce_max": _reduced(np.max),
-    "reduce_min": _reduced(np.min),
+    "reduce_max": lambda x, *, axes, **_: np.max(x, axis=tuple(axes), initial=bits.ends(x.dtype)[0]),
+    "reduce_min": lambda x, *, axes, **_: np.min(x, axis=tuple(axes), initial=bits.ends(x.dtype)[1]),
     "reduce_prod": _reduced(np.prod),
     "reduce_and": _reduced(np.bitwise_and.reduce),
     "reduce_or": _reduced(np.bitwise_or.reduce),
     "argmax": _arg_reduced(np.argmax),
     "argmin": _arg_reduced(np.argmin),
     "tile": lambda x, *, reps: np.tile(x, reps),
-    "cholesky": _cholesky,
-    "triangular_solve": _triangular_solve,
+    "cholesky": matrices.cholesky,
+    "triangular_solve": matrices.triangular_solve,
     "gather": places.gather,
     "scatter": places.scatter_with(lambda old, new: new),
     "scatter-add": places.scatter_with(np.add),
