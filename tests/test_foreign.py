@@ -27,6 +27,7 @@ from jaxfisher._distributions.normal import Normal
 
 pytestmark = [
     pytest.mark.relaxed,
+    pytest.mark.usefixtures("in_numpy"),
     # They use what JAX has deprecated; nothing of ours is silenced.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:(tensorflow_probability|distrax|numpyro)"),
     pytest.mark.filterwarnings("ignore::FutureWarning:(tensorflow_probability|distrax|numpyro)"),
@@ -434,6 +435,7 @@ def test_exact_at_extreme_logits(library):
     np.testing.assert_array_equal(gradient, np.zeros(3))
 
 
+@pytest.mark.compiled  # thousands of draws, each by a loop
 @needs("numpyro")
 def test_traced_counts():
     """An integer leaf that is data: it is carried along, and has no tangent."""

@@ -13,6 +13,8 @@ from programs.evaluate import evaluated, traced
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 N, INPUTS, HIDDEN = 5, 3, 4
 RNG = np.random.default_rng(0)
 PARAMS = {
