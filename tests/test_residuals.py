@@ -14,6 +14,8 @@ import jaxfisher as jf
 from jaxfisher._transform.adapt_damping import Evidence
 from jaxfisher._transform.levenberg_marquardt import nielsen
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 GOOD = {"accepted": True, "rejected": 0, "ratio": 0.9, "clear": True, "beyond": False, "overshot": False}
 
 
@@ -220,6 +222,7 @@ def trained(opt, fisher, steps):
     return params, losses
 
 
+@pytest.mark.compiled
 def test_poisson_to_a_small_error_in_few_steps():
     """A hundred accelerated steps reach what takes plain ones several times as many."""
     dense = lambda *given: jf.dense(PROBLEM.gauss_newton(*given))  # noqa: E731
@@ -252,6 +255,7 @@ EQUATIONS = {
 }
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_other_equations_to_a_small_error_by_what_is_there_by_default(name):
     """Against the exact solution, at points that were not fitted."""
@@ -307,6 +311,7 @@ def test_points_that_come_as_a_stream_and_steps_over_several_batches():
     np.testing.assert_allclose(flat(params) - flat(moved), 1e-3 * mean, atol=1e-9 * np.max(np.abs(mean)))
 
 
+@pytest.mark.compiled
 def test_kronecker_factors_train_through_derivatives_of_the_inputs():
     """KFAC of a sum of kinds, with factors of weights that pass through a Laplacian: no loss rises, and all of it goes."""
     params, losses = trained(jf.kfac(decay=None, update_every=1), None, 300)

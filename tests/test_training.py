@@ -19,6 +19,8 @@ import jaxfisher as jf
 from jaxfisher._draws import draw_keys
 from jaxfisher._fisher import drawn_fisher
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 LOG_PROB = jf.log_likelihood(classifier)
 
 
@@ -181,6 +183,7 @@ def test_kfac_fits_without_tuning():
     assert np.all(np.diff(values) <= 0), values
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("batch", [4, 16, 64])
 def test_small_batches_do_not_run_away(batch):
     """Labels that no model knows, in batches: a batch's own ratio says to trust it, the gradients of later ones do not.
@@ -245,6 +248,7 @@ def test_a_safe_chain_never_ends_above_its_start(name, batch):
         assert_close(flat(new), flat(params), factor=0)
 
 
+@pytest.mark.compiled
 def test_no_step_of_a_policy_leaves_the_kl_ball():
     """A linear policy on the pole's dynamics, its KL radius kept at every update though the rate is absurd."""
     key, radius = jax.random.key(0), 0.01
