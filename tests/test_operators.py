@@ -14,7 +14,8 @@ from problems import assert_close, class_sum_fisher, classifier, flat, reference
 from programs.evaluate import evaluated, traced
 
 import jaxfisher as jf
-from jaxfisher import _laws
+
+pytestmark = pytest.mark.usefixtures("in_numpy")  # one of each form has its laws compiled, in float32
 
 LOG_PROB = jf.log_likelihood(classifier)
 MLP_DAMPING = {"hidden": {"b": 0.3, "w": 0.1}, "out": [0.05, 0.7]}
@@ -206,17 +207,6 @@ EPS_OF_A_SKETCH = 100 * float(np.finfo(float).eps)
 """A sketch takes a shift away again, of ten times the rounding error."""
 
 
-IN_NUMPY = {name: traced(getattr(_laws, name).__wrapped__) for name in ("_columns", "_numbers", "_numbers_by_leaf")}
-"""The programs of the laws, which serve one operator each: traced as they are compiled, and run in NumPy."""
-
-
-@pytest.fixture
-def in_numpy(monkeypatch):
-    """`jf.check_laws` compiles nothing. One of each form has its laws compiled, in float32."""
-    for name, program in IN_NUMPY.items():
-        monkeypatch.setattr(_laws, name, program)
-
-
 def check_operator(F, dense, key, eps=None, by_leaf=True):
     """Every law, against the dense float64 matrix. What is not told is only the damping by leaf of a form that refuses it."""
     laws = jf.check_laws(F, key=key, matrix=dense, rounding=eps)
@@ -232,7 +222,6 @@ def leaf_damping(name):
     return not name.startswith(EIGEN_FORMS)
 
 
-@pytest.mark.usefixtures("in_numpy")
 @pytest.mark.parametrize("name", FORMS)
 def test_every_law_for_every_form(name, key):
     F, dense = form(name)
@@ -256,6 +245,7 @@ def asked(F, v):
     }
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", ["scores, fewer rows", "kronecker", "prior and scores"])
 def test_a_call_outside_jit_gives_what_one_inside_gives(name, key):
     F, _ = form(name)
@@ -285,6 +275,7 @@ ONE_OF_EACH = (
 )
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_every_law_in_float32(name, key):
     """The same matrices from float32 parameters and data; the dense ones stay in float64."""
@@ -316,7 +307,6 @@ VIEWS = {
 }
 
 
-@pytest.mark.usefixtures("in_numpy")
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("body", BODIES)
 def test_every_law_for_every_shape(body, view, key):
@@ -389,7 +379,6 @@ BROKEN = {
 """Dense operators, each wrong in one way."""
 
 
-@pytest.mark.usefixtures("in_numpy")
 @pytest.mark.parametrize("name", BROKEN)
 def test_the_laws_see_a_broken_operator(name, key):
     with pytest.raises(AssertionError):
