@@ -12,6 +12,8 @@ from programs.evaluate import evaluated, traced
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 MASK = np.array([True, False, True])
 RUBBISH = {"NaN": np.nan, "infinite": np.inf, "large": 1e300, "minus": -1e5}
 FAMILIES = {
@@ -46,8 +48,8 @@ def masked(name, rubbish):
 
 @functools.cache
 def draws(name):
-    """Draws of a masked family as a function of the rubbish: compiled once for every kind of it."""
-    return jax.jit(lambda rubbish: masked(name, rubbish)[1].sample(jax.random.key(3), (2,)))
+    """Draws of a masked family as a function of the rubbish: traced once for every kind of it."""
+    return traced(lambda rubbish: masked(name, rubbish)[1].sample(jax.random.key(3), (2,)))
 
 
 @functools.cache

@@ -5,6 +5,7 @@ What few programs use (a decomposition, a pooling) is left to JAX, one operation
 """
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -134,8 +135,19 @@ def _apply(equation, operands):
 
 
 def _by_jax(equation, operands):
-    made = equation.primitive.bind(*(x if isinstance(x, jax.Array) else jnp.asarray(x) for x in operands), **equation.params)
-    return [_array(value) for value in (made if equation.primitive.multiple_results else [made])]
+    primitive, params = equation.primitive, equation.params
+    operands = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in operands]
+    made = _once(primitive, **params)(*operands) if primitive.name in _LOOPS else primitive.bind(*operands, **params)
+    return [_array(value) for value in (made if primitive.multiple_results else [made])]
+
+
+_LOOPS = {"random_gamma"}
+"""Operations that JAX compiles anew at each call outside of `jit`."""
+
+
+@functools.cache
+def _once(primitive, **params):
+    return jax.jit(functools.partial(primitive.bind, **params))
 
 
 # Calls of other programs.
