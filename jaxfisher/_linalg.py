@@ -18,6 +18,12 @@ from jaxfisher._tree import at_least_float32
 matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
+def batched(x: Float[Array, "groups i j"], y: Float[Array, "groups j k"], along: tuple[int, int] = (2, 1)) -> Array:
+    """The products of several pairs of matrices, along an axis of each: one operation, where `matmul` reshapes."""
+    contracted = ((along[0],), (along[1],)), ((0,), (0,))
+    return jax.lax.dot_general(x, y, contracted, precision=jax.lax.Precision.HIGHEST)
+
+
 def diagonals(x: Float[Array, "groups m m"]) -> Float[Array, "groups m"]:
     """The diagonals of several matrices."""
     # As a slice with a stride, which compiles in half the time of a masked sum.

@@ -1,50 +1,159 @@
-"""A step whose parameters are spread over two devices, against one device; run by `test_sharding`.
+"""Steps and views whose parameters are spread over devices, against one device; run by `test_sharding`.
 
-Prints a line of JSON: the largest difference relative to its array, and for each array of the step's results its path, shape
-and that of a device's part.
+Three layers, two of them with a bias, whose weights are split along their inputs, their outputs or both. Prints a line of JSON
+for each way: the largest difference relative to its array; for each array whose place a parameter or a side of one decides, its
+shape, how many numbers a device has and how many it may have; and the shapes of what the compiled program gathers.
 """
 
+import dataclasses
+import itertools
 import json
+import math
+import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxfisher as jf
 
-PLACES = {"a": (None, "model"), "b": ("model",), "c": ("model", None)}
-"""Both layers are split where the hidden units are."""
+WIDTHS = (8, 16, 32, 28)
+BIASED = (True, False, True)
+EXAMPLES = 8
+
+
+class Way(NamedTuple):
+    """A mesh, the axes along which the inputs and the outputs of each layer's weight are split, and that of the examples."""
+
+    name: str
+    mesh: Mesh
+    axes: tuple[tuple[str | None, str | None], ...]
+    examples: str | None = None
+
+
+def ways():
+    """Along the inputs, with the examples along the same axis or not, along the outputs, the hidden units, and along both."""
+    two, four = (
+        jax.make_mesh((count,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count]) for count in (2, 4)
+    )
+    yield Way("inputs", two, (("model", None),) * 3)
+    yield Way("outputs", two, ((None, "model"),) * 3)
+    yield Way("hidden", two, ((None, "model"), ("model", None), (None, "model")))
+    yield Way("inputs", four, (("model", None),) * 3)
+    yield Way("inputs and examples", four, (("model", None),) * 3, "model")
+    square = jax.make_mesh((2, 2), ("rows", "columns"), axis_types=(AxisType.Auto,) * 2)
+    yield Way("both", square, (("rows", "columns"),) * 3)
 
 
 def model(params, x):
-    return jf.Categorical(logits=jnp.tanh(x @ params["a"] + params["b"]) @ params["c"])
+    for k, layer in enumerate(params):
+        x = (jnp.tanh(x) if k else x) @ layer["w"] + layer.get("b", 0)
+    return jf.Categorical(logits=x)
+
+
+def placed(params, way):
+    """The parameters where they belong; a bias is where its outputs are."""
+    place = lambda array, *axes: jax.device_put(array, NamedSharding(way.mesh, PartitionSpec(*axes)))  # noqa: E731
+    made = []
+    for layer, axes in zip(params, way.axes, strict=True):
+        made.append({name: place(leaf, *(axes if name == "w" else axes[1:])) for name, leaf in layer.items()})
+    return made, place
+
+
+def sides(blocks, way):
+    """The factors of layers, and over how many devices each is to be spread; the corner of a bias is one number."""
+    for (inputs, outputs), axes in zip(blocks, way.axes, strict=True):
+        counts = [1 if axis is None else way.mesh.shape[axis] for axis in axes]
+        yield from ((part, counts[0]) for part in inputs[:2] if part is not None)
+        yield outputs, counts[1]
+
+
+def compiled(function, *args):
+    """The text of a program, and what it returns without values, where it will be."""
+    program = function.lower(*args).compile()
+    there = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    return program.as_text(), jax.tree.map(there, jax.eval_shape(function, *args), program.output_shardings)
+
+
+def shared(leaf):
+    """How many numbers of an array one device has."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape))
+
+
+def difference(way, one, run):
+    """How far the results of two devices are from those of one; in programs of four, collectives of a CPU may wait for ever."""
+    if way.mesh.size > 2:
+        return 0.0
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(run()), strict=True)
+    return max(float(np.max(np.abs(np.asarray(a, float) - b)) / max(np.max(np.abs(a)), 1e-300)) for a, b in pairs)
+
+
+def report(what, way, off, pieces, text):
+    """The line of one program."""
+    parts = [(leaf.shape, shared(leaf), math.prod(leaf.shape) // count) for leaf, count in pieces]
+    shapes = re.findall(r" = \w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", text)
+    gathered = [[int(size) for size in sizes.split(",")] for sizes in shapes]
+    name = f"{what}, {way.name} over {way.mesh.size}"
+    print(json.dumps({"name": name, "off": off, "parts": parts, "gathered": gathered}))
+
+
+def steps(params, data):
+    """Two steps of kfac: at both everything is made."""
+    run = jf.training_step(model, jf.kfac())
+    step = jax.jit(run)
+
+    def trained(params, data):
+        params, state, _ = step(params, run.init(params, *data), *data)
+        return step(params, state, *data)
+
+    one = trained(params, data)
+    for way in ways():
+        spread, place = placed(params, way)
+        batch = tuple(place(array, way.examples) for array in data)
+        _, (kept, state, _) = compiled(step, spread, run.init(params, *data), *batch)
+        text, (kept, state, _) = compiled(step, kept, state, *batch)
+        mean, inverses, last = state.inner[0].mean[0], state.inner[0].in_use, state.inner[1].step
+        pieces = list(sides([block[:2] for block in mean], way))
+        # Factors of many layers are in one stack, whichever of their sides are spread.
+        pieces += [(part, min(way.mesh.shape.values())) for stack in inverses for part in stack[:2]]
+        counts = [leaf.size // shared(leaf) for leaf in jax.tree.leaves(spread)]
+        pieces += [pair for tree in (kept, last, state.recent) for pair in zip(jax.tree.leaves(tree), counts, strict=True)]
+        off = difference(way, one, lambda spread=spread, batch=batch: trained(spread, batch))
+        report("step", way, off, pieces, text)
+
+
+def views(params, data):
+    """A running mean of views that a user carries from batch to batch stays where it was put."""
+    merged = jax.jit(lambda mean, params, x: jf.merge(mean, jf.kronecker(jf.exact_fisher(model)(params, x))))
+    first = jf.kronecker(jf.exact_fisher(model)(params, data[0]))
+    one = merged(first, params, data[0][::-1])
+    for way in ways():
+        spread, place = placed(params, way)
+        blocks = []
+        for block, axes in zip(first.form.blocks, way.axes, strict=True):
+            # What has one row, the corner of a bias, is on every device.
+            put = lambda part, axes=axes, place=place: place(part, None, axes[0] if part.shape[1] > 1 else None)  # noqa: E731
+            side = jax.tree.map(put, block.input_side)
+            blocks.append(dataclasses.replace(block, input_side=side, outputs=place(block.outputs, None, axes[1])))
+        mean = dataclasses.replace(first, form=dataclasses.replace(first.form, blocks=tuple(blocks)))
+        args = mean, spread, place(data[0][::-1], way.examples)
+        text, found = compiled(merged, *args)
+        pieces = sides([(block.input_side, block.outputs) for block in found.form.blocks], way)
+        report("view", way, difference(way, one, lambda args=args: merged(*args)), pieces, text)
 
 
 def main():
     jax.config.update("jax_enable_x64", True)
-    keys = jax.random.split(jax.random.key(0), 4)
-    params = {
-        "a": 0.3 * jax.random.normal(keys[0], (6, 8)),
-        "b": jnp.zeros(8),
-        "c": 0.3 * jax.random.normal(keys[1], (8, 4)),
-    }
-    data = jax.random.normal(keys[2], (32, 6)), jax.random.randint(keys[3], (32,), 0, 4)
-    mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
-    place = lambda array, *axes: jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))  # noqa: E731
-    run = jf.training_step(model, jf.kfac())
-    step = jax.jit(run)
-    one = step(params, run.init(params, *data), *data)
-    spread = {name: place(params[name], *PLACES[name]) for name in params}
-    many = step(spread, run.init(spread, *data), *map(place, data))
-    pairs = [[np.asarray(leaf, np.float64) for leaf in pair] for pair in zip(*map(jax.tree.leaves, (one, many)), strict=True)]
-    off = max(float(np.max(np.abs(a - b)) / max(np.max(np.abs(a)), 1e-300)) for a, b in pairs)
-    parts = [
-        (jax.tree_util.keystr(path), array.shape, array.addressable_shards[0].data.shape)
-        for path, array in jax.tree_util.tree_leaves_with_path(many)
-        if array.ndim
-    ]
-    print(json.dumps({"off": off, "parts": parts}))
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    params = [{"w": 0.3 * jax.random.normal(next(keys), shape)} for shape in itertools.pairwise(WIDTHS)]
+    for layer, biased in zip(params, BIASED, strict=True):
+        if biased:
+            layer["b"] = 0.1 * jax.random.normal(next(keys), layer["w"].shape[1:])
+    data = jax.random.normal(next(keys), (EXAMPLES, WIDTHS[0])), jax.random.randint(next(keys), (EXAMPLES,), 0, WIDTHS[-1])
+    steps(params, data)
+    views(params, data)
 
 
 if __name__ == "__main__":

@@ -73,8 +73,9 @@ def test_a_part_of_the_parameters():
     opt = optax.masked(jf.scale_by_fisher(0.1, view=jf.kronecker, decay=0.9), {"hidden": True, "out": False})
     step = jf.training_step(classifier, opt)
     state = step.init(params, x, y, weights=jnp.ones(len(y)))
-    # The factors of the one layer, and what these are means over.
-    assert {leaf.shape for leaf in jax.tree.leaves(state.inner_state.mean)} == {(1, 4, 4), (1,)}
+    # The factors of the one layer, that of the inputs without the bias and with its row apart, and what these are means over.
+    inputs = {(1, 3, 3), (1, 3, 1), (1, 1, 1)}
+    assert {leaf.shape for leaf in jax.tree.leaves(state.inner_state.mean)} == inputs | {(1, 4, 4), (1,)}
     jax.eval_shape(step, params, state, x, y)
 
 

@@ -144,7 +144,7 @@ def test_every_block_has_the_trace_of_the_fishers_block():
         # A bias is a part of its layer's block.
         trace = OMEGA @ np.sum(case.rows**2, 1)
         for inputs, outputs in made[name]:
-            product = np.trace(inputs, axis1=1, axis2=2) @ np.trace(outputs, axis1=1, axis2=2)
+            product = np.trace(inputs.whole(), axis1=1, axis2=2) @ np.trace(outputs, axis1=1, axis2=2)
             close(product, np.asarray(trace), OMEGA @ np.sum(case.sizes**2, 1), name)
 
 

@@ -17,7 +17,8 @@ from jaxfisher._operators.block import BlockDiagonal
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.identity import Shifted
 from jaxfisher._operators.inverted import Inverted
-from jaxfisher._operators.kronecker import EigenKronecker, Kronecker, eigenvectors, sides
+from jaxfisher._operators.kronecker import EigenKronecker, Kronecker
+from jaxfisher._operators.side import eigenvectors, sides
 from jaxfisher._operators.sum import Sum
 from jaxfisher._pytree import array_fields
 from jaxfisher._system import Factorise

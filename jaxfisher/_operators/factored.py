@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._linalg import cholesky, diagonals, matmul, norm
+from jaxfisher._bordered import Bordered
+from jaxfisher._linalg import cholesky, matmul, norm
 from jaxfisher._once import once
 from jaxfisher._operators.apart import bare, damped_blocks, made_of
 from jaxfisher._operators.block import BlockDiagonal
@@ -21,9 +22,10 @@ from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.identity import Shifted
 from jaxfisher._operators.inverted import reported
-from jaxfisher._operators.kronecker import EigenKronecker, Kronecker, balanced_shifts, roots
+from jaxfisher._operators.kronecker import EigenKronecker, Kronecker
 from jaxfisher._operators.operator import Operator
 from jaxfisher._operators.pair import inverse_of_pair, pair_of
+from jaxfisher._operators.side import balanced_shifts, roots
 from jaxfisher._pytree import array_fields
 from jaxfisher._system import Solved, SolveInfo
 from jaxfisher._tree import cast_like
@@ -120,24 +122,28 @@ def is_invertible(form: Form) -> bool:
     return all(isinstance(block, Kronecker | Diagonal) for block in blocks) and any(map(_kronecker_in, blocks))
 
 
-def shifted_factors(form: Form, damping: Scalar) -> list[tuple[Float[Array, "groups m m"], Float[Array, " groups"]]]:
-    """The factors of the blocks that are Kronecker products, and what `factored_solve` adds to the diagonal of each."""
+def shifted_factors(form: Form, damping: Scalar) -> list[tuple[Bordered, Float[Array, " groups"]]]:
+    """The factors of the blocks that are Kronecker products, and what `factored_solve` adds to the diagonal of each.
+
+    All have a border, that of a unit matrix where there is none: so they can be held together, and XLA spreads what is held
+    over devices as the parameters are, which of some matrices without a border it was seen not to do.
+    """
     blocks = [(block, at) for block, at in damped_blocks(form, damping) if isinstance(block, Kronecker)]
     # Of all layers at once: the numbers are few, and the program has each operation on them once.
-    counts, sizes = zip(*((len(block.inputs), block.sizes) for block, _ in blocks), strict=True)
+    counts, sizes = zip(*((len(block.outputs), block.sizes) for block, _ in blocks), strict=True)
     each = [jnp.asarray(np.repeat([size[side] for size in sizes], counts), form.spec.dtype) for side in (0, 1)]
     at = jnp.concatenate([jnp.broadcast_to(at, count) for (_, at), count in zip(blocks, counts, strict=True)])
-    traces = [jnp.concatenate([jnp.sum(diagonals(x), 1) for x in side]) for side in zip(*_sides(blocks), strict=True)]
+    traces = [jnp.concatenate([x.traces() for x in side]) for side in zip(*_sides(blocks), strict=True)]
     a, g = (trace / size for trace, size in zip(traces, each, strict=True))
     shifts = [jnp.split(side, np.cumsum(counts)[:-1]) for side in balanced_shifts(a, g, at, (each[0], each[1]))]
-    return [pair for k, sides in enumerate(_sides(blocks)) for pair in zip(sides, (shifts[0][k], shifts[1][k]), strict=True)]
+    return [(side.widened(1.0), shifts[i][k]) for k, sides in enumerate(_sides(blocks)) for i, side in enumerate(sides)]
 
 
-def _sides(blocks: Sequence[tuple[Kronecker, Scalar]]) -> list[tuple[Array, Array]]:
-    return [(block.inputs, block.outputs) for block, _ in blocks]
+def _sides(blocks: Sequence[tuple[Kronecker, Scalar]]) -> list[tuple[Bordered, Bordered]]:
+    return [(block.input_side, Bordered(block.outputs)) for block, _ in blocks]
 
 
-def with_inverses(form: Form, held: Sequence[Float[Array, "groups m m"]], damping: Scalar) -> InvertedBlocks:
+def with_inverses(form: Form, held: Sequence[Bordered], damping: Scalar) -> InvertedBlocks:
     """What `factored_solve` solves with, formed, of inverses of its damped factors; diagonals are inverted here.
 
     The rounding of an inverse that is formed grows with the condition of the damped factor, which the damping bounds: it is for
@@ -148,16 +154,18 @@ def with_inverses(form: Form, held: Sequence[Float[Array, "groups m m"]], dampin
     sides, made = iter(held), list[Form]()
     for block, at in damped_blocks(form, damping):
         if isinstance(block, Kronecker):
-            made.append(dataclasses.replace(block, inputs=next(sides), outputs=next(sides)))
+            side, outputs = next(sides), next(sides).core
+            # What is held has a border in any case.
+            made.append(dataclasses.replace(block, input_side=side if block.has_bias else Bordered(side.core), outputs=outputs))
         else:
             assert isinstance(block, Diagonal)
             made.append(Diagonal(jax.tree.map(lambda leaf, at=at: 1 / (leaf + at), block.entries), block.spec))
     return InvertedBlocks(tuple(made), whole.members, whole.spec)
 
 
-def inverses(matrices: Float[Array, "groups m m"]) -> Float[Array, "groups m m"]:
+def inverses(matrices: Bordered) -> Bordered:
     """The inverses of positive definite matrices, by Cholesky factors."""
-    return jax.vmap(_inverse)(matrices)
+    return matrices.inverses(jax.vmap(_inverse))
 
 
 def _inverse(matrix: Float[Array, "m m"]) -> Float[Array, "m m"]:

@@ -6,23 +6,25 @@ The bias and the weight of a layer share one block: the bias is the weight of an
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Scalar
+from jaxtyping import Array, Float, Scalar
 
+from jaxfisher._bordered import Bordered
 from jaxfisher._engine import Basis, Layout, Moments
-from jaxfisher._inverse import eigen, log_determinant, multiplied
-from jaxfisher._linalg import cholesky, diagonals, eigenpairs, eigenvalues, matmul, norm, resolved, unit_diagonal, unit_rank
-from jaxfisher._null_space import projected
+from jaxfisher._inverse import log_determinant
+from jaxfisher._linalg import batched, diagonals, eigenvalues, matmul, norm, unit_diagonal, unit_rank
 from jaxfisher._operators.averaging import mean_of
 from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.form import Form, small_matrix
 from jaxfisher._operators.inverted import Inverted
 from jaxfisher._operators.layer import Layer
+from jaxfisher._operators.side import Side, balanced_shifts, eigenvectors, sides
 from jaxfisher._operators.spectral import Spectral, Tests, applied_once
 from jaxfisher._pytree import array_fields
 from jaxfisher._system import Factorise
@@ -30,18 +32,18 @@ from jaxfisher._tree import ParamSpec
 from jaxfisher._varying import cond
 
 
-@array_fields("inputs", "outputs", "count", "unit", repr=False)
+@array_fields("input_side", "outputs", "count", "unit", repr=False)
 class Kronecker(Layer):
     """``A (x) G`` of one layer, both factors held; a running mean is one of the factors, as KFAC has it.
 
     Attributes:
-        inputs: ``A``, a mean over positions.
+        input_side: ``A``, a mean over positions; where the layer has a bias, its row and column are apart.
         outputs: ``G``.
         count: how many positions an example has in the mean.
         unit: what ``G`` is a multiple of the mean ``g g^T`` by, so that the trace is that of the block.
     """
 
-    inputs: Float[Array, "groups inputs inputs"]
+    input_side: Bordered
     outputs: Float[Array, "groups outputs outputs"]
     count: Float[Array, " groups"]
     unit: Float[Array, " groups"]
@@ -58,21 +60,30 @@ class Kronecker(Layer):
         return f"Kronecker ({self.sharing})"
 
     @property
+    def inputs(self) -> Float[Array, "groups inputs inputs"]:
+        """``A``, whole."""
+        return self.input_side.whole()
+
+    @property
     def stack(self) -> tuple[int, ...]:
-        return self.inputs.shape[:-3]
+        return self.outputs.shape[:-3]
 
     def as_matrix(self) -> Float[Array, "p p"]:
         return self._as_matrix(jax.vmap(jnp.kron)(self.inputs, self.outputs))
 
     def diagonal(self) -> Any:
-        inputs, outputs = diagonals(self.inputs), diagonals(self.outputs)
+        inputs, outputs = self.input_side.diagonals(), diagonals(self.outputs)
         return self._leaves(inputs[:, :, None] * outputs[:, None, :])
 
     def product(self) -> Callable[[Any], Any]:
-        return lambda v: self._leaves(matmul(matmul(self.inputs, self._matrix(v)), self.outputs))
+        def product(v: Any) -> Any:
+            rows, last = self.input_side.times(*self._rows(v))
+            return self._from_rows(batched(rows, self.outputs), None if last is None else batched(last, self.outputs))
+
+        return product
 
     def trace(self) -> Scalar:
-        return jnp.sum(jnp.sum(diagonals(self.inputs), 1) * jnp.sum(diagonals(self.outputs), 1))
+        return jnp.sum(self.input_side.traces() * jnp.sum(diagonals(self.outputs), 1))
 
     def frobenius_norm(self) -> Scalar:
         norms = jax.vmap(lambda a, g: norm(a.reshape(-1)) * norm(g.reshape(-1)))(self.inputs, self.outputs)
@@ -125,7 +136,7 @@ class Kronecker(Layer):
         *factors, at = jax.lax.stop_gradient((self.inputs, self.outputs, damping))
         entries, eps = [diagonals(factor) for factor in factors], jnp.finfo(self.spec.dtype).eps
         told = ~(at <= eps * jnp.max(jnp.max(entries[0], 1) * jnp.max(entries[1], 1)))
-        each = jnp.broadcast_to(told, len(self.inputs))
+        each = jnp.broadcast_to(told, len(self.outputs))
         return [(factor, jax.vmap(unit_diagonal)(part), each) for factor, part in zip(factors, entries, strict=True)]
 
     def inverse_by(self, damping: Scalar, halves: Sequence[tuple[Array, Array, Array]], found: Sequence[Side]) -> Inverted:
@@ -169,7 +180,7 @@ class Kronecker(Layer):
     @property
     def sizes(self) -> tuple[int, int]:
         """The sizes of the two factors."""
-        return self.inputs.shape[-1], self.outputs.shape[-1]
+        return self.input_side.size, self.outputs.shape[-1]
 
     def damped_factors(self, damping: Scalar) -> list[Float[Array, "groups m m"]]:
         """``A + pi sqrt(damping) I`` and ``G + sqrt(damping) / pi I``, ``pi`` balancing the factors' mean eigenvalues."""
@@ -205,9 +216,9 @@ class Kronecker(Layer):
         if all(keep):
             return dataclasses.replace(self, spec=spec)
         if keep[self.weight]:
-            size = self.layout.inputs
-            return dataclasses.replace(self, inputs=self.inputs[:, :size, :size], weight=0, spec=spec)
-        return Dense(self.inputs[0, -1, -1] * self.outputs[0], spec)
+            return dataclasses.replace(self, input_side=Bordered(self.input_side.core), weight=0, spec=spec)
+        assert self.input_side.corner is not None, "without the weight there is a bias"
+        return Dense(self.input_side.corner[0] * self.outputs[0], spec)
 
     def turned_to(self, layout: Layout) -> Kronecker | None:
         """The same block in another layout, perhaps with inputs and outputs exchanged; None where there is no such layout."""
@@ -215,61 +226,26 @@ class Kronecker(Layer):
             return self
         if self.has_bias or self.layout.groups != 1 or self.layout.turned() != layout:
             return None
-        return dataclasses.replace(self, inputs=self.outputs, outputs=self.inputs, layout=layout)
+        return dataclasses.replace(self, input_side=Bordered(self.outputs), outputs=self.input_side.core, layout=layout)
 
     def widened(self, like: Kronecker) -> Kronecker:
         """The block over the leaves of another one of the same weight; zero at a bias that only the other has."""
-        extra = like.inputs.shape[1] - self.inputs.shape[1]
-        return dataclasses.replace(like, inputs=jnp.pad(self.inputs, ((0, 0), (0, extra), (0, extra))), outputs=self.outputs)
+        return dataclasses.replace(
+            like, input_side=self.input_side.widened() if like.has_bias else self.input_side, outputs=self.outputs
+        )
 
     def of_diagonal(self, entries: Any) -> Kronecker:
         """The Kronecker product over the same leaves that has the partial traces of a diagonal matrix."""
-        a, g = _partial_traces(self._matrix(entries))
-        return dataclasses.replace(self, inputs=jax.vmap(jnp.diag)(a), outputs=jax.vmap(jnp.diag)(g))
+        a, g = map(jax.vmap(jnp.diag), _partial_traces(self._matrix(entries)))
+        return dataclasses.replace(self, input_side=self._side(a), outputs=g)
 
     def rescaled(self, factors: Sequence[Scalar]) -> Kronecker:
-        by_input = self._per_input(factors)
-        return dataclasses.replace(self, inputs=by_input[None, :, None] * self.inputs * by_input[None, None, :])
+        weight, bias = factors[self.weight], factors[1 - self.weight] if self.has_bias else None
+        by_part = Bordered(weight * weight, *(() if bias is None else (weight * bias, bias * bias)))
+        return dataclasses.replace(self, input_side=jax.tree.map(jnp.multiply, by_part, self.input_side))
 
     def scaled(self, factor: Scalar) -> Kronecker:
         return dataclasses.replace(self, outputs=factor * self.outputs, unit=factor * self.unit)
-
-
-def roots(x: Float[Array, "groups m m"]) -> Float[Array, "groups m m"]:
-    """The Cholesky factors of positive definite matrices."""
-    return jax.vmap(cholesky)(x)
-
-
-class Side(NamedTuple):
-    """One factor of a Kronecker product by its eigenvectors, in its units; without a damping, projected off its null space.
-
-    Attributes:
-        vectors: the vectors that take the place of eigenvectors; zero for those that are left out.
-        values: eigenvalues, in the units of ``vectors``.
-        kept: which of the vectors are not left out.
-        clear: whether the eigenvalues that are kept are well above rounding.
-        off: the null vectors that were left out, in the parameters' units.
-    """
-
-    vectors: Float[Array, "m m"]
-    values: Float[Array, " m"]
-    kept: Bool[Array, " m"]
-    clear: Bool[Array, ""]
-    off: Float[Array, "m m"]
-
-
-@jax.vmap
-def sides(matrix: Float[Array, "m m"], unit: Float[Array, " m"], told: Bool[Array, ""]) -> Side:
-    """Each of a stack of factors by its eigenvectors."""
-    found = eigen(matrix, unit, told)
-    inverted = jnp.where(found.kept, 1 / jnp.where(found.kept, found.values, 1), 0)
-    vectors = cond(
-        jnp.all(found.kept),
-        lambda: found.vectors,
-        lambda: projected(found.vectors, inverted, found.kept, unit, multiplied(matrix, jnp.zeros_like(unit[0]), unit))[0],
-    )
-    own = unit[:, None] * vectors
-    return Side(jnp.where(found.kept, own, 0), found.values, found.kept, found.clear, jnp.where(found.kept, 0, own))
 
 
 def merged(terms: Sequence[Kronecker]) -> Kronecker:
@@ -284,15 +260,19 @@ def merged(terms: Sequence[Kronecker]) -> Kronecker:
     """
     if len(terms) == 1:
         return terms[0]
-    a = jnp.stack([jnp.sum(diagonals(term.inputs), 1) for term in terms])
+    a = jnp.stack([term.input_side.traces() for term in terms])
     g = jnp.stack([jnp.sum(diagonals(term.outputs), 1) for term in terms])
     total = jnp.sum(g, 0, keepdims=True)
     share = jnp.where(total > 0, g / jnp.where(total > 0, total, 1), 1 / len(terms))
     mean = jnp.sum(share * a, 0, keepdims=True)
     scale = jnp.where(mean > 0, a / jnp.where(mean > 0, mean, 1), 1)
-    inputs = sum(s[:, None, None] * term.inputs for s, term in zip(share, terms, strict=True))
-    outputs = sum(s[:, None, None] * term.outputs for s, term in zip(scale, terms, strict=True))
-    return dataclasses.replace(terms[0], inputs=inputs, outputs=outputs)
+    side = jax.tree.map(lambda *parts: _combined(share, parts), *(term.input_side for term in terms))
+    return dataclasses.replace(terms[0], input_side=side, outputs=_combined(scale, [term.outputs for term in terms]))
+
+
+def _combined(factors: Float[Array, "terms groups"], parts: Sequence[Array]) -> Array:
+    """A linear combination, group by group."""
+    return functools.reduce(jnp.add, [factor[:, None, None] * part for factor, part in zip(factors, parts, strict=True)])
 
 
 def _partial_traces(
@@ -302,31 +282,6 @@ def _partial_traces(
     a, g = jnp.mean(values, 2), jnp.mean(values, 1)
     whole = jnp.mean(a, 1, keepdims=True)
     return jnp.where(whole > 0, a / jnp.where(whole > 0, whole, 1), 1), g
-
-
-def balanced(
-    a: Float[Array, " groups"], g: Float[Array, " groups"], damping: Float[Array, "*groups"]
-) -> tuple[Float[Array, " groups"], Float[Array, " groups"]]:
-    """Two shares of a damping, whose product it is: they are to each other as the mean eigenvalues of the factors are."""
-    balance = jnp.sqrt(jnp.where((a > 0) & (g > 0), a / jnp.where(g > 0, g, 1), 1))
-    return jnp.sqrt(damping) * balance, jnp.sqrt(damping) / balance
-
-
-def balanced_shifts(
-    a: Float[Array, " groups"], g: Float[Array, " groups"], damping: Float[Array, "*groups"], sizes: tuple[Any, Any]
-) -> tuple[Float[Array, " groups"], Float[Array, " groups"]]:
-    """What is added to each factor, from their mean eigenvalues and sizes: at least what makes a singular one invertible."""
-    shifts = balanced(a, g, damping)
-    rounding = [10 * size * jnp.finfo(mean.dtype).eps * mean for mean, size in zip((a, g), sizes, strict=True)]
-    held = [jnp.maximum(shift, least) for shift, least in zip(shifts, rounding, strict=True)]
-    return jnp.where(held[0] > 0, held[0], 1), jnp.where(held[1] > 0, held[1], 1)
-
-
-def eigenvectors(x: Float[Array, "groups m m"]) -> tuple[Float[Array, "groups m"], Float[Array, "groups m m"]]:
-    """The eigenvalues, zero inside rounding error, and the eigenvectors of positive semi-definite factors."""
-    values, vectors = jax.vmap(eigenpairs)(x)
-    largest = jnp.max(jnp.abs(values), -1, keepdims=True)
-    return resolved(values, jnp.zeros((), x.dtype), largest, x.shape[-1]), vectors
 
 
 @array_fields("inputs", "outputs", "values", repr=False)
@@ -345,6 +300,12 @@ class EigenKronecker(Layer, Spectral):
     spec: ParamSpec
 
     name = "eigen-Kronecker"
+
+    def basis_over(self, places: Sequence[int]) -> Basis:
+        """The vectors of its factors as a basis, for forms over the leaves at these places among its own."""
+        here = {place: i for i, place in enumerate(places)}
+        bias = here.get(1 - self.weight) if self.has_bias else None
+        return Basis(self.inputs, self.outputs, self.layout, here.get(self.weight), bias)
 
     def counted_eigenvalues(self) -> list[tuple[Array, int]]:
         return [(self.values, 1)]
@@ -387,7 +348,7 @@ class EigenKronecker(Layer, Spectral):
         inputs = matmul(self.inputs * a[:, None, :], self.inputs.swapaxes(1, 2))
         outputs = matmul(self.outputs * g[:, None, :], self.outputs.swapaxes(1, 2))
         one = jnp.ones(inputs.shape[:1], inputs.dtype)
-        return Kronecker(inputs, outputs, one, one, self.layout, self.weight, sharing, self.spec)
+        return Kronecker(self._side(inputs), outputs, one, one, self.layout, self.weight, sharing, self.spec)
 
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> Form:
         spec = self.spec.restrict(keep, treedef)
@@ -415,20 +376,20 @@ class EigenKronecker(Layer, Spectral):
 @mean_of.register
 def _(block: Kronecker, other: Kronecker, share: Scalar) -> Kronecker:
     """The view of the mean, of two views of scores: second moments add up, and the trace is the mean of the traces."""
-    shares = [x.astype(block.inputs.dtype) for x in (1 - share, share)]
+    shares = [x.astype(block.outputs.dtype) for x in (1 - share, share)]
 
-    def mean(quantity: Callable[[Kronecker], Array]) -> Array:
-        return shares[0] * quantity(block) + shares[1] * quantity(other)
+    def mean(quantity: Callable[[Kronecker], Any]) -> Any:
+        return jax.tree.map(lambda a, b: shares[0] * a + shares[1] * b, quantity(block), quantity(other))
 
     moments = Moments(
-        mean(lambda of: of.count[:, None, None] * of.inputs),
+        mean(lambda of: jax.tree.map(lambda part: of.count[:, None, None] * part, of.input_side)),
         mean(lambda of: of.outputs / jnp.where(of.unit == 0, 1, of.unit)[:, None, None]),
         mean(lambda of: of.count),
-        mean(lambda of: jnp.sum(diagonals(of.inputs), 1) * jnp.sum(diagonals(of.outputs), 1)),
+        mean(lambda of: of.input_side.traces() * jnp.sum(diagonals(of.outputs), 1)),
         block.layout,
     )
-    inputs, outputs, unit = moments.factors()
-    return dataclasses.replace(block, inputs=inputs, outputs=outputs, count=moments.count, unit=unit)
+    side, outputs, unit = moments.factors()
+    return dataclasses.replace(block, input_side=side, outputs=outputs, count=moments.count, unit=unit)
 
 
 @mean_of.register

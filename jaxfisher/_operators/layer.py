@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array, Float
 
-from jaxfisher._engine import Basis, Layout
+from jaxfisher._bordered import Bordered, bordered
+from jaxfisher._engine import Layout
 from jaxfisher._operators.form import Form
 
 
@@ -20,40 +20,33 @@ class Layer(Form):
     weight: int
     """The place of the weight in the lists."""
 
-    inputs: Float[Array, "groups inputs inputs"]
-    outputs: Float[Array, "groups outputs outputs"]
-
-    def basis_over(self, places: Sequence[int]) -> Basis:
-        """The vectors of its factors as a basis, for forms over the leaves at these places among its own."""
-        here = {place: i for i, place in enumerate(places)}
-        bias = here.get(1 - self.weight) if self.has_bias else None
-        return Basis(self.inputs, self.outputs, self.layout, here.get(self.weight), bias)
-
     @property
     def has_bias(self) -> bool:
         """Whether the bias is there, as the weight of a last input that is always one."""
         return len(self.spec.shapes) > 1
 
-    def _matrix(self, v: Any) -> Float[Array, "groups inputs outputs"]:
+    def _rows(self, v: Any) -> tuple[Float[Array, "groups inputs outputs"], Float[Array, "1 1 outputs"] | None]:
+        """The weight's rows of a vector's matrix, and the bias's."""
         leaves = jax.tree.leaves(v)
-        matrix = self.layout.matrix(leaves[self.weight])
-        if not self.has_bias:
-            return matrix
-        return jnp.concatenate([matrix, leaves[1 - self.weight].reshape(1, 1, -1)], axis=1)
+        last = leaves[1 - self.weight].reshape(1, 1, -1) if self.has_bias else None
+        return self.layout.matrix(leaves[self.weight]), last
 
-    def _leaves(self, matrix: Float[Array, "groups inputs outputs"]) -> Any:
-        leaves = [self.layout.leaf(matrix[:, : self.layout.inputs])]
-        if self.has_bias:
-            bias = matrix[:, -1].reshape(self.spec.shapes[1 - self.weight])
-            leaves.insert(1 - self.weight, bias)
+    def _from_rows(self, rows: Float[Array, "groups inputs outputs"], last: Float[Array, "1 1 outputs"] | None) -> Any:
+        leaves = [self.layout.leaf(rows)]
+        if last is not None:
+            leaves.insert(1 - self.weight, last.reshape(self.spec.shapes[1 - self.weight]))
         return self.spec.tree(leaves)
 
-    def _per_input(self, factors: Sequence[Scalar]) -> Float[Array, " inputs"]:
-        """A factor for each leaf, as a factor for each input."""
-        parts = [jnp.full(self.layout.inputs, 1, self.spec.dtype) * factors[self.weight]]
-        if self.has_bias:
-            parts.append(jnp.ones(1, self.spec.dtype) * factors[1 - self.weight])
-        return jnp.concatenate(parts)
+    def _matrix(self, v: Any) -> Float[Array, "groups inputs outputs"]:
+        rows, last = self._rows(v)
+        return rows if last is None else jnp.concatenate([rows, last], axis=1)
+
+    def _leaves(self, matrix: Float[Array, "groups inputs outputs"]) -> Any:
+        return self._from_rows(matrix[:, : self.layout.inputs], matrix[:, -1:] if self.has_bias else None)
+
+    def _side(self, inputs: Float[Array, "groups inputs inputs"]) -> Bordered:
+        """A matrix over the inputs, as it is held: a bias's row and column are apart."""
+        return bordered(inputs) if self.has_bias else Bordered(inputs)
 
     def _as_matrix(self, blocks: Float[Array, "groups size size"]) -> Float[Array, "p p"]:
         """Dense blocks in the order of the parameters."""

@@ -265,8 +265,8 @@ def _layers(places: Places, form: Form, sharing: Sharing) -> tuple[tuple[Places,
         if made is not None:
             group = tuple(i for i, role in enumerate(scores.roles) if k in (i, role.layer))
             inputs, outputs, unit = made.factors()
-            spec, sides = _spec_of(form.spec, group), (_symmetric(inputs), _symmetric(outputs))
-            block = Kronecker(*sides, made.count, unit, made.layout, group.index(k), sharing.name, spec)
+            spec, side = _spec_of(form.spec, group), inputs._replace(core=_symmetric(inputs.core))
+            block = Kronecker(side, _symmetric(outputs), made.count, unit, made.layout, group.index(k), sharing.name, spec)
             found.append((tuple(places[i] for i in group), block))
     return tuple(found)
 

@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._linalg import diagonals, matmul, unit_diagonal
 from jaxfisher._operators.form import Form
-from jaxfisher._operators.kronecker import Kronecker, balanced
+from jaxfisher._operators.kronecker import Kronecker
+from jaxfisher._operators.side import balanced
 from jaxfisher._operators.sum import Sum
 
 

@@ -12,15 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Scalar
 
+from jaxfisher._bordered import Bordered
 from jaxfisher._jobs_on_mesh import Devices, shared_out
 from jaxfisher._once import renewed, repeat
 from jaxfisher._operators.apart import devices_of, together
 from jaxfisher._operators.factored import inverses, shifted_factors, with_inverses
 from jaxfisher._operators.form import Form
-from jaxfisher._operators.kronecker import Kronecker, eigenvectors
+from jaxfisher._operators.kronecker import Kronecker
+from jaxfisher._operators.side import eigenvectors
 from jaxfisher._operators.sum import Sum
 
-Matrices = Float[Array, "groups m m"]
 Shifts = Float[Array, " groups"]
 Flag = bool | Bool[Array, ""]
 
@@ -38,8 +39,8 @@ class Holding(NamedTuple):
         pads: whether what is made of a block-diagonal matrix is what is made of its blocks.
     """
 
-    factors: Callable[[Form, Scalar], Sequence[tuple[Matrices, Shifts]]]
-    make: Callable[[Matrices], Any]
+    factors: Callable[[Form, Scalar], Sequence[tuple[Bordered, Shifts]]]
+    make: Callable[[Bordered], Any]
     form: Callable[[Form, Sequence[Any], Scalar], Form]
     pads: bool
 
@@ -76,39 +77,50 @@ class Holding(NamedTuple):
 
 
 class _Stack(NamedTuple):
-    """Factors that are held together: their places among all, and the size to which they are padded."""
+    """Factors that are held together: their places among all, and the size to which they are padded, without a border."""
 
     places: tuple[int, ...]
     size: int
 
-    def matrices(self, factors: Sequence[tuple[Matrices, Shifts]]) -> Matrices:
+    def matrices(self, factors: Sequence[tuple[Bordered, Shifts]]) -> Bordered:
         """The matrices with what is added to their diagonals; where they are padded, with a unit matrix."""
         return _shifted(*self.padded(factors))
 
-    def padded(self, factors: Sequence[tuple[Matrices, Shifts]]) -> tuple[Matrices, Float[Array, "groups m"]]:
+    def padded(self, factors: Sequence[tuple[Bordered, Shifts]]) -> tuple[Bordered, Float[Array, "groups m"]]:
         """The matrices, and what is to be added to their diagonals: one where they are padded."""
-        wide, diagonal = [], []
-        for place in self.places:
-            matrix, shift = factors[place]
-            extra = self.size - matrix.shape[1]
-            wide.append(jnp.pad(matrix, ((0, 0), (0, extra), (0, extra))))
-            own = jnp.broadcast_to(shift[:, None], matrix.shape[:2])
-            diagonal.append(jnp.pad(own, ((0, 0), (0, extra)), constant_values=1))
-        return jnp.concatenate(wide), jnp.concatenate(diagonal)
+        padded = [_padded(*factors[place], self.size) for place in self.places]
+        whole: tuple[Bordered, Float[Array, "groups m"]] = jax.tree.map(lambda *parts: jnp.concatenate(parts), *padded)
+        return whole
 
     def parts(self, factors: Sequence[tuple[Any, Any]], made: Any) -> dict[int, Any]:
         """What was made, of each of the factors."""
-        ends = np.cumsum([len(factors[place][0]) for place in self.places])
+        ends = np.cumsum([len(factors[place][0].core) for place in self.places])
         found = {}
         for place, end in zip(self.places, ends, strict=True):
-            count, size = factors[place][0].shape[:2]
+            matrix, _ = factors[place]
+            count, size = matrix.core.shape[:2]
             cut = lambda x, end=end, count=count, size=size: x[(slice(end - count, end), *(slice(size),) * (x.ndim - 1))]  # noqa: E731
             found[place] = jax.tree.map(cut, made)
         return found
 
 
-def _shifted(matrices: Matrices, diagonals: Float[Array, "groups m"]) -> Matrices:
-    return matrices + diagonals[:, None] * jnp.eye(matrices.shape[1], dtype=matrices.dtype)[None]
+def _padded(matrix: Bordered, shift: Shifts, size: int) -> tuple[Bordered, Float[Array, "groups m"]]:
+    """Matrices of a larger size, and what is to be added to the diagonals of their cores."""
+    own = jnp.broadcast_to(shift[:, None], matrix.core.shape[:2])
+    extra = size - matrix.core.shape[1]
+    if not extra:
+        return matrix, own
+    wide = matrix._replace(core=jnp.pad(matrix.core, ((0, 0), (0, extra), (0, extra))))
+    if matrix.border is not None:
+        wide = wide._replace(border=jnp.pad(matrix.border, ((0, 0), (0, extra), (0, 0))))
+    return wide, jnp.pad(own, ((0, 0), (0, extra)), constant_values=1)
+
+
+def _shifted(matrices: Bordered, diagonals: Float[Array, "groups m"]) -> Bordered:
+    """Matrices with what is added to their diagonals; a corner has what the first entry has, which is never padding."""
+    size, dtype = matrices.core.shape[1], matrices.core.dtype
+    core = matrices.core + diagonals[:, None] * jnp.eye(size, dtype=dtype)[None]
+    return Bordered(core, matrices.border, None if matrices.corner is None else matrices.corner + diagonals[:, :1, None])
 
 
 PADDING = 1.1
@@ -119,13 +131,13 @@ TINY = 32
 
 def _stacks(factors: Sequence[tuple[Any, Any]], *, pads: bool) -> list[_Stack]:
     """Factors by size, the largest first; where padding is allowed, smaller ones with larger ones while that costs little."""
-    sizes = [matrix.shape[1] for matrix, _ in factors]
-    cost = sum(len(matrix) * float(matrix.shape[1]) ** 3 for matrix, _ in factors)
+    counts, sizes = ([matrix.core.shape[axis] for matrix, _ in factors] for axis in (0, 1))
+    cost = sum(count * float(size) ** 3 for count, size in zip(counts, sizes, strict=True))
     spare = (PADDING - 1) * cost + TINY**3 if pads else 0.0
     found: dict[int, list[int]] = {}
     for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
         size = min((other for other in found if other >= sizes[place]), default=sizes[place])
-        extra = len(factors[place][0]) * (float(size) ** 3 - float(sizes[place]) ** 3)
+        extra = counts[place] * (float(size) ** 3 - float(sizes[place]) ** 3)
         if extra > spare:
             size = sizes[place]
         else:
@@ -135,10 +147,10 @@ def _stacks(factors: Sequence[tuple[Any, Any]], *, pads: bool) -> list[_Stack]:
 
 
 def _renewed(
-    make: Callable[[Matrices], Any], stack: _Stack, factors: Sequence[tuple[Matrices, Shifts]], due: Sequence[Flag], held: Any
+    make: Callable[[Bordered], Any], stack: _Stack, factors: Sequence[tuple[Bordered, Shifts]], due: Sequence[Flag], held: Any
 ) -> Any:
     """What is held of one stack, made anew for the layers that are due, one matrix after the other."""
-    flags = jnp.stack([jnp.asarray(due[place // 2]) for place in stack.places for _ in range(len(factors[place][0]))])
+    flags = jnp.stack([jnp.asarray(due[place // 2]) for place in stack.places for _ in range(len(factors[place][1]))])
     numbers = np.arange(flags.size, dtype=np.int32)
 
     def following(number: Array | int) -> Array:
@@ -146,23 +158,25 @@ def _renewed(
 
     def step(state: tuple[Array, Any]) -> tuple[Array, Any]:
         number, held = state
-        new = make(jax.lax.dynamic_slice_in_dim(stack.matrices(factors), number, 1))
-        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, number, 0)  # noqa: E731
-        return following(number), jax.tree.map(put, held, new)
+        # Places in the first axis that are known not to be negative.
+        place = (number, *[jnp.zeros_like(number)] * 2)
+        one = lambda x: jax.lax.dynamic_slice(x, place[: x.ndim], (1, *x.shape[1:]), allow_negative_indices=False)  # noqa: E731
+        put = lambda x, new: jax.lax.dynamic_update_slice(x, new, place[: x.ndim], allow_negative_indices=False)  # noqa: E731
+        return following(number), jax.tree.map(put, held, make(jax.tree.map(one, stack.matrices(factors))))
 
     return repeat(lambda state: state[0] < flags.size, step, (following(-1), held))[1]
 
 
 def _made_apart(
-    make: Callable[[Matrices], Any],
+    make: Callable[[Bordered], Any],
     stacks: Sequence[_Stack],
-    factors: Sequence[tuple[Matrices, Shifts]],
+    factors: Sequence[tuple[Bordered, Shifts]],
     due: Sequence[Flag],
     held: Sequence[Any],
     devices: Devices,
 ) -> list[Any]:
     """What is held of each stack, those factors made anew that are due, each by one device: of one turn all together."""
-    counts, sizes = [len(matrix) for matrix, _ in factors], dict[int, int]()
+    counts, sizes = [len(shift) for _, shift in factors], dict[int, int]()
     parts: dict[int, Any] = {}
     for stack, old in zip(stacks, held or [None] * len(stacks), strict=True):
         end, whole = 0, (stack.padded(factors), old)
@@ -190,10 +204,10 @@ INVERSES = Holding(shifted_factors, inverses, with_inverses, pads=True)
 """The inverses of the damped factors: see `jaxfisher.factored_solve`."""
 
 
-def _bare_factors(form: Form, damping: Scalar) -> list[tuple[Matrices, Shifts]]:
+def _bare_factors(form: Form, damping: Scalar) -> list[tuple[Bordered, Shifts]]:
     del damping
     factors = [factor for block in _products(form) for factor in (block.inputs, block.outputs)]
-    return [(factor, jnp.zeros(len(factor), factor.dtype)) for factor in factors]
+    return [(Bordered(factor), jnp.zeros(len(factor), factor.dtype)) for factor in factors]
 
 
 def _with_eigenvectors(form: Form, held: Sequence[Any], damping: Scalar) -> Form:
@@ -206,7 +220,7 @@ def _with_eigenvectors(form: Form, held: Sequence[Any], damping: Scalar) -> Form
     )
 
 
-EIGENVECTORS = Holding(_bare_factors, eigenvectors, _with_eigenvectors, pads=False)
+EIGENVECTORS = Holding(_bare_factors, lambda factors: eigenvectors(factors.core), _with_eigenvectors, pads=False)
 """The eigenvectors and eigenvalues of the factors, for solves at any damping."""
 NOTHING = Holding(lambda form, damping: [], lambda factor: factor, lambda form, held, damping: form, pads=False)
 """The form is solved with as it is."""

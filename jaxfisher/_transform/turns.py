@@ -85,7 +85,7 @@ def counted_period(forward: float | None, form: Form) -> int:
     """
     is_layer = lambda part: isinstance(part, Kronecker)  # noqa: E731
     layers = [part for part in jax.tree.leaves(form, is_leaf=is_layer) if is_layer(part)]
-    sizes = [(x.inputs.shape[-3], x.inputs.shape[-1], x.outputs.shape[-1]) for x in layers]
+    sizes = [(x.outputs.shape[-3], *x.sizes) for x in layers]
     if not forward or not sizes:
         return USUAL
     weights = sum(g * i * o for g, i, o in sizes)

@@ -95,7 +95,7 @@ def squares_along(
     given = () if bias is None or joined else (bias.gradient(),)
 
     def of(leaf: Leaf, w: Array, *biases: Array) -> Array:
-        made = products(leaf) if joined else leaf.made
+        made = [_with_one(product) for product in products(leaf)] if joined else leaf.made
         forms = [_turned(form, basis, basis.by_all if joined else basis.by_weight) for form in made]
         forms += [_turned_bias(gradients, basis) for gradients in biases]
         return diagonal(
@@ -103,6 +103,12 @@ def squares_along(
         )
 
     return weight.in_pieces(of, sum_batches, w, *given)
+
+
+def _with_one(product: Product) -> Product:
+    """With the input of one that a bias is the weight of, as the last."""
+    one = jnp.ones((*product.left.shape[:-1], 1), product.left.dtype)
+    return dataclasses.replace(product, left=jnp.concatenate([product.left, one], -1))
 
 
 def _turned(form: Form, basis: Basis, inputs: Float[Array, "groups rows inputs"]) -> Form:

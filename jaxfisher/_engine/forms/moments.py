@@ -11,13 +11,14 @@ number: the trace of their product is that of the block only where ``|a|`` and `
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxfisher._bordered import Bordered
 from jaxfisher._engine.forms.arrays import HIGHEST, contracted, sum_to
 from jaxfisher._engine.forms.layout import Layout, matrix_layout
 from jaxfisher._engine.forms.leaf import Leaf
@@ -32,7 +33,7 @@ from jaxfisher._pytree import array_fields
 class Moments:
     """Weighted sums over the rows of a leaf, for its Kronecker approximation; those of several blocks of rows add up.
 
-    Where the leaf has a bias, the last input is the one it is the weight of, and the block is that of the layer.
+    Where the leaf has a bias, the last input is the one it is the weight of, held apart, and the block is that of the layer.
 
     Attributes:
         inputs: ``sum omega a a^T`` over what is counted: positions of examples, or examples.
@@ -42,24 +43,22 @@ class Moments:
         layout: how the leaf's entries are ordered.
     """
 
-    inputs: Float[Array, "groups inputs inputs"]
+    inputs: Bordered
     outputs: Float[Array, "groups outputs outputs"]
     count: Float[Array, " groups"]
     trace: Float[Array, " groups"]
     layout: Layout
 
-    def factors(
-        self,
-    ) -> tuple[Float[Array, "groups inputs inputs"], Float[Array, "groups outputs outputs"], Float[Array, " groups"]]:
+    def factors(self) -> tuple[Bordered, Float[Array, "groups outputs outputs"], Float[Array, " groups"]]:
         r"""``A`` and ``G``, whose Kronecker product approximates the block and has its trace, group by group, and ``c``.
 
         .. math:: A = \frac{\sum \omega\, a a^T}{\sum \omega}, \qquad G = c \sum \omega\, g g^T, \qquad
             \mathrm{tr} A\, \mathrm{tr} G = \sum \omega\, |D|^2.
         """
         count = _or_one(self.count)
-        sizes = [_or_one(jnp.sum(diagonals(factor), 1)) for factor in (self.inputs, self.outputs)]
-        unit = self.trace / (sizes[0] / count) / sizes[1]
-        return self.inputs / count[:, None, None], self.outputs * unit[:, None, None], unit
+        sizes = _or_one(self.inputs.traces()), _or_one(jnp.sum(diagonals(self.outputs), 1))
+        unit, each = self.trace / (sizes[0] / count) / sizes[1], count[:, None, None]
+        return jax.tree.map(lambda part: part / each, self.inputs), self.outputs * unit[:, None, None], unit
 
 
 def _or_one(x: Float[Array, " groups"]) -> Float[Array, " groups"]:
@@ -107,33 +106,32 @@ def _moments(leaf: Leaf, w: Float[Array, "examples rows"], counted: Callable[[_F
     if not has_moments(leaf):
         return None
 
-    def piece(leaf: Leaf, w: Array) -> tuple[Array, ...]:
-        pairs = [(product.left, product.right) for product in products(leaf)]
-        left, right = _joined([left for left, _ in pairs]), _joined([right for _, right in pairs])
+    def piece(leaf: Leaf, w: Array) -> tuple[Any, ...]:
+        pairs = products(leaf)
+        left, right = _joined([pair.left for pair in pairs]), _joined([pair.right for pair in pairs])
         squares = jnp.sum(w[:, :, None, None, None] * jnp.square(right), 4)
         factors = _Factors(left, right, jnp.any(squares != 0, 1, keepdims=True))
         trace = _trace(factors, squares, w)
+        if leaf.bias:
+            trace = trace + _trace_of_sums(right, squares, w)
         factors = counted(factors)
         # An input counts once for all rows of its example.
         mean = jnp.mean(w, 1, keepdims=True) if left.shape[1] == 1 else w / w.shape[1]
         weight = jnp.where(factors.carrying, mean[:, :, None, None], 0)
-        inputs, outputs = _second_moment(factors.left, weight), _second_moment(factors.right, w[:, :, None, None])
-        return inputs, outputs, jnp.sum(weight, (0, 1, 3)), trace
+        inputs, sums = _second_moment(factors.left, weight)
+        outputs, _ = _second_moment(factors.right, w[:, :, None, None])
+        count = jnp.sum(weight, (0, 1, 3))
+        # A bias is the weight of an input that is one wherever it is counted.
+        border = (jnp.sum(sums, (0, 1, 3)), count) if leaf.bias else ()
+        return Bordered(inputs, *(part.reshape(len(count), -1, 1) for part in border)), outputs, count, trace
 
     inputs, outputs, count, trace = leaf.in_pieces(piece, sum_batches, w)
     return Moments(inputs, outputs, count, trace, leaf.layout)
 
 
 def products(leaf: Leaf) -> list[Product]:
-    """The forms of a leaf; with a bias, each left factor has at its end the one that the bias is the weight of."""
-    found = [form for form in leaf.made if isinstance(form, Product)]
-    if not leaf.bias:
-        return found
-    ones = [jnp.ones((*product.left.shape[:-1], 1), product.left.dtype) for product in found]
-    return [
-        dataclasses.replace(product, left=jnp.concatenate([product.left, one], -1))
-        for product, one in zip(found, ones, strict=True)
-    ]
+    """The forms of a leaf that `has_moments`."""
+    return [form for form in leaf.made if isinstance(form, Product)]
 
 
 def _joined(factors: Sequence[Array]) -> Float[Array, "n r b t i"]:
@@ -142,9 +140,22 @@ def _joined(factors: Sequence[Array]) -> Float[Array, "n r b t i"]:
     return jnp.concatenate([jnp.broadcast_to(x, (*lead, *x.shape[2:])) for x in factors], axis=3)
 
 
-def _second_moment(x: Float[Array, "n r b t i"], w: Float[Array, "n r #b #t"]) -> Float[Array, "b i i"]:
-    """``sum w x x^T`` over rows and positions, symmetric up to rounding: to mirror it would take as long as to make it."""
-    return contracted(*jnp.broadcast_arrays(sum_to(w, x.shape[:2])[..., None] * x, x))
+def _second_moment(
+    x: Float[Array, "n r b t i"], w: Float[Array, "n r #b #t"]
+) -> tuple[Float[Array, "b i i"], Float[Array, "n r b t i"]]:
+    """``sum w x x^T`` over rows and positions, and what is summed of ``w x``.
+
+    The first is symmetric up to rounding: to mirror it would take as long as to make it.
+    """
+    weighted = sum_to(w, x.shape[:2])[..., None] * x
+    return contracted(*jnp.broadcast_arrays(weighted, x)), weighted
+
+
+def _trace_of_sums(right: Float[Array, "n rows b t o"], squares: Float[Array, "n rows b t"], w: Array) -> Float[Array, " b"]:
+    """``sum w |sum_t g_t|^2`` over rows, group by group: of the part that is the bias's; `_trace` has the weight's."""
+    if right.shape[3] > 1:
+        squares = jnp.sum(w[:, :, None, None, None] * jnp.square(jnp.sum(right, 3, keepdims=True)), 4)
+    return jnp.sum(squares, (0, 1, 3))
 
 
 def _trace(factors: _Factors, squares: Float[Array, "n rows b t"], w: Float[Array, "n rows"]) -> Float[Array, " b"]:

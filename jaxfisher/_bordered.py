@@ -1,0 +1,83 @@
+"""Symmetric matrices with their last row and column apart.
+
+Devices share the rows of an array evenly or not at all, and a layer's inputs with one more for its bias are one too many. So
+such a matrix is held in parts, which are joined only inside a program, and only where they must be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxfisher._linalg import batched, diagonals
+
+Matrices = Float[Array, "groups size size"]
+
+
+class Bordered(NamedTuple):
+    """Several symmetric matrices of one size, all with a border or none.
+
+    Attributes:
+        core: without the last row and column, if they are apart.
+        border: the last column, without its last entry.
+        corner: that entry.
+    """
+
+    core: Matrices
+    border: Float[Array, "groups size 1"] | None = None
+    corner: Float[Array, "groups 1 1"] | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of rows."""
+        return int(self.core.shape[-1]) + (self.border is not None)
+
+    def whole(self) -> Matrices:
+        """The matrices with all their rows."""
+        if self.border is None or self.corner is None:
+            return self.core
+        last = jnp.concatenate([self.border.swapaxes(1, 2), self.corner], 2)
+        return jnp.concatenate([jnp.concatenate([self.core, self.border], 2), last], 1)
+
+    def diagonals(self) -> Float[Array, "groups rows"]:
+        """Their diagonals."""
+        entries = diagonals(self.core)
+        return entries if self.corner is None else jnp.concatenate([entries, self.corner[:, 0]], 1)
+
+    def traces(self) -> Float[Array, " groups"]:
+        """Their traces."""
+        traces = jnp.sum(diagonals(self.core), 1)
+        return traces if self.corner is None else traces + self.corner.reshape(-1)
+
+    def widened(self, corner: float = 0.0) -> Bordered:
+        """With a border of zeros and this corner, if there is none."""
+        if self.border is not None:
+            return self
+        groups, size, _ = self.core.shape
+        dtype = self.core.dtype
+        return Bordered(self.core, jnp.zeros((groups, size, 1), dtype), jnp.full((groups, 1, 1), corner, dtype))
+
+    def times(self, rows: Array, last: Array | None) -> tuple[Float[Array, "groups size k"], Float[Array, "groups 1 k"] | None]:
+        """Products with matrices whose last row is apart too."""
+        product = batched(self.core, rows)
+        if self.border is None or self.corner is None or last is None:
+            return product, None
+        return product + batched(self.border, last), batched(self.border, rows, (1, 1)) + batched(self.corner, last)
+
+    def inverses(self, inverses: Callable[[Matrices], Matrices]) -> Bordered:
+        """Their inverses, of the function that gives those of matrices without a border: the last row is eliminated first."""
+        if self.border is None or self.corner is None:
+            return Bordered(inverses(self.core))
+        alone = 1 / self.corner
+        shares = batched(self.border, alone)
+        core = inverses(self.core - batched(shares, self.border, (2, 2)))
+        border = -batched(core, shares)
+        return Bordered(core, border, alone - batched(shares, border, (1, 1)))
+
+
+def bordered(matrices: Float[Array, "groups rows rows"]) -> Bordered:
+    """Matrices with their last row and column apart."""
+    return Bordered(matrices[:, :-1, :-1], matrices[:, :-1, -1:], matrices[:, -1:, -1:])

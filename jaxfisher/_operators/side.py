@@ -1,0 +1,76 @@
+"""One factor of a Kronecker product: its root, its eigenvectors, its share of a damping."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxfisher._inverse import eigen, multiplied
+from jaxfisher._linalg import cholesky, eigenpairs, resolved
+from jaxfisher._null_space import projected
+from jaxfisher._varying import cond
+
+
+def roots(x: Float[Array, "groups m m"]) -> Float[Array, "groups m m"]:
+    """The Cholesky factors of positive definite matrices."""
+    return jax.vmap(cholesky)(x)
+
+
+class Side(NamedTuple):
+    """One factor of a Kronecker product by its eigenvectors, in its units; without a damping, projected off its null space.
+
+    Attributes:
+        vectors: the vectors that take the place of eigenvectors; zero for those that are left out.
+        values: eigenvalues, in the units of ``vectors``.
+        kept: which of the vectors are not left out.
+        clear: whether the eigenvalues that are kept are well above rounding.
+        off: the null vectors that were left out, in the parameters' units.
+    """
+
+    vectors: Float[Array, "m m"]
+    values: Float[Array, " m"]
+    kept: Bool[Array, " m"]
+    clear: Bool[Array, ""]
+    off: Float[Array, "m m"]
+
+
+@jax.vmap
+def sides(matrix: Float[Array, "m m"], unit: Float[Array, " m"], told: Bool[Array, ""]) -> Side:
+    """Each of a stack of factors by its eigenvectors."""
+    found = eigen(matrix, unit, told)
+    inverted = jnp.where(found.kept, 1 / jnp.where(found.kept, found.values, 1), 0)
+    vectors = cond(
+        jnp.all(found.kept),
+        lambda: found.vectors,
+        lambda: projected(found.vectors, inverted, found.kept, unit, multiplied(matrix, jnp.zeros_like(unit[0]), unit))[0],
+    )
+    own = unit[:, None] * vectors
+    return Side(jnp.where(found.kept, own, 0), found.values, found.kept, found.clear, jnp.where(found.kept, 0, own))
+
+
+def balanced(
+    a: Float[Array, " groups"], g: Float[Array, " groups"], damping: Float[Array, "*groups"]
+) -> tuple[Float[Array, " groups"], Float[Array, " groups"]]:
+    """Two shares of a damping, whose product it is: they are to each other as the mean eigenvalues of the factors are."""
+    balance = jnp.sqrt(jnp.where((a > 0) & (g > 0), a / jnp.where(g > 0, g, 1), 1))
+    return jnp.sqrt(damping) * balance, jnp.sqrt(damping) / balance
+
+
+def balanced_shifts(
+    a: Float[Array, " groups"], g: Float[Array, " groups"], damping: Float[Array, "*groups"], sizes: tuple[Any, Any]
+) -> tuple[Float[Array, " groups"], Float[Array, " groups"]]:
+    """What is added to each factor, from their mean eigenvalues and sizes: at least what makes a singular one invertible."""
+    shifts = balanced(a, g, damping)
+    rounding = [10 * size * jnp.finfo(mean.dtype).eps * mean for mean, size in zip((a, g), sizes, strict=True)]
+    held = [jnp.maximum(shift, least) for shift, least in zip(shifts, rounding, strict=True)]
+    return jnp.where(held[0] > 0, held[0], 1), jnp.where(held[1] > 0, held[1], 1)
+
+
+def eigenvectors(x: Float[Array, "groups m m"]) -> tuple[Float[Array, "groups m"], Float[Array, "groups m m"]]:
+    """The eigenvalues, zero inside rounding error, and the eigenvectors of positive semi-definite factors."""
+    values, vectors = jax.vmap(eigenpairs)(x)
+    largest = jnp.max(jnp.abs(values), -1, keepdims=True)
+    return resolved(values, jnp.zeros((), x.dtype), largest, x.shape[-1]), vectors
