@@ -15,10 +15,10 @@ import sys
 import time
 import warnings
 
-# Nearly all the time of these blocks is XLA compiling programs that run once.
+# Nearly all the time of these blocks is XLA compiling programs that run once. JAX reads this when it is imported.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-import jax  # noqa: E402: the line above must come first
+import jax
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
 
