@@ -290,6 +290,7 @@ def check_extremes(case):
         x = np.asarray(x) if np.issubdtype(np.asarray(x).dtype, np.integer) else np.asarray(x, np.float32)
         x64 = x if x.dtype != np.float32 else x.astype(np.float64)
         (narrow, narrow_slopes), (wide, wide_slopes) = compiled(p, q, x), exact(*_doubled((p, q)), x64)
+        _check_product(narrow["fisher_mv"], wide["fisher_mv"], _doubled(p), case.rtol32, f"{fields} fisher_mv")
         for name in ("log_prob", "kl", "mean", "fisher_sqrt_mv"):
             value = wide[name]
             where = f"{fields} {other} {name}"
@@ -302,6 +303,22 @@ def check_extremes(case):
         assert values["kl"] <= case.self32**2, f"kl to itself at {fields}: {values['kl']}"
         change = np.abs((problems.flat(q) - problems.flat(p)) * np.split(problems.flat(slopes["kl"]), 2))
         assert np.all(change <= case.self32), f"gradient of kl to itself at {fields}: {slopes['kl']}"
+
+
+@traced
+def _root(p):
+    """``B``, a row for each number of the fields."""
+    noise, unravel = ravel_pytree(p.fisher_noise())
+    return jax.vmap(lambda u: ravel_pytree(p.fisher_sqrt_mv(unravel(u)))[0])(jnp.eye(noise.size)).T
+
+
+def _check_product(narrow, exact, p, rtol, where):
+    """``B (B^T p)``, to what its two sums may round where they cancel; zeros in it come out as zeros."""
+    found, expected, root = problems.flat(narrow), problems.flat(exact), np.abs(_root(p))
+    assert not np.any(np.isnan(found)), f"NaN from finite input: {where}: {found}"
+    size = root @ (root.T @ np.abs(problems.flat(p)))
+    fits = size < MAX32 * (1 - rtol)
+    np.testing.assert_array_less(np.abs(found - expected)[fits], rtol * size[fits] + float(jnp.finfo(jnp.float32).tiny), where)
 
 
 def _check_range(narrow, exact, rtol, where):

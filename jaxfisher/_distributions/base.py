@@ -282,7 +282,8 @@ class Distribution:
     def fisher_mv(self, v: Self) -> Self:
         """``F v = B (B^T v)`` for a tangent ``v`` in the fields (a pytree like the distribution)."""
         (u,) = jax.linear_transpose(self.fisher_sqrt_mv, self.fisher_noise())(v)
-        return self.fisher_sqrt_mv(u)
+        # XLA would merge a division by a scale in `B^T` and one in `B` into one by its square, which underflows: 0 / 0.
+        return self.fisher_sqrt_mv(jax.lax.optimization_barrier(u))
 
     @once
     def fisher_matrix(self) -> Float[Array, "fields fields"]:
