@@ -208,7 +208,7 @@ def _values_and_gradients(p, q, x):
     return values, {"log_prob": of_log_prob, "kl": of_kl, "fisher_sqrt_mv": of_root}
 
 
-in_numpy = traced(_values)
+by_numpy = traced(_values)
 compiled, exact = jax.jit(_values_and_gradients), traced(_values_and_gradients)
 """In float32 as XLA computes them, one program for a family; in float64 by NumPy."""
 
@@ -258,7 +258,7 @@ def check_narrow_dtype(case):
     """Dtype in, dtype out, and in float32 and bfloat16 the numbers of float64 at the same (rounded) fields."""
     x = case.rule().nodes[len(case.rule().nodes) // 3]
     whole = np.issubdtype(x.dtype, np.integer)
-    for dtype, values in ((jnp.float32, lambda *at: compiled(*at)[0]), (jnp.bfloat16, in_numpy)):
+    for dtype, values in ((jnp.float32, lambda *at: compiled(*at)[0]), (jnp.bfloat16, by_numpy)):
         p, q = case.make(dtype), case.make_other(dtype)
         point = x if whole else x.astype(dtype)
         narrow = values(p, q, point)
@@ -266,7 +266,7 @@ def check_narrow_dtype(case):
         draw = jax.eval_shape(lambda p: p.sample(jax.random.key(0), (3,)), p)
         expected = jnp.int32 if whole else dtype
         assert (draw.dtype, draw.shape) == (expected, (3, *p.event_shape)), f"draws: {draw}"
-        wide = in_numpy(*_doubled((p, q)), point.astype(x.dtype))
+        wide = by_numpy(*_doubled((p, q)), point.astype(x.dtype))
         for a, b in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
             assert b.dtype == jnp.float64, f"float64 is kept, not {b.dtype}"
             close(a, b, f"{dtype.__name__} is float64 rounded", factor=50, eps=float(jnp.finfo(dtype).eps))
@@ -275,7 +275,7 @@ def check_narrow_dtype(case):
     step = [a + 1e-3 * (b - a) for a, b in zip(*(jax.tree.leaves(v) for v in (case.make(), case.make_other())), strict=True)]
     near = [case.make(jnp.float32), case.family(*(leaf.astype(jnp.float32) for leaf in step))]
     kl32 = compiled(*near, x if whole else x.astype(np.float32))[0]["kl"]
-    kl64 = in_numpy(*_doubled(near), x)["kl"]
+    kl64 = by_numpy(*_doubled(near), x)["kl"]
     close(kl32, kl64, "kl keeps its digits near equality", factor=500, eps=float(jnp.finfo(jnp.float32).eps))
 
 
