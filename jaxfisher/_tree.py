@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
 from jaxfisher._values import check_array, check_flag, is_array, is_sparse, is_table
@@ -324,34 +323,21 @@ def select(flag: Scalar, tree: chex.ArrayTree, other: chex.ArrayTree) -> Any:
 
 def dot(a: chex.ArrayTree, b: chex.ArrayTree) -> Scalar:
     """The inner product of two vectors of real leaves."""
-    products = jax.tree.map(lambda x, y: jnp.vdot(x, y, precision=jax.lax.Precision.HIGHEST), a, b)
+    products = jax.tree.map(lambda x, y: _inner(x, y, 0), a, b)
     return sum(jax.tree.leaves(products), start=jnp.zeros((), jnp.result_type(*jax.tree.leaves(a))))
 
 
 def products(a: chex.ArrayTree, b: chex.ArrayTree) -> Float[Array, "k m"]:
     """The inner products of vectors stacked along a leading axis."""
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    highest = jax.lax.Precision.HIGHEST
-    parts = [jnp.matmul(x.reshape(len(x), -1), y.reshape(len(y), -1).T, precision=highest) for x, y in pairs]
+    parts = [_inner(x, y, 1) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
     return sum(parts[1:], start=parts[0])
 
 
-def together(function: Callable[..., Any], *trees: Any) -> Any:
-    """A function of each entry of trees of one structure, shapes and dtype, such as ``a + b``, applied to all leaves at once.
-
-    For trees of many small leaves: the program has each operation once, not once for each leaf.
-    """
-    leaves, treedef = jax.tree.flatten(trees[0])
-    flat = function(*map(raveled, trees))
-    ends = np.cumsum([leaf.size for leaf in leaves])
-    parts = [flat[end - leaf.size : end].reshape(leaf.shape) for end, leaf in zip(ends, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, parts)
-
-
-def raveled(tree: Any) -> Float[Array, " p"]:
-    """All numbers of a tree whose leaves have one dtype, at least one of them."""
-    leaves = [leaf.reshape(-1) for leaf in jax.tree.leaves(tree)]
-    return jnp.concatenate(leaves) if len(leaves) > 1 else leaves[0]
+def _inner(x: Array, y: Array, stacked: int) -> Array:
+    """The inner products over all but the first so many axes, which devices may share: raveled, a leaf is whole on each."""
+    axes = tuple(range(stacked, jnp.ndim(x)))
+    found: Array = jax.lax.dot_general(x, y, ((axes, axes), ((), ())), precision=jax.lax.Precision.HIGHEST)
+    return found
 
 
 def all_finite(tree: chex.ArrayTree) -> Scalar:

@@ -2,7 +2,8 @@
 
 Three layers, two of them with a bias, whose weights are split along their inputs, their outputs or both. Prints a line of JSON
 for each way: the largest difference relative to its array; for each array whose place a parameter or a side of one decides, its
-shape, how many numbers a device has and how many it may have; and the shapes of what the compiled program gathers.
+shape, how many numbers a device has and how many it may have; the shapes of what the compiled program gathers, and the size of
+the largest array that a device has while it runs.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from collectives import largest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxfisher as jf
@@ -96,7 +98,7 @@ def report(what, way, off, pieces, text):
     shapes = re.findall(r" = \w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", text)
     gathered = [[int(size) for size in sizes.split(",")] for sizes in shapes]
     name = f"{what}, {way.name} over {way.mesh.size}"
-    print(json.dumps({"name": name, "off": off, "parts": parts, "gathered": gathered}))
+    print(json.dumps({"name": name, "off": off, "parts": parts, "gathered": gathered, "largest": largest(text)}))
 
 
 def steps(params, data):
@@ -112,12 +114,12 @@ def steps(params, data):
     for way in ways():
         spread, place = placed(params, way)
         batch = tuple(place(array, way.examples) for array in data)
-        _, (kept, state, _) = compiled(step, spread, run.init(params, *data), *batch)
+        _, (kept, state, _) = compiled(step, spread, run.init(spread, *batch), *batch)
         text, (kept, state, _) = compiled(step, kept, state, *batch)
         mean, inverses, last = state.inner[0].mean[0], state.inner[0].in_use, state.inner[1].step
-        pieces = list(sides([block[:2] for block in mean], way))
-        # Factors of many layers are in one stack, whichever of their sides are spread.
-        pieces += [(part, min(way.mesh.shape.values())) for stack in inverses for part in stack[:2]]
+        # Also of the side of a layer that is not spread: all devices share its rows.
+        pieces = [(part, way.mesh.size) for block in mean for part in (*block[0][:2], block[1]) if part is not None]
+        pieces += [(part, way.mesh.size) for stack in inverses for part in stack[:2]]
         counts = [leaf.size // shared(leaf) for leaf in jax.tree.leaves(spread)]
         pieces += [pair for tree in (kept, last, state.recent) for pair in zip(jax.tree.leaves(tree), counts, strict=True)]
         off = difference(way, one, lambda spread=spread, batch=batch: trained(spread, batch))

@@ -248,6 +248,18 @@ def test_a_safe_chain_never_ends_above_its_start(name, batch):
         assert_close(flat(new), flat(params), factor=0)
 
 
+def test_a_batch_that_is_not_finite_leaves_the_running_mean_as_it_was():
+    """One in an input makes every factor behind it NaN, or infinite."""
+    params, x, y, _, _ = reference()
+    step = jf.training_step(classifier, jf.kfac())
+    params, state, _ = step(params, step.init(params, x, y), x, y)
+    for bad in (jnp.nan, jnp.inf):
+        after = step(params, state, x.at[0, 0].set(bad), y)[1]
+        assert_close(flat(after.inner[0].mean), flat(state.inner[0].mean), factor=0)
+    other = step(params, state, x[::-1] + 0.1, y)[1]
+    assert np.all(flat(other.inner[0].mean[0][0][0].core) != flat(state.inner[0].mean[0][0][0].core)), "the control"
+
+
 @pytest.mark.compiled
 def test_no_step_of_a_policy_leaves_the_kl_ball():
     """A linear policy on the pole's dynamics, its KL radius kept at every update though the rate is absurd."""

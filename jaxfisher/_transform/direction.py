@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Scalar
+from jaxtyping import Scalar
 
 from jaxfisher._once import once, renewed
 from jaxfisher._operators.averaging import arrays_of, with_arrays
 from jaxfisher._operators.factored import InvertedBlocks, factored_solve, has_factors, is_invertible
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.identity import relative_damping
+from jaxfisher._operators.kronecker import Kronecker
 from jaxfisher._operators.operator import Operator, Solver, View, as_operator
 from jaxfisher._operators.turns import EIGENVECTORS, INVERSES, NOTHING, Holding
 from jaxfisher._solve import solve
 from jaxfisher._system import SolveInfo
 from jaxfisher._transform.like import Like, shape_of_view
+from jaxfisher._transform.places import rows_shared
 from jaxfisher._transform.scale_by_fisher import ScaleByFisherState, averaged, empty_info, zeros_like
 from jaxfisher._transform.turns import CHECK, Turns, counted_period, phases
 from jaxfisher._transform.update_arguments import Shared, check_state, check_vector_of_state, fisher_for
-from jaxfisher._tree import cast_like, param_spec, raveled, together
+from jaxfisher._tree import all_finite, cast_like, param_spec
 from jaxfisher._values import fraction
 
 SHARE = 1e-2
@@ -81,8 +84,12 @@ def direction(settings: Settings) -> optax.GradientTransformationExtraArgs:
         if settings.holds:
             shape = shape_of_view(params, like, viewed)
             form = shape.form if decay is None else averaged(shape, "kfac")
-            mean = zeros_like(arrays_of(form), dtype)
-            held = zeros_like(tuple(_holding(solver, form).shapes(form)), dtype)
+            place = rows_shared(params)
+            # Of a view of the user's own nothing is known but its shapes.
+            empty = partial(zeros_like, dtype=dtype)
+            zeros = lambda part: empty(part, place=place) if isinstance(part, Kronecker) else empty(part)  # noqa: E731
+            mean = arrays_of(jax.tree.map(zeros, form, is_leaf=lambda part: isinstance(part, Kronecker)))
+            held = empty(tuple(_holding(solver, form).shapes(form)), place=place)
         return ScaleByFisherState(jnp.zeros((), jnp.int32), mean, held, (), empty_info(params))
 
     def update(
@@ -130,13 +137,14 @@ def _in_turn(
     turns = Turns(state.count, every)
 
     def averages(mean: Any) -> Any:
-        new = arrays_of(fresh().form)
+        operator = fresh()
+        new = arrays_of(operator.form)
         if settings.decay is None:
             return new
         beta = fraction("decay", settings.decay, shape.spec.dtype)
         # The newest has the weight that it has in a debiased mean of all so far, so the mean stays debiased.
         share = (1 - beta) / (1 - beta ** (turns.before() + 1).astype(beta.dtype))
-        moved: Any = _moved(mean, new, share)
+        moved: Any = _moved(mean, new, operator.trace(), share)
         return moved
 
     mean = renewed(turns.due(), averages, state.mean)
@@ -153,19 +161,14 @@ def _in_turn(
 
 
 @once
-def _moved(mean: Any, new: Any, share: Scalar) -> Any:
-    """The running mean, with this share of the newest."""
+def _moved(mean: Any, new: Any, trace: Scalar, share: Scalar) -> Any:
+    """The running mean, with this share of the newest.
 
-    def moved(a: Array, b: Array) -> Array:
-        # A batch with a NaN in it is no reason to lose all that came before.
-        return jnp.where(jnp.all(jnp.isfinite(b)), a + share * (b - a), a)
-
-    return together(moved, mean, new)
-
-
-@once
-def _finite(x: Any) -> Bool[Array, ""]:
-    return jnp.all(jnp.isfinite(raveled(x)))
+    Array by array: in one vector, those that devices share would be whole on each of them.
+    """
+    # A batch with a NaN in it is no reason to lose all that came before.
+    finite = jnp.isfinite(trace)
+    return jax.tree.map(lambda a, b: a + share * (jax.lax.select(finite, b, a) - a), mean, new)
 
 
 def _holding(solver: Solver | None, form: Form) -> Holding:
@@ -185,7 +188,7 @@ def _lightly(solver: Solver | None, fisher: Operator, v: Any, damping: chex.Nume
     """The direction, and a report whose residual is left out: to compute it takes as long, and the loss judges the step."""
     if isinstance(fisher.form, InvertedBlocks):
         x = fisher.mv(v)
-        finite = _finite(x)
+        finite = all_finite(x)
         nothing, size = jnp.zeros((), fisher.spec.dtype), jnp.asarray(fisher.size, jnp.int32)
         no = jnp.zeros_like(finite)
         return x, SolveInfo(nothing, jnp.zeros((), jnp.int32), finite, finite, size, no, no)

@@ -15,7 +15,7 @@ from jaxfisher._linalg import matmul
 from jaxfisher._once import either, once
 from jaxfisher._operators.operator import Operator, inner_products
 from jaxfisher._transform.update_arguments import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
-from jaxfisher._tree import cast_like, param_spec, raveled, split, together
+from jaxfisher._tree import cast_like, dot, param_spec, products, scaled, split
 from jaxfisher._values import check_nonnegative, nonnegative
 
 
@@ -126,15 +126,9 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
 @once
 def _combined(d: Any, v: Any, alpha: Scalar, mu: Scalar, most: Scalar, free: Bool[Array, ""]) -> tuple[Any, Scalar]:
     """The step ``mu v - alpha d``, made no longer than ``most`` unless it is ``free``, and its length before that."""
-    length = jnp.zeros(())
-
-    def combined(d: Array, v: Array) -> Array:
-        nonlocal length
-        step = mu * v - alpha * d
-        length = jnp.sqrt(jnp.vdot(step, step, precision=jax.lax.Precision.HIGHEST))
-        return jnp.where(~free & (length > most), most / length, 1) * step
-
-    return together(combined, d, v), length
+    step = jax.tree.map(lambda d, v: mu * v - alpha * d, d, v)
+    length = jnp.sqrt(dot(step, step))
+    return scaled(step, jnp.where(~free & (length > most), most / length, 1)), length
 
 
 def _minimum(operator: Operator, g: Any, columns: Any, damping: Scalar) -> tuple[Scalar, Scalar, Scalar]:
@@ -149,9 +143,8 @@ def _lowest(curvature: Float[Array, "2 2"], g: Any, columns: Any, damping: Scala
 
     Only the part of the second direction that is not along the first counts, and there may be no such part.
     """
-    both = jnp.concatenate([leaf.reshape(2, -1) for leaf in jax.tree.leaves(columns)], 1)
-    # With the gradient as a third row there is one product in place of two.
-    found = matmul(both, jnp.concatenate([both, raveled(g)[None]]).T)
+    # With the gradient as a third row there is one product of each leaf in place of two.
+    found = products(columns, jax.tree.map(lambda pair, g: jnp.concatenate([pair, g[None]]), columns, g))
     slopes, damped = found[:, 2], curvature + damping * found[:, :2]
     along = _over(damped[0, 1], damped[0, 0])
     own = damped[1, 1] - along * damped[0, 1]

@@ -23,6 +23,7 @@ from jaxfisher._operators.provenance import check_terms
 from jaxfisher._solve import check_solver
 from jaxfisher._system import SolveInfo
 from jaxfisher._transform.like import Like, shape_of_view
+from jaxfisher._transform.places import Place
 from jaxfisher._transform.update_arguments import (
     ScalarOrSchedule,
     Shared,
@@ -275,10 +276,14 @@ def _held_arrays(operator: Operator) -> tuple[Array, ...]:
     return tuple(jax.tree.leaves(jax.eval_shape(_held, operator)))
 
 
-def zeros_like(tree: Any, dtype: Any) -> Any:
-    """Zeros in the shapes of a tree; its numbers in the statistics dtype of the parameters."""
-    floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype if floating(leaf) else leaf.dtype), tree)
+def zeros_like(tree: Any, dtype: Any, place: Place = lambda shape: None) -> Any:
+    """Zeros in the shapes of a tree, where they belong; its numbers in the statistics dtype of the parameters."""
+
+    def zeros(leaf: Any) -> Array:
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jnp.zeros(leaf.shape, dtype if floating else leaf.dtype, device=place(leaf.shape))
+
+    return jax.tree.map(zeros, tree)
 
 
 def empty_info(params: chex.ArrayTree) -> SolveInfo:
