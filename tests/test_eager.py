@@ -2,13 +2,18 @@
 
 At finite data no number that a call computes is NaN, for "not computed", or infinite, for "more than any other": there
 `jax_debug_nans` and `jax_debug_infs` would stop.
+
+JAX compiles a program where it is asked to run one that it does not have: that is seen without compiling any, where most of
+this runs in NumPy. The methods of one form of operator, and jobs with long loops, are compiled.
 """
 
+import contextlib
 import gc
 import weakref
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from calls import (
     DISTRIBUTIONS,
@@ -26,14 +31,15 @@ from calls import (
     stepped,
     vector,
 )
-from programs.evaluate import in_numpy
+from conftest import OPTIMISED
+from programs import evaluate
 from rooms import ROOMS
 
 import jaxfisher as jf
 from jaxfisher._examples import make_batch
 
 COMPILED = []
-"""One entry for each program that XLA has compiled since this module was read."""
+"""One entry for each program that XLA has compiled since this module was read, or would have compiled."""
 
 
 @jax.monitoring.register_event_duration_secs_listener
@@ -42,7 +48,33 @@ def listen(event, duration, **details):
         COMPILED.append(duration)
 
 
-CALLS = 4
+KNOWN = weakref.WeakSet()
+"""The programs that were run in NumPy and are still there: JAX keeps what it compiled as long."""
+
+
+def watch(jaxpr, made):
+    """Do for a program that runs in NumPy what JAX does for one that it compiles: count it, and stop as the flags say."""
+    if jaxpr not in KNOWN:
+        KNOWN.add(jaxpr)
+        COMPILED.append(0.0)
+    numbers = [value for value in made if jnp.issubdtype(value.dtype, jnp.inexact)]
+    for flag, is_bad in ((jax.config.jax_debug_nans, np.isnan), (jax.config.jax_debug_infs, np.isinf)):
+        if flag and any(np.any(is_bad(value)) for value in numbers):
+            raise FloatingPointError("in NumPy")
+
+
+@pytest.fixture
+def in_numpy(request):
+    """That of all tests, watched."""
+    compiled = OPTIMISED or request.node.get_closest_marker("compiled")
+    with contextlib.nullcontext() if compiled else evaluate.in_numpy(watch):
+        yield
+
+
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
+
+CALLS = 2
 """How often what has been called twice is called again."""
 
 
@@ -76,7 +108,11 @@ def found_in(calls):
 NOTHING = [], [], 0
 
 
-def test_the_law_sees_what_is_compiled_what_is_kept_and_what_is_not_finite():
+WAYS = [pytest.param(None, id="compiled", marks=pytest.mark.compiled), pytest.param(None, id="in NumPy")]
+
+
+@pytest.mark.parametrize("_", WAYS)
+def test_the_law_sees_what_is_compiled_what_is_kept_and_what_is_not_finite(_):
     kept = []
     calls = {
         "compiles": lambda: jax.lax.map(lambda x: x + 1, jnp.ones(2)),
@@ -88,7 +124,10 @@ def test_the_law_sees_what_is_compiled_what_is_kept_and_what_is_not_finite():
     assert found_in(calls) == (["NaN", "infinite"], ["compiles"], CALLS)
 
 
-@pytest.mark.parametrize("form", ["scores", "streamed", "sum", "Kronecker", "low rank"])
+FORMS = [pytest.param("scores", marks=pytest.mark.compiled), "streamed", "sum", "Kronecker", "low rank"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_methods_of_operators_are_compiled_once(form):
     made = fisher(form)
     assert found_in({name: lambda call=call: call(made) for name, call in METHODS.items()}) == NOTHING
@@ -99,8 +138,18 @@ def test_scores_are_compiled_once():
     assert found_in(calls) == NOTHING
 
 
+MAPPED = {"spread_solves"}
+"""What runs in `jax.shard_map`, which NumPy does not."""
+
+
 def test_fishers_and_views_are_compiled_once():
-    assert found_in({name: lambda make=make: jax.tree.leaves(make()) for name, make in FISHERS.items()}) == NOTHING
+    calls = {name: lambda make=make: jax.tree.leaves(make()) for name, make in FISHERS.items() if name not in MAPPED}
+    assert found_in(calls) == NOTHING
+
+
+@pytest.mark.compiled
+def test_what_is_mapped_over_devices_is_compiled_once():
+    assert found_in({name: lambda name=name: jax.tree.leaves(FISHERS[name]()) for name in MAPPED}) == NOTHING
 
 
 def test_functions_and_solvers_are_compiled_once():
@@ -119,15 +168,17 @@ def test_all_else_is_compiled_once():
     assert found_in({name: lambda call=call: jax.tree.leaves(call()) for name, call in OTHERS.items()}) == NOTHING
 
 
+@pytest.mark.compiled
 def test_jobs_are_compiled_once():
     assert found_in({name: lambda call=call: jax.tree.leaves(call()) for name, call in ROOMS.items()}) == NOTHING
 
 
+@pytest.mark.compiled
 def test_nothing_is_compiled_for_a_test_in_numpy():
     """Neither what is jitted, nor what is called eagerly or mapped; its numbers are JAX's arrays."""
     x = jnp.array([0.5, -1.0, 2.0])
     compiled = len(COMPILED)
-    with in_numpy():
+    with evaluate.in_numpy():
         found = jnp.sin(x) @ x, jax.jit(jnp.cumsum)(x), jax.vmap(jax.grad(jnp.square))(x)
     assert len(COMPILED) == compiled and all(isinstance(value, jax.Array) for value in found)
     for value, expected in zip(
@@ -136,6 +187,7 @@ def test_nothing_is_compiled_for_a_test_in_numpy():
         assert jnp.allclose(value, jnp.asarray(expected), rtol=1e-15)
 
 
+@pytest.mark.compiled
 def test_examples_are_weighted_in_one_program_and_counted_in_another():
     """Operation by operation these are thirty programs for each shape of the data, and ten more with counts."""
     params, x, y = problem()
@@ -178,6 +230,7 @@ def test_a_program_is_found_by_the_users_function_whatever_is_around_it():
     assert jnp.array_equal(found, expected)
 
 
+@pytest.mark.compiled
 def test_programs_go_with_the_users_function():
     params, *data = problem()
     constant = jnp.ones(1000)

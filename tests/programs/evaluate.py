@@ -48,10 +48,11 @@ _HANDS_OVER = "_pjit_call_impl_python"
 
 
 @contextlib.contextmanager
-def in_numpy():
+def in_numpy(watch=lambda jaxpr, made: None):
     """Inside, what JAX would compile is traced as ever and run in NumPy: `jax.jit`, what the library jits, eager operations.
 
     Programs over several devices are compiled as before, and so is everything under a JAX that hands programs to XLA elsewhere.
+    ``watch`` is shown each program as it is handed over, with the arrays that it made.
     """
     compiled = getattr(pjit, _HANDS_OVER, None)
 
@@ -63,6 +64,7 @@ def in_numpy():
         setattr(pjit, _HANDS_OVER, compiled)
         try:
             made = evaluate(jaxpr, *(_as_traced(x, aval) for x, aval in zip(arguments, jaxpr.in_avals, strict=True)))
+            watch(jaxpr, made)
             return [_as_jax(x, aval) for x, aval in zip(made, jaxpr.out_avals, strict=True)], None, None, []
         finally:
             setattr(pjit, _HANDS_OVER, run)
