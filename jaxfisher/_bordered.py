@@ -78,6 +78,35 @@ class Bordered(NamedTuple):
         return Bordered(core, border, alone - batched(shares, border, (1, 1)))
 
 
+class Rows(NamedTuple):
+    """Several matrices of one size, all with their last row apart or none: the eigenvectors of `Bordered` ones.
+
+    Attributes:
+        core: without the last row, if it is apart.
+        last: that row.
+    """
+
+    core: Float[Array, "groups size k"]
+    last: Float[Array, "groups 1 k"] | None = None
+
+    def whole(self) -> Float[Array, "groups rows k"]:
+        """The matrices with all their rows."""
+        return self.core if self.last is None else jnp.concatenate([self.core, self.last], 1)
+
+    def squared(self) -> Rows:
+        """The squares of all entries."""
+        return Rows(jnp.square(self.core), None if self.last is None else jnp.square(self.last))
+
+    def times(self, x: Float[Array, "groups k o"]) -> tuple[Float[Array, "groups size o"], Float[Array, "groups 1 o"] | None]:
+        """Products, whose last row is apart too."""
+        return batched(self.core, x), None if self.last is None else batched(self.last, x)
+
+    def transposed_times(self, rows: Float[Array, "groups size o"], last: Array | None) -> Float[Array, "groups k o"]:
+        """Products of the transposed matrices with ones whose last row is apart too."""
+        product = batched(self.core, rows, (1, 1))
+        return product if self.last is None or last is None else product + batched(self.last, last, (1, 1))
+
+
 def bordered(matrices: Float[Array, "groups rows rows"]) -> Bordered:
     """Matrices with their last row and column apart."""
     return Bordered(matrices[:, :-1, :-1], matrices[:, :-1, -1:], matrices[:, -1:, -1:])

@@ -101,29 +101,32 @@ def report(what, way, off, pieces, text):
     print(json.dumps({"name": name, "off": off, "parts": parts, "gathered": gathered, "largest": largest(text)}))
 
 
-def steps(params, data):
-    """Two steps of kfac: at both everything is made."""
-    run = jf.training_step(model, jf.kfac())
+def steps(params, data, what, named, **options):
+    """Two steps of kfac, at which everything is made: its state is where the parameters are from the start."""
+    run = jf.training_step(model, jf.kfac(**options))
     step = jax.jit(run)
 
     def trained(params, data):
         params, state, _ = step(params, run.init(params, *data), *data)
-        return step(params, state, *data)
+        params, state, value = step(params, state, *data)
+        # Eigenvectors have a sign, which is nobody's choice.
+        return params, () if options else state, value
 
     one = trained(params, data)
     for way in ways():
+        if way.name not in named:
+            continue
         spread, place = placed(params, way)
         batch = tuple(place(array, way.examples) for array in data)
-        _, (kept, state, _) = compiled(step, spread, run.init(spread, *batch), *batch)
-        text, (kept, state, _) = compiled(step, kept, state, *batch)
-        mean, inverses, last = state.inner[0].mean[0], state.inner[0].in_use, state.inner[1].step
-        # Also of the side of a layer that is not spread: all devices share its rows.
-        pieces = [(part, way.mesh.size) for block in mean for part in (*block[0][:2], block[1]) if part is not None]
-        pieces += [(part, way.mesh.size) for stack in inverses for part in stack[:2]]
+        text, (kept, state, _) = compiled(step, spread, run.init(spread, *batch), *batch)
+        mean, held, last = state.inner[0].mean[0], state.inner[0].in_use, state.inner[1].step
+        # Also of the side of a layer that is not spread: all devices share the rows of what is one matrix a layer or several.
+        arrays = jax.tree.leaves((mean, held))
+        pieces = [(part, way.mesh.size) for part in arrays if part.ndim > 2 and part.shape[1] > 1]
         counts = [leaf.size // shared(leaf) for leaf in jax.tree.leaves(spread)]
         pieces += [pair for tree in (kept, last, state.recent) for pair in zip(jax.tree.leaves(tree), counts, strict=True)]
         off = difference(way, one, lambda spread=spread, batch=batch: trained(spread, batch))
-        report("step", way, off, pieces, text)
+        report(what, way, off, pieces, text)
 
 
 def views(params, data):
@@ -154,7 +157,8 @@ def main():
         if biased:
             layer["b"] = 0.1 * jax.random.normal(next(keys), layer["w"].shape[1:])
     data = jax.random.normal(next(keys), (EXAMPLES, WIDTHS[0])), jax.random.randint(next(keys), (EXAMPLES,), 0, WIDTHS[-1])
-    steps(params, data)
+    steps(params, data, "step", {way.name for way in ways()})
+    steps(params, data, "by eigenvectors", ("inputs", "inputs and examples", "both"), solver=None)
     views(params, data)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Scalar
 
+from jaxfisher._bordered import Bordered
 from jaxfisher._jobs_on_mesh import Devices, shared_out
 from jaxfisher._operators.block import BlockDiagonal
 from jaxfisher._operators.form import Form
@@ -38,7 +39,9 @@ class LayersApart(BlockDiagonal):
     def factorised(self) -> LayersApart:
         """The same form with its Kronecker products held by eigenvectors."""
         products = [bare(block) for block in self.blocks]
-        factors = [factor for part in products if isinstance(part, Kronecker) for factor in (part.inputs, part.outputs)]
+        factors = [
+            factor for part in products if isinstance(part, Kronecker) for factor in (part.input_side, Bordered(part.outputs))
+        ]
         found = iter(made_of(self, eigenvectors, factors))
         return dataclasses.replace(self, blocks=tuple(_by_eigenvectors(block, found) for block in self.blocks))
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._bordered import Bordered
+from jaxfisher._bordered import Bordered, Rows
 from jaxfisher._engine import Basis, Layout, Moments
 from jaxfisher._inverse import log_determinant
 from jaxfisher._linalg import batched, diagonals, eigenvalues, matmul, norm, unit_diagonal, unit_rank
@@ -91,13 +91,13 @@ class Kronecker(Layer):
 
     def factorised(self) -> EigenKronecker:
         """The same block by its eigenvectors, which are those of the factors."""
-        return self.by_eigenvectors(eigenvectors(self.inputs), eigenvectors(self.outputs))
+        return self.by_eigenvectors(eigenvectors(self.input_side), eigenvectors(Bordered(self.outputs)))
 
-    def by_eigenvectors(self, left: tuple[Array, Array], right: tuple[Array, Array]) -> EigenKronecker:
+    def by_eigenvectors(self, left: tuple[Array, Rows], right: tuple[Array, Rows]) -> EigenKronecker:
         """The block that has these eigenvalues and eigenvectors of its two factors."""
         (a, inputs), (g, outputs) = left, right
         values = a[:, :, None] * g[:, None, :]
-        return EigenKronecker(inputs, outputs, values, self.layout, self.weight, True, self.spec)
+        return EigenKronecker(inputs, outputs.core, values, self.layout, self.weight, True, self.spec)
 
     def eigvalsh(self) -> Float[Array, " p"]:
         return self.factorised().eigvalsh()
@@ -284,14 +284,15 @@ def _partial_traces(
     return jnp.where(whole > 0, a / jnp.where(whole > 0, whole, 1), 1), g
 
 
-@array_fields("inputs", "outputs", "values", repr=False)
+@array_fields("input_side", "outputs", "values", repr=False)
 class EigenKronecker(Layer, Spectral):
     """``(Q_A (x) Q_G) diag(values) (Q_A (x) Q_G)^T`` of one layer, bases and eigenvalues held.
 
     ``separable`` says that each value is a product of one for the input and one for the output, as those of a `Kronecker` are.
+    The row of a bias in ``Q_A`` is apart, as in a `Kronecker`.
     """
 
-    inputs: Float[Array, "groups inputs inputs"]
+    input_side: Rows
     outputs: Float[Array, "groups outputs outputs"]
     values: Float[Array, "groups inputs outputs"]
     layout: Layout
@@ -300,6 +301,11 @@ class EigenKronecker(Layer, Spectral):
     spec: ParamSpec
 
     name = "eigen-Kronecker"
+
+    @property
+    def inputs(self) -> Float[Array, "groups inputs inputs"]:
+        """``Q_A``, whole."""
+        return self.input_side.whole()
 
     def basis_over(self, places: Sequence[int]) -> Basis:
         """The vectors of its factors as a basis, for forms over the leaves at these places among its own."""
@@ -311,8 +317,8 @@ class EigenKronecker(Layer, Spectral):
         return [(self.values, 1)]
 
     def apply(self, function: Callable[[Array], Array], v: Any) -> Any:
-        inside = matmul(matmul(self.inputs.swapaxes(1, 2), self._matrix(v)), self.outputs)
-        return self._leaves(matmul(matmul(self.inputs, function(self.values) * inside), self.outputs.swapaxes(1, 2)))
+        inside = function(self.values) * batched(self.input_side.transposed_times(*self._rows(v)), self.outputs)
+        return self._from_rows(*self.input_side.times(batched(inside, self.outputs, (2, 2))))
 
     def factored_inverse(self, damping: Scalar) -> Callable[[Any], Any]:
         """The factored inverse of the `Kronecker` with these eigenvectors."""
@@ -324,7 +330,7 @@ class EigenKronecker(Layer, Spectral):
 
     @property
     def stack(self) -> tuple[int, ...]:
-        return self.inputs.shape[:-3]
+        return self.outputs.shape[:-3]
 
     def as_matrix(self) -> Float[Array, "p p"]:
         bases = jax.vmap(jnp.kron)(self.inputs, self.outputs)
@@ -332,8 +338,7 @@ class EigenKronecker(Layer, Spectral):
         return self._as_matrix(0.5 * (full + full.swapaxes(1, 2)))
 
     def diagonal(self) -> Any:
-        squares = [jnp.square(x) for x in (self.inputs, self.outputs)]
-        return self._leaves(matmul(matmul(squares[0], self.values), squares[1].swapaxes(1, 2)))
+        return self._from_rows(*self.input_side.squared().times(batched(self.values, jnp.square(self.outputs), (2, 2))))
 
     def along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
         if basis.layout != self.layout:
@@ -396,7 +401,7 @@ def _(block: Kronecker, other: Kronecker, share: Scalar) -> Kronecker:
 def _(block: EigenKronecker, other: EigenKronecker, share: Scalar) -> EigenKronecker:
     """In the basis that both have; NaN where they have not."""
     near = float(jnp.finfo(block.values.dtype).eps) ** 0.5
-    pairs = ((block.inputs, other.inputs), (block.outputs, other.outputs))
-    same = jnp.stack([jnp.max(jnp.abs(a - b), initial=0.0) <= near for a, b in pairs])
+    bases = (jax.tree.leaves((each.input_side, each.outputs)) for each in (block, other))
+    same = jnp.stack([jnp.max(jnp.abs(a - b), initial=0.0) <= near for a, b in zip(*bases, strict=True)])
     values = block.values + share.astype(block.values.dtype) * (other.values - block.values)
     return dataclasses.replace(block, values=jnp.where(jnp.all(same), values, jnp.nan))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxfisher._bordered import Bordered, Rows
 from jaxfisher._inverse import eigen, multiplied
 from jaxfisher._linalg import cholesky, eigenpairs, resolved
 from jaxfisher._null_space import projected
@@ -69,8 +70,10 @@ def balanced_shifts(
     return jnp.where(held[0] > 0, held[0], 1), jnp.where(held[1] > 0, held[1], 1)
 
 
-def eigenvectors(x: Float[Array, "groups m m"]) -> tuple[Float[Array, "groups m"], Float[Array, "groups m m"]]:
+def eigenvectors(factors: Bordered) -> tuple[Float[Array, "groups m"], Rows]:
     """The eigenvalues, zero inside rounding error, and the eigenvectors of positive semi-definite factors."""
+    x = factors.whole()
     values, vectors = jax.vmap(eigenpairs)(x)
     largest = jnp.max(jnp.abs(values), -1, keepdims=True)
-    return resolved(values, jnp.zeros((), x.dtype), largest, x.shape[-1]), vectors
+    held = Rows(vectors) if factors.border is None else Rows(vectors[:, :-1], vectors[:, -1:])
+    return resolved(values, jnp.zeros((), x.dtype), largest, x.shape[-1]), held

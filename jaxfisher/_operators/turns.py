@@ -99,7 +99,8 @@ class _Stack(NamedTuple):
         for place, end in zip(self.places, ends, strict=True):
             matrix, _ = factors[place]
             count, size = matrix.core.shape[:2]
-            cut = lambda x, end=end, count=count, size=size: x[(slice(end - count, end), *(slice(size),) * (x.ndim - 1))]  # noqa: E731
+            inside = slice(None) if size == self.size else slice(size)
+            cut = lambda x, end=end, count=count, inside=inside: x[(slice(end - count, end), *(inside,) * (x.ndim - 1))]  # noqa: E731
             found[place] = jax.tree.map(cut, made)
         return found
 
@@ -130,20 +131,24 @@ TINY = 32
 
 
 def _stacks(factors: Sequence[tuple[Any, Any]], *, pads: bool) -> list[_Stack]:
-    """Factors by size, the largest first; where padding is allowed, smaller ones with larger ones while that costs little."""
+    """Factors by size, the largest first; where padding is allowed, smaller ones with larger ones while that costs little.
+
+    Those with a border are apart from those without.
+    """
     counts, sizes = ([matrix.core.shape[axis] for matrix, _ in factors] for axis in (0, 1))
     cost = sum(count * float(size) ** 3 for count, size in zip(counts, sizes, strict=True))
     spare = (PADDING - 1) * cost + TINY**3 if pads else 0.0
-    found: dict[int, list[int]] = {}
+    found: dict[tuple[int, bool], list[int]] = {}
     for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
-        size = min((other for other in found if other >= sizes[place]), default=sizes[place])
+        kind = factors[place][0].border is None
+        size = min((other for other, of in found if of == kind and other >= sizes[place]), default=sizes[place])
         extra = counts[place] * (float(size) ** 3 - float(sizes[place]) ** 3)
         if extra > spare:
             size = sizes[place]
         else:
             spare -= extra
-        found.setdefault(size, []).append(place)
-    return [_Stack(tuple(places), size) for size, places in found.items()]
+        found.setdefault((size, kind), []).append(place)
+    return [_Stack(tuple(places), size) for (size, _), places in found.items()]
 
 
 def _renewed(
@@ -206,8 +211,8 @@ INVERSES = Holding(shifted_factors, inverses, with_inverses, pads=True)
 
 def _bare_factors(form: Form, damping: Scalar) -> list[tuple[Bordered, Shifts]]:
     del damping
-    factors = [factor for block in _products(form) for factor in (block.inputs, block.outputs)]
-    return [(Bordered(factor), jnp.zeros(len(factor), factor.dtype)) for factor in factors]
+    factors = [factor for block in _products(form) for factor in (block.input_side, Bordered(block.outputs))]
+    return [(factor, jnp.zeros(len(factor.core), factor.core.dtype)) for factor in factors]
 
 
 def _with_eigenvectors(form: Form, held: Sequence[Any], damping: Scalar) -> Form:
@@ -220,7 +225,7 @@ def _with_eigenvectors(form: Form, held: Sequence[Any], damping: Scalar) -> Form
     )
 
 
-EIGENVECTORS = Holding(_bare_factors, lambda factors: eigenvectors(factors.core), _with_eigenvectors, pads=False)
+EIGENVECTORS = Holding(_bare_factors, eigenvectors, _with_eigenvectors, pads=False)
 """The eigenvectors and eigenvalues of the factors, for solves at any damping."""
 NOTHING = Holding(lambda form, damping: [], lambda factor: factor, lambda form, held, damping: form, pads=False)
 """The form is solved with as it is."""

@@ -28,7 +28,7 @@ def rows_shared(params: chex.ArrayTree) -> Place:
     ways = [tuple(axes), *((name,) for name in sorted(axes, key=lambda name: -mesh.shape[name]))]
 
     def place(shape: tuple[int, ...]) -> NamedSharding | None:
-        for names in ways if len(shape) > 1 else []:
+        for names in ways if len(shape) > 2 else []:
             if shape[1] % math.prod(mesh.shape[name] for name in names) == 0:
                 return NamedSharding(mesh, PartitionSpec(None, names))
         return None
