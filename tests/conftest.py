@@ -26,8 +26,7 @@ if "CI" not in os.environ:
 
 import jax
 import pytest
-from jax.extend import source_info_util
-from stack import with_room
+import stack
 
 jax.config.update("jax_enable_x64", True)
 
@@ -42,13 +41,13 @@ def pytest_collection_finish():
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
     """Run each test with room on the stack."""
-    pyfuncitem.obj = with_room(pyfuncitem.obj)
+    pyfuncitem.obj = stack.with_room(pyfuncitem.obj)
 
 
 @pytest.fixture(autouse=True)
 def one_place():
-    """Say of every operation that it was traced here: to find out where takes a tenth of a trace, and no test reads it."""
-    with source_info_util.user_context(source_info_util.current().traceback):
+    """Do not look where an operation is traced, see `stack.one_place`."""
+    with stack.one_place():
         yield
 
 

@@ -9,8 +9,10 @@ import json
 import jax
 import numpy as np
 import optax
+import stack
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mapped import LOG_PROB, answers, model, problem
+from programs.evaluate import evaluated
 
 import jaxfisher as jf
 
@@ -72,7 +74,7 @@ def main():
     mesh = jax.make_mesh((DEVICES,), ("examples",), axis_types=(AxisType.Explicit,))
     everywhere, apart = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("examples",)))
     for ask, run in ((answers, answers), (trained, jax.jit(trained)), (jobs, jax.jit(jobs))):
-        expected = jax.jit(ask)(params, key[None], x, y)
+        expected = evaluated(ask, params, key[None], x, y)
         with jax.set_mesh(mesh):
             given = (*jax.device_put((params, key[None]), everywhere), *jax.device_put((x, y), apart))
             for name, value in run(*given).items():
@@ -81,4 +83,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    stack.run(main)

@@ -8,8 +8,10 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import stack
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, PartitionSpec
+from programs.evaluate import traced
 
 import jaxfisher as jf
 
@@ -77,7 +79,7 @@ def main():
     apart = PartitionSpec("examples")
     mapped = jax.shard_map(answers, mesh=mesh, in_specs=(PartitionSpec(), apart, apart, apart), out_specs=apart)
     found = jax.jit(mapped)(params, drawn, x, y)
-    one, share = jax.jit(answers), EXAMPLES // DEVICES
+    one, share = traced(answers), EXAMPLES // DEVICES
     parts = [slice(k * share, (k + 1) * share) for k in range(DEVICES)]
     each = [one(params, drawn[k : k + 1], x[part], y[part]) for k, part in enumerate(parts)]
     for name, value in found.items():
@@ -103,4 +105,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    stack.run(main)

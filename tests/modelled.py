@@ -8,6 +8,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import stack
 from collectives import collectives
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -79,4 +80,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    stack.run(main)

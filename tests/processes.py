@@ -1,6 +1,7 @@
 """One of several processes that train together on one machine; run by `test_sharding` with its number, their count and a port.
 
-Each process has its own share of the examples. The first prints a line of JSON for each answer: the numbers themselves.
+Each process has its own share of the examples. The first prints a line of JSON for each answer: the largest difference from
+that of one process, relative to the largest number.
 """
 
 import json
@@ -8,12 +9,15 @@ import sys
 
 import jax
 import numpy as np
+import stack
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from sharded import EXAMPLES, model, problem
+from programs.evaluate import evaluated
+from sharded import model, problem
 
 import jaxfisher as jf
 
+EXAMPLES = 30
 LOG_PROB = jf.log_likelihood(model)
 
 
@@ -31,20 +35,22 @@ def answers(params, weights, x, y):
 def main():
     number, count, port = map(int, sys.argv[1:])
     jax.config.update("jax_enable_x64", True)
-    if count > 1:
-        jax.distributed.initialize(f"localhost:{port}", count, number)
+    jax.distributed.initialize(f"localhost:{port}", count, number)
     params, x, y = jax.tree.map(np.asarray, problem())
+    x, y = x[:EXAMPLES], y[:EXAMPLES]
     weights = np.where(np.arange(EXAMPLES) % 5 == 2, 0.0, 1.0)
     mesh = jax.make_mesh((count,), ("examples",), axis_types=(AxisType.Auto,))
     everywhere, apart = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("examples",)))
     share = slice(number * EXAMPLES // count, (number + 1) * EXAMPLES // count)
     given = [jax.make_array_from_process_local_data(apart, array[share]) for array in (weights, x, y)]
-    params = jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(everywhere, leaf), params)
-    found = jax.jit(answers, out_shardings=everywhere)(params, *given)
+    kept = jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(everywhere, leaf), params)
+    found = jax.jit(answers, out_shardings=everywhere)(kept, *given)
     if number == 0:
+        alone = evaluated(answers, params, weights, x, y)
         for name, value in found.items():
-            print(json.dumps({"name": name, "value": np.asarray(ravel_pytree(value)[0]).tolist()}))
+            one, many = (np.asarray(ravel_pytree(jax.tree.map(np.asarray, each))[0]) for each in (alone[name], value))
+            print(json.dumps({"name": name, "off": float(np.abs(many - one).max() / np.abs(one).max())}))
 
 
 if __name__ == "__main__":
-    main()
+    stack.run(main)

@@ -11,7 +11,9 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import stack
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from programs.evaluate import evaluated
 
 import jaxfisher as jf
 
@@ -74,7 +76,7 @@ def main():
     params, x, y = problem()
     for name, (trained, opt, fisher, data) in runs(params, x, y).items():
         step, state = jf.training_step(trained, opt, fisher), opt.init(params)
-        one = jax.jit(step)(params, state, *data)
+        one = evaluated(step, params, state, *data)
         for kind in (AxisType.Auto, AxisType.Explicit):
             if kind == AxisType.Explicit and name not in ("exact", "residuals"):
                 continue
@@ -90,4 +92,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    stack.run(main)

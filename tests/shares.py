@@ -9,6 +9,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import stack
 from collectives import collectives, products
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -86,4 +87,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    stack.run(main)

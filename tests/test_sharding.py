@@ -1,6 +1,5 @@
 """Data spread over devices: the same steps, and nothing of the size of all gradients is sent around."""
 
-import functools
 import json
 import math
 import os
@@ -11,7 +10,6 @@ import sys
 import time
 
 import numpy as np
-import pytest
 from sharded import EXAMPLES
 
 PARAMETERS = 6 * 8 + 8 + 8 * 3
@@ -29,9 +27,9 @@ def said(script, devices):
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-@functools.cache
-def said_by_the_first_of(count):
-    """What the first of so many processes says that train together."""
+def test_several_processes_give_the_answers_of_one():
+    """Each has its own share of the examples, and what is drawn for an example does not depend on who has it."""
+    count = 3
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -43,19 +41,11 @@ def said_by_the_first_of(count):
     said = [process.communicate(timeout=900) for process in running]
     assert all(process.returncode == 0 for process in running), [errors for _, errors in said]
     # What sends numbers between processes says so on the same stream.
-    return [json.loads(line) for line in said[0][0].splitlines() if line.startswith("{")]
-
-
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_give_the_answers_of_one(count):
-    """Each has its own share of the examples, and what is drawn for an example does not depend on who has it."""
-    found = [said_by_the_first_of(size) for size in (1, count)]
-    assert [each["name"] for each in found[0]] == ["Kronecker", "in pieces", "natural gradient", "sampled", "step"]
-    for one, many in zip(*found, strict=True):
-        expected = np.array(one["value"])
+    found = [json.loads(line) for line in said[0][0].splitlines() if line.startswith("{")]
+    assert [each["name"] for each in found] == ["Kronecker", "in pieces", "natural gradient", "sampled", "step"]
+    for each in found:
         # The condition of F + damping is below 1e3.
-        assert one["name"] == many["name"]
-        assert np.abs(np.array(many["value"]) - expected).max() <= 1e3 * np.finfo(np.float64).eps * np.abs(expected).max()
+        assert each["off"] <= 1e3 * np.finfo(np.float64).eps, each
 
 
 def test_inside_shard_map_each_device_has_the_answers_for_its_own_examples():

@@ -8,6 +8,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import stack
 from collectives import products
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from shares import QUANTITIES, model
@@ -54,4 +55,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    stack.run(main)
