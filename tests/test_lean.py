@@ -169,7 +169,7 @@ def test_a_step_of_kfac_is_a_small_program():
     lowered = jax.jit(step).lower(params, state, *data)
     text = lowered.as_text()
     assert "threefry" not in text and len(re.findall("spotrf", text)) == 2
-    assert operations(lowered) < 2070, operations(lowered)
+    assert operations(lowered) < 2190, operations(lowered)
 
 
 def test_a_layer_takes_one_product_with_a_vector():

@@ -53,25 +53,44 @@ def like():
     return jf.exact_fisher(classifier)(params, x)
 
 
+@pytest.mark.parametrize("share", [1e-5, 1e-2, 30.0])
 @pytest.mark.parametrize("damping", [0.1, 1e-7])
-def test_the_first_step_of_kfac_by_hand(damping):
-    """The direction from the factors, its length from the Fisher itself, the damping from what became of the loss."""
+def test_the_first_step_of_kfac_by_hand(damping, share):
+    """The direction from the factors, its length from the Fisher itself, the dampings from what became of both."""
     params, x, y, _, rows = reference()
     opt = jf.kfac(like, damping=damping, solver=None)
-    new, state, value = jax.jit(jf.training_step(classifier, opt, jf.exact_fisher(classifier)))(params, opt.init(params), x, y)
+    start = opt.init(params)
+    start = start._replace(inner=start.inner._replace(direction_damping=jnp.float32(share)))
+    new, state, value = jax.jit(jf.training_step(classifier, opt, jf.exact_fisher(classifier)))(params, start, x, y)
     g, dense = -rows.mean(0), class_sum_fisher(params, x)
     factors = np.asarray(jf.kronecker(like()).as_matrix())
-    light = max(damping / 100, 1e-4 * np.trace(factors) / 31)
-    assert (light > damping / 100) == (damping < 0.1), "both cases"
-    d = np.linalg.solve(factors + light * np.eye(31), g)
-    rate = (g @ d) / (d @ (dense + damping * np.eye(31)) @ d)
-    assert_close(optax.tree.get(state, "learning_rate"), rate, factor=1e5, eps=1.2e-7)
-    np.testing.assert_allclose(flat(new), flat(params) - rate * d, rtol=1e-6)
-    u = -rate * d
+
+    def direction(share):
+        return np.linalg.solve(factors + share * np.trace(factors) / 31 * np.eye(31), g)
+
+    def rate(d):
+        return (g @ d) / (d @ (dense + damping * np.eye(31)) @ d)
+
+    d = direction(share)
+    assert_close(optax.tree.get(state, "learning_rate"), rate(d), factor=1e5, eps=1.2e-7)
+    np.testing.assert_allclose(flat(new), flat(params) - rate(d) * d, rtol=1e-6)
+    u = -rate(d) * d
     ratio = (value - loss(new, x, y)) / -(g @ u + 0.5 * u @ dense @ u)
     np.testing.assert_allclose(state.ratio, ratio, rtol=1e-5)
     info = optax.tree.get(state, "info")
     assert not info.measured and info.residual == 0 and info.converged, "nobody computed the residual"
+    less, more = ((g @ d) * rate(d) for d in (direction(share * 0.999), direction(share * 1.001)))
+    np.testing.assert_allclose(state.inner.model.gain, np.log(more / less) / (2 * np.log(1.001 / 0.999)), rtol=1e-3)
+    assert (more > less) == (share < 1), "both cases"
+    np.testing.assert_allclose(optax.tree.get(state, "direction_damping"), min(1.5 * share, 1), rtol=1e-6)
+
+
+def test_the_direction_is_damped_less_where_the_factors_are_exact():
+    """A linear model with one scale has the Fisher ``A (x) I``: the less damping of the direction, the more it decreases."""
+    w, x = jnp.ones((3, 2)), jnp.array([[1.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 1.0, 9.0]])
+    step = jf.training_step(lambda w, x: jf.Normal(x @ w, 1.0), jf.kfac(damping=1e-6))
+    _, state, _ = jax.jit(step)(w, step.init(w, x, x[:, :2]), x, x[:, :2])
+    np.testing.assert_allclose(state.inner.direction_damping, 1e-2 / 1.5, rtol=1e-6)
 
 
 def with_prior(params, x):
@@ -106,7 +125,7 @@ def test_a_prior_is_an_operator_in_the_step(opt, light):
     new, state, _ = jax.jit(jf.training_step(classifier, opt, with_prior))(params, opt.init(params), x, y)
     g, dense = -rows.mean(0), class_sum_fisher(params, x) + PRIOR * np.eye(31)
     factors = np.asarray(jf.kronecker(like()).as_matrix()) + PRIOR * np.eye(31)
-    light = max(1e-3, 1e-4 * np.trace(factors) / 31) if light is None else light
+    light = 1e-2 * np.trace(factors) / 31 if light is None else light
     d = np.linalg.solve(factors + light * np.eye(31), g)
     rate = (g @ d) / (d @ (dense + 0.1 * np.eye(31)) @ d)
     assert_close(optax.tree.get(state, "learning_rate"), rate, factor=1e5, eps=1.2e-7)
@@ -123,11 +142,11 @@ def test_the_direction_of_kfac_by_a_solver():
         return jax.tree.map(lambda leaf: leaf / damping, v), jf.solve(fisher, v, damping)[1]
 
     opt = jf.kfac(like, damping=0.1, solver=steepest)
-    new, state, _ = jax.jit(jf.training_step(classifier, opt))(params, opt.init(params), x, y)
+    new, state, _ = jax.jit(jf.training_step(classifier, opt, jf.exact_fisher(classifier)))(params, opt.init(params), x, y)
     g, dense = -rows.mean(0), class_sum_fisher(params, x)
     rate = (g @ g) / (g @ (dense + 0.1 * np.eye(31)) @ g)
     np.testing.assert_allclose(flat(new), flat(params) - rate * g, rtol=1e-6)
-    light = max(1e-3, 1e-4 * np.trace(np.asarray(jf.kronecker(like()).as_matrix())) / 31)
+    light = 1e-2 * np.trace(np.asarray(jf.kronecker(like()).as_matrix())) / 31
     assert_close(optax.tree.get(state, "learning_rate"), rate * light, factor=1e5, eps=1.2e-7)
     assert all("Kronecker" in form for form in seen)
     info = optax.tree.get(state, "info")

@@ -31,10 +31,22 @@ from jaxfisher._transform.update_arguments import Shared, check_state, check_vec
 from jaxfisher._tree import all_finite, cast_like, param_spec
 from jaxfisher._values import fraction
 
-SHARE = 1e-2
-"""The damping of the direction, as a share of that of the length: the best of a few powers of ten on four tasks."""
-LEAST = 1e-4
-"""The least damping of the direction, in mean eigenvalues of the operator that is inverted."""
+ByDamping = Callable[[Any], Any]
+"""From a direction to its derivative by the logarithm of its damping, ``-gamma (K + gamma I)^-1 d``."""
+
+
+class Direction(NamedTuple):
+    """A direction, with what would change it.
+
+    Attributes:
+        d: ``(K + gamma I)^-1 g``.
+        by_damping: how it changes with gamma.
+        state: for the next one.
+    """
+
+    d: Any
+    by_damping: ByDamping
+    state: ScaleByFisherState
 
 
 class Settings(NamedTuple):
@@ -66,69 +78,82 @@ class Settings(NamedTuple):
         return min(self.asked, CHECK) if isinstance(self.asked, int) else jnp.minimum(self.asked, CHECK)
 
 
-def direction(settings: Settings) -> optax.GradientTransformationExtraArgs:
-    """``(K + gamma I)^-1 g``, K a running mean of views.
-
-    Its update takes by keyword ``fisher``, ``damping``, the function ``factors`` that makes what views are taken of, where
-    that is not ``fisher``, and ``forward``, the cost of the model.
-    """
+def init_direction(settings: Settings, params: chex.ArrayTree) -> ScaleByFisherState:
+    """The state before the first direction."""
     view, solver, decay, _, like = settings
+    dtype = param_spec(params).dtype
+    mean: Any = ()
+    held: Any = ()
+    if settings.holds:
+        shape = shape_of_view(params, like, partial(_viewed, view))
+        form = shape.form if decay is None else averaged(shape, "kfac")
+        place = rows_shared(params)
+        # Of a view of the user's own nothing is known but its shapes.
+        empty = partial(zeros_like, dtype=dtype)
+        zeros = lambda part: empty(part, place=place) if isinstance(part, Kronecker) else empty(part)  # noqa: E731
+        mean = arrays_of(jax.tree.map(zeros, form, is_leaf=lambda part: isinstance(part, Kronecker)))
+        held = empty(tuple(_holding(solver, form).shapes(form)), place=place)
+    return ScaleByFisherState(jnp.zeros((), jnp.int32), mean, held, (), empty_info(params))
 
-    def viewed(fisher: Operator) -> Operator:
-        return fisher if view is None else as_operator(view(fisher), "kfac: `view`")
 
-    def init(params: chex.ArrayTree) -> ScaleByFisherState:
-        dtype = param_spec(params).dtype
-        mean: Any = ()
-        held: Any = ()
-        if settings.holds:
-            shape = shape_of_view(params, like, viewed)
-            form = shape.form if decay is None else averaged(shape, "kfac")
-            place = rows_shared(params)
-            # Of a view of the user's own nothing is known but its shapes.
-            empty = partial(zeros_like, dtype=dtype)
-            zeros = lambda part: empty(part, place=place) if isinstance(part, Kronecker) else empty(part)  # noqa: E731
-            mean = arrays_of(jax.tree.map(zeros, form, is_leaf=lambda part: isinstance(part, Kronecker)))
-            held = empty(tuple(_holding(solver, form).shapes(form)), place=place)
-        return ScaleByFisherState(jnp.zeros((), jnp.int32), mean, held, (), empty_info(params))
+def direction(
+    settings: Settings,
+    updates: Any,
+    state: ScaleByFisherState,
+    *,
+    share: Scalar,
+    damping: chex.Numeric,
+    fisher: Operator | Callable[[], Operator] | None = None,
+    factors: Callable[[], Operator] | None = None,
+    forward: float | None = None,
+) -> Direction:
+    """``(K + gamma I)^-1 g``, K a running mean of views, gamma a share of its mean eigenvalue.
 
-    def update(
-        updates: Any,
-        state: ScaleByFisherState,
-        params: Any = None,
-        *,
-        fisher: Operator | Callable[[], Operator] | None = None,
-        factors: Callable[[], Operator] | None = None,
-        forward: float | None = None,
-        damping: chex.Numeric = 0.0,
-        **extra_args: Any,
-    ) -> tuple[Any, ScaleByFisherState]:
-        del params, extra_args
-        if not jax.tree.leaves(updates):
-            return updates, state
-        check_state(state, ScaleByFisherState, "kfac")
-        # In the branch where it is due, and not before: what is computed outside is computed at every step.
-        source = factors or (fisher.anew if isinstance(fisher, Shared) and settings.holds else fisher)
+    ``factors`` makes what views are taken of, where that is not ``fisher``; ``forward`` is the cost of the model, and
+    ``damping`` that of the length.
+    """
+    check_state(state, ScaleByFisherState, "kfac")
+    # In the branch where it is due, and not before: what is computed outside is computed at every step.
+    source = factors or (fisher.anew if isinstance(fisher, Shared) and settings.holds else fisher)
 
-        def fresh() -> Operator:
-            return viewed(fisher_for(updates, source, "kfac"))
+    def fresh() -> Operator:
+        return _viewed(settings.view, fisher_for(updates, source, "kfac"))
 
-        if settings.holds:
-            operator, mean, held = _in_turn(settings, fresh, state, forward, damping)
-        else:
-            operator, mean, held = fresh(), (), ()
-        result, info = _lightly(solver, operator, operator.spec.vector(updates), damping)
-        info = jax.tree.map(lambda a, b: jnp.asarray(a).astype(b.dtype), info, state.info)
-        count = optax.safe_increment(state.count)
-        return cast_like(result, updates), ScaleByFisherState(count, mean, held, (), info)
+    def gamma_of(operator: Operator) -> Scalar:
+        # Where K is zero, a share of the other damping that is of no account elsewhere.
+        least = jnp.finfo(operator.spec.dtype).eps * jnp.asarray(damping, operator.spec.dtype)
+        return jnp.maximum(relative_damping(operator, share), least)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    if settings.holds:
+        operator, gamma, mean, held = _in_turn(settings, fresh, state, forward, gamma_of)
+    else:
+        operator, mean, held = fresh(), (), ()
+        gamma = gamma_of(operator)
+    d, info = _lightly(settings.solver, operator, operator.spec.vector(updates), gamma)
+    info = jax.tree.map(lambda a, b: jnp.asarray(a).astype(b.dtype), info, state.info)
+    after = ScaleByFisherState(optax.safe_increment(state.count), mean, held, (), info)
+
+    def by_damping(d: Any) -> Any:
+        # Of inverses that are held a product, without the report.
+        inverted = isinstance(operator.form, InvertedBlocks)
+        again = operator.mv(d) if inverted else _lightly(settings.solver, operator, d, gamma)[0]
+        return jax.tree.map(lambda leaf: -gamma * leaf, again)
+
+    return Direction(cast_like(d, updates), by_damping, after)
+
+
+def _viewed(view: View | None, fisher: Operator) -> Operator:
+    return fisher if view is None else as_operator(view(fisher), "kfac: `view`")
 
 
 def _in_turn(
-    settings: Settings, fresh: Callable[[], Operator], state: ScaleByFisherState, forward: float | None, damping: chex.Numeric
-) -> tuple[Operator, Any, Any]:
-    """What is solved with, the running mean, and what is held: of each what is due made anew."""
+    settings: Settings,
+    fresh: Callable[[], Operator],
+    state: ScaleByFisherState,
+    forward: float | None,
+    gamma_of: Callable[[Operator], Scalar],
+) -> tuple[Operator, Scalar, Any, Any]:
+    """What is solved with, its damping, the running mean, and what is held: of each what is due made anew."""
     # The structure is found without running anything, so that steps at which nothing is due do not pay for it.
     shape = jax.eval_shape(fresh)
     template = shape.form if settings.decay is None else averaged(shape, "kfac")
@@ -151,13 +176,13 @@ def _in_turn(
     form = with_arrays(shape.form, mean)
     holding = _holding(settings.solver, form)
     operator = Operator(form, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape.provenance))
-    gamma = _gamma(operator, damping)
+    gamma = gamma_of(operator)
     own = phases(holding.layers(form), every)
     # Layers of one turn have one flag, by which what is made apart is made together.
     known = {phase: turns.due(phase) for phase in own} if isinstance(every, int) else {}
     flags = [known[phase] if known else turns.due(phase) for phase in own]
     held = tuple(holding.refreshed(form, gamma, flags, state.in_use))
-    return dataclasses.replace(operator, form=holding.solved_with(form, held, gamma)), mean, held
+    return dataclasses.replace(operator, form=holding.solved_with(form, held, gamma)), gamma, mean, held
 
 
 @once
@@ -178,13 +203,7 @@ def _holding(solver: Solver | None, form: Form) -> Holding:
     return INVERSES if solver is factored_solve and is_invertible(form) else EIGENVECTORS
 
 
-def _gamma(fisher: Operator, damping: chex.Numeric) -> Scalar:
-    """The damping of a direction whose length will be damped by ``damping``."""
-    least = relative_damping(fisher, LEAST)
-    return jnp.maximum(SHARE * jnp.asarray(damping).astype(least.dtype), least)
-
-
-def _lightly(solver: Solver | None, fisher: Operator, v: Any, damping: chex.Numeric) -> tuple[Any, SolveInfo]:
+def _lightly(solver: Solver | None, fisher: Operator, v: Any, gamma: Scalar) -> tuple[Any, SolveInfo]:
     """The direction, and a report whose residual is left out: to compute it takes as long, and the loss judges the step."""
     if isinstance(fisher.form, InvertedBlocks):
         x = fisher.mv(v)
@@ -195,7 +214,7 @@ def _lightly(solver: Solver | None, fisher: Operator, v: Any, damping: chex.Nume
     usual = solver is None or solver is factored_solve
     # Not every view has factors to damp, and what is solved for exactly needs none.
     by = None if solver is factored_solve and not has_factors(fisher.form) else solver
-    x, info = solve(fisher, v, _gamma(fisher, damping), by)
+    x, info = solve(fisher, v, gamma, by)
     if usual:
         info = info._replace(
             residual=jnp.zeros_like(info.residual), converged=info.finite, measured=jnp.zeros_like(info.finite)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Scalar
+from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._once import either
 from jaxfisher._operators.factored import factored_solve
@@ -17,15 +19,23 @@ from jaxfisher._operators.operator import VIEW, Operator, Solver, View, viewed
 from jaxfisher._solve import check_solver
 from jaxfisher._transform.adapt_damping import AdaptDampingState, Rule, adapting, by_steps
 from jaxfisher._transform.cheap import Offered
-from jaxfisher._transform.direction import Settings, direction
+from jaxfisher._transform.direction import Settings, direction, init_direction
 from jaxfisher._transform.like import Like
-from jaxfisher._transform.quadratic_model import quadratic_model
-from jaxfisher._transform.scale_by_fisher import check_kept
+from jaxfisher._transform.quadratic_model import QuadraticModelState, quadratic_model
+from jaxfisher._transform.scale_by_fisher import ScaleByFisherState, check_kept
 from jaxfisher._transform.turns import Turns
+from jaxfisher._transform.update_arguments import check_state
 from jaxfisher._tree import check_function
 
 RULE = Rule(factor=2.0**0.5, lower_ratio=0.25, upper_ratio=0.75, lower_damping=1e-8, upper_damping=1e8)
 """How the damping adapts: in smaller steps than `adapt_damping` by default, since they average over minibatches."""
+START, FACTOR = 1e-2, 1.5
+"""The first damping of the direction, in mean eigenvalues of K, and by how much it changes at a time."""
+LEAST, MOST = 1e-6, 1.0
+"""Its bounds: below, what is inverted is singular in float32; above, the direction is nearly the gradient.
+
+On noisy batches a large lambda would drive it there.
+"""
 
 
 def kfac(
@@ -40,14 +50,22 @@ def kfac(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Natural gradients with Kronecker factors and nothing to tune: each step chooses its rate, momentum and damping.
 
-    .. math:: d = (K + \gamma I)^{-1} g, \quad \gamma = \max\Big(\frac{\lambda}{100}, \frac{\mathrm{tr} K}{10^4 p}\Big), \qquad
+    .. math:: d = (K + \gamma I)^{-1} g, \quad \gamma = \kappa \frac{\mathrm{tr} K}{p}, \qquad
         u = -\alpha d + \mu u_{-1}, \quad \alpha, \mu = \arg\min\; g^T u + \tfrac12 u^T (F + \lambda I) u.
 
     It is ``chain(scale_by_fisher(view=view, decay=decay, like=like), quadratic_model(damping))`` inside an `adapt_damping`: the
     direction from K, a running mean of the factors, the length from the Fisher F of the batch itself, the damping from the
-    ratio of the loss's actual decrease to the predicted one; a step that raises the batch's loss is not taken. The ratio judges
-    the model that gives the length, not K: so lambda damps the length, and the direction is damped by a share of it, and by no
-    less than a share of the mean eigenvalue, where lambda goes to zero.
+    ratio of the loss's actual decrease to the predicted one; a step that raises the batch's loss is not taken.
+
+    **Two dampings.** The ratio judges the model that gives the length, not K: so lambda damps the length only. What is wrong
+    with K, and how noisy the batch is, shows in the decrease that the model promises along ``d``, and gamma follows that:
+
+    .. math:: D(\gamma) = \frac{(g^T d)^2}{2\, d^T (F + \lambda I) d}, \qquad
+        \kappa \leftarrow \begin{cases} 1.5\, \kappa & D'(\gamma) > 0 \\ \kappa / 1.5 & D'(\gamma) < 0 \end{cases}, \qquad
+        \frac{\partial d}{\partial \gamma} = -(K + \gamma I)^{-1} d,
+
+    within ``[1e-6, 1]``, from 1e-2. The derivative takes one more product with the inverse and half a one with F, where the
+    model is made. With a `jaxfisher.factored_solve`, ``K + gamma I`` is there what that inverts.
 
     **In turns.** Everything is made at each of the first four steps. From then on the factors and the inverses of each layer
     have two turns in each doubling of the count of steps, until they have one at every e-th step, the layers one after the
@@ -71,7 +89,7 @@ def kfac(
 
     Args:
         like: as in `scale_by_fisher`; not needed for a state that `jaxfisher.training_step` makes.
-        damping: the first lambda, in the units of F.
+        damping: the first lambda, in the units of F; the first gamma depends on K alone.
         view: what is averaged and inverted; `jaxfisher.kronecker_reduce`, or with ``decay=None`` `jaxfisher.eigen_kronecker`.
         solver: of the direction, with gamma its damping. `jaxfisher.factored_solve` takes two Cholesky factors a layer, and
             is exact for views without Kronecker factors; None for ``(K + gamma I)^-1`` itself, by eigenvectors.
@@ -84,14 +102,14 @@ def kfac(
         A gradient transformation whose ``update`` takes ``params`` and, by keyword, ``fisher``, ``value_fn`` and, if known,
         ``value``: what `jaxfisher.training_step` gives, also where `optax.partition` gives it a part of the parameters: then
         the loss is judged as a function of that part. Its updates are negated. Read `optax.tree.get` of its state:
-        ``learning_rate``, ``momentum``, ``ratio``, ``accepted``; and ``info`` of the direction, whose residual is not
-        computed, and ``measured`` false, unless a ``solver`` has it anyway.
+        ``learning_rate``, ``momentum``, ``ratio``, ``accepted``, ``direction_damping``, which is kappa; and ``info`` of the
+        direction, whose residual is not computed, and ``measured`` false, unless a ``solver`` has it anyway.
 
     Raises:
         ValueError: as in `adapt_damping` and `scale_by_fisher`; (at init or update) an empirical Fisher.
         TypeError: ``solver`` or ``view`` is none.
 
-    Reference: Martens and Grosse (ICML 2015), sections 6 and 7.
+    Reference: Martens and Grosse (ICML 2015), sections 6 and 7; section 6.6 chooses gamma of three values by the same model.
 
     >>> import jax.numpy as jnp, jaxfisher as jf
     >>> model = lambda w, x: jf.Normal(x @ w, jnp.ones(2))
@@ -112,9 +130,7 @@ def kfac(
         return fisher if view is None else view(fisher)
 
     settings = Settings(checked, solver, decay, update_every, like)
-    # That model knows what it promised: one product with the Fisher less.
-    steps = optax.chain(direction(settings), quadratic_model(damping))
-    inner = adapting(steps, damping, by_steps(damping, RULE), _promised, _kept)
+    inner = adapting(_steps(settings, damping), damping, by_steps(damping, RULE), _promised, _kept)
 
     def update(
         updates: Any, state: AdaptDampingState, params: Any = None, *, fisher: Any = None, **extra_args: Any
@@ -122,7 +138,7 @@ def kfac(
         if not jax.tree.leaves(updates) or not isinstance(state, AdaptDampingState):
             # There is nothing to do, or what it says of another state.
             return inner.update(updates, state, params, fisher=fisher, **extra_args)
-        count, given = state.inner[0].count, dict[str, Any]()
+        count, given = state.inner.direction.count, dict[str, Any]()
         if isinstance(fisher, Offered) and fisher.cheap is not None:
             cheap = fisher.cheap
             given = {"factors": partial(cheap.factors, seed, count), "forward": cheap.forward_cost()}
@@ -134,15 +150,72 @@ def kfac(
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
+class KfacState(NamedTuple):
+    """What is inside the `AdaptDampingState` of `kfac`.
+
+    Attributes:
+        direction: the running mean of the view, and what is held to solve with it.
+        model: the quadratic model that gave the step its length.
+        direction_damping: gamma of the next direction, in mean eigenvalues of K.
+    """
+
+    direction: ScaleByFisherState
+    model: QuadraticModelState
+    direction_damping: Float[Array, ""]
+
+
+def _steps(settings: Settings, damping: chex.Numeric) -> optax.GradientTransformationExtraArgs:
+    """A direction, the length that the quadratic model gives it, and the damping of the next direction."""
+    model = quadratic_model(damping)
+
+    def init(params: chex.ArrayTree) -> KfacState:
+        return KfacState(init_direction(settings, params), model.init(params), jnp.asarray(START, jnp.float32))
+
+    def update(
+        updates: Any,
+        state: KfacState,
+        params: Any = None,
+        *,
+        damping: chex.Numeric,
+        fisher: Operator | Callable[[], Operator],
+        factors: Callable[[], Operator] | None = None,
+        forward: float | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, KfacState]:
+        check_state(state, KfacState, "kfac")
+        d, by_damping, after = direction(
+            settings,
+            updates,
+            state.direction,
+            share=state.direction_damping,
+            damping=damping,
+            fisher=fisher,
+            factors=factors,
+            forward=forward,
+        )
+        given = {"fisher": fisher, "damping": damping, "by_damping": by_damping}
+        step, modelled = model.update(d, state.model, params, **extra_args | given)
+        return step, KfacState(after, modelled, _next_direction_damping(state.direction_damping, modelled.gain))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _next_direction_damping(share: Scalar, gain: Scalar) -> Scalar:
+    """Up where that would have made the model promise more, down where less would; as it is where nothing is known."""
+    change = jnp.where(gain > 0, FACTOR, jnp.where(gain < 0, 1 / FACTOR, 1.0))
+    return jnp.clip(share * change, LEAST, MOST).astype(share.dtype)
+
+
 def _promised(operator: Operator, g: Any, u: Any, after: Any) -> Scalar:
-    """The decrease by the quadratic model inside, which gave the step its length."""
+    """The decrease by the quadratic model inside, which gave the step its length: one product with the Fisher less."""
     del operator, g, u
-    return -after[1].change
+    change: Scalar = -after.model.change
+    return change
 
 
 def _kept(accepted: Bool[Array, ""], after: Any, before: Any) -> Any:
     """The factors and inverses stay where a step is not taken: they are of the parameters before it, and copies take long."""
-    return after[0], either(accepted, lambda: after[1], lambda: before[1])
+    return after._replace(model=either(accepted, lambda: after.model, lambda: before.model))
 
 
 def _refuse_empirical(fisher: Operator) -> None:

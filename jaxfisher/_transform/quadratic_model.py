@@ -29,6 +29,8 @@ class QuadraticModelState(NamedTuple):
         momentum: mu of the last step.
         change: the change of the loss that the model without damping predicted when it was last minimised, in nats.
         length: of the step that was taken then, in the parameters' own units.
+        gain: half of how the decrease that the model promises along ``d`` alone grows, in logarithms, with the damping of
+            ``d``; zero where an update is not told how ``d`` changes with it, as `kfac` tells, and where no model is due.
     """
 
     count: Array  # type: ignore[assignment]
@@ -37,6 +39,7 @@ class QuadraticModelState(NamedTuple):
     momentum: Float[Array, ""]
     change: Float[Array, ""]
     length: Float[Array, ""]
+    gain: Float[Array, ""]
 
 
 def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTransformationExtraArgs:
@@ -85,7 +88,7 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
     def init(params: chex.ArrayTree) -> QuadraticModelState:
         dtype = param_spec(params).dtype
         step = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), split(params))
-        return QuadraticModelState(jnp.zeros((), jnp.int32), step, *(jnp.zeros((), dtype) for _ in range(4)))
+        return QuadraticModelState(jnp.zeros((), jnp.int32), step, *(jnp.zeros((), dtype) for _ in range(5)))
 
     def update(
         updates: Any,
@@ -96,6 +99,7 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
         grad: Any = None,
         damping: chex.Numeric | None = None,
         due: bool | Bool[Array, ""] = True,
+        by_damping: Callable[[Any], Any] | None = None,
         **extra_args: Any,
     ) -> tuple[Any, QuadraticModelState]:
         del params, extra_args
@@ -110,15 +114,18 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
         g, d = operator.spec.tree(operator.spec.leaves(grad, "grad")), operator.spec.vector(updates)
 
         def minimised() -> tuple[Scalar, ...]:
-            columns = jax.tree.map(lambda d, v: jnp.stack([-d, v]), d, state.step)
+            others = [state.step] if by_damping is None else [state.step, by_damping(d)]
+            columns = jax.tree.map(lambda d, *v: jnp.stack([-d, *v]), d, *others)
             return _minimum(operator, g, columns, strength)
 
-        alpha, mu, change = either(due, minimised, lambda: (state.learning_rate, state.momentum, state.change))
+        last = state.learning_rate, state.momentum, state.change, jnp.zeros_like(state.gain)
+        alpha, mu, change, gain = either(due, minimised, lambda: last)
         # A step whose model is not due goes no farther than the last one whose model was.
         weight = mu if due is True else jnp.where(due, mu, jnp.clip(mu, 0, 1))
         step, length = _combined(d, state.step, alpha, weight, state.length, jnp.asarray(due))
         length = length if due is True else jnp.where(due, length, state.length)
-        return cast_like(step, updates), QuadraticModelState(optax.safe_increment(state.count), step, alpha, mu, change, length)
+        count = optax.safe_increment(state.count)
+        return cast_like(step, updates), QuadraticModelState(count, step, alpha, mu, change, length, gain)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -131,21 +138,24 @@ def _combined(d: Any, v: Any, alpha: Scalar, mu: Scalar, most: Scalar, free: Boo
     return scaled(step, jnp.where(~free & (length > most), most / length, 1)), length
 
 
-def _minimum(operator: Operator, g: Any, columns: Any, damping: Scalar) -> tuple[Scalar, Scalar, Scalar]:
-    """The coefficients of two directions, stacked, at the minimum of the damped model; and the change without damping there."""
-    found: tuple[Scalar, Scalar, Scalar] = _lowest(inner_products(operator, columns), g, columns, damping)
+def _minimum(operator: Operator, g: Any, columns: Any, damping: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+    """The coefficients of the first two directions at the minimum of the damped model, and the change without damping there.
+
+    And half of how what the first promises by itself grows, in logarithms, where its negative moves along the third.
+    """
+    found: tuple[Scalar, Scalar, Scalar, Scalar] = _lowest(inner_products(operator, columns), g, columns, damping)
     return found
 
 
 @once
-def _lowest(curvature: Float[Array, "2 2"], g: Any, columns: Any, damping: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+def _lowest(curvature: Float[Array, "k k"], g: Any, columns: Any, damping: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar]:
     """`_minimum`, by the curvature along the directions and between them.
 
     Only the part of the second direction that is not along the first counts, and there may be no such part.
     """
-    # With the gradient as a third row there is one product of each leaf in place of two.
-    found = products(columns, jax.tree.map(lambda pair, g: jnp.concatenate([pair, g[None]]), columns, g))
-    slopes, damped = found[:, 2], curvature + damping * found[:, :2]
+    # With the gradient as one more row there is one product of each leaf in place of two.
+    found = products(columns, jax.tree.map(lambda rows, g: jnp.concatenate([rows, g[None]]), columns, g))
+    slopes, damped = found[:, -1], curvature + damping * found[:, :-1]
     along = _over(damped[0, 1], damped[0, 0])
     own = damped[1, 1] - along * damped[0, 1]
     # What is left of parallel directions is rounding.
@@ -153,7 +163,10 @@ def _lowest(curvature: Float[Array, "2 2"], g: Any, columns: Any, damping: Scala
     second = -_over(slopes[1] - along * slopes[0], own)
     first = -_over(slopes[0], damped[0, 0]) - along * second
     rates = jnp.stack([first, second])
-    return first, second, matmul(rates, slopes + 0.5 * matmul(curvature, rates))
+    change = matmul(rates, slopes[:2] + 0.5 * matmul(curvature[:2, :2], rates))
+    # Along s alone the decrease is (s^T g)^2 / (2 s^T F s).
+    gain = _over(damped[0, 2], damped[0, 0]) - _over(-slopes[2], -slopes[0]) if len(slopes) > 2 else jnp.zeros_like(first)
+    return first, second, change, gain
 
 
 def _over(a: Scalar, b: Scalar) -> Scalar:
