@@ -75,22 +75,22 @@ THEIRS = ("LSMR", "LSMR, least squares") if jax.__version_info__ >= (0, 11) else
 """Under JAX 0.12 `lineax.linear_solve` of any `FunctionLinearOperator` by LSMR leaks a tracer (lineax 0.1.1)."""
 
 
-def test_no_tracer_is_left_behind():
-    """JAX keeps no trace while it checks: each call is traced anew."""
+def test_no_tracer_is_left_behind_and_nothing_needs_float64():
+    """As most people run it. What is asked for in float64 would come with a warning, which pytest makes an error.
+
+    JAX keeps no trace while it checks for leaks: each call is traced anew.
+    """
     kept = []
     leaky = lambda: jax.lax.map(lambda x: kept.append(x) or x, jnp.ones(2))  # noqa: E731
-    calls = abstractly(everything())
-    for name in THEIRS:
-        del calls[name]
-    with jax.checking_leaks():
-        assert stumbles({"leaky": leaky}, Exception)
-        assert stumbles(calls, Exception) == {}
-
-
-def test_without_float64():
-    """As most people run it. What is asked for in float64 would come with a warning, which pytest makes an error."""
+    wide = lambda: jnp.ones(2, jnp.float64)  # noqa: E731
     with jax.enable_x64(False):
-        assert stumbles(abstractly(everything()), Exception) == {}
+        calls = abstractly(everything())
+        theirs = {name: calls.pop(name) for name in THEIRS}
+        assert stumbles({"wide": wide}, Exception)
+        assert stumbles(theirs, Exception) == {}
+        with jax.checking_leaks():
+            assert stumbles({"leaky": leaky}, Exception)
+            assert stumbles(calls, Exception) == {}
 
 
 def test_without_jit():

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from laws import close
-from models import BODIES, HEADS, Body, Head, compiled, flat_function
-from programs.evaluate import evaluated
+from models import BODIES, HEADS, Body, Head, flat_function
+from programs.evaluate import evaluated, traced
 
 import jaxfisher as jf
 
@@ -106,7 +106,7 @@ class Point:
 def raw_moments(head):
     """``(raws [n, k], nodes [n, m, *event], weights [n, m])`` to the mass, ``E[s]``, ``E[s s^T]``, ``E[H]`` of each example.
 
-    It is compiled: it serves three bodies, and works on thousands of nodes.
+    It is traced once for three bodies.
     """
     log_p = jf.log_likelihood(head.predict)
 
@@ -118,7 +118,7 @@ def raw_moments(head):
         hessian = jax.hessian(lambda raw: jnp.sum(mass * jax.vmap(log_p, (None, 0))(raw, nodes)))(raw)
         return jnp.sum(mass), mass @ rows, rows.T @ (mass[:, None] * rows), hessian
 
-    return compiled(jax.vmap(of_one))
+    return traced(jax.vmap(of_one))
 
 
 POINTS = [Point(head, body) for head in HEADS for body in BODIES]
