@@ -594,6 +594,12 @@ MISTAKES = [
         ["spread_solves", "diagonal) has neither scores nor layers", "jf.exact_fisher"],
     ),
     (
+        "spread_solves, of a sum of views",
+        lambda: jf.spread_solves(jf.kronecker(fisher()) + jf.kronecker(fisher()), jax.make_mesh((1,), ("a",)), "a"),
+        TypeError,
+        ["spread_solves", "a sum of several products over a layer", "jf.spread_solves(jf.kronecker(fisher), mesh, axis)"],
+    ),
+    (
         "spread_solves, of a sum with scores in pieces",
         lambda: jf.spread_solves(fisher() + jf.exact_fisher(model, batch_size=2)(PARAMS, X), jax.make_mesh((1,), ("a",)), "a"),
         TypeError,

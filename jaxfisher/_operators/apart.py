@@ -33,8 +33,12 @@ class LayersApart(BlockDiagonal):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """The name of the blocks, and that their solves are spread."""
-        return f"{super().name}, solves spread"
+        """The name of the blocks, and that their solves are spread, if some have factors."""
+        return (
+            f"{super().name}, solves spread"
+            if any(isinstance(bare(block), Kronecker) for block in self.blocks)
+            else super().name
+        )
 
     def factorised(self) -> LayersApart:
         """The same form with its Kronecker products held by eigenvectors."""

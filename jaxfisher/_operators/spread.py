@@ -25,6 +25,7 @@ from jaxfisher._operators.identity import Shifted
 from jaxfisher._operators.inverted import Inverted, flat_inverse
 from jaxfisher._operators.kronecker import Kronecker
 from jaxfisher._operators.operator import Operator, as_operator
+from jaxfisher._operators.sum import Sum
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores import Scores
 from jaxfisher._system import Factorise
@@ -185,7 +186,8 @@ def spread_solves(fisher: Operator, mesh: Mesh, axis: str, block: int | None = N
         As a ``view`` it is ``functools.partial(jf.spread_solves, mesh=mesh, axis="examples")``.
 
     Raises:
-        TypeError: ``fisher`` is neither held as scores nor a view by layers; ``block`` is no whole number.
+        TypeError: ``fisher`` is neither held as scores nor a view by layers, or it is the sum of two such views, of which
+            `jaxfisher.kronecker` makes one; ``block`` is no whole number.
         ValueError: an axis that the mesh has not, or that is explicit; a number of rows that its size does not divide; a
             ``block`` with a view by layers.
 
@@ -209,6 +211,11 @@ def spread_solves(fisher: Operator, mesh: Mesh, axis: str, block: int | None = N
         apart = LayersApart(layers.blocks, layers.members, layers.spec, Devices(mesh, axis))
         return dataclasses.replace(fisher, form=_under(fisher.form, apart))
     scores = layers.as_scores()
+    if isinstance(layers, BlockDiagonal) and any(isinstance(bare(block), Sum) for block in layers.blocks):
+        raise TypeError(
+            f"spread_solves: {fisher} has a sum of several products over a layer, whose inverse is not made of inverses of "
+            "factors. Expected one product a layer, that of the sum: jf.spread_solves(jf.kronecker(fisher), mesh, axis)."
+        )
     if scores is None:
         raise TypeError(
             f"spread_solves: {fisher} has neither scores nor layers whose solves could be spread. Expected a Fisher held as "
