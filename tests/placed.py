@@ -16,10 +16,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from collectives import largest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from programs.evaluate import traced
 
 import jaxfisher as jf
+from jaxfisher._tree import split
 
 WIDTHS = (8, 16, 32, 28)
 BIASED = (True, False, True)
@@ -51,8 +54,8 @@ def ways():
 
 def model(params, x):
     for k, layer in enumerate(params):
-        x = (jnp.tanh(x) if k else x) @ layer["w"] + layer.get("b", 0)
-    return jf.Categorical(logits=x)
+        x = (jnp.tanh(x) if k else x).astype(layer["w"].dtype) @ layer["w"] + layer.get("b", 0)
+    return jf.Categorical(logits=jnp.real(x))
 
 
 def placed(params, way):
@@ -84,12 +87,11 @@ def shared(leaf):
     return math.prod(leaf.sharding.shard_shape(leaf.shape))
 
 
-def difference(way, one, run):
-    """How far the results of two devices are from those of one; in programs of four, collectives of a CPU may wait for ever."""
-    if way.mesh.size > 2:
-        return 0.0
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(run()), strict=True)
-    return max(float(np.max(np.abs(np.asarray(a, float) - b)) / max(np.max(np.abs(a)), 1e-300)) for a, b in pairs)
+def difference(one, many):
+    """How far the results of several devices are from those of one."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True)
+    pairs = [[1.0 * np.asarray(leaf) for leaf in pair] for pair in pairs]
+    return max(float(np.max(np.abs(a - b)) / max(np.max(np.abs(a)), 1e-300)) for a, b in pairs)
 
 
 def report(what, way, off, pieces, text):
@@ -101,39 +103,54 @@ def report(what, way, off, pieces, text):
     print(json.dumps({"name": name, "off": off, "parts": parts, "gathered": gathered, "largest": largest(text)}))
 
 
-def steps(params, data, what, named, **options):
-    """Two steps of kfac, at which everything is made: its state is where the parameters are from the start."""
-    run = jf.training_step(model, jf.kfac(**options))
-    step = jax.jit(run)
+def steps(what, params, data, named, opt=lambda mesh: jf.kfac()):
+    """Two steps of kfac, at which everything is made: its state is where the parameters are from the start.
 
-    def trained(params, data):
-        params, state, _ = step(params, run.init(params, *data), *data)
+    The answers of one device are computed in NumPy.
+    """
+
+    def trained(step, init, params, data):
+        params, state, _ = step(params, init(params, *data), *data)
         params, state, value = step(params, state, *data)
         # Eigenvectors have a sign, which is nobody's choice.
-        return params, () if options else state, value
+        return params, () if what == "by eigenvectors" else state, value
 
-    one = trained(params, data)
+    run = jf.training_step(model, opt(None))
+    alone = trained(traced(run), run.init, params, data)
     for way in ways():
         if way.name not in named:
             continue
-        spread, place = placed(params, way)
+        run = jf.training_step(model, opt(way.mesh))
+        step, (spread, place) = jax.jit(run), placed(params, way)
         batch = tuple(place(array, way.examples) for array in data)
         text, (kept, state, _) = compiled(step, spread, run.init(spread, *batch), *batch)
-        mean, held, last = state.inner[0].mean[0], state.inner[0].in_use, state.inner[1].step
-        # Also of the side of a layer that is not spread: all devices share the rows of what is one matrix a layer or several.
-        arrays = jax.tree.leaves((mean, held))
-        pieces = [(part, way.mesh.size) for part in arrays if part.ndim > 2 and part.shape[1] > 1]
-        counts = [leaf.size // shared(leaf) for leaf in jax.tree.leaves(spread)]
-        pieces += [pair for tree in (kept, last, state.recent) for pair in zip(jax.tree.leaves(tree), counts, strict=True)]
-        off = difference(way, one, lambda spread=spread, batch=batch: trained(spread, batch))
-        report(what, way, off, pieces, text)
+        counts = [leaf.size // shared(leaf) for leaf in jax.tree.leaves(split(spread))]
+        pieces = [(leaf, leaf.size // shared(own)) for leaf, own in zip(*map(jax.tree.leaves, (kept, spread)), strict=True)]
+        # Factors that are inverted by one device each are whole on all of them.
+        if isinstance(state, jf.AdaptDampingState):
+            trees = state.inner[1].step, state.recent
+            pieces += [pair for tree in trees for pair in zip(jax.tree.leaves(tree), counts, strict=True)]
+            # Also of the side of a layer that is not spread: all devices share the rows of what is a matrix a layer.
+            arrays = jax.tree.leaves((state.inner[0].mean, state.inner[0].in_use))
+            pieces += [(part, way.mesh.size) for part in arrays if part.ndim > 2 and part.shape[1] > 1]
+        report(what, way, difference(alone, trained(step, run.init, spread, batch)), pieces, text)
+
+
+def masked_and_apart(mesh):
+    """Without one bias and one weight, and with factors that are inverted by one device each."""
+
+    def apart(fisher):
+        view = jf.kronecker(fisher)
+        return view if mesh is None else jf.spread_solves(view, mesh, mesh.axis_names[0])
+
+    return optax.masked(jf.kfac(view=apart), [{"w": True, "b": False}, {"w": False}, {"w": True, "b": True}])
 
 
 def views(params, data):
     """A running mean of views that a user carries from batch to batch stays where it was put."""
     merged = jax.jit(lambda mean, params, x: jf.merge(mean, jf.kronecker(jf.exact_fisher(model)(params, x))))
     first = jf.kronecker(jf.exact_fisher(model)(params, data[0]))
-    one = merged(first, params, data[0][::-1])
+    one = traced(merged)(first, params, data[0][::-1])
     for way in ways():
         spread, place = placed(params, way)
         blocks = []
@@ -146,7 +163,7 @@ def views(params, data):
         args = mean, spread, place(data[0][::-1], way.examples)
         text, found = compiled(merged, *args)
         pieces = sides([(block.input_side, block.outputs) for block in found.form.blocks], way)
-        report("view", way, difference(way, one, lambda args=args: merged(*args)), pieces, text)
+        report("view", way, difference(one, merged(*args)), pieces, text)
 
 
 def main():
@@ -157,8 +174,12 @@ def main():
         if biased:
             layer["b"] = 0.1 * jax.random.normal(next(keys), layer["w"].shape[1:])
     data = jax.random.normal(next(keys), (EXAMPLES, WIDTHS[0])), jax.random.randint(next(keys), (EXAMPLES,), 0, WIDTHS[-1])
-    steps(params, data, "step", {way.name for way in ways()})
-    steps(params, data, "by eigenvectors", ("inputs", "inputs and examples", "both"), solver=None)
+    steps("step", params, data, {way.name for way in ways()})
+    one, others = ("inputs and examples",), ("inputs", "inputs and examples", "both")
+    steps("by eigenvectors", params, data, others, opt=lambda mesh: jf.kfac(solver=None))
+    steps("masked and apart", params, data, one, opt=masked_and_apart)
+    turned = jax.tree.map(lambda leaf: leaf * (1 + 0.5j), params)
+    steps("complex", turned, data, one)
     views(params, data)
 
 
