@@ -1,7 +1,7 @@
 """Training steps with the data spread over eight devices against the same steps on one; run by `test_sharding`.
 
 Prints a line of JSON for each optimiser and kind of mesh: the largest difference, relative to large entries, and the sizes of
-what all devices gather.
+what all devices gather. Likewise for a mean over a stream of batches and the verdict on the model, without the sizes.
 """
 
 import json
@@ -60,6 +60,13 @@ def optimisers(params, x):
     }
 
 
+def looked_at(params, batches):
+    """A mean over batches of two sizes, and the verdict on the model, as numbers."""
+    mean = jf.accumulate(jf.exact_fisher(model), jf.kronecker)(params, ((x,) for x in batches))
+    verdict = jf.check_fisher(model)(params, jax.random.key(1), batches[0])
+    return {"accumulate": jax.tree.leaves(mean.diagonal()), "check_fisher": [verdict.quotients]}
+
+
 def gathered(text):
     """The sizes of the arrays that a program gathers on every device."""
     shapes = re.findall(r"\w+\[([\d,]*)\]\S* all-gather\(", text)
@@ -89,6 +96,13 @@ def main():
             pairs = zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True)
             off = max(difference(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs)
             print(json.dumps({"name": name, "kind": kind.name, "off": off, "gathered": gathered(program.as_text())}))
+    mesh = jax.make_mesh((8,), ("examples",), axis_types=(AxisType.Auto,))
+    everywhere, apart = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("examples",)))
+    one = looked_at(params, [x[:24], x[24:]])
+    many = looked_at(jax.device_put(params, everywhere), jax.device_put([x[:24], x[24:]], apart))
+    for name, values in one.items():
+        off = max(difference(*(np.asarray(leaf, np.float64) for leaf in pair)) for pair in zip(values, many[name], strict=True))
+        print(json.dumps({"name": name, "kind": "Auto", "off": off, "gathered": []}))
 
 
 if __name__ == "__main__":

@@ -79,10 +79,13 @@ def test_eight_devices_take_the_step_of_one():
         ("kfac", "Auto"),
         ("residuals", "Auto"),
         ("residuals", "Explicit"),
+        ("accumulate", "Auto"),
+        ("check_fisher", "Auto"),
     ]
     for each in found:
-        # The condition of F + damping is below 1e3.
-        assert each["off"] <= 1e3 * np.finfo(np.float64).eps, each
+        # The condition of F + damping is below 1e3. A KL along a short displacement is a difference of near numbers.
+        bound = 1e4 if each["name"] == "check_fisher" else 1e3
+        assert each["off"] <= bound * np.finfo(np.float64).eps, each
         assert max(each["gathered"], default=0) <= EXAMPLES * EXAMPLES < EXAMPLES * PARAMETERS, each
 
 

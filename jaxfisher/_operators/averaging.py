@@ -32,7 +32,7 @@ def mean_of(form: Any, other: Any, share: Scalar) -> Any:
     if not form.averages and not any(map(is_form, jax.tree.leaves(held, is_leaf=is_form))):
         raise TypeError(
             f"merge: what is held {form.name} has no mean in the same form. Take a view of every batch, such as jf.diagonal, "
-            "jf.kronecker or jf.dense."
+            "jf.kronecker, jf.dense or lambda F: jf.block_diagonal(jf.dense(F))."
         )
     mean = lambda a, b: mean_of(a, b, share) if is_form(a) else a + share.astype(a.dtype) * (b - a)  # noqa: E731
     arrays = jax.tree.map(mean, held, theirs, is_leaf=is_form)
