@@ -15,6 +15,8 @@ from models import compiled
 import jaxfisher as jf
 from jaxfisher import geometry
 
+pytestmark = pytest.mark.usefixtures("in_numpy")  # but for loops of hundreds of steps
+
 EPS = float(np.finfo(float).eps)
 
 
@@ -104,6 +106,7 @@ def curve(name):
     return jax.tree.map(np.asarray, compiled(make)(jnp.asarray(start), jnp.asarray(end)))
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", CURVES)
 def test_a_geodesic_has_the_length_of_the_closed_form(name):
     """In any coordinates; and its middle is half way by the closed form, to both ends."""
@@ -113,6 +116,7 @@ def test_a_geodesic_has_the_length_of_the_closed_form(name):
         assert abs(found.distance * part / length - 1) < 1e-6
 
 
+@pytest.mark.compiled
 def test_a_distance_by_shooting_has_the_derivatives_of_the_closed_form():
     """In reverse and of second order, though the search for it is a loop that ends when it has arrived."""
     model, start, end = CURVES["normal"]
@@ -154,6 +158,7 @@ def test_the_connection_is_that_of_the_metric():
     np.testing.assert_allclose(slopes, carried.transpose(0, 1, 2) + carried.transpose(1, 0, 2), atol=1e-12)
 
 
+@pytest.mark.compiled
 def test_the_flow_goes_straight_in_the_means():
     """Of a normal in any coordinates: the expectations of x and of x^2 go to those of the data as exp(-t)."""
     data = np.array([0.5, 2.0, 3.5, 1.0])
