@@ -13,11 +13,10 @@ import stack
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from programs.evaluate import evaluated
-from sharded import model, problem
+from sharded import EXAMPLES, model, problem
 
 import jaxfisher as jf
 
-EXAMPLES = 30
 LOG_PROB = jf.log_likelihood(model)
 
 
@@ -37,7 +36,6 @@ def main():
     jax.config.update("jax_enable_x64", True)
     jax.distributed.initialize(f"localhost:{port}", count, number)
     params, x, y = jax.tree.map(np.asarray, problem())
-    x, y = x[:EXAMPLES], y[:EXAMPLES]
     weights = np.where(np.arange(EXAMPLES) % 5 == 2, 0.0, 1.0)
     mesh = jax.make_mesh((count,), ("examples",), axis_types=(AxisType.Auto,))
     everywhere, apart = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("examples",)))

@@ -10,6 +10,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 from sharded import EXAMPLES
 
 PARAMETERS = 6 * 8 + 8 + 8 * 3
@@ -29,9 +30,9 @@ def said(script, devices):
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-def test_several_processes_give_the_answers_of_one():
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_give_the_answers_of_one(count):
     """Each has its own share of the examples, and what is drawn for an example does not depend on who has it."""
-    count = 3
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
