@@ -1,5 +1,6 @@
 """Data spread over devices: the same steps, and nothing of the size of all gradients is sent around."""
 
+import inspect
 import json
 import math
 import os
@@ -12,6 +13,8 @@ import time
 import numpy as np
 import pytest
 from sharded import EXAMPLES
+
+import jaxfisher as jf
 
 PARAMETERS = 6 * 8 + 8 + 8 * 3
 SHARED, NUMBERS = 128, 21**2 + 25**2 + 24**2 + 5**2
@@ -171,6 +174,23 @@ def test_what_the_page_on_scale_says_of_costs_is_what_is_compiled():
         # With more devices and as many examples on each, a device does as much, and the rows of the Gram matrix are longer.
         longer = many["modelled"]["flops"] / one["modelled"]["flops"] if many["name"] == "Gram" else 1
         assert abs(many["compiled"]["flops"] / one["compiled"]["flops"] / longer - 1) <= 0.1, (many, one)
+
+
+OTHERS = {"array_fields", "as_lineax", "check_laws", "family", "fisher_for", "from_matrix", "kl_divergence", "layers", "merge"}
+"""Public functions that take no examples."""
+
+
+def test_every_public_function_has_the_answers_of_one_device():
+    """On eight devices, with three examples of weight zero, all that the scripts of the other tests here do not ask for."""
+    found = said("surveyed.py", 8)
+    for each in found:
+        # The condition of F + damping is below 1e3.
+        assert each["off"] <= 1e3 * np.finfo(np.float64).eps, each
+    scripts = "explicit mapped sharded shares spread apart processes surveyed work"
+    text = "".join(pathlib.Path(__file__).with_name(f"{name}.py").read_text() for name in scripts.split())
+    functions = {name for name, value in vars(jf).items() if inspect.isfunction(value) and not name.startswith("_")}
+    assert {each["name"] for each in found} | OTHERS <= functions
+    assert {name for name in functions if f"jf.{name}(" not in text} == OTHERS
 
 
 def test_one_process_that_dies_ends_the_other():

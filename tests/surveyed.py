@@ -1,0 +1,104 @@
+"""What no other script asks for where examples are spread over devices, against NumPy; run by `test_sharding`.
+
+Examples are padded by three of weight zero, where they can have weights. Prints a line of JSON for each public name: the
+largest difference, relative to the largest number.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import stack
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from programs.evaluate import evaluated
+from sharded import EXAMPLES, model, problem
+
+import jaxfisher as jf
+
+LOG_PROB = jf.log_likelihood(model)
+
+
+def answers(params, x, y, weights, key):
+    """By public name."""
+    F = jf.exact_fisher(model)(params, x, weights=weights)
+    P = jf.exact_fisher(model, batch_size=8)(params, x, weights=weights)
+    E = jf.empirical_fisher(LOG_PROB)(params, x, y, weights=weights)
+    ones = jax.tree.map(jnp.ones_like, params)
+    moved = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    scores = jf.scores(LOG_PROB)(params, x, y)
+    few = {"num_matvecs": 5}
+    posterior = jf.laplace(model, params, x, y, prior=1.0, view=jf.diagonal)
+    log_psi = lambda params, x: jnp.tanh(x @ params["a"] + params["b"]) @ params["c"][:, 0]  # noqa: E731
+    return {
+        "acceleration": jf.acceleration(model)(params, ones, x),
+        "covariance": jf.covariance(F + jf.scaled_identity(F, 0.1), EXAMPLES).diagonal(),
+        "dense": jf.dense(P).as_matrix(),
+        "effective_dimension": jf.effective_dimension(P, 0.1),
+        "energy_gradient": jf.energy_gradient(log_psi)(params, x, y * 1.0),
+        "estimate_diagonal": jf.estimate_diagonal(F, key, max_samples=4).value,
+        "estimate_logdet": jf.estimate_logdet(F, key, 0.1, max_samples=2, **few).value,
+        "estimate_trace": jf.estimate_trace(P, key, max_samples=4).value,
+        "ewc_penalty": jax.grad(jf.ewc_penalty(jf.diagonal(P), params))(moved),
+        "fisher_average": jf.fisher_average([params, moved], [jf.diagonal(F), jf.diagonal(E)], 0.1)[0],
+        "fisher_from_scores": jf.fisher_from_scores(scores).solve(ones, 0.1),
+        "fit": jf.fit(model, max_steps=2, penalty=ridge)(params, x, y, weights=weights).params,
+        "kronecker_reduce": jf.kronecker_reduce(P).solve(ones, 0.1),
+        "least_squares": jf.least_squares(scores, jnp.ones(EXAMPLES), 0.1)[0],
+        "low_rank": jf.low_rank(F, 4).trace(),
+        "marginal": jf.marginal(F + jf.scaled_identity(F, 0.1), lambda path: "c" in path).as_matrix(),
+        "monte_carlo_kl": jf.monte_carlo_kl(of_input)(params, moved, x, weights=weights),
+        "partial_cholesky": jf.partial_cholesky(F, 4).solve(ones, 0.1),
+        "relative_damping": jf.relative_damping(P, 0.1),
+        "self_influence": jf.self_influence(LOG_PROB, F, EXAMPLES)(params, (x, y), damping=0.1)[0],
+        "spectral_density": jf.spectral_density(F, key, jnp.array([0.1, 1.0]), width=0.3, num_samples=2, **few).value,
+        "spectrum": jf.spectrum(P).eigenvalues,
+        "tune_prior": jf.tune_prior(posterior, max_steps=2).log_evidence(),
+        **{name: steps(opt, params, x, y, weights) for name, opt in optimisers().items()},
+    }
+
+
+def of_input(params, x):
+    return model(params, x).log_prob(0)
+
+
+def ridge(params, *data, weights):
+    return 0.5 * sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(params))
+
+
+def optimisers():
+    """Transformations by public name."""
+    return {
+        "adapt_damping": jf.adapt_damping(jf.natural_gradient(1.0), 0.1),
+        "backtrack_kl": optax.chain(jf.natural_gradient(1.0, 0.1), jf.backtrack_kl(0.01)),
+        "geodesic_acceleration": optax.chain(jf.natural_gradient(1.0, 0.1), jf.geodesic_acceleration(0.1)),
+        "quadratic_model": optax.chain(jf.scale_by_fisher(0.1, view=jf.kronecker), jf.quadratic_model(0.1)),
+        "scale_to_kl": optax.chain(jf.scale_by_fisher(0.1, momentum=0.9), optax.scale(-1.0), jf.scale_to_kl(0.01)),
+    }
+
+
+def steps(opt, params, x, y, weights):
+    """Two of them."""
+    step, state = jf.training_step(model, opt), opt.init(params)
+    for _ in range(2):
+        params, state, _ = step(params, state, x, y, weights=weights)
+    return params
+
+
+def main():
+    jax.config.update("jax_enable_x64", True)
+    params, x, y = problem()
+    given = params, x, y, jnp.where(jnp.arange(EXAMPLES) < EXAMPLES - 3, 1.0, 0.0), jax.random.key(7)
+    mesh = jax.make_mesh((8,), ("examples",), axis_types=(AxisType.Auto,))
+    everywhere, apart = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("examples",)))
+    places = everywhere, apart, apart, apart, everywhere
+    expected = evaluated(answers, *given)
+    for name, value in jax.jit(answers)(*map(jax.device_put, given, places)).items():
+        one, many = (np.asarray(ravel_pytree(jax.tree.map(np.asarray, each))[0]) for each in (expected[name], value))
+        print(json.dumps({"name": name, "off": float(np.abs(many - one).max() / np.abs(one).max())}))
+
+
+if __name__ == "__main__":
+    stack.run(main)
