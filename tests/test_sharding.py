@@ -111,6 +111,10 @@ def test_a_solve_by_rows_that_are_spread_is_the_dense_one_and_no_device_has_the_
     assert max(pieces["memory"], centred["memory"]) <= 0.6 * whole["memory"]
 
 
+OFTEN = {"Gram": (7, 5), "product": (2, 4), "moments": (2, 4), "implicit product": (2, 4), "loss": (4, 7)}
+"""The most all-gathers and all-reduces of a program, as the page on scale says; of the others 2 and 5."""
+
+
 def test_each_device_works_on_its_share_of_the_examples():
     """With weights, and in pieces too: an eighth of the work, and no example is sent to another device.
 
@@ -128,6 +132,8 @@ def test_each_device_works_on_its_share_of_the_examples():
         assert max(sent.get("all-gather", []), default=0) <= (SHARED * (24 + 20) if gram else 8), each
         assert max(sent.get("all-reduce", []), default=0) <= (SHARED**2 if gram else NUMBERS), each
         assert set(sent) <= {"all-gather", "all-reduce"} | ({"all-to-all"} if gram else set()), each
+        gathers, reduces = OFTEN.get(each["name"], (2, 5))
+        assert len(sent["all-gather"]) <= gathers and len(sent["all-reduce"]) <= reduces, each
 
 
 def test_work_falls_with_the_number_of_devices():
