@@ -71,12 +71,13 @@ def counted_period(forward: float | None, form: Form) -> int:
 
     It is the least power of two from 4 to 16, if there is one, with
 
-    .. math:: e \ge \frac{m + s}{c - 3 - a - 6 / 3}, \qquad
+    .. math:: e \ge \frac{m + s}{c - 3 - a - (7 + a) / 3}, \qquad
         m = 2 + \frac{2 N}{f} \sum_l (i_l^2 + o_l^2), \quad s = \frac6f \sum_l (i_l^3 + o_l^3), \quad
         a = \frac2f \sum_l i_l o_l (i_l + o_l), \quad c = 9 \min\Big(\max\Big(1, \frac{\max_l o_l}{N}\Big), \frac32\Big)
 
     in forward passes of ``f`` operations, for layers of i inputs and o outputs at N positions: the gradient takes 3, the
-    moments m, the inverses s, applying them a, the quadratic model and the loss after a step 6 at every third step.
+    moments m, the inverses s, applying them a; at every third step the quadratic model and the loss after a step take 7, and
+    the derivative of the direction by its damping another a.
 
     Args:
         forward: the operations of a forward pass over the batch, a multiplication and an addition counted as two; None where
@@ -95,7 +96,7 @@ def counted_period(forward: float | None, form: Form) -> int:
     inverses = INVERSE * sum(g * (i**3 + o**3) for g, i, o in sizes) / forward
     applied = 2 * sum(g * i * o * (i + o) for g, i, o in sizes) / forward
     most = AIM * np.clip(max(o for _, _, o in sizes) / positions, 1, NARROW)
-    left = most - 3 - 6 / CHECK - applied
+    left = most - 3 - applied - (7 + applied) / CHECK
     return min(2 ** int(np.ceil(np.log2(max((moments + inverses) / left, FEWEST)))), MOST) if left > 0 else MOST
 
 
