@@ -10,10 +10,9 @@ import sys
 import jax
 import numpy as np
 import stack
-from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from programs.evaluate import evaluated
-from sharded import EXAMPLES, model, problem
+from sharded import EXAMPLES, model, off, problem
 
 import jaxfisher as jf
 
@@ -46,8 +45,7 @@ def main():
     if number == 0:
         alone = evaluated(answers, params, weights, x, y)
         for name, value in found.items():
-            one, many = (np.asarray(ravel_pytree(jax.tree.map(np.asarray, each))[0]) for each in (alone[name], value))
-            print(json.dumps({"name": name, "off": float(np.abs(many - one).max() / np.abs(one).max())}))
+            print(json.dumps({"name": name, "off": off(alone[name], value)}))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import stack
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from programs.evaluate import evaluated
 
@@ -65,6 +66,12 @@ def looked_at(params, batches):
     mean = jf.accumulate(jf.exact_fisher(model), jf.kronecker)(params, ((x,) for x in batches))
     verdict = jf.check_fisher(model)(params, jax.random.key(1), batches[0])
     return {"accumulate": jax.tree.leaves(mean.diagonal()), "check_fisher": [verdict.quotients]}
+
+
+def off(one, many):
+    """The largest difference between two trees, relative to the largest number of the first."""
+    one, many = (np.asarray(ravel_pytree(jax.tree.map(np.asarray, tree))[0]) for tree in (one, many))
+    return float(np.abs(many - one).max() / np.abs(one).max())
 
 
 def gathered(text):
