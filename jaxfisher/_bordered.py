@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxfisher._linalg import batched, diagonals
+from jaxfisher._linalg import batched, diagonals, row_times
 
 Matrices = Float[Array, "groups size size"]
 
@@ -52,30 +52,30 @@ class Bordered(NamedTuple):
         traces = jnp.sum(diagonals(self.core), 1)
         return traces if self.corner is None else traces + self.corner.reshape(-1)
 
-    def widened(self, corner: float = 0.0) -> Bordered:
-        """With a border of zeros and this corner, if there is none."""
+    def widened(self) -> Bordered:
+        """With a border of zeros, if there is none."""
         if self.border is not None:
             return self
         groups, size, _ = self.core.shape
         dtype = self.core.dtype
-        return Bordered(self.core, jnp.zeros((groups, size, 1), dtype), jnp.full((groups, 1, 1), corner, dtype))
+        return Bordered(self.core, jnp.zeros((groups, size, 1), dtype), jnp.zeros((groups, 1, 1), dtype))
 
     def times(self, rows: Array, last: Array | None) -> tuple[Float[Array, "groups size k"], Float[Array, "groups 1 k"] | None]:
         """Products with matrices whose last row is apart too."""
         product = batched(self.core, rows)
         if self.border is None or self.corner is None or last is None:
             return product, None
-        return product + batched(self.border, last), batched(self.border, rows, (1, 1)) + batched(self.corner, last)
+        return product + batched(self.border, last), row_times(self.border.swapaxes(1, 2), rows) + self.corner * last
 
     def inverses(self, inverses: Callable[[Matrices], Matrices]) -> Bordered:
         """Their inverses, of the function that gives those of matrices without a border: the last row is eliminated first."""
         if self.border is None or self.corner is None:
             return Bordered(inverses(self.core))
         alone = 1 / self.corner
-        shares = batched(self.border, alone)
+        shares = self.border * alone
         core = inverses(self.core - batched(shares, self.border, (2, 2)))
-        border = -batched(core, shares)
-        return Bordered(core, border, alone - batched(shares, border, (1, 1)))
+        last = -row_times(shares.swapaxes(1, 2), core)
+        return Bordered(core, last.swapaxes(1, 2), alone - row_times(last, shares))
 
 
 class Rows(NamedTuple):
@@ -99,7 +99,7 @@ class Rows(NamedTuple):
 
     def times(self, x: Float[Array, "groups k o"]) -> tuple[Float[Array, "groups size o"], Float[Array, "groups 1 o"] | None]:
         """Products, whose last row is apart too."""
-        return batched(self.core, x), None if self.last is None else batched(self.last, x)
+        return batched(self.core, x), None if self.last is None else row_times(self.last, x)
 
     def transposed_times(self, rows: Float[Array, "groups size o"], last: Array | None) -> Float[Array, "groups k o"]:
         """Products of the transposed matrices with ones whose last row is apart too."""

@@ -23,6 +23,8 @@ from jaxfisher._values import check_array, check_flag, is_array, is_sparse, is_t
 from jaxfisher._values import described as described
 from jaxfisher._values import dtype_of as dtype_of
 
+HIGHEST = jax.lax.Precision.HIGHEST
+
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
@@ -333,10 +335,36 @@ def products(a: chex.ArrayTree, b: chex.ArrayTree) -> Float[Array, "k m"]:
     return sum(parts[1:], start=parts[0])
 
 
+def between(*vectors: chex.ArrayTree) -> Callable[[int, int], Scalar]:
+    """The inner products of vectors of real leaves, by their places.
+
+    Leaves with one axis go into one product of matrices: for each of them by itself XLA makes several kernels, which take
+    longer to compile than they ever run.
+    """
+    leaves = [jax.tree.leaves(vector) for vector in vectors]
+    low, high = ([k for k, x in enumerate(leaves[0]) if (jnp.ndim(x) < 2) is flag] for flag in (True, False))
+    # In one piece and then cut: a stack of vectors would be a kernel where this is a copy.
+    joined = [jnp.reshape(of[k], -1) for of in leaves for k in low]
+    rows = jnp.concatenate(joined).reshape(len(leaves), -1) if joined else None
+    small = None if rows is None else jax.lax.dot_general(rows, rows, (((1,), (1,)), ((), ())), precision=HIGHEST)
+
+    def product(i: int, j: int) -> Scalar:
+        parts = [_inner(leaves[i][k], leaves[j][k], 0) for k in high]
+        return sum(parts if small is None else [*parts, small[i, j]], start=jnp.zeros((), leaves[0][0].dtype))
+
+    return product
+
+
+def unstacked(tree: chex.ArrayTree) -> list[Any]:
+    """The vectors that are stacked along a leading axis."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return [jax.tree.unflatten(treedef, [leaf[i] for leaf in leaves]) for i in range(leaves[0].shape[0])]
+
+
 def _inner(x: Array, y: Array, stacked: int) -> Array:
     """The inner products over all but the first so many axes, which devices may share: raveled, a leaf is whole on each."""
     axes = tuple(range(stacked, jnp.ndim(x)))
-    found: Array = jax.lax.dot_general(x, y, ((axes, axes), ((), ())), precision=jax.lax.Precision.HIGHEST)
+    found: Array = jax.lax.dot_general(x, y, ((axes, axes), ((), ())), precision=HIGHEST)
     return found
 
 

@@ -159,17 +159,18 @@ def test_a_solve_is_half_the_program_where_its_damping_is_known_to_be_positive()
 
 
 def test_a_step_of_kfac_is_a_small_program():
-    """What is drawn takes no threefry, and factors of nearly one size share one body, with one Cholesky factor in it.
+    """What is drawn takes no threefry, and factors of one size share one body, with one Cholesky factor in it.
 
-    Before, it had 2,450 operations, 4,900 instructions, four threefry hashes and six Cholesky factors.
+    No product of matrices has a single row: XLA's CPU backend compiles each for twenty times as long as a sum.
     """
     params = [(shape(i, o), shape(o)) for i, o in itertools.pairwise((64, 128, 128, 10))]
     data, step = (shape(512, 64), shape(512, dtype=jnp.int32)), jf.training_step(model, jf.kfac())
     state = jax.eval_shape(step.init, params, *data)
     lowered = jax.jit(step).lower(params, state, *data)
     text = lowered.as_text()
-    assert "threefry" not in text and len(re.findall("spotrf", text)) == 2
-    assert operations(lowered) < 2190, operations(lowered)
+    assert "threefry" not in text and len(re.findall("spotrf", text)) == 3
+    assert not re.search(r"dot_general.* -> tensor<(1x)*[0-9]+xf32>", text)
+    assert operations(lowered) < 2500, operations(lowered)
 
 
 def test_a_layer_takes_one_product_with_a_vector():

@@ -150,15 +150,15 @@ def test_work_falls_with_the_number_of_devices():
 def test_each_device_inverts_its_own_factors():
     """The numbers are those of one device, also of a run that goes on from what it saved on half of the devices, and again.
 
-    Sixteen factors of one size, the row of a bias aside, are two for each of eight devices. What is sent is the inverses, with
-    a row for the bias, and `jf.explain` says what each device holds.
+    Sixteen factors of one size, the row of a bias aside, are two for each of eight devices. What is sent is the inverses, eight
+    of them with a row for the bias, and `jf.explain` says what each device holds.
     """
     *found, one, two, four, eight = said("apart.py", 8)
     assert [each["name"] for each in found] == ["kfac", "memory", "undamped", "factored", "by eigenvectors"]
     for each in found:
         # The condition of a damped factor is below 1e4; in seven steps rounding has grown.
         assert each["off"] <= (1e5 if each["name"] == "kfac" else 1e4) * np.finfo(np.float64).eps, each
-    numbers, work = 16 * (256**2 + 257), 16 * 256**3
+    numbers, work = 16 * 256**2 + 8 * 257, 16 * 256**3
     for each in (one, two, four, eight):
         share = 1 / each["devices"]
         assert share <= each["flops"] / one["flops"] <= 1.2 * share, each

@@ -9,7 +9,6 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._bordered import Bordered
@@ -123,24 +122,14 @@ def is_invertible(form: Form) -> bool:
 
 
 def shifted_factors(form: Form, damping: Scalar) -> list[tuple[Bordered, Float[Array, " groups"]]]:
-    """The factors of the blocks that are Kronecker products, and what `factored_solve` adds to the diagonal of each.
-
-    All have a border, that of a unit matrix where there is none: so they can be held together, and XLA spreads what is held
-    over devices as the parameters are, which of some matrices without a border it was seen not to do.
-    """
-    blocks = [(block, at) for block, at in damped_blocks(form, damping) if isinstance(block, Kronecker)]
-    # Of all layers at once: the numbers are few, and the program has each operation on them once.
-    counts, sizes = zip(*((len(block.outputs), block.sizes) for block, _ in blocks), strict=True)
-    each = [jnp.asarray(np.repeat([size[side] for size in sizes], counts), form.spec.dtype) for side in (0, 1)]
-    at = jnp.concatenate([jnp.broadcast_to(at, count) for (_, at), count in zip(blocks, counts, strict=True)])
-    traces = [jnp.concatenate([x.traces() for x in side]) for side in zip(*_sides(blocks), strict=True)]
-    a, g = (trace / size for trace, size in zip(traces, each, strict=True))
-    shifts = [jnp.split(side, np.cumsum(counts)[:-1]) for side in balanced_shifts(a, g, at, (each[0], each[1]))]
-    return [(side.widened(1.0), shifts[i][k]) for k, sides in enumerate(_sides(blocks)) for i, side in enumerate(sides)]
-
-
-def _sides(blocks: Sequence[tuple[Kronecker, Scalar]]) -> list[tuple[Bordered, Bordered]]:
-    return [(block.input_side, Bordered(block.outputs)) for block, _ in blocks]
+    """The factors of the blocks that are Kronecker products, and what `factored_solve` adds to the diagonal of each."""
+    found: list[tuple[Bordered, Float[Array, " groups"]]] = []
+    for block, at in damped_blocks(form, damping):
+        if isinstance(block, Kronecker):
+            sides = block.input_side, Bordered(block.outputs)
+            a, g = (side.traces() / side.size for side in sides)
+            found += zip(sides, balanced_shifts(a, g, at, block.sizes), strict=True)
+    return found
 
 
 def with_inverses(form: Form, held: Sequence[Bordered], damping: Scalar) -> InvertedBlocks:
@@ -154,9 +143,7 @@ def with_inverses(form: Form, held: Sequence[Bordered], damping: Scalar) -> Inve
     sides, made = iter(held), list[Form]()
     for block, at in damped_blocks(form, damping):
         if isinstance(block, Kronecker):
-            side, outputs = next(sides), next(sides).core
-            # What is held has a border in any case.
-            made.append(dataclasses.replace(block, input_side=side if block.has_bias else Bordered(side.core), outputs=outputs))
+            made.append(dataclasses.replace(block, input_side=next(sides), outputs=next(sides).core))
         else:
             assert isinstance(block, Diagonal)
             made.append(Diagonal(jax.tree.map(lambda leaf, at=at: 1 / (leaf + at), block.entries), block.spec))
@@ -165,10 +152,13 @@ def with_inverses(form: Form, held: Sequence[Bordered], damping: Scalar) -> Inve
 
 def inverses(matrices: Bordered) -> Bordered:
     """The inverses of positive definite matrices, by Cholesky factors."""
-    return matrices.inverses(jax.vmap(_inverse))
+    return matrices.inverses(_inverses)
 
 
-def _inverse(matrix: Float[Array, "m m"]) -> Float[Array, "m m"]:
+# Not inlined, so that the program has one body for each size.
+@jax.jit
+@jax.vmap
+def _inverses(matrix: Float[Array, "m m"]) -> Float[Array, "m m"]:
     root = jax.lax.linalg.triangular_solve(
         cholesky(matrix), jnp.eye(len(matrix), dtype=matrix.dtype), left_side=True, lower=True
     )

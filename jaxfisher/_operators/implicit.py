@@ -20,7 +20,7 @@ from jaxfisher._pieces import sum_batches
 from jaxfisher._pytree import array_fields
 from jaxfisher._row_functions import ExactRows, prediction
 from jaxfisher._scores import Scores, make_scores
-from jaxfisher._tree import ParamSpec, cast_like, kept, narrowed, products, split
+from jaxfisher._tree import ParamSpec, cast_like, dot, kept, narrowed, split, unstacked
 from jaxfisher._varying import varying_like
 
 
@@ -57,10 +57,13 @@ class Implicit(Form):
 
     def _metric_along(self, vectors: Any, weights: Float[Array, " n"], *inputs: Any) -> Float[Array, "k k"]:
         _, forward, predicted = jax.linearize(partial(self._fields, inputs), self._moving(), has_aux=True)
-        along = jax.vmap(forward)(varying_like(vectors, inputs))
-        pushed = jax.vmap(lambda one: jax.vmap(_weighted_metric)(predicted, one, weights))(along)
-        dtype = self.spec.dtype
-        return products(*(jax.tree.map(lambda leaf: leaf.astype(dtype), tree) for tree in (along, pushed)))
+        wide = lambda tree: jax.tree.map(lambda leaf: leaf.astype(self.spec.dtype), tree)  # noqa: E731
+        # One after the other: together they are matrices of matrices, for which XLA's CPU backend turns every array around.
+        along = [forward(varying_like(v, inputs)) for v in unstacked(vectors)]
+        pushed = [jax.vmap(_weighted_metric)(predicted, v, weights) for v in along]
+        products = [[dot(wide(a), wide(b)) for b in pushed[: k + 1]] for k, a in enumerate(along)]
+        # A symmetric matrix, of which this is the lower half.
+        return jnp.stack([jnp.stack([products[max(i, j)][min(i, j)] for j in range(len(along))]) for i in range(len(along))])
 
     def _fields(self, inputs: tuple[Any, ...], moving: Any) -> tuple[list[Array], Any]:
         """The real fields of what is predicted, and the predictions themselves."""

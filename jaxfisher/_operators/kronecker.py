@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Scalar
 from jaxfisher._bordered import Bordered, Rows
 from jaxfisher._engine import Basis, Layout, Moments
 from jaxfisher._inverse import log_determinant
-from jaxfisher._linalg import batched, diagonals, eigenvalues, matmul, norm, unit_diagonal, unit_rank
+from jaxfisher._linalg import batched, diagonals, eigenvalues, matmul, norm, row_times, unit_diagonal, unit_rank
 from jaxfisher._operators.averaging import mean_of
 from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.form import Form, small_matrix
@@ -78,7 +78,7 @@ class Kronecker(Layer):
     def product(self) -> Callable[[Any], Any]:
         def product(v: Any) -> Any:
             rows, last = self.input_side.times(*self._rows(v))
-            return self._from_rows(batched(rows, self.outputs), None if last is None else batched(last, self.outputs))
+            return self._from_rows(batched(rows, self.outputs), None if last is None else row_times(last, self.outputs))
 
         return product
 

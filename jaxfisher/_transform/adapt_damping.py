@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 from jaxfisher._once import either
 from jaxfisher._operators.operator import Operator
 from jaxfisher._transform.update_arguments import Shared, check_state, completing, fisher_for, function_for, value_for
-from jaxfisher._tree import described, dot, param_spec, split
+from jaxfisher._tree import between, described, dot, param_spec, split
 from jaxfisher._values import check_nonnegative, check_number, is_known
 
 
@@ -262,14 +262,15 @@ def adapting(
         # The quadratic model is of a step as it was before a `geodesic_acceleration` bent it.
         straight = optax.tree.get(after, "straight")
         g, u = operator.spec.vector(updates), operator.spec.vector(step) if straight is None else straight
-        length = dot(u, u)
+        product = between(g, u, state.recent)
+        length = product(1, 1)
 
         def judged() -> tuple[Scalar, Bool[Array, ""], Bool[Array, ""], Bool[Array, ""]]:
             predicted = decrease(operator, g, u, after)
             actual = (start - loss(optax.apply_updates(params, step))).astype(operator.spec.dtype)
             # Where nothing was promised, nothing was broken.
             ratio = jnp.where(predicted > 0, actual / jnp.where(predicted > 0, predicted, 1), 0).astype(jnp.float32)
-            beyond = state.damping.astype(predicted.dtype) * length > REACH * -2 * (dot(g, u) + predicted)
+            beyond = state.damping.astype(predicted.dtype) * length > REACH * -2 * (product(0, 1) + predicted)
             # Losses are in nats, and a small one is a difference of larger numbers.
             rounding = 8 * jnp.finfo(predicted.dtype).eps * jnp.maximum(jnp.abs(start).astype(predicted.dtype), 1)
             # The negation is true of a NaN, which rounding does not explain; and comparisons with one are false.
@@ -281,7 +282,7 @@ def adapting(
             return state.ratio, jnp.zeros_like(finite), jnp.ones_like(finite), finite
 
         ratio, beyond, clear, accepted = either(due, judged, unjudged)
-        slope = state.slope + dot(g, state.recent)
+        slope = state.slope + product(0, 2)
         seen = Evidence(
             accepted,
             rejected=jnp.where(accepted, 0, state.rejected + 1),
@@ -291,8 +292,8 @@ def adapting(
             overshot=slope > 0,
         )
         judging = jnp.asarray(due) | ~accepted
-        nothing = jax.tree.map(jnp.zeros_like, step)
-        taken = either(accepted, lambda: step, lambda: nothing)
+        # A choice number by number is part of the sum with the parameters; branches would hand all of them on.
+        taken = jax.tree.map(lambda leaf: jnp.where(accepted, leaf, 0), step)
         return taken, AdaptDampingState(
             kept(accepted, after, state.inner),
             # Moved by slopes in between it would rise and not fall: the text of `benchmarks/tasks.py` stalled so.

@@ -28,11 +28,11 @@ from jaxfisher._transform.places import rows_shared
 from jaxfisher._transform.scale_by_fisher import ScaleByFisherState, averaged, empty_info, zeros_like
 from jaxfisher._transform.turns import CHECK, Turns, counted_period, phases
 from jaxfisher._transform.update_arguments import Shared, check_state, check_vector_of_state, fisher_for
-from jaxfisher._tree import all_finite, cast_like, param_spec
+from jaxfisher._tree import cast_like, dot, param_spec
 from jaxfisher._values import fraction
 
-ByDamping = Callable[[Any], Any]
-"""From a direction to its derivative by the logarithm of its damping, ``-gamma (K + gamma I)^-1 d``."""
+ByDamping = Callable[[Any], tuple[Any, Scalar]]
+"""From a direction to ``(K + gamma I)^-1 d``, and what its derivative by the logarithm of its damping is of that: -gamma."""
 
 
 class Direction(NamedTuple):
@@ -133,11 +133,10 @@ def direction(
     info = jax.tree.map(lambda a, b: jnp.asarray(a).astype(b.dtype), info, state.info)
     after = ScaleByFisherState(optax.safe_increment(state.count), mean, held, (), info)
 
-    def by_damping(d: Any) -> Any:
+    def by_damping(d: Any) -> tuple[Any, Scalar]:
         # Of inverses that are held a product, without the report.
         inverted = isinstance(operator.form, InvertedBlocks)
-        again = operator.mv(d) if inverted else _lightly(settings.solver, operator, d, gamma)[0]
-        return jax.tree.map(lambda leaf: -gamma * leaf, again)
+        return operator.mv(d) if inverted else _lightly(settings.solver, operator, d, gamma)[0], -gamma
 
     return Direction(cast_like(d, updates), by_damping, after)
 
@@ -182,7 +181,7 @@ def _in_turn(
     known = {phase: turns.due(phase) for phase in own} if isinstance(every, int) else {}
     flags = [known[phase] if known else turns.due(phase) for phase in own]
     held = tuple(holding.refreshed(form, gamma, flags, state.in_use))
-    return dataclasses.replace(operator, form=holding.solved_with(form, held, gamma)), gamma, mean, held
+    return dataclasses.replace(operator, form=holding.form(form, held, gamma)), gamma, mean, held
 
 
 @once
@@ -207,7 +206,8 @@ def _lightly(solver: Solver | None, fisher: Operator, v: Any, gamma: Scalar) -> 
     """The direction, and a report whose residual is left out: to compute it takes as long, and the loss judges the step."""
     if isinstance(fisher.form, InvertedBlocks):
         x = fisher.mv(v)
-        finite = all_finite(x)
+        # By a sum that the length of a step takes too.
+        finite = jnp.isfinite(dot(x, x))
         nothing, size = jnp.zeros((), fisher.spec.dtype), jnp.asarray(fisher.size, jnp.int32)
         no = jnp.zeros_like(finite)
         return x, SolveInfo(nothing, jnp.zeros((), jnp.int32), finite, finite, size, no, no)

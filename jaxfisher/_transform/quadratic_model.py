@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Scalar
 
-from jaxfisher._linalg import matmul
 from jaxfisher._once import either, once
 from jaxfisher._operators.operator import Operator, inner_products
 from jaxfisher._transform.update_arguments import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
-from jaxfisher._tree import cast_like, dot, param_spec, products, scaled, split
+from jaxfisher._tree import between, cast_like, param_spec, split
 from jaxfisher._values import check_nonnegative, nonnegative
 
 
@@ -99,7 +98,7 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
         grad: Any = None,
         damping: chex.Numeric | None = None,
         due: bool | Bool[Array, ""] = True,
-        by_damping: Callable[[Any], Any] | None = None,
+        by_damping: Callable[[Any], tuple[Any, Scalar]] | None = None,
         **extra_args: Any,
     ) -> tuple[Any, QuadraticModelState]:
         del params, extra_args
@@ -114,9 +113,11 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
         g, d = operator.spec.tree(operator.spec.leaves(grad, "grad")), operator.spec.vector(updates)
 
         def minimised() -> tuple[Scalar, ...]:
-            others = [state.step] if by_damping is None else [state.step, by_damping(d)]
-            columns = jax.tree.map(lambda d, *v: jnp.stack([-d, *v]), d, *others)
-            return _minimum(operator, g, columns, strength)
+            if by_damping is None:
+                return _minimum(operator, g, [d, state.step], strength)
+            change, factor = by_damping(d)
+            *found, gain = _minimum(operator, g, [d, state.step, change], strength)
+            return *found, factor * gain
 
         last = state.learning_rate, state.momentum, state.change, jnp.zeros_like(state.gain)
         alpha, mu, change, gain = either(due, minimised, lambda: last)
@@ -133,39 +134,45 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
 @once
 def _combined(d: Any, v: Any, alpha: Scalar, mu: Scalar, most: Scalar, free: Bool[Array, ""]) -> tuple[Any, Scalar]:
     """The step ``mu v - alpha d``, made no longer than ``most`` unless it is ``free``, and its length before that."""
-    step = jax.tree.map(lambda d, v: mu * v - alpha * d, d, v)
-    length = jnp.sqrt(dot(step, step))
-    return scaled(step, jnp.where(~free & (length > most), most / length, 1)), length
+    product = between(d, v)
+    # By its parts, so that there is one pass over the parameters and not two; what is negative is rounding.
+    square = alpha * alpha * product(0, 0) - 2 * alpha * mu * product(0, 1) + mu * mu * product(1, 1)
+    length = jnp.sqrt(jnp.maximum(square, 0))
+    share = jnp.where(~free & (length > most), most / length, 1)
+    return jax.tree.map(lambda d, v: share * mu * v - share * alpha * d, d, v), length
 
 
-def _minimum(operator: Operator, g: Any, columns: Any, damping: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar]:
-    """The coefficients of the first two directions at the minimum of the damped model, and the change without damping there.
+def _minimum(operator: Operator, g: Any, along: list[Any], damping: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+    """The rate down the first direction and that along the second at the minimum of the damped model; what it changes by there.
 
-    And half of how what the first promises by itself grows, in logarithms, where its negative moves along the third.
+    That is without damping. And half of how what the first promises by itself grows, in logarithms, where it moves along the
+    third.
     """
-    found: tuple[Scalar, Scalar, Scalar, Scalar] = _lowest(inner_products(operator, columns), g, columns, damping)
+    curvature = inner_products(operator, jax.tree.map(lambda *v: jnp.stack(v), *along))
+    found: tuple[Scalar, Scalar, Scalar, Scalar] = _lowest(curvature, g, along, damping)
     return found
 
 
 @once
-def _lowest(curvature: Float[Array, "k k"], g: Any, columns: Any, damping: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+def _lowest(curvature: Float[Array, "k k"], g: Any, along: list[Any], damping: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar]:
     """`_minimum`, by the curvature along the directions and between them.
 
     Only the part of the second direction that is not along the first counts, and there may be no such part.
     """
-    # With the gradient as one more row there is one product of each leaf in place of two.
-    found = products(columns, jax.tree.map(lambda rows, g: jnp.concatenate([rows, g[None]]), columns, g))
-    slopes, damped = found[:, -1], curvature + damping * found[:, :-1]
-    along = _over(damped[0, 1], damped[0, 0])
-    own = damped[1, 1] - along * damped[0, 1]
+    product, count = between(*along, g), len(along)
+    slopes = [product(count, k) for k in range(count)]
+    damped = [curvature[0, k] + damping * product(0, k) for k in range(count)]
+    last = curvature[1, 1] + damping * product(1, 1)
+    share = _over(damped[1], damped[0])
+    own = last - share * damped[1]
     # What is left of parallel directions is rounding.
-    own = jnp.where(own <= 100 * jnp.finfo(own.dtype).eps * damped[1, 1], 0, own)
-    second = -_over(slopes[1] - along * slopes[0], own)
-    first = -_over(slopes[0], damped[0, 0]) - along * second
-    rates = jnp.stack([first, second])
-    change = matmul(rates, slopes[:2] + 0.5 * matmul(curvature[:2, :2], rates))
+    own = jnp.where(own <= 100 * jnp.finfo(own.dtype).eps * last, 0, own)
+    second = -_over(slopes[1] - share * slopes[0], own)
+    first = _over(slopes[0], damped[0]) + share * second
+    bent = first * first * curvature[0, 0] - 2 * first * second * curvature[0, 1] + second * second * curvature[1, 1]
+    change = second * slopes[1] - first * slopes[0] + 0.5 * bent
     # Along s alone the decrease is (s^T g)^2 / (2 s^T F s).
-    gain = _over(damped[0, 2], damped[0, 0]) - _over(-slopes[2], -slopes[0]) if len(slopes) > 2 else jnp.zeros_like(first)
+    gain = _over(slopes[2], slopes[0]) - _over(damped[2], damped[0]) if len(along) > 2 else jnp.zeros_like(first)
     return first, second, change, gain
 
 

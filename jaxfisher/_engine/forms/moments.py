@@ -109,7 +109,7 @@ def _moments(leaf: Leaf, w: Float[Array, "examples rows"], counted: Callable[[_F
     def piece(leaf: Leaf, w: Array) -> tuple[Any, ...]:
         pairs = products(leaf)
         left, right = _joined([pair.left for pair in pairs]), _joined([pair.right for pair in pairs])
-        squares = jnp.sum(w[:, :, None, None, None] * jnp.square(right), 4)
+        squares = w[:, :, None, None] * jnp.sum(jnp.square(right), 4)
         factors = _Factors(left, right, jnp.any(squares != 0, 1, keepdims=True))
         trace = _trace(factors, squares, w)
         if leaf.bias:
@@ -122,7 +122,7 @@ def _moments(leaf: Leaf, w: Float[Array, "examples rows"], counted: Callable[[_F
         outputs, _ = _second_moment(factors.right, w[:, :, None, None])
         count = jnp.sum(weight, (0, 1, 3))
         # A bias is the weight of an input that is one wherever it is counted.
-        border = (jnp.sum(sums, (0, 1, 3)), count) if leaf.bias else ()
+        border = (sums, count) if leaf.bias else ()
         return Bordered(inputs, *(part.reshape(len(count), -1, 1) for part in border)), outputs, count, trace
 
     inputs, outputs, count, trace = leaf.in_pieces(piece, sum_batches, w)
@@ -142,13 +142,18 @@ def _joined(factors: Sequence[Array]) -> Float[Array, "n r b t i"]:
 
 def _second_moment(
     x: Float[Array, "n r b t i"], w: Float[Array, "n r #b #t"]
-) -> tuple[Float[Array, "b i i"], Float[Array, "n r b t i"]]:
-    """``sum w x x^T`` over rows and positions, and what is summed of ``w x``.
+) -> tuple[Float[Array, "b i i"], Float[Array, "b i"]]:
+    """``sum w x x^T`` over rows and positions, and ``sum w x``.
 
     The first is symmetric up to rounding: to mirror it would take as long as to make it.
     """
+    if x.shape[2] == 1:
+        # As matrices, so that XLA makes what both sums are of once.
+        rows = x.reshape(-1, x.shape[-1])
+        weighted = jnp.broadcast_to(sum_to(w, x.shape[:2]), x.shape[:-1]).reshape(-1, 1) * rows
+        return matmul(weighted.T, rows)[None], jnp.sum(weighted, 0)[None]
     weighted = sum_to(w, x.shape[:2])[..., None] * x
-    return contracted(*jnp.broadcast_arrays(weighted, x)), weighted
+    return contracted(weighted, x), jnp.sum(weighted, (0, 1, 3))
 
 
 def _trace_of_sums(right: Float[Array, "n rows b t o"], squares: Float[Array, "n rows b t"], w: Array) -> Float[Array, " b"]:
