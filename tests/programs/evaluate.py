@@ -6,6 +6,7 @@ What few programs use (a decomposition, a pooling) is left to JAX, one operation
 
 import contextlib
 import functools
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -48,11 +49,11 @@ _HANDS_OVER = "_pjit_call_impl_python"
 
 
 @contextlib.contextmanager
-def in_numpy(watch=lambda jaxpr, made: None):
+def in_numpy(evaluate=evaluate):
     """Inside, what JAX would compile is traced as ever and run in NumPy: `jax.jit`, what the library jits, eager operations.
 
     Programs over several devices are compiled as before, and so is everything under a JAX that hands programs to XLA elsewhere.
-    ``watch`` is shown each program as it is handed over, with the arrays that it made.
+    ``evaluate`` is given each program as it is handed over, and its arguments.
     """
     compiled = getattr(pjit, _HANDS_OVER, None)
 
@@ -64,7 +65,6 @@ def in_numpy(watch=lambda jaxpr, made: None):
         setattr(pjit, _HANDS_OVER, compiled)
         try:
             made = evaluate(jaxpr, *(_as_traced(x, aval) for x, aval in zip(arguments, jaxpr.in_avals, strict=True)))
-            watch(jaxpr, made)
             return [_as_jax(x, aval) for x, aval in zip(made, jaxpr.out_avals, strict=True)], None, None, []
         finally:
             setattr(pjit, _HANDS_OVER, run)
@@ -107,33 +107,84 @@ def _array(value):
 
 
 def _run(jaxpr, consts, arguments):
-    values = dict(zip(jaxpr.constvars, map(_array, consts), strict=True))
-    values.update(zip(jaxpr.invars, arguments, strict=True))
-
-    def read(atom):
-        return np.asarray(atom.val, atom.aval.dtype) if isinstance(atom, Literal) else values[atom]
-
-    for equation in jaxpr.eqns:
-        operands = [read(atom) for atom in equation.invars]
-        for variable, value in zip(equation.outvars, _apply(equation, operands), strict=True):
-            assert value.shape == variable.aval.shape, f"{equation}: made {value.shape}"
-            values[variable] = value
-    return [read(atom) for atom in jaxpr.outvars]
+    plan = _PLANS.get(jaxpr)
+    if plan is None:
+        plan = _PLANS[jaxpr] = _Plan(jaxpr)
+    return plan(map(_array, consts), arguments)
 
 
-def _apply(equation, operands):
+_PLANS = weakref.WeakKeyDictionary()
+
+
+class _Plan:
+    """What a jaxpr does, with its values in numbered places: found out once, since what is in a loop runs often."""
+
+    def __init__(self, jaxpr):
+        self.start, places = [], {}  # the literals in their places
+
+        def place(atom):
+            known = None if isinstance(atom, Literal) else places.setdefault(atom, len(self.start))
+            if known is not None and known < len(self.start):
+                return known
+            self.start.append(np.asarray(atom.val, atom.aval.dtype) if known is None else None)
+            return len(self.start) - 1
+
+        self.consts, self.given = (list(map(place, variables)) for variables in (jaxpr.constvars, jaxpr.invars))
+        self.steps = [(_step(e), list(map(place, e.invars)), list(map(place, e.outvars))) for e in jaxpr.eqns]
+        self.made = list(map(place, jaxpr.outvars))
+
+    def __call__(self, consts, arguments):
+        values = self.start.copy()
+        for at, value in zip(self.consts, consts, strict=True):
+            values[at] = value
+        for at, value in zip(self.given, arguments, strict=True):
+            values[at] = value
+        for step, operands, outputs in self.steps:
+            for at, value in zip(outputs, step([values[at] for at in operands]), strict=True):
+                values[at] = value
+        return [values[at] for at in self.made]
+
+
+def _step(equation):
+    """What an equation does with a list of operands: a list of values, of the shapes and the dtypes that it says."""
+    name, params = equation.primitive.name, equation.params
+    shapes = [variable.aval.shape for variable in equation.outvars]
+    if name in _OPERATIONS and not any(_is_key(variable.aval) for variable in (*equation.invars, *equation.outvars)):
+        (out,) = equation.outvars
+        return _operation(_OPERATIONS[name], params, out.aval.shape, out.aval.dtype)
+    apply = _applied(equation)
+
+    def step(operands):
+        made = apply(operands)
+        assert [value.shape for value in made] == shapes, f"{name} made {[value.shape for value in made]}, not {shapes}"
+        return made
+
+    return step
+
+
+def _operation(function, params, shape, dtype):
+    function = getattr(function, "plain", None) or functools.partial(function, **params)
+
+    def step(operands):
+        made = np.asarray(function(*operands), dtype, order="C")
+        assert made.shape == shape, f"{function} made {made.shape}, not {shape}"
+        return (made,)
+
+    return step
+
+
+def _applied(equation):
     name, params = equation.primitive.name, equation.params
     if name == "scan":
-        return _scan(equation, operands, **params)
+        return functools.partial(_scan, equation, **params)
     if name in _CALLS:
-        return _CALLS[name](operands, **params)
-    if name in _TRACED_AGAIN:
-        return evaluate(jax.make_jaxpr(lambda *given: equation.primitive.impl(*given, **params))(*operands), *operands)
-    if name not in _OPERATIONS or any(isinstance(operand, jax.Array) for operand in operands):
-        return _by_jax(equation, operands)
-    (out,) = equation.outvars
-    made = np.asarray(_OPERATIONS[name](*operands, **params), order="C")
-    return [made.astype(out.aval.dtype, copy=False)]
+        return functools.partial(_CALLS[name], **params)
+    return functools.partial(_traced_again if name in _TRACED_AGAIN else _by_jax, equation)
+
+
+def _traced_again(equation, operands):
+    primitive, params = equation.primitive, equation.params
+    return evaluate(jax.make_jaxpr(lambda *given: primitive.impl(*given, **params))(*operands), *operands)
 
 
 def _by_jax(equation, operands):
@@ -253,7 +304,7 @@ def _wide(dtype):
 
 
 def _reduced(function):
-    return lambda x, *, axes, **_: function(x.astype(_wide(x.dtype), copy=False), axis=tuple(axes))
+    return lambda x, *, axes, **_: function.reduce(x.astype(_wide(x.dtype), copy=False), axis=tuple(axes))
 
 
 def _arg_reduced(function):
@@ -276,7 +327,9 @@ def _broadcast_in_dim(x, *_, shape, broadcast_dimensions, sharding=None):
     own = [1] * len(shape)
     for size, axis in zip(x.shape, broadcast_dimensions, strict=True):
         own[axis] = size
-    return np.broadcast_to(x.reshape(own), shape)
+    made = np.empty(shape, x.dtype)  # `np.broadcast_to` takes five times as long
+    made[...] = x.reshape(own)
+    return made
 
 
 def _reshape(x, *_, new_sizes, dimensions, sharding=None):
@@ -353,7 +406,12 @@ def _logistic(x, **_):
 
 def _plain(function):
     """Without the flags that NumPy does not know, such as an accuracy."""
-    return lambda *operands, **_: function(*operands)
+
+    def apply(*operands, **_):
+        return function(*operands)
+
+    apply.plain = function
+    return apply
 
 
 def _special(function):
@@ -406,12 +464,12 @@ _OPERATIONS = {
     "rev": lambda x, *, dimensions: np.flip(x, tuple(dimensions)),
     "iota": _iota,
     "dot_general": _dot_general,
-    "reduce_sum": _reduced(np.sum),
-    "reduce_max": lambda x, *, axes, **_: np.max(x, axis=tuple(axes), initial=bits.ends(x.dtype)[0]),
-    "reduce_min": lambda x, *, axes, **_: np.min(x, axis=tuple(axes), initial=bits.ends(x.dtype)[1]),
-    "reduce_prod": _reduced(np.prod),
-    "reduce_and": _reduced(np.bitwise_and.reduce),
-    "reduce_or": _reduced(np.bitwise_or.reduce),
+    "reduce_sum": _reduced(np.add),
+    "reduce_max": lambda x, *, axes, **_: np.maximum.reduce(x, axis=tuple(axes), initial=bits.ends(x.dtype)[0]),
+    "reduce_min": lambda x, *, axes, **_: np.minimum.reduce(x, axis=tuple(axes), initial=bits.ends(x.dtype)[1]),
+    "reduce_prod": _reduced(np.multiply),
+    "reduce_and": _reduced(np.bitwise_and),
+    "reduce_or": _reduced(np.bitwise_or),
     "argmax": _arg_reduced(np.argmax),
     "argmin": _arg_reduced(np.argmin),
     "tile": lambda x, *, reps: np.tile(x, reps),
