@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._bordered import Bordered
-from jaxfisher._linalg import cholesky, matmul, norm
+from jaxfisher._linalg import batched, norm
 from jaxfisher._once import once
 from jaxfisher._operators.apart import bare, damped_blocks, made_of
 from jaxfisher._operators.block import BlockDiagonal
@@ -150,19 +150,55 @@ def with_inverses(form: Form, held: Sequence[Bordered], damping: Scalar) -> Inve
     return InvertedBlocks(tuple(made), whole.members, whole.spec)
 
 
+HALVED = 256
+"""The largest matrix that is inverted in one piece: LAPACK runs at a fraction of the rate at which products of matrices do.
+
+In halves, an inverse of 512 rows takes 3.8 ms where it took 5.7 on two cores, and one of 1024 rows 18 for 37.
+"""
+
+
 def inverses(matrices: Bordered) -> Bordered:
     """The inverses of positive definite matrices, by Cholesky factors."""
     return matrices.inverses(_inverses)
 
 
-# Not inlined, so that the program has one body for each size.
+# These two are not inlined, so that the program has one body for each size.
 @jax.jit
-@jax.vmap
-def _inverses(matrix: Float[Array, "m m"]) -> Float[Array, "m m"]:
-    root = jax.lax.linalg.triangular_solve(
-        cholesky(matrix), jnp.eye(len(matrix), dtype=matrix.dtype), left_side=True, lower=True
-    )
-    return matmul(root.T, root)
+def _inverses(x: Float[Array, "groups m m"]) -> Float[Array, "groups m m"]:
+    """The inverses, of those of the Cholesky factors: without the products with their upper halves, which are zero."""
+    if x.shape[1] <= HALVED:
+        root = _inverted_roots(x)
+        return batched(root, root, (1, 1))
+    first, below, second = _inverted_halves(x)
+    top, side, corner = (batched(a, b, (1, 1)) for a, b in ((below, below), (below, second), (second, second)))
+    return _joined(batched(first, first, (1, 1)) + top, side, side.swapaxes(1, 2), corner)
+
+
+@jax.jit
+def _inverted_roots(x: Float[Array, "groups m m"]) -> Float[Array, "groups m m"]:
+    """The inverses of the Cholesky factors of positive definite matrices."""
+    if x.shape[1] > HALVED:
+        first, below, second = _inverted_halves(x)
+        return _joined(first, jnp.zeros_like(below.swapaxes(1, 2)), below, second)
+    unit = jnp.broadcast_to(jnp.eye(x.shape[1], dtype=x.dtype), x.shape)
+    return jax.lax.linalg.triangular_solve(roots(x), unit, left_side=True, lower=True)
+
+
+def _inverted_halves(x: Float[Array, "groups m m"]) -> tuple[Array, Array, Array]:
+    """The three blocks of the inverses of the Cholesky factors: of the first half, below it, and of the second half.
+
+    The matrix that is left of the second half is what is subtracted from it as squares, as in Cholesky's own algorithm.
+    """
+    half = (x.shape[1] + 1) // 2
+    first = _inverted_roots(x[:, :half, :half])
+    along = batched(x[:, half:, :half], first, (2, 2))
+    second = _inverted_roots(x[:, half:, half:] - batched(along, along, (2, 2)))
+    return first, -batched(batched(second, along), first), second
+
+
+def _joined(a: Array, b: Array, c: Array, d: Array) -> Float[Array, "groups m m"]:
+    """The matrices of four blocks, row by row."""
+    return jnp.concatenate([jnp.concatenate([a, b], 2), jnp.concatenate([c, d], 2)], 1)
 
 
 def _factored_inverse(block: Form, damping: Scalar, found: Iterator[Array]) -> Callable[[Any], Any]:

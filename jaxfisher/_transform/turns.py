@@ -23,8 +23,12 @@ AIM = 9.0
 """The cost of the average step that the period is chosen for, in forward passes: three steps of Adam, a gradient each."""
 NARROW = 1.5
 """How much more it may be where a batch has fewer positions than the widest layer has outputs, and inverses cost the most."""
-INVERSE = 6.0
-"""What an inverse costs, in cubes of its size: 10/3 by count, and as timed with LAPACK at sizes of 512 and 1024."""
+INVERSE = 7.0
+"""What an inverse costs, in cubes of its size, where a product of two matrices costs two.
+
+As timed on two cores with sizes of 64, 128, 256, 512 and 1024 it is 4, 7, 9, 7 and 4: LAPACK runs at a lower rate than
+products do, until from 512 on products do most of it.
+"""
 
 
 class Turns:
@@ -72,7 +76,7 @@ def counted_period(forward: float | None, form: Form) -> int:
     It is the least power of two from 4 to 16, if there is one, with
 
     .. math:: e \ge \frac{m + s}{c - 3 - a - (7 + a) / 3}, \qquad
-        m = 2 + \frac{2 N}{f} \sum_l (i_l^2 + o_l^2), \quad s = \frac6f \sum_l (i_l^3 + o_l^3), \quad
+        m = 2 + \frac{2 N}{f} \sum_l (i_l^2 + o_l^2), \quad s = \frac7f \sum_l (i_l^3 + o_l^3), \quad
         a = \frac2f \sum_l i_l o_l (i_l + o_l), \quad c = 9 \min\Big(\max\Big(1, \frac{\max_l o_l}{N}\Big), \frac32\Big)
 
     in forward passes of ``f`` operations, for layers of i inputs and o outputs at N positions: the gradient takes 3, the
