@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import stack
 from collectives import collectives
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -121,4 +122,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    stack.run(main)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import stack
 from collectives import largest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from programs.evaluate import traced
@@ -184,4 +185,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    stack.run(main)
