@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from programs.evaluate import evaluated
 
 import jaxfisher as jf
 from jaxfisher._draws import draw_keys
@@ -83,3 +84,15 @@ def test_a_family_that_needs_threefry_has_it():
     assert np.all(np.isfinite(new)) and loss == 3
     assert not jf.Joint((jf.Poisson(0.0), jf.Normal(0.0, 1.0)))._takes_any_key
     assert jf.Joint((jf.Bernoulli(0.0), jf.Normal(0.0, 1.0)))._takes_any_key
+
+
+def test_bits_in_numpy_are_those_of_jax():
+    """Of numbers of every width, of one key and of several, on which other tests rely."""
+    keys = jax.random.split(jax.random.key(5), 6).reshape(2, 3)
+    for dtype in (jnp.uint8, jnp.uint16, jnp.uint32, jnp.uint64):
+        draw = lambda keys, dtype=dtype: (  # noqa: E731
+            jax.vmap(jax.vmap(lambda key: jax.random.bits(key, (3, 2), dtype)))(keys),
+            jax.random.bits(keys[0, 0], (), dtype),
+        )
+        for ours, theirs in zip(evaluated(draw, keys), jax.jit(draw)(keys), strict=True):
+            assert ours.dtype == dtype and np.array_equal(ours, theirs)

@@ -179,12 +179,21 @@ def _applied(equation):
         return functools.partial(_scan, equation, **params)
     if name in _CALLS:
         return functools.partial(_CALLS[name], **params)
+    if name == "random_bits":
+        return functools.partial(_random_bits, equation)
     return functools.partial(_traced_again if name in _TRACED_AGAIN else _by_jax, equation)
 
 
 def _traced_again(equation, operands):
     primitive, params = equation.primitive, equation.params
     return evaluate(jax.make_jaxpr(lambda *given: primitive.impl(*given, **params))(*operands), *operands)
+
+
+def _random_bits(equation, operands):
+    (keys,) = operands
+    if str(jax.random.key_impl(keys)) != "threefry2x32" or not jax.config.jax_threefry_partitionable:
+        return _by_jax(equation, operands)
+    return [bits.random(np.asarray(jax.random.key_data(keys)), **equation.params)]
 
 
 def _by_jax(equation, operands):
