@@ -89,7 +89,15 @@ def test_the_direction_is_damped_less_where_the_factors_are_exact():
     """A linear model with one scale has the Fisher ``A (x) I``: the less damping of the direction, the more it decreases."""
     w, x = jnp.ones((3, 2)), jnp.array([[1.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 1.0, 9.0]])
     step = jf.training_step(lambda w, x: jf.Normal(x @ w, 1.0), jf.kfac(damping=1e-6))
-    _, state, _ = jax.jit(step)(w, step.init(w, x, x[:, :2]), x, x[:, :2])
+    step, state = jax.jit(step), step.init(w, x, x[:, :2])
+    expected = 1e-2
+    for factor in (1.5, 1.5**2, 1.5**2):
+        # Each time from the same parameters: after a step there is next to nothing left to decrease.
+        _, state, _ = step(w, state, x, x[:, :2])
+        expected /= factor
+        np.testing.assert_allclose(state.inner.direction_damping, expected, rtol=1e-6)
+    state = state._replace(inner=state.inner._replace(direction_damping=jnp.float32(1e-2), fell=jnp.asarray(False)))
+    _, state, _ = step(w, state, x, x[:, :2])
     np.testing.assert_allclose(state.inner.direction_damping, 1e-2 / 1.5, rtol=1e-6)
 
 

@@ -30,7 +30,12 @@ from jaxfisher._tree import check_function
 RULE = Rule(factor=2.0**0.5, lower_ratio=0.25, upper_ratio=0.75, lower_damping=1e-8, upper_damping=1e8)
 """How the damping adapts: in smaller steps than `adapt_damping` by default, since they average over minibatches."""
 START, FACTOR = 1e-2, 1.5
-"""The first damping of the direction, in mean eigenvalues of K, and by how much it changes at a time."""
+"""The first damping of the direction, in mean eigenvalues of K, and by how much it changes at a time.
+
+It falls by the square of that where it fell the last time too: what asks for less twice in a row is seldom noise, and
+where K is near the Fisher it has far to fall. Where batches are small it is asked to rise, time after time, and must not fall
+back fast.
+"""
 LEAST, MOST = 1e-6, 10.0
 """Its bounds: below, what is inverted is singular in float32; above, the direction is nearly the gradient.
 
@@ -64,8 +69,9 @@ def kfac(
         \kappa \leftarrow \begin{cases} 1.5\, \kappa & D'(\gamma) > 0 \\ \kappa / 1.5 & D'(\gamma) < 0 \end{cases}, \qquad
         \frac{\partial d}{\partial \gamma} = -(K + \gamma I)^{-1} d,
 
-    within ``[1e-6, 10]``, from 1e-2. The derivative takes one more product with the inverse and half a one with F, where the
-    model is made. With a `jaxfisher.factored_solve`, ``K + gamma I`` is there what that inverts.
+    within ``[1e-6, 10]``, from 1e-2; it falls by ``1.5^2`` where it fell the last time too. The derivative takes one more
+    product with the inverse and half a one with F, where the model is made. With a `jaxfisher.factored_solve`,
+    ``K + gamma I`` is there what that inverts.
 
     **In turns.** Everything is made at each of the first four steps. From then on the factors and the inverses of each layer
     have two turns in each doubling of the count of steps, until they have one at every e-th step, the layers one after the
@@ -157,11 +163,13 @@ class KfacState(NamedTuple):
         direction: the running mean of the view, and what is held to solve with it.
         model: the quadratic model that gave the step its length.
         direction_damping: gamma of the next direction, in mean eigenvalues of K.
+        fell: whether that fell when it last changed.
     """
 
     direction: ScaleByFisherState
     model: QuadraticModelState
     direction_damping: Float[Array, ""]
+    fell: Bool[Array, ""]
 
 
 def _steps(settings: Settings, damping: chex.Numeric) -> optax.GradientTransformationExtraArgs:
@@ -169,7 +177,8 @@ def _steps(settings: Settings, damping: chex.Numeric) -> optax.GradientTransform
     model = quadratic_model(damping)
 
     def init(params: chex.ArrayTree) -> KfacState:
-        return KfacState(init_direction(settings, params), model.init(params), jnp.asarray(START, jnp.float32))
+        begin = jnp.asarray(START, jnp.float32), jnp.asarray(False)
+        return KfacState(init_direction(settings, params), model.init(params), *begin)
 
     def update(
         updates: Any,
@@ -195,15 +204,17 @@ def _steps(settings: Settings, damping: chex.Numeric) -> optax.GradientTransform
         )
         given = {"fisher": fisher, "damping": damping, "by_damping": by_damping}
         step, modelled = model.update(d, state.model, params, **extra_args | given)
-        return step, KfacState(after, modelled, _next_direction_damping(state.direction_damping, modelled.gain))
+        damped = _next_direction_damping(state.direction_damping, state.fell, modelled.gain)
+        return step, KfacState(after, modelled, *damped)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _next_direction_damping(share: Scalar, gain: Scalar) -> Scalar:
+def _next_direction_damping(share: Scalar, fell: Bool[Array, ""], gain: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
     """Up where that would have made the model promise more, down where less would; as it is where nothing is known."""
-    change = jnp.where(gain > 0, FACTOR, jnp.where(gain < 0, 1 / FACTOR, 1.0))
-    return jnp.clip(share * change, LEAST, MOST).astype(share.dtype)
+    down = jnp.where(fell, FACTOR**2, FACTOR)
+    change = jnp.where(gain > 0, FACTOR, jnp.where(gain < 0, 1 / down, 1.0))
+    return jnp.clip(share * change, LEAST, MOST).astype(share.dtype), jnp.where(gain == 0, fell, gain < 0)
 
 
 def _promised(operator: Operator, g: Any, u: Any, after: Any) -> Scalar:
