@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -68,12 +69,22 @@ def last_axis(values: Sequence[float] | Array, like: Array) -> Array:
     return jnp.asarray(values, like.dtype).reshape((1,) * like.ndim + (-1,))
 
 
-def polynomial(coefficients: Sequence[float], x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """``sum_k c_k x^k`` by Horner's rule."""
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def polynomial(coefficients: tuple[float, ...], x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``sum_k c_k x^k`` by Horner's rule; its derivative is one again, and not that of each step."""
     total = jnp.full_like(x, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
         total = total * x + coefficient
     return total
+
+
+@polynomial.defjvp
+def _polynomial_jvp(
+    coefficients: tuple[float, ...], primals: tuple[Float[Array, "..."]], tangents: tuple[Float[Array, "..."]]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    (x,), (dx,) = primals, tangents
+    slopes = tuple(k * c for k, c in enumerate(coefficients))[1:] or (0.0,)
+    return polynomial(coefficients, x), polynomial(slopes, x) * dx
 
 
 def log_gap(excess: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
