@@ -14,6 +14,8 @@ from programs.evaluate import traced
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 # Predictions are linear in what they depend on, so that every term's own Kronecker view is exact.
 
 SHAPES = {"b": (2,), "c": (2,), "e": (2, 3), "s": (3,), "t": (4, 2), "u": (2, 2, 2), "v": (3, 2), "w": (3, 2)}

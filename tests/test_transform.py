@@ -15,6 +15,8 @@ from programs.evaluate import evaluated, traced
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")  # the protocol and whole loops of each optimiser are compiled
+
 LOG_PROB = jf.log_likelihood(classifier)
 
 
@@ -401,6 +403,7 @@ def updated(opt, state, problem, mean=None, by=stepping):
     return by(opt)(gradient, state, params, fisher, gradient if mean is None else mean)
 
 
+@pytest.mark.compiled
 @every
 def test_the_protocol(name, problem):
     """Extra arguments pass, structures and dtypes are stable, inputs live on, the same inputs give the same bits."""
@@ -418,6 +421,7 @@ def test_the_protocol(name, problem):
     optax.tree.map_params(opt, lambda leaf: leaf, after)
 
 
+@pytest.mark.compiled
 @every
 def test_scan_equals_a_loop_and_traces_once(name, problem):
     params, gradient, fisher, _ = problem
