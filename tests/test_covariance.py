@@ -13,6 +13,8 @@ from programs.evaluate import evaluated, traced
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 N = 12
 WEIGHTS = jnp.asarray(np.random.default_rng(2).uniform(0.5, 2.0, N))
 SHAPES = {"bias": (4,), "visible": (6,), "w": (6, 4)}
@@ -147,6 +149,7 @@ def test_dampings_and_solvers():
         assert_close(flat(natural), np.linalg.solve(damped, -mean), factor=1e4)
 
 
+@pytest.mark.compiled
 def test_a_mean_that_dominates_costs_no_digits_in_float32():
     """Scores of about 1 around a mean of 1e4: the solve is as good as that of the deviations."""
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), PARAMS)

@@ -10,6 +10,8 @@ from programs.evaluate import evaluated, traced
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 LOG_PROB = jf.log_likelihood(classifier)
 
 

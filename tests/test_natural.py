@@ -14,6 +14,8 @@ from programs.evaluate import evaluated, traced
 import jaxfisher as jf
 from jaxfisher import geometry, statistics
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 LOG_PROB = jf.log_likelihood(classifier)
 
 
