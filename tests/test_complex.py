@@ -14,6 +14,8 @@ from programs.evaluate import traced
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 SITES, HIDDEN, N, DAMPING = 4, 3, 7, 0.05
 RNG = np.random.default_rng(20261129)
 
@@ -333,6 +335,7 @@ def test_what_the_engine_makes_of_it():
     assert f"{jf.fisher_from_scores(F.form.scores).n:g}" == "7"
 
 
+@pytest.mark.compiled
 def test_clipped_sums_are_those_of_the_real_numbers():
     """A sum of steepest ascents of one example, each no longer than the bound, as complex numbers."""
     log_prob = lambda params, spins: 2 * holomorphic(params, spins).real  # noqa: E731

@@ -214,6 +214,7 @@ ELSEWHERE = [
 ]
 
 
+@pytest.mark.usefixtures("in_numpy")
 @pytest.mark.relaxed
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(tensorflow_probability|distrax|numpyro)")
 @pytest.mark.filterwarnings("ignore::FutureWarning:(tensorflow_probability|distrax|numpyro)")
@@ -268,6 +269,7 @@ def test_a_poisson_of_a_million_keeps_its_digits_in_float32():
     np.testing.assert_allclose(ours, exact, atol=3000 * 14 * 6e-8, rtol=0)
 
 
+@pytest.mark.usefixtures("in_numpy")
 @pytest.mark.parametrize("bad", [-1, 3, 0.5, jnp.nan])
 def test_a_label_that_is_no_class_is_nan_in_value_and_gradient(bad):
     value, gradient = jax.value_and_grad(lambda z: jf.Categorical(z).log_prob(jnp.asarray(bad)))(jnp.zeros(3))
@@ -339,6 +341,7 @@ POSITIVE = [
 ]
 
 
+@pytest.mark.usefixtures("in_numpy")
 @pytest.mark.parametrize(("name", "make", "target"), POSITIVE)
 def test_what_must_be_positive_and_is_not(name, make, target):
     """A value that is known is refused; one that is not gives NaN in all that is made of it, the Fisher among it."""
@@ -384,6 +387,7 @@ def test_literals_and_arrays_share_one_trace():
     assert traces == 1
 
 
+@pytest.mark.usefixtures("in_numpy")
 def test_fields_given_in_another_way_are_the_same_distribution(key):
     """By probabilities, a rate, or a covariance."""
     covariance = np.array([[2.0, 0.3], [0.3, 0.5]])
@@ -433,6 +437,7 @@ def test_the_fisher_is_the_same_where_a_field_stands_still():
         assert_close(fisher, hessian, factor=1e4)
 
 
+@pytest.mark.usefixtures("in_numpy")
 def test_a_covariance_has_a_row_for_each_entry_of_its_triangle():
     model = lambda p: jf.MultivariateNormal(p["loc"], p["tril"])  # noqa: E731
     F = jax.eval_shape(jf.exact_fisher(model), {"loc": jnp.zeros(4), "tril": jnp.eye(4)})

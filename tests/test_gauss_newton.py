@@ -12,6 +12,8 @@ from programs.evaluate import evaluated, traced
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 
 def network(params, x):
     hidden = jnp.tanh(x @ params["hidden"]["w"] + params["hidden"]["b"])

@@ -9,6 +9,8 @@ from problems import classifier, reference
 
 import jaxfisher as jf
 
+pytestmark = pytest.mark.usefixtures("in_numpy")
+
 
 def fisher(params, x):
     """The exact Fisher and a prior."""
