@@ -76,13 +76,6 @@ def sides(blocks, way):
         yield outputs, counts[1]
 
 
-def compiled(function, *args):
-    """The text of a program, and what it returns without values, where it will be."""
-    program = function.lower(*args).compile()
-    there = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-    return program.as_text(), jax.tree.map(there, jax.eval_shape(function, *args), program.output_shardings)
-
-
 def shared(leaf):
     """How many numbers of an array one device has."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape))
@@ -107,24 +100,27 @@ def report(what, way, off, pieces, text):
 def steps(what, params, data, named, opt=lambda mesh: jf.kfac()):
     """Two steps of kfac, at which everything is made: its state is where the parameters are from the start.
 
-    The answers of one device are computed in NumPy.
+    One program takes both, the second from where the first began. The answers of one device are computed in NumPy.
     """
 
-    def trained(step, init, params, data):
-        params, state, _ = step(params, init(params, *data), *data)
-        params, state, value = step(params, state, *data)
+    def trained(step, given, data, again=lambda given: given):
+        first = step(*given, *data)
+        params, state, value = step(*again(first[:2]), *data)
         # Eigenvectors have a sign, which is nobody's choice.
-        return params, () if what == "by eigenvectors" else state, value
+        return first, (params, () if what == "by eigenvectors" else state, value)
 
     run = jf.training_step(model, opt(None))
-    alone = trained(traced(run), run.init, params, data)
+    _, alone = trained(traced(run), (params, run.init(params, *data)), data)
     for way in ways():
         if way.name not in named:
             continue
         run = jf.training_step(model, opt(way.mesh))
-        step, (spread, place) = jax.jit(run), placed(params, way)
+        spread, place = placed(params, way)
         batch = tuple(place(array, way.examples) for array in data)
-        text, (kept, state, _) = compiled(step, spread, run.init(spread, *batch), *batch)
+        given = spread, run.init(spread, *batch)
+        program = jax.jit(run).lower(*given, *batch).compile()
+        places = program.input_shardings[0][:2]
+        (kept, state, _), last = trained(program, given, batch, lambda found, places=places: jax.device_put(found, places))
         counts = [leaf.size // shared(leaf) for leaf in jax.tree.leaves(split(spread))]
         pieces = [(leaf, leaf.size // shared(own)) for leaf, own in zip(*map(jax.tree.leaves, (kept, spread)), strict=True)]
         # Factors that are inverted by one device each are whole on all of them.
@@ -134,7 +130,7 @@ def steps(what, params, data, named, opt=lambda mesh: jf.kfac()):
             # Also of the side of a layer that is not spread: all devices share the rows of what is a matrix a layer.
             arrays = jax.tree.leaves((state.inner[0].mean, state.inner[0].in_use))
             pieces += [(part, way.mesh.size) for part in arrays if part.ndim > 2 and part.shape[1] > 1]
-        report(what, way, difference(alone, trained(step, run.init, spread, batch)), pieces, text)
+        report(what, way, difference(alone, last), pieces, program.as_text())
 
 
 def masked_and_apart(mesh):
@@ -162,9 +158,10 @@ def views(params, data):
             blocks.append(dataclasses.replace(block, input_side=side, outputs=place(block.outputs, None, axes[1])))
         mean = dataclasses.replace(first, form=dataclasses.replace(first.form, blocks=tuple(blocks)))
         args = mean, spread, place(data[0][::-1], way.examples)
-        text, found = compiled(merged, *args)
+        program = merged.lower(*args).compile()
+        found = program(*args)
         pieces = sides([(block.input_side, block.outputs) for block in found.form.blocks], way)
-        report("view", way, difference(one, merged(*args)), pieces, text)
+        report("view", way, difference(one, found), pieces, program.as_text())
 
 
 def main():
@@ -175,6 +172,8 @@ def main():
         if biased:
             layer["b"] = 0.1 * jax.random.normal(next(keys), layer["w"].shape[1:])
     data = jax.random.normal(next(keys), (EXAMPLES, WIDTHS[0])), jax.random.randint(next(keys), (EXAMPLES,), 0, WIDTHS[-1])
+    # One device's arrays are cut for several by a program of their own.
+    params, data = jax.tree.map(np.asarray, (params, data))
     steps("step", params, data, {way.name for way in ways()})
     one, others = ("inputs and examples",), ("inputs", "inputs and examples", "both")
     steps("by eigenvectors", params, data, others, opt=lambda mesh: jf.kfac(solver=None))
