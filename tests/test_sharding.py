@@ -247,3 +247,11 @@ def test_what_a_step_holds_is_spread_as_the_parameters_are():
         assert max(map(math.prod, each["gathered"])) <= (rows if what == "view" else three), each["name"]
         if what in ("step", "by eigenvectors"):
             assert each["largest"] <= max(three, 4 * 32**2 // devices), (each["name"], each["largest"])
+
+
+def test_a_step_is_compiled_once():
+    """Wherever parameters and examples are, from the state that `init` makes: each step leaves all where it found it."""
+    found = said("settled.py", 4)
+    assert len(found) == 20
+    for each in found:
+        assert each["programs"] == 1 and not each["moved"], each

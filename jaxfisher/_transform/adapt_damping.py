@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._once import either
 from jaxfisher._operators.operator import Operator
+from jaxfisher._transform.places import transformation
 from jaxfisher._transform.update_arguments import Shared, check_state, completing, fisher_for, function_for, value_for
 from jaxfisher._tree import between, described, dot, param_spec, split
 from jaxfisher._values import check_nonnegative, check_number, is_known
@@ -305,7 +306,7 @@ def adapting(
             jnp.where(judging, 0, slope),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _check_order(

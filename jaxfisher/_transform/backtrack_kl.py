@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._once import repeat
+from jaxfisher._transform.places import transformation
 from jaxfisher._transform.update_arguments import check_state, completing, function_for, value_for
 from jaxfisher._tree import scaled, select
 from jaxfisher._values import check_nonnegative
@@ -106,4 +107,4 @@ def backtrack_kl(radius: chex.Numeric, max_halvings: chex.Numeric = 10) -> optax
         step = select(accepted, at_length(halvings), jax.tree.map(jnp.zeros_like, updates))
         return step, BacktrackKLState(halvings, accepted, jnp.where(accepted, moved, 0))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)

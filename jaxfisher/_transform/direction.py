@@ -18,17 +18,16 @@ from jaxfisher._operators.averaging import arrays_of, with_arrays
 from jaxfisher._operators.factored import InvertedBlocks, factored_solve, has_factors, is_invertible
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.identity import relative_damping
-from jaxfisher._operators.kronecker import Kronecker
 from jaxfisher._operators.operator import Operator, Solver, View, as_operator
 from jaxfisher._operators.turns import EIGENVECTORS, INVERSES, NOTHING, Holding
 from jaxfisher._solve import solve
 from jaxfisher._system import SolveInfo
 from jaxfisher._transform.like import Like, shape_of_view
-from jaxfisher._transform.places import rows_shared
-from jaxfisher._transform.scale_by_fisher import ScaleByFisherState, averaged, empty_info, zeros_like
+from jaxfisher._transform.places import zeros_like
+from jaxfisher._transform.scale_by_fisher import ScaleByFisherState, averaged, empty_info
 from jaxfisher._transform.turns import CHECK, Turns, counted_period, phases
 from jaxfisher._transform.update_arguments import Shared, check_state, check_vector_of_state, fisher_for
-from jaxfisher._tree import cast_like, dot, param_spec
+from jaxfisher._tree import cast_like, dot
 from jaxfisher._values import fraction
 
 ByDamping = Callable[[Any], tuple[Any, Scalar]]
@@ -81,18 +80,13 @@ class Settings(NamedTuple):
 def init_direction(settings: Settings, params: chex.ArrayTree) -> ScaleByFisherState:
     """The state before the first direction."""
     view, solver, decay, _, like = settings
-    dtype = param_spec(params).dtype
     mean: Any = ()
     held: Any = ()
     if settings.holds:
         shape = shape_of_view(params, like, partial(_viewed, view))
         form = shape.form if decay is None else averaged(shape, "kfac")
-        place = rows_shared(params)
-        # Of a view of the user's own nothing is known but its shapes.
-        empty = partial(zeros_like, dtype=dtype)
-        zeros = lambda part: empty(part, place=place) if isinstance(part, Kronecker) else empty(part)  # noqa: E731
-        mean = arrays_of(jax.tree.map(zeros, form, is_leaf=lambda part: isinstance(part, Kronecker)))
-        held = empty(tuple(_holding(solver, form).shapes(form)), place=place)
+        mean = zeros_like(arrays_of(form), params)
+        held = zeros_like(tuple(_holding(solver, form).shapes(form)), params)
     return ScaleByFisherState(jnp.zeros((), jnp.int32), mean, held, (), empty_info(params))
 
 

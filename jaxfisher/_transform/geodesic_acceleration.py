@@ -13,6 +13,7 @@ import optax
 from jaxfisher._cholesky import training_solve
 from jaxfisher._operators.operator import Operator, Solver
 from jaxfisher._solve import check_solver
+from jaxfisher._transform.places import transformation
 from jaxfisher._transform.update_arguments import (
     ScalarOrSchedule,
     check_state,
@@ -122,4 +123,4 @@ def geodesic_acceleration(
         dtype = param_spec(params).dtype
         return GeodesicAccelerationState(jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), split(params)))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)

@@ -1,4 +1,4 @@
-"""Where the arrays of a state belong: what is as large as a layer is shared by the devices that share the parameters."""
+"""Where the arrays of a state belong, so that the first step finds them where every step leaves them."""
 
 from __future__ import annotations
 
@@ -8,41 +8,83 @@ from typing import Any, TypeAlias
 
 import chex
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jaxtyping import Array
 
-Place: TypeAlias = Callable[[tuple[int, ...]], NamedSharding | None]
-"""From the shape of an array to its sharding; None for what is left to the compiler."""
+from jaxfisher._tree import param_spec, split
+
+Place: TypeAlias = Callable[[tuple[int, ...]], Sharding | None]
+"""From the shape of an array to its sharding; None where nothing is known."""
 
 
-def rows_shared(params: chex.ArrayTree) -> Place:
-    """Rows, the second axis, shared by all devices that share a parameter, or where they do not divide by those of one axis.
+def transformation(init: Callable[[Any], Any], update: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
+    """A gradient transformation whose first state is where the parameters are."""
+    return optax.GradientTransformationExtraArgs(lambda params: beside(params, init(params)), update)
 
-    The compiler keeps what a state has where it is, and chooses for itself where nothing is: with examples and parameters
-    spread along one axis it was seen to have factors whole on every device. Nothing is known of parameters inside ``jit``.
+
+def beside(params: chex.ArrayTree, state: Any) -> Any:
+    """The state, with what is nowhere in particular put on all devices that have parameters.
+
+    A step returns all of its state there. Counts and the like that are elsewhere at first would have it compiled twice.
     """
-    meshes = [found for leaf in jax.tree.leaves(params) if (found := _axes(leaf)) is not None]
-    if not meshes:
-        return lambda shape: None
-    mesh = meshes[0][0]
-    axes = [name for name in mesh.axis_names if any(name in names for other, names in meshes if other == mesh)]
-    ways = [tuple(axes), *((name,) for name in sorted(axes, key=lambda name: -mesh.shape[name]))]
+    known = [leaf.sharding for leaf in _arrays(params) if leaf.committed]
+    if not known or not isinstance(known[0], NamedSharding | SingleDeviceSharding):
+        return state
+    there = NamedSharding(known[0].mesh, PartitionSpec()) if isinstance(known[0], NamedSharding) else known[0]
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, there) if _arrays(leaf) and not leaf.committed else leaf, state)
 
-    def place(shape: tuple[int, ...]) -> NamedSharding | None:
-        for names in ways if len(shape) > 2 else []:
-            if shape[1] % math.prod(mesh.shape[name] for name in names) == 0:
-                return NamedSharding(mesh, PartitionSpec(None, names))
+
+def zeros_like(tree: Any, params: chex.ArrayTree) -> Any:
+    """Zeros in the shapes of a tree, where they belong; its numbers in the statistics dtype of the parameters."""
+    dtype, place = param_spec(params).dtype, _place(params)
+
+    def zeros(leaf: Any) -> Array:
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jnp.zeros(leaf.shape, dtype if floating else leaf.dtype, device=place(leaf.shape))
+
+    return jax.tree.map(zeros, tree)
+
+
+def _place(params: chex.ArrayTree) -> Place:
+    """Where an array of a shape belongs that is as large as a layer, or larger: shared as the parameters are.
+
+    What has the shape of a parameter is where that is. The rows of matrices, of one or of a stack, are shared by all devices
+    that share a parameter, or where they do not divide by those of one axis: left to itself, the compiler was seen to have
+    factors whole on every device, with examples and parameters spread along one axis.
+    """
+    spread = [(leaf, found) for leaf in _arrays(split(params)) if (found := _axes(leaf)) is not None]
+    if not spread:
+        return lambda shape: None
+    mesh = spread[0][1][0]
+    axes = [name for name in mesh.axis_names if any(name in names for _, (other, names) in spread if other == mesh)]
+    ways = [tuple(axes), *((name,) for name in sorted(axes, key=lambda name: -mesh.shape[name]))]
+    like = {leaf.shape: leaf.sharding for leaf, _ in spread}
+
+    def place(shape: tuple[int, ...]) -> Sharding | None:
+        if shape in like:
+            return like[shape]
+        stacked = len(shape) == 3
+        matrices = stacked or (len(shape) == 2 and shape[0] == shape[1])
+        for names in ways if matrices else []:
+            if shape[-2] % math.prod(mesh.shape[name] for name in names) == 0:
+                return NamedSharding(mesh, PartitionSpec(*[None] * stacked, names))
         return None
 
     return place
 
 
-def _axes(leaf: Any) -> tuple[Mesh, set[str]] | None:
-    """The mesh of an array and the automatic axes over which it is spread; None where there are none, or nothing is known."""
-    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array) or not isinstance(leaf.sharding, NamedSharding):
+def _arrays(tree: Any) -> list[jax.Array]:
+    """The arrays of a tree of which it is known where they are; inside ``jit`` it is of none."""
+    return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)]
+
+
+def _axes(leaf: jax.Array) -> tuple[Mesh, set[str]] | None:
+    """The mesh of an array and the automatic axes over which it is spread; None where there are none."""
+    if not isinstance(leaf.sharding, NamedSharding) or not isinstance(leaf.sharding.mesh, Mesh):
         return None
     mesh, spec = leaf.sharding.mesh, leaf.sharding.spec
-    if not isinstance(mesh, Mesh):
-        return None
     automatic = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
     names = {name for axis in spec if axis is not None for name in (axis if isinstance(axis, tuple) else (axis,))}
     return (mesh, names) if names and names <= automatic else None

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._once import either, once
 from jaxfisher._operators.operator import Operator, inner_products
+from jaxfisher._transform.places import transformation
 from jaxfisher._transform.update_arguments import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
 from jaxfisher._tree import between, cast_like, param_spec, split
 from jaxfisher._values import check_nonnegative, nonnegative
@@ -128,7 +129,7 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
         count = optax.safe_increment(state.count)
         return cast_like(step, updates), QuadraticModelState(count, step, alpha, mu, change, length, gain)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 @once

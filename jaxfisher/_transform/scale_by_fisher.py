@@ -23,7 +23,7 @@ from jaxfisher._operators.provenance import check_terms
 from jaxfisher._solve import check_solver
 from jaxfisher._system import SolveInfo
 from jaxfisher._transform.like import Like, shape_of_view
-from jaxfisher._transform.places import Place
+from jaxfisher._transform.places import transformation, zeros_like
 from jaxfisher._transform.update_arguments import (
     ScalarOrSchedule,
     Shared,
@@ -136,8 +136,8 @@ def scale_by_fisher(
 
     def init(params: chex.ArrayTree) -> ScaleByFisherState:
         dtype = param_spec(params).dtype
-        mean = zeros_like(_means(shape_of_view(params, like, viewed)), dtype) if decay is not None else ()
-        held = zeros_like(_held_arrays(shape_of_view(params, like, viewed)), dtype) if update_every is not None else ()
+        mean = zeros_like(_means(shape_of_view(params, like, viewed)), params) if decay is not None else ()
+        held = zeros_like(_held_arrays(shape_of_view(params, like, viewed)), params) if update_every is not None else ()
         previous = () if momentum is None else jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), split(params))
         return ScaleByFisherState(jnp.zeros((), jnp.int32), mean, held, previous, empty_info(params))
 
@@ -175,7 +175,7 @@ def scale_by_fisher(
         count = optax.safe_increment(state.count)
         return cast_like(result, updates), ScaleByFisherState(count, mean, held, kept, info)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _precondition(
@@ -274,16 +274,6 @@ def _held(operator: Operator) -> Operator:
 def _held_arrays(operator: Operator) -> tuple[Array, ...]:
     """The arrays of the operator that solves between refreshes."""
     return tuple(jax.tree.leaves(jax.eval_shape(_held, operator)))
-
-
-def zeros_like(tree: Any, dtype: Any, place: Place = lambda shape: None) -> Any:
-    """Zeros in the shapes of a tree, where they belong; its numbers in the statistics dtype of the parameters."""
-
-    def zeros(leaf: Any) -> Array:
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jnp.zeros(leaf.shape, dtype if floating else leaf.dtype, device=place(leaf.shape))
-
-    return jax.tree.map(zeros, tree)
 
 
 def empty_info(params: chex.ArrayTree) -> SolveInfo:

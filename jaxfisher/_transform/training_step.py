@@ -32,6 +32,7 @@ from jaxfisher._transform.objective import (
     points_of_step,
     step_data,
 )
+from jaxfisher._transform.places import beside
 from jaxfisher._tree import check_function, described, uphill
 from jaxfisher._values import check_flag
 
@@ -212,7 +213,7 @@ def training_step(
             return curvature_of(params, task.data(data, key, given, "training_step(...).init"))
 
         with fishers_like(lambda: jax.eval_shape(made, params, data, weights, counts, key)):
-            return optimiser.init(params)
+            return beside(params, optimiser.init(params))
 
     return TrainingStep(step, init)
 
