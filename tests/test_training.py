@@ -53,14 +53,14 @@ def like():
     return jf.exact_fisher(classifier)(params, x)
 
 
-@pytest.mark.parametrize("share", [1e-5, 1e-2, 30.0])
+@pytest.mark.parametrize("share", [1e-5, 1e-2, 8.0])
 @pytest.mark.parametrize("damping", [0.1, 1e-7])
 def test_the_first_step_of_kfac_by_hand(damping, share):
     """The direction from the factors, its length from the Fisher itself, the dampings from what became of both."""
     params, x, y, _, rows = reference()
     opt = jf.kfac(like, damping=damping, solver=None)
     start = opt.init(params)
-    start = start._replace(inner=start.inner._replace(direction_damping=jnp.float32(share)))
+    start = start._replace(inner=start.inner._replace(direction_damping=start.inner.direction_damping * 0 + share * len(x)))
     new, state, value = jax.jit(jf.training_step(classifier, opt, jf.exact_fisher(classifier)))(params, start, x, y)
     g, dense = -rows.mean(0), class_sum_fisher(params, x)
     factors = np.asarray(jf.kronecker(like()).as_matrix())
@@ -82,7 +82,8 @@ def test_the_first_step_of_kfac_by_hand(damping, share):
     less, more = ((g @ d) * rate(d) for d in (direction(share * 0.999), direction(share * 1.001)))
     np.testing.assert_allclose(state.inner.model.gain, np.log(more / less) / (2 * np.log(1.001 / 0.999)), rtol=1e-3)
     assert (more > less) == (share < 1), "both cases"
-    np.testing.assert_allclose(optax.tree.get(state, "direction_damping"), min(1.5 * share, 10), rtol=1e-6)
+    expected = share * 1.5 if more > less else share / 1.5
+    np.testing.assert_allclose(state.inner.direction_damping / len(x), expected, rtol=1e-6)
 
 
 def test_the_direction_is_damped_less_where_the_factors_are_exact():
@@ -90,15 +91,15 @@ def test_the_direction_is_damped_less_where_the_factors_are_exact():
     w, x = jnp.ones((3, 2)), jnp.array([[1.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 1.0, 9.0]])
     step = jf.training_step(lambda w, x: jf.Normal(x @ w, 1.0), jf.kfac(damping=1e-6))
     step, state = jax.jit(step), step.init(w, x, x[:, :2])
-    expected = 1e-2
+    expected = 1 / 2
     for factor in (1.5, 1.5**2, 1.5**2):
         # Each time from the same parameters: after a step there is next to nothing left to decrease.
         _, state, _ = step(w, state, x, x[:, :2])
         expected /= factor
         np.testing.assert_allclose(state.inner.direction_damping, expected, rtol=1e-6)
-    state = state._replace(inner=state.inner._replace(direction_damping=jnp.float32(1e-2), fell=jnp.asarray(False)))
+    state = state._replace(inner=state.inner._replace(direction_damping=jnp.float32(1 / 2), fell=jnp.asarray(False)))
     _, state, _ = step(w, state, x, x[:, :2])
-    np.testing.assert_allclose(state.inner.direction_damping, 1e-2 / 1.5, rtol=1e-6)
+    np.testing.assert_allclose(state.inner.direction_damping, 1 / 2 / 1.5, rtol=1e-6)
 
 
 def with_prior(params, x):
@@ -133,16 +134,21 @@ def test_a_prior_is_an_operator_in_the_step(opt, light):
     new, state, _ = jax.jit(jf.training_step(classifier, opt, with_prior))(params, opt.init(params), x, y)
     g, dense = -rows.mean(0), class_sum_fisher(params, x) + PRIOR * np.eye(31)
     factors = np.asarray(jf.kronecker(like()).as_matrix()) + PRIOR * np.eye(31)
-    light = 1e-2 * np.trace(factors) / 31 if light is None else light
+    light = np.trace(factors) / 31 / (2 * len(x)) if light is None else light
     d = np.linalg.solve(factors + light * np.eye(31), g)
     rate = (g @ d) / (d @ (dense + 0.1 * np.eye(31)) @ d)
     assert_close(optax.tree.get(state, "learning_rate"), rate, factor=1e5, eps=1.2e-7)
     np.testing.assert_allclose(flat(new), flat(params) - rate * d, rtol=1e-6)
 
 
-def test_the_direction_of_kfac_by_a_solver():
-    """It is given the operator and the damping of the direction; the length fits whatever comes out."""
+@pytest.mark.parametrize("times", [1, 3])
+def test_the_direction_of_kfac_by_a_solver(times):
+    """It is given the operator and the damping of the direction; the length fits whatever comes out.
+
+    The first damping is a prior worth half an example of mean curvature: of three times as many examples it is a third.
+    """
     params, x, y, _, rows = reference()
+    x, y = jnp.tile(x, (times, 1)), jnp.tile(y, times)
     seen = []
 
     def steepest(fisher, v, damping):
@@ -154,7 +160,7 @@ def test_the_direction_of_kfac_by_a_solver():
     g, dense = -rows.mean(0), class_sum_fisher(params, x)
     rate = (g @ g) / (g @ (dense + 0.1 * np.eye(31)) @ g)
     np.testing.assert_allclose(flat(new), flat(params) - rate * g, rtol=1e-6)
-    light = 1e-2 * np.trace(np.asarray(jf.kronecker(like()).as_matrix())) / 31
+    light = np.trace(np.asarray(jf.kronecker(like()).as_matrix())) / 31 / (2 * len(x))
     assert_close(optax.tree.get(state, "learning_rate"), rate * light, factor=1e5, eps=1.2e-7)
     assert all("Kronecker" in form for form in seen)
     info = optax.tree.get(state, "info")
@@ -215,17 +221,19 @@ def test_kfac_fits_without_tuning():
 def test_small_batches_do_not_run_away(batch):
     """Labels that no model knows, in batches: a batch's own ratio says to trust it, the gradients of later ones do not.
 
-    One order of the data is a lottery, so that this is a law of the mean over eight, with two of its standard errors. Over
+    One order of the data is a lottery, so that this is a law of the mean over many, with two of its standard errors. Over
     sixteen orders the loss over all data was 41, 1.27 and 0.99 with the ratio alone, where it began at 1.2, and the damping at
-    its floor for the largest; 1.11, 0.957 and 0.916 where only the last step was judged by the next batch (its standard error
-    was 0.03 in batches of 4); 1.04, 0.948 and 0.916 with the recent steps. The best fixed dampings give 0.98, 0.94 and 0.917.
+    its floor for the largest; 1.11, 0.957 and 0.916 where only the last step was judged by the next batch. With the recent steps
+    it is 1.07, 0.944 and 0.917. The best fixed dampings give 0.98, 0.94 and 0.917. In batches of 4 one order of twenty-five ends
+    above 1.3, so that it takes many of them.
     """
     keys = jax.random.split(jax.random.key(5), 3)
     params, *_ = reference()
     x = jax.random.normal(keys[0], (512, 3))
     y = jax.random.categorical(keys[1], jnp.concatenate([x[:, :2], jnp.zeros((512, 1))], axis=1))
     opt = jf.kfac(lambda: jf.exact_fisher(classifier)(params, x[:batch]))
-    orders = jax.random.randint(keys[2], (8, 150, batch), 0, 512)
+    count, most = {4: (256, 1.13), 16: (8, 0.97), 64: (8, 0.93)}[batch]
+    orders = jax.random.randint(keys[2], (count, 150, batch), 0, 512)
     step = jf.training_step(classifier, opt)
 
     def body(carry, rows):
@@ -240,7 +248,7 @@ def test_small_batches_do_not_run_away(batch):
     values, dampings = jax.jit(lambda orders: jax.lax.map(last_ones, orders))(orders)
     medians = np.median(values, 1)
     error = np.std(medians, ddof=1) / np.sqrt(len(medians))
-    assert np.mean(medians) + 2 * error < {4: 1.1, 16: 0.97, 64: 0.93}[batch], (medians, dampings)
+    assert np.mean(medians) + 2 * error < most, (medians, dampings)
     assert np.min(np.median(dampings, 1)) > 1e-2
 
 

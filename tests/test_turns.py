@@ -59,7 +59,7 @@ def test_each_inverse_is_the_one_of_its_own_last_refresh():
             K, seen = drawn(params, draw(params, keys)), seen + 1
             share = 0.05 / (1 - 0.95**seen)
             mean = K if mean is None else jax.tree.map(lambda a, b, share=share: a + share * (b - a), mean, K)
-        gamma = float(state.inner.direction_damping) * float(mean.trace()) / 31
+        gamma = float(state.inner.direction_damping) / len(x) * float(mean.trace()) / 31
         held |= {layer: (mean, gamma) for phase, layer in zip((0, 2), LAYERS, strict=True) if is_due(t, phase)}
         g = gradient(params, x, y)
         d = flat({layer: solve(held[layer][0], g, held[layer][1])[layer] for layer in LAYERS})

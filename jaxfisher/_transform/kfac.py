@@ -24,20 +24,21 @@ from jaxfisher._transform.like import Like
 from jaxfisher._transform.quadratic_model import QuadraticModelState, quadratic_model
 from jaxfisher._transform.scale_by_fisher import ScaleByFisherState, check_kept
 from jaxfisher._transform.turns import Turns
-from jaxfisher._transform.update_arguments import check_state
-from jaxfisher._tree import check_function
+from jaxfisher._transform.update_arguments import check_state, fisher_for
+from jaxfisher._tree import check_function, param_spec
 
 RULE = Rule(factor=2.0**0.5, lower_ratio=0.25, upper_ratio=0.75, lower_damping=1e-8, upper_damping=1e8)
 """How the damping adapts: in smaller steps than `adapt_damping` by default, since they average over minibatches."""
-START, FACTOR = 1e-2, 1.5
-"""The first damping of the direction, in mean eigenvalues of K, and by how much it changes at a time.
+START, FACTOR = 0.5, 1.5
+"""The first kappa, and by how much it changes at a time.
 
 It falls by the square of that where it fell the last time too: what asks for less twice in a row is seldom noise, and
 where K is near the Fisher it has far to fall. Where batches are small it is asked to rise, time after time, and must not fall
 back fast.
 """
 LEAST, MOST = 1e-6, 10.0
-"""Its bounds: below, what is inverted is singular in float32; above, the direction is nearly the gradient.
+"""The bounds of gamma, in mean eigenvalues of K: below, what is inverted is singular in float32; above, the direction is nearly
+the gradient.
 
 On noisy batches a large lambda would drive it there.
 """
@@ -55,7 +56,7 @@ def kfac(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Natural gradients with Kronecker factors and nothing to tune: each step chooses its rate, momentum and damping.
 
-    .. math:: d = (K + \gamma I)^{-1} g, \quad \gamma = \kappa \frac{\mathrm{tr} K}{p}, \qquad
+    .. math:: d = (K + \gamma I)^{-1} g, \quad \gamma = \frac{\kappa}{n} \frac{\mathrm{tr} K}{p}, \qquad
         u = -\alpha d + \mu u_{-1}, \quad \alpha, \mu = \arg\min\; g^T u + \tfrac12 u^T (F + \lambda I) u.
 
     It is ``chain(scale_by_fisher(view=view, decay=decay, like=like), quadratic_model(damping))`` inside an `adapt_damping`: the
@@ -69,9 +70,10 @@ def kfac(
         \kappa \leftarrow \begin{cases} 1.5\, \kappa & D'(\gamma) > 0 \\ \kappa / 1.5 & D'(\gamma) < 0 \end{cases}, \qquad
         \frac{\partial d}{\partial \gamma} = -(K + \gamma I)^{-1} d,
 
-    within ``[1e-6, 10]``, from 1e-2; it falls by ``1.5^2`` where it fell the last time too. The derivative takes one more
-    product with the inverse and half a one with F, where the model is made. With a `jaxfisher.factored_solve`,
-    ``K + gamma I`` is there what that inverts.
+    with ``kappa / n`` within ``[1e-6, 10]``; it falls by ``1.5^2`` where it fell the last time too. A gamma is a prior that is
+    worth kappa examples of mean curvature beside the n of the batch, and the first is worth half of one: the fewer examples,
+    the less their gradient says. The derivative takes one more product with the inverse and half a one with F, where the model
+    is made. With a `jaxfisher.factored_solve`, ``K + gamma I`` is there what that inverts.
 
     **In turns.** Everything is made at each of the first four steps. From then on the factors and the inverses of each layer
     have two turns in each doubling of the count of steps, until they have one at every e-th step, the layers one after the
@@ -79,8 +81,8 @@ def kfac(
     In between a step takes the last alpha and mu, and is no longer than the last that the model gave; it is taken unless it is
     not finite. What is not due is not run. The period e is 4, 8 or 16: the least at which the average step costs three steps of
     Adam by the count of operations in a `jaxfisher.training_step`, inverses as they were timed, or up to four and a half where
-    the batch is narrower than the widest layer; 8 in a loop of your own. On the digits this takes 15 to 17 steps to a loss
-    where all at every step takes 14, and less time. With a fixed batch only ``update_every=1`` makes sure that the loss never
+    the batch is narrower than the widest layer; 8 in a loop of your own. On the digits this takes 16 to 19 steps to a loss
+    where all at every step takes 14 to 16, and less time. With a fixed batch only ``update_every=1`` makes sure that the loss never
     rises.
 
     In `jaxfisher.training_step`, unless that is given a Fisher, the products are exact and the factors cheap: of the exact
@@ -163,7 +165,7 @@ class KfacState(NamedTuple):
     Attributes:
         direction: the running mean of the view, and what is held to solve with it.
         model: the quadratic model that gave the step its length.
-        direction_damping: gamma of the next direction, in mean eigenvalues of K.
+        direction_damping: kappa of the next direction, whose gamma is ``kappa / n`` mean eigenvalues of K.
         fell: whether that fell when it last changed.
     """
 
@@ -178,7 +180,7 @@ def _steps(settings: Settings, damping: chex.Numeric) -> optax.GradientTransform
     model = quadratic_model(damping)
 
     def init(params: chex.ArrayTree) -> KfacState:
-        begin = jnp.asarray(START, jnp.float32), jnp.asarray(False)
+        begin = jnp.asarray(START, param_spec(params).dtype), jnp.asarray(False)
         return KfacState(init_direction(settings, params), model.init(params), *begin)
 
     def update(
@@ -193,11 +195,14 @@ def _steps(settings: Settings, damping: chex.Numeric) -> optax.GradientTransform
         **extra_args: Any,
     ) -> tuple[Any, KfacState]:
         check_state(state, KfacState, "kfac")
+        # What is no mean over examples weighs as much as one.
+        n = jnp.maximum(fisher_for(updates, fisher, "kfac").n, 1).astype(state.direction_damping.dtype)
+        share = jnp.clip(state.direction_damping / n, LEAST, MOST)
         d, by_damping, after = direction(
             settings,
             updates,
             state.direction,
-            share=state.direction_damping,
+            share=share,
             damping=damping,
             fisher=fisher,
             factors=factors,
@@ -205,13 +210,13 @@ def _steps(settings: Settings, damping: chex.Numeric) -> optax.GradientTransform
         )
         given = {"fisher": fisher, "damping": damping, "by_damping": by_damping}
         step, modelled = model.update(d, state.model, params, **extra_args | given)
-        damped = _next_direction_damping(state.direction_damping, state.fell, modelled.gain)
-        return step, KfacState(after, modelled, *damped)
+        share, fell = _next_share(share, state.fell, modelled.gain)
+        return step, KfacState(after, modelled, share * n, fell)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _next_direction_damping(share: Scalar, fell: Bool[Array, ""], gain: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
+def _next_share(share: Scalar, fell: Bool[Array, ""], gain: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
     """Up where that would have made the model promise more, down where less would; as it is where nothing is known."""
     down = jnp.where(fell, FACTOR**2, FACTOR)
     change = jnp.where(gain > 0, FACTOR, jnp.where(gain < 0, 1 / down, 1.0))
