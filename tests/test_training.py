@@ -222,10 +222,10 @@ def test_small_batches_do_not_run_away(batch):
     """Labels that no model knows, in batches: a batch's own ratio says to trust it, the gradients of later ones do not.
 
     One order of the data is a lottery, so that this is a law of the mean over many, with two of its standard errors. Over
-    sixteen orders the loss over all data was 41, 1.27 and 0.99 with the ratio alone, where it began at 1.2, and the damping at
-    its floor for the largest; 1.11, 0.957 and 0.916 where only the last step was judged by the next batch. With the recent steps
-    it is 1.07, 0.944 and 0.917. The best fixed dampings give 0.98, 0.94 and 0.917. In batches of 4 one order of twenty-five ends
-    above 1.3, so that it takes many of them.
+    sixteen orders the loss over all data was 41, 1.27 and 0.99 with the ratio alone, where it began at 1.2, and the damping
+    at its floor for the largest; 1.11, 0.957 and 0.916 where only the last step was judged by the next batch. With the
+    recent steps it is 1.07, 0.944 and 0.917. The best fixed dampings give 0.98, 0.94 and 0.917. In batches of 4 one order of
+    twenty-five ends above 1.3, so that it takes many of them.
     """
     keys = jax.random.split(jax.random.key(5), 3)
     params, *_ = reference()

@@ -82,8 +82,8 @@ def kfac(
     not finite. What is not due is not run. The period e is 4, 8 or 16: the least at which the average step costs three steps of
     Adam by the count of operations in a `jaxfisher.training_step`, inverses as they were timed, or up to four and a half where
     the batch is narrower than the widest layer; 8 in a loop of your own. On the digits this takes 16 to 19 steps to a loss
-    where all at every step takes 14 to 16, and less time. With a fixed batch only ``update_every=1`` makes sure that the loss never
-    rises.
+    where all at every step takes 14 to 16, and less time. With a fixed batch only ``update_every=1`` makes sure that the loss
+    never rises.
 
     In `jaxfisher.training_step`, unless that is given a Fisher, the products are exact and the factors cheap: of the exact
     Fisher where an example has one or two rows in it, else of one target drawn from the model for each example, by a key that
