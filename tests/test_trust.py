@@ -346,6 +346,25 @@ def test_after_an_exact_direction_the_rate_is_one(problem):
         np.testing.assert_allclose(optax.tree.get(state, "momentum"), 0.0, atol=1e-9)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1.0, 1e20, 1e30])
+@pytest.mark.parametrize("apart", [1.0, 1e-3])
+def test_a_step_whose_model_is_not_due_has_the_length_of_the_last_one(size, apart):
+    """At any size in float32, and where the direction and the last step nearly cancel; a shorter one is taken as it is."""
+    eps, rng = np.finfo(np.float32).eps, np.random.default_rng(0)
+    v = {name: np.float32(size * rng.normal(size=shape)) for name, shape in (("w", (5, 4)), ("b", (4,)))}
+    d = {name: np.float32(leaf * (1 + apart * rng.normal(size=leaf.shape))) for name, leaf in v.items()}
+    opt, rate = jf.quadratic_model(0.0), np.float32(0.7)
+    begin = opt.init(jax.tree.map(jnp.asarray, v))._replace(step=v, learning_rate=rate, momentum=rate)
+    expected = np.float64(rate) * (flat(v).astype(np.float64) - flat(d).astype(np.float64))
+    length, parts = np.linalg.norm(expected), rate * np.linalg.norm(flat(d).astype(np.float64))
+    for most in (length / 4, 4 * length):
+        state = begin._replace(length=jnp.float32(most))
+        step, after = opt.update(d, state, fisher=jf.scaled_identity(d, 1.0), grad=d, due=jnp.asarray(False))
+        off = flat(step).astype(np.float64) - expected * min(1, most / length)
+        assert np.linalg.norm(off) <= 8 * eps * parts * min(1, most / length)
+        assert after.length == state.length
+
+
 # --- what is missing or wrong ------------------------------------------------------------------------------------------------
 
 

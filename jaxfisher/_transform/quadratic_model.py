@@ -15,7 +15,7 @@ from jaxfisher._once import either, once
 from jaxfisher._operators.operator import Operator, inner_products
 from jaxfisher._transform.places import transformation
 from jaxfisher._transform.update_arguments import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
-from jaxfisher._tree import between, cast_like, param_spec, split
+from jaxfisher._tree import between, cast_like, param_spec, scaled, split
 from jaxfisher._values import check_nonnegative, nonnegative
 
 
@@ -135,12 +135,13 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
 @once
 def _combined(d: Any, v: Any, alpha: Scalar, mu: Scalar, most: Scalar, free: Bool[Array, ""]) -> tuple[Any, Scalar]:
     """The step ``mu v - alpha d``, made no longer than ``most`` unless it is ``free``, and its length before that."""
-    product = between(d, v)
-    # By its parts, so that there is one pass over the parameters and not two; what is negative is rounding.
-    square = alpha * alpha * product(0, 0) - 2 * alpha * mu * product(0, 1) + mu * mu * product(1, 1)
-    length = jnp.sqrt(jnp.maximum(square, 0))
-    share = jnp.where(~free & (length > most), most / length, 1)
-    return jax.tree.map(lambda d, v: share * mu * v - share * alpha * d, d, v), length
+    # In units of the last length, so that squares neither overflow nor vanish. And the square is that of the step itself: by
+    # those of its parts, which may cancel, it would be known to the root of eps times theirs.
+    unit = jnp.where((most > 0) & (most < jnp.inf), most, 1)
+    step = jax.tree.map(lambda d, v: mu / unit * v - alpha / unit * d, d, v)
+    length = jnp.sqrt(between(step)(0, 0))
+    share = jnp.where(~free & (length > most / unit), most / unit / length, 1)
+    return scaled(step, share * unit), length * unit
 
 
 def _minimum(operator: Operator, g: Any, along: list[Any], damping: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar]:
