@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import stack
 from collectives import collectives
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from programs.evaluate import in_numpy
 
 import jaxfisher as jf
 from jaxfisher._operators.apart import factorised
@@ -86,6 +87,7 @@ def factored(text):
     return [sum(int(count) * int(size) ** 3 for count, size in sizes) for sizes in found if sizes]
 
 
+@in_numpy()
 def main():
     jax.config.update("jax_enable_x64", True)
     keys = jax.random.split(jax.random.key(1), 2)
@@ -103,14 +105,19 @@ def main():
     said = jf.explain(LOG_PROB)(params, *spread_data)
     print(json.dumps({"name": "memory", "off": abs(there / said.bytes_per_device - 1)}))
     spread, F = apart_on(mesh_of(8)), jf.exact_fisher(model)(params, data[0]) + jf.scaled_identity(params, 0.2)
-    v = jax.tree.map(jnp.ones_like, params)
+    everywhere, v = jax.device_put(F, NamedSharding(mesh_of(8), PartitionSpec())), jax.tree.map(jnp.ones_like, params)
+
+    def undamped(K):
+        solution, info = jf.solve(K, v, 0.0)
+        return solution, info.rank, info.converged
+
     solves = {
-        "undamped": lambda K: jf.solve(K, v, 0.0),
+        "undamped": undamped,
         "factored": lambda K: jf.solve(K, v, 0.1, jf.factored_solve),
         "by eigenvectors": lambda K: factorised(K.form).diagonal(),
     }
     for name, solve in solves.items():
-        print(json.dumps({"name": name, "off": difference(solve(jf.kronecker(F)), solve(spread(F)))}))
+        print(json.dumps({"name": name, "off": difference(solve(jf.kronecker(F)), solve(spread(everywhere)))}))
     wide = jf.kronecker(jf.exact_fisher(model)(start((SIZE,) * (LAYERS + 1)), jnp.ones((2, SIZE))))
     for count in (1, 2, 4, 8):
         view = jf.spread_solves(wide, mesh_of(count), "examples").form

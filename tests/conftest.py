@@ -1,7 +1,6 @@
 """What holds for every test: float64 available, no silent promotion, one fixed key, and compiling kept cheap."""
 
 import contextlib
-import gc
 import importlib.metadata
 import os
 import pathlib
@@ -32,10 +31,7 @@ jax.config.update("jax_enable_x64", True)
 
 
 def pytest_collection_finish():
-    """Look for garbage seldom, and not among what was imported: otherwise looking takes a tenth of all the time."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
+    stack.look_for_garbage_seldom()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -12,7 +12,7 @@ import optax
 import stack
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mapped import LOG_PROB, answers, model, problem
-from programs.evaluate import evaluated
+from programs.evaluate import evaluated, in_numpy
 
 import jaxfisher as jf
 
@@ -68,6 +68,7 @@ def jobs(params, keys, x, y):
     return {name: jax.flatten_util.ravel_pytree(value)[0] for name, value in made.items()}
 
 
+@in_numpy()
 def main():
     jax.config.update("jax_enable_x64", True)
     params, x, y, key = problem(EXAMPLES)

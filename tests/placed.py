@@ -20,7 +20,7 @@ import optax
 import stack
 from collectives import largest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from programs.evaluate import traced
+from programs.evaluate import in_numpy, traced
 
 import jaxfisher as jf
 from jaxfisher._tree import split
@@ -164,6 +164,7 @@ def views(params, data):
         report("view", way, difference(one, found), pieces, program.as_text())
 
 
+@in_numpy()
 def main():
     jax.config.update("jax_enable_x64", True)
     keys = iter(jax.random.split(jax.random.key(0), 8))
@@ -172,8 +173,6 @@ def main():
         if biased:
             layer["b"] = 0.1 * jax.random.normal(next(keys), layer["w"].shape[1:])
     data = jax.random.normal(next(keys), (EXAMPLES, WIDTHS[0])), jax.random.randint(next(keys), (EXAMPLES,), 0, WIDTHS[-1])
-    # One device's arrays are cut for several by a program of their own.
-    params, data = jax.tree.map(np.asarray, (params, data))
     steps("step", params, data, {way.name for way in ways()})
     one, others = ("inputs and examples",), ("inputs", "inputs and examples", "both")
     steps("by eigenvectors", params, data, others, opt=lambda mesh: jf.kfac(solver=None))

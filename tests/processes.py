@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import stack
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from programs.evaluate import evaluated
+from programs.evaluate import evaluated, in_numpy
 from sharded import EXAMPLES, model, off, problem
 
 import jaxfisher as jf
@@ -30,6 +30,7 @@ def answers(params, weights, x, y):
     }
 
 
+@in_numpy()
 def main():
     number, count, port = map(int, sys.argv[1:])
     jax.config.update("jax_enable_x64", True)

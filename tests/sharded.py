@@ -14,7 +14,7 @@ import numpy as np
 import stack
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from programs.evaluate import evaluated
+from programs.evaluate import evaluated, in_numpy
 
 import jaxfisher as jf
 
@@ -85,6 +85,7 @@ def difference(a, b):
     return float(np.max(np.abs(a - b)) / max(1.0, np.max(np.abs(a))))
 
 
+@in_numpy()
 def main():
     jax.config.update("jax_enable_x64", True)
     params, x, y = problem()

@@ -12,6 +12,7 @@ import numpy as np
 import stack
 from collectives import collectives, products
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from programs.evaluate import in_numpy
 
 import jaxfisher as jf
 
@@ -62,6 +63,7 @@ def difference(one, other):
     return float(np.abs(one - other).max() / np.abs(one).max())
 
 
+@in_numpy()
 def main():
     jax.config.update("jax_enable_x64", True)
     params, w, x, y = problem()

@@ -15,6 +15,7 @@ import stack
 from collectives import collectives, largest
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from programs.evaluate import in_numpy
 
 import jaxfisher as jf
 
@@ -52,6 +53,7 @@ def solved(fisher, mesh, params, x, y):
     )
 
 
+@in_numpy()
 def main():
     jax.config.update("jax_enable_x64", True)
     mesh = jax.make_mesh((DEVICES,), ("examples",), axis_types=(AxisType.Auto,))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 import stack
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from programs.evaluate import evaluated
+from programs.evaluate import evaluated, in_numpy
 from sharded import EXAMPLES, model, off, problem
 
 import jaxfisher as jf
@@ -85,6 +85,7 @@ def steps(opt, params, x, y, weights):
     return params
 
 
+@in_numpy()
 def main():
     jax.config.update("jax_enable_x64", True)
     params, x, y = problem()
