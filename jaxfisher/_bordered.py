@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -52,6 +53,11 @@ class Bordered(NamedTuple):
         traces = jnp.sum(diagonals(self.core), 1)
         return traces if self.corner is None else traces + self.corner.reshape(-1)
 
+    def shifted(self, shift: Float[Array, " groups"]) -> Bordered:
+        """With a number added to the diagonal of each."""
+        corner = None if self.corner is None else self.corner + shift[:, None, None]
+        return Bordered(_added(self.core, shift), self.border, corner)
+
     def widened(self) -> Bordered:
         """With a border of zeros, if there is none."""
         if self.border is not None:
@@ -76,6 +82,12 @@ class Bordered(NamedTuple):
         core = inverses(self.core - batched(shares, self.border, (2, 2)))
         last = -row_times(shares.swapaxes(1, 2), core)
         return Bordered(core, last.swapaxes(1, 2), alone - row_times(last, shares))
+
+
+# Not inlined, so that the program has one body for each size.
+@jax.jit
+def _added(core: Matrices, shift: Float[Array, " groups"]) -> Matrices:
+    return core + shift[:, None, None] * jnp.eye(core.shape[1], dtype=core.dtype)[None]
 
 
 class Rows(NamedTuple):

@@ -33,6 +33,7 @@ from jaxfisher._linalg import (
     unit_diagonal,
 )
 from jaxfisher._system import Factorise, Solved, System, scaled, with_derivatives_of
+from jaxfisher._tree import HIGHEST
 from jaxfisher._varying import alike, cond, linear_solve, varying_through, while_loop
 
 SWEEPS = 60
@@ -216,7 +217,7 @@ def _factored(system: Damped) -> _Factor:
     eps = float(jnp.finfo(matrix.dtype).eps)
     lower = _raised_cholesky(matrix, system.damping)
     # The diagonal, of the factor: where that of the matrix is used, XLA makes the whole matrix again.
-    entries = jnp.einsum("ij,ij->i", lower, lower, precision=jax.lax.Precision.HIGHEST)
+    entries = jnp.einsum("ij,ij->i", lower, lower, precision=HIGHEST)
     there = entries != EMPTY
     entries = jnp.where(there, entries, 0)
     raised = jnp.maximum(rounding * entries, system.damping)

@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from jaxfisher._tree import at_least_float32
+from jaxfisher._tree import HIGHEST, at_least_float32
 
-matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+matmul = partial(jnp.matmul, precision=HIGHEST)
 
 
 def batched(x: Float[Array, "groups i j"], y: Float[Array, "groups j k"], along: tuple[int, int] = (2, 1)) -> Array:
     """The products of several pairs of matrices, along an axis of each: one operation, where `matmul` reshapes."""
     contracted = ((along[0],), (along[1],)), ((0,), (0,))
-    return jax.lax.dot_general(x, y, contracted, precision=jax.lax.Precision.HIGHEST)
+    return jax.lax.dot_general(x, y, contracted, precision=HIGHEST)
 
 
 def row_times(row: Float[Array, "groups 1 j"], y: Float[Array, "groups j k"]) -> Float[Array, "groups 1 k"]:

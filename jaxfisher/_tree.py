@@ -24,6 +24,7 @@ from jaxfisher._values import described as described
 from jaxfisher._values import dtype_of as dtype_of
 
 HIGHEST = jax.lax.Precision.HIGHEST
+"""Of every product of ours: the usual precision is that of bfloat16 on some devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,7 +325,10 @@ def select(flag: Scalar, tree: chex.ArrayTree, other: chex.ArrayTree) -> Any:
 
 
 def dot(a: chex.ArrayTree, b: chex.ArrayTree) -> Scalar:
-    """The inner product of two vectors of real leaves."""
+    """The inner product of two vectors of real leaves.
+
+    `between` has two of 382 kernels of a step of `jaxfisher.kfac` less, but takes four products where this takes one.
+    """
     products = jax.tree.map(lambda x, y: _inner(x, y, 0), a, b)
     return sum(jax.tree.leaves(products), start=jnp.zeros((), jnp.result_type(*jax.tree.leaves(a))))
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from jaxfisher._distributions.base import Distribution, family, of_plain_bits, one_of
 from jaxfisher._distributions.excess import excess_over_log
 from jaxfisher._distributions.stable import working_dtype
+from jaxfisher._tree import HIGHEST
 
 _HALF_LOG_TWO_PI = 0.9189385332046727
 
@@ -104,7 +105,7 @@ class MultivariateNormal(Distribution):
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Float[Array, "*shape_batch d"]:
         noise = jax.random.normal(key, shape + self.loc.shape, self.loc.dtype)
         factor = jnp.tril(self.scale_tril)
-        shift = jnp.einsum("...ij,...j->...i", factor, noise, precision=jax.lax.Precision.HIGHEST)
+        shift = jnp.einsum("...ij,...j->...i", factor, noise, precision=HIGHEST)
         return jnp.broadcast_to(self.loc, shift.shape) + shift
 
     def kl(self, other: MultivariateNormal) -> Float[Array, "*batch"]:

@@ -19,6 +19,7 @@ from jaxfisher._engine.forms import Convolution, Form, Formed, Layout, Lookup, P
 from jaxfisher._engine.machine import Output
 from jaxfisher._engine.terms import Axis, Factor, Term, Unformed, fold, seen, whole
 from jaxfisher._engine.windows import Windows
+from jaxfisher._tree import HIGHEST
 
 
 class Source(NamedTuple):
@@ -237,7 +238,7 @@ def _outer(pair: _Pair, left: Array, right: Array, place: tuple[int, ...] = ()) 
     if layout.inputs > 1 < layout.outputs or (column and left.shape[-2] == 1):
         sources = (pair.source(pair.left, pair.inputs), pair.source(pair.right, pair.outputs))
         return Part(Product(left, right, layout), pair.flags, place, *sources)
-    formed = jnp.matmul(left.swapaxes(-1, -2), right, precision=jax.lax.Precision.HIGHEST)
+    formed = jnp.matmul(left.swapaxes(-1, -2), right, precision=HIGHEST)
     flags = pair.left.flags | pair.right.flags
     if not column:
         return Part(Formed(layout.leaf(formed)), (flags,))
@@ -286,7 +287,7 @@ def _lookup(pair: _Pair) -> Part | None:
     indices = indices.transpose([axes.index(axis) for axis in pair.shared]).reshape(-1)
     same = indices[:, None] == indices[None, :]
     first = ~jnp.any(jnp.tril(same, -1), axis=1)
-    summed = jnp.einsum("st,gto->gso", same.astype(right.dtype), right, precision=jax.lax.Precision.HIGHEST)
+    summed = jnp.einsum("st,gto->gso", same.astype(right.dtype), right, precision=HIGHEST)
     # A later occurrence of a row has nothing to add.
     merged = jnp.where(first[:, None], summed, jnp.zeros((), right.dtype))
     flags = (left.flags, left.flags | pair.right.flags)

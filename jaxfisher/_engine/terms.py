@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxfisher._engine.windows import Windows
+from jaxfisher._tree import HIGHEST
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -400,7 +401,7 @@ def contract(term: Term, dims: Sequence[int], matrix: Array, over: Sequence[int]
     numbers: Any = (([host.axes.index(axis) for axis in gone], list(over)), ([], []))
     # In the wider of both dtypes: cast to the factor's, a complex matrix would lose its imaginary part.
     wide = _wider(plain.dtype, matrix.dtype)
-    array = jax.lax.dot_general(plain.astype(wide), matrix.astype(wide), numbers, precision=jax.lax.Precision.HIGHEST)
+    array = jax.lax.dot_general(plain.astype(wide), matrix.astype(wide), numbers, precision=HIGHEST)
     factor = dataclasses.replace(host, array=array, axes=(*rest, *new), flags=host.flags | flags)
     factors = tuple(factor if f is host else f for f in term.factors)
     kept = tuple(dim for i, dim in enumerate(term.dims) if i not in dims)

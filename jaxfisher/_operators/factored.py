@@ -24,7 +24,7 @@ from jaxfisher._operators.inverted import reported
 from jaxfisher._operators.kronecker import EigenKronecker, Kronecker
 from jaxfisher._operators.operator import Operator
 from jaxfisher._operators.pair import inverse_of_pair, pair_of
-from jaxfisher._operators.side import balanced_shifts, roots
+from jaxfisher._operators.side import roots
 from jaxfisher._pytree import array_fields
 from jaxfisher._system import Solved, SolveInfo
 from jaxfisher._tree import cast_like
@@ -85,7 +85,7 @@ def factored_solve(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric) -
 def _by_factors(form: BlockDiagonal, v: Any, damping: Scalar) -> tuple[Any, SolveInfo]:
     """`factored_solve` without its checks."""
     parts = damped_blocks(form, damping)
-    factors = [side for block, at in parts if isinstance(block, Kronecker) for side in block.damped_factors(at)]
+    factors = [side.shifted(shift).whole() for side, shift in _shifted_factors(parts)]
     found = iter(made_of(form, roots, factors))
     blocks = [_factored_inverse(block, at, found) for block, at in parts]
     product = form.product()
@@ -123,13 +123,11 @@ def is_invertible(form: Form) -> bool:
 
 def shifted_factors(form: Form, damping: Scalar) -> list[tuple[Bordered, Float[Array, " groups"]]]:
     """The factors of the blocks that are Kronecker products, and what `factored_solve` adds to the diagonal of each."""
-    found: list[tuple[Bordered, Float[Array, " groups"]]] = []
-    for block, at in damped_blocks(form, damping):
-        if isinstance(block, Kronecker):
-            sides = block.input_side, Bordered(block.outputs)
-            a, g = (side.traces() / side.size for side in sides)
-            found += zip(sides, balanced_shifts(a, g, at, block.sizes), strict=True)
-    return found
+    return _shifted_factors(damped_blocks(form, damping))
+
+
+def _shifted_factors(parts: Sequence[tuple[Form, Scalar]]) -> list[tuple[Bordered, Float[Array, " groups"]]]:
+    return [factor for block, at in parts if isinstance(block, Kronecker) for factor in block.shifted_factors(at)]
 
 
 def with_inverses(form: Form, held: Sequence[Bordered], damping: Scalar) -> InvertedBlocks:

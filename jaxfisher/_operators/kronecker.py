@@ -182,16 +182,14 @@ class Kronecker(Layer):
         """The sizes of the two factors."""
         return self.input_side.size, self.outputs.shape[-1]
 
-    def damped_factors(self, damping: Scalar) -> list[Float[Array, "groups m m"]]:
-        """``A + pi sqrt(damping) I`` and ``G + sqrt(damping) / pi I``, ``pi`` balancing the factors' mean eigenvalues."""
-        factors = (self.inputs, self.outputs)
-        a, g = (jnp.mean(diagonals(factor), 1) for factor in factors)
-        shifts = balanced_shifts(a, g, damping, self.sizes)
-        pairs = zip(factors, shifts, strict=True)
-        return [x + s[:, None, None] * jnp.eye(x.shape[-1], dtype=x.dtype)[None] for x, s in pairs]
+    def shifted_factors(self, damping: Scalar) -> list[tuple[Bordered, Float[Array, " groups"]]]:
+        """A and ``pi sqrt(damping)``, G and ``sqrt(damping) / pi``: ``pi`` balances the factors' mean eigenvalues."""
+        factors = self.input_side, Bordered(self.outputs)
+        a, g = (factor.traces() / factor.size for factor in factors)
+        return list(zip(factors, balanced_shifts(a, g, damping, self.sizes), strict=True))
 
     def inverse_by_roots(self, found: Sequence[Float[Array, "groups m m"]]) -> Callable[[Any], Any]:
-        """``(A + pi sqrt(damping) I)^-1 V (G + sqrt(damping) / pi I)^-1``, of the `roots` of the `damped_factors`."""
+        """``(A + pi sqrt(damping) I)^-1 V (G + sqrt(damping) / pi I)^-1``, of the `roots` of the damped factors."""
         a, g = found
         solve = partial(jax.lax.linalg.triangular_solve, lower=True)
 

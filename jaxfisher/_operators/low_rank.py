@@ -21,7 +21,7 @@ from jaxfisher._operators.operator import Operator, viewed
 from jaxfisher._operators.spectral import Spectral
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores import Scores
-from jaxfisher._tree import ParamSpec, as_key, described
+from jaxfisher._tree import HIGHEST, ParamSpec, as_key, described
 from jaxfisher._values import whole
 
 
@@ -64,7 +64,7 @@ class LowRank(Spectral):
     def along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
         turned = jax.vmap(lambda vector: basis.turned(self.spec.unravel(vector)))(self.vectors.T)
         ones = self.spec.unravel(jnp.ones(self.spec.size, self.spec.dtype))
-        inside = jnp.einsum("k,kgio->gio", self.values - self.floor, jnp.square(turned), precision=jax.lax.Precision.HIGHEST)
+        inside = jnp.einsum("k,kgio->gio", self.values - self.floor, jnp.square(turned), precision=HIGHEST)
         return inside + self.floor * basis.of_diagonal(ones)
 
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> LowRank:

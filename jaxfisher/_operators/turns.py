@@ -71,22 +71,10 @@ class Holding(NamedTuple):
 
     def _made(self, factors: Sequence[tuple[Bordered, Shifts]], devices: Devices | None) -> list[Any]:
         """What is held of these factors, each made by one device where there are several for it."""
-        make = lambda factors: [self.make(_shifted(*factor)) for factor in factors]  # noqa: E731
+        make = lambda factors: [self.make(matrices.shifted(shift)) for matrices, shift in factors]  # noqa: E731
         if devices is None:
             return make(factors)
         return shared_out(make, list(factors), [len(shift) * float(matrix.size) ** 3 for matrix, shift in factors], devices)
-
-
-def _shifted(matrices: Bordered, shift: Shifts) -> Bordered:
-    """Matrices with what is added to their diagonals."""
-    corner = None if matrices.corner is None else matrices.corner + shift[:, None, None]
-    return Bordered(_added(matrices.core, shift), matrices.border, corner)
-
-
-# Not inlined, so that the program has one body for each size.
-@jax.jit
-def _added(core: Float[Array, "groups m m"], shift: Shifts) -> Float[Array, "groups m m"]:
-    return core + shift[:, None, None] * jnp.eye(core.shape[1], dtype=core.dtype)[None]
 
 
 INVERSES = Holding(shifted_factors, inverses, with_inverses)

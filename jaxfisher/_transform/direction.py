@@ -200,7 +200,7 @@ def _lightly(solver: Solver | None, fisher: Operator, v: Any, gamma: Scalar) -> 
     """The direction, and a report whose residual is left out: to compute it takes as long, and the loss judges the step."""
     if isinstance(fisher.form, InvertedBlocks):
         x = fisher.mv(v)
-        # By a sum that the length of a step takes too.
+        # A number that is not finite makes the sum so.
         finite = jnp.isfinite(dot(x, x))
         nothing, size = jnp.zeros((), fisher.spec.dtype), jnp.asarray(fisher.size, jnp.int32)
         no = jnp.zeros_like(finite)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxfisher._linalg import matmul
+from jaxfisher._tree import HIGHEST
 
 TILE = 2**22
 """How many numbers a temporary may hold before work is done in pieces (16 MiB of float32)."""
@@ -28,8 +29,6 @@ def few(size: float) -> int:
     """How many things of this size to work on at a time, at least one."""
     return max(1, int(room() // size))
 
-
-HIGHEST = jax.lax.Precision.HIGHEST
 
 Seal = Callable[[Array], Array]
 """What a product with a vector goes through before it is summed: `sealed`, or `unsealed` where that cannot matter."""

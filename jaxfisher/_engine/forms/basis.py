@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxfisher._engine.forms.arrays import HIGHEST, times
+from jaxfisher._engine.forms.arrays import times
 from jaxfisher._engine.forms.form import Form
 from jaxfisher._engine.forms.formed import Formed
 from jaxfisher._engine.forms.layout import Layout, matrix_layout
@@ -24,6 +24,7 @@ from jaxfisher._engine.forms.squares import diagonal
 from jaxfisher._linalg import matmul
 from jaxfisher._pieces import sum_batches
 from jaxfisher._pytree import array_fields
+from jaxfisher._tree import HIGHEST
 
 
 @array_fields("inputs", "outputs")

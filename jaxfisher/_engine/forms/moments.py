@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxfisher._bordered import Bordered
-from jaxfisher._engine.forms.arrays import HIGHEST, contracted, sum_to
+from jaxfisher._engine.forms.arrays import contracted, sum_to
 from jaxfisher._engine.forms.layout import Layout, matrix_layout
 from jaxfisher._engine.forms.leaf import Leaf
 from jaxfisher._engine.forms.product import Product
@@ -27,6 +27,7 @@ from jaxfisher._engine.forms.tiles import by_columns
 from jaxfisher._linalg import diagonals, matmul
 from jaxfisher._pieces import sum_batches
 from jaxfisher._pytree import array_fields
+from jaxfisher._tree import HIGHEST
 
 
 @array_fields("inputs", "outputs", "count", "trace")

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._engine.forms.arrays import HIGHEST, few, magnitude, near_one
+from jaxfisher._engine.forms.arrays import few, magnitude, near_one
 from jaxfisher._engine.forms.formed import Formed
 from jaxfisher._engine.forms.layout import Layout
 from jaxfisher._engine.forms.leaf import Leaf
 from jaxfisher._engine.forms.product import Product
 from jaxfisher._linalg import matmul
 from jaxfisher._pieces import sum_batches
+from jaxfisher._tree import HIGHEST
 
 
 class Outer(NamedTuple):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxfisher._engine.forms.arrays import HIGHEST, sum_to
+from jaxfisher._engine.forms.arrays import sum_to
 from jaxfisher._engine.forms.cost import by_factors, factors
 from jaxfisher._engine.forms.leaf import Leaf
 from jaxfisher._engine.forms.lookup import Lookup
 from jaxfisher._engine.forms.tiles import by_columns
+from jaxfisher._tree import HIGHEST
 
 
 def squared_norms(leaf: Leaf) -> Float[Array, "examples rows"]:
