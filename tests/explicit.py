@@ -27,10 +27,12 @@ def noisy(params, x, key):
 def trained(params, keys, x, y):
     """Steps of what users train with, in the ways they are called."""
     exact, drawn = jf.natural_gradient(0.1, 0.1), jf.kfac(like=jf.exact_fisher(model)(params, x))
+    by_factors, state, _ = jf.training_step(model, drawn)(params, drawn.init(params), x, y)
     in_pieces = jf.training_step(noisy, exact, jf.exact_fisher(noisy, batch_size=3))
     steps = {
         "step": jf.training_step(model, exact)(params, exact.init(params), x, y)[0],
-        "kfac": jf.training_step(model, drawn)(params, drawn.init(params), x, y)[0],
+        "kfac": by_factors,
+        "direction's damping": state.inner.direction_damping,
         "noisy": in_pieces(params, exact.init(params), x, y, key=keys[0], counts=y + 1)[0],
         "descent": jax.tree.map(lambda p, d: p - 0.1 * d, params, jf.natural_grad(LOG_PROB, damping=0.1)(params, x, y)),
     }

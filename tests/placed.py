@@ -23,6 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from programs.evaluate import in_numpy, traced
 
 import jaxfisher as jf
+from jaxfisher._operators import factored
 from jaxfisher._tree import split
 
 WIDTHS = (8, 16, 32, 28)
@@ -84,7 +85,7 @@ def shared(leaf):
 def difference(one, many):
     """How far the results of several devices are from those of one."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True)
-    pairs = [[1.0 * np.asarray(leaf) for leaf in pair] for pair in pairs]
+    pairs = [[np.float64(1) * np.asarray(leaf) for leaf in pair] for pair in pairs]
     return max(float(np.max(np.abs(a - b)) / max(np.max(np.abs(a)), 1e-300)) for a, b in pairs)
 
 
@@ -177,6 +178,10 @@ def main():
     one, others = ("inputs and examples",), ("inputs", "inputs and examples", "both")
     steps("by eigenvectors", params, data, others, opt=lambda mesh: jf.kfac(solver=None))
     steps("masked and apart", params, data, one, opt=masked_and_apart)
+    # Factors of more rows than 4 by halves, where it is 256.
+    factored.HALVED = 4
+    steps("by halves", params, data, one)
+    steps("bfloat16 by halves", jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params), data, one)
     turned = jax.tree.map(lambda leaf: leaf * (1 + 0.5j), params)
     steps("complex", turned, data, one)
     views(params, data)

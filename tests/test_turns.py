@@ -7,6 +7,7 @@ import optax
 import pytest
 from problems import classifier, flat, reference
 from problems import mean_loss as loss
+from programs.evaluate import traced
 
 import jaxfisher as jf
 from jaxfisher._bordered import Bordered, bordered
@@ -75,6 +76,29 @@ def test_each_inverse_is_the_one_of_its_own_last_refresh():
         params, last = new, u
     assert clipped, "one of the steps must have been too long for this to say anything"
     assert run._cache_size() == 1, "programs compiled for one step"
+
+
+def test_of_a_part_of_the_parameters_it_takes_the_steps_of_that_part_alone():
+    """Under `optax.masked`, as where the others are constants. Where the model is not due the direction's damping stays."""
+    params, x, y, *_ = reference()
+    opt, mask = jf.kfac(update_every=4, seed=7), {"hidden": True, "out": False}
+    others = optax.masked(optax.set_to_zero(), jax.tree.map(lambda flag: not flag, mask))
+    steps = [
+        jf.training_step(classifier, optax.chain(optax.masked(opt, mask), others)),
+        jf.training_step(lambda hidden, x: classifier(params | {"hidden": hidden}, x), opt),
+    ]
+    runs, at = list(map(traced, steps)), [params, params["hidden"]]
+    states, fell = [step.init(part, x, y) for step, part in zip(steps, at, strict=True)], []
+    for t in range(13):
+        at, states, _ = zip(*(run(*now, x, y) for run, *now in zip(runs, at, states, strict=True)), strict=True)
+        one, other = states[0][0].inner_state, states[1]
+        np.testing.assert_allclose(flat(at[0]["hidden"]), flat(at[1]), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(one.inner.direction_damping, other.inner.direction_damping, rtol=1e-6)
+        fell.append(bool(one.inner.fell))
+        assert fell[-1] == other.inner.fell
+        assert is_due(t, every=3) or fell[-1] == fell[-2]
+    assert flat(at[0]["out"]).tolist() == flat(params["out"]).tolist()
+    assert fell[7] and fell[8] and not fell[12], "for this to say anything"
 
 
 @pytest.mark.parametrize(("size", "halved"), [(300, 256), (21, 4)])
