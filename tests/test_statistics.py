@@ -263,6 +263,7 @@ def test_intervals_of_one_parameter_in_closed_form():
     assert all(bool(interval.converged) for interval in (score, likelihood, wald))
 
 
+@pytest.mark.compiled
 def test_a_profile_with_the_others_fitted_again():
     """A slope of the Poisson regression: at each end, the best fit with that slope is as unlikely as it should be."""
     (found, _), _, y = fitted(poisson)
