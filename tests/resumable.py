@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import stack
+from programs.evaluate import in_numpy
 
 import jaxfisher as jf
 
@@ -31,12 +33,20 @@ def start():
     return {"w": jax.random.normal(keys[0], (3, 4)), "b": jnp.zeros(4), "out": 0.3 * jax.random.normal(keys[1], (4, 3))}
 
 
-def main(folder):
+def batch(k):
+    x = jax.random.normal(jax.random.fold_in(jax.random.key(1), k), (16, 3))
+    return x, jnp.argmax(x, axis=1)
+
+
+@in_numpy()
+def main():
+    """Of all this the step is compiled."""
+    folder = pathlib.Path(sys.argv[1]).resolve()
     inner = jf.scale_by_fisher(0.1, view=jf.kronecker, decay=0.9, update_every=2, like=like)
     opt = jf.adapt_damping(optax.chain(inner, optax.scale_by_learning_rate(0.5)), 0.1)
     params = start()
     state = opt.init(params)
-    step = jax.jit(jf.training_step(model, opt))
+    step = jax.jit(jf.training_step(model, opt)).lower(params, state, *batch(0)).compile()
     with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=None)) as manager:
         first = 0
         if manager.latest_step() is not None:
@@ -45,8 +55,7 @@ def main(folder):
             restored = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(template))
             params, state = restored["params"], restored["state"]
         for k in range(first, STEPS):
-            x = jax.random.normal(jax.random.fold_in(jax.random.key(1), k), (16, 3))
-            params, state, _ = step(params, state, x, jnp.argmax(x, axis=1))
+            params, state, _ = step(params, state, *batch(k))
             manager.save(k, args=ocp.args.StandardSave({"params": params, "state": state}))
             manager.wait_until_finished()
             time.sleep(0.1)
@@ -55,4 +64,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]).resolve())
+    stack.run(main)
