@@ -197,12 +197,12 @@ def _steps(settings: Settings, damping: chex.Numeric) -> optax.GradientTransform
         check_state(state, KfacState, "kfac")
         # What is no mean over examples weighs as much as one.
         n = jnp.maximum(fisher_for(updates, fisher, "kfac").n, 1).astype(state.direction_damping.dtype)
-        share = jnp.clip(state.direction_damping / n, LEAST, MOST)
+        kappa = jnp.clip(state.direction_damping, LEAST * n, MOST * n)
         d, by_damping, after = direction(
             settings,
             updates,
             state.direction,
-            share=share,
+            share=kappa / n,
             damping=damping,
             fisher=fisher,
             factors=factors,
@@ -210,17 +210,17 @@ def _steps(settings: Settings, damping: chex.Numeric) -> optax.GradientTransform
         )
         given = {"fisher": fisher, "damping": damping, "by_damping": by_damping}
         step, modelled = model.update(d, state.model, params, **extra_args | given)
-        share, fell = _next_share(share, state.fell, modelled.gain)
-        return step, KfacState(after, modelled, share * n, fell)
+        kappa, fell = _next_kappa(kappa, state.fell, modelled.gain)
+        return step, KfacState(after, modelled, kappa, fell)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _next_share(share: Scalar, fell: Bool[Array, ""], gain: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
+def _next_kappa(kappa: Scalar, fell: Bool[Array, ""], gain: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
     """Up where that would have made the model promise more, down where less would; as it is where nothing is known."""
     down = jnp.where(fell, FACTOR**2, FACTOR)
     change = jnp.where(gain > 0, FACTOR, jnp.where(gain < 0, 1 / down, 1.0))
-    return jnp.clip(share * change, LEAST, MOST).astype(share.dtype), jnp.where(gain == 0, fell, gain < 0)
+    return (kappa * change).astype(kappa.dtype), jnp.where(gain == 0, fell, gain < 0)
 
 
 def _promised(operator: Operator, g: Any, u: Any, after: Any) -> Scalar:
