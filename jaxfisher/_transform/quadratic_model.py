@@ -15,7 +15,7 @@ from jaxfisher._once import either, once
 from jaxfisher._operators.operator import Operator, inner_products
 from jaxfisher._transform.places import transformation
 from jaxfisher._transform.update_arguments import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
-from jaxfisher._tree import between, cast_like, param_spec, scaled, split
+from jaxfisher._tree import between, cast_like, dot, param_spec, scaled, split
 from jaxfisher._values import check_nonnegative, nonnegative
 
 
@@ -139,7 +139,7 @@ def _combined(d: Any, v: Any, alpha: Scalar, mu: Scalar, most: Scalar, free: Boo
     # those of its parts, which may cancel, it would be known to the root of eps times theirs.
     unit = jnp.where((most > 0) & (most < jnp.inf), most, 1)
     step = jax.tree.map(lambda d, v: mu / unit * v - alpha / unit * d, d, v)
-    length = jnp.sqrt(between(step)(0, 0))
+    length = jnp.sqrt(dot(step, step))
     share = jnp.where(~free & (length > most / unit), most / unit / length, 1)
     return scaled(step, share * unit), length * unit
 
