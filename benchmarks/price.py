@@ -1,6 +1,6 @@
 """What a step of `jf.kfac` is made of, in forward passes and in steps of Adam: see README.md beside this file.
 
-python benchmarks/price.py [--check] [--repeats N] [width ...]
+python benchmarks/price.py [--check] [--repeats N] [width or task ...]
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from task import dense, network
+from tasks import TASKS
 
 import jaxfisher as jf
 
 Problem = tuple[Any, Callable[..., jf.Distribution], jax.Array, jax.Array]
-STEPS = 60
-"""Steps in one call: their average has every period in it, and the first steps are made before the clock."""
+FIRST, STEPS = 6, 60
+"""Steps that are made first, and those in one call after them, whose average has every period in it."""
+SHORT = 30
+"""Steps in one call from the first one on: about what a short training takes."""
 
 
 def problem(width: int, examples: int) -> Problem:
@@ -34,38 +37,69 @@ def problem(width: int, examples: int) -> Problem:
     return dense(keys[0], 64, width, width, 10), lambda params, x: jf.Categorical(network(params, x)), x, y
 
 
-def parts(given: Problem) -> dict[str, Callable[[], Any]]:
-    """Each part of a step as a compiled program of its own."""
+def of_task(name: str) -> Problem:
+    """The first parameters and the first batch of a task of `training.py`."""
+    task = TASKS[name]()
+    if task.statistics is not None or task.log_likelihood is not None:
+        raise ValueError(
+            f"price: the loss of {name} is not the mean of its model's log-likelihood; expected a task where it is."
+        )
+    x, y = (jnp.asarray(leaf[task.batches(0)[0]]) for leaf in task.train)
+    return task.init(jax.random.key(0)), task.model, x, y
+
+
+def parts(given: Problem) -> dict[str, tuple[int, Callable[[], Any]]]:
+    """Each part of a step, many times in a program of its own: to hand a program over takes as long as a small part."""
     params, model, x, y = given
     log_prob = jf.log_likelihood(model)
-    loss = lambda p: -jnp.mean(jax.vmap(log_prob, (None, 0, 0))(p, x, y))  # noqa: E731
+    loss = lambda x: lambda p: -jnp.mean(jax.vmap(log_prob, (None, 0, 0))(p, x, y))  # noqa: E731
     key = jax.random.key(1)
-    view = jax.jit(lambda p: jf.kronecker(jf.sampled_fisher(model)(p, key, x)))
-    K, doubled = view(params), jax.tree.map(lambda leaf: 1.5 * leaf, params)
-    solve = jax.jit(lambda K, v: jf.solve(K, v, 1e-3, solver=jf.factored_solve)[0])
-    half = jax.jit(lambda p, u, v: (jf.implicit_fisher(model)(p, x).quadratic(u), jf.implicit_fisher(model)(p, x).quadratic(v)))
+    view = lambda x: jf.kronecker(jf.sampled_fisher(model)(params, key, x))  # noqa: E731
+    K, doubled = jax.jit(view)(x), jax.tree.map(lambda leaf: 1.5 * leaf, params)
+    fisher = jf.implicit_fisher(model)
     made = {
-        "forward pass": (jax.jit(loss), (params,)),
-        "gradient": (jax.jit(jax.grad(loss)), (params,)),
-        "factors of one drawn target": (view, (params,)),
-        "a solve with its Cholesky factors": (solve, (K, params)),
-        "two numbers of the quadratic model": (half, (params, params, doubled)),
+        "forward pass": (lambda x: loss(x)(params), x),
+        "gradient": (lambda x: jax.grad(loss(x))(params), x),
+        "factors of one drawn target": (view, x),
+        "a solve with its Cholesky factors": (lambda K: jf.solve(K, params, 1e-3, solver=jf.factored_solve)[0], K),
+        "two numbers of the quadratic model": (lambda x: [fisher(params, x).quadratic(v) for v in (params, doubled)], x),
     }
-    return {name: (lambda f=f, args=args: f(*args)) for name, (f, args) in made.items()}
+    return {name: (STEPS, again_and_again(*each)) for name, each in made.items()}
 
 
-def steps(given: Problem, optimiser: optax.GradientTransformation) -> tuple[Callable[[], Any], float]:
-    """Many steps as one program, started after the first ones; and the seconds of the first call of a step."""
+def again_and_again(part: Callable[[Any], Any], argument: Any) -> Callable[[], Any]:
+    """A program of many calls of a function, each of which needs all of the one before, so that none is left out."""
+
+    def call(zero: jax.Array, _: None) -> tuple[jax.Array, None]:
+        leaves, treedef = jax.tree.flatten(argument)
+        given = [leaf + zero.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf for leaf in leaves]
+        # Of all that is found, and behind a barrier, through which nothing sees that one number of each array would do.
+        found = jax.lax.optimization_barrier(jax.tree.leaves(part(jax.tree.unflatten(treedef, given))))
+        return sum((0 * leaf.reshape(-1)[0].astype(zero.dtype) for leaf in found), start=zero), None
+
+    run = jax.jit(lambda zero: jax.lax.scan(call, zero, length=STEPS)[0])
+    return lambda: run(jnp.zeros(()))
+
+
+def steps(given: Problem, optimiser: optax.GradientTransformation) -> tuple[dict[str, tuple[int, Callable[[], Any]]], float]:
+    """How many steps, and a program of all of them: of many after the first, and of some from the first on.
+
+    And the seconds of the first call of a step.
+    """
     params, model, x, y = given
     step = jf.training_step(model, optimiser)
     begun = time.perf_counter()
-    state, one = step.init(params, x, y), jax.jit(step)
-    params, state, _ = jax.block_until_ready(one(params, state, x, y))
+    begin, one = (params, step.init(params, x, y)), jax.jit(step)
+    after = jax.block_until_ready(one(*begin, x, y))[:2]
     first = time.perf_counter() - begun
-    for _ in range(5):
-        params, state, _ = one(params, state, x, y)
-    many = jax.jit(lambda carry: jax.lax.scan(lambda carry, _: (step(*carry, x, y)[:2], None), carry, length=STEPS)[0])
-    return lambda: many((params, state)), first
+    for _ in range(FIRST - 1):
+        after = one(*after, x, y)[:2]
+    many = jax.jit(
+        lambda carry, length: jax.lax.scan(lambda carry, _: (step(*carry, x, y)[:2], None), carry, length=length)[0],
+        static_argnums=1,
+    )
+    made = {"average step": (STEPS, lambda: many(after, STEPS)), f"of the first {SHORT}": (SHORT, lambda: many(begin, SHORT))}
+    return made, first
 
 
 def least(programs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -81,31 +115,34 @@ def least(programs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, flo
     return {name: min(seconds) for name, seconds in times.items()}
 
 
-def table(width: int, examples: int, repeats: int) -> None:
+def table(title: str, given: Problem, repeats: int) -> None:
     """Measure and print."""
-    given = problem(width, examples)
     optimisers = {"Adam": optax.adam(1e-3), "jf.kfac": jf.kfac(), "jf.kfac, all at every step": jf.kfac(update_every=1)}
     made = {name: steps(given, optimiser) for name, optimiser in optimisers.items()}
-    seconds = least(parts(given) | {name: run for name, (run, _) in made.items()}, repeats)
-    seconds = {name: value / STEPS if name in made else value for name, value in seconds.items()}
-    print(f"\n### 64-{width}-{width}-10, {examples} examples, {jax.devices()[0].platform}, load {os.getloadavg()[0]:.1f}\n")
+    counted = parts(given) | {f"{what} of {name}": each for name, (found, _) in made.items() for what, each in found.items()}
+    first = {f"average step of {name}": f"{seconds:.2g}" for name, (_, seconds) in made.items()}
+    seconds = least({name: run for name, (_, run) in counted.items()}, repeats)
+    print(f"\n### {title}, {len(given[2])} examples, {jax.devices()[0].platform}, load {os.getloadavg()[0]:.1f}\n")
     print("| part | ms | forward passes | Adam steps | first call, s |\n| --- | --- | --- | --- | --- |")
-    for name, value in seconds.items():
-        title, first = (f"average step of {name}", f"{made[name][1]:.2g}") if name in made else (name, "")
-        ratios = value / seconds["forward pass"], value / seconds["Adam"]
-        print(f"| {title} | {1e3 * value:.3g} | {ratios[0]:.2f} | {ratios[1]:.2f} | {first} |", flush=True)
+    each = {name: value / counted[name][0] for name, value in seconds.items()}
+    for name, value in each.items():
+        ratios = value / each["forward pass"], value / each["average step of Adam"]
+        print(f"| {name} | {1e3 * value:.3g} | {ratios[0]:.2f} | {ratios[1]:.2f} | {first.get(name, '')} |", flush=True)
 
 
 def main() -> None:
-    """A table for each width."""
+    """A table for each network."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("widths", nargs="*", type=int, default=[128, 512, 1024])
-    parser.add_argument("--examples", type=int, default=512)
+    parser.add_argument("networks", nargs="*", default=["128", "512", "1024"], help="a width, or a task of training.py")
+    parser.add_argument("--examples", type=int, default=512, help="in the batch of a network that is given by its width")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--check", action="store_true", help="a tiny network, once: that the lines run")
     given = parser.parse_args()
-    for width in [8] if given.check else given.widths:
-        table(width, 16 if given.check else given.examples, 1 if given.check else given.repeats)
+    for name in ["8"] if given.check else given.networks:
+        examples = 16 if given.check else given.examples
+        of_width = name.isdigit()
+        title = f"64-{name}-{name}-10" if of_width else name
+        table(title, problem(int(name), examples) if of_width else of_task(name), 1 if given.check else given.repeats)
 
 
 if __name__ == "__main__":
