@@ -34,13 +34,16 @@ def sum_batches(function: Callable[..., Any], data: tuple[Any, ...], batch_size:
     cut = pieces(data, batch_size)
     if cut is None:
         return function(*data)
-    shapes = jax.eval_shape(lambda i: function(*cut.piece(i)), jnp.zeros((), jnp.int32))
+    # Asked for shapes, and then for numbers: traced once for both.
+    of_piece = jax.jit(lambda i: function(*cut.piece(i)), inline=True)
+    numbers = jnp.arange(cut.count)
+    shapes = jax.eval_shape(of_piece, jax.ShapeDtypeStruct((), numbers.dtype))
     zero = varying_like(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), data)
 
     def step(total: Any, i: Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(*cut.piece(i))), None
+        return jax.tree.map(jnp.add, total, of_piece(i)), None
 
-    total, _ = jax.lax.scan(step, zero, jnp.arange(cut.count))
+    total, _ = jax.lax.scan(step, zero, numbers)
     return total if cut.rest is None else jax.tree.map(jnp.add, total, function(*cut.rest))
 
 

@@ -188,6 +188,40 @@ def test_forms_are_traced_once(monkeypatch):
     assert len(made) == 1
 
 
+def counted():
+    """A model, and a list with an entry for each time that it has been traced."""
+    traces = []
+
+    def model(params, x):
+        traces.append(x.shape)
+        return jf.Categorical(logits=jnp.tanh(x @ params["hidden"]) @ params["out"])
+
+    return model, traces
+
+
+def small_problem():
+    params = {"hidden": jnp.ones((3, 4)), "out": jnp.ones((4, 3))}
+    return params, jnp.ones((6, 3)), jnp.zeros(6, int)
+
+
+SUMS = {"diagonal": (jf.diagonal, 1), "kronecker": (jf.kronecker, 1), "eigen-kronecker": (jf.eigen_kronecker, 3)}
+"""Views, and how many sums over pieces each takes: for eigenvalues one for each of two layers."""
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_model_is_traced_once_for_all_pieces(name):
+    """For the shapes and for the numbers of a sum. Otherwise for the shapes of what is held, and when it was first checked."""
+    model, traces = counted()
+    params, x, y = small_problem()
+    (view, sums), log_prob = SUMS[name], jf.log_likelihood(model)
+    jax.eval_shape(lambda params: view(jf.empirical_fisher(log_prob, batch_size=2)(params, x, y)), params)
+    assert len(traces) <= 2 + sums
+    del traces[:]
+    jax.eval_shape(lambda params: view(jf.exact_fisher(model, batch_size=2)(params, x)), params)
+    # Each time the seeds of an example's rows and a row; and, once, what its fields move with.
+    assert len(traces) <= 1 + 2 * (2 + sums)
+
+
 def test_what_solves_is_traced_once():
     """JAX asks for what solves with the transpose as well, which is the same function."""
     traced = []

@@ -35,10 +35,11 @@ _DEPENDENCES = (0, ROW, EXAMPLE, EXAMPLE | ROW)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Traced:
-    """The program of one row of a row function, how many an example has, and what the seeds that tell them apart depend on."""
+    """The programs of a row and of the seeds that tell rows of an example apart, how many, and what seeds depend on."""
 
     function: Rows
     program: Program
+    seeds: Program
     rows: int
     seed_flags: int
 
@@ -48,16 +49,13 @@ def trace(rows: Rows, params: chex.ArrayTree, data: tuple[Any, ...]) -> Traced:
     one = shape_of_one(data)
     params = varying_like(params, data)
     seeds, shapes = jax.make_jaxpr(rows.seeds, return_shape=True)(params, *one)
-    seed = _shape_of_one_seed(shapes)
+    seed = shape_of_one(shapes)
     closed, made = jax.make_jaxpr(lambda *args: rows.row(*args), return_shape=True)(params, seed, *one)
     known = rows.known(made[0])
     if known != rows:
         return trace(known, params, data)
-    return Traced(rows, flatten(closed), jax.tree.leaves(shapes)[0].shape[0], ROW | _example_flag(flatten(seeds), params))
-
-
-def _shape_of_one_seed(seeds: Any) -> Any:
-    return jax.eval_shape(lambda seeds: jax.tree.map(lambda leaf: leaf[0], seeds), seeds)
+    of_seeds = flatten(seeds)
+    return Traced(rows, flatten(closed), of_seeds, shapes.shape[0], ROW | _example_flag(of_seeds, params))
 
 
 def _example_flag(program: Program, params: chex.ArrayTree) -> int:
@@ -88,7 +86,9 @@ def leaf_forms(
         return _one_row(traced, params, seed, example, spec)
 
     def one_example(*example: Any) -> Any:
-        seeds = traced.function.seeds(params, *example)
+        # Of the program, since what only gives the seeds their number, such as a model, is no longer in it.
+        known = jax.tree.leaves((params, example))
+        (seeds,) = (output.value for output in run(traced.seeds, known, [0] * len(known), [False]))
         axes = {flag: 0 if flag & ROW else None for flag in _DEPENDENCES}
         return jax.vmap(one_row, (0, *(None for _ in example)), (axes, None, None))(seeds, *example)
 

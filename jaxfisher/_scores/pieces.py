@@ -109,8 +109,7 @@ class StreamedScores(ScoresInPieces, FactoredScores):
 
     def _shapes(self) -> tuple[Leaf, ...]:
         """The leaves of one example, without values."""
-        # The first example of data spread over explicit axes cannot be sliced off, unless they are made automatic.
-        shapes: tuple[Leaf, ...] = jax.eval_shape(automatic(_leaves_of_first), self)
+        shapes: tuple[Leaf, ...] = jax.eval_shape(_leaves_of_one, self)
         return shapes
 
     def rescaled(self, factors: tuple[Scalar, ...]) -> StreamedScores:
@@ -196,6 +195,11 @@ class StreamedScores(ScoresInPieces, FactoredScores):
 
 def _leaves_of_first(scores: StreamedScores) -> tuple[Leaf, ...]:
     return scores._leaves(*jax.tree.map(lambda leaf: leaf[:1], scores.data))
+
+
+_leaves_of_one = automatic(_leaves_of_first)
+"""Which is one function, so that JAX finds again what it has traced of it. The first example of data spread over explicit axes
+cannot be sliced off, unless they are made automatic."""
 
 
 @once
