@@ -222,6 +222,19 @@ def test_a_model_is_traced_once_for_all_pieces(name):
     assert len(traces) <= 1 + 2 * (2 + sums)
 
 
+def test_a_view_that_is_not_due_is_not_traced_again():
+    """It is traced for its structure, and what was traced then is what runs where it is due."""
+    model, traces = counted()
+    params, *data = small_problem()
+    opt = jf.kfac(jf.exact_fisher(model)(params, data[0]))
+    state = opt.init(params)
+    del traces[:]
+    jax.eval_shape(jf.training_step(model, opt), params, state, *data)
+    # The loss and its gradient, the cost of the model, the model of the loss twice, what fields move and how many there are, a
+    # row of the factors, and the loss of the new parameters.
+    assert len(traces) <= 8
+
+
 def test_what_solves_is_traced_once():
     """JAX asks for what solves with the transpose as well, which is the same function."""
     traced = []

@@ -147,7 +147,9 @@ def _in_turn(
     gamma_of: Callable[[Operator], Scalar],
 ) -> tuple[Operator, Scalar, Any, Any]:
     """What is solved with, its damping, the running mean, and what is held: of each what is due made anew."""
-    # The structure is found without running anything, so that steps at which nothing is due do not pay for it.
+    # The structure is found without running anything, so that steps at which nothing is due do not pay for it. Inside `jit`
+    # what was traced for it is what runs where it is due.
+    fresh = jax.jit(fresh, inline=True) if isinstance(state.count, jax.core.Tracer) else fresh
     shape = jax.eval_shape(fresh)
     template = shape.form if settings.decay is None else averaged(shape, "kfac")
     check_vector_of_state(state.mean, arrays_of(template), "kfac")
