@@ -19,7 +19,7 @@ from programs.evaluate import in_numpy
 
 import jaxfisher as jf
 
-DEVICES, EXAMPLES, WIDTHS = 8, 512, (10, 40, 30, 4)
+DEVICES, EXAMPLES, WIDTHS, BLOCK = 8, 256, (10, 18, 14, 4), 32
 
 
 def model(params, x):
@@ -41,14 +41,14 @@ def problem(dtype):
 DAMPING = 0.1
 FISHERS = {
     "whole": jf.empirical_fisher(LOG_PROB),
-    "pieces": jf.empirical_fisher(LOG_PROB, max_bytes=2**17),
-    "centred pieces": jf.empirical_fisher(LOG_PROB, center=True, batch_size=128),
+    "pieces": jf.empirical_fisher(LOG_PROB, max_bytes=2**15),
+    "centred pieces": jf.empirical_fisher(LOG_PROB, center=True, batch_size=64),
     "sum": lambda params, x, y: jf.empirical_fisher(LOG_PROB)(params, x, y) + jf.empirical_fisher(LOG_PROB)(params, -x, y),
 }
 
 
 def solved(fisher, mesh, params, x, y):
-    return jf.spread_solves(fisher(params, x, y), mesh, "examples", block=64).solve(
+    return jf.spread_solves(fisher(params, x, y), mesh, "examples", block=BLOCK).solve(
         jax.tree.map(jnp.ones_like, params), DAMPING
     )
 
@@ -60,7 +60,7 @@ def main():
     everywhere, apart = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("examples",)))
 
     def step(params, x, y, damping, weights=None):
-        F = jf.spread_solves(jf.empirical_fisher(LOG_PROB)(params, x, y, weights=weights), mesh, "examples", block=64)
+        F = jf.spread_solves(jf.empirical_fisher(LOG_PROB)(params, x, y, weights=weights), mesh, "examples", block=BLOCK)
         return jf.solve(F, jax.tree.map(jnp.ones_like, params), damping)
 
     for dtype in (jnp.float64, jnp.float32):
