@@ -99,6 +99,7 @@ def found_in(calls):
     The flags are on during the first call only. They do not change programs, so nothing is compiled twice for them.
     """
     stopped, guilty = [], []
+    gc.freeze()  # what is there already is there before and after: only what the calls make is looked at for garbage
     for name, call in calls.items():
         try:
             with jax.debug_nans(True), jax.debug_infs(True):
@@ -107,6 +108,7 @@ def found_in(calls):
             stopped.append(name)
         jax.block_until_ready(call())
     gc.collect()
+    gc.freeze()
     alive = len(jax.live_arrays())
     for name, call in calls.items():
         compiled = len(COMPILED)
@@ -124,9 +126,9 @@ NOTHING = [], [], 0
 
 @pytest.fixture(autouse=True, scope="module")
 def apart():
-    """Collecting garbage looks at what other modules left once, and not at each of the times that it is asked for here."""
-    gc.collect()
-    gc.freeze()
+    """What is frozen here is looked at again by other modules."""
+    yield
+    gc.unfreeze()
 
 
 WAYS = [pytest.param(None, id="compiled", marks=pytest.mark.compiled), pytest.param(None, id="in NumPy")]
