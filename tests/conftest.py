@@ -28,6 +28,7 @@ import pytest
 import stack
 
 jax.config.update("jax_enable_x64", True)
+stack.lower_in_one_context()
 
 
 def pytest_collection_finish():
@@ -62,6 +63,7 @@ def forget_programs():
     """Let go of a module's compiled programs, which take gigabytes together."""
     yield
     jax.clear_caches()
+    stack.forget_context()
 
 
 @pytest.fixture

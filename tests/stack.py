@@ -1,8 +1,12 @@
-"""Room on the interpreter's stack, and one place for all operations: together they spare a trace a quarter of its time."""
+"""Room on the interpreter's stack, and one place for all operations: together they spare a trace a quarter of its time.
+
+And one context in which programs are lowered.
+"""
 
 import functools
 import gc
 
+from jax._src.interpreters import mlir
 from jax.extend import source_info_util
 
 
@@ -33,8 +37,24 @@ def look_for_garbage_seldom():
     gc.set_threshold(100_000, 50, 100)
 
 
+def lower_in_one_context():
+    """JAX 0.10 makes a new context of MLIR, with all dialects, for each program: for a small one that is half of lowering it.
+
+    Later versions use one ten times, since it keeps the constants of what was lowered in it.
+    """
+    if not hasattr(mlir, "_create_ir_context"):
+        mlir.make_ir_context = functools.lru_cache(maxsize=1)(mlir.make_ir_context)
+
+
+def forget_context():
+    """Let go of what the context keeps."""
+    if hasattr(mlir.make_ir_context, "cache_clear"):
+        mlir.make_ir_context.cache_clear()
+
+
 def run(script):
     """A script's own function, in the same way as a test."""
+    lower_in_one_context()
     look_for_garbage_seldom()
     with one_place():
         with_room(script)()
