@@ -132,7 +132,7 @@ def needs_data(data: tuple[Any, ...], function: str, call: str = "(params, *data
         )
 
 
-@array_fields("data", "weights", "live", "mass")
+@array_fields("data", "weights", "live", "mass", "positive")
 class Batch:
     """Checked examples: the parameters' spec, the data as arrays, their weights in a mean, and what bounds memory.
 
@@ -149,6 +149,8 @@ class Batch:
     max_bytes: int | None
     mass: Scalar | None = None
     """The sum of the weights that were given, with counts of their products with the counts."""
+    positive: Scalar | None = None
+    """How many of the weights that were given are not zero."""
     counted: bool = False
     """Whether counts were given."""
 
@@ -161,6 +163,11 @@ class Batch:
     def uneven(self) -> Float[Array, " n"] | None:
         """The weights if some were given, for functions that take weights: nothing needs to be filled in where none were."""
         return self.weights if self.weighted else None
+
+    @property
+    def count(self) -> Scalar:
+        """The number of examples, without padding."""
+        return jnp.asarray(self.size if self.positive is None else self.positive, self.spec.dtype)
 
     @property
     def total(self) -> Scalar:
@@ -193,8 +200,8 @@ def make_batch(
     if weights is None:
         even = Batch(spec, n, data, jnp.full(n, 1 / n, spec.dtype), None, batch_size, max_bytes)
         return even if counts is None else _over_counts(even, counts)
-    data, omega, live, mass = _weighted(data, checked_weights(weights, n), Static(spec.dtype))
-    batch = Batch(spec, n, data, omega, live, batch_size, max_bytes, mass)
+    data, omega, live, (mass, count) = _weighted(data, checked_weights(weights, n), Static(spec.dtype))
+    batch = Batch(spec, n, data, omega, live, batch_size, max_bytes, mass, count)
     return batch if counts is None else _over_counts(batch, counts)
 
 
@@ -298,11 +305,15 @@ def _filled(data: tuple[Any, ...], weights: Float[Array, " n"], live: Bool[Array
     return made
 
 
-def _weigh(data: tuple[Any, ...], weights: Float[Array, " n"], dtype: Static[jnp.dtype]) -> tuple[Any, Array, Array, Scalar]:
-    """The data without padding, the weights over their sum, which examples are live, and that sum."""
+def _weigh(
+    data: tuple[Any, ...], weights: Float[Array, " n"], dtype: Static[jnp.dtype]
+) -> tuple[Any, Array, Array, Float[Array, " 2"]]:
+    """The data without padding, the weights over their sum, which examples are live, and that sum and how many these are."""
     omega = _normalised(weights).astype(dtype.value)
-    live = omega != 0
-    return _filled(data, omega, live), omega, live, jnp.sum(jnp.where(weights >= 0, weights, jnp.nan))
+    live, wide = omega != 0, jnp.promote_types(weights.dtype, dtype.value)
+    # Both in one sum, for which devices that share the examples meet once. A batch of padding alone has weights of NaN.
+    each = jnp.stack([jnp.where(weights >= 0, weights, jnp.nan).astype(wide), (omega > 0).astype(wide)])
+    return _filled(data, omega, live), omega, live, jnp.sum(each, 1)
 
 
 _weighted = once(_weigh, lambda data, weights, dtype: (data, weights))

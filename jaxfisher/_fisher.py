@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any, Protocol
 
 import chex
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from jaxfisher._examples import Batch, check_centred, example_keys, make_batch, needs_data
@@ -16,7 +15,7 @@ from jaxfisher._operators.implicit import Implicit
 from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._operators.provenance import Mean, Provenance, mean_over
 from jaxfisher._row_functions import DrawnRow, ExactRows, Prediction, Rows, SampledRows, ScoreRows, prediction
-from jaxfisher._scores import CenteredScores, Scores, examples_of, make_scores
+from jaxfisher._scores import CenteredScores, Scores, examples_of, live_examples_of, make_scores
 from jaxfisher._targets import OfData
 from jaxfisher._tree import as_key, check_function, split
 from jaxfisher._values import check_flag, described, whole
@@ -147,7 +146,7 @@ def fisher_from_scores(scores: Scores) -> Operator:
             f"returns.{hint}"
         )
     kind = "scores, centred" if isinstance(scores, CenteredScores) else "scores"
-    size = jnp.asarray(examples_of(scores), scores.spec.dtype)
+    size = live_examples_of(scores)
     mass = None if scores.mass is None else scores.mass.astype(size.dtype)
     mean = Mean(weighted=mass is not None, together=isinstance(scores, CenteredScores))
     return Operator(FromScores(scores), Provenance(kind, size, mass, mean))

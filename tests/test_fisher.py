@@ -133,14 +133,14 @@ def test_repr_says_what_it_is(key):
     empirical = jf.empirical_fisher(LOG_PROB)(params, x, y)
     exact = jf.exact_fisher(classifier)(params, x, weights=weights)
     assert repr(empirical) == f"Fisher(empirical, mean over 7, params {p}, exact as scores)"
-    assert repr(exact) == f"Fisher(exact, weighted mean over 7, params {p}, exact as scores)"
+    assert repr(exact) == f"Fisher(exact, weighted mean over 6, params {p}, exact as scores)"
     assert repr(jf.implicit_fisher(classifier)(params, x)) == f"Fisher(exact, mean over 7, params {p}, implicit, products only)"
     assert repr(jf.sampled_fisher(classifier)(params, key, x)) == (
         f"Fisher(sampled, 1 draw, mean over 7, params {p}, exact as scores)"
     )
     assert repr(jf.diagonal(2 * empirical)) == f"Fisher(empirical, scaled mean over 7, params {p}, diagonal)"
     assert repr(jf.dense(empirical) + jf.diagonal(exact)) == (
-        f"Fisher((empirical, mean over 7) + (exact, weighted mean over 7), params {p}, dense + diagonal)"
+        f"Fisher((empirical, mean over 7) + (exact, weighted mean over 6), params {p}, dense + diagonal)"
     )
 
 

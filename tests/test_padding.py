@@ -179,3 +179,60 @@ def test_weights_that_are_none_give_nan_where_their_values_are_not_known():
     for weights in ([-1.0, 2.0], [0.0, 0.0], [np.nan, 1.0], [np.inf, 1.0]):
         assert np.isnan(trace(jnp.array(weights))), weights
     assert trace(jnp.array([0.0, 2.0])) == 1
+
+
+def makers():
+    """Each way to a mean over examples, as a function of parameters, data and weights."""
+    log_prob = jf.log_likelihood(classifier)
+    key = jax.random.key(1)
+    outputs, squares = lambda params, x: classifier(params, x).logits, lambda f, y: 0.5 * jnp.sum(jnp.square(f)) - f[y]
+    in_data = {
+        "exact": lambda p, x, y, **given: jf.exact_fisher(classifier)(p, x, **given),
+        "exact, in pieces": lambda p, x, y, **given: jf.exact_fisher(classifier, batch_size=2)(p, x, **given),
+        "sampled": lambda p, x, y, **given: jf.sampled_fisher(classifier, 2)(p, key, x, **given),
+        "implicit": lambda p, x, y, **given: jf.implicit_fisher(classifier)(p, x, **given),
+        "empirical": jf.empirical_fisher(log_prob),
+        "centred": jf.empirical_fisher(log_prob, center=True),
+        "Gauss-Newton": jf.gauss_newton(outputs, squares),
+        "observed": jf.observed_information(log_prob),
+        "of the KL": lambda p, x, y, **given: jf.kl_hessian(classifier)(p, x, **given),
+    }
+    for center in (False, True):
+        for batch_size in (None, 2):
+            scores = jf.scores(log_prob, center=center, batch_size=batch_size)
+            in_data[f"of scores, {center}, {batch_size}"] = lambda *data, scores=scores, **given: jf.fisher_from_scores(
+                scores(*data, **given)
+            )
+    return in_data
+
+
+@pytest.mark.parametrize("name", makers())
+def test_padding_is_not_counted(name):
+    """Among the examples of a mean, of a view of it and of what it is merged into; weights of any size count once."""
+    params, x, y, padded_x, padded_y = classified()
+    made = makers()[name]
+    alone, padded = (
+        jax.jit(lambda *data, given=given: made(params, *data, weights=given).n)(*data)
+        for data, given in (((x, y), WEIGHTS[LIVE]), ((padded_x, padded_y), WEIGHTS))
+    )
+    assert float(alone) == float(padded) == LIVE.sum()
+
+
+@pytest.mark.parametrize("view", [jf.kronecker, jf.diagonal])
+def test_padding_takes_no_part_in_a_step_of_kfac(view):
+    """Its direction's damping is counted in examples: a batch in padding takes the step of its examples."""
+    params, x, y, _, _ = classified()
+    step = jf.training_step(classifier, jf.kfac(view=view, solver=None))
+
+    def path(x, y, weights):
+        found, state = params, step.init(params, x, y, weights=weights)
+        for _ in range(3):
+            found, state, _ = step(found, state, x, y, weights=weights)
+        return found, state.inner.direction_damping
+
+    alone = evaluated(path, x, y, WEIGHTS[LIVE])
+    # Behind the examples, so that each of them keeps its place, by which targets are drawn.
+    at_end = [jnp.concatenate([leaf, jnp.zeros((20, *leaf.shape[1:]), leaf.dtype)]) for leaf in (x, y)]
+    padded = evaluated(path, *at_end, np.concatenate([WEIGHTS[LIVE], np.zeros(20)]))
+    for found, expected in zip(padded, alone, strict=True):
+        assert_close(flat(found), flat(expected), factor=1e6)

@@ -101,7 +101,10 @@ class Operator:
 
     @property
     def n(self) -> Scalar:
-        """The number of examples that the mean was taken over, a floating scalar; of a sum, those of all terms."""
+        """The number of examples that the mean was taken over, a floating scalar; of a sum, those of all terms.
+
+        An example of weight zero is padding, and is not counted.
+        """
         return self.provenance.n
 
     def mv(self, v: chex.ArrayTree) -> chex.ArrayTree:

@@ -51,7 +51,7 @@ class Provenance:
 
     Attributes:
         kind: what it is, in words.
-        examples: how many examples its mean is over; None of an operator that is no mean.
+        examples: how many examples its mean is over, without those of weight zero; None of an operator that is no mean.
         mass: the sum of the weights of these examples, by which means are merged; without weights, the number of examples;
             with counts, of the weights times the counts.
         mean: how the mean is taken.
@@ -105,8 +105,7 @@ class Provenance:
 
 def mean_over(kind: str, batch: Batch) -> Provenance:
     """The provenance of a mean over a batch."""
-    size = jnp.asarray(batch.size, batch.spec.dtype)
-    return Provenance(kind, size, batch.total, Mean(batch.weighted, counted=batch.counted))
+    return Provenance(kind, batch.count, batch.total, Mean(batch.weighted, counted=batch.counted))
 
 
 def check_terms(provenance: Provenance, fisher: Any, caller: str, fix: str) -> None:

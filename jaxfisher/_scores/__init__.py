@@ -11,7 +11,15 @@ Rows carry weights ``omega_i`` (``1/n`` each for a mean over n examples), so tha
 from jaxfisher._scores.centred import CenteredScores
 from jaxfisher._scores.held import HeldScores
 from jaxfisher._scores.making import make_scores, scores, values_and_scores
-from jaxfisher._scores.map import ClippedSum, FactoredScores, Scores, check_one_row_each, examples_of, one_a_row
+from jaxfisher._scores.map import (
+    ClippedSum,
+    FactoredScores,
+    Scores,
+    check_one_row_each,
+    examples_of,
+    live_examples_of,
+    one_a_row,
+)
 from jaxfisher._scores.pieces import JoinedScores
 
 __all__ = [
@@ -23,6 +31,7 @@ __all__ = [
     "Scores",
     "check_one_row_each",
     "examples_of",
+    "live_examples_of",
     "make_scores",
     "one_a_row",
     "scores",

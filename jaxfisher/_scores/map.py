@@ -278,8 +278,16 @@ def one_a_row(caller: str, scores: Any, e: Any) -> Float[Array, " rows"]:
 
 
 def examples_of(scores: Scores) -> int:
-    """The number of examples that scores are of."""
+    """The number of examples that scores are of, with padding."""
     return scores._num_examples
+
+
+def live_examples_of(scores: Scores) -> Scalar:
+    """The number of examples that scores are of, without those of weight zero."""
+    n = examples_of(scores)
+    if scores.mass is None:
+        return jnp.asarray(n, scores.spec.dtype)
+    return jnp.sum(jnp.any(scores.weights.reshape(n, -1) != 0, 1), dtype=scores.spec.dtype)
 
 
 def roles_of(leaves: Sequence[Leaf]) -> tuple[Role, ...]:
