@@ -1017,6 +1017,12 @@ MISTAKES = [
     ("fields", lambda: jf.Normal(np.ones(2), np.ones(3)), ValueError, ["Normal", "loc (2,)", "scale (3,)", "equal shape"]),
     ("complex field", lambda: jf.Poisson(1j), TypeError, ["Poisson", "`log_rate`", "complex", "real"]),
     ("missing axis", lambda: jf.Categorical(1.0), ValueError, ["Categorical", "`logits`", "()", "at least 1"]),
+    (
+        "hyperparameters that are functions",
+        lambda: one_update(optax.inject_hyperparams(jf.kfac)(damping=0.1), fisher=exact(PARAMS, X)),
+        TypeError,
+        ["expected a Fisher operator", "static_args", "inject_hyperparams"],
+    ),
     # Unknown keywords.
     *[
         (f"keyword {word} of {name}", lambda f=f, word=word: f(**{word: 1}), TypeError, ["unexpected keyword", f"'{word}'"])

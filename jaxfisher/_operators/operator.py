@@ -416,7 +416,12 @@ def as_operator(fisher: Any, caller: str) -> Operator:
         refuse_stack(fisher.form.stack, "Operator", caller)
         return fisher
     seen = "a function. Call the function with the parameters and the data first" if callable(fisher) else described(fisher)
-    raise TypeError(f"{caller}: expected a Fisher operator, such as jf.exact_fisher(model)(params, x) returns, got {seen}.")
+    # Such a count of steps is given by Optax to every argument that is a function, the default of `view` among them.
+    is_count = isinstance(fisher, jax.Array) and fisher.ndim == 0 and jnp.issubdtype(fisher.dtype, jnp.integer)
+    fix = " In `optax.inject_hyperparams`, name `view`, `solver` and `like` in `static_args`." if is_count else ""
+    raise TypeError(
+        f"{caller}: expected a Fisher operator, such as jf.exact_fisher(model)(params, x) returns, got {seen}.{fix}"
+    )
 
 
 def viewed(fisher: Any, caller: str) -> Operator:
