@@ -113,16 +113,20 @@ def steps(what, params, data, named, opt=lambda mesh: jf.kfac()):
         # Eigenvectors have a sign, which is nobody's choice.
         return first, (params, () if what == "by eigenvectors" else state, value)
 
+    runs = {}  # by mesh: what is traced for one way serves the others
     run = jf.training_step(model, opt(None))
     _, alone = trained(traced(run), (params, run.init(params, *data)), data)
     for way in ways():
         if way.name not in named:
             continue
-        run = jf.training_step(model, opt(way.mesh))
+        if way.mesh not in runs:
+            made = jf.training_step(model, opt(way.mesh))
+            runs[way.mesh] = made, jax.jit(made)
+        run, step = runs[way.mesh]
         spread, place = placed(params, way)
         batch = tuple(place(array, way.examples) for array in data)
         given = spread, run.init(spread, *batch)
-        program = jax.jit(run).lower(*given, *batch).compile()
+        program = step.lower(*given, *batch).compile()
         places = program.input_shardings[0][:2]
         (kept, state, _), last = trained(program, given, batch, lambda found, places=places: jax.device_put(found, places))
         counts = [leaf.size // shared(leaf) for leaf in jax.tree.leaves(split(spread))]
