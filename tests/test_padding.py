@@ -216,6 +216,9 @@ def test_padding_is_not_counted(name):
         for data, given in (((x, y), WEIGHTS[LIVE]), ((padded_x, padded_y), WEIGHTS))
     )
     assert float(alone) == float(padded) == LIVE.sum()
+    # Zeros that are known at run time only are not refused.
+    of_nothing = jax.jit(lambda weights, *data: made(params, *data, weights=weights).n)
+    assert float(of_nothing(jnp.zeros(len(WEIGHTS)), padded_x, padded_y)) == 0
 
 
 @pytest.mark.parametrize("view", [jf.kronecker, jf.diagonal])

@@ -287,7 +287,8 @@ def live_examples_of(scores: Scores) -> Scalar:
     n = examples_of(scores)
     if scores.mass is None:
         return jnp.asarray(n, scores.spec.dtype)
-    return jnp.sum(jnp.any(scores.weights.reshape(n, -1) != 0, 1), dtype=scores.spec.dtype)
+    # Weights of padding alone are NaN.
+    return jnp.sum(jnp.any(scores.weights.reshape(n, -1) > 0, 1), dtype=scores.spec.dtype)
 
 
 def roles_of(leaves: Sequence[Leaf]) -> tuple[Role, ...]:
