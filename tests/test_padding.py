@@ -14,7 +14,7 @@ import jaxfisher as jf
 pytestmark = pytest.mark.usefixtures("in_numpy")
 
 WEIGHTS = np.array([0.0, 0.5, 1.0, 0.0, 3.0, 0.25, 0.0])
-"""Of five examples and three places of padding, the first and the last among them."""
+"""Of four examples and three places of padding, the first and the last among them."""
 LIVE = WEIGHTS > 0
 OMEGA = WEIGHTS / WEIGHTS.sum()
 
