@@ -200,7 +200,7 @@ def make_batch(
     if weights is None:
         even = Batch(spec, n, data, jnp.full(n, 1 / n, spec.dtype), None, batch_size, max_bytes)
         return even if counts is None else _over_counts(even, counts)
-    data, omega, live, (mass, count) = _weighted(data, checked_weights(weights, n), Static(spec.dtype))
+    data, omega, live, mass, count = _weighted(data, checked_weights(weights, n), Static(spec.dtype))
     batch = Batch(spec, n, data, omega, live, batch_size, max_bytes, mass, count)
     return batch if counts is None else _over_counts(batch, counts)
 
@@ -307,13 +307,14 @@ def _filled(data: tuple[Any, ...], weights: Float[Array, " n"], live: Bool[Array
 
 def _weigh(
     data: tuple[Any, ...], weights: Float[Array, " n"], dtype: Static[jnp.dtype]
-) -> tuple[Any, Array, Array, Float[Array, " 2"]]:
-    """The data without padding, the weights over their sum, which examples are live, and that sum and how many these are."""
+) -> tuple[Any, Array, Array, Scalar, Scalar]:
+    """The data without padding, the weights over their sum, which examples are live, that sum, and how many these are."""
     omega = _normalised(weights).astype(dtype.value)
-    live, wide = omega != 0, jnp.promote_types(weights.dtype, dtype.value)
+    live, wide = omega != 0, max(weights.dtype, dtype.value, key=lambda dtype: jnp.finfo(dtype).bits)
     # Both in one sum, for which devices that share the examples meet once. A batch of padding alone has weights of NaN.
     each = jnp.stack([jnp.where(weights >= 0, weights, jnp.nan).astype(wide), (omega > 0).astype(wide)])
-    return _filled(data, omega, live), omega, live, jnp.sum(each, 1)
+    mass, count = jnp.sum(each, 1)
+    return _filled(data, omega, live), omega, live, mass.astype(weights.dtype), count.astype(dtype.value)
 
 
 _weighted = once(_weigh, lambda data, weights, dtype: (data, weights))
