@@ -98,7 +98,7 @@ def once_for(function: Callable[P, R], examples: Callable[..., Any] | None = Non
         key = _reference(of, owners)
         if key is None or kwargs or not _can_cross(rest):
             return function(*args, **kwargs)
-        reads = _readings(of)
+        reads = readings(of)
         program = programs.get(key)
         if program is None:
             for owner in owners:
@@ -148,10 +148,11 @@ def _reference(of: Any, owners: list[Any]) -> Hashable:
     return reference
 
 
-def _readings(of: Any) -> tuple[Hashable, ...]:
+def readings(of: Any) -> tuple[Hashable, ...]:
     """What a function of the user's reads from outside by name: numbers and strings as they are, all else by identity.
 
-    Functions that it names are looked into as well, those of the libraries aside.
+    Functions that it names are looked into as well, those of the libraries aside. What holds such a function and crosses `jit`
+    has these beside it, for a program is found again by both.
     """
     found: list[Hashable] = []
     known: set[int] = set()

@@ -25,6 +25,7 @@ from calls import (
     SCORES,
     asked,
     fisher,
+    key,
     model,
     problem,
     scores,
@@ -280,24 +281,57 @@ def spread():
     return SPREAD
 
 
-def test_a_name_bound_anew_is_seen(monkeypatch):
-    """As in a notebook, where a cell is run again: a global, a function that the model calls, and a closed-over variable."""
-    inputs, factor = jnp.ones((2, 1)), 1.0
+def of_scores(batch_size):
+    """A number of scores, of a normal's mean."""
+    return lambda model: jf.scores(jf.log_likelihood(model), batch_size=batch_size)(0.0, INPUTS, TARGETS).squared_norms()[0]
+
+
+INPUTS, TARGETS = jnp.ones((2, 1)), jnp.array([1.0, 2.0])
+WHAT_READS = {
+    "exact": lambda model: jf.exact_fisher(model)(0.0, INPUTS).trace(),
+    "exact, in pieces": lambda model: jf.exact_fisher(model, batch_size=1)(0.0, INPUTS).trace(),
+    "exact, in pieces, solved": lambda model: jf.exact_fisher(model, batch_size=1)(0.0, INPUTS).solve(1.0, 0.1),
+    "a view in pieces": lambda model: jf.diagonal(jf.exact_fisher(model, batch_size=1)(0.0, INPUTS)).trace(),
+    "sampled, in pieces": lambda model: jf.sampled_fisher(model, batch_size=1)(0.0, key(), INPUTS).trace(),
+    "implicit": lambda model: jf.implicit_fisher(model)(0.0, INPUTS).quadratic(1.0),
+    "implicit, a product": lambda model: jf.implicit_fisher(model, batch_size=1)(0.0, INPUTS).mv(1.0),
+    "scores": of_scores(None),
+    "scores, in pieces": of_scores(1),
+    "clipped": lambda model: jf.clipped_grad(jf.log_likelihood(model), 10.0, batch_size=1)(0.0, INPUTS, TARGETS)[0],
+    "Gauss-Newton": lambda model: jf.gauss_newton(lambda mu, x: mu * x[0], lambda f, y: -model(f, jnp.ones(1)).log_prob(y))(
+        0.0, INPUTS, TARGETS
+    ).trace(),
+    "of the KL": lambda model: jf.kl_hessian(model)(0.0, INPUTS).trace(),
+    "observed": lambda model: jf.observed_information(jf.log_likelihood(model))(0.0, INPUTS, TARGETS).trace(),
+    "a posterior": lambda model: jf.laplace(model, 0.0, INPUTS, TARGETS, prior=1.0).log_evidence(),
+    "predicted": lambda model: jf.laplace(model, 0.0, INPUTS, TARGETS, prior=1.0).predictive(INPUTS).scale[0],
+}
+
+
+@pytest.mark.parametrize("name", WHAT_READS)
+def test_a_name_bound_anew_is_seen(name, monkeypatch):
+    """As in a notebook, where a cell is run again: a global, a function that the model calls, and a closed-over variable.
+
+    The numbers are those of a model that is written anew.
+    """
+    factor = 1.0
     models = {
         "global": lambda mu, x: jf.Normal(mu * x[0], SPREAD),
         "function": lambda mu, x: jf.Normal(mu * x[0], spread()),
         "closure": lambda mu, x: jf.Normal(mu * x[0], factor),
         "inner function": lambda mu, x: jax.checkpoint(lambda mu: jf.Normal(mu * x[0], SPREAD))(mu),
     }
-    makers = {name: jf.exact_fisher(model) for name, model in models.items()}
 
-    def traces():
-        return {name: float(make(0.0, inputs).trace()) for name, make in makers.items()}
+    def held_to(**scales):
+        for what, own in models.items():
+            scale = scales.get(what, scales["others"])
+            expected = WHAT_READS[name](lambda mu, x, scale=scale: jf.Normal(mu * x[0], scale))
+            assert float(WHAT_READS[name](own)) == float(expected), (what, scale)
 
-    assert traces() == dict.fromkeys(models, 1.0)
+    held_to(others=1.0)
     monkeypatch.setitem(globals(), "SPREAD", 0.5)
-    assert traces() == {**dict.fromkeys(models, 4.0), "closure": 1.0}
+    held_to(others=0.5, closure=1.0)
     factor = 0.5
-    assert traces() == dict.fromkeys(models, 4.0)
+    held_to(others=0.5)
     monkeypatch.setitem(globals(), "spread", lambda: 2.0)
-    assert traces() == {**dict.fromkeys(models, 4.0), "function": 0.25}
+    held_to(others=0.5, function=2.0)
