@@ -8,6 +8,7 @@ for what also takes a function of the user's. Inside ``jit`` nothing changes: su
 from __future__ import annotations
 
 import dataclasses
+import dis
 import functools
 import threading
 import types
@@ -198,10 +199,12 @@ def _package(function: types.FunctionType) -> str:
     return str(function.__module__).partition(".")[0]
 
 
-def _names(code: types.CodeType) -> list[str]:
-    """The names that code and the functions in it look up, in order."""
+@functools.lru_cache(maxsize=1024)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """The names that code and the functions in it look up as globals, in order; attributes are not among them."""
+    own = [step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"]
     inner = [name for part in code.co_consts if isinstance(part, types.CodeType) for name in _names(part)]
-    return [*code.co_names, *inner]
+    return tuple(dict.fromkeys([*own, *inner]))
 
 
 def either(flag: bool | Bool[Array, ""], yes: Callable[[], R], no: Callable[[], R]) -> R:

@@ -281,6 +281,18 @@ def spread():
     return SPREAD
 
 
+def test_an_attribute_with_the_name_of_a_global_is_not_looked_up(monkeypatch):
+    """It would compile a program anew whenever that global is bound, as `loss` is at each step of a loop."""
+    model = lambda mu, x: jf.Normal(mu * x.ndim, 1.0)  # noqa: E731
+    call = lambda: jf.implicit_fisher(model)(0.0, INPUTS).quadratic(1.0)  # noqa: E731
+    assert call() == call() == 1
+    compiled = len(COMPILED)
+    for value in (1.0, 2.0):
+        monkeypatch.setitem(globals(), "ndim", value)
+        call()
+    assert len(COMPILED) == compiled
+
+
 def of_scores(batch_size):
     """A number of scores, of a normal's mean."""
     return lambda model: jf.scores(jf.log_likelihood(model), batch_size=batch_size)(0.0, INPUTS, TARGETS).squared_norms()[0]
