@@ -3,6 +3,7 @@
 `jax_debug_nans` and `jax_debug_infs` look at numbers: they are on in `test_eager.py`, which computes them.
 """
 
+import gc
 import inspect
 
 import jax
@@ -18,6 +19,9 @@ def stumbles(calls, errors):
     """The names of calls that raise one of these errors, and what they say."""
     found = {}
     for name, call in calls.items():
+        # While JAX checks for leaks, some of its versions search all objects for those that hold a trace, again and again. A
+        # tracer that is left behind is made in this call, so what was there before need not be searched.
+        gc.freeze()
         try:
             jax.block_until_ready(jax.tree.leaves(call()))
         except errors as error:
