@@ -121,12 +121,9 @@ def main():
         print(json.dumps({"name": name, "off": difference(solve(jf.kronecker(F)), solve(spread(everywhere)))}))
     wide = jax.eval_shape(lambda: jf.kronecker(jf.exact_fisher(model)(start((SIZE,) * (LAYERS + 1)), jnp.ones((2, SIZE)))))
     for count in (1, 2, 4, 8):
-        view, everywhere = (
-            jf.spread_solves(wide, mesh_of(count), "examples").form,
-            NamedSharding(mesh_of(count), PartitionSpec()),
-        )
+        view, whole = jf.spread_solves(wide, mesh_of(count), "examples").form, NamedSharding(mesh_of(count), PartitionSpec())
         run = jax.jit(lambda form: INVERSES.refreshed(form, jnp.asarray(0.1), LAYERS * [True], ()))
-        place = lambda leaf, where=everywhere: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
+        place = lambda leaf, whole=whole: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)  # noqa: E731
         program = run.lower(jax.tree.map(place, view)).compile()
         text = program.as_text()
         found = {"flops": program.cost_analysis()["flops"], "factored": factored(text), "sent": collectives(text)}

@@ -208,7 +208,7 @@ def makers():
 
 @pytest.mark.parametrize("name", makers())
 def test_padding_is_not_counted(name):
-    """Among the examples of a mean, of a view of it and of what it is merged into; weights of any size count once."""
+    """Among the examples of a mean, whatever the weights of these are; of a batch of padding alone there are none."""
     params, x, y, padded_x, padded_y = classified()
     made = makers()[name]
     alone, padded = (
