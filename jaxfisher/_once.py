@@ -152,8 +152,8 @@ def _reference(of: Any, owners: list[Any]) -> Hashable:
 def readings(of: Any) -> tuple[Hashable, ...]:
     """What a function of the user's reads from outside by name: numbers and strings as they are, all else by identity.
 
-    Functions that it names are looked into as well, those of the libraries aside. What holds such a function and crosses `jit`
-    has these beside it, for a program is found again by both.
+    Functions that it names are looked into as well, those of the libraries aside. A program is found again by the function and
+    by these, and so is that of an object which holds it, by `array_fields`.
     """
     found: list[Hashable] = []
     known: set[int] = set()

@@ -8,6 +8,8 @@ from typing import Any, TypeVar, dataclass_transform
 
 import jax
 
+from jaxfisher._once import Around, readings
+
 T = TypeVar("T")
 
 
@@ -15,7 +17,8 @@ T = TypeVar("T")
 def array_fields(*names: str, repr: bool = True, eq: bool = True) -> Callable[[type[T]], type[T]]:
     """Make a class a frozen dataclass and a pytree: the named fields hold arrays or pytrees of arrays, the others are static.
 
-    A static field is hashable and comparable, so that an object crosses ``jit`` with one trace for all values of its arrays.
+    A static field is hashable and comparable, so that an object crosses ``jit`` with one trace for all values of its arrays. Of
+    a static function that is so until a global or a closed-over variable which it names is bound to something else.
 
     Args:
         *names: the fields that hold arrays.
@@ -45,7 +48,8 @@ def array_fields(*names: str, repr: bool = True, eq: bool = True) -> Callable[[t
         static = [name for name in fields if name not in names]
 
         def flatten(value: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-            return tuple(getattr(value, name) for name in names), tuple(getattr(value, name) for name in static)
+            others = tuple(getattr(value, name) for name in static)
+            return tuple(getattr(value, name) for name in names), (*others, readings(tuple(filter(_is_function, others))))
 
         def flatten_with_keys(value: Any) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
             arrays, others = flatten(value)
@@ -54,7 +58,7 @@ def array_fields(*names: str, repr: bool = True, eq: bool = True) -> Callable[[t
         def unflatten(others: tuple[Any, ...], arrays: Iterable[Any]) -> T:
             # Without `__init__`: inside JAX the arrays may be anything, such as None.
             value = object.__new__(made)
-            for name, held in zip((*names, *static), (*arrays, *others), strict=True):
+            for name, held in zip((*names, *static), (*arrays, *others[:-1]), strict=True):
                 object.__setattr__(value, name, held)
             return value
 
@@ -63,3 +67,7 @@ def array_fields(*names: str, repr: bool = True, eq: bool = True) -> Callable[[t
         return made
 
     return register
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) or isinstance(value, Around)

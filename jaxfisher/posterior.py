@@ -9,7 +9,7 @@ prior of mean zero and precision ``A``, one number or one for each leaf or param
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -23,7 +23,7 @@ from jaxfisher._distributions.marginalised import bound, free, integrated, outpu
 from jaxfisher._examples import Batch, make_batch, map_examples
 from jaxfisher._fisher import FisherFunction, exact_fisher
 from jaxfisher._model import MODEL, LogProb, Model, batch_loss, log_likelihood, of_one_example, predict
-from jaxfisher._once import Static, once, once_for, readings
+from jaxfisher._once import Static, once, once_for
 from jaxfisher._operators.damping import Damping, checked_damping, damped_inverse, entries_of, restricted_damping
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._operators.identity import scaled_identity
@@ -54,7 +54,6 @@ class Posterior:
         log_likelihood: of all the data at ``params``, in nats, a scalar.
         model: ``(params, *inputs) -> distribution`` of ONE example.
         uncertain: a flag for each leaf of the parameters; the others are known.
-        reads: what the model read by name when this was made, which is found out.
     """
 
     params: Any
@@ -64,11 +63,6 @@ class Posterior:
     log_likelihood: Scalar
     model: Model
     uncertain: tuple[bool, ...]
-    reads: tuple[Hashable, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.reads is None:
-            object.__setattr__(self, "reads", readings(self.model))
 
     @property
     def stack(self) -> tuple[int, ...]:

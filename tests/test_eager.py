@@ -298,6 +298,14 @@ def of_scores(batch_size):
     return lambda model: jf.scores(jf.log_likelihood(model), batch_size=batch_size)(0.0, INPUTS, TARGETS).squared_norms()[0]
 
 
+@jf.array_fields("mu")
+class Predicting:
+    mu: jax.Array
+    model: jf.Model
+
+
+information = jax.jit(lambda held: held.model(held.mu, INPUTS[0]).scale ** -2)
+MADE = {}
 INPUTS, TARGETS = jnp.ones((2, 1)), jnp.array([1.0, 2.0])
 WHAT_READS = {
     "exact": lambda model: jf.exact_fisher(model)(0.0, INPUTS).trace(),
@@ -316,6 +324,8 @@ WHAT_READS = {
     "of the KL": lambda model: jf.kl_hessian(model)(0.0, INPUTS).trace(),
     "observed": lambda model: jf.observed_information(jf.log_likelihood(model))(0.0, INPUTS, TARGETS).trace(),
     "a posterior": lambda model: jf.laplace(model, 0.0, INPUTS, TARGETS, prior=1.0).log_evidence(),
+    "held by a class of the user's": lambda model: information(Predicting(jnp.ones(()), model)),
+    "implicit, made before": lambda model: MADE.setdefault(model, jf.implicit_fisher(model)(0.0, INPUTS)).quadratic(1.0),
     "predicted": lambda model: jf.laplace(model, 0.0, INPUTS, TARGETS, prior=1.0).predictive(INPUTS).scale[0],
 }
 

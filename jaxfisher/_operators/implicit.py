@@ -3,7 +3,7 @@ r"""A Fisher that holds only its model and the parameters: ``F v = 1/n sum_i J_i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Scalar
 from jaxfisher._engine import Basis
 from jaxfisher._examples import make_batch, map_examples
 from jaxfisher._model import Model, float_fields, predict, tangent
-from jaxfisher._once import readings
 from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.form import Form, small_matrix
 from jaxfisher._pieces import sum_batches
@@ -39,14 +38,8 @@ class Implicit(Form):
     batch_size: int | None
     keep: tuple[bool, ...]
     spec: ParamSpec
-    reads: tuple[Hashable, ...] | None = None
-    """What the model read by name when this was made."""
 
     name = "implicit, products only"
-
-    def __post_init__(self) -> None:
-        if self.reads is None:
-            object.__setattr__(self, "reads", readings(self.model))
 
     @property
     def stack(self) -> tuple[int, ...]:

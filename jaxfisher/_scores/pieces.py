@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 from jaxfisher._automatic import automatic
 from jaxfisher._engine import Basis, Leaf, Moments, Seal, cross_gram, leaf_forms, trace
 from jaxfisher._examples import num_examples
-from jaxfisher._once import Static, once, readings
+from jaxfisher._once import Static, once
 from jaxfisher._pieces import Pieces, map_batches, pieces, sum_batches
 from jaxfisher._pytree import array_fields
 from jaxfisher._row_functions import Rows
@@ -92,12 +92,6 @@ class StreamedScores(ScoresInPieces, FactoredScores):
     shift: tuple[Any, ...] | None = None
     factors: tuple[Scalar, ...] | None = None
     mass: Scalar | None = None
-    reads: tuple[Hashable, ...] | None = None
-    """What the rows' function read by name when these scores were made."""
-
-    def __post_init__(self) -> None:
-        if self.reads is None:
-            object.__setattr__(self, "reads", readings(self.rows))
 
     @property
     def _num_examples(self) -> int:
