@@ -1,4 +1,4 @@
-"""Levenberg and Marquardt's rule: damping follows how well the loss was predicted, and steps that raise it are not taken."""
+"""Levenberg and Marquardt's rule: damping follows how well the loss was predicted; steps that raise the loss are rejected."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ class AdaptDampingState(NamedTuple):
     """State of `adapt_damping`.
 
     Attributes:
-        inner: the state of the transformation inside, as of the last step that was taken.
+        inner: the state of the inner transformation after the last step that was taken.
         damping: the damping of the next step.
-        ratio: the loss's actual decrease by the last step that was judged over the predicted one; one before the first step.
+        ratio: actual over predicted decrease of the loss, for the last step that was judged; one before the first step.
         accepted: whether the last step was taken.
-        rejected: how many steps in a row were not, int32.
-        recent: the steps that were taken, summed, each times 0.95 for every step since, in the statistics dtype.
-        slope: the sum of the slopes along the recent steps, at the end of each since the damping was last set, in the batch
-            after it.
+        rejected: how many steps in a row were not taken, int32.
+        recent: a decaying sum of the steps that were taken, each times 0.95 for every step since, in the statistics dtype.
+        slope: the slopes of the new batches along ``recent``, summed over the steps since the damping was last set.
     """
 
     inner: Any
@@ -52,42 +51,42 @@ def adapt_damping(
     lower_damping: chex.Numeric = 1e-8,
     upper_damping: chex.Numeric = 1e8,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Run ``inner`` with a damping that rises where the quadratic model promised too much and falls where it can be trusted.
+    r"""Run ``inner`` with a damping that rises when the quadratic model promised too much, and falls when it can be trusted.
 
     .. math:: \rho = \frac{L(\theta) - L(\theta + u)}{-(g^T u + \frac12 u^T F u)}, \qquad
         \lambda \leftarrow \begin{cases} \lambda / c & \rho > \text{upper} \\ c \lambda & \rho < \text{lower} \end{cases}
 
-    with ``c`` the ``factor``. A step after which the loss is not lower, or not finite, is not taken: the updates are zero, the
-    inner state stays as it was, and the damping rises by ``c^2``, and by the square of the last rise where the step before was
-    not taken either, up to ``c^8``. So with a fixed batch the loss never goes up; with minibatches each batch's own loss does
-    not. Where a step makes its own data stale, as in reinforcement learning, that loss says little: chain a `backtrack_kl`
-    inside.
+    with ``c`` the ``factor``. A step after which the loss is not lower, or not finite, is rejected: the updates are zero, the
+    inner state stays as it was, and the damping rises by ``c^2``. If the step before was rejected too, the damping rises by the
+    square of the last rise, up to ``c^8``. So with a fixed batch the loss never goes up, and with minibatches the loss of the
+    batch in hand never does. Where a step makes its own data stale, as in reinforcement learning, that loss says little: chain
+    a `backtrack_kl` inside.
 
-    **Minibatches.** The ratio is that of the batch which the step was computed from, and a small batch is fitted by steps that
-    are far too long for the others. So the steps are also judged by the gradient of the next batch, which is there anyway,
-    along the last twenty or so of them:
+    **Minibatches.** The ratio is measured on the batch from which the step was computed, and a step that fits a small batch can
+    be far too long for the others. So the gradient of the next batch, which is computed anyway, also judges the steps, along
+    the last twenty or so of them:
 
     .. math:: r_t = \beta r_{t-1} + u_t, \quad \beta = 0.95, \qquad g_{t+1}^T r_t > 0 \Rightarrow \lambda \leftarrow c \lambda .
 
-    A positive slope says that the parameters went too far: on the whole these steps go back and forth, or around where they
-    should end, and shorter ones would do better. Then the damping rises, whatever the ratio. The last step alone would say so
-    too early. Where batches are noisy it ends uphill in most of the next ones while a run still goes down fast, and steps so
-    short that it does not make a run slow. One slope is noisy. Its noise averages in the sum, and in the logarithm of the
-    damping, which takes equal steps up and down; the smaller ``c`` is, the longer the average. With a fixed batch a step of a
-    good ratio ends in a slope along itself that is not positive, up to the error of the model. The slope along the recent steps
-    seldom is positive then, and the rule is nearly the classic one.
+    A positive slope says that the parameters went too far: on the whole the recent steps go back and forth, or around their
+    goal, and shorter ones would do better. Then the damping rises, whatever the ratio. The slope along the last step alone
+    would raise it too early: on noisy batches a single step ends uphill in most of the next batches while the run still goes
+    down fast, and steps short enough to avoid that make the run slow. One slope is noisy. The noise averages out in the sum,
+    and in the logarithm of the damping, which takes equal steps up and down; the smaller ``c`` is, the longer the average. With
+    a fixed batch, a step of a good ratio ends where the slope along it is not positive, up to the error of the model. The slope
+    along the recent steps is then seldom positive, and the rule is nearly the classic one.
 
-    **Reach.** A damping above ten times the curvature along the step, ``u^T F u / |u|^2``, only shortens it. So it does not
-    rise above that unless a step was not taken, and from above that it falls by ``c^4``. A decrease that is promised to be less
-    than the rounding of the loss, as after convergence, says nothing: then the damping stays. Wrap the whole chain, learning
-    rate included::
+    **Reach.** A damping above ten times the curvature along the step, ``u^T F u / |u|^2``, only shortens the step. So the
+    damping rises above that only after a rejected step, and from above that it falls by ``c^4``. A promised decrease below the
+    rounding error of the loss, as after convergence, says nothing, and leaves the damping as it is. Wrap the whole chain,
+    learning rate included::
 
         opt = jf.adapt_damping(jf.natural_gradient(learning_rate=1.0), damping=0.1)
         updates, state = opt.update(grads, state, params, fisher=F, value=value, value_fn=lambda new: loss(new, x, y))
 
     Args:
-        inner: a transformation with a `scale_by_fisher` inside, whose own damping is replaced by the state's. It is given the
-            operator itself, which the ratio needs at every update: ``update_every`` saves the view, not the Fisher.
+        inner: a transformation with a `scale_by_fisher` inside, whose damping is replaced by the one in the state. The ratio
+            needs the Fisher at every update, so ``update_every`` saves making the view, not the Fisher.
         damping: the first lambda, above zero.
         factor: ``c > 1``.
         lower_ratio: below this ratio the damping rises.
@@ -98,20 +97,20 @@ def adapt_damping(
     Returns:
         A gradient transformation whose ``update`` takes ``params`` and, by keyword, ``fisher``, ``value_fn`` (parameters to the
         loss) and, if known, ``value``, the loss at ``params``; inside `optax.masked` or `optax.partition` also ``all_params``.
-        There the loss is judged as a function of the part, the others as they are. What comes in must be the gradient itself,
-        and the chain is given it as ``grad``. An update that is given ``due=``, a flag, judges the step only where that is
-        true: else the step is taken if it is finite, and the ratio and the damping stay until the next one is judged, by the
-        sum of the slopes since.
+        There the loss is judged as a function of the given part, with the other parameters fixed. The incoming updates must be
+        the gradient itself, which is passed on to ``inner`` as ``grad``. An update may be given a flag ``due=``. Where it is
+        false the step is not judged: it is taken if it is finite, and the ratio and the damping stay until the next step that
+        is judged, which uses the sum of the slopes since.
 
     Raises:
-        ValueError: numbers that are known to be out of order; where they turn out to be, the damping is NaN, and no step is
-            taken; (at update) ``params``, ``fisher`` or ``value_fn`` is missing.
+        ValueError: the numbers are out of order (if this is only known at run time, the damping is NaN and no step is taken);
+            (at update) ``params``, ``fisher`` or ``value_fn`` is missing.
         TypeError: ``inner`` is no gradient transformation.
 
     Reference: Marquardt (J. SIAM 1963); More, The Levenberg-Marquardt algorithm (1978); Martens (JMLR 2020), section 6.5;
     Nielsen, Damping parameter in Marquardt's method (1999), for rises that grow; Jacobs, Increased rates of convergence through
-    learning rate adaptation (1988), for a gradient held against a decaying sum of what came before it; Wu, Ren, Liao and
-    Grosse, Understanding short-horizon bias in stochastic meta-optimization (ICLR 2018), for what a single step says too early.
+    learning rate adaptation (1988), for comparing a gradient with a decaying sum of earlier ones; Wu, Ren, Liao and Grosse,
+    Understanding short-horizon bias in stochastic meta-optimization (ICLR 2018), for why a single step misleads.
 
     >>> import jax, jax.numpy as jnp, jaxfisher as jf
     >>> model = lambda mu: jf.Normal(mu, 1.0)
@@ -137,15 +136,15 @@ class Rule(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """What is known of a step when the damping is set for the next one.
+    """The measurements of one step that set the damping of the next one.
 
     Attributes:
-        accepted: whether it was taken.
-        rejected: how many in a row were not, with this one.
+        accepted: whether the step was taken.
+        rejected: how many steps in a row were not taken, this one included.
         ratio: the actual decrease over the promised one.
-        clear: whether the promised one is above the rounding of the loss.
+        clear: whether the promised decrease is above the rounding error of the loss.
         beyond: whether the damping is above its reach.
-        overshot: whether the recent steps went too far in the eyes of the batches since the damping was last set.
+        overshot: whether the batches since the damping was last set slope uphill along the recent steps.
     """
 
     accepted: Bool[Array, ""]
@@ -157,32 +156,32 @@ class Evidence(NamedTuple):
 
 
 REACH = 10.0
-"""The damping's reach, in curvatures along the step."""
+"""The damping's reach, in units of the curvature along the step."""
 MEMORY = 0.95
-"""What is left of a step among the recent ones after one more: about twenty of them count, as in the mean of the factors."""
+"""The decay per step of the sum of recent steps: about twenty of them count, as in the running mean of the factors."""
 
 
 def next_damping(damping: Scalar, seen: Evidence, rule: Rule) -> Scalar:
-    """The damping of the next step."""
+    """The damping of the next step, by the rule of `adapt_damping`."""
     c, low, high, floor, ceiling = (jnp.asarray(x, jnp.float32) for x in rule)
-    # A step that is not taken after one that was not raises it by the square of the last rise.
+    # Each further rejection in a row squares the rise.
     after_rejection = c ** jnp.minimum(jnp.exp2(seen.rejected.astype(jnp.float32)), 8)
     change = jnp.where(seen.ratio > high, jnp.where(seen.beyond, c**-4, 1 / c), 1)
     change = jnp.where(seen.overshot | (seen.ratio < low), jnp.where(seen.beyond, 1, c), change)
     change = jnp.where(seen.clear, jnp.where(seen.accepted, change, after_rejection), 1)
-    # What is only known at run time to be out of order adapts nothing.
+    # Numbers that turn out at run time to be out of order give NaN.
     ordered = (c > 1) & (low < high) & (floor > 0) & (floor <= ceiling)
     return jnp.where(ordered, jnp.clip(damping * change, floor, ceiling), jnp.nan)
 
 
 class NextDamping(Protocol):
-    """How the damping of the next step follows from that of the last one, what was seen of it, and its curvature."""
+    """From the damping of a step, the `Evidence` on it and its curvature to the damping of the next step."""
 
     def __call__(self, damping: Scalar, seen: Evidence, operator: Operator, /) -> Scalar: ...
 
 
 def by_steps(damping: chex.Numeric, rule: Rule) -> NextDamping:
-    """`next_damping` by these numbers, after checking them."""
+    """`next_damping` with these numbers, after checking them."""
     factor, lower_ratio, upper_ratio, lower_damping, upper_damping = rule
     for name, value in (("damping", damping), ("lower_damping", lower_damping), ("upper_damping", upper_damping)):
         check_nonnegative(name, value)
@@ -199,7 +198,7 @@ def promised(operator: Operator, g: Any, u: Any, after: Any) -> Scalar:
 
 
 def chosen(accepted: Bool[Array, ""], after: Any, before: Any) -> Any:
-    """All as it was, where the step is not taken."""
+    """The inner state after the step if it was taken, else the one before."""
     return either(accepted, lambda: after, lambda: before)
 
 
@@ -210,9 +209,14 @@ def adapting(
     decrease: Callable[[Operator, Any, Any, Any], Scalar],
     kept: Callable[[Bool[Array, ""], Any, Any], Any],
 ) -> optax.GradientTransformationExtraArgs:
-    """`adapt_damping`, the damping by ``follow``, by what ``decrease(operator, gradient, step, state after it)`` promised.
+    """The transformation behind `adapt_damping`, `levenberg_marquardt` and `kfac`.
 
-    ``kept(accepted, after, before)`` is the inner state after a step that may not be taken.
+    Args:
+        inner: the transformation that makes the step.
+        damping: the first damping.
+        follow: gives the damping of the next step.
+        decrease: ``(operator, gradient, step, inner state after it)`` to the promised decrease of the loss.
+        kept: ``(accepted, after, before)`` to the inner state that is kept.
     """
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(f"adapt_damping: `inner` is {described(inner)}; expected a gradient transformation, such as a chain.")
@@ -247,10 +251,11 @@ def adapting(
         check_state(state, AdaptDampingState, "adapt_damping")
         loss = function_for("value_fn", value_fn, "from parameters to the loss", "adapt_damping", whole)
         start = value_for(value, loss, params, "adapt_damping")
-        # The operator is needed here at every update, and need not be made again by each transformation inside.
+        # This function needs the operator at every update; share it, so that the inner transformations do not make it again.
         shared = Shared(fisher) if callable(fisher) and not isinstance(fisher, Operator) else fisher
         operator = fisher_for(updates, shared, "adapt_damping")
-        # The gradient is what comes in: under `optax.MultiSteps` that is a mean, and a gradient given by keyword is not.
+        # Pass on the incoming updates as the gradient: under `optax.MultiSteps` they are the mean over mini-steps, while a
+        # `grad` given by keyword is that of the last mini-step.
         given = extra_args | {
             "grad": updates,
             "fisher": shared,
@@ -260,7 +265,7 @@ def adapting(
             "due": due,
         }
         step, after = chain.update(updates, state.inner, params, **given)
-        # The quadratic model is of a step as it was before a `geodesic_acceleration` bent it.
+        # The quadratic model describes the step before `geodesic_acceleration` bent it.
         straight = optax.tree.get(after, "straight")
         g, u = operator.spec.vector(updates), operator.spec.vector(step) if straight is None else straight
         product = between(g, u, state.recent)
@@ -269,16 +274,16 @@ def adapting(
         def judged() -> tuple[Scalar, Bool[Array, ""], Bool[Array, ""], Bool[Array, ""]]:
             predicted = decrease(operator, g, u, after)
             actual = (start - loss(optax.apply_updates(params, step))).astype(operator.spec.dtype)
-            # Where nothing was promised, nothing was broken.
+            # Without a promised decrease the ratio is zero; the inner `where` avoids a division by zero.
             ratio = jnp.where(predicted > 0, actual / jnp.where(predicted > 0, predicted, 1), 0).astype(jnp.float32)
             beyond = state.damping.astype(predicted.dtype) * length > REACH * -2 * (product(0, 1) + predicted)
-            # Losses are in nats, and a small one is a difference of larger numbers.
+            # Losses are in nats. A small loss is a difference of larger numbers, so the rounding error is at least that of one.
             rounding = 8 * jnp.finfo(predicted.dtype).eps * jnp.maximum(jnp.abs(start).astype(predicted.dtype), 1)
-            # The negation is true of a NaN, which rounding does not explain; and comparisons with one are false.
+            # A NaN counts as clear (the negation is true), since rounding does not explain it, and is not accepted.
             return ratio, beyond, ~(jnp.abs(predicted) <= rounding), actual > 0
 
         def unjudged() -> tuple[Scalar, Bool[Array, ""], Bool[Array, ""], Bool[Array, ""]]:
-            # There is nothing to say of it but that a step that is not finite is not taken.
+            # A step that is not judged is only checked for being finite.
             finite = jnp.isfinite(length)
             return state.ratio, jnp.zeros_like(finite), jnp.ones_like(finite), finite
 
@@ -293,11 +298,12 @@ def adapting(
             overshot=slope > 0,
         )
         judging = jnp.asarray(due) | ~accepted
-        # A choice number by number is part of the sum with the parameters; branches would hand all of them on.
+        # An elementwise choice fuses into the sum with the parameters; a branch would copy the whole step.
         taken = jax.tree.map(lambda leaf: jnp.where(accepted, leaf, 0), step)
         return taken, AdaptDampingState(
             kept(accepted, after, state.inner),
-            # Moved by slopes in between it would rise and not fall: the text of `benchmarks/tasks.py` stalled so.
+            # Set the damping only when a step is judged. Set by the slopes in between, it would only ever rise: that made the
+            # text task of `benchmarks/tasks.py` stall.
             jnp.where(judging, follow(state.damping, seen, operator), state.damping),
             ratio,
             accepted,
@@ -317,7 +323,7 @@ def _check_order(
     lower_damping: chex.Numeric,
     upper_damping: chex.Numeric,
 ) -> None:
-    """Raise `ValueError` where numbers that are known are out of order."""
+    """Raise `ValueError` if numbers that are known at trace time are out of order."""
     strictly = (1, factor), (lower_ratio, upper_ratio), (0, lower_damping)
     at_most = (lower_damping, damping), (damping, upper_damping), (lower_damping, upper_damping)
     known = lambda pair: all(map(is_known, pair))  # noqa: E731

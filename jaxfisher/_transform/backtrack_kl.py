@@ -1,4 +1,4 @@
-"""The trust region on the actual divergence: a step is halved until the predictions stay near and the loss goes down."""
+"""The trust region on the actual divergence: halve a step until the predictions stay near and the loss goes down."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from jaxfisher._values import check_nonnegative
 
 
 class BacktrackKLState(NamedTuple):
-    """State of `backtrack_kl`; to read, not to write.
+    """State of `backtrack_kl`. It is only a report: no update depends on it.
 
     Attributes:
         halvings: how often the last step was halved.
-        accepted: whether any length of it was taken; where not, the parameters stay.
-        moved: the KL divergence of the step taken, in nats per example; zero where none was.
+        accepted: whether the step was taken at any length; if not, the parameters stay as they are.
+        moved: the KL divergence of the step taken, in nats per example; zero if none was.
     """
 
     halvings: Int[Array, ""]
@@ -38,8 +38,9 @@ def backtrack_kl(radius: chex.Numeric, max_halvings: chex.Numeric = 10) -> optax
     .. math:: u \leftarrow 2^{-k} u \quad \text{with the least } k \le K \text{ such that } KL(\theta \| \theta + 2^{-k} u)
         \le \text{radius}, \quad L(\theta + 2^{-k} u) < L(\theta); \qquad u \leftarrow 0 \text{ if there is none}.
 
-    Where `scale_to_kl` trusts the quadratic form this looks at the divergence itself, as trust-region policy optimisation does.
-    Place it last: what comes in is the step as it would be applied, learning rate and sign included::
+    Where `scale_to_kl` trusts the quadratic form, this transformation evaluates the divergence itself, as trust-region policy
+    optimisation does. Place it last, so that the incoming step is the one that would be applied, learning rate and sign
+    included::
 
         opt = optax.chain(jf.natural_gradient(1.0, damping=1e-3, radius=0.01), jf.backtrack_kl(0.01))
         updates, state = opt.update(grads, state, params, fisher=F, value=value,
@@ -52,8 +53,8 @@ def backtrack_kl(radius: chex.Numeric, max_halvings: chex.Numeric = 10) -> optax
     Returns:
         A gradient transformation whose ``update`` takes ``params`` and, by keyword, ``value_fn`` (parameters to the loss),
         ``kl_fn`` (new parameters to the mean KL divergence from the old) and, if known, ``value``, the loss at ``params``;
-        inside `optax.masked` or `optax.partition` also ``all_params``, since both are functions of all parameters. A step, loss
-        or divergence that is not finite is never taken.
+        inside `optax.masked` or `optax.partition` also ``all_params``, since both functions take all parameters. A step that is
+        not finite, or leads to a loss or divergence that is not finite, is never taken.
 
     Raises:
         ValueError: a negative radius; (at update) ``params``, ``value_fn`` or ``kl_fn`` is missing.
@@ -99,7 +100,7 @@ def backtrack_kl(radius: chex.Numeric, max_halvings: chex.Numeric = 10) -> optax
         def tried(halvings: Int[Array, ""]) -> tuple[Array, Bool[Array, ""], Scalar]:
             new = optax.apply_updates(params, at_length(halvings))
             moved = divergence(new)
-            # Comparisons with a NaN are false: it is not taken.
+            # Comparisons with a NaN are false, so such a step is not taken.
             return halvings, (moved <= radius) & (loss(new) < start), moved.astype(jnp.float32)
 
         end = repeat(lambda at: ~at[1] & (at[0] < max_halvings), lambda at: tried(at[0] + 1), tried(jnp.zeros((), jnp.int32)))

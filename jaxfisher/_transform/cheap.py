@@ -1,4 +1,4 @@
-"""The Fisher of a step whose user asked for none in particular: exact products, and views as cheap as they come."""
+"""The curvature of a training step that was given no Fisher: products with the exact one, and the cheapest factors."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from jaxfisher._row_functions import ExactRows, prediction
 from jaxfisher._transform.turns import forward_cost
 
 FEW_ROWS = 2
-"""The most rows of an example at which the exact Fisher's factors cost about what drawn ones do.
+"""The most rows an example may have for the exact Fisher's factors to cost about as much as those of a drawn target.
 
-In forward passes, a row of the exact Fisher takes two for its factors and two for their moments. One drawn target takes these
-and the pass that gives the distribution it is drawn from, so that it is never the cheaper of the two where there is one row.
+A row of the exact Fisher takes two forward passes for its factors and two for their moments. A drawn target takes the same and
+one more pass for the distribution that it is drawn from. So with one row the exact factors are never dearer.
 """
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cheap:
-    """The curvature of a batch in parts, each made when it is asked for.
+    """The curvature of a batch in parts, each made only when the optimiser asks for it.
 
     Attributes:
         model: ``(params, *inputs) -> distribution`` of ONE example.
-        params: where the curvature is taken.
-        inputs: of the batch.
-        keywords: the weights, where there are some.
+        params: the parameters at which the curvature is taken.
+        inputs: the inputs of the batch.
+        keywords: the weights, if there are any.
     """
 
     model: Model
@@ -48,7 +48,7 @@ class Cheap:
         return implicit_fisher(self.model)(self.params, *self.inputs, **self.keywords)
 
     def factors(self, seed: Any, count: Int[Array, ""]) -> Operator:
-        """What views are taken of: the exact Fisher where outputs are few, else one target drawn for each example."""
+        """The Fisher that views are taken of: the exact one for few outputs, else that of one drawn target per example."""
         known = prediction(self.model, self.params, self.inputs)
         if _rows(self.model, known.moving, self.params, self.inputs) <= FEW_ROWS:
             return exact_fisher(self.model)(self.params, *self.inputs, **self.keywords)
@@ -66,8 +66,8 @@ class Offered:
     """The curvature that a training step offers, as a function of no arguments.
 
     Attributes:
-        usual: the Fisher that was asked for, or else the exact one.
-        cheap: a cheaper one, for an optimiser that takes it; None where one was asked for.
+        usual: makes the Fisher that the user gave, or else the exact one.
+        cheap: a cheaper curvature for optimisers that can use it; None if the user gave a Fisher.
     """
 
     usual: Callable[[], Operator]
@@ -78,6 +78,6 @@ class Offered:
 
 
 def _rows(model: Model, moving: tuple[bool, ...], params: chex.ArrayTree, inputs: tuple[Any, ...]) -> int:
-    """How many rows one example has in the exact Fisher."""
+    """The number of rows of one example in the exact Fisher."""
     rows = ExactRows(model, moving)
     return jax.eval_shape(rows.seeds, params, *shape_of_one(inputs)).shape[0]

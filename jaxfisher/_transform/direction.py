@@ -1,4 +1,4 @@
-"""The direction of `jaxfisher.kfac`: a running mean of a view, and what it is solved with, each made anew in its turn."""
+"""The direction of `jaxfisher.kfac`: a running mean of a view, and inverses of it, each recomputed when it is due."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from jaxfisher._tree import cast_like, dot
 from jaxfisher._values import fraction
 
 ByDamping = Callable[[Any], tuple[Any, Scalar]]
-"""From a direction to ``(K + gamma I)^-1 d``, and what its derivative by the logarithm of its damping is of that: -gamma."""
+"""From a direction d to ``(K + gamma I)^-1 d`` and to the factor, -gamma, that makes it d's derivative by log gamma."""
 
 
 class Direction(NamedTuple):
-    """A direction, with what would change it.
+    """A direction, and how it changes with its damping.
 
     Attributes:
         d: ``(K + gamma I)^-1 g``.
-        by_damping: how it changes with gamma.
-        state: for the next one.
+        by_damping: how ``d`` changes with gamma.
+        state: the state for the next direction.
     """
 
     d: Any
@@ -59,19 +59,22 @@ class Settings(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether the view is held from one step to the next; what has no running mean is made at every step, unless asked."""
+        """Whether the view is kept from one step to the next.
+
+        Without a running mean it is rebuilt at every step, unless the caller sets ``update_every``.
+        """
         return self.decay is not None or self.update_every is not None
 
     @property
     def asked(self) -> chex.Numeric | None:
-        """The period that was asked for, if any; an array under `optax.inject_hyperparams`, where every number is one."""
+        """The period that the caller set, if any; under `optax.inject_hyperparams` an array, as every number is there."""
         if self.update_every is None or isinstance(self.update_every, int):
             return self.update_every
         return jnp.asarray(self.update_every).astype(jnp.int32)
 
     @property
     def check_every(self) -> chex.Numeric:
-        """Every how many steps the length and the damping are found anew."""
+        """The number of steps after which the length and the damping are recomputed."""
         if self.asked is None:
             return CHECK if self.holds else 1
         return min(self.asked, CHECK) if isinstance(self.asked, int) else jnp.minimum(self.asked, CHECK)
@@ -101,20 +104,27 @@ def direction(
     factors: Callable[[], Operator] | None = None,
     forward: float | None = None,
 ) -> Direction:
-    """``(K + gamma I)^-1 g``, K a running mean of views, gamma a share of its mean eigenvalue.
+    """``(K + gamma I)^-1 g``, with K a running mean of views and gamma a share of its mean eigenvalue.
 
-    ``factors`` makes what views are taken of, where that is not ``fisher``; ``forward`` is the cost of the model, and
-    ``damping`` that of the length.
+    Args:
+        settings: the arguments of `jaxfisher.kfac`.
+        updates: the gradient g.
+        state: the state that the last direction left.
+        share: gamma in units of the mean eigenvalue of K.
+        damping: lambda, the damping of the length.
+        fisher: the curvature of the batch.
+        factors: makes the Fisher that views are taken of, if that is not ``fisher``.
+        forward: the operations of a forward pass, where they are known.
     """
     check_state(state, ScaleByFisherState, "kfac")
-    # In the branch where it is due, and not before: what is computed outside is computed at every step.
+    # Build the factors inside the branch that needs them: anything computed outside it would run at every step.
     source = factors or (fisher.anew if isinstance(fisher, Shared) and settings.holds else fisher)
 
     def fresh() -> Operator:
         return _viewed(settings.view, fisher_for(updates, source, "kfac"))
 
     def gamma_of(operator: Operator) -> Scalar:
-        # Where K is zero, a share of the other damping that is of no account elsewhere.
+        # A floor for K = 0: a share of lambda so small that it makes no difference otherwise.
         least = jnp.finfo(operator.spec.dtype).eps * jnp.asarray(damping, operator.spec.dtype)
         return jnp.maximum(relative_damping(operator, share), least)
 
@@ -128,7 +138,7 @@ def direction(
     after = ScaleByFisherState(optax.safe_increment(state.count), mean, held, (), info)
 
     def by_damping(d: Any) -> tuple[Any, Scalar]:
-        # Of inverses that are held a product, without the report.
+        # With held inverses one product is enough, without a report.
         inverted = isinstance(operator.form, InvertedBlocks)
         return operator.mv(d) if inverted else _lightly(settings.solver, operator, d, gamma)[0], -gamma
 
@@ -146,9 +156,9 @@ def _in_turn(
     forward: float | None,
     gamma_of: Callable[[Operator], Scalar],
 ) -> tuple[Operator, Scalar, Any, Any]:
-    """What is solved with, its damping, the running mean, and what is held: of each what is due made anew."""
-    # The structure is found without running anything, so that steps at which nothing is due do not pay for it. Inside `jit`
-    # what was traced for it is what runs where it is due.
+    """The operator to solve with, its damping, the running mean and the held inverses; only what is due is recomputed."""
+    # Find the structure by abstract evaluation, so that steps at which nothing is due do not pay for it. Inside `jit` the
+    # program traced here is reused in the branch that runs it.
     fresh = jax.jit(fresh, inline=True) if isinstance(state.count, jax.core.Tracer) else fresh
     shape = jax.eval_shape(fresh)
     template = shape.form if settings.decay is None else averaged(shape, "kfac")
@@ -162,7 +172,7 @@ def _in_turn(
         if settings.decay is None:
             return new
         beta = fraction("decay", settings.decay, shape.spec.dtype)
-        # The newest has the weight that it has in a debiased mean of all so far, so the mean stays debiased.
+        # The newest view gets its weight in a debiased mean of all views so far, so the mean stays debiased.
         share = (1 - beta) / (1 - beta ** (turns.before() + 1).astype(beta.dtype))
         moved: Any = _moved(mean, new, operator.trace(), share)
         return moved
@@ -173,7 +183,7 @@ def _in_turn(
     operator = Operator(form, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape.provenance))
     gamma = gamma_of(operator)
     own = phases(holding.layers(form), every)
-    # Layers of one turn have one flag, by which what is made apart is made together.
+    # Layers of one turn share one flag object: `Holding.refreshed` groups them by it, so that one branch recomputes them all.
     known = {phase: turns.due(phase) for phase in own} if isinstance(every, int) else {}
     flags = [known[phase] if known else turns.due(phase) for phase in own]
     held = tuple(holding.refreshed(form, gamma, flags, state.in_use))
@@ -182,33 +192,33 @@ def _in_turn(
 
 @once
 def _moved(mean: Any, new: Any, trace: Scalar, share: Scalar) -> Any:
-    """The running mean, with this share of the newest.
+    """The running mean, moved by this share towards the newest view.
 
-    Array by array: in one vector, those that devices share would be whole on each of them.
+    The arrays are averaged one by one: concatenated into one vector, sharded arrays would be replicated on every device.
     """
-    # A batch with a NaN in it is no reason to lose all that came before.
+    # Skip a batch with a NaN in it, which would wipe out the whole mean.
     finite = jnp.isfinite(trace)
     return jax.tree.map(lambda a, b: a + share * (jax.lax.select(finite, b, a) - a), mean, new)
 
 
 def _holding(solver: Solver | None, form: Form) -> Holding:
-    """What is held for a solver: a solver of the user's is given the view itself."""
+    """What is kept between steps for a solver: inverses, eigenvectors, or nothing for a solver of the user's own."""
     if solver is not None and solver is not factored_solve:
         return NOTHING
     return INVERSES if solver is factored_solve and is_invertible(form) else EIGENVECTORS
 
 
 def _lightly(solver: Solver | None, fisher: Operator, v: Any, gamma: Scalar) -> tuple[Any, SolveInfo]:
-    """The direction, and a report whose residual is left out: to compute it takes as long, and the loss judges the step."""
+    """The direction and a report without a residual, which would cost as much again; the loss judges the step anyway."""
     if isinstance(fisher.form, InvertedBlocks):
         x = fisher.mv(v)
-        # A number that is not finite makes the sum so.
+        # One number that is not finite makes the whole sum not finite.
         finite = jnp.isfinite(dot(x, x))
         nothing, size = jnp.zeros((), fisher.spec.dtype), jnp.asarray(fisher.size, jnp.int32)
         no = jnp.zeros_like(finite)
         return x, SolveInfo(nothing, jnp.zeros((), jnp.int32), finite, finite, size, no, no)
     usual = solver is None or solver is factored_solve
-    # Not every view has factors to damp, and what is solved for exactly needs none.
+    # A view without factors to damp is solved exactly.
     by = None if solver is factored_solve and not has_factors(fisher.form) else solver
     x, info = solve(fisher, v, gamma, by)
     if usual:

@@ -1,4 +1,4 @@
-"""Geodesic acceleration: the second-order term of the path that a damped step is the first-order term of."""
+"""Geodesic acceleration: the second-order term of a path of which the damped step is the first-order term."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class GeodesicAccelerationState(NamedTuple):
     """State of `geodesic_acceleration`.
 
     Attributes:
-        straight: the last step before it was bent, in the statistics dtype: what the quadratic model of the loss is of.
+        straight: the last step before it was bent, in the statistics dtype. The quadratic model of the loss describes this one.
     """
 
     straight: Any
 
 
 ACCELERATION = "direction -> pytree like it, such as lambda d: jf.acceleration(model)(params, d, x)"
-"""What the keyword is, as messages show it."""
+"""The expected ``acceleration_fn``, as messages show it."""
 
 
 def geodesic_acceleration(
@@ -47,16 +47,17 @@ def geodesic_acceleration(
     .. math:: u \leftarrow u - \tfrac12 (F + \lambda I)^{-1} J^T M\, \frac{d^2 z(\theta + t u)}{dt^2}\Big|_{t = 0},
 
     where z are the outputs of the model, J their Jacobian and M the loss's Hessian in them, so that ``F = J^T M J``. A damped
-    step moves the outputs where they should go only to first order. In a long curved valley, as of physics-informed residuals
-    and of sums of exponentials, that makes steps short; with the second-order term they can be longer by orders of magnitude.
-    It takes one more solve and about three evaluations of the model. Place it behind the learning rate of one::
+    step moves the outputs to where they should go only to first order. In a long curved valley, as in fits of physics-informed
+    residuals and of sums of exponentials, that keeps steps short; with the second-order term they can be longer by orders of
+    magnitude. The term takes one more solve and about three evaluations of the model. Place the transformation behind a
+    learning rate of one::
 
         optax.chain(jf.scale_by_fisher(), optax.scale_by_learning_rate(1.0), jf.geodesic_acceleration())
 
-    The term is left out where it is not small, ``2 |a| > max_ratio |u|``: there the expansion says nothing.
+    The subtracted term a is left out if it is not small, ``2 |a| > max_ratio |u|``: there the expansion says nothing.
 
     Args:
-        damping: ``>= 0``, in the units of F, that of the step; None where each update is given one, as by
+        damping: the damping of the step, ``>= 0``, in the units of F. None if every update is given one, as by
             `jaxfisher.levenberg_marquardt` and `jaxfisher.adapt_damping`.
         max_ratio: the largest ratio, above zero.
         solver: as in `jaxfisher.solve`; None for the exact route.
@@ -64,12 +65,12 @@ def geodesic_acceleration(
     Returns:
         A gradient transformation whose ``update`` takes ``fisher=`` and ``acceleration_fn=``, a function from a step
         to :math:`J^T M z''` along it, such as ``lambda d: jf.acceleration(model)(params, d, x)``, or a sum of such functions
-        where F is a sum. `levenberg_marquardt` and `adapt_damping` judge a step by the model of it before it was bent, which
+        where F is a sum. `levenberg_marquardt` and `adapt_damping` predict the decrease from the step before it was bent, which
         the state holds.
 
     Raises:
         ValueError: a negative damping or ratio; (at update) ``fisher`` or ``acceleration_fn`` is missing.
-        TypeError: (at update) ``acceleration_fn`` is no function, or returns no vector like the updates.
+        TypeError: (at update) ``acceleration_fn`` is no function, or does not return a pytree like the updates.
 
     Reference: Transtrum and Sethna, Improvements to the Levenberg-Marquardt algorithm for nonlinear least-squares minimization
     (arXiv 1201.5885), equations 9 to 15.
@@ -114,7 +115,7 @@ def geodesic_acceleration(
         pulled = operator.spec.vector(acceleration_fn(updates), "acceleration_fn(updates)")
         bend, _ = training_solve(operator, pulled, strength, solver)
         step = operator.spec.vector(updates)
-        # Half of the solution is subtracted, and twice that is what is compared. A NaN is not small.
+        # `bend` is 2a, since half of it is subtracted. A NaN compares false, so it is not small.
         small = dot(bend, bend) <= nonnegative("max_ratio", max_ratio, operator.spec.dtype) ** 2 * dot(step, step)
         bent = jax.tree.map(lambda u, a: jnp.where(small, u - 0.5 * a, u), step, bend)
         return cast_like(bent, updates), GeodesicAccelerationState(step)

@@ -1,4 +1,4 @@
-"""The damping of a deterministic problem, whose loss is that of the same data at every step: Nielsen's rule."""
+"""Nielsen's rule for the damping of a deterministic problem, whose loss is of the same data at every step."""
 
 from __future__ import annotations
 
@@ -23,20 +23,19 @@ def levenberg_marquardt(
         \lambda \leftarrow \begin{cases} \lambda \max\left(\frac13,\, 1 - (2\rho - 1)^3\right) & \text{the loss is lower} \\
         2^k \lambda & \text{else, the } k\text{th time in a row} \end{cases}
 
-    A step after which the loss is not lower, or not finite, is not taken: the updates are zero and the inner state stays as it
-    was. The change of the damping is a smooth function of the ratio, so that the damping settles where steps are just good
-    enough, and falls by up to 3 a step where residuals go to zero: near such a solution the damping must go there too, or
-    convergence is slow. Its floor is the rounding of F, ``eps tr F``, below which a damping is not felt; its ceiling is
-    ``tr F / eps``.
+    A step after which the loss is not lower, or not finite, is rejected: the updates are zero and the inner state stays as it
+    was. The damping is a smooth function of the ratio, so it settles where steps are just good enough. It falls by a factor of
+    up to 3 a step where residuals go to zero: near such a solution the damping must go to zero too, or convergence is slow. Its
+    floor is the rounding error of F, ``eps tr F``, below which a damping has no effect; its ceiling is ``tr F / eps``.
 
-    It is for least squares, physics-informed residuals, fits to all of the data. With minibatches a loss says little of the
-    others: use `jaxfisher.adapt_damping`.
+    Use this rule for least squares, physics-informed residuals, and fits to all of the data. With minibatches the loss of one
+    batch says little about the others: use `jaxfisher.adapt_damping`.
 
     Args:
-        inner: a transformation with a `scale_by_fisher` inside, whose own damping is replaced by the state's. None stands for a
-            whole step that is bent, as long curved valleys want it: ``optax.chain(jf.scale_by_fisher(),
-            optax.scale_by_learning_rate(1.0), jf.geodesic_acceleration())``, whose ``update`` takes ``acceleration_fn=``
-            besides; `jaxfisher.training_step` has it.
+        inner: a transformation with a `scale_by_fisher` inside, whose damping is replaced by the one in the state. None stands
+            for a full step that is bent, which suits long curved valleys: ``optax.chain(jf.scale_by_fisher(),
+            optax.scale_by_learning_rate(1.0), jf.geodesic_acceleration())``. Its ``update`` also takes ``acceleration_fn=``,
+            which `jaxfisher.training_step` passes.
         damping: the first lambda, above zero, in the units of F.
 
     Returns:
@@ -77,10 +76,10 @@ def _bent() -> optax.GradientTransformationExtraArgs:
 
 
 def nielsen(damping: Scalar, seen: Evidence, operator: Operator) -> Scalar:
-    """The damping of the next step."""
+    """The damping of the next step, by the rule of `levenberg_marquardt`."""
     smooth = jnp.maximum(1 / 3, 1 - (2 * seen.ratio - 1) ** 3)
     change = jnp.where(seen.accepted, smooth, jnp.exp2(seen.rejected.astype(jnp.float32)))
     trace = operator.trace()
-    # Below the floor a damping is not felt beside F, and above the ceiling F is not felt beside it.
+    # Below the floor the damping is lost in the rounding error of F; above the ceiling F is lost in that of the damping.
     eps, size = float(jnp.finfo(trace.dtype).eps), trace.astype(jnp.float32)
     return jnp.clip(damping * change, eps * size, size / eps)

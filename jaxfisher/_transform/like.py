@@ -1,4 +1,4 @@
-"""What the Fishers of later updates will look like: the shapes that a state is made for."""
+"""The shapes that a state is made for: those of the Fishers that later updates will be given."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from jaxfisher._transform.update_arguments import fisher_for
 from jaxfisher._tree import param_spec
 
 Like: TypeAlias = Operator | Callable[[], Operator]
-"""An operator, one without values such as `jax.eval_shape` gives, or a function that makes one and is never run."""
+"""An operator, its `jax.eval_shape`, or a function that makes one and is never run."""
 
 _known: contextvars.ContextVar[Callable[[], Operator] | None] = contextvars.ContextVar("like", default=None)
 
 
 @contextlib.contextmanager
 def fishers_like(shape: Callable[[], Operator]) -> Iterator[None]:
-    """While states are made, transformations that were given no ``like`` take what this gives: an operator without values.
+    """A context in which ``init`` takes the shapes of Fishers from ``shape`` if a transformation was given no ``like``.
 
-    The combinators of Optax hand the parameters to `init` and nothing else, so this goes beside them.
+    ``shape`` returns an operator without values. Optax's combinators pass only the parameters to ``init``, so the shapes travel
+    in a context variable.
     """
     token = _known.set(shape)
     try:
@@ -36,14 +37,14 @@ def fishers_like(shape: Callable[[], Operator]) -> Iterator[None]:
 
 
 def shape_of_view(params: chex.ArrayTree, like: Like | None, view: Callable[[Operator], Operator]) -> Operator:
-    """The view of an operator over these parameters, its arrays without values.
+    """The view of an operator over these parameters, without values.
 
-    Where nothing is known of the operator, the view must be one whose shape depends on the parameters only.
+    If nothing is known of the operator, the shape of the view must depend on the parameters only.
     """
     operator = _shape(params, like)
 
     def viewed(operator: Operator) -> Operator:
-        # Optax calls `init` with a pytree without leaves, to find where a state holds parameters.
+        # Optax calls `init` with an empty pytree to find out where a state holds parameters.
         return view(fisher_for(params, operator, CALLER) if jax.tree.leaves(params) else operator)
 
     try:
@@ -51,8 +52,8 @@ def shape_of_view(params: chex.ArrayTree, like: Like | None, view: Callable[[Ope
     except TypeError as error:
         if like is None and _known.get() is None:
             error.add_note(
-                "scale_by_fisher: the view of a Fisher held otherwise has its shape from `like`. Pass it, or make the state by "
-                "jf.training_step(model, opt).init(params, *inputs, target), which finds it."
+                "scale_by_fisher: the shape of this view depends on how the Fisher is held. Pass `like`, or make the state by "
+                "jf.training_step(model, opt).init(params, *inputs, target), which finds the shape."
             )
         raise
 
@@ -61,7 +62,7 @@ CALLER = "scale_by_fisher: `like`"
 
 
 def _shape(params: chex.ArrayTree, like: Like | None) -> Operator:
-    """An operator like those to come, without values if it is made here."""
+    """An operator like those of later updates; without values, unless the user gave an operator with values."""
     known = _known.get()
     if isinstance(like, Operator):
         return like

@@ -1,4 +1,4 @@
-"""The ready-made chain."""
+"""Natural-gradient descent as a ready-made chain of transformations."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def natural_gradient(
     .. math:: \theta \leftarrow \theta - \alpha\, (F + \lambda I)^{-1} \nabla L.
 
     It is ``chain(scale_by_fisher(damping, view=view, ...), scale_by_learning_rate(learning_rate), scale_to_kl(radius))``, the
-    last only with a ``radius``. Give ``update`` the gradient of the *mean* negative log-likelihood
-    and the Fisher, a mean as well.
+    last only with a ``radius``. Give ``update`` the gradient of the *mean* negative log-likelihood, and the Fisher, which is a
+    mean as well.
 
     Args:
-        learning_rate: alpha, a number or a schedule. One is Fisher scoring.
+        learning_rate: alpha, a number or a schedule. A rate of one is Fisher scoring.
         damping: lambda ``>= 0``, absolute, a number or a schedule; None inside `adapt_damping`, which gives one to each update.
-        view: as in `scale_by_fisher`, and so are ``solver``, ``decay``, ``update_every`` and ``like``.
-        solver: see ``view``.
-        decay: see ``view``.
-        update_every: see ``view``.
-        like: see ``view``.
+        view: as in `scale_by_fisher`.
+        solver: as in `scale_by_fisher`.
+        decay: as in `scale_by_fisher`.
+        update_every: as in `scale_by_fisher`.
+        like: as in `scale_by_fisher`.
         radius: as in `scale_to_kl`, in nats per example; None for no trust region.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a training step makes smaller, as a function of the parameters: the model's own likelihood, or a loss of the user's."""
+"""The objective of a training step as a function of the parameters: the model's likelihood, or a loss of the user's own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxfisher._tree import as_key, param_spec
 from jaxfisher._values import described, is_array
 
 Evaluate: TypeAlias = Callable[[chex.ArrayTree], tuple[Scalar, Any]]
-"""From parameters to the objective and what comes along with it."""
+"""From parameters to the objective and the auxiliary output, which is empty without ``has_aux``."""
 
 Objective: TypeAlias = Callable[[chex.ArrayTree, "StepData"], Evaluate]
 """From the parameters, and the data of one step, to the objective as a function of the parameters."""
@@ -31,9 +31,9 @@ class StepData:
     """The data of one step.
 
     Attributes:
-        inputs: what the model takes after the parameters, the keys of the examples last where a key was given.
+        inputs: the inputs of the model; last, if a key was given, the keys of the examples.
         target: the last entry of the data, which only the objective sees.
-        given: what goes by keyword to whatever is a mean over examples: the weights, if there are any.
+        given: the weights and counts, if there are any, which every mean over examples takes by keyword.
     """
 
     inputs: tuple[Any, ...]
@@ -42,12 +42,12 @@ class StepData:
 
     @property
     def all(self) -> tuple[Any, ...]:
-        """Inputs and target."""
+        """The inputs and the target."""
         return (*self.inputs, self.target)
 
 
 def step_data(data: tuple[Any, ...], key: Any, given: dict[str, Any], caller: str, with_target: bool) -> StepData:
-    """The data of a step as it was called; ``with_target`` says whether the target has the examples' axis as well."""
+    """The data of a step, from its arguments. ``with_target`` says whether the target has the examples' axis, as inputs do."""
     if with_target or not data:
         needs_data(data, caller)
     *inputs, target = data
@@ -65,7 +65,7 @@ def _keys_of(key: PRNGKeyArray, data: tuple[Any, ...]) -> PRNGKeyArray:
 
 @dataclasses.dataclass(frozen=True)
 class WithoutAux(Around):
-    """A model that returns a distribution and something else, as one that returns the distribution alone."""
+    """A model that returns ``(distribution, aux)``, as a model that returns the distribution alone."""
 
     model: Model
 
@@ -74,7 +74,7 @@ class WithoutAux(Around):
 
 
 def likelihood(model: Model, has_aux: bool) -> Objective:
-    """The mean negative log-likelihood. What a model with ``has_aux`` returns beside it is stacked over the examples."""
+    """The mean negative log-likelihood. With ``has_aux``, the model's auxiliary output is stacked over the examples."""
 
     def one(params: chex.ArrayTree, /, *example: Any) -> tuple[Scalar, Any]:
         *inputs, target = example
@@ -99,7 +99,7 @@ def own_loss(loss: Callable[..., Any], has_aux: bool) -> Objective:
     """A loss of the user's own, called once with all of the data."""
 
     def objective(params: chex.ArrayTree, data: StepData) -> Evaluate:
-        param_spec(params)  # names what cannot be a parameter
+        param_spec(params)  # raises an error that names a leaf that cannot be a parameter
 
         def evaluate(params: chex.ArrayTree) -> tuple[Scalar, Any]:
             returned = loss(params, *data.all)
@@ -121,7 +121,7 @@ def of_residuals(problem: Residuals) -> Objective:
 
 
 def points_of_step(data: tuple[Any, ...], key: Any, given: dict[str, Any], caller: str) -> StepData:
-    """The points of residuals, and their scales, as the data of a step."""
+    """The data of a step for residuals: their points, and their scales if given."""
     if len(data) not in (1, 2):
         raise TypeError(
             f"{caller}: it was called with {len(data)} entries of data; residuals have their points, a dict by kind, and after "
@@ -137,7 +137,7 @@ def _pair(returned: Any, name: str, expected: str) -> tuple[Any, Any]:
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise TypeError(
             f"training_step: `{name}` returned {described(returned)} with has_aux=True; expected a pair, {expected}. Leave "
-            "has_aux out if nothing comes along."
+            "has_aux out if there is no auxiliary output."
         )
     return returned
 
@@ -146,6 +146,6 @@ def _checked_loss(value: Any) -> Array:
     if not is_array(value) or jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         raise TypeError(
             f"training_step: `loss` returned {described(value)}; expected one real floating number, the loss of all of the "
-            "data: (params, *data) -> scalar. If it returns something else too, give has_aux=True."
+            "data: (params, *data) -> scalar. If it also returns an auxiliary output, give has_aux=True."
         )
     return jnp.asarray(value)

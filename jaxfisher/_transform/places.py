@@ -1,4 +1,4 @@
-"""Where the arrays of a state belong, so that the first step finds them where every step leaves them."""
+"""Shardings for the arrays of a new state: those that every step returns, so that the second step does not recompile."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from jaxtyping import Array
 from jaxfisher._tree import param_spec, split
 
 Place: TypeAlias = Callable[[tuple[int, ...]], Sharding | None]
-"""From the shape of an array to its sharding; None where nothing is known."""
+"""From the shape of an array to its sharding, or None if it is unknown."""
 
 
 def transformation(init: Callable[[Any], Any], update: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
-    """A gradient transformation whose first state is where the parameters are."""
+    """A gradient transformation whose first state is on the devices of the parameters."""
     return optax.GradientTransformationExtraArgs(lambda params: beside(params, init(params)), update)
 
 
 def beside(params: chex.ArrayTree, state: Any) -> Any:
-    """The state, with what is nowhere in particular put on all devices that have parameters.
+    """The state, with its uncommitted arrays put on all devices that hold parameters.
 
-    A step returns all of its state there. Counts and the like that are elsewhere at first would have it compiled twice.
+    A step returns its whole state there. If counts and the like were elsewhere at first, the step would be compiled twice.
     """
     known = [leaf.sharding for leaf in _arrays(params) if leaf.committed]
     if not known or not isinstance(known[0], NamedSharding | SingleDeviceSharding):
@@ -37,7 +37,7 @@ def beside(params: chex.ArrayTree, state: Any) -> Any:
 
 
 def zeros_like(tree: Any, params: chex.ArrayTree) -> Any:
-    """Zeros in the shapes of a tree, where they belong; its numbers in the statistics dtype of the parameters."""
+    """Zeros in the shapes of a tree, sharded as `_place` says; floating leaves get the statistics dtype of the parameters."""
     dtype, place = param_spec(params).dtype, _place(params)
 
     def zeros(leaf: Any) -> Array:
@@ -48,11 +48,11 @@ def zeros_like(tree: Any, params: chex.ArrayTree) -> Any:
 
 
 def _place(params: chex.ArrayTree) -> Place:
-    """Where an array of a shape belongs that is as large as a layer, or larger: shared as the parameters are.
+    """From the shape of a large array of a state to its sharding, which follows that of the parameters.
 
-    What has the shape of a parameter is where that is. The rows of matrices, of one or of a stack, are shared by all devices
-    that share a parameter, or where they do not divide by those of one axis: left to itself, the compiler was seen to have
-    factors whole on every device, with examples and parameters spread along one axis.
+    An array of the shape of a parameter is sharded like it. The rows of a square matrix, or of a stack of matrices, are sharded
+    over all axes that shard a parameter, or over one of them if the rows do not divide by all. Without this the compiler was
+    seen to replicate factors on every device when examples and parameters were sharded along one axis.
     """
     spread = [(leaf, found) for leaf in _arrays(split(params)) if (found := _axes(leaf)) is not None]
     if not spread:
@@ -76,12 +76,12 @@ def _place(params: chex.ArrayTree) -> Place:
 
 
 def _arrays(tree: Any) -> list[jax.Array]:
-    """The arrays of a tree of which it is known where they are; inside ``jit`` it is of none."""
+    """The arrays of a tree whose sharding is known; inside ``jit`` there are none."""
     return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)]
 
 
 def _axes(leaf: jax.Array) -> tuple[Mesh, set[str]] | None:
-    """The mesh of an array and the automatic axes over which it is spread; None where there are none."""
+    """The mesh of an array and the automatic axes over which it is sharded; None if there are none."""
     if not isinstance(leaf.sharding, NamedSharding) or not isinstance(leaf.sharding.mesh, Mesh):
         return None
     mesh, spec = leaf.sharding.mesh, leaf.sharding.spec

@@ -1,4 +1,4 @@
-"""Learning rate and momentum from the quadratic model along the new direction and the last step."""
+"""Learning rate and momentum from the quadratic model of the loss along the new direction and the last step."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ class QuadraticModelState(NamedTuple):
         step: the last step, in the statistics dtype.
         learning_rate: alpha of the last step.
         momentum: mu of the last step.
-        change: the change of the loss that the model without damping predicted when it was last minimised, in nats.
-        length: of the step that was taken then, in the parameters' own units.
-        gain: half of how the decrease that the model promises along ``d`` alone grows, in logarithms, with the damping of
-            ``d``; zero where an update is not told how ``d`` changes with it, as `kfac` tells, and where no model is due.
+        change: the change of the loss that the undamped model predicted when the model was last minimised, in nats.
+        length: the length of the step that was taken then, in the parameters' own units.
+        gain: half the derivative of the log of the decrease that the model promises along ``d`` alone, by the log of the
+            damping of ``d``. Zero if the update is not told how ``d`` changes with its damping (`kfac` tells it), and where no
+            model is due.
     """
 
     count: Array  # type: ignore[assignment]
@@ -47,23 +48,23 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
 
     .. math:: \min_{\alpha, \mu}\; g^T s + \tfrac12 s^T (F + \lambda I) s, \qquad s = -\alpha d + \mu v.
 
-    ``d`` is what comes in, the direction of a `scale_by_fisher` whose view may be an approximation; F is the Fisher as it is
-    given, so the length of the step is right with any view. The model needs three numbers of F, ``d^T F d``, ``d^T F v`` and
-    ``v^T F v``: of a Fisher ``J^T M J`` half a product for each of ``d`` and ``v``, without the transpose. It takes the place
-    of a learning rate, and its updates are negated::
+    ``d`` are the incoming updates, the direction of a `scale_by_fisher` whose view may be an approximation. F is the Fisher as
+    it is given, so the length of the step is right with any view. The model needs three numbers of F, ``d^T F d``, ``d^T F v``
+    and ``v^T F v``; with a Fisher ``J^T M J`` they cost half a product for each of ``d`` and ``v``, without the transpose. This
+    transformation takes the place of a learning rate, and its updates are negated::
 
         opt = optax.chain(jf.scale_by_fisher(1e-3, view=jf.kronecker), jf.quadratic_model(1e-3))
         updates, state = opt.update(grads, state, params, fisher=F, grad=grads)
 
-    On mini-batches a small damping that does not adapt trusts the model of one batch too far, and the loss may grow: put
-    `adapt_damping` around the chain. Inside `optax.MultiSteps` what comes in is a mean over mini-steps, and ``grad`` must be
-    that mean; `adapt_damping` around the chain gives it so. An update that is given ``due=``, a flag, minimises the model only
-    where that is true. Else it takes the last rates, the momentum between zero and one, and a step no longer than the last one
-    that was the minimum of a model.
+    On mini-batches a small fixed damping trusts the model of one batch too far, and the loss may grow: put `adapt_damping`
+    around the chain. Inside `optax.MultiSteps` the incoming updates are a mean over mini-steps, and ``grad`` must be that mean;
+    `adapt_damping` around the chain sees to it. An update may be given a flag ``due=``. Where it is false the model is not
+    minimised: the step takes the last rates, with the momentum clipped to ``[0, 1]``, and is no longer than the last step that
+    was the minimum of a model.
 
     Args:
-        damping: lambda ``>= 0``, as in `scale_by_fisher`; an update that is given ``damping=`` takes that. None where each is
-            given one, as inside `adapt_damping`.
+        damping: lambda ``>= 0``, as in `scale_by_fisher`. A ``damping=`` given to an update takes precedence; None if every
+            update is given one, as inside `adapt_damping`.
 
     Returns:
         A gradient transformation whose ``update`` takes by keyword ``fisher`` and ``grad``, the gradient before it was
@@ -122,7 +123,7 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
 
         last = state.learning_rate, state.momentum, state.change, jnp.zeros_like(state.gain)
         alpha, mu, change, gain = either(due, minimised, lambda: last)
-        # A step whose model is not due goes no farther than the last one whose model was.
+        # A step whose model is not due is no longer than the last step whose model was due.
         weight = mu if due is True else jnp.where(due, mu, jnp.clip(mu, 0, 1))
         step, length = _combined(d, state.step, alpha, weight, state.length, jnp.asarray(due))
         length = length if due is True else jnp.where(due, length, state.length)
@@ -134,9 +135,9 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
 
 @once
 def _combined(d: Any, v: Any, alpha: Scalar, mu: Scalar, most: Scalar, free: Bool[Array, ""]) -> tuple[Any, Scalar]:
-    """The step ``mu v - alpha d``, made no longer than ``most`` unless it is ``free``, and its length before that."""
-    # In units of the last length, so that squares neither overflow nor vanish. And the square is that of the step itself: by
-    # those of its parts, which may cancel, it would be known to the root of eps times theirs.
+    """The step ``mu v - alpha d``, shortened to ``most`` unless it is ``free``, and its length before that."""
+    # Compute in units of the last length, so that squares neither overflow nor vanish. Square the step itself: d and v may
+    # cancel, and from their squares the length would be accurate only to the root of eps times their lengths.
     unit = jnp.where((most > 0) & (most < jnp.inf), most, 1)
     step = jax.tree.map(lambda d, v: mu / unit * v - alpha / unit * d, d, v)
     length = jnp.sqrt(dot(step, step))
@@ -145,10 +146,11 @@ def _combined(d: Any, v: Any, alpha: Scalar, mu: Scalar, most: Scalar, free: Boo
 
 
 def _minimum(operator: Operator, g: Any, along: list[Any], damping: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar]:
-    """The rate down the first direction and that along the second at the minimum of the damped model; what it changes by there.
+    """The minimum of the damped model along the directions: ``(alpha, mu, change, gain)``.
 
-    That is without damping. And half of how what the first promises by itself grows, in logarithms, where it moves along the
-    third.
+    The step is ``-alpha`` times the first direction plus ``mu`` times the second. ``change`` is what the undamped model changes
+    by there. ``gain`` is half the derivative of the log of the decrease that the first direction alone promises, as that
+    direction moves along the third; zero without a third.
     """
     curvature = inner_products(operator, jax.tree.map(lambda *v: jnp.stack(v), *along))
     found: tuple[Scalar, Scalar, Scalar, Scalar] = _lowest(curvature, g, along, damping)
@@ -157,9 +159,9 @@ def _minimum(operator: Operator, g: Any, along: list[Any], damping: Scalar) -> t
 
 @once
 def _lowest(curvature: Float[Array, "k k"], g: Any, along: list[Any], damping: Scalar) -> tuple[Scalar, Scalar, Scalar, Scalar]:
-    """`_minimum`, by the curvature along the directions and between them.
+    """`_minimum`, from the matrix of curvatures along and between the directions.
 
-    Only the part of the second direction that is not along the first counts, and there may be no such part.
+    Only the part of the second direction that is not parallel to the first counts, and that part may be zero.
     """
     product, count = between(*along, g), len(along)
     slopes = [product(count, k) for k in range(count)]
@@ -167,13 +169,13 @@ def _lowest(curvature: Float[Array, "k k"], g: Any, along: list[Any], damping: S
     last = curvature[1, 1] + damping * product(1, 1)
     share = _over(damped[1], damped[0])
     own = last - share * damped[1]
-    # What is left of parallel directions is rounding.
+    # For parallel directions the rest is rounding error.
     own = jnp.where(own <= 100 * jnp.finfo(own.dtype).eps * last, 0, own)
     second = -_over(slopes[1] - share * slopes[0], own)
     first = _over(slopes[0], damped[0]) + share * second
     bent = first * first * curvature[0, 0] - 2 * first * second * curvature[0, 1] + second * second * curvature[1, 1]
     change = second * slopes[1] - first * slopes[0] + 0.5 * bent
-    # Along s alone the decrease is (s^T g)^2 / (2 s^T F s).
+    # Along s alone the decrease is (s^T g)^2 / (2 s^T F s); its log derivative, halved, is this difference.
     gain = _over(slopes[2], slopes[0]) - _over(damped[2], damped[0]) if len(along) > 2 else jnp.zeros_like(first)
     return first, second, change, gain
 

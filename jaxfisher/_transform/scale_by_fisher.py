@@ -42,9 +42,9 @@ class ScaleByFisherState(NamedTuple):
     Attributes:
         count: updates made so far, int32.
         mean: with ``decay``, the arrays of the running mean of the view, debiased; else empty.
-        in_use: with ``update_every`` above one, the arrays of the operator in use between refreshes; else empty.
+        in_use: with ``update_every``, the arrays of the operator in use between refreshes; else empty.
         previous: with ``momentum``, the last result; else empty.
-        info: the report of the last solve, for you to read.
+        info: the report on the last solve.
     """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # Optax's name; it hides tuple.count
@@ -76,7 +76,7 @@ def scale_by_fisher(
         opt = optax.chain(jf.scale_by_fisher(damping=1e-3), optax.scale_by_learning_rate(1.0))
         updates, state = opt.update(grads, state, params, fisher=jf.exact_fisher(model)(params, x))
 
-    With ``momentum`` :math:`\mu` it is SPRING, the solution nearest to :math:`\mu` times the last one,
+    With ``momentum`` :math:`\mu` it is SPRING, whose solution is the one nearest to :math:`\mu` times the last one,
 
     .. math:: u_t = \arg\min_u \tfrac12 u^T F_t u - g_t^T u + \tfrac\lambda2 |u - \mu u_{t-1}|^2
         = \mu u_{t-1} + (F_t + \lambda I)^{-1} (g_t - \mu F_t u_{t-1}).
@@ -90,33 +90,33 @@ def scale_by_fisher(
     of squared gradients.
 
     Args:
-        damping: ``>= 0``, absolute, in the units of F; or a schedule of it (a function of the update count). An update that is
-            given ``damping=``, as by `jaxfisher.adapt_damping`, takes that; None where each update is given one.
-        view: applied to the operator, such as `jaxfisher.kronecker`; None for the operator as it comes.
-        power: ``q``. 1 is the natural gradient; others need an eigendecomposition, except on the diagonal, where 0.5 gives
-            the family of RMSprop and Adam.
-        solver: as in `jaxfisher.solve`, such as ``jf.CG(rtol=1e-2, preconditioner=jf.kronecker)``; None for the exact route. A
-            Fisher held as scores is then solved as accurately as training needs, by ``jf.Cholesky(rtol=1e-3)``, unless the
-            damping is known to be zero: give a smaller ``rtol`` for more.
+        damping: ``>= 0``, absolute, in the units of F, or a schedule (a function of the update count). A ``damping=`` given to
+            an update, as by `jaxfisher.adapt_damping`, takes precedence; None if every update is given one.
+        view: a function applied to the operator, such as `jaxfisher.kronecker`; None for the operator as it comes.
+        power: ``q``. 1 is the natural gradient. Other powers need an eigendecomposition, except on the diagonal, where 0.5
+            gives the family of RMSprop and Adam.
+        solver: as in `jaxfisher.solve`, such as ``jf.CG(rtol=1e-2, preconditioner=jf.kronecker)``; None for the exact route.
+            With None a Fisher held as scores is solved as accurately as training needs, by ``jf.Cholesky(rtol=1e-3)``, unless
+            the damping is known to be zero. Give a ``jf.Cholesky`` of smaller ``rtol`` for more accuracy.
         decay: ``beta`` in ``[0, 1)`` of a running mean of the view, whose shape must not depend on n.
         update_every: make the operator (and add it to the mean) only once in so many updates; None for every update. Give
-            ``fisher`` as a function of no arguments: it is not run in between.
+            ``fisher`` as a function of no arguments, which is not run in between.
         momentum: ``mu`` in ``[0, 1)``; amplifies a constant gradient by at most ``1 / (1 - mu)``. With ``power=1`` only. A
             decay or momentum that is only known at run time to be outside ``[0, 1)`` makes the updates NaN.
-        like: an operator like the later ``fisher=``, what `jax.eval_shape` gives of one, or a function that makes one and is
-            never run: it shapes the state. Needed with ``update_every`` or ``decay``, except for the views `jaxfisher.diagonal`
+        like: an operator like the later ``fisher=``, its `jax.eval_shape`, or a function that makes one and is never run. It
+            gives the state its shapes. Needed with ``update_every`` or ``decay``, except for the views `jaxfisher.diagonal`
             and `jaxfisher.dense`, and for a state that `jaxfisher.training_step` makes.
 
     Returns:
         A gradient transformation whose ``update`` takes ``fisher=``, an operator or a function of no arguments that returns
-        one. The updates are not negated. `optax.tree.get(state, "info")` is the report of the solve. Under
+        one. The updates are not negated. `optax.tree.get(state, "info")` is the report on the solve. Under
         `optax.inject_hyperparams` name ``view``, ``solver`` and ``like`` in ``static_args``.
 
     Raises:
         ValueError: a negative damping, a decay or momentum outside ``[0, 1)``, a decay without a view, a missing ``like``; (at
             update) ``fisher=`` is missing, not over the parameters of the updates, or not of the shapes of ``like``.
-        TypeError: (at update) ``fisher=`` is no operator; with ``decay``, it is of all its examples together, as
-            `jaxfisher.merge` says.
+        TypeError: (at update) ``fisher=`` is no operator; with ``decay``, it is a covariance of the score or a marginal, of
+            which no running mean is right, as `jaxfisher.merge` explains.
 
     Reference: Martens (JMLR 2020), section 6 (damping) and 11 (Adam as a diagonal empirical Fisher); Kingma and Ba (2015),
         section 3; Goldshlager, Abrahamsen and Lin (J. Comput. Phys. 2024), equation 17 (SPRING).
@@ -157,7 +157,7 @@ def scale_by_fisher(
         if momentum is not None:
             check_vector_of_state(state.previous, split(updates), "scale_by_fisher")
 
-        # Made in the branch of a refresh that is due, and not before it.
+        # Make the curvature inside the branch of a due refresh: a shared one made outside it would run at every update.
         given = fisher.anew if update_every is not None and isinstance(fisher, Shared) else fisher
 
         def fresh(refresh: Int[Array, ""]) -> tuple[Operator, Any]:
@@ -194,7 +194,7 @@ def _precondition(
             return training_solve(operator, updates, damping, solver)
         mu, last = previous
         kept = scaled(last, fraction("momentum", mu, operator.spec.dtype))
-        # The solve is for the rest and not for g + damping mu u, whose part outside the rows' span it would have to invert.
+        # Solve for the rest, not for g + damping mu u: the latter has a part outside the span of the rows to invert.
         rest, info = training_solve(operator, jax.tree.map(jnp.subtract, updates, operator.mv(kept)), damping, solver)
         return jax.tree.map(jnp.add, kept, rest), info
 
@@ -208,7 +208,7 @@ def _precondition(
 
     if isinstance(power, numbers.Real):
         return by_solve() if power == 1 else by_spectrum()
-    # Under `optax.inject_hyperparams` the power is an array, as every number is there, although its value is mostly one.
+    # Under `optax.inject_hyperparams` every number is an array, so the power is one too, although its value is mostly 1.
     if previous is not None or solver is not None:
         result, info = by_solve()
         return jax.tree.map(lambda leaf: jnp.where(jnp.asarray(power) == 1, leaf, jnp.nan), result), info
@@ -220,21 +220,21 @@ def _refreshed(
     state: ScaleByFisherState,
     every: chex.Numeric,
 ) -> tuple[Operator, Any, tuple[Array, ...]]:
-    """The operator in use, made anew where this update is due for that; the running mean; the operator's arrays."""
+    """The operator in use, refreshed if this update is due for it; the running mean; the operator's arrays."""
     every = jnp.asarray(every, jnp.int32)
 
     def made() -> tuple[tuple[Array, ...], Any]:
         operator, mean = fresh(state.count // every)
         return tuple(jax.tree.leaves(_held(operator))), mean
 
-    # The structure is found without running anything, so that updates in between do not pay for it.
+    # Find the structure by abstract evaluation, so that updates in between do not pay for it.
     shape = jax.eval_shape(lambda: _held(fresh(state.count)[0]))
     leaves, treedef = jax.tree.flatten(shape)
     if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in state.in_use]:
         seen, expected = ([leaf.shape for leaf in arrays] for arrays in (leaves, state.in_use))
         raise ValueError(
-            f"scale_by_fisher: `fisher`, {shape}, holds arrays of shapes {seen}; the state has {expected} of `like`. Make the "
-            "state for the same parameters, and give `like` an operator of the same model and number of examples."
+            f"scale_by_fisher: `fisher`, {shape}, holds arrays of shapes {seen}; the state has {expected}, from `like`. Make "
+            "the state for the same parameters, and give as `like` an operator of the same model and number of examples."
         )
     held, mean = either(state.count % every == 0, made, lambda: (state.in_use, state.mean))
     return jax.tree.unflatten(treedef, held), mean, held
@@ -247,7 +247,7 @@ def _running_mean(operator: Operator, mean: Any, before: Int[Array, ""], decay: 
     new = _means(operator)
     check_vector_of_state(mean, new, "scale_by_fisher")
     beta = fraction("decay", decay, operator.spec.dtype)
-    # The newest operator has the weight that it has in a debiased mean of ``before + 1``, so the mean stays debiased.
+    # The newest operator gets its weight in a debiased mean of ``before + 1`` operators, so the mean stays debiased.
     share = (1 - beta) / (1 - beta ** (before + 1).astype(beta.dtype))
     mean = jax.tree.map(lambda a, b: a + share * (b - a), mean, new)
     return dataclasses.replace(operator, form=with_arrays(operator.form, mean)), mean
@@ -259,7 +259,7 @@ def _means(operator: Operator) -> tuple[Any, ...]:
 
 
 def averaged(operator: Operator, caller: str) -> Form:
-    """The form of an operator; refused where a mean does not have its shape, or is not that of the examples."""
+    """The form of an operator, or an error if a running mean would change its shape or is no mean over examples."""
     check_terms(operator.provenance, operator, caller, "Leave out `decay`, or give a Fisher without `center` or `marginal`.")
     if not operator.form.averages:
         raise ValueError(_NO_MEAN.format(caller=caller, form=operator.form.name))
@@ -267,7 +267,7 @@ def averaged(operator: Operator, caller: str) -> Form:
 
 
 def _held(operator: Operator) -> Operator:
-    """The operator held so that solves between refreshes take products only, at any damping."""
+    """The operator with its form factorised, so that solves between refreshes are products only, at any damping."""
     return dataclasses.replace(operator, form=factorised(operator.form))
 
 
@@ -278,7 +278,7 @@ def _held_arrays(operator: Operator) -> tuple[Array, ...]:
 
 def empty_info(params: chex.ArrayTree) -> SolveInfo:
     """The report before the first solve."""
-    # Each is an array of its own, since an array that occurs twice cannot be donated.
+    # Each field is its own array, since an array that occurs twice cannot be donated.
     return SolveInfo(
         residual=jnp.zeros((), param_spec(params).dtype),
         iterations=jnp.zeros((), jnp.int32),
@@ -312,7 +312,7 @@ def _check_arguments(damping: Any, view: Any, power: Any, solver: Any, decay: An
 
 
 def check_kept(decay: chex.Numeric | None, update_every: chex.Numeric | None) -> None:
-    """Raise unless these can say what is kept from one update to the next."""
+    """Raise unless ``decay`` and ``update_every``, which say what is kept between updates, are in range."""
     if decay is not None:
         check_fraction("decay", decay)
     if update_every is None:

@@ -1,4 +1,4 @@
-"""The trust region: a step that moves the predictions by no more than a given KL divergence."""
+"""The trust region: shorten a step until it moves the predictions by at most a given KL divergence."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from jaxfisher._values import check_nonnegative
 
 
 def scale_to_kl(radius: chex.Numeric) -> optax.GradientTransformationExtraArgs:
-    r"""Shorten updates until the KL divergence they move the predictions by, to second order, is at most ``radius``.
+    r"""Shorten updates until they move the predictions by a KL divergence, to second order, of at most ``radius``.
 
     .. math:: u \leftarrow u \cdot \min\left(1, \sqrt{\frac{2\,\text{radius}}{u^T F u}}\right), \qquad
         \text{so that } \tfrac12 u^T F u \le \text{radius}.
 
-    After `scale_by_fisher` with an ample learning rate this is the solution of the constrained problem itself: the step
+    After `scale_by_fisher` with a large learning rate this solves the constrained problem itself: the result is
     ``-sqrt(2 radius / g^T F^-1 g) F^-1 g``, which minimises the linearised loss among steps of that KL. Place it last in the
-    chain, after the learning rate, so that it is the step actually taken that is measured::
+    chain, after the learning rate, so that it measures the step actually taken::
 
         opt = optax.chain(jf.scale_by_fisher(damping=1e-3), optax.scale_by_learning_rate(1.0), jf.scale_to_kl(1e-2))
 
@@ -33,7 +33,7 @@ def scale_to_kl(radius: chex.Numeric) -> optax.GradientTransformationExtraArgs:
 
     Returns:
         A stateless gradient transformation whose ``update`` takes ``fisher=``, an operator or a function of no arguments that
-        returns one; give the undamped Fisher. A step that is not finite stays so.
+        returns one; give the undamped Fisher. A step that is not finite stays that way.
 
     Raises:
         ValueError: a negative radius; (at update) ``fisher=`` is missing, or not over the parameters of the updates.

@@ -42,9 +42,9 @@ class TrainingStep:
     """``(params, state, *inputs, target, weights=None, counts=None, key=None) -> (params, state, loss)``.
 
     Attributes:
-        step: what is called.
+        step: the function that a call runs.
         init: makes the first state, ``(params, *inputs, target, weights=None, counts=None, key=None) -> state``, for batches
-            like this one. Only the shapes of the data matter: give the first batch, or what `jax.eval_shape` gives of it.
+            like this one. Only the shapes of the data matter: give the first batch, or its `jax.eval_shape`.
     """
 
     step: Callable[..., tuple[Any, Any, Any]]
@@ -71,61 +71,61 @@ def training_step(
     loss: Callable[..., Any] | None = None,
     has_aux: bool = False,
 ) -> TrainingStep:
-    r"""One step with any optimiser of this library, or of Optax, given everything it may ask for.
+    r"""Make a training step for any optimiser of this library or of Optax, which gives it everything that it may ask for.
 
     .. math:: L = -\frac1n \sum_i \log p_\theta(y_i \mid x_i), \qquad \theta \leftarrow \theta + u(\nabla L, F, L, KL).
 
-    It is what one would write by hand::
+    By hand the step is::
 
         value, grads = jax.value_and_grad(loss)(params)
         updates, state = optimiser.update(grads, state, params, value=value, grad=grads, fisher=lambda: F(params, x),
             value_fn=lambda new: loss(new), kl_fn=lambda new: jf.kl(model)(params, new, x))
         params = optax.apply_updates(params, updates)
 
-    so one step takes `natural_gradient`, `adapt_damping`, `backtrack_kl`, a chain of them, and every optimiser of `optax` and
-    `optax.contrib` whose updates are of one mean gradient: line searches such as `optax.lbfgs` have ``value_fn``,
-    `optax.contrib.sophia` has ``obj_fn``, `optax.contrib.sam` has ``grad_fn``, both of the same loss. (`optax.contrib.dpsgd`
-    clips a gradient for each example, and there is none here.) Inside `optax.partition` ours are of a part of the parameters,
-    and ``all_params`` has the others. Under ``optax.MultiSteps(optimiser, k).gradient_transformation()`` the gradient is the
-    mean over k batches, and all else is of the last of them. What the optimiser does not call is not computed. Jit it, or scan
-    it.
+    so one step works with `natural_gradient`, `adapt_damping`, `backtrack_kl`, a chain of them, and every optimiser of `optax`
+    and `optax.contrib` that works from one mean gradient. Line searches such as `optax.lbfgs` get ``value_fn``,
+    `optax.contrib.sophia` gets ``obj_fn`` and `optax.contrib.sam` gets ``grad_fn``, all of the same loss. (The exception is
+    `optax.contrib.dpsgd`, which clips a gradient for each example; the step computes none.) Inside `optax.partition` the
+    transformations of this library see a part of the parameters, and ``all_params`` has the others. Under
+    ``optax.MultiSteps(optimiser, k).gradient_transformation()`` the gradient is the mean over k batches, and everything else is
+    of the last of them. What the optimiser does not ask for is not computed. Jit the step, or scan it.
 
-    **The data.** The last entry is the target, all before it are the inputs. The model is given the inputs of one example, and
-    so are its Fisher and its KL divergence; the objective is given all. With a ``loss`` of your own the target is whatever that
-    loss needs beside the inputs, a pytree of any shapes: actions and advantages, the parameters of an earlier task, a second
-    data set. The loss is called once, ``loss(params, *inputs, target)``, on the whole batch.
+    **The data.** The last entry is the target, and all entries before it are the inputs. The model, its Fisher and its KL
+    divergence see the inputs of one example; the objective sees all entries. With a ``loss`` of your own the target is whatever
+    that loss needs beside the inputs, a pytree of any shapes: actions and advantages, the parameters of an earlier task, a
+    second data set. The loss is called once, ``loss(params, *inputs, target)``, on the whole batch.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example; with ``has_aux``, and no ``loss`` of your own,
             ``(distribution, aux)``. Or what `jaxfisher.residuals` returns: the data are then its points, and the scales.
         optimiser: a gradient transformation.
-        fisher: such as ``jf.empirical_fisher(log_prob)`` or ``jf.exact_fisher(model)``, or a function of your own,
-            ``(params, *inputs) -> operator`` of the batch, to which priors and penalties are added as operators; None for
-            `jaxfisher.exact_fisher` of the model, or, where the optimiser is `jaxfisher.kfac`, for the cheapest that it can do
-            with.
-        loss: ``(params, *inputs, target) -> scalar`` of the whole batch, to be made smaller in place of the negative
-            log-likelihood; with ``has_aux`` ``(scalar, aux)``. The curvature is still the model's.
-        has_aux: whether something comes along with the objective. With a ``loss`` of your own it is the loss that returns a
-            pair, and the model the distribution alone, ``lambda params, x: model(params, x)[0]``. Else it is the model, and
-            what comes along is stacked over the examples; a Fisher of your own is that of the distribution alone.
+        fisher: a Fisher function such as ``jf.empirical_fisher(log_prob)`` or ``jf.exact_fisher(model)``, or a function of your
+            own, ``(params, *inputs) -> operator`` of the batch, where priors and penalties can be added as operators. None
+            stands for `jaxfisher.exact_fisher` of the model, or for the cheapest curvature that serves if the optimiser is
+            `jaxfisher.kfac`.
+        loss: ``(params, *inputs, target) -> scalar`` of the whole batch, minimised in place of the negative log-likelihood;
+            with ``has_aux`` it returns ``(scalar, aux)``. The curvature is still the model's.
+        has_aux: whether the objective returns a second value. With a ``loss`` of your own the loss returns the pair, and the
+            model returns the distribution alone, ``lambda params, x: model(params, x)[0]``. Without one the model returns the
+            pair, and ``aux`` is stacked over the examples; a Fisher of your own is of the distribution alone.
 
     Returns:
-        A function ``(params, state, *inputs, target, weights=None, counts=None, key=None)`` to ``(params, state, loss)``, the
-        loss in nats, a mean over the batch, at the parameters given; with ``has_aux`` to ``(params, state, (loss, aux))``. Its
-        ``init(params, *inputs, target, weights=None, counts=None, key=None)`` makes the first state, for batches of these
-        shapes: ``optimiser.init(params)``, which finds the shapes of Fishers to come by itself, where a ``decay`` or
-        ``update_every`` would ask for ``like``.
+        A function ``(params, state, *inputs, target, weights=None, counts=None, key=None)`` to ``(params, state, loss)``. The
+        loss is a mean over the batch, in nats, at the parameters that the step was given; with ``has_aux`` the function returns
+        ``(params, state, (loss, aux))``. Its ``init(params, *inputs, target, weights=None, counts=None, key=None)`` makes the
+        first state for batches of these shapes. It is ``optimiser.init(params)``, and finds by itself the shapes of the Fishers
+        for which a ``decay`` or ``update_every`` would need ``like``.
 
-        ``weights`` are those of the examples in every mean. ``counts`` say of how many terms each example consists, such as the
-        valid tokens of a sequence: loss, gradient, Fisher and KL are then means over terms, ``sum w_i (.) / sum w_i c_i``, as
-        language models report them. A ``loss`` of your own is given neither. With a ``key`` each example has a key of its own,
-        ``jax.random.fold_in(key, i)`` for the i-th of the batch, as the last of its inputs: ``model(params, x, key)``,
-        ``loss(params, x, keys, target)``. It is the same in the objective, its gradient, the Fisher and the KL divergence of
-        that step, also in pieces or spread over devices.
+        ``weights`` weigh the examples in every mean. ``counts`` say how many terms each example consists of, such as the valid
+        tokens of a sequence: loss, gradient, Fisher and KL are then means over terms, ``sum w_i (.) / sum w_i c_i``, as
+        language models report them. A ``loss`` of your own is given neither. With a ``key`` each example has its own key,
+        ``jax.random.fold_in(key, i)`` for the i-th of the batch, as its last input: ``model(params, x, key)``,
+        ``loss(params, x, keys, target)``. The objective, its gradient, the Fisher and the KL divergence of that step use the
+        same keys, also in pieces or spread over devices.
 
     Raises:
-        TypeError: an argument is not what it should be; (when called) as in `jaxfisher.log_likelihood`; a loss that is no
-            real number; with ``has_aux`` what is no pair.
+        TypeError: an argument is not what it should be; (when called) as in `jaxfisher.log_likelihood`; the loss is no real
+            number; with ``has_aux`` the returned value is no pair.
         ValueError: (when called) arrays of different lengths.
 
     Reference: Amari (Neural Computation 1998), section 2.
@@ -167,7 +167,7 @@ def training_step(
         (value, aux), grads = jax.value_and_grad(evaluate, has_aux=True)(params)
         grads = uphill(grads)
 
-        # Optax's line searches refuse a keyword that the signature of `value_fn` does not name, whoever it is for.
+        # Optax's line searches refuse keywords that the signature of `value_fn` does not name, even if meant for others.
         def value_fn(  # noqa: PLR0913
             params: chex.ArrayTree,
             *,
@@ -219,16 +219,16 @@ def training_step(
 
 
 class _Task(NamedTuple):
-    """What is trained: the objective, and whatever an optimiser may ask of it."""
+    """A training problem: its objective, and the functions that an optimiser may ask for."""
 
     objective: Objective
     curvature: Callable[..., Operator]
     divergence: Callable[..., Scalar]
     acceleration: Callable[..., Any]
     data: Callable[[tuple[Any, ...], Any, dict[str, Any], str], StepData]
-    """The data of a step from what it was called with: the data, a key, weights and counts, who is called."""
+    """From the arguments of a call (data, key, weights and counts, the caller's name) to the data of a step."""
     predicting: Model | None
-    """What targets can be drawn from."""
+    """The model that targets can be drawn from; None for residuals."""
 
 
 def _task(model: Model | Residuals, loss: Callable[..., Any] | None, has_aux: bool) -> _Task:
@@ -244,9 +244,9 @@ def _task(model: Model | Residuals, loss: Callable[..., Any] | None, has_aux: bo
 
 
 def _taken(update: Callable[..., Any], known: dict[str, Any]) -> dict[str, Any]:
-    """What of the keywords an update names; all, where it takes any: `optax.contrib.sam` takes one and no other.
+    """The keywords that the signature of an update names, or all if it takes any; `optax.contrib.sam` takes a single one.
 
-    The type says less: what `optax.MultiSteps` makes is of the one without keywords, and hands them on.
+    The type of the transformation does not tell: `optax.MultiSteps` makes one of the type without keywords, yet passes them on.
     """
     parameters = inspect.signature(update).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -257,9 +257,9 @@ def _taken(update: Callable[..., Any], known: dict[str, Any]) -> dict[str, Any]:
 def _check_optimiser(optimiser: Any) -> None:
     if isinstance(optimiser, optax.GradientTransformation):
         return
-    remedy = "Pass such as jf.natural_gradient(1.0, 0.1), or one of Optax."
+    remedy = "Pass one such as jf.natural_gradient(1.0, 0.1), or one of Optax."
     if hasattr(optimiser, "gradient_transformation"):
-        remedy = "Pass what its method gives: optimiser.gradient_transformation()."
+        remedy = "Pass optimiser.gradient_transformation()."
     elif callable(optimiser):
         remedy = "Call the function that makes it first."
     raise TypeError(f"training_step: `optimiser` is {described(optimiser)}; expected a gradient transformation. {remedy}")

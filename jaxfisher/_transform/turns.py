@@ -1,4 +1,4 @@
-r"""When what of a step of `jaxfisher.kfac` is due, and how often, by counted cost."""
+r"""The schedule of `jaxfisher.kfac`: which parts of a step are due, and a period chosen by counting operations."""
 
 from __future__ import annotations
 
@@ -16,52 +16,52 @@ from jaxfisher._operators.form import Form
 from jaxfisher._operators.kronecker import Kronecker
 
 CHECK = 3
-"""The longest gap between two steps whose model and ratio are made."""
+"""The longest gap between two steps at which the quadratic model and the ratio are computed."""
 FEWEST, MOST, USUAL = 4, 16, 8
-"""The bounds of the period that is counted, and the period where nothing is known of the cost of a model."""
+"""The bounds of a counted period, and the period where the cost of the model is unknown."""
 AIM = 9.0
-"""The cost of the average step that the period is chosen for, in forward passes: three steps of Adam, a gradient each."""
+"""The target cost of the average step, in forward passes: three steps of Adam, each of which is one gradient."""
 NARROW = 1.5
-"""How much more it may be where a batch has fewer positions than the widest layer has outputs, and inverses cost the most."""
+"""The most that the target grows by for batches of fewer positions than the widest layer has outputs: inverses cost most."""
 INVERSE = 7.0
-"""What an inverse costs, in cubes of its size, where a product of two matrices costs two.
+"""The cost of an inverse, in cubes of its size, on a scale where a product of two matrices costs two.
 
-As timed on two cores with sizes of 64, 128, 256, 512 and 1024 it is 4, 7, 9, 7 and 4: LAPACK runs at a lower rate than
-products do, until from 512 on products do most of it.
+Timed on two cores with sizes of 64, 128, 256, 512 and 1024 it is 4, 7, 9, 7 and 4: LAPACK runs at a lower rate than products,
+until from 512 on products do most of the work.
 """
 
 
 class Turns:
-    """What of a thing that is made at every e-th step in the end is due at this one, and how often it was.
+    """The turns at step ``count`` of parts that are recomputed at every e-th step in the end, and more often before.
 
-    Between two turns lie as many steps as the power of two in (count / 4, count / 2], and at most e. The curvature changes less
-    from one step to the next the longer training lasts: so the gap grows as the count does, and each doubling of the count has
-    two turns, until the gap is as long as it gets.
+    The gap between two turns is the power of two in (count / 4, count / 2], and at most e. The curvature changes less from one
+    step to the next the longer training lasts, so the gap grows with the count: each doubling of the count has two turns, until
+    the gap reaches e.
     """
 
     def __init__(self, count: Int[Array, ""], every: chex.Numeric) -> None:
         self._count, self._always = count, isinstance(every, numbers.Integral) and every == 1
         self._every = jnp.asarray(every, count.dtype)
-        # Of numbers that are not negative: the primitives are a third of the program that NumPy's functions are.
+        # All numbers are nonnegative, so primitives suffice: they make a third of the program that `jax.numpy` makes.
         log = jax.lax.min(_digits(count) - 2, _digits(self._every - 1))
         self._log = jax.lax.max(log, jnp.zeros_like(log))
         self._gap = jax.lax.min(jax.lax.shift_left(jnp.ones_like(log), self._log), self._every)
 
     def due(self, phase: chex.Numeric = 0) -> bool | Bool[Array, ""]:
-        """Whether what has its turn at this place in a period is made."""
+        """Whether the part whose turn is at this place of the period is due."""
         if self._always:
             return True
         return jax.lax.rem(self._count, self._gap) == jax.lax.div(phase * self._gap, self._every)
 
     def before(self) -> Int[Array, ""]:
-        """How many times what has the first turn of each period was made before this step."""
+        """How many times the part with the first turn of each period was made before this step."""
         periods = lambda count: jax.lax.div(count + self._gap - 1, self._gap)  # noqa: E731
-        # Those since the gap is what it is, and two in each doubling of the count before.
+        # Two in each doubling of the count before the gap took its present length, and the turns since.
         return 2 * (self._log + 1) + periods(self._count) - periods(2 << self._log)
 
 
 def _digits(number: Int[Array, ""]) -> Int[Array, ""]:
-    """How many binary digits it has, none where it is zero."""
+    """The number of binary digits; none for zero."""
     return 32 - jax.lax.clz(number)
 
 
@@ -71,21 +71,21 @@ def phases(layers: int, every: chex.Numeric) -> list[chex.Numeric]:
 
 
 def counted_period(forward: float | None, form: Form) -> int:
-    r"""Every how many steps the factors of a form are due in the end, so that the average step costs c forward passes.
+    r"""The period e, in steps, of the factors of a form, chosen so that the average step costs at most c forward passes.
 
-    It is the least power of two from 4 to 16, if there is one, with
+    It is the least power of two from 4 to 16 with the following bound, or 16 if there is none,
 
     .. math:: e \ge \frac{m + s}{c - 3 - a - (7 + a) / 3}, \qquad
         m = 2 + \frac{2 N}{f} \sum_l (i_l^2 + o_l^2), \quad s = \frac7f \sum_l (i_l^3 + o_l^3), \quad
         a = \frac2f \sum_l i_l o_l (i_l + o_l), \quad c = 9 \min\Big(\max\Big(1, \frac{\max_l o_l}{N}\Big), \frac32\Big)
 
-    in forward passes of ``f`` operations, for layers of i inputs and o outputs at N positions: the gradient takes 3, the
-    moments m, the inverses s, applying them a; at every third step the quadratic model and the loss after a step take 7, and
-    the derivative of the direction by its damping another a.
+    in forward passes of ``f`` operations, for layers of i inputs and o outputs at N positions. The gradient takes 3, the
+    moments m, the inverses s, and applying them a. At every third step the quadratic model and the loss after the step take 7,
+    and the derivative of the direction by its damping takes another a.
 
     Args:
-        forward: the operations of a forward pass over the batch, a multiplication and an addition counted as two; None where
-            that is not known.
+        forward: the operations of a forward pass over the batch, with a multiplication and an addition counted as two; None if
+            unknown.
         form: a Kronecker view, whose arrays may be without values.
     """
     is_layer = lambda part: isinstance(part, Kronecker)  # noqa: E731
@@ -105,7 +105,7 @@ def counted_period(forward: float | None, form: Form) -> int:
 
 
 def forward_cost(function: Callable[..., Any], *args: Any) -> float:
-    """The operations of a function in matrix products and convolutions, a multiplication and an addition counted as two."""
+    """The operations in a function's matrix products and convolutions; a multiplication and an addition count as two."""
     return _operations(jax.make_jaxpr(function)(*args).jaxpr)
 
 
@@ -126,7 +126,7 @@ def _operations(jaxpr: Any) -> float:
 
 
 def _programs(value: Any) -> list[Any]:
-    """The jaxprs that a parameter of an equation is or holds."""
+    """The jaxprs in a parameter of an equation, which is one, holds several, or has none."""
     held = value if isinstance(value, (tuple, list)) else (value,)
     bare = [getattr(part, "jaxpr", part) for part in held]
     return [part for part in bare if hasattr(part, "eqns")]

@@ -1,4 +1,4 @@
-"""What an update is given by keyword, checked: the curvature over the parameters the update is for, functions, a damping."""
+"""Checks of what an update is given by keyword: the curvature, functions of the parameters, a damping."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from jaxfisher._tree import described, path_names, refuse_sparse, split
 from jaxfisher._values import is_number
 
 ScalarOrSchedule: TypeAlias = float | Array | Callable[[Array], Any]
-"""A number, or a function of the update count that gives one."""
+"""A number, or a function from the update count to a number."""
 
 
 class Shared:
-    """A function that makes the curvature, run once for all who ask for it in one update.
+    """A function that makes the curvature, run once for all transformations that ask for it in one update.
 
-    What is made inside a branch of `jax.lax.cond` is computed only where the branch is taken; what is made outside and used
-    inside is computed in any case. So a refresh that is not always due has it made anew.
+    `jax.lax.cond` computes what is made inside a branch only if it takes the branch; it always computes what is made outside.
+    So a refresh that is not always due calls ``anew`` inside its branch instead.
     """
 
     def __init__(self, make: Callable[[], Operator]) -> None:
@@ -40,12 +40,13 @@ class Shared:
 def fisher_for(updates: Any, fisher: Operator | Callable[[], Operator] | None, caller: str) -> Operator:
     """The operator that an update is given as ``fisher=``, checked, over just the leaves of ``updates``.
 
-    Under `optax.masked` and `optax.partition` the updates are a part of the parameters: the operator's principal sub-operator
-    over that part, ``F_AA``, is what preconditions it. A transformation of your own calls this first, and then works there too.
+    Under `optax.masked` and `optax.partition` the updates are a part of the parameters, and the operator's principal
+    sub-operator over that part, ``F_AA``, preconditions them. A transformation of your own that calls this first works there
+    too.
 
     Args:
         updates: the pytree of updates.
-        fisher: an operator, or a function of no arguments that gives one.
+        fisher: an operator, or a function of no arguments that returns one.
         caller: the name of the transformation, for messages.
 
     Returns:
@@ -53,7 +54,7 @@ def fisher_for(updates: Any, fisher: Operator | Callable[[], Operator] | None, c
 
     Raises:
         ValueError: ``fisher`` is None, or is over other parameters.
-        TypeError: it is neither an operator nor a function of no arguments that gives one.
+        TypeError: ``fisher`` is neither an operator nor a function of no arguments that returns one.
 
     Reference: the documentation of Optax, "Extra arguments"; the masked leaves are those of `optax.MaskedNode`.
 
@@ -93,32 +94,36 @@ def _needs_no_arguments(fisher: Callable[[], Operator], caller: str) -> None:
         inspect.signature(fisher).bind()
     except TypeError as error:
         raise TypeError(
-            f"{caller}: `fisher` is a function that needs arguments ({error}); expected an operator, or a function of none. "
-            "Call it with the parameters and the data: fisher=jf.exact_fisher(model)(params, x), or put `lambda:` before that."
+            f"{caller}: `fisher` is a function that needs arguments ({error}); expected an operator, or a function of no "
+            "arguments. Call it with the parameters and the data, fisher=jf.exact_fisher(model)(params, x), or put `lambda:` "
+            "before that call."
         ) from error
 
 
 def damping_for(given: chex.Numeric | None, usual: ScalarOrSchedule | None, count: Int[Array, ""], caller: str) -> Any:
-    """The damping of one update: the one it is given, else the optimiser's own, a number or a schedule."""
+    """The damping of one update: the one given to it, else that of the optimiser, which is a number or a schedule."""
     if given is not None:
         return given
     if usual is None:
         raise ValueError(
-            f"{caller}: it was made without a `damping`, and `update` is given none. Give it one, as in "
+            f"{caller}: the transformation was made without a `damping`, and `update` is given none. Give one, as in "
             f"jf.{caller}(damping=1e-3), or put jf.adapt_damping around the chain, which gives one to each update."
         )
     return scheduled("damping", usual, "one real number of at least zero", caller)(count) if callable(usual) else usual
 
 
 def scheduled(name: str, schedule: Callable[[Array], Any], expected: str, caller: str) -> Callable[[Array], Any]:
-    """The schedule, whose values are checked."""
+    """The schedule, with its values checked."""
     return lambda count: _one_number(f"the schedule `{name}` returned", schedule(count), f"{expected} for each count", caller)
 
 
 def function_for(
     name: str, function: Callable[[Any], Any] | None, meaning: str, caller: str, whole: Callable[[Any], Any]
 ) -> Callable[[Any], Array]:
-    """A function of ``whole(parameters)`` given by keyword, whose values are checked; or an error that says how to give it."""
+    """``function``, given by keyword, as a function of a part of the parameters, which ``whole`` completes.
+
+    Its values are checked. If it is missing, the error says how to pass it.
+    """
     if function is None:
         raise ValueError(f"{caller}: `update` needs `{name}`, a function {meaning}. Pass it by keyword to opt.update.")
     if not callable(function):
@@ -130,7 +135,7 @@ def function_for(
 
 
 def value_for(value: chex.Numeric | None, loss: Callable[[Any], Array], params: Any, caller: str) -> Array:
-    """The loss at the parameters: the value that is given, or else one that is computed."""
+    """The loss at the parameters: ``value`` if it is given, else computed."""
     return loss(params) if value is None else jnp.asarray(_one_number("`value` is", value, "one real number, the loss", caller))
 
 
@@ -141,28 +146,28 @@ def _one_number(seen: str, value: Any, expected: str, caller: str) -> Any:
 
 
 def check_state(state: Any, kind: type, caller: str) -> None:
-    """Raise `TypeError` unless a state is of this transformation."""
+    """Raise `TypeError` unless a state belongs to this transformation."""
     if not isinstance(state, kind):
         raise TypeError(
             f"{caller}: the state is {described(state)}; expected the {kind.__name__} that `init` or the last `update` gave. "
-            "Call opt.update(grads, state, params, ...) with the state of this very optimiser."
+            "Call opt.update(grads, state, params, ...) with the state of this same optimiser."
         )
 
 
 def check_vector_of_state(held: Any, new: Any, caller: str) -> None:
-    """Raise `ValueError` unless what a state holds has the structure and shapes of what it is to be used with."""
+    """Raise `ValueError` unless the vectors held in a state have the structure and shapes that this update needs."""
     shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (held, new)]
     if str(jax.tree.structure(held)) != str(jax.tree.structure(new)) or shapes[0] != shapes[1]:
         raise ValueError(
             f"{caller}: the state was made for other parameters: it holds arrays of shapes {shapes[0]}, and this update needs "
-            f"{shapes[1]}. Make it of the parameters that the updates are for: state = opt.init(params)."
+            f"{shapes[1]}. Make the state from the parameters that the updates are for: state = opt.init(params)."
         )
 
 
 def completing(params: Any, all_params: Any, caller: str) -> Callable[[Any], Any]:
-    """From parameters like ``params`` to all of them, for an update that looks at the loss.
+    """A function from parameters like ``params`` to all parameters, for an update that evaluates the loss.
 
-    Under `optax.masked` and `optax.partition` those of an update are a part, and the others are those of ``all_params``.
+    Under `optax.masked` and `optax.partition` an update sees a part of the parameters; the others come from ``all_params``.
     """
     if params is None:
         raise ValueError(f"{caller}: `update` needs the parameters. Pass them, opt.update(grads, state, params, ...).")
@@ -172,9 +177,9 @@ def completing(params: Any, all_params: Any, caller: str) -> Callable[[Any], Any
         raise ValueError(
             f"{caller}: inside optax.masked or optax.partition it sees only a part of the parameters, and the loss is a "
             "function of all. Pass all, opt.update(grads, state, params, all_params=params, ...), as jf.training_step does; or "
-            "put jf.adapt_damping around the masked transformation, jf.backtrack_kl behind it in optax.chain."
+            "put jf.adapt_damping around the masked transformation, or jf.backtrack_kl behind it in optax.chain."
         )
-    # A mask may leave out a whole subtree by one node.
+    # One masked node may stand for a whole subtree.
     return lambda new: jax.tree.map(lambda own, rest: rest if _is_masked(own) else own, new, all_params, is_leaf=_is_masked)
 
 
