@@ -1,9 +1,9 @@
-r"""A damped system by one Cholesky factor, refined as far as is asked for: a training step, and solves at a known damping.
+r"""Solving a damped system by one Cholesky factor, refined as far as the caller asks: for training steps and known dampings.
 
-The matrix ``M`` of ``(M + damping I) c = b`` is known with rounding errors; its product is known better, by way of what ``M``
-is made of. With a damping above zero no eigenvectors are needed. Where the damping is below what rounding does to the diagonal,
-the factor is that of a larger one, and refinement takes the difference back: conjugate gradients, preconditioned by the factor,
-one or two where that is near, more where rounding made the matrix another one.
+The matrix ``M`` of ``(M + damping I) c = b`` has rounding errors; products with it can be computed more accurately, from the
+scores that ``M`` is made of. With a damping above zero no eigenvectors are needed. If the damping is below the rounding error
+of the diagonal, the factor is computed with a larger damping, and refinement corrects the difference. Refinement is by
+conjugate gradients, preconditioned by the factor: one or two steps if the factor is close, more if rounding changed the matrix.
 
 References: Higham, Accuracy and Stability of Numerical Algorithms (2002), chapters 10 and 12; Saad, Iterative Methods for
 Sparse Linear Systems (2003), algorithm 9.1.
@@ -37,24 +37,24 @@ from jaxfisher._tree import HIGHEST
 from jaxfisher._varying import alike, cond, linear_solve, varying_through, while_loop
 
 SWEEPS = 60
-"""How often a solution is refined at most."""
+"""The most refinement steps of a solution."""
 EMPTY = 2.0**100
-"""The pivot of a row of zeros: no other one is as large, since the largest score is near one."""
+"""The pivot given to a row of zeros. No other pivot is as large, since the largest score is near one."""
 
 
 class _State(NamedTuple):
-    """Where conjugate gradients are.
+    """The state of conjugate gradients.
 
     Attributes:
-        found: the solution, and what else the caller makes of its directions.
-        rest: what is left of the right-hand side.
+        found: the solution, and whatever else the caller accumulates along its directions.
+        rest: the residual.
         ahead: the last direction.
-        curvature: ``rest^T (solve rest)`` for the rest that this direction was made of.
-        left: the size of the rest.
-        target: what that is to come down to.
-        least: the smallest so far.
-        idle: how often in a row no smaller one was found.
-        sweeps: how often a step was taken.
+        curvature: ``rest^T (solve rest)`` for the residual that this direction was made from.
+        left: the size of the residual.
+        target: the size at which to stop.
+        least: the smallest size so far.
+        idle: for how many steps in a row no smaller size was found.
+        sweeps: the number of steps taken.
     """
 
     found: Any
@@ -69,8 +69,8 @@ class _State(NamedTuple):
 
 
 def _begin(b: Float[Array, " m"], found: Any, target: Scalar) -> _State:
-    """With a solution of zero, of this shape."""
-    # The zeros are made of what comes late: XLA would make constant ones first of all, and hold them while there is much else.
+    """The first state, with a solution of zero in the shape of ``found``."""
+    # Make the zeros depend on a late value: XLA would allocate constant zeros first of all, and hold them at peak memory.
     late = jnp.minimum(target, 0)
     zero = jax.tree.map(lambda leaf: jax.lax.broadcast(late, leaf.shape), found)
     infinite, none = jnp.full((), jnp.inf, b.dtype), jnp.zeros((), jnp.int32)
@@ -78,16 +78,19 @@ def _begin(b: Float[Array, " m"], found: Any, target: Scalar) -> _State:
 
 
 def _turned(solve: Map, state: _State) -> _State:
-    """With the next direction."""
+    """The state with the next direction."""
     change = solve(state.rest)
     curvature = jnp.vdot(state.rest, change)
-    # What is left may be so small that its square is zero.
+    # The residual may be so small that its square underflows to zero.
     share = jnp.where(state.curvature != 0, curvature / jnp.where(state.curvature != 0, state.curvature, 1), 0)
     return state._replace(ahead=change + share * state.ahead, curvature=curvature)
 
 
 def _stepped(product: Float[Array, " m"], size: Callable[[Array], Scalar], state: _State) -> tuple[Scalar, _State]:
-    """As far along the direction, of this product, as makes the error smallest in the norm of the matrix; how far that is."""
+    """One step along the direction, whose product is given: its length, and the state after it.
+
+    The length minimises the error in the norm of the matrix.
+    """
     along = jnp.vdot(state.ahead, product)
     length = state.curvature / jnp.where(along != 0, along, 1)
     rest = state.rest - length * product
@@ -102,23 +105,23 @@ def _stepped(product: Float[Array, " m"], size: Callable[[Array], Scalar], state
 
 
 def _going(state: _State) -> Bool[Array, ""]:
-    # Written so that a NaN is not taken for a solution.
+    # `~(a <= b)` rather than `a > b`, so that a NaN is not taken for a solution.
     return ~(state.left <= state.target) & (state.idle < 10) & (state.sweeps < SWEEPS)
 
 
-# --- known by coordinates in the rows -------------------------------------------------------------------------------------
+# --- right-hand sides given by coordinates in the rows --------------------------------------------------------------------
 
 
 class Damped(NamedTuple):
-    """``(M + damping I) c = b`` with ``M c = into(out(c))``, of which ``x = unit out(c)`` is wanted.
+    """The system ``(M + damping I) c = b`` with ``M c = into(out(c))``; the caller wants ``x = unit out(c)``.
 
     Attributes:
-        matrix: ``M``, rounded; its upper triangle is read.
-        damping: above zero.
-        out: ``X^T`` where ``M = X X^T``; the identity where ``M = X^T X``. A pytree of what derivatives are taken by.
+        matrix: ``M``, with rounding errors; only its upper triangle is read.
+        damping: a number above zero.
+        out: ``X^T`` if ``M = X X^T``, the identity if ``M = X^T X``; a pytree, whose leaves derivatives are taken by.
         into: ``X``, or a product with ``X^T X``.
-        unit: of the solution.
-        of_root: whether ``out`` is ``X^T``. Residuals are then measured after a product with it: as ``|X^T rest| / |X^T b|``.
+        unit: the factor from ``out(c)`` to the solution.
+        of_root: whether ``out`` is ``X^T``. Residuals are then measured after a product with it, as ``|X^T rest| / |X^T b|``.
     """
 
     matrix: Float[Array, "m m"]
@@ -138,10 +141,10 @@ class Damped(NamedTuple):
 
 
 def solution(system: Damped, b: Float[Array, " m"], rtol: float) -> Any:
-    """``x`` whose residual is about ``rtol`` of ``b``, or what rounding leaves; unrefined where ``rtol`` is infinite."""
+    """The ``x`` with a residual of about ``rtol`` times ``b``, or what rounding allows; unrefined if ``rtol`` is infinite."""
     factor = _factored(system)
     system = system._replace(damping=factor.damping)
-    # Rows of zeros make nothing of the solution, and may have a pivot of any size.
+    # Rows of zeros contribute nothing to the solution, whatever their pivot.
     b = jnp.where(factor.there, b, 0)
     product: Map = lambda c: system.image(c, system.out(c))  # noqa: E731
     if math.isinf(rtol):
@@ -151,15 +154,14 @@ def solution(system: Damped, b: Float[Array, " m"], rtol: float) -> Any:
         def step(state: _State) -> _State:
             state = _turned(factor.solve, state)
             out, first = system.out(state.ahead), state.sweeps == 0
-            # A product is taken only where the first solution may be off by more than is asked for. Otherwise that solves it.
+            # Skip the product if the error bound of the first solution meets the target: then `rest` stands for the image.
             enough = first & (factor.error(state.ahead) <= state.target)
             image = cond(enough, lambda: state.rest, lambda: system.image(state.ahead, out))
-            # The right-hand side is at least the damping times the solution, of which the first one is near.
+            # The right-hand side is at least the damping times the solution, which the first iterate approximates.
             least = jnp.where(first, system.damping * system.length(state.ahead, image), 0)
             state = state._replace(target=jnp.maximum(state.target, rtol * least))
             length, after = _stepped(image, factor.size, state)
-            # What was found of x is no product with what was found of c, most of which may cancel in that, and with it what is
-            # small. It is the sum of what products were taken of, with its rounding.
+            # Accumulate x along with c. Computed as out(c) at the end, x would lose its small parts to cancellation in c.
             coordinates, x = state.found
             x = jax.tree.map(lambda leaf, by: leaf + length * system.unit * by, x, out)
             return after._replace(found=(coordinates + length * state.ahead, x))
@@ -176,15 +178,15 @@ def _solution(out: Callable[[Array], Any], unit: Scalar, c: Float[Array, " m"]) 
 
 
 class _Factor(NamedTuple):
-    """One factor of a rounded matrix with its damping.
+    """The Cholesky factor of a damped matrix with rounding errors, and error bounds from it.
 
     Attributes:
-        damping: that of the system. If it could not be told from the rounding of the matrix, what could be.
+        damping: the damping of the system, raised if it is lost in the rounding errors of the matrix.
         there: which rows are not zero.
-        solve: a solve by it.
-        error: a bound on the size of what the first solution leaves.
-        size: of a residual, or somewhat more.
-        least: a lower bound on the size of a right-hand side, by what is known of it to rounding.
+        solve: a solve with the factor.
+        error: from the first solution to a bound on the size of its residual.
+        size: the size of a residual, or somewhat more.
+        least: a lower bound on the size of a right-hand side, allowing for rounding.
     """
 
     damping: Scalar
@@ -196,19 +198,19 @@ class _Factor(NamedTuple):
 
 
 def _rounding(matrix: Float[Array, "m m"]) -> float:
-    """What rounding may do to an eigenvalue of a matrix with a unit diagonal: its errors are about those of a random one."""
+    """A bound on the rounding error of an eigenvalue of a matrix with unit diagonal, if the entries' errors act as random."""
     return 4 * math.sqrt(matrix.shape[0]) * float(jnp.finfo(matrix.dtype).eps)
 
 
 def raised(matrix: Float[Array, "m m"], damping: Float[Array, "*m"]) -> Float[Array, "m m"]:
-    """A matrix whose diagonal is that of ``matrix`` and its damping, which counts for no less than rounding does to that."""
+    """A matrix whose diagonal is that of ``matrix`` plus the damping, or plus its rounding error if that is larger."""
     damped = jnp.maximum(matrix + damping, (1 + _rounding(matrix)) * matrix)
-    # A row of zeros without a damping, as of a padded example, has any number for a pivot, and is known by this one.
+    # A row of zeros without damping, as of a padded example, may have any pivot; this one marks it.
     return jnp.where(damped == 0, EMPTY, damped)
 
 
 def _raised_cholesky(matrix: Float[Array, "m m"], damping: Float[Array, "*m"]) -> Float[Array, "m m"]:
-    """The lower factor of ``matrix + damping``, which stands on the diagonal and is no less than rounding does to that."""
+    """The lower Cholesky factor of ``matrix`` with its diagonal as `raised` gives it."""
     return cholesky(jnp.where(jnp.eye(matrix.shape[0], dtype=bool), raised(matrix, damping), matrix))
 
 
@@ -216,17 +218,17 @@ def _factored(system: Damped) -> _Factor:
     matrix, rounding = system.matrix, _rounding(system.matrix)
     eps = float(jnp.finfo(matrix.dtype).eps)
     lower = _raised_cholesky(matrix, system.damping)
-    # The diagonal, of the factor: where that of the matrix is used, XLA makes the whole matrix again.
+    # Take the diagonal from the factor: if that of the matrix were used, XLA would compute the whole matrix again.
     entries = jnp.einsum("ij,ij->i", lower, lower, precision=HIGHEST)
     there = entries != EMPTY
     entries = jnp.where(there, entries, 0)
     raised = jnp.maximum(rounding * entries, system.damping)
-    # Of right-hand sides in the null space of X^T nothing is wanted, but what a smaller damping divides cancels no more. There
-    # is such a space where rows depend on each other, to rounding.
+    # If rows are linearly dependent to rounding, X^T has a null space. Right-hand sides in it should contribute nothing to x,
+    # but once divided by too small a damping they no longer cancel. So the damping gets a floor.
     dependent = there & (jnp.square(diagonals(lower[None])[0]) < 16 * rounding * entries)
     floor = eps * jnp.max(entries) * jnp.max(dependent.astype(entries.dtype))
     damping = jnp.maximum(system.damping, floor) if system.of_root else system.damping
-    # From the rounding of the matrix and of ``out``, and from what the diagonal was raised by.
+    # The error bound: rounding of the matrix and of ``out``, and the amount by which the diagonal was raised.
     beyond = jnp.where(there, (raised - damping) * jax.lax.rsqrt(jnp.where(there, entries, 1)), 0)
     counts = entries if system.of_root else jnp.ones_like(entries)
     rounded = 2 * eps * jnp.sqrt(jnp.vdot(counts, entries)) + jnp.sqrt(jnp.vdot(counts * beyond, beyond))
@@ -242,7 +244,7 @@ def _factored(system: Damped) -> _Factor:
         return _size(matmul(rest, lower) if system.of_root else rest)
 
     def least(b: Array) -> Scalar:
-        """``|X^T b|^2 = b^T M b``, where that is more than its rounding error."""
+        """A lower bound on ``|X^T b|``, from ``|X^T b|^2 = b^T M b`` less its rounding error."""
         if not system.of_root:
             return _size(b)
         known = jnp.square(size(b)) - jnp.vdot((raised + 4 * rounding * entries) * b, b)
@@ -255,17 +257,17 @@ def _size(x: Float[Array, " m"]) -> Scalar:
     return jnp.sqrt(jnp.vdot(x, x))
 
 
-# --- any vector -----------------------------------------------------------------------------------------------------------
+# --- any right-hand side --------------------------------------------------------------------------------------------------
 
 
 class Triangular(NamedTuple):
-    """`Factored` by one Cholesky factor, of a damping that is known to be above zero.
+    """`Factored` by one Cholesky factor, for a damping that is known to be above zero.
 
     Attributes:
-        lower: the factor of ``unit (matrix + damping I) unit``, or of one whose diagonal was raised by its rounding.
-        unit: what the matrix is multiplied by on both sides.
+        lower: the factor of ``unit (matrix + damping I) unit``, whose diagonal is raised by its rounding error if necessary.
+        unit: the factors that the matrix is multiplied by on both sides.
         told: whether the damping could be told from zero.
-        pivots: as shares of the diagonal entries.
+        pivots: the pivots, as shares of the diagonal entries.
     """
 
     lower: Float[Array, "m m"]
@@ -275,30 +277,31 @@ class Triangular(NamedTuple):
 
     @property
     def _resolved(self) -> Bool[Array, " m"]:
-        """Which pivots are above the rounding of the matrix."""
+        """Which pivots are above the rounding error of the matrix."""
         return self.pivots > 16 * _rounding(self.lower)
 
     @property
     def rank(self) -> Int[Array, ""]:
-        """See `Factored`; where the damping cannot be told, the pivots that are above rounding are counted."""
+        """See `Factored`; if the damping cannot be told from zero, the number of pivots above rounding."""
         return jnp.where(self.told, self.unit.size, jnp.sum(self._resolved, dtype=jnp.int32))
 
     @property
     def clear(self) -> Bool[Array, ""]:
-        """See `Factored`: the rounding of a residual, over the least pivot, is a small part of the solution."""
+        """See `Factored`: whether the rounding error of a residual, over the least pivot, is a small part of the solution."""
         return self.told | jnp.all(self.pivots > jnp.finfo(self.lower.dtype).eps ** 0.5 / 2)
 
     @property
     def floor(self) -> Scalar:
-        """See `Factored`: of what the dtype takes for singular, the least that can be told from zero.
+        """See `Factored`: for a matrix that is singular to rounding, the least number that can be told from zero.
 
-        Without it the rounding of a right-hand side, along directions that F does not see, would be divided by next to nothing.
+        Without it the rounding error of a right-hand side, along directions in the null space of F, would be divided by almost
+        nothing.
         """
         return jnp.where(self.told | jnp.all(self._resolved), 0, 16 * _rounding(self.lower))
 
     @property
     def left_out(self) -> Float[Array, " m"]:
-        """See `Factored`: nothing is."""
+        """See `Factored`: nothing is left out."""
         return jnp.zeros_like(self.unit)
 
     def in_units(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
@@ -333,28 +336,28 @@ def triangular(matrix: Float[Array, "m m"], damping: Scalar) -> Triangular:
 
 @functools.cache
 def by_cholesky(rtol: float) -> Factorise:
-    """One triangular factor for each damping, all of them known to be above zero, and solutions to a relative residual.
+    """Factorise by one triangular factor for each damping, known to be above zero, and solve to the relative residual ``rtol``.
 
-    They are as accurate as rounding allows where ``rtol`` is zero. There is one object for each ``rtol``: programs are found
-    again by it.
+    With ``rtol`` zero solutions are as accurate as rounding allows. The cache makes one object for each ``rtol``, which is part
+    of the key of compiled programs.
     """
     return Factorise(lambda matrix: functools.partial(triangular, matrix), functools.partial(_solved, rtol=rtol))
 
 
 def _solved(system: System, v: Float[Array, " p"], rtol: float) -> Solved:
-    """The solution of a system whose ``solve`` is near, and what was measured of it."""
+    """The solution of a system whose ``solve`` is approximate, and measurements of it."""
     units, factored = system.units, system.factored
-    # By way of the rows there are directions outside their span in any case, and a damping that is not told leaves them out.
+    # With fewer rows than parameters no floor is needed: directions outside the rows' span are left out anyway.
     floor = factored.floor if factored.unit.size == v.size else jnp.zeros((), v.dtype)
     eps = float(jnp.finfo(v.dtype).eps)
     b, down, to_x, to_rest, settled = scaled(units, v)
     scales = [jnp.ones((), b.dtype), down * inverse_power(power_or_one(norm(down * b)))][: 1 + down.ndim]
-    # What the iteration closes over varies over devices where the product does.
+    # The values that the iteration closes over must vary over the same mesh axes as the product.
     b, floor, *scales = alike(varying_through(system.product, b), floor, *scales)
     sizes = [jnp.where(whole > 0, whole, 1) for whole in (_size(scale * b) for scale in scales)]
 
     def size(r: Array) -> Scalar:
-        """Relative to the right-hand side: in its units, and in the parameters' own where there are several."""
+        """The size of a residual relative to the right-hand side, in its units and, if they differ, in the parameters' own."""
         parts = [_size(scale * r) / whole for scale, whole in zip(scales, sizes, strict=True)]
         return functools.reduce(jnp.maximum, parts)
 
@@ -367,7 +370,7 @@ def _solved(system: System, v: Float[Array, " p"], rtol: float) -> Solved:
         begin = _begin(b, b, jnp.full((), max(rtol, 32 * eps), b.dtype))._replace(left=size(b))
         end = while_loop(_going, step, begin)
         y = end.found
-        # Of the solution that is given, and on another way through the product than the one that led there.
+        # The residual of the solution as it is returned, with the product rounded differently than in the iteration.
         rest = b - in_another_rounding(product, settled(y))
         return y, (rest, rest - end.rest - floor * y)
 
@@ -378,7 +381,7 @@ def _solved(system: System, v: Float[Array, " p"], rtol: float) -> Solved:
 
 
 def _is_near(system: System, y: Float[Array, " p"], rest: Float[Array, " p"]) -> Bool[Array, ""]:
-    """Whether a solution is right although its damping cannot be told from zero: a correction is as large as the error."""
+    """Whether a solution is accurate although its damping cannot be told from zero, judged by the size of a correction."""
     if system.factored.unit.size < y.size:
         return jnp.asarray(False)
     bound = float(jnp.finfo(y.dtype).eps) ** 0.5 / 8 * norm(y)

@@ -1,4 +1,4 @@
-"""Fishers: empirical, exact, sampled, implicit. Each is a mean over examples and returns an operator."""
+"""The Fisher functions: empirical, exact, sampled, implicit. Each returns an operator that is a mean over examples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from jaxfisher._varying import varying_like
 class FisherFunction(Protocol):
     """``fisher(params, *data, weights=None, counts=None) -> Operator``: a Fisher as a function of the parameters and the data.
 
-    What `exact_fisher` and its like return. A function of your own is called with all of the data, the targets last.
+    `exact_fisher`, `empirical_fisher` and the like return such functions. A function of your own is called with all of the
+    data, the targets last.
     """
 
     def __call__(
@@ -45,10 +46,10 @@ def empirical_fisher(
 
     .. math:: \hat F = \frac1n \sum_i s_i s_i^T, \qquad s_i = \nabla_\theta \log p_\theta(x_i).
 
-    With ``center=True`` it is the covariance of the score, ``1/n sum (s_i - mean) (s_i - mean)^T``. Where ``log_prob`` is a
-    wave function's log-amplitude, of any normalisation, and the data are draws from its square, that is the real part of the
-    quantum geometric tensor, the matrix of stochastic reconfiguration. A log-amplitude may be complex, and so may parameters,
-    each of which is two real numbers:
+    With ``center=True`` it is the covariance of the score, ``1/n sum (s_i - mean) (s_i - mean)^T``. If ``log_prob`` is a wave
+    function's log-amplitude, of any normalisation, and the data are draws from its square, this covariance is the real part of
+    the quantum geometric tensor, the matrix of stochastic reconfiguration. A log-amplitude may be complex, and so may
+    parameters, each of which counts as two real numbers:
 
     .. math:: \mathrm{Re}\, \frac1n \sum_i (O_i - \bar O)^* (O_i - \bar O)^T, \qquad
         O_i = \partial_\theta \log\psi_\theta(x_i).
@@ -62,7 +63,7 @@ def empirical_fisher(
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
         center: subtract the (weighted) mean score from every score.
-        batch_size: make the scores again in pieces of at most so many examples, instead of holding their factors.
+        batch_size: recompute the scores in chunks of at most so many examples at each use, instead of holding their factors.
         max_bytes: as in `jaxfisher.scores`, instead of a ``batch_size``.
 
     Returns:
@@ -72,7 +73,7 @@ def empirical_fisher(
         `jaxfisher.kronecker`, since it is no sum of Kronecker products; it has all others.
 
     Raises:
-        ValueError: (when called) arrays of different lengths, a non-scalar ``log_prob``, one that is a batch mean.
+        ValueError: (when called) arrays of different lengths, a ``log_prob`` that returns no scalar or is a batch mean.
         TypeError: ``center`` is neither True nor False; (when called) a parameter that is not a floating array.
 
     Reference: Kunstner, Balles and Hennig, Limitations of the empirical Fisher approximation (NeurIPS 2019), equation 3;
@@ -111,20 +112,20 @@ def empirical_fisher(
 
 
 def fisher_from_scores(scores: Scores) -> Operator:
-    r"""The operator that scores make: ``F = S^T diag(omega) S``, with the weights ``omega`` that the scores carry.
+    r"""The operator ``F = S^T diag(omega) S`` of scores S, with the weights ``omega`` that the scores carry.
 
     .. math:: F = \sum_i \omega_i\, s_i s_i^T, \qquad \omega_i = \tfrac1n \text{ unless weights were given}.
 
-    Of ``jf.scores(log_prob)(params, *data)`` it is the empirical Fisher of this data, of centred scores the covariance of the
-    score. It is a mean over as many observations as the scores are of: the sum of the weights that `jaxfisher.scores` was
-    given, if it was. Nothing is computed: use it where the scores are needed for themselves too, as for a gradient with
-    coordinates in them, ``scores.rmv(e)``.
+    For ``jf.scores(log_prob)(params, *data)`` it is the empirical Fisher of this data; for centred scores it is the covariance
+    of the score. It is a mean over the observations of the scores, weighted if `jaxfisher.scores` was given weights. Nothing is
+    computed here: use this function if you need the scores themselves too, as for a gradient with coordinates in them,
+    ``scores.rmv(e)``.
 
     Args:
-        scores: what `jaxfisher.scores` makes, held or in pieces, centred or not.
+        scores: the scores that `jaxfisher.scores` returns, held or in chunks, centred or not.
 
     Returns:
-        An operator, exact as scores: solves, views and transformations take it as they take a Fisher.
+        An operator, exact as scores: solves, views and transformations take it as they take any Fisher.
 
     Raises:
         TypeError: ``scores`` is not a `jaxfisher.Scores`.
@@ -140,7 +141,7 @@ def fisher_from_scores(scores: Scores) -> Operator:
     2.0
     """
     if not isinstance(scores, Scores):
-        hint = " Call the function it is with the parameters and the data first." if callable(scores) else ""
+        hint = " This is a function: call it with the parameters and the data first." if callable(scores) else ""
         raise TypeError(
             f"fisher_from_scores: `scores` is {described(scores)}; expected what jf.scores(log_prob)(params, *data) "
             f"returns.{hint}"
@@ -160,21 +161,21 @@ def exact_fisher(model: Model, *, batch_size: int | None = None, max_bytes: int 
     with ``J_i`` the Jacobian of the predicted distribution's fields and ``M_i`` the distribution's Fisher in those fields. It
     is the Hessian of ``q -> KL(params, q)`` at ``q = params`` and, for natural parameters, the generalised Gauss-Newton matrix.
 
-    **When it is the wrong one.** It takes as many rows an example as the distribution has fields (the classes of a
-    softmax); where there are too many use `sampled_fisher`; where no array of the scores' size fits use `implicit_fisher`. It
-    does not say how wrong the model is: for standard errors under misspecification, see the empirical Fisher's sandwich.
+    **When it is the wrong one.** It takes as many rows an example as the distribution has fields (the classes of a softmax). If
+    there are too many, use `sampled_fisher`; if no array of the scores' size fits in memory, use `implicit_fisher`. It does not
+    say how wrong the model is: for standard errors under misspecification, see the empirical Fisher's sandwich.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
-        batch_size: make the rows again in pieces of at most so many examples, instead of holding their factors.
+        batch_size: recompute the rows in chunks of at most so many examples at each use, instead of holding their factors.
         max_bytes: as in `jaxfisher.scores`, instead of a ``batch_size``.
 
     Returns:
-        A function ``(params, *inputs, weights=None, counts=None)`` that returns an operator, exact as scores. A foreign
-        distribution with no closed form says in the operator's kind where its metric comes from. ``weights``, shape ``[n]``,
-        are those of the examples in the mean. ``counts``, shape ``[n]``, say of how many terms an example consists, such as the
-        valid tokens of a sequence, and the mean is over terms: ``sum w_i F_i / sum w_i c_i``, as language models report their
-        loss. `accumulate` then weighs batches by their terms.
+        A function ``(params, *inputs, weights=None, counts=None)`` that returns an operator, exact as scores. For a foreign
+        distribution without a closed form, the operator's kind says where its metric comes from. ``weights``, shape ``[n]``,
+        weigh the examples in the mean. ``counts``, shape ``[n]``, say how many terms an example consists of, such as the valid
+        tokens of a sequence, and the mean is over terms: ``sum w_i F_i / sum w_i c_i``, as language models report their loss.
+        `accumulate` then weighs batches by their terms.
 
     Raises:
         ValueError: (when called) arrays of different lengths, weights of another shape.
@@ -207,13 +208,13 @@ def exact_fisher(model: Model, *, batch_size: int | None = None, max_bytes: int 
 def sampled_fisher(
     model: Model, num_samples: int = 1, *, batch_size: int | None = None, max_bytes: int | None = None
 ) -> SampledFisher:
-    r"""The Fisher estimated with targets drawn from the model: unbiased, one row a draw.
+    r"""The Fisher estimated with targets drawn from the model: an unbiased estimate, with one row for each draw.
 
     .. math:: F \approx \frac1{nm} \sum_i \sum_{k=1}^m s(y_{ik}) s(y_{ik})^T, \qquad y_{ik} \sim p_\theta(\cdot \mid x_i).
 
-    The noise of example i depends on the key and on i alone: pieces, their order and the number of devices do not change a
-    draw. That holds for keys of any implementation: an rbg key, whose draws change under `jax.vmap`, is the seed of a threefry
-    key here.
+    The noise of example i depends on the key and on i alone: chunks, their order and the number of devices do not change a
+    draw. This holds for keys of any implementation: an rbg key, whose draws change under `jax.vmap`, only seeds a threefry key
+    here.
 
     **When it is the wrong one.** Its relative error falls as ``1/sqrt(n m)``; with few rows it is of low rank and needs
     damping.
@@ -221,11 +222,12 @@ def sampled_fisher(
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
         num_samples: draws for each example, m.
-        batch_size: make the rows again in pieces of at most so many examples, instead of holding their factors.
+        batch_size: recompute the rows in chunks of at most so many examples at each use, instead of holding their factors.
         max_bytes: as in `jaxfisher.scores`, instead of a ``batch_size``.
 
     Returns:
-        A function ``(params, key, *inputs, weights=None, counts=None)`` that returns an operator, exact as scores of the draws.
+        A function ``(params, key, *inputs, weights=None, counts=None)`` that returns an operator, held exactly as the scores of
+        the draws.
 
     Raises:
         ValueError: ``num_samples`` below one; (when called) arrays of different lengths.
@@ -258,7 +260,7 @@ def sampled_fisher(
 def drawn_fisher(
     model: Model, params: chex.ArrayTree, keys: PRNGKeyArray, inputs: tuple[Any, ...], weights: Any = None, counts: Any = None
 ) -> Operator:
-    """A sampled Fisher of one draw for each example, by a key for each."""
+    """A sampled Fisher of one draw for each example, from one key for each."""
     batch = make_batch(params, inputs, weights, None, None, counts)
     batch = dataclasses.replace(batch, data=(keys, *batch.data))
     return _from_rows("sampled, 1 draw", DrawnRow(model), params, batch)
@@ -293,23 +295,24 @@ class ImplicitFisher(Protocol):
 
 
 def implicit_fisher(model: Model, *, batch_size: int | None = None) -> ImplicitFisher:
-    r"""The exact Fisher as products only: one jvp, the output metric, one vjp, and nothing of size n x p or p x p held.
+    r"""The exact Fisher as products only: one jvp, the output metric, one vjp. Nothing of size n x p or p x p is held.
 
     .. math:: F v = \frac1n \sum_i J_i^T M_i (J_i v).
 
-    The operator holds the parameters, the inputs and (static) the model; give the same model object each time, since another
-    object means another trace. ``diagonal`` and ``trace`` are exact, from rows of ``batch_size`` examples at a time; ``solve``
-    without ``solver=jf.CG()`` makes the matrix, up to p = 4096. Its views (`jaxfisher.kronecker` and the others) are taken of
-    the exact rows, a row for each field of the distribution; where those are many, as in a language model, have them taken of
-    a cheaper operator and keep the exact products: ``fisher(params, x, views_of=jf.sampled_fisher(model)(params, key, x))``.
+    The operator holds the parameters, the inputs and (as a static field) the model. Give the same model object each time, since
+    a new object means a new trace. ``diagonal`` and ``trace`` are exact, from the rows of ``batch_size`` examples at a time;
+    ``solve`` without ``solver=jf.CG()`` makes the matrix, up to p = 4096. Its views (`jaxfisher.kronecker` and the others) are
+    those of the exact rows, one row for each field of the distribution. If there are many, as in a language model, take the
+    views from a cheaper operator and keep the exact products:
+    ``fisher(params, x, views_of=jf.sampled_fisher(model)(params, key, x))``.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
-        batch_size: run the model on pieces of at most so many examples, which bounds the activations held.
+        batch_size: run the model on chunks of at most so many examples, which bounds the activations held.
 
     Returns:
         A function ``(params, *inputs, weights=None, counts=None, views_of=None)`` that returns an operator. ``views_of`` is an
-        operator over the same parameters, of which views are taken in place of this one.
+        operator over the same parameters, of which views are taken instead.
 
     Raises:
         ValueError: (when called) arrays of different lengths, weights of another shape, ``views_of`` over other parameters.

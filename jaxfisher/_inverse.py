@@ -1,10 +1,10 @@
 r"""Inverting a damped matrix as well as its dtype allows.
 
-One rule for all routes. The matrix is first scaled to a unit diagonal, by powers of two, which round nothing: a parameter in
-other units is then no null direction. A damping that the dtype can tell from zero makes every direction invertible: by a
-Cholesky factor where that is well posed, otherwise by eigenvectors. Without one (zero, or too small beside the matrix)
-eigenvectors show the directions whose eigenvalues are zero to rounding; these are left out, and the solution is the one of
-minimum norm in the parameters' own units.
+All routes follow one rule. The matrix is first scaled to a unit diagonal by powers of two, which add no rounding error, so that
+a parameter in very different units is not mistaken for a null direction. A damping that the dtype can tell from zero makes
+every direction invertible: by a Cholesky factor if that is well posed, otherwise by eigenvectors. Without one (zero, or too
+small beside the matrix) eigenvectors show the directions whose eigenvalues are zero to rounding. These are left out, and the
+solution is the one of minimum norm in the parameters' own units.
 
 Reference: Higham, Accuracy and Stability of Numerical Algorithms (2002), theorem 10.7 (Demmel: Cholesky and unit diagonals).
 """
@@ -37,15 +37,15 @@ Map = Callable[[Float[Array, " p"]], Float[Array, " p"]]
 
 
 class Factored(Protocol):
-    """A damped matrix, inverted in units in which it has a unit diagonal or is of unit size.
+    """The inverse of a damped matrix, in units in which the matrix has a unit diagonal or is of unit size.
 
     Attributes:
-        unit: what the matrix is multiplied by on both sides.
-        rank: number of directions inverted.
-        told: whether the damping could be told from zero; where not, this is the pseudo-inverse.
+        unit: the factors that the matrix is multiplied by on both sides.
+        rank: the number of directions inverted.
+        told: whether the damping could be told from zero; if not, this is the pseudo-inverse.
         left_out: a combination of all directions that were left out, in those units; zero if there are none.
         clear: whether every eigenvalue that was kept is well above rounding; true with a damping.
-        floor: what is inverted has this on its diagonal besides, in those units.
+        floor: a number added to the diagonal of the inverted matrix, in those units.
     """
 
     @property
@@ -62,26 +62,26 @@ class Factored(Protocol):
     def floor(self) -> Scalar: ...
 
     def in_units(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
-        """The inverse of ``unit (matrix + damping I) unit``, as well as one application of the factors does it."""
+        """``(unit (matrix + damping I) unit)^-1 b``, as accurate as one application of the factors makes it."""
         ...
 
     def apply(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
-        """That of ``matrix + damping I``."""
+        """``(matrix + damping I)^-1 b``, likewise."""
         ...
 
     def projected(self, product: Map) -> Self:
-        """Where directions were left out, the pseudo-inverse by the null space of ``product``, that of what was inverted."""
+        """If directions were left out, the pseudo-inverse with the null space taken from ``product``, of the same matrix."""
         ...
 
     def astray(self, b: Float[Array, " m"], y: Float[Array, " m"]) -> Scalar:
-        """How much of ``unit y`` with ``y = in_units(b)`` may lie in the null space, as far as that is known."""
+        """An estimate of how much of ``unit y``, with ``y = in_units(b)``, may lie in the null space."""
         ...
 
 
 class Inverse(NamedTuple):
-    """`Factored` by a Cholesky factor where that can be trusted, else as ``factor diag(inverted) factor^T``.
+    """`Factored` by a Cholesky factor if that can be trusted, else as ``factor diag(inverted) factor^T``.
 
-    Columns of ``factor`` that were left out are null vectors at first, and once `projected`, how far off these are.
+    Columns of ``factor`` that were left out hold null vectors at first and, after `projected`, the errors of these.
     """
 
     factor: Float[Array, "m m"]
@@ -129,7 +129,7 @@ class Inverse(NamedTuple):
     def astray(self, b: Float[Array, " m"], y: Float[Array, " m"]) -> Scalar:
         """See `Factored`."""
         coefficients = self.inverted * matmul(self.factor.T, b)
-        # What was projected off has the rounding of the whole column left in it.
+        # Projecting out a direction leaves the rounding error of the whole column.
         columns = jnp.sqrt(jnp.sum(jnp.square(self.unit[:, None] * self.factor), 0))
         rounded = jnp.vdot(columns, jnp.abs(coefficients))
         turned = norm(jnp.where(self.kept, 0, matmul(self.factor.T, self.unit * (self.unit * y))))
@@ -137,24 +137,24 @@ class Inverse(NamedTuple):
 
 
 def by_invert(matrix: Float[Array, "m m"]) -> Callable[[Scalar], Inverse]:
-    """A factorisation for each damping, the way that can be trusted: `invert`."""
+    """From a damping to the factorisation of ``matrix`` by `invert`."""
     return partial(invert, matrix)
 
 
 def invert(matrix: Float[Array, "m m"], damping: Scalar) -> Inverse:
-    """Factor ``matrix + damping I`` in the way that can be trusted; only that one runs. Only the upper triangle is read.
+    """Factor ``matrix + damping I`` by Cholesky or eigenvectors, whichever can be trusted; only that one runs.
 
-    Where directions are left out it is a pseudo-inverse only once it is `projected`.
+    Only the upper triangle is read. If directions are left out, the result is a pseudo-inverse only after `projected`.
     """
     size, eps = matrix.shape[0], jnp.finfo(matrix.dtype).eps
     diagonal = jnp.abs(jnp.diagonal(matrix)) + damping
     unit = unit_diagonal(diagonal)
-    # Written so that a NaN is told: it must not be taken for zero.
+    # `~(a <= b)` rather than `a > b`, so that a NaN counts as told from zero.
     told = ~(damping <= eps * jnp.max(diagonal, initial=0.0))
     shares = twice(damping, unit)
     scaled = unit[:, None] * matrix * unit[None, :] + jnp.diag(shares)
     factor = cholesky(scaled)
-    # With a damping a pivot may come down to the rounding error of one entry.
+    # With a damping a pivot may be as small as the rounding error of one entry.
     well_posed = told & jnp.all(jnp.square(jnp.diagonal(factor)) > eps * jnp.diagonal(scaled))
 
     def by_cholesky() -> tuple[Array, ...]:
@@ -170,17 +170,17 @@ def invert(matrix: Float[Array, "m m"], damping: Scalar) -> Inverse:
 
 
 def multiplied(matrix: Float[Array, "m m"], damping: Scalar, unit: Float[Array, " m"]) -> Map:
-    """The product with ``unit (matrix + damping I) unit``, of a matrix given by its upper triangle."""
+    """The product with ``unit (matrix + damping I) unit``, for a matrix given by its upper triangle."""
     return lambda y: unit * matmul(mirrored(matrix), unit * y) + twice(damping, unit) * y
 
 
 class Eigen(NamedTuple):
-    """What makes ``unit^-1 (matrix + damping I)^-1 unit^-1`` of a symmetric matrix: ``vectors diag(1 / values) vectors^T``.
+    """The decomposition ``unit^-1 (matrix + damping I)^-1 unit^-1 = vectors diag(1 / values) vectors^T``.
 
     Attributes:
-        vectors: eigenvectors, in units.
-        values: eigenvalues, to which a damping that is told is still to be added.
-        kept: which of them are not left out.
+        vectors: the eigenvectors, in units.
+        values: the eigenvalues, without the damping if it can be told from zero: add it to them.
+        kept: which eigenvalues are not left out.
         clear: as in `Factored`.
     """
 
@@ -191,39 +191,39 @@ class Eigen(NamedTuple):
 
 
 def eigen(matrix: Float[Array, "m m"], unit: Float[Array, " m"], told: Bool[Array, ""], shares: Array | float = 0.0) -> Eigen:
-    """The eigenvectors of a matrix: in its own units, so that a damping that is told adds to each eigenvalue exactly.
+    """The eigenvectors of a matrix, in its own units if the damping can be told from zero: it then adds to each eigenvalue.
 
-    Where none is told, they are those of ``unit matrix unit + shares``, which has a unit diagonal.
+    Otherwise they are those of ``unit matrix unit + shares``, which has a unit diagonal.
     """
     scale = jnp.where(told, 1, unit)
     scaled = scale[:, None] * matrix * scale[None, :] + jnp.diag(jnp.broadcast_to(jnp.where(told, 0, shares), unit.shape))
     values, vectors = jnp.linalg.eigh(scaled, symmetrize_input=False)
     largest = jnp.max(jnp.abs(values), initial=0.0)
-    # With a damping every direction is kept, and what is zero to the rounding of one eigenvalue is the damping alone.
+    # With a damping every direction is kept; eigenvalues that are zero to rounding are set to zero, and leave the damping.
     values = resolved(values, jnp.where(told, largest, 0), largest, values.size)
     kept = told | (values != 0)
     return Eigen((scale / unit)[:, None] * vectors, values, kept, told | is_clear(values, kept))
 
 
 def is_clear(values: Float[Array, " m"], kept: Bool[Array, " m"]) -> Bool[Array, ""]:
-    """Whether every eigenvalue that was kept is well above the rounding of the decomposition."""
+    """Whether every eigenvalue that was kept is well above the rounding error of the decomposition."""
     sizes = jnp.abs(values)
     return jnp.all(sizes >= 4 * values.size * jnp.finfo(values.dtype).eps * jnp.max(sizes, initial=0.0), where=kept)
 
 
 def _inverted(values: Float[Array, " m"], kept: Bool[Array, " m"], damping: Scalar) -> Float[Array, " m"]:
-    """``1 / (values + damping)`` of what is kept, else zero."""
-    # What is negative within rounding may outweigh a small damping: the inverse would have a wrong sign there.
+    """``1 / (values + damping)`` for the eigenvalues kept, else zero."""
+    # An eigenvalue that is negative within rounding may outweigh a small damping, and turn the sign of the inverse.
     values = jnp.where(values < 0, without_noise(values), values)
     return jnp.where(kept, 1 / jnp.where(kept, values + damping, 1), 0)
 
 
 @jax.custom_jvp
 def log_determinant(matrix: Float[Array, "m m"], damping: Scalar) -> Scalar:
-    """``log det (matrix + damping I)``, from pivots where they can be trusted: each is right to a few digits of its own.
+    """``log det (matrix + damping I)``, from Cholesky pivots if they can be trusted, else from eigenvalues.
 
-    Small eigenvalues are right only to digits of the largest, after a scaling to a unit diagonal if there is no damping. Only
-    the upper triangle is read. Derivatives are ``tr((matrix + damping I)^-1 d matrix)``.
+    Each pivot has a small relative error; small eigenvalues have errors relative to the largest, after a scaling to a unit
+    diagonal if there is no damping. Only the upper triangle is read. Derivatives are ``tr((matrix + damping I)^-1 d matrix)``.
     """
     size, eps = matrix.shape[0], jnp.finfo(matrix.dtype).eps
     diagonal = jnp.abs(jnp.diagonal(matrix)) + damping
@@ -232,12 +232,12 @@ def log_determinant(matrix: Float[Array, "m m"], damping: Scalar) -> Scalar:
     shares = jnp.diag(twice(damping, unit))
     scaled = unit[:, None] * matrix * unit[None, :] + shares
     factor = cholesky(scaled)
-    # With damping a pivot may come down to the rounding error of one entry; without, to that of the whole matrix.
+    # With damping a pivot may be as small as the rounding error of one entry; without, of the whole matrix.
     share = jnp.square(jnp.diagonal(factor)) / jnp.diagonal(scaled)
     well_posed = jnp.all(share > jnp.where(told, eps, size * eps))
 
     def by_eigenvalues() -> Scalar:
-        # In its own units what is zero to rounding has any damping for an eigenvalue. A NaN is no zero.
+        # With damping keep the matrix's own units, where an eigenvalue of zero becomes the damping. A NaN counts as damping.
         damped = ~(damping <= 0)
         scale = jnp.where(damped, 1, unit)
         values = eigenvalues(scale[:, None] * matrix * scale[None, :] + jnp.where(damped, 0, shares))
@@ -258,7 +258,7 @@ def _log_determinant_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Ar
 
 @jax.custom_jvp
 def _inverse_matrix(matrix: Float[Array, "m m"], damping: Scalar) -> Float[Array, "m m"]:
-    """``(matrix + damping I)^-1``; NaN where that is singular."""
+    """``(matrix + damping I)^-1``; NaN if that matrix is singular."""
     found = invert(matrix, damping)
     inverse = jax.vmap(found.apply)(jnp.eye(matrix.shape[0], dtype=matrix.dtype))
     return jnp.where(found.rank == matrix.shape[0], inverse, jnp.nan)

@@ -69,29 +69,28 @@ def natural_grad(
     .. math:: d = (F + \lambda I)^{-1} \nabla L(\theta), \qquad L = -\frac1n \sum_i \log p_\theta(x_i).
 
     ``-d`` is the direction of steepest descent when distance is the KL divergence between predictions: among steps that move
-    it by at most ``c``, the linearised loss is least at ``-sqrt(2c / g^T F^-1 g) F^-1 g``. So ``d`` is what you *subtract*:
-    ``theta - lr * d``.
+    the predictions by at most ``c``, the linearised loss is least at ``-sqrt(2c / g^T F^-1 g) F^-1 g``. So ``d`` is what you
+    *subtract*: ``theta - lr * d``.
 
     With ``fisher=None`` F is the *empirical* Fisher of the same data, and one backward pass serves both F and the gradient
-    (solved in the space of examples where that is smaller). To train, give an exact or sampled Fisher.
+    (solved in the space of examples if that is smaller). To train, give an exact or sampled Fisher.
 
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
-        fisher: such as ``jf.exact_fisher(model)``, which is called with the data but for their last entry, the target; or a
-            function of your own, ``(params, *data) -> operator``, called with all of the data.
+        fisher: a Fisher function such as ``jf.exact_fisher(model)``, which is called with the data without their last entry,
+            the target; or a function of your own, ``(params, *data) -> operator``, called with all of the data.
         damping: ``>= 0``, absolute, in the units of F; or a pytree like the parameters with one number above zero a leaf. A
-            number of zero asks for the minimum-norm solution. An array should be above zero where F is held as scores: with
-            ``fisher=None``, where scores depend on each other to rounding, less than eps times the largest squared score (over
-            n) counts as that; otherwise see `Cholesky`.
-        view: applied to the operator before it is inverted, such as `jaxfisher.diagonal`.
-        solver: as in `jaxfisher.solve`, such as ``jf.CG(rtol=1e-2, preconditioner=jf.kronecker)``; None for the exact route, of
-            a Fisher held as scores as accurate as training needs, ``jf.Cholesky(rtol=1e-3)``.
-        batch_size: bound memory by running the model on pieces of at most so many examples.
+            Python zero asks for the minimum-norm solution. An array should be above zero if F is held as scores. With
+            ``fisher=None``, if scores are linearly dependent to rounding, a damping below eps times the largest squared score
+            (over n) is raised to that; otherwise see `Cholesky`.
+        view: a view applied to the operator before it is inverted, such as `jaxfisher.diagonal`.
+        solver: as in `jaxfisher.solve`, such as ``jf.CG(rtol=1e-2, preconditioner=jf.kronecker)``. None takes the exact route;
+            a Fisher held as scores is then solved as accurately as training needs, by ``jf.Cholesky(rtol=1e-3)``.
+        batch_size: bound memory by running the model on chunks of at most so many examples.
         max_bytes: with ``fisher=None``, as in `jaxfisher.scores`, instead of a ``batch_size``.
-        rtol: how accurate the solve must be with ``fisher=None`` and a positive damping, as a residual relative to the
-            gradient; None for ``1e-3``, which serves training (a standard error wants 1e-5). The solution is refined only where
-            one factorisation leaves more. With ``math.inf`` it is never refined: the program is the smallest, and compiles in
-            half the time.
+        rtol: with ``fisher=None`` and a positive damping, the residual of the solve, relative to the gradient. None stands for
+            ``1e-3``, which serves training (a standard error needs 1e-5). The solution is refined only if one factorisation
+            leaves more. With ``math.inf`` it is never refined: the program is the smallest, and compiles in half the time.
 
     Returns:
         A function ``(params, *data, weights=None, counts=None)``; the result is a pytree like the parameters, in their dtypes.
@@ -99,7 +98,8 @@ def natural_grad(
 
     Raises:
         ValueError: a negative damping, or an ``rtol`` that is not above zero or has no effect beside a ``fisher``, ``view``,
-            ``solver`` or damping by leaf; (when called) arrays of different lengths, a non-scalar ``log_prob``, a batch mean.
+            ``solver`` or damping by leaf; (when called) arrays of different lengths, a ``log_prob`` that returns no scalar or
+            is a batch mean.
         TypeError: (when called) ``fisher`` or ``view`` returns no operator; a parameter that is not a floating array.
 
     Reference: Amari (Neural Computation 1998), theorem 1; Martens (JMLR 2020), section 6.
@@ -193,7 +193,7 @@ def value_and_natural_grad(
 
 
 def _check_arguments(log_prob: Any, fisher: Any, damping: Any, view: Any, solver: Any, max_bytes: int | None) -> None:
-    """Raise for what can be told before there are data."""
+    """Raise for mistakes that can be seen before there are data."""
     for leaf in jax.tree.leaves(damping, is_leaf=lambda leaf: leaf is None):
         check_nonnegative("damping", leaf)
     check_solver(solver)
@@ -204,13 +204,13 @@ def _check_arguments(log_prob: Any, fisher: Any, damping: Any, view: Any, solver
         check_function("view", view, VIEW)
     if fisher is not None and max_bytes is not None:
         raise ValueError(
-            "`max_bytes` is given with a `fisher`, which has its own. Give it to that, as in "
-            "jf.exact_fisher(model, max_bytes=...), and a `batch_size` for the gradient here."
+            "`max_bytes` is given with a `fisher`, which takes its own. Give it to the Fisher, as in "
+            "jf.exact_fisher(model, max_bytes=...), and give a `batch_size` here for the gradient."
         )
 
 
 def _check_rtol(rtol: Any, others: dict[str, Any]) -> None:
-    """Raise unless it is a number above zero, known when a program is traced, and the solve is the one that it speaks of."""
+    """Raise unless ``rtol`` is a Python number above zero, and the solve is the exact one that it applies to."""
     if isinstance(rtol, bool) or not isinstance(rtol, numbers.Real) or not float(rtol) > 0:
         raise ValueError(
             f"`rtol` is {described(rtol)}; expected a Python number above zero, such as 1e-5, or None for {TRAINING.rtol}."
@@ -224,14 +224,14 @@ def _check_rtol(rtol: Any, others: dict[str, Any]) -> None:
 
 
 def _direction(form: FromScores, damping: chex.Numeric, rtol: float) -> Any:
-    """The solve for the mean gradient, which is minus the mean of the scores: its coordinates in the rows are minus one."""
+    """The solve for the gradient of the mean loss: minus the mean of the scores, so its coordinates in the rows are all -1."""
     dtype = form.spec.dtype
     ones = jnp.ones(form.scores.num_rows, dtype)
     return form.solve_row_space(-ones, nonnegative("damping", damping, dtype), Static(rtol))
 
 
 def _called(fisher: FisherFunction, params: chex.ArrayTree, data: tuple[Any, ...], given: dict[str, Any]) -> Operator:
-    """The operator of this data; a call that fails says what it was called with."""
+    """The operator that ``fisher`` returns for this data; an error of that call gets a note about its arguments."""
     taken = taken_by(fisher, data, data)
     keywords = given_with(taken, given)
     try:

@@ -1,4 +1,4 @@
-"""Solving: ``(F + damping I) x = v``, by the operator's own exact route or by a solver of one's choice."""
+"""Solving ``(F + damping I) x = v``: by the operator's own exact route, by conjugate gradients or by LSMR."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class CG:
     r"""Preconditioned conjugate gradients: for operators known by their products only.
 
     Attributes:
-        rtol: stop when ``|v - (F + damping I) x| <= rtol |v|``. The residual is made anew before that is believed, and once
-            more in another rounding.
+        rtol: stop when ``|v - (F + damping I) x| <= rtol |v|``. Before that is believed, the residual is recomputed from ``x``,
+            and once more with different rounding.
         max_steps: give up after so many products; None means ten times the number of parameters.
         preconditioner: an operator near F that is cheap to solve with, such as ``jf.kronecker(F)`` or ``jf.nystrom(F, key,
-            50)``, or a view that makes one of F, such as ``jf.kronecker``; it is inverted with the same damping, once.
+            50)``, or a view that makes one from F, such as ``jf.kronecker``. It is inverted once, with the same damping.
         start: a first guess of ``x``, such as the last step's solution; None for zero.
 
     The answer is not exact: read ``info.converged`` and ``info.residual``. The stopping rule does not depend on the scale of
-    ``v`` or of F. If a direction is met along which ``F + damping I`` is negative, as the Hessian behind `observed_information`
-    may be, the iteration stops there with what it has and ``info.indefinite`` says so. A pytree: it crosses ``jit`` as an
-    argument.
+    ``v`` or of F. If the iteration meets a direction along which ``F + damping I`` is negative, as the Hessian behind
+    `observed_information` may be, it stops there, returns its current solution and sets ``info.indefinite``. The solver is a
+    pytree, so it crosses ``jit`` as an argument.
 
     Reference: Hestenes and Stiefel, Methods of conjugate gradients for solving linear systems (1952); Martens, Deep learning
     via Hessian-free optimization (ICML 2010), section 4.
@@ -69,7 +69,7 @@ class CG:
         if self.preconditioner is None or isinstance(self.preconditioner, Operator | jax.tree_util.Partial):
             return
         if callable(self.preconditioner):
-            # A function that crosses ``jit`` as part of a pytree.
+            # As a `Partial`, the function crosses ``jit`` as part of a pytree.
             object.__setattr__(self, "preconditioner", jax.tree_util.Partial(self.preconditioner))
         elif isinstance(self.preconditioner, str) or not jax.tree_util.all_leaves([self.preconditioner]):
             as_operator(self.preconditioner, "CG: `preconditioner`")
@@ -77,7 +77,7 @@ class CG:
     def __call__(self, fisher: Operator, v: chex.ArrayTree, damping: Damping) -> tuple[Any, SolveInfo]:
         near = self.preconditioner
         if near is not None:
-            # Here and not in the program: a view is a function of the user's, and may be a new one at each call.
+            # Call the view outside the compiled program: it is the user's function, and may be a new object at each call.
             near = as_operator(near(fisher) if callable(near) else near, "CG: `preconditioner`")
             fisher.spec.check_same(near.spec, f"CG: cannot precondition {fisher} with `preconditioner`, {near}")
         x, info = dataclasses.replace(self, preconditioner=near)._solution(
@@ -92,7 +92,7 @@ class CG:
         b = spec.ravel(v, "v")
         size = power_or_one(norm(b))
         exact = _damped(fisher, known)
-        # F may be of a size whose products leave the dtype: the iteration solves (s F s) y = b / |b|, and x = |b| s^2 y.
+        # Products with F may overflow or underflow, so the iteration solves (s F s) y = b / |b|, and x = |b| s^2 y.
         s = to_unit(_root_size(fisher.spec, exact), jnp.sqrt(jnp.max(entries_of(known, fisher.spec))))
         product: Callable[[Array], Array] = lambda y: s * exact(s * y)  # noqa: E731
         to_x: Callable[[Array], Array] = lambda y: y * s * size * s  # noqa: E731
@@ -106,7 +106,7 @@ class CG:
         most = 10 * spec.size if self.max_steps is None else self.max_steps
 
         def settled(y: Array) -> Array:
-            # What underflows on the way to x is no longer part of the solution.
+            # Drop from y what underflows on the way to x.
             return to_y(to_x(y))
 
         def iterate(product: Callable[[Array], Array], b: Array) -> tuple[Array, tuple[Array, Array, Array, Array]]:
@@ -114,11 +114,11 @@ class CG:
             again = b - in_another_rounding(product, settled(end.x))
             return end.x, (end.r, again, end.steps, end.indefinite)
 
-        # Derivatives are those of the solution, not of the iteration.
+        # Differentiate the solution implicitly, not the iteration.
         y, (rest, again, steps, indefinite) = linear_solve(product, b * shorter, iterate)
         length = norm(b * shorter)
         residual, other = (norm(r) / jnp.where(length > 0, length, 1) for r in (rest, again))
-        # An iteration over what is not finite stops with what it had, which may look like an answer.
+        # With numbers that are not finite the iteration stops with its last solution, which may look like an answer.
         x = to_x(jnp.where(jnp.isfinite(residual), y, jnp.nan))
         finite = all_finite(x)
         converged = finite & (residual <= self.rtol) & (other <= 2 * self.rtol) & ~indefinite
@@ -139,21 +139,21 @@ def _damped(fisher: Operator, damping: Dampings) -> Callable[[Float[Array, " p"]
 
 
 def _root_size(spec: ParamSpec, product: Callable[[Float[Array, " p"]], Float[Array, " p"]]) -> Scalar:
-    """The order of magnitude of the root of the largest eigenvalue of a product; zero where it cannot be told."""
-    # A vector so small that the product is finite also where F itself is beyond the dtype.
+    """The order of magnitude of the root of an operator's largest eigenvalue, from its product; zero if unknown."""
+    # The vector is so small that the product is finite even if F itself overflows.
     small = 2.0**-40
     trial = jnp.cos(jnp.arange(spec.size, dtype=spec.dtype)) * (small / spec.size**0.5)
     return jnp.sqrt(norm(product(trial))) * small**-0.5
 
 
 RESTARTS = 3
-"""How often an iteration that thinks it has arrived, and has not, starts again from the true residual."""
+"""How often the iteration restarts from the true residual after its recursion wrongly reported convergence."""
 
 
 class _State(NamedTuple):
-    """Where conjugate gradients are: solution, residual and its size, direction, ``r^T M r`` of the step before.
+    """The state of conjugate gradients: solution, residual and its size, direction, ``r^T M r`` of the step before.
 
-    ``best`` is the solution with the smallest residual so far, whose size is ``least``.
+    ``best`` is the solution with the smallest residual so far, and ``least`` is the size of that residual.
     """
 
     x: Array
@@ -178,29 +178,29 @@ def _conjugate_gradients(
     rtol: float,
     most: int,
 ) -> _State:
-    """Where the iteration ends; the residual there is ``b - product(settled(x))``, not a recursion.
+    """The final state of the iteration. Its residual is ``b - product(settled(x))``, not the one of the recursion.
 
-    Where part of ``b`` is out of reach, the iteration comes near, and then goes off along the null space: what it gives is the
-    best that it had.
+    If part of ``b`` lies outside the range of the product, the iteration comes near and then drifts off along the null space;
+    it then returns the best solution that it had.
     """
-    # Lineax's solver stops on a test of step and residual together, and has no word for negative curvature.
+    # Not lineax's CG, which tests step and residual together to stop, and does not report negative curvature.
     target, eps = rtol * norm(b), jnp.finfo(b.dtype).eps
 
     def step(state: _State) -> _State:
         z = precondition(state.r)
         rz = jnp.vdot(state.r, z)
-        # Zero before the first step and after a true residual, to which the old directions are not conjugate.
+        # `rz` is zero before the first step and after a restart, where the old directions are not conjugate to the residual.
         share = jnp.where(state.rz != 0, rz / jnp.where(state.rz != 0, state.rz, 1), 0)
         p = z + share * state.p
         q = product(p)
         curvature = jnp.vdot(p, q)
-        # Without any curvature nothing more is gained.
+        # Without positive curvature there is nothing more to gain.
         forward = curvature > 0
         length = jnp.where(forward, rz / jnp.where(forward, curvature, 1), 0)
         x, r = state.x + length * p, state.r - length * q
         size = norm(r)
         best, least = jnp.where(size < state.least, x, state.best), jnp.minimum(size, state.least)
-        # No oscillation of the residual is so large.
+        # The residual of a sound iteration never oscillates by so much: it has gone off along the null space.
         gone = eps**0.75 * size > least
         x = jnp.where(gone, best, x)
         arrived, last = size <= target, (state.steps + 1 >= most) | ~forward | gone
@@ -232,16 +232,15 @@ class LSMR:
     of that of F, and keeps the digits that squaring would lose.
 
     Attributes:
-        rtol: the tolerance of its tests of residual and gradient, which are relative to the sizes of X and of the right-hand
-            side, whatever these are.
+        rtol: the tolerance of the tests of residual and gradient, relative to the sizes of X and of the right-hand side.
         max_steps: give up after so many steps; None means ten times the smaller of rows and parameters.
 
-    ``info.converged`` says that one of its tests was met, and that the residual of the solution, made anew, is at most
-    ``100 rtol`` or the root of the dtype's eps: both are relative to ``v``, which may be small beside what it is made of.
+    ``info.converged`` says that one of the tests was met, and that the recomputed residual of the solution is at most
+    ``100 rtol`` or the root of the dtype's eps. Both are relative to ``v``, which may be small beside its terms.
 
-    As a solver of `jaxfisher.solve` it takes any ``v``, with a damping above zero; where ``v = S^T diag(omega) e`` with ``e``
-    known, as for the gradient of a mean of log-densities (``e`` is one everywhere), `least_squares` is more accurate. The
-    iteration is lineax's, on ``X`` with ``sqrt(damping) I`` below it.
+    As a solver of `jaxfisher.solve` it takes any ``v``, with a damping above zero. If ``v = S^T diag(omega) e`` with a known
+    ``e``, as for the gradient of a mean of log-densities (``e`` is one everywhere), `least_squares` is more accurate. The
+    iteration is lineax's, on ``X`` with ``sqrt(damping) I`` stacked below it.
 
     Reference: Fong and Saunders, LSMR: an iterative algorithm for sparse least-squares problems (SIAM J. Sci. Comput. 2011).
 
@@ -261,7 +260,7 @@ class LSMR:
     def __call__(self, fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric) -> tuple[Any, SolveInfo]:
         if isinstance(damping, (int, float)) and damping == 0:
             raise ValueError(
-                "LSMR: `damping` is 0, where a right-hand side must be known by its coordinates in the scores: "
+                "LSMR: `damping` is 0, and then the right-hand side must be given by its coordinates in the scores: "
                 "jf.LSMR().least_squares(scores, e, damping=0.0)."
             )
         check_one_damping(damping, fisher.spec, "LSMR")
@@ -280,14 +279,14 @@ class LSMR:
         x = fisher.spec.ravel(x, "x") * size
         exact, y = _damped(fisher, strength), x * (1 / size)
         rest, again = right / size - exact(y), right / size - in_another_rounding(exact, y)
-        # The two differ by rounding, from which the true one differs as much.
+        # The two residuals differ by rounding, and the true residual differs from each by about as much.
         info = self._info(x, norm(rest), steps, stopped & (norm(rest) + 4 * norm(rest - again) <= self._promise(x.dtype)))
         return fisher.spec.unravel(x), info
 
     def least_squares(self, scores: Scores, e: Float[Array, " rows"], damping: chex.Numeric) -> tuple[Any, SolveInfo]:
         """``(F + damping I)^-1 S^T diag(omega) e`` and a report, whose residual is that of this right-hand side.
 
-        Arguments and errors are those of `jaxfisher.least_squares`, but the damping may be zero.
+        Arguments and errors are those of `jaxfisher.least_squares`, except that the damping may be zero.
         """
         e = one_a_row("LSMR.least_squares", scores, e)
         x, info = self._least_squares(scores, e, nonnegative("damping", damping, scores.spec.dtype))
@@ -297,7 +296,7 @@ class LSMR:
     def _least_squares(self, scores: Scores, e: Float[Array, " rows"], strength: Scalar) -> tuple[Any, SolveInfo]:
         spec = scores.spec
         root = jnp.sqrt(scores.weights)
-        e = root * jnp.where(scores.weights == 0, 0, e)  # a row of padding may have anything
+        e = root * jnp.where(scores.weights == 0, 0, e)  # a row of padding may hold any number, or NaN
         x, steps, stopped = self._run(scores, e, spec.zeros(), strength)
         right = spec.ravel(scores.rmv(root * e), "v")
         left = spec.ravel(scores.rmv(scores.weights * scores.mv(x)), "x") + strength * spec.ravel(x, "x")
@@ -306,16 +305,16 @@ class LSMR:
         return x, self._info(spec.ravel(x, "x"), residual, steps, stopped)
 
     def _run(self, scores: Scores, above: Array, below: Any, damping: Scalar) -> tuple[Any, Array, Array]:
-        """The solution, the number of steps, and whether a test of lineax's stopped them."""
-        # Lineax 0.1.1 starts its iteration in the default precision: where float64 is enabled, float32 vectors are widened.
+        """The solution, the number of steps, and whether one of lineax's tests stopped the iteration."""
+        # Lineax 0.1.1 starts its iteration in the default dtype, so float32 vectors must be widened if float64 is enabled.
         wide, narrow = jnp.result_type(float), scores.spec.dtype
         if varying_axes(scores):
             raise NotImplementedError(
-                "LSMR inside jax.shard_map: the iteration is lineax's, whose loops do not run where data vary over devices. "
+                "LSMR inside jax.shard_map: lineax's loops do not run on data that vary over devices. "
                 "Use jf.CG() or the exact solve, or give shard_map check_vma=False."
             )
         root, strength = jnp.sqrt(scores.weights), jnp.sqrt(damping)
-        # Its tests are relative to the right-hand side in part only: they see one of unit length, and an operator of unit size.
+        # Lineax's tests are only in part relative to the right-hand side, so scale it and the operator to unit size.
         size = norm(jnp.concatenate([above, scores.spec.ravel(below, "below")]))
         size = jnp.where(size > 0, size, 1)
         unit = to_unit(scores.bound(), strength)
@@ -326,7 +325,7 @@ class LSMR:
 
         structure = jax.eval_shape(lambda: _as_type(scores.spec.zeros(), wide))
         operator = lineax.FunctionLinearOperator(stacked, structure)
-        # Condition numbers are the user's business: the damping bounds them.
+        # Set no limit on the condition number: the user's damping bounds it.
         method = lineax.LSMR(rtol=self.rtol, atol=self.rtol, max_steps=self.max_steps, conlim=float("inf"))
         right = jax.tree.map(lambda leaf: leaf / size, (above, below))
         solution = lineax.linear_solve(operator, _as_type(right, wide), method, throw=False)
@@ -347,30 +346,31 @@ def _as_type(tree: Any, dtype: Any) -> Any:
 
 
 def solve(fisher: Operator, v: chex.ArrayTree, damping: Damping, solver: Solver | None = None) -> tuple[Any, SolveInfo]:
-    r"""Solve ``(F + damping I) x = v`` and say how it went.
+    r"""Solve ``(F + damping I) x = v``, with a report on the solution.
 
     Without a solver the operator takes its own cheapest exact route: elementwise for a diagonal, the factors' eigenvectors for
     a Kronecker product, one p x p Cholesky factor for a matrix, and for scores the smaller of p x p and n x n (push-through).
-    Solutions are refined against F; where Cholesky cannot be trusted an eigendecomposition takes its place, and at zero damping
-    a singular F gives the minimum-norm solution ``F^+ v``, its rank reported. What counts as zero is decided with F scaled to a
-    unit diagonal: it does not depend on the units of the parameters.
+    Solutions are refined against F. Where Cholesky cannot be trusted an eigendecomposition takes its place, and at zero damping
+    a singular F gives the minimum-norm solution ``F^+ v`` and reports its rank. The rank is decided with F scaled to a unit
+    diagonal, so it does not depend on the units of the parameters.
 
     Args:
         fisher: the operator.
         v: a pytree shaped like the parameters, for instance a gradient.
         damping: ``>= 0``, absolute, in the units of F; the same meaning in every form. Or a pytree like the parameters with one
-            number above zero for each leaf; see also `relative_damping`. A Python number above zero compiles no eigenvectors.
-            Where F is singular, one below eps times its largest diagonal entry counts as the least above; see `Cholesky`.
-        solver: such as `CG`, `LSMR` or `factored_solve`; None for the exact route.
+            number above zero for each leaf; see also `relative_damping`. With a Python number above zero no eigendecomposition
+            is compiled; if F is singular, a number below eps times its largest diagonal entry counts as the least one that can
+            be told from zero (see `Cholesky`).
+        solver: a solver such as `CG`, `LSMR` or `factored_solve`; None for the exact route.
 
     Returns:
         ``(x, info)``: ``x`` like ``v``, and a `SolveInfo` with residual, iterations, converged, finite and rank. Nothing is
         raised at run time: non-finite scores give a non-finite ``x`` and ``info.finite = False``.
 
     Raises:
-        TypeError: ``fisher`` is not an operator, ``damping`` not of real numbers or of another structure.
-        ValueError: a negative ``damping``; ``v`` not shaped like the parameters (the
-            first bad path is named); an exact route that would need a dense matrix for p above 4096.
+        TypeError: ``fisher`` is not an operator; ``damping`` is not of real numbers, or has another structure.
+        ValueError: a negative ``damping``; ``v`` not shaped like the parameters (the message names the first bad path); an
+            exact route that would need a dense matrix for p above 4096.
 
     Reference: Martens (JMLR 2020), section 6; Ren and Goldfarb (arXiv 1906.02353), section 3.
 
@@ -386,7 +386,7 @@ def solve(fisher: Operator, v: chex.ArrayTree, damping: Damping, solver: Solver 
 
 
 def check_solver(solver: Any) -> None:
-    """Raise `TypeError` unless it is None or a solver."""
+    """Raise `TypeError` unless ``solver`` is None or a solver."""
     if solver is not None and (not callable(solver) or isinstance(solver, type)):
         raise TypeError(f"`solver` is {solver!r}; expected None or a solver such as jf.CG(), with its brackets.")
 
@@ -401,8 +401,9 @@ def as_lineax(fisher: Operator) -> lineax.AbstractLinearOperator:
         A `lineax.FunctionLinearOperator`. Add damping with ``+ damping * lineax.IdentityLinearOperator(structure)``.
 
     Raises:
-        TypeError: ``fisher`` is not an operator, or is one over complex parameters, which is linear in their real and imaginary
-            parts and not in complex numbers, as lineax's solvers take it: ``jf.solve(F, v, damping, jf.CG())`` is right.
+        TypeError: ``fisher`` is not an operator, or is one over complex parameters. Such an operator is linear in their real
+            and imaginary parts, and not in complex numbers as lineax's solvers assume: use
+            ``jf.solve(F, v, damping, jf.CG())``.
 
     Reference: Rader, Lyons and Kidger, Lineax: unified linear solves and linear least-squares in JAX and Equinox (2023).
 
@@ -415,7 +416,7 @@ def as_lineax(fisher: Operator) -> lineax.AbstractLinearOperator:
     structure = jax.eval_shape(fisher.spec.zeros)
     if len(jax.tree.leaves(joined(fisher.spec.zeros()))) < len(jax.tree.leaves(structure)):
         raise TypeError(
-            f"as_lineax: {fisher} is over complex parameters, each two real numbers; expected real ones, since lineax takes "
-            "complex vectors for complex numbers. Solve with jf.solve(F, v, damping, jf.CG())."
+            f"as_lineax: {fisher} is over complex parameters, each two real numbers; expected real ones, since lineax's "
+            "solvers assume that an operator is linear in complex numbers. Solve with jf.solve(F, v, damping, jf.CG())."
         )
     return lineax.FunctionLinearOperator(fisher.form.product(), structure, lineax.positive_semidefinite_tag)

@@ -24,11 +24,12 @@ def solve_path(fisher: Operator, v: chex.ArrayTree, dampings: Float[Array, " k"]
     r"""Solve ``(F + damping I) x = v`` for many dampings from one eigendecomposition.
 
     Args:
-        fisher: an operator; of those held as a matrix or as scores, the smaller matrix is decomposed once. Solutions are found
-            together, eight at once at most, and refined against F itself where they need it. One that does not converge, as
-            without a damping that the dtype can tell from zero, is found as `jaxfisher.solve` does, by itself.
+        fisher: an operator. If it is held as a matrix or as scores, the smaller matrix is decomposed once. Solutions are
+            computed together, at most eight at once, and refined against F itself if they need it. A solution that does not
+            converge, as with a damping that the dtype cannot tell from zero, is computed again by itself, as
+            `jaxfisher.solve` does.
         v: a pytree shaped like the parameters.
-        dampings: shape ``[k]``, each ``>= 0``. With one that is only known at run time to be negative the solution is NaN.
+        dampings: shape ``[k]``, each ``>= 0``. For one that is only known at run time to be negative, the solution is NaN.
 
     Returns:
         ``(x, info)``, both with a leading axis of ``k``.
@@ -48,8 +49,8 @@ def solve_path(fisher: Operator, v: chex.ArrayTree, dampings: Float[Array, " k"]
     check_array("solve_path: `dampings`", dampings)
     if not is_array(dampings) or jnp.ndim(dampings) != 1 or not jnp.issubdtype(dtype_of(dampings), jnp.floating):
         raise ValueError(
-            f"solve_path: `dampings` is {described(dampings)}; expected an array of real numbers along one axis. Pass such as "
-            "jnp.array([1e-3, 1e-2])."
+            f"solve_path: `dampings` is {described(dampings)}; expected an array of real numbers along one axis. Pass one such "
+            "as jnp.array([1e-3, 1e-2])."
         )
     dampings = nonnegative_entries("solve_path: `dampings`", dampings, fisher.spec.dtype)
     x, info = _path(fisher, fisher.spec.vector(v), dampings)
@@ -58,22 +59,22 @@ def solve_path(fisher: Operator, v: chex.ArrayTree, dampings: Float[Array, " k"]
 
 @once
 def _path(fisher: Operator, v: Any, dampings: Float[Array, " k"]) -> tuple[Any, SolveInfo]:
-    # One that turned out negative, which is NaN, leaves the others as they are.
+    # A damping that turned out negative is NaN; leave it out of the maximum, so that it does not spoil the others.
     largest = jnp.max(dampings, initial=0.0, where=dampings >= 0)
     spec, inverses = fisher.spec, fisher.form.inverses(largest, PATH)
     together = _in_pieces(lambda damping: reported(spec, inverses(damping), v), dampings, fisher.form.at_once)
 
     def checked(damping: Scalar, found: tuple[Any, SolveInfo]) -> tuple[Any, SolveInfo]:
-        # As by itself: without a damping that can be told, or with one at the rounding of F.
+        # The damping cannot be told from zero, or is at the rounding error of F: solve by itself.
         return cond(found[1].converged, lambda: found, lambda: reported(spec, fisher.form.inverse(damping), v))
 
-    # In a map whose passes have nothing to do, every solution would be copied twice.
+    # Skip the map if all converged: even with nothing to do, it would copy every solution twice.
     enough = jnp.all(together[1].converged)
     return cond(enough, lambda: together, lambda: jax.lax.map(lambda each: checked(*each), (dampings, together)))
 
 
 def _in_pieces(solve_at: Callable[[Scalar], Any], dampings: Float[Array, " k"], most: int) -> Any:
-    """``jax.vmap(solve_at)(dampings)``, in pieces of equal sizes, the last of them filled up."""
+    """``jax.vmap(solve_at)(dampings)`` in chunks of equal size, the last one padded."""
     pieces = -(-dampings.size // most)
     if pieces <= 1:
         return jax.vmap(solve_at)(dampings)

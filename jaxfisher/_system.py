@@ -1,6 +1,6 @@
-r"""A system of equations solved with the inverse of a rounded matrix, refined, and what was measured of the solution.
+r"""Solving a system with the inverse of a matrix that has rounding errors, refining the solution, and measuring its error.
 
-Solutions are refined against the unrounded product, and the report is of what was measured then.
+Solutions are refined against a product without the errors of the matrix, and the report states what was measured then.
 
 References: Higham, Accuracy and Stability of Numerical Algorithms (2002), chapter 12; Demmel, Hida, Kahan, Li, Mukherjee and
 Riedy, Error bounds from extra-precise iterative refinement (ACM Transactions on Mathematical Software 2006), for the size of a
@@ -23,25 +23,26 @@ from jaxfisher._varying import cond, linear_solve, while_loop
 
 
 class SolveInfo(NamedTuple):
-    """How a solve went; read it, nothing depends on it.
+    """The report on a solve.
 
     Attributes:
-        residual: ``|v - (F + damping I) x| / |v|``, computed anew from the ``x`` that is given. Where the rank is deficient at
-            zero damping it contains the part of ``v`` that no ``x`` reaches.
-        iterations: of an iterative solver; 0 for a direct route.
-        converged: of an iterative solver, its own test, which its docstring states. Of a direct route, that the answer is
-            finite and passes these. With a damping that the dtype can tell from zero (above eps times the largest diagonal
-            entry): the residual is at most the root of eps, in the parameters' own units and, where p is not above the number
-            of rows, in those in which ``F + damping I`` has a unit diagonal. Without one: a further correction, which is as
-            large as the error, would be at most an eighth of the root of eps of the solution (4e-5 in float32, 2e-9 in
-            float64), in units in which F has a unit diagonal, or in the parameters' own where the rank is deficient; all
-            eigenvalues that were kept are above four times the rounding error of the largest; F does not see the directions
-            that were left out; and unless the damping is zero, none was left out, and the residual is as small as above.
+        residual: ``|v - (F + damping I) x| / |v|``, computed from the ``x`` that is returned. If the rank is deficient at zero
+            damping, it contains the part of ``v`` that no ``x`` reaches.
+        iterations: the steps of an iterative solver; 0 for a direct route.
+        converged: for an iterative solver, its own test, which its docstring states. For a direct route, whether the answer is
+            finite and passes the following tests. With a damping that the dtype can tell from zero (above eps times the largest
+            diagonal entry): the residual is at most the root of eps, in the parameters' own units and, if p is at most the
+            number of rows, also in units in which ``F + damping I`` has a unit diagonal. Without such a damping: a further
+            correction, which is as large as the error, would be at most an eighth of the root of eps of the solution (4e-5 in
+            float32, 2e-9 in float64), in units in which F has a unit diagonal, or in the parameters' own if the rank is
+            deficient; all eigenvalues that were kept are above four times the rounding error of the largest; the directions
+            that were left out lie in the null space of F; and unless the damping is zero, none was left out, and the residual
+            is as small as above.
         finite: whether every number of the answer is finite.
-        rank: number of directions inverted: p, unless the dtype cannot tell the damping from zero. Then it is the number of
-            eigenvalues of ``F + damping I`` that are not zero to rounding after a scaling to a unit diagonal.
+        rank: the number of directions inverted. It is p, unless the dtype cannot tell the damping from zero; then it is the
+            number of eigenvalues of ``F + damping I`` that are not zero to rounding after a scaling to a unit diagonal.
         indefinite: whether an iterative solver met a direction in which ``F + damping I`` is negative, and stopped there.
-        measured: whether the residual was computed. Where it was not, as in `jaxfisher.kfac`, the residual is zero and says
+        measured: whether the residual was computed. If it was not, as in `jaxfisher.kfac`, the residual is zero and says
             nothing.
     """
 
@@ -55,13 +56,13 @@ class SolveInfo(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """What an exact route finds of ``(F + damping I) x = v``; `direct_info` makes the report of it.
+    """The result of an exact route for ``(F + damping I) x = v``, from which `direct_info` makes the report.
 
     Attributes:
         x: the solution.
         rest: ``v - (F + damping I) x``.
-        rank: number of directions inverted.
-        sound: whether the answer passed the tests that the route makes of it.
+        rank: the number of directions inverted.
+        sound: whether the solution passed the route's tests.
     """
 
     x: Any
@@ -71,7 +72,7 @@ class Solved(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Products with X, where the matrix that was factored is ``X X^T``.
+    """Products with X, if the matrix that was factored is ``X X^T``.
 
     Attributes:
         into: ``X y``.
@@ -83,18 +84,18 @@ class Rows(NamedTuple):
 
 
 class System(NamedTuple):
-    """``(F + damping I) x = v`` in units: ``x = units y``, ``b = units v``, ``product(y) = b``.
+    """The system ``(F + damping I) x = v`` in units: ``x = units y``, ``b = units v``, ``product(y) = b``.
 
     Attributes:
-        product: ``units (F + damping I) units``.
-        solve: its inverse, as well as one application of factors does it.
-        damping: in the units of F.
-        units: one for each parameter, or one for all.
-        factored: what the inverse is made of.
-        rank: number of directions inverted.
-        left_out: called with ``b`` and ``y`` where directions were left out: whether F does not see them, and how much of
-            ``units y`` may lie along them.
-        rows: where the smaller matrix was factored; None where F was.
+        product: the product with ``units (F + damping I) units``.
+        solve: its inverse, as accurate as one application of the factors makes it.
+        damping: the damping, in the units of F.
+        units: one factor for each parameter, or one for all.
+        factored: the inverse of the matrix that was factored.
+        rank: the number of directions inverted.
+        left_out: called with ``b`` and ``y`` if directions were left out. Returns whether these lie in the null space of F, and
+            how much of ``units y`` may lie along them.
+        rows: products with X if ``X X^T`` was factored; None if F was.
     """
 
     product: Map
@@ -109,9 +110,9 @@ class System(NamedTuple):
 
 @jax.custom_jvp
 def with_derivatives_of(x: Any, function: Callable[..., Any], *args: Any) -> Any:
-    """``x``, which is ``function(*args)`` but for rounding, with the derivatives of that, which is only traced for them.
+    """``x``, which equals ``function(*args)`` up to rounding, with the derivatives of ``function``.
 
-    The function is a pytree, such as `jax.tree_util.Partial`.
+    The function is only traced if derivatives are taken. It is a pytree, such as `jax.tree_util.Partial`.
     """
     return x
 
@@ -122,11 +123,11 @@ def _with_derivatives_of_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]
 
 
 class Factorise(NamedTuple):
-    """A way to invert: how a matrix is factored, and how a system is solved with the factors.
+    """A method of inversion: how to factor a matrix, and how to solve a system with the factors.
 
     Attributes:
-        factor: from a matrix, given by its upper triangle, to its inverse at any damping.
-        solved: the solution of a system that has such an inverse, and what was measured of it.
+        factor: from a matrix, given by its upper triangle, to a function from a damping to the inverse.
+        solved: from a system with such an inverse and a right-hand side to the solution and its measurements.
     """
 
     factor: Callable[[Float[Array, "m m"]], Callable[[Scalar], Factored]]
@@ -134,14 +135,14 @@ class Factorise(NamedTuple):
 
 
 class Scaled(NamedTuple):
-    """The right-hand side of a system in its units, of about unit length, and the ways back.
+    """The right-hand side of a system in its units, scaled to about unit length, with the maps back.
 
     Attributes:
-        b: the right-hand side.
-        down: what it is multiplied by for the parameters' own units.
+        b: the scaled right-hand side.
+        down: the factors from these units to the parameters' own.
         to_x: from the solution for ``b`` to that of the system.
-        to_rest: from what is left of ``b`` to what is left of the right-hand side.
-        settled: a solution less what underflows on the way to ``x`` and is no longer part of it.
+        to_rest: from the residual for ``b`` to that of the system.
+        settled: a solution for ``b`` without the parts that underflow on the way to ``x``.
     """
 
     b: Float[Array, " p"]
@@ -152,15 +153,15 @@ class Scaled(NamedTuple):
 
 
 def scaled(units: Float[Array, "*p"], v: Float[Array, " p"]) -> Scaled:
-    """A right-hand side in these units, in which nothing leaves the dtype but what the result does."""
-    # The size of v as a product of two, between which other factors are applied.
+    """A right-hand side in these units, scaled so that nothing overflows or underflows unless the result does."""
+    # Split the size of v into two factors, and apply other factors in between.
     half = power_or_one(jnp.sqrt(jnp.max(jnp.abs(v), initial=0.0)))
     b = v * inverse_power(half) * inverse_power(half) * units
     length = power_or_one(norm(b))
     down, shorter = inverse_power(units), inverse_power(length)
 
     def to_x(y: Array) -> Array:
-        # Two factors of about one size: neither leaves the dtype before the product does.
+        # Two factors of about the same size: neither overflows before the product does.
         return y * (units * half) * (length * half)
 
     def settled(y: Array) -> Array:
@@ -173,12 +174,12 @@ def scaled(units: Float[Array, "*p"], v: Float[Array, " p"]) -> Scaled:
 
 
 def solved(system: System, v: Float[Array, " p"]) -> Solved:
-    """The refined solution of a system, and what was measured of it."""
+    """The refined solution of a system, and the measurements of its error."""
     units, factored = system.units, system.factored
     eps = jnp.finfo(v.dtype).eps
     b, down, to_x, to_rest, settled = scaled(units, v)
     deficient = (system.rank < v.size) & ~factored.told
-    # Of solutions that are told apart by their norm alone, that norm counts.
+    # If solutions are told apart by their norm alone, measure the error in that norm.
     metric = jnp.where(deficient, units, jnp.ones_like(units))
     y, (r, noise, error) = _refined(system, settled, b, metric, deficient)
     nothing = jnp.asarray(True), jnp.zeros((), b.dtype)
@@ -187,39 +188,39 @@ def solved(system: System, v: Float[Array, " p"]) -> Solved:
     near = (jnp.maximum(error, astray) <= bound) & factored.clear & unseen
     small = length(r) + 4 * length(noise) <= eps**0.5 * length(b)
     own = norm(down * r) + 4 * norm(down * noise) <= eps**0.5 * norm(down * b)
-    # Without any damping the residual may hold what is out of reach, and be large where the solution is long.
+    # Without damping the residual may hold a part of v that no x reaches, and it is large for a long solution.
     sound = jnp.where(factored.told, small & own, near & ((small & ~deficient) | (system.damping == 0)))
     return Solved(to_x(y), to_rest(r), system.rank, sound)
 
 
 TRUSTED = Factorise(by_invert, solved)
-"""A factorisation for each damping, the one that can be trusted, with eigenvectors where it must be."""
+"""A factorisation for each damping, by Cholesky if that can be trusted and by eigenvectors if not."""
 
 
 REFINING, MEASURING, WEIGHING, TURNING, LEAKING, DONE = range(6)
-"""What a pass of the loop does.
+"""The stages of the refinement loop; each pass does one.
 
-It adds a correction; takes the residual anew; weighs the correction for that, and the one for its rounding; then what of the
-residual, all of which lies in the null space if that is known exactly, comes back out of the product, and what the solution has
-of that.
+REFINING adds a correction. MEASURING recomputes the residual. WEIGHING takes the size of the correction for that residual, and
+of the one for its rounding error. With a null space the residual should lie in it entirely: TURNING applies the product to the
+residual and weighs what comes back, and LEAKING weighs the solution's part along it.
 """
 
 
 class _Pass(NamedTuple):
-    """A solution, and where its refinement stands.
+    """The state of the refinement loop.
 
     Attributes:
         y: the solution.
-        r: what it leaves of the right-hand side.
-        z: the correction for that, which is not yet added.
+        r: its residual.
+        z: the correction for that residual, which is not yet added.
         p: the last direction.
-        q: its image.
-        plain: whether all of it was added.
+        q: the product with the last direction.
+        plain: whether the last correction was added with length one.
         moved: the size of the last correction.
-        noise: how two residuals of ``y`` differ.
+        noise: the difference of two residuals of ``y``.
         error: the size of a further correction.
-        steps: corrections so far.
-        stage: what comes next.
+        steps: the number of corrections so far.
+        stage: the stage of the next pass.
     """
 
     y: Array
@@ -238,19 +239,21 @@ class _Pass(NamedTuple):
 def _refined(
     system: System, settled: Map, b: Float[Array, " p"], metric: Array, deficient: Bool[Array, ""]
 ) -> tuple[Array, tuple[Array, ...]]:
-    """``solve(b)``, refined against the product; what is ``settled`` of it leaves, how two such residuals differ, the error.
+    """``solve(b)`` refined against the product; its residual, the difference of two such residuals, and the error.
 
-    Where the solve factored a rounded matrix, such as ``X X^T``, the product should be the unrounded one, by way of ``X``: that
-    also mends the rounding of the matrix, which is most of the error (a hundredfold in float32). One refinement does where the
-    rounded matrix is near. Where the damping is down at its rounding it is not, and up to thirty directions are tried, each as
-    far as makes the residual smallest, their images orthogonal to the one before (conjugate residuals): that cannot diverge,
-    and stops where nothing is gained. Without damping part of ``b`` may be out of reach, so that the residual says nothing, and
-    a product of it with an image is mostly rounding. There the error is made smallest in the norm of the matrix (conjugate
-    gradients), by products with directions, to which what is out of reach is orthogonal, while corrections shrink, as
-    ``metric`` weighs them. Derivatives are those of the solution, with the null space as it is where one was left out.
+    The residuals are those of the ``settled`` solution. If ``solve`` uses a matrix with rounding errors, such as ``X X^T``, the
+    product should go by way of ``X``: then refinement also corrects the rounding of the matrix, which is most of the error (a
+    hundredfold in float32). One refinement is enough if the matrix is accurate beside the damping. If the damping is as small
+    as the rounding error of the matrix, up to thirty directions are tried. Each is followed to the smallest residual, with its
+    image orthogonal to the one before (conjugate residuals): this cannot diverge, and stops when nothing is gained. Without
+    damping, part of ``b`` may lie outside the range of the matrix, so that the residual says nothing, and its inner product
+    with an image is mostly rounding. Then the error is minimised in the norm of the matrix (conjugate gradients), by inner
+    products with directions, to which the unreachable part is orthogonal, as long as corrections shrink in the norm that
+    ``metric`` weighs. Derivatives are those of the solution, with a null space that was left out held fixed.
 
-    What corrects the residual is as large as the error. Two residuals of one solution differ by rounding, from which the true
-    one differs as much. All of this is one loop, so that the product and the solve stand in the program once.
+    The correction for the final residual is as large as the error. Two residuals of one solution differ by rounding, and the
+    true residual differs from each by about as much. All of this is one loop, so that the product and the solve occur in the
+    program once.
 
     Reference: Higham (2002), chapter 12; Saad, Iterative Methods for Sparse Linear Systems (2003), algorithm 6.20.
     """
@@ -289,13 +292,13 @@ def _stage(which: Any) -> Int[Array, ""]:
 
 
 def _chosen(flag: Bool[Array, ""], yes: _Pass, no: _Pass) -> _Pass:
-    """One state or the other."""
+    """``yes`` if the flag is true, else ``no``."""
     state: _Pass = jax.tree.map(lambda one, other: jnp.where(flag, one, other), yes, no)
     return state
 
 
 def _further(state: _Pass, image: Array, metric: Array, told: Bool[Array, ""]) -> _Pass:
-    """One more direction, made of the correction and its image; what comes next says whether anything was gained."""
+    """The state after one more direction, from the correction and its image; ``stage`` says whether it gained anything."""
     eps = jnp.finfo(image.dtype).eps
 
     def against(p: Array, q: Array) -> Array:
@@ -303,12 +306,12 @@ def _further(state: _Pass, image: Array, metric: Array, told: Bool[Array, ""]) -
 
     z, last, first = state.z, against(state.p, state.q), state.steps == 0
     back = _ratio(jnp.vdot(image, last), jnp.vdot(state.q, last))
-    # Where little is left of an image, most of that is rounding; after a plain step no direction is to be left out.
+    # If orthogonalising leaves little of an image, most of that is rounding. After a plain step do not orthogonalise at all.
     use = ~state.plain & (length(image - back * state.q) > 0.1 * length(image))
     back = jnp.where(use, back, 0)
     p, q = z - back * state.p, image - back * state.q
     along = _ratio(jnp.vdot(state.r, against(p, q)), jnp.vdot(q, against(p, q)))
-    # A plain refinement where that does, which rounds less.
+    # A plain refinement, of length one, rounds less: take it if the best length is near one.
     plain = (jnp.abs(along - 1) < 0.01) | first
     along = jnp.where(plain, 1, along)
     y, r = state.y + along * p, state.r - along * q
@@ -329,17 +332,17 @@ def _further(state: _Pass, image: Array, metric: Array, told: Bool[Array, ""]) -
 
 
 def length(r: Float[Array, " p"]) -> Scalar:
-    """The norm of what is a right-hand side of unit length, or what is left of one: where its square vanishes, it does."""
+    """The norm of a vector of at most about unit length; zero if its square underflows."""
     return jnp.sqrt(jnp.vdot(r, r))
 
 
 def _ratio(a: Scalar, b: Scalar) -> Scalar:
-    """``a / b``, zero where ``b`` is."""
+    """``a / b``, or zero if ``b`` is zero."""
     return jnp.where(b != 0, a / jnp.where(b != 0, b, 1), 0)
 
 
 def direct_info(found: Solved, v: Float[Array, " p"]) -> SolveInfo:
-    """The report of a direct route, of flat vectors."""
+    """The report on a solution by a direct route, of flat vectors."""
     size = norm(v)
     relative = norm(found.rest) / jnp.where(size > 0, size, 1)
     finite = jnp.all(jnp.isfinite(found.x))
