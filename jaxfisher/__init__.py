@@ -147,4 +147,10 @@ from jaxfisher._transform.update_arguments import fisher_for as fisher_for
 from jaxfisher._laws import LawCheck as LawCheck
 from jaxfisher._laws import check_laws as check_laws
 
+# Names that are not there: what to write instead. A type checker would take every name to be there.
+import typing as _typing
+
+if not _typing.TYPE_CHECKING:
+    from jaxfisher._absent import from_package as __getattr__  # noqa: F401
+
 __version__ = "0.1.0"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
+from jaxfisher._absent import OF_DISTRIBUTION, absent
 from jaxfisher._distributions.root import Root, narrowed
 from jaxfisher._linalg import matmul
 from jaxfisher._once import once
@@ -191,6 +192,9 @@ class Distribution:
 
     def _check_fields(self) -> None:
         """Raise `ValueError` for field shapes the family cannot have. Called once the fields are arrays of one batch shape."""
+
+    if not TYPE_CHECKING:  # to a type checker every name would be there
+        __getattr__ = absent("a distribution", OF_DISTRIBUTION)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ An operator checks what it is given, runs its form's part in a program that is c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, final
+from typing import TYPE_CHECKING, Any, Protocol, final
 
 import chex
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Scalar
 
+from jaxfisher._absent import OF_OPERATOR, absent
 from jaxfisher._damped import by_cholesky
 from jaxfisher._linalg import null_vectors
 from jaxfisher._once import Static, once
@@ -28,7 +29,7 @@ from jaxfisher._scores import Scores
 from jaxfisher._stack import refuse_stack
 from jaxfisher._system import Factorise, SolveInfo
 from jaxfisher._tree import ParamSpec, cast_like, joined, subtree
-from jaxfisher._values import check_number, described, is_known_positive, nonnegative
+from jaxfisher._values import check_number, described, is_known_positive, nonnegative, positive
 from jaxfisher._varying import alike
 
 
@@ -64,9 +65,9 @@ class Operator:
 
     The matrix ``F`` below is over the p parameters in `jax.flatten_util.ravel_pytree` order. A vector ``v`` is a pytree like
     the parameters, of real floating leaves; the result has the leaf dtypes of ``v``. Matrices and scalars have the statistics
-    dtype: float32, or float64 if a parameter is float64. ``F + G`` and ``c * F`` are operators; ``c`` must not be negative.
-    ``F @ v`` is `mv`, and ``np.asarray(F)`` is `as_matrix`. Costs are in products with F, which for scores take two passes over
-    the factors that are held, and for `jaxfisher.implicit_fisher` about three gradients of the model.
+    dtype: float32, or float64 if a parameter is float64. ``F + G``, ``c * F`` and ``F / c`` are operators, for a ``c`` that is
+    not negative. ``F @ v`` is `mv`, and ``np.asarray(F)`` is `as_matrix`. Costs are in products with F, which for scores take
+    two passes over the factors that are held, and for `jaxfisher.implicit_fisher` about three gradients of the model.
 
     `logdet`, `trace`, `diagonal`, `quadratic` and `solve` are differentiable in parameters, data and damping, forward and in
     reverse, also where eigenvalues are equal. Of an undamped solve with a deficient rank the null space counts as fixed.
@@ -304,10 +305,15 @@ class Operator:
         seen = _looked_at(self)
         return Operator(_schur_complement(seen, Static(seen.spec.flags(keep, "marginal"))), seen.provenance.as_a_whole())
 
+    if not TYPE_CHECKING:  # to a type checker every name would be there
+        __getattr__ = absent("a Fisher", OF_OPERATOR)
+
     # NumPy would take an operator for a scalar and make an array of operators: this hands the arithmetic to the methods below.
     __array_ufunc__ = None
 
     def __add__(self, other: Any) -> Operator:
+        if type(other) is int and other == 0:  # the start of Python's `sum`
+            return self
         if not isinstance(other, Operator):
             raise TypeError(
                 f"cannot add a Fisher and {described(other)}: expected two Fishers over the same parameters. A multiple of "
@@ -325,6 +331,15 @@ class Operator:
         return Operator(self.form.scaled(c), self.provenance.times(), views_of)
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> Operator:
+        return self * (1 / positive("c` in `F / c", divisor, self.spec.dtype))
+
+    def __sub__(self, other: Any) -> Operator:
+        raise TypeError(
+            f"cannot subtract {described(other)} from a Fisher: a difference may have negative eigenvalues, and then no root, "
+            "no damping and no norm of it is defined. Subtract products, `F @ v - G @ v`, or matrices, `F.as_matrix()`."
+        )
 
     def __matmul__(self, v: chex.ArrayTree) -> chex.ArrayTree:
         return self.mv(v)

@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import chex
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Scalar
 
+from jaxfisher._absent import OF_SCORES, absent
 from jaxfisher._engine import Basis, Leaf, Moments, Seal, leaf_of, sealed
 from jaxfisher._linalg import mirrored
 from jaxfisher._once import once
@@ -42,8 +43,8 @@ class Scores(abc.ABC):
 
     Row ``i`` is :math:`s_i = \nabla_\theta \log p_\theta(x_i)`. Columns are ordered as `jax.flatten_util.ravel_pytree`
     orders the parameters; a complex leaf has the columns of its real parts and then those of its imaginary parts. Where the
-    log-density is complex an example has two rows, one after the other: of its real and of its imaginary part. Made by
-    `jaxfisher.scores`; a pytree that crosses ``jit``.
+    log-density is complex an example has two rows, one after the other: of its real and of its imaginary part. ``S @ v`` is
+    `mv`, and ``np.asarray(S)`` is `as_matrix`. Made by `jaxfisher.scores`; a pytree that crosses ``jit``.
     """
 
     spec: ParamSpec
@@ -57,6 +58,15 @@ class Scores(abc.ABC):
         for name in _PROGRAMS:
             if name in vars(cls):
                 setattr(cls, name, once(of_one(name)(vars(cls)[name])))
+
+    if not TYPE_CHECKING:  # to a type checker every name would be there
+        __getattr__ = absent("scores", OF_SCORES)
+
+    def __matmul__(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
+        return self.mv(v)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        return np.asarray(self.as_matrix(), dtype=dtype)
 
     def __repr__(self) -> str:
         return f"Scores({self.num_rows:,} rows, params {self.spec.size:,}, {self._way})"
