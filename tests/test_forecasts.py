@@ -186,6 +186,58 @@ def test_an_exchange_finds_the_runs_and_the_gradient_the_places():
     np.testing.assert_allclose(places, [-1, 0, 1], atol=0.06)
 
 
+IN_NUMPY = {
+    "D": lambda m: np.linalg.slogdet(m)[1] if np.linalg.eigvalsh(m)[0] > 1e-9 else -np.inf,
+    "A": lambda m: -np.trace(np.linalg.inv(m)) if np.linalg.eigvalsh(m)[0] > 1e-9 else -np.inf,
+    "E": lambda m: np.linalg.eigvalsh(m)[0],
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_design_that_determines_too_little_has_no_finite_criterion(dtype):
+    """The rank is known: fewer measurements than parameters, of polynomials, of columns far from zero, in any units."""
+    rng, kinds = np.random.default_rng(4), ("normal", "polynomial", "far from zero")
+    criteria = compiled(lambda m: (design.d_criterion(m), design.a_criterion(m)))
+    wrong, seen = [], []
+    for p in (2, 3, 5):
+        for kind in kinds:
+            for turn in range(20):
+                count = p if turn % 4 == 0 else int(rng.integers(1, p))
+                rows = rng.normal(size=(count, p))
+                if kind == "polynomial":
+                    rows = np.vander(np.linspace(-1, 1, p)[:count] if count == p else rng.uniform(-1, 1, size=count), p)
+                if kind == "far from zero" and count < p:
+                    rows[:, 0], rows[:, 1:] = 1, rows[:, 1:] + 5 * rng.normal()
+                units = 10.0 ** rng.integers(-6, 7, size=p)
+                matrix = np.zeros((p, p), dtype)
+                for row in (rows * units).astype(dtype):
+                    matrix += np.outer(row, row)
+                found = [bool(np.isfinite(value)) for value in criteria(jnp.asarray(matrix))]
+                seen.append(count)
+                if found != [count == p] * 2 and not (count == p and np.linalg.cond(rows) ** 2 * p * np.finfo(dtype).eps > 0.1):
+                    wrong.append((kind, p, count, found))
+    assert len(set(seen)) == 5 and not wrong, wrong
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", OPTIMAL)
+def test_designs_do_not_depend_on_the_unit_of_the_information(name, dtype):
+    """One unit for all parameters multiplies the information, and no criterion's best design moves."""
+    criterion, M = OPTIMAL[name][0], jnp.asarray(candidates(), dtype)
+    start = jnp.array([3, 5, 12, 15], jnp.int32)
+    weights = compiled(lambda m: design.optimal_weights(m, criterion, max_steps=300).weights)
+    runs = compiled(lambda m: design.exchange(m, criterion, start))
+    of = IN_NUMPY[name]
+    for unit in (1e-8, 1e8):
+        found, expected = weights(M * dtype(unit)), np.zeros(21)
+        expected[[0, 10, 20]] = OPTIMAL[name][1]
+        assert np.max(np.abs(np.asarray(found) - expected)) < (2e-2 if dtype == np.float32 else 1e-3), (unit, found)
+        exchanged = runs(M * dtype(unit))
+        held = candidates()[np.asarray(exchanged.runs)]
+        best = max(of(held.sum(0) - out + into) for out in held for into in candidates())
+        assert bool(exchanged.converged) and of(held.sum(0)) > best - 1e-4 * abs(best), (unit, exchanged, best)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

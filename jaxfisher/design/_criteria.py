@@ -67,8 +67,18 @@ def informations(model: Model) -> Callable[..., Float[Array, "m p p"]]:
 
 
 def _root(information: Float[Array, "*designs p p"]) -> Float[Array, "*designs p p"]:
-    """Its Cholesky factor, not a number where there is none."""
-    return jnp.linalg.cholesky(information)
+    """Its Cholesky factor, not a number where there is none.
+
+    That is where an eigenvalue is rounding, in units in which the diagonal is one. A pivot does not tell: rounding may
+    have made it as large as one of a design that determines all parameters.
+    """
+    held = jax.lax.stop_gradient(information)
+    diagonal = jnp.diagonal(held, axis1=-2, axis2=-1)
+    unit = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
+    values = jnp.linalg.eigvalsh(held / unit[..., :, None] / unit[..., None, :])
+    there = values[..., 0] > unit.shape[-1] * float(jnp.finfo(values.dtype).eps) * values[..., -1]
+    # As a factor, so that there is no gradient either.
+    return jnp.linalg.cholesky(information) * jnp.where(there, 1, jnp.nan)[..., None, None]
 
 
 def d_criterion(information: Float[Array, "*designs p p"]) -> Float[Array, "*designs"]:

@@ -53,7 +53,7 @@ class Exchanged(NamedTuple):
 
 
 def optimal_weights(
-    informations: Float[Array, "m p p"], criterion: Criterion, *, atol: chex.Numeric = 1e-6, max_steps: int = 2000
+    informations: Float[Array, "m p p"], criterion: Criterion, *, atol: chex.Numeric | None = None, max_steps: int = 2000
 ) -> Design:
     r"""The weights of candidates with the largest criterion: the approximate optimal design.
 
@@ -68,7 +68,8 @@ def optimal_weights(
     Args:
         informations: of one measurement at each of m candidates, shape ``[m, p, p]``, as `jaxfisher.design.informations` gives.
         criterion: a concave function of the information that rises with it.
-        atol: the gap at which it stops.
+        atol: the gap at which it stops, in the units of the criterion. None is a millionth of ``|sum_k w_k dPhi / dw_k|``:
+            of p for `d_criterion`, of the value for `a_criterion` and `e_criterion`.
         max_steps: the most steps.
 
     Returns:
@@ -92,23 +93,27 @@ def optimal_weights(
     steps = whole(max_steps)
     if steps is None or steps < 1:
         raise ValueError(f"optimal_weights: `max_steps` is {described(max_steps)}; expected a whole number, at least 1.")
-    found: Design = _weighted(criterion, matrices, nonnegative("atol", atol, matrices.dtype), Static(steps))
+    gap = nonnegative("atol", 0.0 if atol is None else atol, matrices.dtype)
+    share = jnp.asarray(1e-6 if atol is None else 0.0, matrices.dtype)
+    found: Design = _weighted(criterion, matrices, gap, share, Static(steps))
     return found
 
 
 @once_for
-def _weighted(criterion: Criterion, matrices: Array, atol: Scalar, steps: Static[int]) -> Design:
-    """The search of `optimal_weights`."""
+def _weighted(criterion: Criterion, matrices: Array, atol: Scalar, rtol: Scalar, steps: Static[int]) -> Design:
+    """The search of `optimal_weights`, to a gap of ``atol``, and ``rtol`` of what all weights together are worth."""
 
     def of(weights: Float[Array, " m"]) -> Scalar:
         return criterion(jnp.tensordot(weights, matrices, 1, precision="highest"))
 
-    def look(weights: Float[Array, " m"]) -> tuple[Array, Scalar]:
+    def look(weights: Float[Array, " m"]) -> tuple[Array, Scalar, Bool[Array, ""]]:
         slopes = jax.grad(of)(weights)
-        return slopes, jnp.max(slopes) - jnp.vdot(weights, slopes)
+        worth = jnp.vdot(weights, slopes)
+        gap = jnp.max(slopes) - worth
+        return slopes, gap, gap <= atol + rtol * jnp.abs(worth)
 
     def step(state: Any) -> Any:
-        count, weights, slopes, _, _ = state
+        count, weights, slopes, *_ = state
         gains, loses = jnp.argmax(slopes), jnp.argmin(jnp.where(weights > 0, slopes, jnp.inf))
         places = jnp.arange(weights.size)
         direction = jnp.where(places == gains, 1, 0) - jnp.where(places == loses, 1, 0)
@@ -127,14 +132,13 @@ def _weighted(criterion: Criterion, matrices: Array, atol: Scalar, steps: Static
         new = weights + moved * direction
         new = jnp.where((places == loses) & all_of_it, 0, new)
         new = new / jnp.sum(new)
-        slopes, gap = look(new)
-        return count + 1, new, slopes, gap, moved > 0
+        return count + 1, new, *look(new), moved > 0
 
     uniform = jnp.full(matrices.shape[0], 1 / matrices.shape[0], matrices.dtype)
     begin = jnp.zeros((), jnp.int32), uniform, *look(uniform), jnp.ones((), bool)
-    going = lambda state: state[4] & (state[3] > atol) & (state[0] < steps.value)  # noqa: E731
-    _, weights, _, gap, _ = while_loop(going, step, begin)
-    return Design(weights, of(weights), gap, gap <= atol)
+    going = lambda state: state[5] & ~state[4] & (state[0] < steps.value)  # noqa: E731
+    _, weights, _, gap, near, _ = while_loop(going, step, begin)
+    return Design(weights, of(weights), gap, near)
 
 
 def exchange(
@@ -192,12 +196,14 @@ def _exchanged(criterion: Criterion, matrices: Array, runs: Array, steps: Static
 
     def step(state: Any) -> Any:
         count, runs, value, _ = state
-        total = jnp.sum(matrices[runs], axis=0)
-        less = total[None] - matrices[runs]
+        # Summed without a run, and not less that run: what it alone determines would be left as rounding.
+        less = jnp.tensordot(1 - jnp.eye(runs.size, dtype=matrices.dtype), matrices[runs], 1, precision="highest")
         values = jax.vmap(lambda one: jax.vmap(lambda other: criterion(one + other))(matrices))(less)
         out, into = jnp.unravel_index(jnp.argmax(values), values.shape)
-        size = jnp.where(jnp.isfinite(value), jnp.abs(value), 1)
-        better = values[out, into] > value + 100 * eps * jnp.maximum(size, 1)
+        # A run that is exchanged for itself shows what rounding does, whatever the criterion and its units.
+        same = jnp.abs(values[jnp.arange(runs.size), runs] - value)
+        least = jnp.where(jnp.isfinite(value), 10 * jnp.max(same) + 10 * eps * jnp.abs(value), 0)
+        better = values[out, into] > value + least
         return (
             count + 1,
             jnp.where(better, runs.at[out].set(into.astype(runs.dtype)), runs),
