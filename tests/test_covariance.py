@@ -189,6 +189,6 @@ def test_views_other_than_kronecker_are_those_of_the_matrix():
 
 
 def test_what_is_no_scores_is_refused():
-    for bad, match in ((jf.scores(log_psi), "Call the function it is"), (3.0, "`scores` is 3.0"), (None, "`scores` is None")):
+    for bad, match in ((jf.scores(log_psi), "a function: call it"), (3.0, "`scores` is 3.0"), (None, "`scores` is None")):
         with pytest.raises(TypeError, match=match):
             jf.fisher_from_scores(bad)
