@@ -18,11 +18,11 @@ from jaxfisher._examples import make_batch, needs_data
 from jaxfisher._fisher import FisherFunction
 from jaxfisher._linalg import matmul, unit_root
 from jaxfisher._model import of_one_example, scalar
-from jaxfisher._once import Around
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.operator import Operator
 from jaxfisher._operators.provenance import mean_over
 from jaxfisher._pytree import array_fields
+from jaxfisher._readings import Around
 from jaxfisher._row_functions import ExactRows, prediction
 from jaxfisher._scores import make_scores
 from jaxfisher._targets import OfData

@@ -17,8 +17,8 @@ from jaxfisher._distributions.base import Distribution
 from jaxfisher._distributions.base import float_fields as float_fields
 from jaxfisher._distributions.joint import as_prediction as as_prediction
 from jaxfisher._examples import Batch, map_examples, shape_of_one
-from jaxfisher._once import Around
 from jaxfisher._pieces import sum_again
+from jaxfisher._readings import Around
 from jaxfisher._tree import check_function, is_complex, joined
 
 LOG_PROB = "(params, *example) -> the scalar log-density of ONE example"

@@ -8,7 +8,6 @@ for what also takes a function of the user's. Inside ``jit`` nothing changes: su
 from __future__ import annotations
 
 import dataclasses
-import dis
 import functools
 import threading
 import types
@@ -22,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from jaxfisher._automatic import automatic
+from jaxfisher._readings import Around, hashable, readings
 from jaxfisher._varying import cond, while_loop
 
 P = ParamSpec("P")
@@ -56,7 +56,7 @@ def once(function: Callable[P, R], examples: Callable[..., Any] | None = None) -
 def _can_cross(args: Sequence[Any]) -> bool:
     """Whether arguments can go into a program: numbers for leaves, and structures that can be compared."""
     leaves, structure = jax.tree.flatten(args)
-    return all(map(_is_number, leaves)) and _hashable(structure)
+    return all(map(_is_number, leaves)) and hashable(structure)
 
 
 def _is_number(leaf: Any) -> bool:
@@ -69,26 +69,14 @@ _LONG_DOUBLES = np.dtype(np.longdouble).char + np.dtype(np.clongdouble).char
 """NumPy's codes of what is wider than JAX has."""
 
 
-def _hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
-
-
-class Around:
-    """A frozen dataclass around functions of the user's: two around the same ones are equal."""
-
-
 def once_for(function: Callable[P, R], examples: Callable[..., Any] | None = None) -> Callable[P, R]:
     """`once` for a function whose first argument is the user's, or is `Around` it: one program for each such function.
 
     ``examples`` is given the other arguments.
 
     A program is found again by the user's function, and forgotten with it: neither it nor what it closes over is kept alive.
-    Where a global or a closed-over variable that the function names is bound to something else, as happens in notebooks, the
-    program is made again. What is changed in place is not seen: as everywhere in JAX, the function must be pure.
+    Where something that the function reads by name is bound to something else, as happens in notebooks and by setting an
+    attribute, the program is made again. What is changed inside a list or an array is not seen.
     """
     programs: dict[Hashable, _Program] = {}
 
@@ -147,64 +135,6 @@ def _reference(of: Any, owners: list[Any]) -> Hashable:
         return None
     owners.append(of.__self__ if isinstance(of, types.MethodType) else of)
     return reference
-
-
-def readings(of: Any) -> tuple[Hashable, ...]:
-    """What a function of the user's reads from outside by name: numbers and strings as they are, all else by identity.
-
-    Functions that it names are looked into as well, those of the libraries aside. A program is found again by the function and
-    by these, and so is that of an object which holds it, by `array_fields`.
-    """
-    found: list[Hashable] = []
-    known: set[int] = set()
-    todo = [of]
-    while todo:
-        value = todo.pop()
-        if value is None or isinstance(value, (int, float, complex, str)):
-            found.append(value)
-            continue
-        if isinstance(value, tuple):
-            todo += value
-            continue
-        # Of what is only around functions, another one around the same ones is as good.
-        found.append(type(value).__name__ if isinstance(value, _AROUND) else id(value))
-        if id(value) not in known:
-            known.add(id(value))
-            todo += _inside(value)
-    return tuple(found)
-
-
-_AROUND = (Around, functools.partial, types.MethodType)
-
-
-def _inside(value: Any) -> list[Any]:
-    """What a function, or what holds one, reads by name."""
-    if isinstance(value, Around):
-        return list(vars(value).values())
-    if isinstance(value, functools.partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if isinstance(value, types.MethodType):
-        return [value.__self__, value.__func__]
-    if not isinstance(value, types.FunctionType) or _package(value) in _LIBRARIES:
-        return []
-    cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
-    return [*cells, *(value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__)]
-
-
-_LIBRARIES = frozenset({"jax", "jaxfisher", "numpy", "optax", "flax", "equinox", "haiku", "distrax", "numpyro"})
-"""Packages that are not looked into: no user binds their names anew."""
-
-
-def _package(function: types.FunctionType) -> str:
-    return str(function.__module__).partition(".")[0]
-
-
-@functools.lru_cache(maxsize=1024)
-def _names(code: types.CodeType) -> tuple[str, ...]:
-    """The names that code and the functions in it look up as globals, in order; attributes are not among them."""
-    own = [step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"]
-    inner = [name for part in code.co_consts if isinstance(part, types.CodeType) for name in _names(part)]
-    return tuple(dict.fromkeys([*own, *inner]))
 
 
 def either(flag: bool | Bool[Array, ""], yes: Callable[[], R], no: Callable[[], R]) -> R:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, dataclass_transform
 
 import jax
 
-from jaxfisher._once import Around, readings
+from jaxfisher._readings import Around, readings
 
 T = TypeVar("T")
 
@@ -18,7 +18,7 @@ def array_fields(*names: str, repr: bool = True, eq: bool = True) -> Callable[[t
     """Make a class a frozen dataclass and a pytree: the named fields hold arrays or pytrees of arrays, the others are static.
 
     A static field is hashable and comparable, so that an object crosses ``jit`` with one trace for all values of its arrays. Of
-    a static function that is so until a global or a closed-over variable which it names is bound to something else.
+    a static function that is so until something that it reads by name is bound to something else.
 
     Args:
         *names: the fields that hold arrays.

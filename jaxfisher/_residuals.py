@@ -18,8 +18,9 @@ from jaxfisher._divergence import kl
 from jaxfisher._examples import Batch, make_batch
 from jaxfisher._fisher import exact_fisher
 from jaxfisher._model import mean_loss, of_one_example
-from jaxfisher._once import Around, once_for
+from jaxfisher._once import once_for
 from jaxfisher._operators.operator import Operator
+from jaxfisher._readings import Around
 from jaxfisher._tree import check_function, described
 from jaxfisher._values import check_nonnegative
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, PRNGKeyArray, Scalar
 from jaxfisher._dataflow import moved_by
 from jaxfisher._examples import shape_of_one
 from jaxfisher._model import LogProb, Model, float_fields, predict, scalar
-from jaxfisher._once import Around
+from jaxfisher._readings import Around
 from jaxfisher._tree import is_complex, joined
 from jaxfisher._varying import alike
 

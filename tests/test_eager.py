@@ -8,7 +8,9 @@ this runs in NumPy. The methods of one form of operator, and jobs with long loop
 """
 
 import contextlib
+import functools
 import gc
+import types
 import weakref
 
 import jax
@@ -33,6 +35,7 @@ from calls import (
     vector,
 )
 from conftest import OPTIMISED
+from flax import nnx
 from programs import evaluate
 from rooms import ROOMS
 
@@ -357,3 +360,114 @@ def test_a_name_bound_anew_is_seen(name, monkeypatch):
     held_to(others=0.5)
     monkeypatch.setitem(globals(), "spread", lambda: 2.0)
     held_to(others=0.5, function=2.0)
+
+
+class Scaled:
+    """An object that a model has its scale from, in every way in which an object gives one."""
+
+    shared = 1.0
+
+    def __init__(self):
+        self.scale, self.inner = 1.0, Slotted()
+
+    @property
+    def asked(self):
+        return self.scale
+
+    def given(self):
+        return self.scale
+
+    @classmethod
+    def of_class(cls):
+        return cls.shared
+
+    def predict(self, mu, x):
+        return jf.Normal(mu * x[0], self.given())
+
+    def __call__(self, mu, x):
+        return jf.Normal(mu * x[0], self.scale)
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self):
+        self.scale = 1.0
+
+
+class Layer(nnx.Module):
+    def __init__(self):
+        self.scale = nnx.Param(jnp.ones(()))
+
+
+def normal(scale):
+    """A model with a scale that it looks up at each call."""
+    return lambda mu, x: jf.Normal(mu * x[0], scale())
+
+
+def function_of(value):
+    return lambda: value
+
+
+def of_an_object():
+    """Ways through one object: a model each, and the attribute that is set."""
+    thing, settings, others = Scaled(), types.ModuleType("settings"), types.SimpleNamespace(inner=Scaled())
+    settings.scale = 1.0
+    setting = lambda of, name="scale": lambda value: setattr(of, name, value)  # noqa: E731
+    return {
+        "attribute": (normal(lambda: thing.scale), setting(thing)),
+        "attribute of an attribute": (normal(lambda: others.inner.inner.scale), setting(others.inner.inner)),
+        "property": (normal(lambda: thing.asked), setting(thing)),
+        "method": (thing.predict, setting(thing)),
+        "callable object": (thing, setting(thing)),
+        "attribute of a class": (normal(Scaled.of_class), setting(Scaled, "shared")),
+        "attribute of a module": (normal(lambda: settings.scale), setting(settings)),
+    }
+
+
+def of_what_is_made():
+    """Ways through what is bound to something else, of which nothing else keeps the old one."""
+    cell, one, table = function_of(1.0), [1.0], {"scale": function_of(1.0)}
+    layer = Layer()
+
+    def bind(value):
+        nonlocal cell
+        cell = function_of(value)
+
+    def bind_list(value):
+        nonlocal one
+        one = [value]
+
+    def decorated():
+        scale = jax.custom_jvp(lambda mu: jnp.full_like(mu, cell()))
+        scale.defjvp(lambda mu, tangent: (scale(*mu), jnp.zeros_like(*tangent)))
+        return lambda mu, x: jf.Normal(mu * x[0], scale(mu))
+
+    return {
+        "function": (normal(lambda: cell()), bind),
+        "list": (normal(lambda: one[0]), bind_list),
+        "default": (lambda mu, x, scale=lambda: cell(): jf.Normal(mu * x[0], scale()), bind),
+        "partial": (normal(functools.partial(lambda scale: scale(), lambda: cell())), bind),
+        "decorated": (decorated(), bind),
+        "entry of a dictionary": (normal(lambda: table["scale"]()), lambda value: table.update(scale=function_of(value))),
+        "leaf of a module of Flax": (normal(lambda: layer.scale[...]), lambda value: layer.scale.set_value(jnp.asarray(value))),
+    }
+
+
+@pytest.mark.parametrize("way", [*of_an_object(), *of_what_is_made()])
+def test_what_a_model_reads_is_seen_when_it_changes(way, monkeypatch):
+    """Whatever way leads to it. It is bound twice, since what is made last may have the place in memory of what is gone.
+
+    Where nothing has changed a second call compiles nothing.
+    """
+    monkeypatch.setattr(Scaled, "shared", 1.0)
+    own, bind = (of_an_object() | of_what_is_made())[way]
+    for scale in (1.0, 0.5, 4.0):
+        bind(3.0)
+        bind(scale)
+        for name in ("exact", "exact, in pieces", "implicit", "scores", "predicted"):
+            expected = WHAT_READS[name](lambda mu, x, scale=scale: jf.Normal(mu * x[0], scale))
+            np.testing.assert_allclose(WHAT_READS[name](own), expected, rtol=1e-5, err_msg=name)
+        compiled = len(COMPILED)
+        WHAT_READS["exact"](own), WHAT_READS["implicit"](own)
+        assert len(COMPILED) == compiled

@@ -14,7 +14,7 @@ from jaxtyping import Array, PRNGKeyArray, Scalar
 from jaxfisher._automatic import automatic
 from jaxfisher._examples import example_keys, make_batch, map_examples, needs_data, num_examples
 from jaxfisher._model import LogLikelihood, Model, as_prediction, log_prob_of, of_one_example
-from jaxfisher._once import Around
+from jaxfisher._readings import Around
 from jaxfisher._residuals import Residuals
 from jaxfisher._tree import as_key, param_spec
 from jaxfisher._values import described, is_array

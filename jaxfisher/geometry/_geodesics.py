@@ -16,7 +16,8 @@ from jaxfisher._examples import Batch, Refusing, make_batch, refusing
 from jaxfisher._fisher import exact_fisher
 from jaxfisher._model import MODEL, Model, log_likelihood, of_one_example
 from jaxfisher._natural import natural_grad
-from jaxfisher._once import Around, Static, once_for
+from jaxfisher._once import Static, once_for
+from jaxfisher._readings import Around
 from jaxfisher._tree import cast_like, check_function
 from jaxfisher._values import check_nonnegative, described, nonnegative, whole
 

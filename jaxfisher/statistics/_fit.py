@@ -15,9 +15,10 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 from jaxfisher._examples import Batch, checked_batch_size, make_batch, needs_data
 from jaxfisher._fisher import exact_fisher
 from jaxfisher._model import MODEL, Model, batch_loss, log_likelihood, of_one_example
-from jaxfisher._once import Around, Static, once_for
+from jaxfisher._once import Static, once_for
 from jaxfisher._operators.operator import Operator
 from jaxfisher._pytree import array_fields
+from jaxfisher._readings import Around
 from jaxfisher._targets import given_with
 from jaxfisher._tree import cast_like, check_function, either_part, path_names
 from jaxfisher._values import check_nonnegative, described, whole

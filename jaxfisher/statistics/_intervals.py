@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Scalar
 from jaxfisher._examples import Batch, checked_batch_size, make_batch, needs_data
 from jaxfisher._linalg import matmul
 from jaxfisher._model import MODEL, Model, batch_loss, log_likelihood, of_one_example
-from jaxfisher._once import Around, once_for
+from jaxfisher._once import once_for
 from jaxfisher._operators.operator import Operator, as_operator
+from jaxfisher._readings import Around
 from jaxfisher._tree import cast_like, check_function
 from jaxfisher._values import check_number
 from jaxfisher._varying import while_loop

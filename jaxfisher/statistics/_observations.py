@@ -14,8 +14,8 @@ from jaxfisher._distributions.base import Distribution
 from jaxfisher._examples import BATCH_SIZE, Refusing, checked_weights, refusing
 from jaxfisher._fisher import exact_fisher
 from jaxfisher._model import Model
-from jaxfisher._once import Around
 from jaxfisher._operators.operator import Operator
+from jaxfisher._readings import Around
 
 
 def of_observations(function: str) -> Refusing:

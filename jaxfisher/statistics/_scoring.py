@@ -18,7 +18,7 @@ from jaxfisher._acceleration import acceleration
 from jaxfisher._examples import Batch
 from jaxfisher._linalg import matmul
 from jaxfisher._model import Model, batch_loss, log_likelihood
-from jaxfisher._once import Around
+from jaxfisher._readings import Around
 from jaxfisher._scores import scores
 from jaxfisher._targets import given_with
 from jaxfisher._tree import cast_like
