@@ -543,7 +543,7 @@ def test_factored_damping_of_singular_factors(dtype):
     model = lambda w, x: jf.Normal(x @ w, jnp.ones(3, dtype) * jnp.array([1, 1, 0], dtype) + 1)  # noqa: E731
     K = jf.kronecker(jf.exact_fisher(model)(jnp.ones((4, 3), dtype), x))
     v = jnp.ones((4, 3), dtype)
-    with pytest.raises(ValueError, match=r"`damping` is 0, without which factors may be singular"):
+    with pytest.raises(ValueError, match=r"`damping` is 0, and without damping factors may be singular"):
         jf.solve(K, v, 0.0, solver=jf.factored_solve)
     found, info = jax.jit(lambda K, v, d: jf.solve(K, v, d, solver=jf.factored_solve))(K, v, 0.0)
     assert np.all(np.isfinite(found)) and info.finite and not info.converged

@@ -1,4 +1,4 @@
-"""A Fisher without the entries between groups of parameter leaves: one operator a group, each in a form of its own."""
+"""Block-diagonal Fishers: one block for each group of parameter leaves, each block in its own form."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jaxfisher._tree import ParamSpec, check_function, path_names
 
 @array_fields("blocks", repr=False)
 class BlockDiagonal(Form):
-    """Forms over disjoint groups of leaves. ``members`` has the places of each group's leaves; its vectors are lists."""
+    """Forms over disjoint groups of leaves. ``members`` has the places of each group's leaves; a block's vectors are lists."""
 
     blocks: tuple[Form, ...]
     members: tuple[tuple[int, ...], ...]
@@ -34,7 +34,7 @@ class BlockDiagonal(Form):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """The names of the blocks' forms, and how many blocks have each."""
+        """The names of the blocks' forms, each with the number of blocks that have it."""
         counts = Counter(block.name for block in self.blocks)
         return "block-diagonal: " + ", ".join(f"{count} {name}" for name, count in counts.items())
 
@@ -53,7 +53,7 @@ class BlockDiagonal(Form):
         return [[leaves[i] for i in group] for group in self.members]
 
     def join(self, parts: Sequence[list[Array]]) -> Any:
-        """The vector that has these parts."""
+        """The vector made of these parts, one for each block."""
         places = [i for group in self.members for i in group]
         leaves = dict(zip(places, [leaf for part in parts for leaf in part], strict=True))
         return self.spec.tree([leaves[i] for i in range(len(places))])
@@ -161,35 +161,35 @@ def _listed(count: int) -> Any:
 
 
 def form_over(form: Form, group: Sequence[int]) -> Form:
-    """The principal submatrix of some leaves, for vectors that are lists."""
+    """The principal submatrix over some leaves, whose vectors are lists."""
     inside = set(group)
     return form.restrict(tuple(i in inside for i in range(len(form.spec.paths))), _listed(len(group)))
 
 
 def part_of(fisher: Operator, group: Sequence[int]) -> Operator:
-    """The operator whose form that is."""
+    """The operator with that principal submatrix."""
     return Operator(form_over(fisher.form, group), fisher.provenance)
 
 
 def block_diagonal(fisher: Operator, groups: chex.ArrayTree | None = None, view: View | None = None) -> Operator:
-    r"""The Fisher with entries between groups of leaves dropped.
+    r"""The Fisher without the entries between groups of leaves.
 
     .. math:: F \approx \mathrm{diag}(F_1, \dots, F_k), \qquad F_b = \frac1n \sum_i s_{ib} s_{ib}^T.
 
-    Each block is exact, and is held as F is. A block of scores is scores: a leaf of a million parameters needs no matrix of a
-    million squared, since its solve goes through its n x n Gram matrix.
+    Each block is exact, and is held as F is. A block of a Fisher held as scores is held as scores too: a leaf of a million
+    parameters needs no matrix of a million squared, since its solve goes through its n x n Gram matrix.
 
     Args:
         fisher: any operator.
-        groups: a label for each leaf: a pytree prefix of the parameters, as ``{"encoder": 0, "decoder": 1}``, or
-            `jaxfisher.layers`; leaves with equal labels share a block. None gives each leaf its own block.
-        view: applied to each block, as `jaxfisher.dense`; None leaves it as it is held.
+        groups: a label for each leaf, as a pytree prefix of the parameters such as ``{"encoder": 0, "decoder": 1}`` or
+            `jaxfisher.layers`. Leaves with equal labels share a block. None gives each leaf its own block.
+        view: a view applied to each block, such as `jaxfisher.dense`; None leaves blocks as they are held.
 
     Returns:
         An operator of the same kind, held block-diagonal.
 
     Raises:
-        TypeError: ``fisher`` is not an operator, or ``view`` returns none.
+        TypeError: ``fisher`` is not an operator, or ``view`` returns something else.
         ValueError: ``groups`` is not a prefix of the parameters.
 
     Reference: Roux, Manzagol and Bengio, Topmoumoute online natural gradient algorithm (NeurIPS 2007), section 3.

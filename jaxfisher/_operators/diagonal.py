@@ -1,4 +1,4 @@
-"""A Fisher as its diagonal."""
+"""Diagonal Fishers."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ class Diagonal(Spectral):
         return jax.tree.map(lambda d, x: function(d) * x, self.entries, v)
 
     def resolve(self, damping: Scalar) -> Callable[[Array], Array]:
-        # The entries are known one by one: no entry is a rounding error of another.
+        # Each entry has its own relative accuracy, so none is zero to the rounding of another.
         return lambda values: values
 
     def tests(self, form: Form, damping: Scalar) -> Callable[..., Bool[Array, ""]]:
-        # So are those of the solution: the residual of one that is not zero is rounding, unless it leaves the dtype's range.
+        # So has each entry of the solution: its residual is rounding error, unless the solution overflows or underflows.
         reached = self.spec.ravel(self.entries, "entries") + damping != 0
         most = jnp.finfo(self.spec.dtype).eps ** 0.5
         return lambda v, x, rest, noise, again: jnp.all(jnp.abs(rest) <= most * jnp.abs(v), where=reached)
@@ -90,7 +90,7 @@ def diagonal(fisher: Operator) -> Operator:
         fisher: any operator. From scores it costs no n x p buffer beyond the scores themselves.
 
     Returns:
-        An operator of the same kind, held diagonal: its entries are a pytree like the parameters.
+        An operator of the same kind, held diagonal, with entries as a pytree like the parameters.
 
     Raises:
         TypeError: ``fisher`` is not an operator.

@@ -1,4 +1,4 @@
-"""KFAC's own damping of Kronecker factors, each by itself."""
+"""KFAC's own damping, which damps each Kronecker factor by itself."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from jaxfisher._values import is_known, nonnegative
 
 
 def factored_solve(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric) -> tuple[Any, SolveInfo]:
-    r"""KFAC's own, approximate damping, a solver for `jaxfisher.solve`: each factor is damped instead of the product.
+    r"""KFAC's own, approximate damping, as a solver for `jaxfisher.solve`: it damps each factor instead of the product.
 
     .. math:: \Big(A + \pi \sqrt{\lambda} I\Big)^{-1} V \Big(G + \tfrac{\sqrt\lambda}{\pi} I\Big)^{-1}, \qquad
         \pi^2 = \frac{\mathrm{tr} A / \dim A}{\mathrm{tr} G / \dim G}.
 
     This is *not* ``(F + damping I)^-1``: it is the inverse of ``A (x) G`` plus the damping plus cross terms. It needs two
-    Cholesky factors a layer where the exact one needs two eigendecompositions. Blocks of other forms are damped exactly. The
-    residual in the report is that of ``(F + damping I) x = v``, and shows the difference: ``converged`` is the test of an
+    Cholesky factors a layer where the exact inverse needs two eigendecompositions. Blocks of other forms are damped exactly.
+    The residual in the report is that of ``(F + damping I) x = v``, and shows the difference: ``converged`` is the test of an
     exact solve, and is rarely true.
 
-    Of the sum ``F + G`` of two Kronecker views, of which a layer has two products, each product is damped so with half of the
-    damping, and the sum of the two is inverted by the basis in which both of its inputs are diagonal, and that of its outputs.
-    At a damping of zero this is exact, for layers of any size and without an iteration. ``(F + G + damping I)^-1`` is not of
-    that kind: of three products no basis makes all diagonal.
+    In the sum ``F + G`` of two Kronecker views a layer has two products. Each product is damped in this way with half of the
+    damping. The sum of the two is inverted in one basis of the inputs that makes both input factors diagonal, and one such
+    basis of the outputs. At a damping of zero this is exact, for layers of any size and without an iteration.
+    ``(F + G + damping I)^-1`` cannot be computed like that, since no basis makes three products diagonal at once.
 
     Args:
         fisher: a `jaxfisher.kronecker` view, or the sum of two.
@@ -54,8 +54,8 @@ def factored_solve(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric) -
             of two views it may be zero: directions along which both have inputs or outputs of zero are then left out.
 
     Raises:
-        TypeError: ``fisher`` is no Kronecker view, and no sum of two.
-        ValueError: a ``damping`` below zero, or of zero where a layer has one product.
+        TypeError: ``fisher`` is neither a Kronecker view nor a sum of two.
+        ValueError: a ``damping`` below zero, or of zero if a layer has one product.
 
     Reference: Martens and Grosse (ICML 2015), section 6.3; Golub and Van Loan, Matrix Computations (2013), section 8.7.1, for
     the basis of two matrices.
@@ -74,8 +74,8 @@ def factored_solve(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric) -
     zero = is_known(damping) and float(damping) == 0
     if zero and form is fisher.form and any(_kronecker_in(block) for block in form.blocks):
         raise ValueError(
-            "factored_solve: `damping` is 0, without which factors may be singular. Give a number above zero, or leave the "
-            "solver out: jf.solve(F, v, 0.0) is then exact."
+            "factored_solve: `damping` is 0, and without damping factors may be singular. Give a number above zero, or leave "
+            "the solver out: jf.solve(F, v, 0.0) is then exact."
         )
     x, info = _by_factors(form, form.spec.vector(v), nonnegative("damping", damping, form.spec.dtype) + shift)
     return cast_like(x, v), info
@@ -100,20 +100,20 @@ def _by_factors(form: BlockDiagonal, v: Any, damping: Scalar) -> tuple[Any, Solv
 
 
 def has_factors(form: Form) -> bool:
-    """Whether `factored_solve` has something to damp in it."""
+    """Whether a form has Kronecker factors that `factored_solve` can damp."""
     form = bare(form)
     return isinstance(form, BlockDiagonal) and any(_kronecker_in(block) or _pair_in(block) for block in form.blocks)
 
 
 @array_fields("blocks", repr=False)
 class InvertedBlocks(BlockDiagonal):
-    """The inverses of damped blocks, each in the form of the block: products with it are solves."""
+    """The inverses of damped blocks, each in the form of its block: products with this form are solves."""
 
     name = "inverses of damped blocks"
 
 
 def is_invertible(form: Form) -> bool:
-    """Whether the inverse of a form with damped factors has its form: of blocks that are Kronecker products and diagonals."""
+    """Whether the inverse of a form with damped factors has the same form: all blocks are Kronecker products or diagonals."""
     form = bare(form)
     if not isinstance(form, BlockDiagonal):
         return False
@@ -122,7 +122,7 @@ def is_invertible(form: Form) -> bool:
 
 
 def shifted_factors(form: Form, damping: Scalar) -> list[tuple[Bordered, Float[Array, " groups"]]]:
-    """The factors of the blocks that are Kronecker products, and what `factored_solve` adds to the diagonal of each."""
+    """The factors of blocks that are Kronecker products, each with the number that `factored_solve` adds to its diagonal."""
     return _shifted_factors(damped_blocks(form, damping))
 
 
@@ -131,10 +131,10 @@ def _shifted_factors(parts: Sequence[tuple[Form, Scalar]]) -> list[tuple[Bordere
 
 
 def with_inverses(form: Form, held: Sequence[Bordered], damping: Scalar) -> InvertedBlocks:
-    """What `factored_solve` solves with, formed, of inverses of its damped factors; diagonals are inverted here.
+    """The form of the inverse in `factored_solve`, from inverses of the damped factors; diagonals are inverted here.
 
-    The rounding of an inverse that is formed grows with the condition of the damped factor, which the damping bounds: it is for
-    directions, whose length is found by other means.
+    The rounding error of an explicit inverse grows with the condition number of the damped factor, which the damping bounds. So
+    this serves directions, whose length is found by other means.
     """
     whole = bare(form)
     assert isinstance(whole, BlockDiagonal)
@@ -149,9 +149,9 @@ def with_inverses(form: Form, held: Sequence[Bordered], damping: Scalar) -> Inve
 
 
 HALVED = 256
-"""The largest matrix that is inverted in one piece: LAPACK runs at a fraction of the rate at which products of matrices do.
+"""The largest matrix that is inverted whole. Larger ones are halved, since LAPACK runs at a fraction of the rate of products.
 
-In halves, an inverse of 512 rows takes 3.8 ms where it took 5.7 on two cores, and one of 1024 rows 18 for 37.
+On two cores, halving cuts an inverse of 512 rows from 5.7 ms to 3.8, and one of 1024 rows from 37 ms to 18.
 """
 
 
@@ -160,10 +160,10 @@ def inverses(matrices: Bordered) -> Bordered:
     return matrices.inverses(_inverses)
 
 
-# These two are not inlined, so that the program has one body for each size.
+# These two are jitted and not inlined, so that the program has one body for each size.
 @jax.jit
 def _inverses(x: Float[Array, "groups m m"]) -> Float[Array, "groups m m"]:
-    """The inverses, of those of the Cholesky factors: without the products with their upper halves, which are zero."""
+    """The inverses, from those of the Cholesky factors; products with their upper halves, which are zero, are skipped."""
     if x.shape[1] <= HALVED:
         root = _inverted_roots(x)
         return batched(root, root, (1, 1))
@@ -185,7 +185,8 @@ def _inverted_roots(x: Float[Array, "groups m m"]) -> Float[Array, "groups m m"]
 def _inverted_halves(x: Float[Array, "groups m m"]) -> tuple[Array, Array, Array]:
     """The three blocks of the inverses of the Cholesky factors: of the first half, below it, and of the second half.
 
-    The matrix that is left of the second half is what is subtracted from it as squares, as in Cholesky's own algorithm.
+    The second half is factored after subtracting the product of the block below the first half with its own transpose, as in
+    Cholesky's algorithm.
     """
     half = (x.shape[1] + 1) // 2
     first = _inverted_roots(x[:, :half, :half])
@@ -195,12 +196,12 @@ def _inverted_halves(x: Float[Array, "groups m m"]) -> tuple[Array, Array, Array
 
 
 def _joined(a: Array, b: Array, c: Array, d: Array) -> Float[Array, "groups m m"]:
-    """The matrices of four blocks, row by row."""
+    """The matrices made of four blocks, given row by row."""
     return jnp.concatenate([jnp.concatenate([a, b], 2), jnp.concatenate([c, d], 2)], 1)
 
 
 def _factored_inverse(block: Form, damping: Scalar, found: Iterator[Array]) -> Callable[[Any], Any]:
-    """The inverse of a block, if it is a Kronecker product by the next two of the roots that were found."""
+    """The inverse of a block; that of a Kronecker product uses the next two of the Cholesky roots in ``found``."""
     pair = pair_of(block)
     if pair is not None:
         return inverse_of_pair(*pair, damping)
@@ -213,12 +214,12 @@ def _factored_inverse(block: Form, damping: Scalar, found: Iterator[Array]) -> C
 
 
 def _kronecker_in(block: Form) -> Kronecker | EigenKronecker | None:
-    """The Kronecker product that a block is, up to a multiple of the identity; None if there is none."""
+    """The Kronecker product of a block that is one, up to a multiple of the identity; else None."""
     if isinstance(block, Shifted):
         return _kronecker_in(block.base)
     return block if isinstance(block, Kronecker) or (isinstance(block, EigenKronecker) and block.separable) else None
 
 
 def _pair_in(block: Form) -> tuple[Kronecker, Kronecker] | None:
-    """The two Kronecker products that a block is the sum of, up to a multiple of the identity; None if it is no such sum."""
+    """The two Kronecker products of a block that is their sum, up to a multiple of the identity; else None."""
     return pair_of(bare(block))

@@ -1,8 +1,8 @@
-"""What a form is: a way to hold a symmetric matrix over the parameters, and the protocol that an operator calls.
+"""Forms: the ways to hold a symmetric matrix over the parameters, and the protocol by which an operator uses them.
 
-A form is a pytree, made by `array_fields`: its arrays are leaves, everything else is static and hashable, so that one crosses
-``jit`` with one trace. Its methods are traced inside a program of the operator, which has checked what the user gave: vectors
-are trees like the parameters in the statistics dtype, a damping is a scalar of that dtype.
+A form is a pytree, made by `array_fields`: its arrays are leaves, and everything else is static and hashable, so that a form
+crosses ``jit`` with one trace. Its methods are traced inside a program of the operator, which has checked the user's arguments:
+vectors are trees like the parameters in the statistics dtype, and a damping is a scalar of that dtype.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from jaxfisher._system import TRUSTED, Factorise
 from jaxfisher._tree import ParamSpec, products
 
 EXACT_LIMIT = 4096
-"""Largest p for which a form that holds no matrix makes one in order to invert it exactly."""
+"""The largest p for which a form that holds no matrix makes one, to invert it exactly."""
 
 
 class Form(abc.ABC):
-    """How a symmetric matrix ``F`` over the parameters is held, and what can be computed from that.
+    """A way to hold a symmetric matrix ``F`` over the parameters, with the computations on it.
 
-    A new form gives `as_matrix`, `product`, `diagonal`, `scaled` and `restrict`. Every other method has a default, which makes
-    the matrix for p up to 4096; a form overrides those that it can do better. `jaxfisher.Operator` is what users hold: it has a
-    form and a provenance, checks arguments, compiles once and casts results.
+    A new form implements `as_matrix`, `product`, `diagonal`, `scaled` and `restrict`. Every other method has a default, which
+    makes the matrix for p up to 4096; a form overrides those that it can do better. Users hold a `jaxfisher.Operator`, which
+    has a form and a provenance, checks arguments, compiles once and casts results.
 
     Attributes:
-        spec: the shapes, paths and dtypes of the parameters, and what makes flat vectors of trees: ``spec.ravel(v, "v")``,
-            ``spec.unravel(flat)``, ``spec.dtype``, ``spec.sizes``.
-        name: how it is held, in the words that `repr` shows.
-        averages: whether the mean of two forms of this kind is that of their arrays, so that `scale_by_fisher` can take a
-            running mean. Then the shapes of the arrays do not depend on the number of examples.
-        formed: whether the matrix is held, so that `as_matrix` costs nothing at any p.
-        at_once: for how many dampings it is solved at once, at most: their solutions are all in memory.
+        spec: the shapes, paths and dtypes of the parameters, and the maps between trees and flat vectors:
+            ``spec.ravel(v, "v")``, ``spec.unravel(flat)``, ``spec.dtype``, ``spec.sizes``.
+        name: how the matrix is held, in the words that `repr` shows.
+        averages: whether the mean of two forms of this kind is the mean of their arrays, so that `scale_by_fisher` can take a
+            running mean. The shapes of the arrays then do not depend on the number of examples.
+        formed: whether the matrix is held, so that `as_matrix` costs nothing for any p.
+        at_once: the most dampings that are solved together; their solutions are in memory at the same time.
     """
 
     spec: ParamSpec
@@ -53,7 +53,7 @@ class Form(abc.ABC):
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """The axes that `jax.vmap` or `jax.lax.scan` has put before those of what is held; () of one form."""
+        """The leading axes that `jax.vmap` or `jax.lax.scan` added to the arrays of the form; () for a single form."""
         return ()
 
     @abc.abstractmethod
@@ -64,7 +64,7 @@ class Form(abc.ABC):
     def product(self) -> Callable[[Any], Any]:
         """``v -> F v``, with everything that does not depend on ``v`` computed once.
 
-        What is returned is used in the same program; it does not cross ``jit``.
+        The returned function is used in the same program; it does not cross ``jit``.
         """
 
     @abc.abstractmethod
@@ -83,13 +83,13 @@ class Form(abc.ABC):
         """
 
     def plus(self, other: Form) -> Form | None:
-        """``F + G`` as one form; None where the two do not combine, so that a sum holds both as they are."""
+        """``F + G`` as one form, or None if the two do not combine; a sum then holds both as they are."""
         return None
 
     def rescaled(self, factors: Sequence[Scalar]) -> Form:
         """``D F D`` in the same form, with one factor for each parameter leaf.
 
-        Where the matrix, its blocks or its diagonal are held, a factor may be an array like the leaf.
+        In forms that hold the matrix, its blocks or its diagonal, a factor may be an array like the leaf.
         """
         if len(factors) == 1:
             return self.scaled(jnp.square(factors[0]))
@@ -106,16 +106,16 @@ class Form(abc.ABC):
     def inner_products(self, vectors: Any) -> Float[Array, "k k"]:
         """``v_i^T F v_j`` for vectors stacked along a leading axis.
 
-        A form that is ``H^T H`` needs the halves ``H v_i`` only, and no product with the transpose.
+        A form that holds H of ``F = H^T H`` needs only the halves ``H v_i``, and no product with the transpose.
         """
         return products(vectors, jax.vmap(self.product())(vectors))
 
     def inverse(self, damping: Scalar) -> Inverted:
-        """``v -> (F + damping I)^-1 v``; what does not depend on ``v`` is done once."""
+        """``v -> (F + damping I)^-1 v``; everything that does not depend on ``v`` is done once."""
         return self.inverses(damping, TRUSTED)(damping)
 
     def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
-        """`inverse` for dampings up to the largest, with everything done once that depends on none of them."""
+        """`inverse` as a function of dampings up to the largest; everything that depends on none of them is done once."""
         product = self.product()
         exact = lambda x: self.spec.ravel(product(self.spec.unravel(x)), "x")  # noqa: E731
         at = solve_matrix(small_matrix(self, "solve"), exact, factorise)
@@ -147,18 +147,18 @@ class Form(abc.ABC):
         return unit_rank(small_matrix(self, "rank"))
 
     def as_scores(self) -> Scores | None:
-        """The scores that F is made of; None where it is not held as scores."""
+        """The scores that F is made of; None if it is not held as scores."""
         return None
 
     def along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
-        """The diagonal of ``F`` in the basis of a layer that F is a part of: ``q^T F q`` for each of its vectors q."""
+        """The diagonal of ``F`` in the basis of a layer whose leaves F is over: ``q^T F q`` for each basis vector q."""
         turn = jax.vmap(lambda row: basis.turned(self.spec.unravel(row)))
         matrix = small_matrix(self, "eigen_kronecker")
         return jnp.sum(turn(matrix) * turn(jnp.eye(len(matrix), dtype=matrix.dtype)), 0)
 
 
 def small_matrix(form: Form, method: str) -> Float[Array, "p p"]:
-    """The matrix, for a method that needs it; an error where the matrix would have to be made and is large."""
+    """The matrix, for a method that needs it; raises if it would have to be made and p is above `EXACT_LIMIT`."""
     if form.spec.size > EXACT_LIMIT and not form.formed:
         size = form.spec.size
         raise ValueError(

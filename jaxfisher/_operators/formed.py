@@ -1,4 +1,4 @@
-"""Operators that hold a matrix: the whole of a Fisher's, what is left of it with some parameters unknown, one that is given."""
+"""Operators that hold a matrix: that of a Fisher, its marginal over some of the parameters, or one that the user gives."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def dense(fisher: Operator) -> Operator:
 
 
 def marginal(fisher: Operator, keep: Callable[[str], bool]) -> Operator:
-    r"""The information on some of the parameters, with the others unknown: the Schur complement over those that go.
+    r"""The information on some of the parameters if the others are unknown: the Schur complement over those dropped.
 
     .. math:: F_{kk} - F_{kr} F_{rr}^{+} F_{rk}, \qquad \big(F_{kk} - F_{kr} F_{rr}^{-1} F_{rk}\big)^{-1} = (F^{-1})_{kk}.
 
-    Its inverse is the block of the kept parameters in the inverse of F: n times their covariance where the others are fitted as
-    well. `jaxfisher.Operator.restrict` gives the information on them where the others are known.
+    Its inverse is the block of the kept parameters in the inverse of F: n times their covariance if the others are fitted as
+    well. `jaxfisher.Operator.restrict` gives the information on them if the others are known.
 
     Args:
-        fisher: an operator; it is made dense, and costs ``p^2`` memory. ``F.marginal(keep)`` says the same.
-        keep: which parameter leaves stay, a function from the path of a leaf, such as ``"['layer']['w']"``, to a bool.
+        fisher: an operator; it is made dense, which takes ``p^2`` memory. ``F.marginal(keep)`` is the same.
+        keep: which parameter leaves stay: a function from the path of a leaf, such as ``"['layer']['w']"``, to a bool.
 
     Returns:
-        A dense operator over the kept leaves. Its vectors are trees like the parameters with None for each leaf that is gone.
+        A dense operator over the kept leaves. Its vectors are trees like the parameters with None for each dropped leaf.
 
     Raises:
         TypeError: ``fisher`` is not an operator; ``keep`` is not a function.
@@ -70,16 +70,16 @@ def marginal(fisher: Operator, keep: Callable[[str], bool]) -> Operator:
 
 
 def from_matrix(matrix: Float[Array, "p p"], like: Operator | chex.ArrayTree) -> Operator:
-    r"""An operator of a symmetric matrix that is known: the precision of a prior, a Fisher that another program made.
+    r"""An operator from a known symmetric matrix, such as the precision of a prior or a Fisher from another program.
 
-    The part ``(M + M^T) / 2`` is held, so that rounding in the matrix does not matter.
+    The operator holds the symmetric part ``(M + M^T) / 2``, so that rounding errors do not make it asymmetric.
 
     Args:
         matrix: shape ``[p, p]``, in the order of `jax.flatten_util.ravel_pytree` of the parameters.
         like: an operator over the parameters, or the parameters.
 
     Returns:
-        A dense operator. It is no mean over examples, so ``n`` is zero: a prior of precision P beside n examples is
+        A dense operator. It is no mean over examples, so its ``n`` is zero. A prior of precision P beside n examples is
         ``F + (1 / n) * jf.from_matrix(P, F)``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A multiple of the identity, and a Fisher with one added: an isotropic Gaussian prior's precision."""
+"""Multiples of the identity, alone and added to a Fisher, such as the precision of an isotropic Gaussian prior."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class ScaledIdentity(Spectral):
 
 @array_fields("base", "shift", repr=False)
 class Shifted(Form):
-    """``F + shift I``, with F in its own form: the shift acts as a damping that is always there."""
+    """``F + shift I``, with F in its own form: the shift acts as a permanent damping."""
 
     base: Form
     shift: Scalar
@@ -86,17 +86,17 @@ class Shifted(Form):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """The name of what is shifted."""
+        """The name of F's form, and that a multiple of the identity is added."""
         return f"{self.base.name} + scaled identity"
 
     @property
     def averages(self) -> bool:  # type: ignore[override]
-        """Whether what is shifted averages."""
+        """Whether F's form averages."""
         return self.base.averages
 
     @property
     def formed(self) -> bool:  # type: ignore[override]
-        """Whether what is shifted holds its matrix."""
+        """Whether F's form holds its matrix."""
         return self.base.formed
 
     @property
@@ -172,7 +172,7 @@ def _(form: Shifted) -> Shifted:
 
 
 def scaled_identity(like: Operator | chex.ArrayTree, scale: chex.Numeric) -> Operator:
-    r"""``scale I`` as an operator, to add to a Fisher: the precision of an isotropic Gaussian prior, or a ridge.
+    r"""``scale I`` as an operator, to add to a Fisher as the precision of an isotropic Gaussian prior, or as a ridge.
 
     ``F + jf.scaled_identity(F, c)`` keeps the form of F: its solves, factors and draws are those of F with a damping of ``c``.
     A Fisher is a mean over examples, so a prior of precision ``1/s^2`` over n examples is ``c = 1 / (n s^2)``.
@@ -202,7 +202,7 @@ def relative_damping(fisher: Operator, share: chex.Numeric) -> Scalar:
     r"""A damping relative to the mean eigenvalue: ``share * trace(F) / p``, absolute, in the units of F.
 
     Args:
-        fisher: any operator that knows its trace.
+        fisher: any operator.
         share: ``>= 0``.
 
     Raises:

@@ -1,7 +1,7 @@
-r"""Views of a Fisher by layers, whose scores have factors: KFAC and EKFAC, of one operator or of a sum of any forms.
+r"""The layer-wise views KFAC and EKFAC, of one operator or of a sum of operators in any forms.
 
-A layer's score is ``sum_t a_t (x) g_t`` (inputs, output cotangents, over the positions that share the weight). KFAC takes the
-mean of products for the product of means.
+A layer's score is ``sum_t a_t (x) g_t`` (inputs, output cotangents, over the positions that share the weight). KFAC replaces
+the mean of products by the product of means.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jaxfisher._tree import ParamSpec, check_function
 
 
 class Sharing(NamedTuple):
-    """How the positions that share a weight are counted: a name, and the moments of factors that follow."""
+    """A way to count the positions that share a weight: its name, and the moments of the factors that follow from it."""
 
     name: str
     moments: Callable[[FactoredScores], Sequence[Moments | None]]
@@ -41,36 +41,37 @@ REDUCE = Sharing("reduce", lambda scores: scores.reduced_moments())
 
 
 def kronecker(fisher: Operator, rest: View = diagonal) -> Operator:
-    r"""KFAC with positions as if they were examples (*expand*): the block of each layer as a Kronecker product.
+    r"""KFAC with positions treated like examples (*expand*): the block of each layer as a Kronecker product.
 
     .. math:: F_\ell \approx A \otimes G, \qquad A = \frac{E \sum_t a_t a_t^T}{E \sum_t 1}, \quad
         G = c\, E\Big[\sum_t g_t g_t^T\Big], \quad \mathrm{tr} A\, \mathrm{tr} G = \mathrm{tr} F_\ell,
 
     with ``a`` a layer's inputs (with a last one for its bias), ``g`` the derivatives of the log-density by its outputs, and t
     the positions that share the weight and carry a gradient. A position at which every ``g`` is zero, such as padding that a
-    mask takes out of the loss, is not counted. E is the Fisher's mean over examples, and over outputs or draws; c gives the
-    block the trace that it has. Where every position carries a gradient these are the factors of Eschenhagen et al., who have
-    c = 1. Exact for one example of a layer without sharing, and for deep linear networks with Gaussian outputs. Any framework:
-    layers are read off the program.
+    mask takes out of the loss, is not counted. E is the Fisher's mean over examples, and over outputs or draws. The factor c
+    makes the traces agree. If every position carries a gradient, these are the factors of Eschenhagen et al., who have c = 1.
+    The view is exact for one example of a layer without sharing, and for deep linear networks with Gaussian outputs. It works
+    in any framework, since layers are read off the program.
 
-    **Of a sum** ``F + G``, leaf by leaf: a multiple of the identity stays one. Where a leaf has factors in one term only, those
-    are taken. Where it has factors in several terms, the block is one product, whose factors are means over the terms, each
-    weighted by the trace of its other factor: so it has the trace of the sum on every layer, and is the sum of the terms'
-    products where that is one product. A term in which such a leaf has no factors counts by its diagonal. Factors in
+    **The view of a sum** ``F + G`` goes leaf by leaf. A multiple of the identity stays one. If a leaf has factors in one term
+    only, those are taken. If it has factors in several terms, the block is one product, whose factors are means over the terms,
+    each weighted by the trace of its other factor. So it has the trace of the sum on every layer, and equals the sum of the
+    terms' products if that sum is one product. A term in which such a leaf has no factors contributes its diagonal. Factors in
     different layouts, as of weights that are a stack in one term and one matrix in the other, stay a sum, which is solved as a
-    dense block. ``rest`` is taken of the leaves that have factors in no term.
+    dense block. Leaves that have factors in no term are viewed by ``rest``.
 
     Args:
         fisher: an operator held as scores, implicit, held by Kronecker factors, or a sum with one of these.
-        rest: the view of the leaves that are no dense product (scales, tables, lone biases): `jaxfisher.diagonal`, or
-            `jaxfisher.block_diagonal` for an exact block a leaf. The `repr` says how many there are, `jaxfisher.explain` why.
+        rest: the view of the leaves that enter no dense product (scales, tables, lone biases): `jaxfisher.diagonal`, or
+            `jaxfisher.block_diagonal` for one exact block a leaf. The `repr` counts these leaves, and `jaxfisher.explain` says
+            why each has no factors.
 
     Returns:
-        A block-diagonal operator, one block a layer. Its running mean is one of the factors.
+        A block-diagonal operator, with one block a layer. Its running mean averages the factors.
 
     Raises:
-        TypeError: ``fisher`` is an operator of which no term is held as scores or by factors, or one of centred scores, whose
-            covariance is no sum of Kronecker products.
+        TypeError: no term of ``fisher`` is held as scores or by factors, or the scores are centred, whose covariance is no sum
+            of Kronecker products.
 
     Reference: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature (ICML 2015),
     section 3; Eschenhagen et al., Kronecker-factored approximate curvature for modern neural network architectures (NeurIPS
@@ -93,7 +94,7 @@ def kronecker_reduce(fisher: Operator, rest: View = diagonal) -> Operator:
 
     over the T positions of an example that carry a gradient, and over the examples that have one.
 
-    Arguments and errors are those of `jaxfisher.kronecker`, with which it agrees where nothing is shared.
+    Arguments and errors are those of `jaxfisher.kronecker`, with which it agrees for weights that are not shared.
 
     Reference: Eschenhagen et al. (NeurIPS 2023), section 3.3.
 
@@ -112,21 +113,21 @@ def eigen_kronecker(fisher: Operator, basis: Operator | None = None, rest: View 
     .. math:: F_\ell \approx (Q_A \otimes Q_G)\, \mathrm{diag}(\lambda)\, (Q_A \otimes Q_G)^T, \qquad
         \lambda = E\big[(Q_A^T D\, Q_G)^2\big],
 
-    D being the score of the layer. Of all diagonals in that basis it is the one nearest to the block in Frobenius norm: never
-    farther than KFAC. Of a sum it is the sum of the values in one basis, whatever the forms of the terms, in the layout of the
-    first that has factors.
+    where D is the score of the layer. Of all diagonals in that basis it is the one nearest to the block in Frobenius norm, so
+    never farther than KFAC. For a sum it is the sum of the terms' values in one basis, whatever the forms of the terms, in the
+    layout of the first term that has factors.
 
     Args:
         fisher: an operator as in `jaxfisher.kronecker`; with a ``basis`` any operator, also one of centred scores.
-        basis: a `jaxfisher.kronecker` view whose eigenvectors are used, perhaps an older one, or an eigen-Kronecker one, whose
-            are known; None makes one of ``fisher``.
+        basis: a `jaxfisher.kronecker` or `jaxfisher.eigen_kronecker` view, perhaps an older one, whose eigenvectors are used;
+            None takes the eigenvectors of `jaxfisher.kronecker` of ``fisher``.
         rest: as in `jaxfisher.kronecker`.
 
     Returns:
-        A block-diagonal operator, one block a layer. It has no running mean: bases differ from batch to batch.
+        A block-diagonal operator, with one block a layer. It has no running mean, since bases differ from batch to batch.
 
     Raises:
-        TypeError: as in `jaxfisher.kronecker`, where ``basis`` is None; else ``basis`` is no Kronecker view.
+        TypeError: without a ``basis``, as in `jaxfisher.kronecker`; else ``basis`` is no Kronecker view.
         ValueError: ``basis`` is over other parameters.
 
     Reference: George et al., Fast approximate natural gradient descent in a Kronecker-factored eigenbasis (NeurIPS 2018),
@@ -161,7 +162,7 @@ def eigen_kronecker(fisher: Operator, basis: Operator | None = None, rest: View 
 
 
 def _bases(view: Form) -> list[tuple[Places, EigenKronecker]]:
-    """The eigenvectors of a view's layers; of a layer that has several in different layouts, those of the first."""
+    """The eigenvectors of a view's layers; for a layer with several products in different layouts, those of the first."""
     found: list[tuple[Places, EigenKronecker]] = []
     for places, form in terms_of(view):
         taken = {place for group, _ in found for place in group}
@@ -173,17 +174,17 @@ def _bases(view: Form) -> list[tuple[Places, EigenKronecker]]:
 def layers(fisher: Operator) -> Any:
     """Labels that group each bias with the weight of its layer: ``groups=jf.layers(F)`` in `jaxfisher.block_diagonal`.
 
-    A bias belongs to a weight where the gradient of one is the output factor of the other's: this is read off the program of
-    the scores, whatever the parameters are called. In a sum it belongs to it where it does in one of the terms.
+    A bias belongs to a weight if the gradient of the bias is the output factor of the weight's gradient. This is read off the
+    program of the scores, whatever the parameters are called. In a sum it is enough that this holds in one of the terms.
 
     Args:
         fisher: an operator held as scores, implicit, held by Kronecker factors, or a sum with one of these.
 
     Returns:
-        A pytree like the parameters; the label of a leaf is the path of its layer's weight, else its own.
+        A pytree like the parameters. The label of a leaf is the path of its layer's weight, or its own path if it has none.
 
     Raises:
-        TypeError: ``fisher`` is an operator of which no term is held as scores or by factors.
+        TypeError: no term of ``fisher`` is held as scores or by factors.
 
     Reference: Martens and Grosse (ICML 2015), section 2.1, for the homogeneous coordinate that makes a bias part of its weight.
 
@@ -207,7 +208,7 @@ def layers(fisher: Operator) -> Any:
 
 
 def _joins(form: Form) -> list[tuple[Places, int]] | None:
-    """The leaves of each layer with a bias, and which of them is the weight; None for what knows nothing of layers."""
+    """The leaves of each layer with a bias, and which of them is the weight; None for a form that knows nothing of layers."""
     if isinstance(form, Kronecker | EigenKronecker):
         return [(tuple(range(len(form.spec.paths))), form.weight)]
     scores = form.as_scores()
@@ -220,7 +221,7 @@ def _joins(form: Form) -> list[tuple[Places, int]] | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Term:
-    """One term of what a view is taken of: the places of its leaves, and the layers of it that have factors."""
+    """One term of the operator that a view is taken of: the places of its leaves, and its layers that have factors."""
 
     places: Places
     form: Form
@@ -228,14 +229,14 @@ class _Term:
 
     @property
     def loose(self) -> Places:
-        """The leaves that it depends on and that have no factors in it."""
+        """The leaves that the term depends on and that have no factors in it."""
         scores = self.form.as_scores()
         touched = [role.touched for role in scores.roles] if isinstance(scores, FactoredScores) else [True] * len(self.places)
         inside = {place for group, _ in self.layers for place in group}
         return tuple(place for place, flag in zip(self.places, touched, strict=True) if flag and place not in inside)
 
     def part(self, group: Iterable[int]) -> Form:
-        """The part of it that is over these leaves."""
+        """The part of the term that is over these leaves."""
         return form_over(self.form, [self.places.index(place) for place in group])
 
 
@@ -247,7 +248,7 @@ def _terms(fisher: Operator, sharing: Sharing, caller: str) -> list[_Term]:
 
 
 def _layers(places: Places, form: Form, sharing: Sharing) -> tuple[tuple[Places, Kronecker], ...]:
-    """The layers of one term that have factors, and those."""
+    """The layers of one term that have factors: the places of their leaves, and the factors as a Kronecker product."""
     if isinstance(form, EigenKronecker):
         form = form.nearest_kronecker(sharing.name)
     if isinstance(form, Kronecker):
@@ -258,7 +259,7 @@ def _layers(places: Places, form: Form, sharing: Sharing) -> tuple[tuple[Places,
     if not isinstance(scores, FactoredScores):
         raise TypeError(
             f"a Fisher held {form.name} is a covariance of scores, which is no sum of Kronecker products and has no factors. "
-            "Take the view of scores that are not centred, or jf.eigen_kronecker(fisher, basis) in the basis of such a view."
+            "Take the view of scores that are not centred, or jf.eigen_kronecker(fisher, basis) with such a view as the basis."
         )
     found: list[tuple[Places, Kronecker]] = []
     for k, made in enumerate(sharing.moments(scores)):
@@ -280,7 +281,7 @@ def _spec_of(spec: ParamSpec, group: Sequence[int]) -> ParamSpec:
 
 
 def _connected(groups: Iterable[Places]) -> list[Places]:
-    """The groups, those that share a leaf made one, in the order of their first leaves."""
+    """The groups, with those that share a leaf merged, in the order of their first leaves."""
     found: list[set[int]] = []
     for group in groups:
         touching = [other for other in found if not other.isdisjoint(group)]
@@ -297,7 +298,7 @@ def _layered(fisher: Operator, sharing: Sharing, rest: View, caller: str) -> Ope
 
 
 def _block(spec: ParamSpec, members: Places, terms: Sequence[_Term]) -> Form:
-    """The block over some leaves: of the terms that have factors there one product, or several; and what the others add."""
+    """The block over some leaves: one product (or several) of the terms that have factors there, plus what the others add."""
     factors = [(group, block) for term in terms for group, block in term.layers if group[0] in members]
     products = [(group, merged(alike)) for group, alike in _alike(factors)]
     shift, entries = _added(spec, members, terms)
@@ -313,7 +314,7 @@ def _block(spec: ParamSpec, members: Places, terms: Sequence[_Term]) -> Form:
 
 
 def _alike(factors: Sequence[tuple[Places, Kronecker]]) -> list[tuple[Places, list[Kronecker]]]:
-    """Blocks of one weight in one layout together, those without a bias with those that have one."""
+    """The blocks grouped by weight and layout; a block without a bias joins those of the same weight that have one."""
     found: list[tuple[Places, list[Kronecker]]] = []
     for group, block in sorted(factors, key=lambda pair: -len(pair[0])):
         for places, others in found:
@@ -327,7 +328,7 @@ def _alike(factors: Sequence[tuple[Places, Kronecker]]) -> list[tuple[Places, li
 
 
 def _added(spec: ParamSpec, members: Places, terms: Sequence[_Term]) -> tuple[Scalar | None, Any]:
-    """What terms without factors for some leaves add to them: a multiple of the identity, and a diagonal."""
+    """The contribution of terms without factors for some leaves: a multiple of the identity, and a diagonal."""
     shift: Scalar | None = None
     entries: dict[int, Array] = {}
     for term in terms:
@@ -347,7 +348,7 @@ _diagonal = once(lambda form: form.diagonal())
 
 
 def _embedded(group: Places, block: Kronecker, members: Places, spec: ParamSpec) -> Form:
-    """A block over some of the leaves as one over all of them; zero elsewhere."""
+    """A block over some of the leaves, extended by zeros to all of them."""
     others = tuple(i for i, place in enumerate(members) if place not in group)
     if not others:
         return dataclasses.replace(block, spec=spec)

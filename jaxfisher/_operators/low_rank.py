@@ -1,4 +1,4 @@
-r"""A Fisher by a few of its eigenpairs: the largest ones exactly, or sketched from products for preconditioning."""
+r"""Fishers held by a few eigenpairs: the largest ones exactly, or approximate ones from products, for preconditioning."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from jaxfisher._values import whole
 
 @array_fields("vectors", "values", "floor", repr=False)
 class LowRank(Spectral):
-    """``U diag(values) U^T + floor (I - U U^T)``: some eigenpairs, and one eigenvalue for all other directions."""
+    """``U diag(values) U^T + floor (I - U U^T)``: a few eigenpairs, and one eigenvalue for all other directions."""
 
     vectors: Float[Array, "p k"]
     values: Float[Array, " k"]
@@ -44,7 +44,7 @@ class LowRank(Spectral):
 
     def apply(self, function: Callable[[Array], Array], v: Any) -> Any:
         flat, rest = self.spec.ravel(v, "v"), function(self.floor)
-        # The vectors are orthonormal only to rounding, and f(rest) may be so large that this shows: it is removed twice.
+        # The vectors are orthonormal only to rounding, and f(floor) may be so large that it shows: project twice.
         inside = matmul(self.vectors.T, flat)
         outside = flat - matmul(self.vectors, inside)
         outside = outside - matmul(self.vectors, matmul(self.vectors.T, outside))
@@ -70,7 +70,7 @@ class LowRank(Spectral):
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> LowRank:
         if all(keep):
             return dataclasses.replace(self, spec=self.spec.restrict(keep, treedef))
-        # A part has eigenvectors of its own: what is left of these vectors is no longer orthonormal.
+        # Restricted to some leaves the vectors are no longer orthonormal, so compute the eigenvectors of the part.
         part = jnp.concatenate([rows for rows, flag in zip(self._by_leaf(), keep, strict=True) if flag])
         basis, root = jnp.linalg.qr(part)
         inner = matmul(root * (self.values - self.floor)[None, :], root.T)
@@ -87,21 +87,21 @@ class LowRank(Spectral):
 
 
 def low_rank(fisher: Operator, rank: int) -> Operator:
-    r"""The Fisher's largest eigenpairs, exactly; all other eigenvalues are taken for zero.
+    r"""The Fisher's largest eigenpairs, computed exactly; all other eigenvalues are set to zero.
 
-    The view of ``F + c I`` is the view of F plus the whole of ``c I``: a prior is kept in every direction.
+    The view of ``F + c I`` is the view of F plus all of ``c I``: a prior is kept in every direction.
 
     .. math:: F \approx U_k \Lambda_k U_k^T, \qquad (F + \lambda I)^{-1} v \approx U_k (\Lambda_k + \lambda)^{-1} U_k^T v +
         \tfrac1\lambda (v - U_k U_k^T v).
 
-    From scores it takes the eigenvectors of the n x n Gram matrix where that is the smaller one, and k weighted sums of scores:
-    ``p k`` numbers are held. With all eigenpairs it is F. Derivatives of its products, solves, traces and log-determinants hold
-    where eigenvalues are equal, as long as the smallest that is taken stands apart from those that are not; those of other
-    powers only where all are different.
+    From scores it takes the eigenvectors of the n x n Gram matrix, if that is the smaller one, and k weighted sums of scores:
+    ``p k`` numbers are held. With all eigenpairs it equals F. Derivatives of its products, solves, traces and log-determinants
+    are right where eigenvalues are equal, as long as the smallest one kept is separate from those left out; derivatives of
+    other powers are right only if all eigenvalues are different.
 
     Args:
-        fisher: an operator held as scores; or any other for p up to 4096, which makes its matrix.
-        rank: the number of eigenpairs, k: at least 1, at most p; of scores, at most the number of rows.
+        fisher: an operator held as scores; or any other for p up to 4096, whose matrix is then made.
+        rank: the number of eigenpairs, k: at least 1, at most p, and for scores at most the number of rows.
 
     Returns:
         An operator of the same kind, held by its eigenpairs.
@@ -134,7 +134,7 @@ def _truncated(form: Form, rank: int) -> LowRank:
 
 
 def largest_of(form: Form, rank: int, most: int, caller: str) -> tuple[Float[Array, " k"], Float[Array, "p k"]]:
-    """The largest eigenpairs, ascending, ``most`` of them or as many as there are, for a ``rank`` that a user has chosen."""
+    """The largest eigenpairs, ascending: ``most`` of them, or all if there are fewer. ``rank`` is the user's, to be checked."""
     _check_rank(rank, form.spec.size, caller)
     if isinstance(form, FromScores) and form.scores.num_rows < form.spec.size:
         return _largest_of_rows(form.scores, Static(min(most, form.scores.num_rows)))
@@ -143,11 +143,11 @@ def largest_of(form: Form, rank: int, most: int, caller: str) -> tuple[Float[Arr
 
 @once
 def _largest_of_rows(scores: Scores, rank: Static[int]) -> tuple[Float[Array, " k"], Float[Array, "p k"]]:
-    """The largest eigenpairs by way of the Gram matrix."""
+    """The largest eigenpairs, from the Gram matrix."""
     factor = to_unit(scores.bound())
     scaled = Scaled(scores, factor)
     values, rows = _largest_of_gram(mirrored(scaled.gram()), rank.value)
-    # u = X^T w / sqrt(value), and nothing where the value is zero.
+    # u = X^T w / sqrt(value), or zero if the value is zero.
     weights = jnp.where(values > 0, jax.lax.rsqrt(jnp.where(values > 0, values, 1)), 0)
     # One vector at a time: a batch of vectors would need a batch of all factors.
     vectors = jax.lax.map(scaled.out_of_rows, (rows * weights[None, :]).T).T
@@ -158,21 +158,21 @@ def _largest_of_rows(scores: Scores, rank: Static[int]) -> tuple[Float[Array, " 
 def _largest(matrix: Float[Array, "m m"], rank: int) -> tuple[Float[Array, " k"], Float[Array, "m k"]]:
     """The largest eigenpairs of a positive semi-definite matrix; values inside rounding error are zero.
 
-    Derivatives of ``U diag(values) U^T`` and of symmetric functions of the values hold also where some values are equal.
+    Derivatives of ``U diag(values) U^T`` and of symmetric functions of the values are right also where values are equal.
     """
     return _pairs(matrix)[0][-rank:], _pairs(matrix)[1][:, -rank:]
 
 
 @_largest.defjvp
 def _largest_jvp(rank: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
-    # An entry of U diag(values) U^T between two eigenvectors of one value cannot come from rotating them. Instead the two stop
-    # being orthogonal, each by half of it.
+    # Rotating two eigenvectors of equal value does not change U diag(values) U^T between them. The change goes into the angle
+    # of the two vectors instead, half of it into each.
     return _moved(*primals, *tangents, rank, lambda change, one, two: change / (one + two))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _largest_of_gram(gram: Float[Array, "n n"], rank: int) -> tuple[Float[Array, " k"], Float[Array, "n k"]]:
-    """`_largest` of ``X X^T``; its derivatives are those of ``X^T W W^T X``, W the vectors: rotating W changes nothing."""
+    """`_largest` of ``X X^T``, with derivatives for ``X^T W W^T X``, where W are the vectors: rotating W changes nothing."""
     return _largest(gram, rank)
 
 
@@ -191,11 +191,11 @@ def _pairs(matrix: Float[Array, "m m"]) -> tuple[Float[Array, " m"], Float[Array
 def _moved(
     matrix: Array, change: Array, rank: int, equal: Callable[[Array, Array, Array], Array]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """The largest eigenpairs, and how they move with the matrix; ``equal`` gives that for pairs that share one value."""
+    """The largest eigenpairs and their tangents; ``equal`` gives the coefficients of vectors between equal values."""
     values, vectors = _pairs(matrix)
     change = matmul(vectors.T, matmul(change, vectors))[:, -rank:]
     one, two = values[:, None], values[None, -rank:]
-    # Values near to each other count as equal: a derivative divided by a small gap would be lost in rounding.
+    # Nearby values count as equal: a derivative divided by a small gap would be lost in rounding.
     near = jnp.abs(two - one) <= 1e-3 * values[-1]
     inside = (jnp.arange(values.size) >= values.size - rank)[:, None] & (one > 0) & (two > 0)
     same = jnp.arange(values.size)[:, None] == jnp.arange(values.size)[None, -rank:]
@@ -207,17 +207,17 @@ def _moved(
 
 
 def nystrom(fisher: Operator, key: PRNGKeyArray, rank: int) -> Operator:
-    r"""A randomised sketch of the largest eigenpairs from ``rank`` products, made for preconditioning.
+    r"""A randomised approximation of the largest eigenpairs from ``rank`` products, made for preconditioning.
 
     With ``Y = F Omega`` for a random orthonormal ``Omega``, ``Y (Omega^T Y)^+ Y^T`` is the best approximation of F from below
-    that can be made of ``Y``. All other eigenvalues are taken for the smallest one found, so that
-    ``jf.CG(preconditioner=jf.nystrom(F, key, k))`` is the Nystrom preconditioner; ``k`` of about twice the effective dimension
-    at the damping makes the condition number small.
+    that ``Y`` allows. All other eigenvalues are set to the smallest one found, so that
+    ``jf.CG(preconditioner=jf.nystrom(F, key, k))`` is the Nystrom preconditioner. With ``k`` about twice the effective
+    dimension at the damping, the condition number is small.
 
     Args:
         fisher: any operator; only its products are used.
         key: a random key.
-        rank: number of products, at least 1, at most p.
+        rank: the number of products, at least 1, at most p.
 
     Raises:
         TypeError: ``fisher`` is not an operator, ``key`` no random key.
@@ -243,7 +243,7 @@ def nystrom(fisher: Operator, key: PRNGKeyArray, rank: int) -> Operator:
 def _seen_by(form: Form, sketch: Float[Array, "p k"]) -> tuple[Float[Array, "p k"], Float[Array, " k"]]:
     """The eigenvectors and eigenvalues that follow from products with the orthonormal columns of a sketch."""
     spec, product, rank = form.spec, form.product(), sketch.shape[1]
-    # One product at a time: a batch of products would need a batch of all factors. The image, of any size, is its own unit.
+    # One product at a time: a batch of products would need a batch of all factors. Scale the image to unit norm.
     image = jax.lax.map(lambda v: spec.ravel(product(spec.unravel(v)), "v"), sketch.T).T
     size = norm(image.reshape(-1))
     image = image / jnp.where(size > 0, size, 1)
@@ -259,13 +259,13 @@ def _seen_by(form: Form, sketch: Float[Array, "p k"]) -> tuple[Float[Array, "p k
 def partial_cholesky(fisher: Operator, rank: int) -> Operator:
     r"""The first columns of a pivoted Cholesky factor, as eigenpairs, made for preconditioning.
 
-    ``F \approx L L^T`` is made of ``rank`` columns of F, each time the one whose diagonal entry is approximated worst. Other
-    eigenvalues are taken to be the mean of what is left of the diagonal. The factor needs the diagonal and ``rank`` products,
+    ``F \approx L L^T`` is made from ``rank`` columns of F, each time the one whose diagonal entry is approximated worst. Other
+    eigenvalues are set to the remaining diagonal divided by their number. The factor needs the diagonal and ``rank`` products,
     and no random numbers.
 
     Args:
         fisher: any operator.
-        rank: number of columns, at least 1, at most p.
+        rank: the number of columns, at least 1, at most p.
 
     Raises:
         TypeError: ``fisher`` is not an operator.
@@ -289,7 +289,7 @@ def partial_cholesky(fisher: Operator, rank: int) -> Operator:
 
 @once
 def _columns(form: Form, empty: Float[Array, "p k"]) -> tuple[Float[Array, "p k"], Scalar]:
-    """As many columns of the pivoted Cholesky factor as ``empty`` has, and the mean of what is left of the diagonal."""
+    """As many columns of the pivoted Cholesky factor as ``empty`` has, and the remaining diagonal over the other directions."""
     spec, product, rank = form.spec, form.product(), empty.shape[1]
     left = spec.ravel(form.diagonal(), "diagonal")
     start = jnp.sum(left)
@@ -299,7 +299,7 @@ def _columns(form: Form, empty: Float[Array, "p k"]) -> tuple[Float[Array, "p k"
         pivot = jnp.argmax(left)
         unit = jnp.zeros_like(left).at[pivot].set(1)
         fresh = spec.ravel(product(spec.unravel(unit)), "v") - matmul(factor, factor[pivot])
-        # A pivot inside rounding error has nothing left to give.
+        # A pivot inside rounding error adds nothing but noise.
         variance = left[pivot]
         useful = variance > spec.size * jnp.finfo(left.dtype).eps * jnp.max(start)
         fresh = jnp.where(useful, fresh * jax.lax.rsqrt(jnp.where(useful, variance, 1)), 0)

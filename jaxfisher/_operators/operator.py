@@ -1,6 +1,6 @@
-"""What every Fisher is to its user: a symmetric linear operator on parameter pytrees that knows its kind, its n and its form.
+"""The operator, which is what users hold of a Fisher: a symmetric linear map on parameter pytrees with its kind, n and form.
 
-An operator checks what it is given, runs its form's part in a program that is compiled once, and casts what comes back.
+An operator checks its arguments, runs the method of its form in a program that is compiled once, and casts the result.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from jaxfisher._varying import alike
 class View(Protocol):
     """``view(fisher) -> Operator`` over the same parameters: a part of a Fisher, or an approximation of it.
 
-    Any function will do that takes an operator and returns one, such as `jaxfisher.diagonal`. It is called while JAX traces, so
-    it makes what it returns of the operator's methods, its ``form`` and other views, and reads no numbers.
+    Any function from an operator to an operator is a view, such as `jaxfisher.diagonal`. It is called while JAX traces, so it
+    builds its result from the operator's methods, its ``form`` and other views, and cannot branch on numbers.
     """
 
     def __call__(self, fisher: Operator, /) -> Operator: ...
@@ -48,37 +48,37 @@ class Solver(Protocol):
 
     ``v`` is a pytree like the parameters, and so is ``x``, in the leaf dtypes of ``v``. ``damping`` is one number, or a pytree
     like the parameters with one number a leaf. The solver is called while JAX traces. In the `SolveInfo` that it returns,
-    ``residual`` is computed from the ``x`` that it gives, and ``converged`` is never true of a wrong answer.
+    ``residual`` must be computed from the returned ``x``, and ``converged`` must never be true of a wrong answer.
     """
 
     def __call__(self, fisher: Operator, v: chex.ArrayTree, damping: Any) -> tuple[Any, SolveInfo]: ...
 
 
 VIEW = "operator -> operator, such as jf.diagonal"
-"""What a view is, as messages show it."""
+"""The expected type of a view, as messages show it."""
 
 
 @final
 @array_fields("form", "provenance", "views_of", repr=False)
 class Operator:
-    """A symmetric operator on pytrees shaped like the parameters; positive semi-definite if it is a Fisher.
+    """A symmetric linear operator on pytrees shaped like the parameters; positive semi-definite if it is a Fisher.
 
     The matrix ``F`` below is over the p parameters in `jax.flatten_util.ravel_pytree` order. A vector ``v`` is a pytree like
     the parameters, of real floating leaves; the result has the leaf dtypes of ``v``. Matrices and scalars have the statistics
     dtype: float32, or float64 if a parameter is float64. ``F + G``, ``c * F`` and ``F / c`` are operators, for a ``c`` that is
-    not negative. ``F @ v`` is `mv`, and ``np.asarray(F)`` is `as_matrix`. Costs are in products with F, which for scores take
-    two passes over the factors that are held, and for `jaxfisher.implicit_fisher` about three gradients of the model.
+    not negative. ``F @ v`` is `mv`, and ``np.asarray(F)`` is `as_matrix`. Costs are stated in products with F. For scores a
+    product takes two passes over the held factors, and for `jaxfisher.implicit_fisher` about three gradients of the model.
 
-    `logdet`, `trace`, `diagonal`, `quadratic` and `solve` are differentiable in parameters, data and damping, forward and in
-    reverse, also where eigenvalues are equal. Of an undamped solve with a deficient rank the null space counts as fixed.
+    `logdet`, `trace`, `diagonal`, `quadratic` and `solve` are differentiable in parameters, data and damping, in forward and
+    reverse mode, also where eigenvalues are equal. For an undamped solve with a deficient rank the null space counts as fixed.
 
-    A vector of another structure, shape or dtype raises `ValueError` or `TypeError` with its first bad path; a matrix that
-    would have to be made for p above 4096 raises `ValueError`; and so does an operator that came out of `jax.vmap`.
+    A vector of another structure, shape or dtype raises `ValueError` or `TypeError` with its first bad path. A method that
+    would need to make the matrix for p above 4096 raises `ValueError`, and so does an operator that came out of `jax.vmap`.
 
     Attributes:
         form: how the matrix is held.
-        provenance: where it comes from: its kind, and the examples that its mean is over.
-        views_of: the operator that views are taken of, where that is not this one.
+        provenance: the kind of the Fisher, and the examples that its mean is over.
+        views_of: the operator that views are taken of, if that is not this one.
     """
 
     form: Form
@@ -102,7 +102,7 @@ class Operator:
 
     @property
     def n(self) -> Scalar:
-        """The number of examples that the mean was taken over, a floating scalar; of a sum, those of all terms.
+        """The number of examples in the mean, a floating scalar; for a sum, the total over all terms.
 
         An example of weight zero is padding, and is not counted.
         """
@@ -119,7 +119,7 @@ class Operator:
         return cast_like(_product(self, self.spec.vector(v)), v)
 
     def quadratic(self, v: chex.ArrayTree) -> Scalar:
-        """``v^T F v``, a scalar: twice the KL divergence moved by a small step ``v``, in nats. At most the cost of one product.
+        """``v^T F v``, a scalar: twice the KL divergence of a small step ``v``, in nats, at the cost of at most one product.
 
         >>> import jax.numpy as jnp, jaxfisher as jf
         >>> F = jf.exact_fisher(lambda mu: jf.Normal(mu, 2.0))(0.0)  # 1/4
@@ -129,14 +129,13 @@ class Operator:
         return _quadratic(self, self.spec.vector(v))
 
     def solve(self, v: chex.ArrayTree, damping: Damping) -> chex.ArrayTree:
-        """``(F + damping I)^-1 v``, a pytree like ``v``; the minimum-norm solution where F is singular and the damping zero.
+        """``(F + damping I)^-1 v``, a pytree like ``v``; the minimum-norm solution if F is singular and the damping zero.
 
-        ``damping`` is one number, or a pytree like the parameters with one number above zero for each leaf, or an array of its
-        shape with one for each parameter; a form other than dense, in blocks or diagonal then makes its matrix. For many
-        right-hand sides, `jax.vmap` over ``v``: what does not depend on it is factored once. The cost is that of a factor of
-        the smaller of p x p and n x n for scores, of p x p for a matrix, of each factor for a Kronecker product, and a few
-        products more.
-        `jaxfisher.solve` tells how the solve went, and takes other solvers.
+        ``damping`` is one number, or a pytree like the parameters with one number above zero for each leaf, or with an array of
+        the leaf's shape, one number for each parameter. For such arrays, forms other than dense, block-diagonal and diagonal
+        make their matrix. For many right-hand sides use `jax.vmap` over ``v``: the factorisation is then done once. The cost is
+        one factorisation (of the smaller of p x p and n x n for scores, of p x p for a matrix, of each factor for a Kronecker
+        product) and a few products. `jaxfisher.solve` also returns a report, and takes other solvers.
 
         >>> import jax.numpy as jnp, jaxfisher as jf
         >>> F = jf.exact_fisher(lambda w, x: jf.Bernoulli(logits=w * x))(0.0, jnp.array([1.0, 3.0]))  # 5/4
@@ -146,9 +145,9 @@ class Operator:
         return exact_solve(self, v, damping)[0]
 
     def logdet(self, damping: Damping) -> Scalar:
-        """``log det (F + damping I)``, a scalar: minus infinity where it is singular, NaN where it is negative.
+        """``log det (F + damping I)``, a scalar: minus infinity if the matrix is singular, NaN if its determinant is negative.
 
-        It costs one factor, as `solve` does. `jaxfisher.estimate_logdet` is the estimate from products.
+        It costs one factorisation, as `solve` does. `jaxfisher.estimate_logdet` estimates it from products.
 
         >>> import jax.numpy as jnp, jaxfisher as jf
         >>> F = jf.scaled_identity(jnp.zeros(3), 0.5)
@@ -160,8 +159,8 @@ class Operator:
     def power_mv(self, v: chex.ArrayTree, power: chex.Numeric, damping: chex.Numeric = 0.0) -> chex.ArrayTree:
         """``(F + damping I)^power v``, a pytree like ``v``; at zero damping only along directions where F is not zero.
 
-        What is zero to rounding counts as zero. It costs an eigendecomposition of what `solve` factors; a diagonal and what is
-        held by eigenvectors cost one product.
+        An eigenvalue that is zero to rounding counts as zero. It costs an eigendecomposition of the matrix that `solve`
+        factors; for a diagonal, and a form held by eigenvectors, it costs one product.
 
         >>> import jax.numpy as jnp, jaxfisher as jf
         >>> print(jf.scaled_identity(jnp.zeros(2), 4.0).power_mv(jnp.ones(2), power=1.5))
@@ -173,7 +172,7 @@ class Operator:
         return cast_like(_power_of(self, self.spec.vector(v), power, strength), v)
 
     def sqrt_mv(self, v: chex.ArrayTree, damping: chex.Numeric = 0.0) -> chex.ArrayTree:
-        """``(F + damping I)^(1/2) v``, the symmetric root: of white noise, noise with covariance ``F + damping I``.
+        """``(F + damping I)^(1/2) v``, by the symmetric root: turns white noise into noise with covariance ``F + damping I``.
 
         The result is a pytree like ``v``, at the cost of `power_mv`.
 
@@ -184,10 +183,10 @@ class Operator:
         return self.power_mv(v, 0.5, damping)
 
     def inv_sqrt_mv(self, v: chex.ArrayTree, damping: Damping = 0.0) -> chex.ArrayTree:
-        """``(F + damping I)^(-1/2) v``: of white noise, noise with precision ``F + damping I``, as a Laplace posterior draws.
+        """``(F + damping I)^(-1/2) v``: turns white noise into noise with precision ``F + damping I``, as for Laplace draws.
 
-        At zero damping only along directions in which F is not zero to rounding. The result is a pytree like ``v``, at the cost
-        of `power_mv`. With a damping for each leaf or parameter, as in `solve`, it is another root of the inverse,
+        At zero damping it acts only along directions in which F is not zero to rounding. The result is a pytree like ``v``, at
+        the cost of `power_mv`. With a damping for each leaf or parameter, as in `solve`, it is another root of the inverse,
         ``R (R F R + I)^(-1/2)`` with ``R = damping^(-1/2)``, which is not symmetric.
 
         >>> import jax.numpy as jnp, jaxfisher as jf
@@ -197,7 +196,7 @@ class Operator:
         return cast_like(_inverse_root(self, self.spec.vector(v), checked_damping(damping, self.spec)), v)
 
     def as_matrix(self) -> Float[Array, "p p"]:
-        """``F`` as a dense matrix, shape ``[p, p]``, at any p. From scores it costs ``n p^2`` flops, else up to p products.
+        """``F`` as a dense matrix, shape ``[p, p]``, for any p. From scores it costs ``n p^2`` flops, else up to p products.
 
         >>> import jax.numpy as jnp, jaxfisher as jf
         >>> F = jf.exact_fisher(lambda w, x: jf.Normal(x @ w, 1.0))(jnp.zeros(2), jnp.array([[2.0, 0.0], [2.0, 2.0]]))
@@ -218,7 +217,7 @@ class Operator:
         return joined(_diagonal(self))
 
     def trace(self) -> Scalar:
-        """``tr F``, a scalar, at the cost of `diagonal` or less; `jaxfisher.estimate_trace` is the estimate from products.
+        """``tr F``, a scalar, at the cost of `diagonal` or less; `jaxfisher.estimate_trace` estimates it from products.
 
         >>> import jax.numpy as jnp, jaxfisher as jf
         >>> F = jf.exact_fisher(lambda w, x: jf.Normal(x @ w, 1.0))(jnp.zeros(2), jnp.array([[2.0, 0.0], [2.0, 2.0]]))
@@ -265,8 +264,8 @@ class Operator:
     def null_space(self) -> chex.ArrayTree:
         """An orthonormal basis of the directions in which F is zero to rounding: vectors stacked along a leading axis.
 
-        Such directions are not identified by the data: no prediction depends on them. How many there are is known only when F
-        is, so this does not run under ``jit``. It costs the matrix and its eigendecomposition.
+        The data do not identify such directions: no prediction depends on them. Their number depends on the values of F, so
+        this method does not run under ``jit``. It costs the matrix and its eigendecomposition.
 
         >>> import jax.numpy as jnp, jaxfisher as jf
         >>> F = jf.exact_fisher(lambda w, x: jf.Normal(x @ w, 1.0))(jnp.zeros(2), jnp.array([[2.0, 2.0]]))
@@ -278,10 +277,10 @@ class Operator:
         return null
 
     def restrict(self, keep: Callable[[str], bool]) -> Operator:
-        """The information on some of the parameters where the others are known: the block of F between those that are kept.
+        """The information on some of the parameters if the others are known: the block of F over those that are kept.
 
         ``keep`` is a function from the path of a parameter leaf, such as ``"['layer']['w']"``, to a bool. The vectors of the
-        result are trees like the parameters with None for each leaf that is gone. Nothing is computed.
+        result are trees like the parameters with None for each leaf that was dropped. Nothing is computed.
 
         >>> import jax.numpy as jnp, jaxfisher as jf
         >>> F = jf.exact_fisher(lambda p, x: jf.Normal(p["a"] * x + p["b"], 1.0))({"a": 1.0, "b": 0.0}, jnp.array([1.0, 3.0]))
@@ -292,10 +291,10 @@ class Operator:
         return restricted(self, flags, subtree(self.spec.treedef, flags))
 
     def marginal(self, keep: Callable[[str], bool]) -> Operator:
-        """The information on some of the parameters where the others are unknown: ``F_kk - F_kr F_rr^+ F_rk``, held dense.
+        """The information on some of the parameters if the others are unknown: ``F_kk - F_kr F_rr^+ F_rk``, held dense.
 
-        ``keep`` and the vectors of the result are those of `restrict`; `jaxfisher.marginal` is the same and says more.
-        It costs the matrix, and a solve for each parameter that is kept.
+        ``keep`` and the vectors of the result are as in `restrict`. It costs the matrix, and a solve for each parameter that is
+        kept. `jaxfisher.marginal` is the same function, with more documentation.
 
         >>> import jax.numpy as jnp, jaxfisher as jf
         >>> F = jf.exact_fisher(lambda p, x: jf.Normal(p["a"] * x + p["b"], 1.0))({"a": 1.0, "b": 0.0}, jnp.array([1.0, 3.0]))
@@ -308,7 +307,7 @@ class Operator:
     if not TYPE_CHECKING:  # to a type checker every name would be there
         __getattr__ = absent("a Fisher", OF_OPERATOR)
 
-    # NumPy would take an operator for a scalar and make an array of operators: this hands the arithmetic to the methods below.
+    # NumPy would take an operator for a scalar and make an array of operators; this makes it use the methods below.
     __array_ufunc__ = None
 
     def __add__(self, other: Any) -> Operator:
@@ -353,7 +352,7 @@ class Operator:
 
 
 def _program(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
-    """What a method computes of the form of one operator, without its checks, as one program."""
+    """The computation of one method on the form of an operator, as one cached program; it refuses a stack of operators."""
     program = once(compute)
 
     def call(fisher: Operator, *arguments: Any) -> Any:
@@ -398,7 +397,7 @@ _schur_complement = _program("marginal", lambda form, flags: schur_complement(fo
 
 
 def restricted(fisher: Operator, keep: tuple[bool, ...], treedef: Any) -> Operator:
-    """The block of F between the leaves whose flag is set, on vectors of the structure ``treedef``."""
+    """The block of F over the leaves whose flag is set, on vectors of the structure ``treedef``."""
     part = None if fisher.views_of is None else restricted(fisher.views_of, keep, treedef)
     return Operator(fisher.form.restrict(keep, treedef), fisher.provenance, part)
 
@@ -406,7 +405,10 @@ def restricted(fisher: Operator, keep: tuple[bool, ...], treedef: Any) -> Operat
 def exact_solve(
     fisher: Operator, v: chex.ArrayTree, damping: Damping, factorise: Factorise | None = None
 ) -> tuple[Any, SolveInfo]:
-    """The exact solution of ``(F + damping I) x = v``, and a report on it; by one way to factor, or by what a damping needs."""
+    """The exact solution of ``(F + damping I) x = v`` and a report on it.
+
+    Without ``factorise`` a damping that is known to be positive takes one Cholesky factor, and any other the form's default.
+    """
     known = checked_damping(damping, fisher.spec)
     if factorise is None and all(is_known_positive(leaf, fisher.spec.dtype) for leaf in jax.tree.leaves(damping)):
         factorise = by_cholesky(0.0)
@@ -415,7 +417,7 @@ def exact_solve(
 
 
 def scores_of(fisher: Operator, caller: str) -> Scores:
-    """The scores that F is made of, or a `TypeError` that says what has some."""
+    """The scores that F is made of, or a `TypeError` that says which Fishers have scores."""
     scores = fisher.form.as_scores()
     if scores is None:
         raise TypeError(
@@ -426,12 +428,12 @@ def scores_of(fisher: Operator, caller: str) -> Scores:
 
 
 def as_operator(fisher: Any, caller: str) -> Operator:
-    """``fisher`` if it is an operator, else a `TypeError` that says what makes one."""
+    """``fisher`` if it is an operator, else a `TypeError` that says how to make one."""
     if isinstance(fisher, Operator):
         refuse_stack(fisher.form.stack, "Operator", caller)
         return fisher
     seen = "a function. Call the function with the parameters and the data first" if callable(fisher) else described(fisher)
-    # Such a count of steps is given by Optax to every argument that is a function, the default of `view` among them.
+    # `optax.inject_hyperparams` calls every argument that is a function, a view included, with the count of steps.
     is_count = isinstance(fisher, jax.Array) and fisher.ndim == 0 and jnp.issubdtype(fisher.dtype, jnp.integer)
     fix = " In `optax.inject_hyperparams`, name `view`, `solver` and `like` in `static_args`." if is_count else ""
     raise TypeError(
@@ -440,7 +442,7 @@ def as_operator(fisher: Any, caller: str) -> Operator:
 
 
 def viewed(fisher: Any, caller: str) -> Operator:
-    """What views of an operator are taken of, or the `TypeError` of `as_operator`."""
+    """The operator that views of ``fisher`` are taken of, or the `TypeError` of `as_operator`."""
     return _looked_at(as_operator(fisher, caller))
 
 

@@ -1,4 +1,4 @@
-"""Where a Fisher comes from, as its `repr` says it, and how much went into its mean."""
+"""The provenance of a Fisher: its kind, as `repr` shows it, and the examples in its mean."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from jaxfisher._pytree import array_fields
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Mean:
-    """How a mean is taken: with weights or without, over examples or what they count, and whether a multiple is taken of it.
+    """How a mean is taken: weighted or not, over examples or over the terms that they count, and whether it was multiplied.
 
-    ``together`` is true of what is no mean of one term for each example, but is made of such a mean as a whole, as a covariance
-    and what is known where other parameters are unknown: of two of these, the mean is not that of all examples.
+    ``together`` is true if the operator is no mean of one term for each example, but is computed from such a mean as a whole,
+    like a covariance or a marginal. The mean of two such operators is not the operator of all examples.
     """
 
     weighted: bool = False
@@ -33,7 +33,7 @@ class Mean:
         return " ".join(words)
 
     def __repr__(self) -> str:
-        """What JAX shows in its error where two pytrees do not match, such as those that a loop carries in and out."""
+        """The text that JAX shows in its error for pytrees that do not match, such as the input and output of a loop."""
         if not self.scaled:
             return f"<{self}>"
         return (
@@ -44,18 +44,18 @@ class Mean:
 
 @array_fields("examples", "mass", "parts", repr=False, eq=False)
 class Provenance:
-    """Where a Fisher comes from: its kind, and what its mean is over.
+    """The provenance of a Fisher: its kind, and the examples in its mean.
 
-    Counts are arrays, so that Fishers of different numbers of examples are pytrees of one structure. They are floating, since a
-    mean of Fishers, array by array, averages them too.
+    Counts are arrays, so that Fishers of different numbers of examples are pytrees of one structure. They are floating, since
+    an array-by-array mean of Fishers averages them too.
 
     Attributes:
-        kind: what it is, in words.
-        examples: how many examples its mean is over, without those of weight zero; None of an operator that is no mean.
-        mass: the sum of the weights of these examples, by which means are merged; without weights, the number of examples;
-            with counts, of the weights times the counts.
+        kind: the kind of the operator, in words.
+        examples: the number of examples in the mean, without those of weight zero; None if the operator is no mean.
+        mass: the weight of the mean when it is merged with another: the sum of the examples' weights, or of weights times
+            counts; without weights, the number of examples.
         mean: how the mean is taken.
-        parts: of a sum, the provenances of the terms.
+        parts: the provenances of the terms, for a sum.
     """
 
     kind: str
@@ -79,13 +79,13 @@ class Provenance:
 
     @property
     def n(self) -> Scalar:
-        """The number of examples; of a sum, those of all terms; zero of what is no mean."""
+        """The number of examples, summed over the terms of a sum; zero if the operator is no mean."""
         counts = [part.n for part in self.parts] or [jnp.zeros(()) if self.examples is None else jnp.asarray(self.examples)]
         return functools.reduce(lambda a, b: a + b.astype(a.dtype), counts)
 
     @property
     def together(self) -> bool:
-        """Whether it, or a term of it, is of all its examples together."""
+        """Whether the operator, or a term of it, is made of all its examples together; see `Mean`."""
         return self.mean.together or any(part.together for part in self.parts)
 
     def times(self) -> Provenance:
@@ -94,7 +94,7 @@ class Provenance:
         return dataclasses.replace(self, mean=mean, parts=tuple(part.times() for part in self.parts))
 
     def as_a_whole(self) -> Provenance:
-        """The provenance of what is made of the whole mean, and not term by term."""
+        """The provenance of an operator made from the whole mean, and not example by example."""
         mean = dataclasses.replace(self.mean, together=True)
         return dataclasses.replace(self, mean=mean, parts=tuple(part.as_a_whole() for part in self.parts))
 
@@ -109,15 +109,15 @@ def mean_over(kind: str, batch: Batch) -> Provenance:
 
 
 def check_terms(provenance: Provenance, fisher: Any, caller: str, fix: str) -> None:
-    """Raise `TypeError` where the mean of such a Fisher and another is not that of all examples of both."""
+    """Raise `TypeError` if averaging such a Fisher with another does not give the Fisher of all examples of both."""
     if provenance.together:
         raise TypeError(
-            f"{caller}: {fisher} is of all its examples together: a covariance of the score, or a marginal. Of two of these "
-            f"the mean is not that of all examples. {fix}"
+            f"{caller}: {fisher} is made of all its examples together: a covariance of the score, or a marginal. The mean of "
+            f"two of these is not that of all examples. {fix}"
         )
 
 
 def _shown(count: chex.Numeric) -> str:
-    """The number as it is printed, or a letter where the number is not known, as inside ``jit``."""
+    """The number as it is printed, or the letter n if it is unknown, as inside ``jit``."""
     unknown = isinstance(count, jax.core.Tracer) or not isinstance(count, jax.Array) or count.ndim > 0
     return "n" if unknown else f"{float(count):,.0f}"

@@ -1,4 +1,4 @@
-r"""A Fisher by its largest eigenpairs, made smaller so that means of it over a stream keep a bound of their error."""
+r"""Sketches: low-rank views with shrunk eigenvalues, whose means over a stream of batches keep an error bound."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxfisher._tree import HIGHEST
 
 @array_fields("vectors", "values", "floor", "error", repr=False)
 class Sketch(LowRank):
-    """`LowRank` with zero for all other eigenvalues, below what it stands for by no more than ``error I``."""
+    """`LowRank` with zero for all other eigenvalues; it lies below the sketched matrix by at most ``error I``."""
 
     error: Scalar
 
@@ -37,26 +37,26 @@ class Sketch(LowRank):
 
 
 def sketch(fisher: Operator, rank: int) -> Operator:
-    r"""A low-rank view whose means over batches have low rank too, and a bound of their error: *frequent directions*.
+    r"""A low-rank view whose means over batches also have low rank and a known error bound: *frequent directions*.
 
     .. math:: \hat F = U_k (\Lambda_k - \lambda_{k+1} I)\, U_k^T, \qquad 0 \preceq F - \hat F \preceq \epsilon I, \qquad
         \epsilon \le \min_{j \le k} \frac{\sum_{i > j} \lambda_i(F)}{k + 1 - j}.
 
-    Of one Fisher :math:`\epsilon` is :math:`\lambda_{k+1}`, which is taken off all that is kept. Of a mean of two, which
-    `jaxfisher.merge` and `jaxfisher.accumulate` make, the 2 k eigenpairs are made k again in the same way; what is taken off
-    there is added to the mean of both errors. So the sum of what was taken off bounds the error of the whole stream, and both
-    bounds hold whatever the batches and their order: a direction that is small in every batch and large in all is kept.
-    It is ``F.form.error``, a number. The mean of the two bounds is as near as possible: ``F + jf.scaled_identity(F,
-    F.form.error / 2)`` is off by half of it.
+    For one Fisher :math:`\epsilon` is :math:`\lambda_{k+1}`, which is subtracted from all eigenvalues that are kept. For a mean
+    of two, which `jaxfisher.merge` and `jaxfisher.accumulate` make, the 2 k eigenpairs are reduced to k in the same way, and
+    the number subtracted is added to the mean of both errors. So ``F.form.error``, the total subtracted, bounds the error of
+    the whole stream, and both bounds hold for any batches in any order: a direction that is small in every batch but large in
+    the sum is kept. The middle of the two bounds is the best guess: ``F + jf.scaled_identity(F, F.form.error / 2)`` is off by
+    at most half of the error.
 
-    **When it is the wrong one.** Of data that are there at once `jaxfisher.low_rank` is exact for its eigenpairs.
+    **When it is the wrong one.** If all data are available at once, `jaxfisher.low_rank` has exact eigenpairs.
 
     Args:
         fisher: as in `jaxfisher.low_rank`.
         rank: the number of eigenpairs, k: at least 1, at most p. Fewer rows than that give some eigenvalues of zero.
 
     Returns:
-        An operator of the same kind, held by its eigenpairs, ``p k`` numbers whatever went in.
+        An operator of the same kind, held by its eigenpairs: ``p k`` numbers, however many batches went in.
 
     Raises:
         TypeError: ``fisher`` is not an operator.
@@ -84,7 +84,7 @@ def _sketched(form: Form, rank: int) -> Form:
 
 
 def _made(values: Float[Array, " m"], vectors: Float[Array, "p m"], rank: int, error: Scalar, like: Form) -> Sketch:
-    """The sketch of what has these eigenpairs, ascending, and zeros; the largest that is left out is taken off the others."""
+    """The sketch of a matrix with these ascending eigenpairs: the largest eigenvalue left out is subtracted from the others."""
     extra = values.shape[0] - rank
     if extra < 0:
         values, vectors = jnp.pad(values, (-extra, 0)), jnp.pad(vectors, ((0, 0), (-extra, 0)))
@@ -95,7 +95,7 @@ def _made(values: Float[Array, " m"], vectors: Float[Array, "p m"], rank: int, e
 
 @mean_of.register
 def _(form: Sketch, other: Sketch, share: Scalar) -> Sketch:
-    """The sketch of the mean, whose error is the mean of both and what is taken off."""
+    """The sketch of the mean; its error is the mean of both errors plus the number subtracted here."""
     rank = form.values.shape[0]
     if rank != other.values.shape[0]:
         raise ValueError(f"merge: sketches of ranks {rank} and {other.values.shape[0]}; expected one rank.")

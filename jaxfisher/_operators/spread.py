@@ -1,4 +1,4 @@
-"""Solves spread over the devices of a mesh: by the rows of a Gram matrix, which no device has whole, or layer by layer."""
+"""Solves distributed over the devices of a mesh: by the rows of a Gram matrix, which no device holds whole, or by layers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from jaxfisher._system import Factorise
 from jaxfisher._values import described, whole
 
 BLOCK = 256
-"""How many columns are factored at a time, unless asked otherwise."""
+"""The default number of columns factored at a time."""
 
 
 @array_fields("scores", repr=False)
@@ -52,7 +52,7 @@ class Spread(FromScores):
 
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> FromScores:
         part = super().restrict(keep, treedef)
-        # A part with fewer parameters than there are rows has the smaller matrix.
+        # If the part has fewer parameters than rows, the p x p matrix is the smaller one, and is not distributed.
         return Spread(part.scores, self.strips) if part.scores.num_rows <= part.spec.size else part
 
     def plus(self, other: Form) -> Form | None:
@@ -75,12 +75,12 @@ class Spread(FromScores):
 
 
 class Apart(NamedTuple):
-    """`Factored`, and `ManyTimes`, by one Cholesky factor whose rows are spread, of a damping above zero.
+    """`Factored` and `ManyTimes` by one Cholesky factor whose rows are spread over devices, for a damping above zero.
 
     Attributes:
-        lower: the factor of ``matrix + damping I``, or of one whose diagonal was raised by its rounding.
+        lower: the factor of ``matrix + damping I``, whose diagonal is raised by its rounding error if necessary.
         told: whether the damping could be told from zero.
-        strips: where the rows are.
+        strips: how the rows are spread.
     """
 
     lower: Lower
@@ -89,7 +89,7 @@ class Apart(NamedTuple):
 
     @property
     def unit(self) -> Float[Array, " rows"]:
-        """See `Factored`: the rows are of one unit."""
+        """See `Factored`: all rows have unit one."""
         return jnp.ones(len(self.lower.rows), self.lower.rows.dtype)
 
     @property
@@ -99,7 +99,7 @@ class Apart(NamedTuple):
 
     @property
     def clear(self) -> Bool[Array, ""]:
-        """See `Factored`: eigenvalues are not known."""
+        """See `Factored`: eigenvalues are unknown, so only a damping makes this true."""
         return self.told
 
     @property
@@ -109,7 +109,7 @@ class Apart(NamedTuple):
 
     @property
     def left_out(self) -> Float[Array, " rows"]:
-        """See `Factored`: nothing is."""
+        """See `Factored`: nothing is left out."""
         return jnp.zeros_like(self.unit)
 
     def in_units(self, b: Float[Array, " rows"]) -> Float[Array, " rows"]:
@@ -138,58 +138,58 @@ class Apart(NamedTuple):
 
 
 def _gram(scaled: Scaled, strips: Strips) -> Float[Array, "rows rows"]:
-    """``X X^T``: each device makes its own rows, from its own factors and all others."""
+    """``X X^T``: each device computes its own rows, from its own factors and those of all other devices."""
     root, scores = scaled.root, scaled.scores.rescaled((scaled.factor,) * len(scaled.scores.spec.sizes))
-    # `cross_gram` takes the factors of its own rows as they are and scales those of the other block. What is not scaled is sent
-    # as it is held, so a device keeps the rows of the other block; the matrix is symmetric.
+    # `cross_gram` takes the factors of its own rows as they are, and scales those of the other block. Unscaled factors are sent
+    # as they are held, so each device should keep the rows of the other block: transpose, since the matrix is symmetric.
     matrix = root[:, None] * scores.cross_gram(scores).T * root[None, :]
     return jax.lax.with_sharding_constraint(matrix, strips.sharding)
 
 
 def _factored(gram: Float[Array, "rows rows"], damping: Scalar, strips: Strips) -> Apart:
     there = jax.lax.with_sharding_constraint(jnp.eye(len(gram), dtype=bool), strips.sharding)
-    # As a sum, to which every device gives what it has of the diagonal.
+    # Take the diagonal as a sum, to which every device contributes its part.
     largest = jnp.max(jnp.sum(jnp.where(there, gram, 0), 1)) + damping
     told = ~(damping <= jnp.finfo(gram.dtype).eps * largest)
     return Apart(factorised(jnp.where(there, raised(gram, damping), gram), strips), told, strips)
 
 
 def spread_solves(fisher: Operator, mesh: Mesh, axis: str, block: int | None = None) -> Operator:
-    r"""The same Fisher, or view by layers, with solves whose matrices are spread over the devices of a mesh.
+    r"""The same Fisher, or view by layers, with solves whose matrices are distributed over the devices of a mesh.
 
     .. math:: (F + \lambda I)^{-1} v, \qquad \text{by } S S^T + \lambda I = L L^T \text{ with the rows of } L \text{ spread}.
 
-    For more examples than the square of one device's memory: with n rows on D devices each holds ``n^2 / D`` numbers and does
-    ``n^3 / D`` flops, three times its share of the least, and receives n numbers for every row. Inner products are made where
-    their row is, from the factors of all rows, ``n T (d_in + d_out)`` numbers a layer; nothing else is gathered. Of
-    scores in pieces (``max_bytes=``) no device has more than the factors of two pieces. Everything but `solve` is as before.
+    It is for n x n matrices that do not fit on one device. With n rows on D devices each device holds ``n^2 / D`` numbers, does
+    ``n^3 / D`` flops, three times its share of the least possible, and receives n numbers for every row. Each device computes
+    the inner products of its rows from the factors of all rows, ``n T (d_in + d_out)`` numbers a layer; nothing else is
+    gathered. With scores in chunks (``max_bytes=``) no device has more than the factors of two chunks. Only `solve` changes.
 
-    **Of a view by layers**, `jaxfisher.kronecker`, each factor is inverted by one device alone, which sends the inverse, or
+    **For a view by layers**, `jaxfisher.kronecker`, each factor is inverted by one device alone, which sends the inverse, or
     the eigenvectors, to all others: the ``m^3`` flops of a factor are done once, not on every device. The costliest factors
-    are given out first, each to the device with the least to do. Running means and turns are as before, and so are all
-    numbers, on however many devices: ``jf.kfac(view=lambda F: jf.spread_solves(jf.kronecker(F), mesh, "examples"))``.
+    are assigned first, each to the device with the least work. Running means, turns and all results are the same on any number
+    of devices: ``jf.kfac(view=lambda F: jf.spread_solves(jf.kronecker(F), mesh, "examples"))``.
 
-    **When it is the wrong one.** Where the matrix fits on one device that is faster. Where n is above the number of parameters,
-    the rows x rows matrix is the larger one. Factors of a few hundred are inverted sooner than they are sent.
+    **When it is the wrong one.** If the matrix fits on one device, that is faster. If n is above the number of parameters, the
+    rows x rows matrix is the larger one. Factors of a few hundred are inverted sooner than they are sent.
 
     Args:
-        fisher: an operator held as scores, or a view with Kronecker factors, either with or without a multiple of the identity
-            added to it. The scores of a sum must be held whole, in no pieces, and must not be centred.
-        mesh: of automatic axes; the examples need not be spread over it, but should.
-        axis: the axis of the mesh over which rows, or factors, are spread; its size must divide the number of rows.
-        block: of scores, how many columns are factored at a time, at most; None for 256.
+        fisher: an operator held as scores, or a view with Kronecker factors, with or without a multiple of the identity added.
+            The scores of a sum must be held whole (not in chunks), and must not be centred.
+        mesh: a mesh of automatic axes. The examples need not be sharded over it, but should be.
+        axis: the axis of the mesh over which rows, or factors, are distributed; its size must divide the number of rows.
+        block: for scores, the most columns that are factored at a time; None for 256.
 
     Returns:
-        An operator, whose `solve` is as accurate as its solver asks: ``jf.Cholesky(rtol=)``, or none, as far as rounding
-        allows. The damping, with the multiple of the identity, must be above zero: at one that the dtype cannot tell from
-        zero, no solution is called converged.
-        As a ``view`` it is ``functools.partial(jf.spread_solves, mesh=mesh, axis="examples")``.
+        An operator whose `solve` is as accurate as its solver asks: to ``rtol`` with ``jf.Cholesky(rtol=)``, and as far as
+        rounding allows without a solver. The damping plus the multiple of the identity must be above zero; if the dtype cannot
+        tell it from zero, no solution is called converged. To use this function as a ``view``, write
+        ``functools.partial(jf.spread_solves, mesh=mesh, axis="examples")``.
 
     Raises:
-        TypeError: ``fisher`` is neither held as scores nor a view by layers, or it is the sum of two such views, of which
-            `jaxfisher.kronecker` makes one; ``block`` is no whole number.
-        ValueError: an axis that the mesh has not, or that is explicit; a number of rows that its size does not divide; a
-            ``block`` with a view by layers.
+        TypeError: ``fisher`` is neither held as scores nor a view by layers, or it is the sum of two such views (take
+            `jaxfisher.kronecker` of the sum instead); ``block`` is no whole number of at least one.
+        ValueError: the mesh has no such axis, or the axis is explicit; the size of the axis does not divide the number of rows;
+            a ``block`` with a view by layers.
 
     Reference: Chen and Heyl, Empowering deep neural quantum states through efficient optimization (Nature Physics 2024), for
     solves of this size; Blackford et al., ScaLAPACK Users' Guide (SIAM 1997), for the factorisation; Pauloski et al., KAISA: an
@@ -219,7 +219,7 @@ def spread_solves(fisher: Operator, mesh: Mesh, axis: str, block: int | None = N
     if scores is None:
         raise TypeError(
             f"spread_solves: {fisher} has neither scores nor layers whose solves could be spread. Expected a Fisher held as "
-            "scores, such as jf.exact_fisher returns, a sum of such whose scores are held whole (without `batch_size=`, "
+            "scores, such as jf.exact_fisher returns, a sum of such Fishers with scores held whole (without `batch_size=`, "
             "`max_bytes=` or `center=`), or jf.kronecker(fisher). A multiple of the identity may be added to each."
         )
     if block is not None and (whole(block) or 0) < 1:
@@ -230,7 +230,7 @@ def spread_solves(fisher: Operator, mesh: Mesh, axis: str, block: int | None = N
 
 
 def _spread(scores: Scores, strips: Strips, called: str) -> Spread:
-    """The scores with solves that are spread, in blocks of no more columns than these."""
+    """The scores with distributed solves, factored in blocks of at most ``strips.block`` columns."""
     rows, devices = scores.num_rows, strips.mesh.shape[strips.axis]
     if rows % devices:
         raise ValueError(
@@ -241,7 +241,7 @@ def _spread(scores: Scores, strips: Strips, called: str) -> Spread:
 
 
 def _under(form: Form, base: Form) -> Form:
-    """A form with another one in the place of what is shifted in it, if it is shifted, else in its own."""
+    """The form with its base replaced if it is a `Shifted`; else the new base itself."""
     return dataclasses.replace(form, base=base) if isinstance(form, Shifted) else base
 
 
