@@ -205,6 +205,45 @@ def test_what_the_data_do_not_determine_has_no_standard_error():
     assert np.all(np.isfinite(np.concatenate(list(product.values()))))
 
 
+def designs(rng):
+    """Designs whose maximum is known: as many rows as columns, more, fewer, and columns that are nearly parallel."""
+    for count, columns, parallel in [(2, 2, 0.0), (6, 6, 0.0), (12, 3, 0.0), (20, 3, 0.999), (20, 3, 0.9999), (3, 5, 0.0)]:
+        z = rng.normal(size=(count, columns))
+        z[:, -1] = parallel * z[:, 0] + np.sqrt(1 - parallel**2) * z[:, -1]
+        yield z
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_a_fit_that_has_a_maximum_says_so(noise, dtype):
+    """Also where the model meets every observation, whose scores are rounding, and where the data nearly determine too little.
+
+    Least squares and rates against NumPy's; without noise the predictions are the data.
+    """
+    rng = np.random.default_rng(23)
+    fits = {
+        "normal": compiled(lambda x, y: jf.fit(linear)(jnp.zeros(x.shape[1], dtype), x, y)),
+        "rate": compiled(lambda x, y: jf.fit(lambda b, x: jf.Exponential(-(x @ b)))(jnp.zeros(x.shape[1], dtype), x, y)),
+    }
+    for x in [x for _ in range(2) for x in designs(rng)]:
+        linked = x @ (0.4 * rng.normal(size=x.shape[1])) + noise * rng.normal(size=len(x))
+        for name, fit in fits.items():
+            met = noise == 0 or len(x) <= x.shape[1]
+            if name == "rate" and not met:
+                continue  # no closed form
+            y = (linked if name == "normal" else np.exp(linked)).astype(dtype)
+            found = fit(x.astype(dtype), y)
+            assert bool(found.converged) and not np.any(found.separated), (name, x.shape, noise, found)
+            predicted = x @ np.linalg.lstsq(x, np.float64(y))[0] if name == "normal" else np.log(np.float64(y))
+            error = np.abs(x @ np.float64(found.params) - predicted)
+            # In standard errors of a prediction where there is noise, else to rounding.
+            assert np.max(error) < (1e3 * np.finfo(dtype).eps if met else np.finfo(dtype).eps ** 0.5 * 32), (
+                name,
+                x.shape,
+                error,
+            )
+
+
 def test_separation_is_found_and_named_and_firth_mends_it():
     """Heinze and Schemper's remedy, against Firth's score equations solved by SciPy."""
     x = np.linspace(-1, 1, 20)

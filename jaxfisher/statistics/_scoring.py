@@ -27,6 +27,10 @@ from jaxfisher.statistics._observations import fisher_at
 
 VISIBLE = 1e-3
 """A step that is so long where the information was largest, in standard deviations of one observation, is not a small one."""
+SLOW = 0.25
+"""A step of more than so many of the last ones does not get shorter: towards a maximum each is far shorter than the last."""
+BLUR = 8
+"""So many roundings of the parameters are rounding."""
 FORGET = 0.9
 """What is left, at the next step, of the information that was met before."""
 HALVINGS = 60
@@ -114,6 +118,8 @@ class State(NamedTuple):
     rank: Int[Array, ""]
     most: Int[Array, ""]
     """The largest rank that was met."""
+    strides: Float[Array, " p"]
+    """How far the last step went, in standard deviations of one observation where the information was largest."""
     separated: Bool[Array, " p"]
     pulled: Bool[Array, ""]
     """Whether the loss falls along what the information does not tell from zero."""
@@ -214,6 +220,7 @@ def scoring(likelihood: Likelihood, tolerance: Scalar, steps: int) -> State:
         offset=zero + jnp.inf,
         rank=none,
         most=none,
+        strides=jnp.full_like(flat, jnp.inf),
         separated=jnp.zeros(spec.size, bool),
         pulled=no,
         moved=~no,
@@ -240,13 +247,18 @@ def _looked(likelihood: Likelihood, state: State, tolerance: Scalar) -> tuple[St
     equations = _equations(matrix, gradient, recent)
     decrement = jnp.sqrt(likelihood.batch.total * jnp.maximum(-jnp.vdot(gradient, equations.newton), 0))
     scatter = likelihood.scatter(state.flat, told)
-    offset = decrement / jnp.sqrt(scatter)
-    # Long steps that change nothing any more, and information that was there and has gone.
-    running = (jnp.sqrt(largest) * jnp.abs(equations.newton) > VISIBLE) & (decrement < tolerance)
+    # How far rounding the parameters moves predictions. Scores of no more are nothing else, and no scale: the data are met.
+    blur = BLUR * float(jnp.finfo(gradient.dtype).eps) * jnp.linalg.norm(jnp.sqrt(told) * state.flat)
+    met = scatter <= blur**2
+    offset = decrement / jnp.where(met, blur / tolerance, jnp.sqrt(scatter))
+    # Long steps that change nothing any more and do not get shorter, and information that was there and has gone.
+    strides = jnp.sqrt(largest) * jnp.abs(equations.newton)
+    running = (strides > jnp.maximum(VISIBLE, SLOW * state.strides)) & (decrement < tolerance)
     gone = (equations.unseen > VISIBLE) & (equations.rank < state.most) & (largest > 0)
     small = offset <= FLOOR * tolerance
     # A square of scores keeps half of their digits, and a slope keeps all of them.
-    rounding = PULL * told.size * float(jnp.finfo(gradient.dtype).eps) * jnp.sqrt(scatter)
+    digits = PULL * float(jnp.finfo(gradient.dtype).eps) * jnp.sqrt(scatter)
+    rounding = told.size * jnp.maximum(digits, jnp.where(met, blur, 0))
     pulled = small & (equations.hidden > rounding)
     arrived = (offset <= tolerance) | (small & (offset >= state.offset))
     # The first step goes no farther than so many lengths of where it starts.
@@ -260,6 +272,7 @@ def _looked(likelihood: Likelihood, state: State, tolerance: Scalar) -> tuple[St
         offset=offset,
         rank=equations.rank,
         most=jnp.maximum(state.most, equations.rank),
+        strides=strides,
         separated=running | gone,
         pulled=pulled,
     )
