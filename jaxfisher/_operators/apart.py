@@ -1,4 +1,4 @@
-"""Views by layers whose factors are inverted by one device each, which sends what it found to all others of a mesh."""
+"""Views by layers in which each factor is inverted by one device of a mesh, which sends the result to all others."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from jaxfisher._system import Factorise
 
 @array_fields("blocks", repr=False)
 class LayersApart(BlockDiagonal):
-    """`BlockDiagonal`, each of whose Kronecker factors is inverted by one device along an axis of a mesh."""
+    """A `BlockDiagonal` in which each Kronecker factor is inverted by one device along an axis of a mesh."""
 
     devices: Devices
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """The name of the blocks, and that their solves are spread, if some have factors."""
+        """The name of the blocks; if some have factors, also that their solves are spread."""
         return (
             f"{super().name}, solves spread"
             if any(isinstance(bare(block), Kronecker) for block in self.blocks)
@@ -68,7 +68,7 @@ class LayersApart(BlockDiagonal):
 
 def factorised(form: Form) -> Form:
     """The same form with its Kronecker products held by eigenvectors, so that solves at any damping need products only."""
-    # The terms of a sum stay as they are, since a solve with the sum makes its matrix.
+    # Leave the terms of a sum as they are, since a solve with the sum makes its matrix.
     return jax.tree.map(
         lambda part: part.factorised() if isinstance(part, Kronecker | LayersApart) else part,
         form,
@@ -77,13 +77,13 @@ def factorised(form: Form) -> Form:
 
 
 def devices_of(form: Form) -> Devices | None:
-    """The devices over which the solves of a view by layers are spread; None where they are not."""
+    """The devices over which the solves of a view by layers are spread; None if they are not spread."""
     whole = bare(form)
     return whole.devices if isinstance(whole, LayersApart) else None
 
 
 def made_of(form: Form, make: Callable[[Any], Any], stacks: Sequence[Any]) -> list[Any]:
-    """What is made of each stack of matrices of a form: those of one size in one call, and each by its device if it has one."""
+    """``make`` of each stack of a form's matrices, in one call for each size; spread over the form's devices, if it has any."""
     devices, all_of = devices_of(form), partial(together, make)
     if devices is None:
         return all_of(stacks)
@@ -92,7 +92,7 @@ def made_of(form: Form, make: Callable[[Any], Any], stacks: Sequence[Any]) -> li
 
 
 def together(make: Callable[[Any], Any], stacks: Sequence[Any]) -> list[Any]:
-    """What is made of each stack, those of one size in one call."""
+    """``make`` of each stack, with stacks of one size concatenated into one call."""
     shapes = [tuple(leaf.shape[1:] for leaf in jax.tree.leaves(stack)) for stack in stacks]
     made: dict[int, Any] = {}
     for shape in sorted(set(shapes)):
@@ -105,12 +105,12 @@ def together(make: Callable[[Any], Any], stacks: Sequence[Any]) -> list[Any]:
 
 
 def bare(form: Form) -> Form:
-    """The form without the multiple of the identity that is added to it."""
+    """The form without a multiple of the identity that may be added to it."""
     return form.base if isinstance(form, Shifted) else form
 
 
 def damped_blocks(form: Form, damping: Scalar) -> list[tuple[Form, Scalar]]:
-    """The blocks without the multiples of the identity that are added to them, and each with its damping, these included."""
+    """The blocks without added multiples of the identity, each with its damping, to which these are added."""
     whole, shift = (form.base, form.shift) if isinstance(form, Shifted) else (form, 0)
     assert isinstance(whole, BlockDiagonal)
     pairs = [(block.base, block.shift) if isinstance(block, Shifted) else (block, 0) for block in whole.blocks]
@@ -118,14 +118,14 @@ def damped_blocks(form: Form, damping: Scalar) -> list[tuple[Form, Scalar]]:
 
 
 def _by_eigenvectors(block: Form, found: Iterator[Any]) -> Form:
-    """A block by what was found of the factors of its Kronecker product, if it is one."""
+    """A block that is a Kronecker product by the next two eigendecompositions in ``found``; other blocks as they are."""
     if isinstance(block, Shifted):
         return dataclasses.replace(block, base=_by_eigenvectors(block.base, found))
     return block.by_eigenvectors(next(found), next(found)) if isinstance(block, Kronecker) else block
 
 
 def _inverses(block: Form, known: Form, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
-    """`Form.inverses` of a block, of which the same block by eigenvectors is known."""
+    """`Form.inverses` of a block; ``known`` is the same block by eigenvectors."""
     if isinstance(block, Shifted):
         base = _inverses(block.base, bare(known), largest + block.shift, factorise)
         return lambda damping: base(damping + block.shift)

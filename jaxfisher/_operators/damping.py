@@ -1,4 +1,4 @@
-"""A damping: one number, one for each parameter leaf or one for each parameter; how it is checked, and how a form is damped."""
+"""Dampings of one number, of one for each parameter leaf or of one for each parameter: their checks, and damped inverses."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from jaxfisher._tree import ParamSpec, for_both_parts, joined_structure
 from jaxfisher._values import described, nonnegative, nonnegative_entries
 
 Damping: TypeAlias = Any
-"""One number, or a pytree like the parameters with one number for each leaf, or one for each of the leaf's parameters."""
+"""One number, or a pytree like the parameters with one number for each leaf, or with an array of the leaf's shape."""
 Dampings = Scalar | tuple[Array, ...]
-"""The damping checked and cast: one number, or those of the leaves in order."""
+"""A damping, checked and cast: one number, or those of the leaves in order."""
 
 
 def is_one_damping(damping: Damping, spec: ParamSpec, name: str = "damping") -> bool:
-    """Whether it is one number; if not, it must have one for each parameter leaf, or for each parameter."""
+    """Whether a damping is one number. If not, raise unless it has one number for each parameter leaf, or each parameter."""
     leaves, treedef = jax.tree.flatten(damping)
     shapes = [jnp.shape(leaf) for leaf in leaves]
     if jax.tree_util.treedef_is_leaf(treedef) or damping is None:
-        # Of parameters that are one array it may be one as well; what is no array has no shape that is not ().
+        # If the parameters are a single array, the damping may be an array of its shape.
         return treedef != spec.treedef or shapes[0] != spec.shapes[0] or shapes[0] == ()
     fits = treedef in (spec.treedef, joined_structure(spec))
     if fits:
@@ -35,14 +35,14 @@ def is_one_damping(damping: Damping, spec: ParamSpec, name: str = "damping") -> 
     if not fits or any(seen not in ((), own) for seen, own in zip(shapes, spec.shapes, strict=True)):
         raise TypeError(
             f"`{name}` is {described(damping)} with leaves of shapes {shapes}; expected one number of at least zero, or a "
-            f"pytree like the parameters, {joined_structure(spec)}, with one number a leaf, or an array of the leaf's shape, "
-            f"of {list(spec.shapes)}."
+            f"pytree like the parameters, {joined_structure(spec)}, with one number a leaf, or an array of the leaf's shape; "
+            f"the shapes are {list(spec.shapes)}."
         )
     return False
 
 
 def check_one_damping(damping: Damping, spec: ParamSpec, caller: str) -> None:
-    """Raise `TypeError` where a solver whose accuracy or factors are those of one damping is given others."""
+    """Raise `TypeError` unless a damping is one number, for solvers that support only that."""
     if not is_one_damping(damping, spec):
         raise TypeError(
             f"{caller}: `damping` is {described(damping)} with numbers for each leaf; expected one number. Leave the solver "
@@ -51,12 +51,12 @@ def check_one_damping(damping: Damping, spec: ParamSpec, caller: str) -> None:
 
 
 def _of_leaves(damping: Damping, spec: ParamSpec) -> list[Any]:
-    """What is given for each leaf; for both parts of a complex one the same."""
+    """The damping of each leaf; a complex leaf has the same for both of its parts."""
     return jax.tree.leaves(damping) if jax.tree.structure(damping) == spec.treedef else for_both_parts(damping, spec)
 
 
 def restricted_damping(damping: Damping, spec: ParamSpec, keep: tuple[bool, ...], name: str = "damping") -> Damping:
-    """What is given like all of the parameters, with None for those that are not kept; else as it is."""
+    """A damping by leaf, with None for the leaves that are not kept; a damping of one number stays as it is."""
     if jax.tree.structure(damping) not in (spec.treedef, joined_structure(spec)) or is_one_damping(damping, spec, name):
         return damping
     leaves = zip(_of_leaves(damping, spec), keep, strict=True)
@@ -83,7 +83,7 @@ def entries_of(dampings: Dampings, spec: ParamSpec) -> Float[Array, " p"]:
 
 
 def _with_unit_damping(form: Form, dampings: tuple[Array, ...]) -> tuple[Form, tuple[Array, ...]]:
-    """`Form.with_unit_damping`, in a form that can be scaled by what is given for each leaf."""
+    """`Form.with_unit_damping`, in a form that can be rescaled by these dampings, which may be arrays."""
     return (by_entry(form) if any(damping.ndim for damping in dampings) else form).with_unit_damping(dampings)
 
 
@@ -96,10 +96,10 @@ def _inverse(form: Form, damping: Scalar, factorise: Factorise | None) -> Invert
 
 
 def damped_inverse(form: Form, dampings: Dampings, factorise: Factorise | None = None) -> Inverted:
-    """``v -> (F + D)^-1 v`` with a damping ``D`` of either kind, by the way to factor that is given, or one for any damping.
+    """``v -> (F + D)^-1 v`` with a damping ``D`` of any kind, by ``factorise`` or the form's default.
 
     With one number a leaf, ``F + D = R^-1 (G + I) R^-1``, so ``(F + D)^-1 = R (G + I)^-1 R``, and G has the form of F. With one
-    a parameter too, where a matrix, its blocks or its diagonal are held; of any other form it is the matrix.
+    number a parameter the same holds for forms that hold a matrix, its blocks or its diagonal; other forms make the matrix.
     """
     if not isinstance(dampings, tuple):
         return _inverse(form, dampings, factorise)
@@ -117,7 +117,7 @@ def damped_inverse(form: Form, dampings: Dampings, factorise: Factorise | None =
 
 
 def damped_logdet(form: Form, dampings: Dampings) -> Scalar:
-    """``log det (F + D)`` with a damping ``D`` of either kind."""
+    """``log det (F + D)`` with a damping ``D`` of any kind."""
     if not isinstance(dampings, tuple):
         return form.logdet(dampings)
     inside, roots = _with_unit_damping(form, dampings)

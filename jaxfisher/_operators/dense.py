@@ -1,4 +1,4 @@
-"""A Fisher as one p x p matrix."""
+"""Fishers held as one p x p matrix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxfisher._tree import ParamSpec
 
 @array_fields("matrix", repr=False)
 class Dense(Form):
-    """A symmetric matrix over the parameters, every entry held."""
+    """A symmetric matrix over the parameters, with every entry held."""
 
     matrix: Float[Array, "p p"]
     spec: ParamSpec
@@ -59,7 +59,7 @@ class Dense(Form):
 
 @functools.singledispatch
 def by_entry(form: Form) -> Form:
-    """The same matrix in a form whose `Form.rescaled` takes an array for a leaf as well: dense, unless a form knows better."""
+    """The same matrix in a form whose `Form.rescaled` also takes an array for a leaf; dense unless a form does better."""
     return Dense(small_matrix(form, "a damping for each parameter"), form.spec)
 
 

@@ -1,10 +1,10 @@
-r"""A Fisher held as its scores: ``F = S^T diag(omega) S``, exact, and never formed.
+r"""Fishers held as their scores: ``F = S^T diag(omega) S``, exact, and never formed.
 
-With ``X = diag(sqrt(omega)) S`` a damped solve has two routes, of which the one with the smaller matrix is taken:
+With ``X = diag(sqrt(omega)) S`` a damped solve has two routes, and takes the one with the smaller matrix:
 
 * p x p: ``(X^T X + damping I) x = v``.
 * rows x rows (push-through): for ``v = X^T e``, ``x = X^T (X X^T + damping I)^-1 e``; any other ``v`` has a
-  part outside the rows' span, on which only the damping acts.
+  part outside the span of the rows, on which only the damping acts.
 
 Reference: Ren and Goldfarb, Efficient subsampled Gauss-Newton and natural gradient methods (arXiv 1906.02353), section 3.
 """
@@ -48,7 +48,7 @@ from jaxfisher._varying import cond, while_loop
 
 @array_fields("scores", repr=False)
 class FromScores(Form):
-    """``S^T diag(omega) S`` with the scores themselves held."""
+    """``S^T diag(omega) S``, with the scores themselves held."""
 
     scores: Scores
 
@@ -84,7 +84,7 @@ class FromScores(Form):
         factor = to_unit(self.scores.bound())
         scaled = Scaled(self.scores, factor)
         small = scaled.gram() if scaled.short else scaled.moment()
-        # This hides nothing: X^T X cannot have a negative eigenvalue, so that a negative one is a rounding error.
+        # This hides nothing: X^T X has no negative eigenvalues, so a negative one is a rounding error.
         values = without_noise(jnp.maximum(eigenvalues(small), 0)) * (1 / factor) * (1 / factor)
         return jnp.concatenate([jnp.zeros(self.spec.size - small.shape[0], values.dtype), values])
 
@@ -100,14 +100,14 @@ class FromScores(Form):
         if not scaled.short:
             return unit_rank(scaled.centred().moment())
         own = unit_rank(mirrored(scaled.gram()))
-        # The rank is at most the number of rows. Where a direction seems to be missing, it may only be small in its units.
+        # The rank is at most the number of rows. A direction that seems to be missing may only be small in its units.
         return cond(own == self.scores.num_rows, lambda: own, lambda: unit_rank(scaled.gram_in_units()))
 
     def logdet(self, damping: Scalar) -> Scalar:
         factor = to_unit(self.scores.bound(), jnp.sqrt(jnp.abs(damping)))
         scaled, damping = Scaled(self.scores, factor), twice(damping, factor)
         small = scaled.gram() if scaled.short else scaled.moment()
-        # In directions outside the rows' span the eigenvalue is the damping.
+        # Outside the span of the rows the eigenvalue is the damping.
         missing = self.spec.size - small.shape[0]
         outside = missing * jnp.log(damping) if missing else 0
         return log_determinant(small, damping) + outside - 2 * self.spec.size * jnp.log(factor)
@@ -128,7 +128,7 @@ class FromScores(Form):
         return FromScores(self.scores.reweighted(factor))
 
     def plus(self, other: Form) -> Form | None:
-        # What a subclass is besides its scores, it keeps by making the sum itself.
+        # A subclass has more than its scores, so it must make the sum itself.
         if type(other) is not FromScores or not (isinstance(self.scores, HeldScores) and isinstance(other.scores, HeldScores)):
             return None
         return FromScores(JoinedScores((self.scores, other.scores)))
@@ -176,11 +176,11 @@ class FromScores(Form):
 
     @once
     def solve_row_space(self, e: Float[Array, " rows"], damping: Scalar, rtol: Static[float]) -> Any:
-        """``x = (F + damping I)^-1 S^T diag(omega) e``: the solve for a vector known by its coordinates in the rows.
+        """``x = (F + damping I)^-1 S^T diag(omega) e``: the solve for a vector given by its coordinates in the rows.
 
-        This is the natural gradient's solve: the gradient of a mean of log-densities has the coordinates one. Nothing cancels.
-        The residual is about ``rtol`` of the right-hand side. Where the rows are fewer than the parameters, a damping that
-        the dtype cannot tell from zero is replaced by the smallest one that it can.
+        This is the natural gradient's solve, since the gradient of a mean of log-densities has all coordinates one. It has no
+        cancellation. The residual is about ``rtol`` of the right-hand side. If there are fewer rows than parameters, a damping
+        that the dtype cannot tell from zero is replaced by the smallest one that it can.
         """
         factor = to_unit(self.scores.bound(), jnp.sqrt(jnp.abs(damping)))
         scaled, damping = Scaled(self.scores, factor), twice(damping, factor)
@@ -190,7 +190,7 @@ class FromScores(Form):
             return solution(Damped(scaled.gram(), damping, out, scaled.mv, factor, of_root=True), b, rtol.value)
         product = lambda x: scaled.out_of_rows(scaled.into_rows(x))  # noqa: E731
         v = scaled.out_of_rows(b)
-        # The squares of a tiny right-hand side would vanish.
+        # Scale a tiny right-hand side, whose squares would underflow.
         size = power_or_one(jnp.max(jnp.abs(v), initial=0.0))
         identity = jax.tree_util.Partial(lambda x: x)
         system = Damped(scaled.moment(), damping, identity, product, size, of_root=False)
@@ -199,7 +199,7 @@ class FromScores(Form):
 
 @array_fields("scores", "factor")
 class Scaled:
-    """``X = factor diag(sqrt(omega)) S``, in units in which its squares stay in the dtype."""
+    """``X = factor diag(sqrt(omega)) S``, scaled so that its squares neither overflow nor underflow."""
 
     scores: Scores
     factor: Scalar
@@ -215,7 +215,7 @@ class Scaled:
         return self.scores.num_rows < self.scores.spec.size
 
     def mv(self, v: Any) -> Float[Array, " rows"]:
-        """``X v`` of a computed vector shaped like the parameters."""
+        """``X v`` for a computed vector shaped like the parameters."""
         return self.factor * self.root * self.scores.product(v, unsealed)
 
     def rmv(self, c: Float[Array, " rows"]) -> Any:
@@ -223,7 +223,7 @@ class Scaled:
         return split(self.scores.rmv(self.factor * self.root * c))
 
     def into_rows(self, x: Float[Array, " p"]) -> Float[Array, " rows"]:
-        """``X x`` of any flat vector."""
+        """``X x`` for any flat vector."""
         return self.factor * self.root * self.scores.mv(self.scores.spec.unravel(x))
 
     def out_of_rows(self, c: Float[Array, " rows"]) -> Float[Array, " p"]:
@@ -241,7 +241,7 @@ class Scaled:
     def centred(self) -> Scaled:
         """The same scores, scaled so that the largest is well above one.
 
-        The units of parameters may differ by more than float32 can hold the squares of, unless the middle of them is near one.
+        The scales of parameters may differ so much that float32 can hold their squares only if the middle scale is near one.
         """
         return Scaled(self.scores, self.factor * 2.0**50)
 
@@ -251,7 +251,7 @@ class Scaled:
         return self.scores.spec.ravel(scores.diagonal(), "diagonal")
 
     def gram_in_units(self) -> Float[Array, "rows rows"]:
-        """``X D^2 X^T``, where D scales the columns to unit norm: one product of X with each row in turn, which is slow."""
+        """``X D^2 X^T``, where D scales the columns to unit norm; slow, since it takes a product of X with each row in turn."""
         units = unit_diagonal(self.columns())
         rows = jnp.eye(self.scores.num_rows, dtype=units.dtype)
         return jax.lax.map(lambda row: self.into_rows(units * (units * self.out_of_rows(row))), rows)
@@ -271,7 +271,7 @@ def _by_moment(scaled: Scaled, columns: Float[Array, " p"], damping: Scalar, inv
     factored = inverse.projected(lambda y: jax.lax.stop_gradient(product(y)))
 
     def left_out(b: Array, y: Array) -> tuple[Bool[Array, ""], Scalar]:
-        # The scores tell more of the null space than their second moment does.
+        # The scores determine the null space more accurately than their second moment does.
         null = factored.left_out
         rounding = 10 * size * jnp.finfo(y.dtype).eps * jnp.vdot(columns * inverse.unit, jnp.abs(null))
         return norm(into_rows(null)) <= rounding, factored.astray(b, y)
@@ -288,20 +288,20 @@ def by_rows(scaled: Scaled, apply: Map, share: Scalar, v: Float[Array, " p"]) ->
         e = apply(e + jnp.where(count == 0, 1, -share) * scaled.into_rows(rest))
         return count + 1, e, rest, scaled.out_of_rows(e)
 
-    # This is a loop, so that the program contains the products once: the first pass gives A X v, the second the solution.
+    # Use a loop, so that the program contains the products once: the first pass gives A X v, the second the solution.
     begin = jnp.zeros((), jnp.int32), jnp.zeros_like(scaled.root), v, jnp.zeros_like(v)
     _, _, rest, inside = while_loop(lambda state: state[0] < 2, half, begin)
     return inside + share * rest
 
 
 def by_gram(scaled: Scaled, gram: Float[Array, "rows rows"], damping: Scalar, inverse: Factored) -> System:
-    """The rows x rows route for any ``v``, split into its part in the rows' span, ``X^T e``, and the rest.
+    """The rows x rows route for any ``v``, split into its part in the span of the rows, ``X^T e``, and the rest.
 
     ``v = X^T e + r`` gives ``x = X^T A e + (r - X^T A X r) / damping`` with ``A = (X X^T + damping I)^-1``, exactly, for any
-    ``e``. With ``e = 0`` this is Woodbury's identity, in which more digits cancel the smaller the damping is; with
+    ``e``. With ``e = 0`` this is Woodbury's identity, which loses more digits to cancellation the smaller the damping is; with
     ``e = A X v`` little of ``r`` is left to cancel. Without damping, ``x = X^T A e`` is the minimum-norm solution.
 
-    The result is symmetric in ``v`` and positive also where ``A`` is only approximate:
+    The map from ``v`` to the result is symmetric and positive even if ``A`` is only approximate:
     ``x = X^T A^2 X v + (1 - X^T A X)^2 v / damping``.
     """
     scores, told, factored = scaled.scores, inverse.told, inverse.projected(multiplied(gram, damping, inverse.unit))
@@ -323,10 +323,10 @@ def by_gram(scaled: Scaled, gram: Float[Array, "rows rows"], damping: Scalar, in
 
 
 def _is_unseen(scaled: Scaled, factored: Factored) -> Bool[Array, ""]:
-    """Whether a combination of rows that counts as zero has only rounding errors for entries, next to its columns' norms.
+    """Whether a combination of rows that counts as zero has only rounding errors as entries, relative to its columns' norms.
 
     Its part along the directions that were kept is taken out first. The norms of columns are estimated from random
-    combinations of rows, well inside the margin. One loop does it all, so that the program contains the products once.
+    combinations of rows, well within the margin. One loop does everything, so that the program contains the products once.
     """
     rows, trials = scaled.scores.num_rows, 8
     places = jnp.arange(rows, dtype=scaled.root.dtype)

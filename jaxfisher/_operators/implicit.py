@@ -1,4 +1,4 @@
-r"""A Fisher that holds only its model and the parameters: ``F v = 1/n sum_i J_i^T M_i J_i v`` by jvp, output metric, vjp."""
+r"""Fishers that hold only model, parameters and inputs: ``F v = 1/n sum_i J_i^T M_i J_i v`` by jvp, output metric, vjp."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jaxfisher._varying import varying_like
 
 @array_fields("params", "inputs", "weights", repr=False)
 class Implicit(Form):
-    """The exact Fisher by its products; the model is static, so that only another model causes a second trace.
+    """The exact Fisher by its products. The model is a static field, so only another model object causes a second trace.
 
     ``keep`` marks the parameter leaves that the matrix is over: all of them, or the part that an optimiser was given.
     """
@@ -58,20 +58,20 @@ class Implicit(Form):
     def _metric_along(self, vectors: Any, weights: Float[Array, " n"], *inputs: Any) -> Float[Array, "k k"]:
         _, forward, predicted = jax.linearize(partial(self._fields, inputs), self._moving(), has_aux=True)
         wide = lambda tree: jax.tree.map(lambda leaf: leaf.astype(self.spec.dtype), tree)  # noqa: E731
-        # One after the other: together they are matrices of matrices, for which XLA's CPU backend turns every array around.
+        # One vector at a time: batched, XLA's CPU backend transposes every array.
         along = [forward(varying_like(v, inputs)) for v in unstacked(vectors)]
         pushed = [jax.vmap(_weighted_metric)(predicted, v, weights) for v in along]
         products = [[dot(wide(a), wide(b)) for b in pushed[: k + 1]] for k, a in enumerate(along)]
-        # A symmetric matrix, of which this is the lower half.
+        # Only the lower half was computed; the matrix is symmetric.
         return jnp.stack([jnp.stack([products[max(i, j)][min(i, j)] for j in range(len(along))]) for i in range(len(along))])
 
     def _fields(self, inputs: tuple[Any, ...], moving: Any) -> tuple[list[Array], Any]:
-        """The real fields of what is predicted, and the predictions themselves."""
+        """The real fields of the predicted distributions, and the distributions themselves."""
         predicted = map_examples(partial(predict, self.model), self._all_leaves(moving), inputs)
         return float_fields(predicted), predicted
 
     def _pull_back(self, weights: Float[Array, " n"], inputs: tuple[Any, ...]) -> Callable[[Any], Any]:
-        """``v -> sum_i w_i J_i^T M_i J_i v`` of one piece; the model is run forward once."""
+        """``v -> sum_i w_i J_i^T M_i J_i v`` over one chunk; the model runs forward once."""
         moving = self._moving()
         _, forward, predicted = jax.linearize(partial(self._fields, inputs), moving, has_aux=True)
         backward = jax.linear_transpose(forward, moving)
@@ -84,7 +84,7 @@ class Implicit(Form):
         return product
 
     def _moving(self) -> Any:
-        """The kept parameters in the statistics dtype, as the operator's vectors are arranged."""
+        """The kept parameters in the statistics dtype, in the structure of the operator's vectors."""
         leaves = kept(jax.tree.leaves(self.params), self.keep)
         return self.spec.tree([jnp.asarray(leaf).astype(self.spec.dtype) for leaf in leaves])
 
@@ -99,7 +99,7 @@ class Implicit(Form):
         return self.as_scores().squares_along(basis)
 
     def as_scores(self) -> Scores:
-        """The exact Fisher's rows, streamed: for numbers that would take p products."""
+        """The exact Fisher's rows, in chunks: for results that would take p products."""
         batch = make_batch(self.params, self.inputs, None, self.batch_size or 1)
         moving = prediction(self.model, self.params, self.inputs).moving
         whole = make_scores(ExactRows(self.model, moving), self.params, batch)
@@ -117,7 +117,7 @@ class Implicit(Form):
         return dataclasses.replace(self, keep=narrowed(self.keep, keep), spec=self.spec.restrict(keep, treedef))
 
     def rescaled(self, factors: Sequence[Scalar]) -> Dense:
-        # A solve with it makes the matrix in any case.
+        # A solve makes the matrix anyway.
         return Dense(small_matrix(self, "a damping for each leaf"), self.spec).rescaled(factors)
 
     def scaled(self, factor: Scalar) -> Implicit:

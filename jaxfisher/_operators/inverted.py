@@ -1,4 +1,4 @@
-"""Inverses as functions of the damping and of a vector: the matrix is factored once."""
+"""Inverses as functions of a damping and a vector, with the matrix factored once."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from jaxfisher._system import Factorise, Solved, SolveInfo, System, direct_info
 from jaxfisher._tree import ParamSpec
 
 Inverted = Callable[[Any], Solved]
-"""``(F + damping I)^-1`` on vectors of the statistics dtype."""
+"""``(F + damping I)^-1`` as a function of vectors in the statistics dtype."""
 FlatInverted = Callable[[Float[Array, " p"]], Solved]
-"""The same on flat vectors."""
+"""The same as a function of flat vectors."""
 
 
 def solve_matrix(matrix: Float[Array, "p p"], exact: Map, factorise: Factorise) -> Callable[[Scalar], FlatInverted]:
-    """``v -> (F + damping I)^-1 v`` from the matrix of F, refined against ``exact``, the product with F; nothing overflows."""
+    """``v -> (F + damping I)^-1 v`` from the matrix of F, refined against ``exact``, the product with F, without overflow."""
     # Derivatives go through the products that solutions satisfy.
     inverses = factorise.factor(jax.lax.stop_gradient(matrix))
     roots = jnp.sqrt(jnp.abs(jnp.diagonal(jax.lax.stop_gradient(matrix))))
@@ -56,7 +56,7 @@ def flat_inverse(spec: ParamSpec, inverse: FlatInverted) -> Inverted:
 
 
 def reported(spec: ParamSpec, inverse: Inverted, v: Any) -> tuple[Any, SolveInfo]:
-    """What an inverse finds for ``v``, and the report on it."""
+    """The solution that an inverse gives for ``v``, and the report on it."""
     found = inverse(v)
     flat = found._replace(x=spec.ravel(found.x, "x"), rest=spec.ravel(found.rest, "v"))
     return found.x, direct_info(flat, spec.ravel(v, "v"))

@@ -34,13 +34,13 @@ from jaxfisher._varying import cond
 
 @array_fields("input_side", "outputs", "count", "unit", repr=False)
 class Kronecker(Layer):
-    """``A (x) G`` of one layer, both factors held; a running mean is one of the factors, as KFAC has it.
+    """``A (x) G`` of one layer, with both factors held. A running mean averages the factors, as KFAC does.
 
     Attributes:
-        input_side: ``A``, a mean over positions; where the layer has a bias, its row and column are apart.
+        input_side: ``A``, a mean over positions; if the layer has a bias, its row and column are stored separately.
         outputs: ``G``.
-        count: how many positions an example has in the mean.
-        unit: what ``G`` is a multiple of the mean ``g g^T`` by, so that the trace is that of the block.
+        count: the mean number of positions of an example.
+        unit: the factor from the mean of ``g g^T`` to ``G``, which gives the product the trace of the block.
     """
 
     input_side: Bordered
@@ -113,10 +113,10 @@ class Kronecker(Layer):
         told = ~(damping <= eps * jnp.max(values, initial=0.0))
 
         def alone() -> Scalar:
-            # The determinants of the factors tell it; each factor is taken in its own units.
+            # Compute it from the determinants of the factors, each taken in its own units.
             whole, sizes = jax.vmap(lambda x: log_determinant(x, jnp.zeros((), x.dtype))), (g.shape[1], a.shape[1])
             regular = sizes[0] * jnp.sum(whole(factors[0])) + sizes[1] * jnp.sum(whole(factors[1]))
-            # Where the factors are singular, the damping alone decides.
+            # If the factors are singular, the damping alone decides.
             return jnp.where((damping > 0) & jnp.isneginf(regular), together(), regular)
 
         def together() -> Scalar:
@@ -131,7 +131,7 @@ class Kronecker(Layer):
         return self.inverse_by(damping, halves, [sides(*half) for half in halves])
 
     def halves(self, damping: Scalar) -> list[tuple[Array, Array, Array]]:
-        """What `sides` takes of each factor: it, its units, and whether the damping can be told from zero."""
+        """The arguments of `sides` for each factor: the factor, its units, and whether the damping can be told from zero."""
         # Derivatives go through the products that solutions satisfy.
         *factors, at = jax.lax.stop_gradient((self.inputs, self.outputs, damping))
         entries, eps = [diagonals(factor) for factor in factors], jnp.finfo(self.spec.dtype).eps
@@ -140,7 +140,7 @@ class Kronecker(Layer):
         return [(factor, jax.vmap(unit_diagonal)(part), each) for factor, part in zip(factors, entries, strict=True)]
 
     def inverse_by(self, damping: Scalar, halves: Sequence[tuple[Array, Array, Array]], found: Sequence[Side]) -> Inverted:
-        """The inverse, of what `sides` makes of the two `halves`."""
+        """The inverse, from the results of `sides` for the two `halves`."""
         at, eps = jax.lax.stop_gradient(damping), jnp.finfo(self.spec.dtype).eps
         units, told, (a, g) = [half[1] for half in halves], halves[0][2][0], found
         (inputs, outputs), kept = (a.vectors, g.vectors), a.kept[:, :, None] & g.kept[:, None, :]
@@ -171,7 +171,7 @@ class Kronecker(Layer):
         return applied_once(solve, product, damping, tests, jnp.sum(kept, dtype=jnp.int32), self.spec)
 
     def inverses(self, largest: Scalar, factorise: Factorise) -> Callable[[Scalar], Inverted]:
-        # The residual is taken with the factors: that is two products, where the eigenvectors would need four.
+        # Compute the residual with the factors, which takes two products; the eigenvectors would need four.
         return partial(self.factorised().inverse_of, self)
 
     def power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
@@ -189,12 +189,12 @@ class Kronecker(Layer):
         return list(zip(factors, balanced_shifts(a, g, damping, self.sizes), strict=True))
 
     def inverse_by_roots(self, found: Sequence[Float[Array, "groups m m"]]) -> Callable[[Any], Any]:
-        """``(A + pi sqrt(damping) I)^-1 V (G + sqrt(damping) / pi I)^-1``, of the `roots` of the damped factors."""
+        """``(A + pi sqrt(damping) I)^-1 V (G + sqrt(damping) / pi I)^-1``, from the `roots` of the damped factors."""
         a, g = found
         solve = partial(jax.lax.linalg.triangular_solve, lower=True)
 
         def apply(v: Any) -> Any:
-            # LAPACK stores matrices by columns, so that no copy is made of the transpose.
+            # LAPACK stores matrices by columns, so the transpose is not copied.
             x = self._matrix(v).swapaxes(1, 2)
             x = solve(g, solve(g, x, left_side=True), left_side=True, transpose_a=True)
             x = solve(a, solve(a, x, left_side=False, transpose_a=True), left_side=False)
@@ -219,7 +219,7 @@ class Kronecker(Layer):
         return Dense(self.input_side.corner[0] * self.outputs[0], spec)
 
     def turned_to(self, layout: Layout) -> Kronecker | None:
-        """The same block in another layout, perhaps with inputs and outputs exchanged; None where there is no such layout."""
+        """The same block in another layout, perhaps with inputs and outputs exchanged; None if that is not possible."""
         if layout == self.layout:
             return self
         if self.has_bias or self.layout.groups != 1 or self.layout.turned() != layout:
@@ -227,7 +227,7 @@ class Kronecker(Layer):
         return dataclasses.replace(self, input_side=Bordered(self.outputs), outputs=self.input_side.core, layout=layout)
 
     def widened(self, like: Kronecker) -> Kronecker:
-        """The block over the leaves of another one of the same weight; zero at a bias that only the other has."""
+        """The block extended to the leaves of another one of the same weight; zero at a bias that only the other has."""
         return dataclasses.replace(
             like, input_side=self.input_side.widened() if like.has_bias else self.input_side, outputs=self.outputs
         )
@@ -252,7 +252,7 @@ def merged(terms: Sequence[Kronecker]) -> Kronecker:
     .. math:: A \otimes G, \qquad A \propto \sum_k \mathrm{tr}(G_k) A_k, \quad G \propto \sum_k \mathrm{tr}(A_k) G_k, \qquad
         \mathrm{tr} A\, \mathrm{tr} G = \sum_k \mathrm{tr} A_k\, \mathrm{tr} G_k.
 
-    So the product has the trace of the sum on every leaf, is the sum where the sum is a Kronecker product, and does not depend
+    So the product has the trace of the sum on every leaf, equals the sum if the sum is a Kronecker product, and does not depend
     on the order in which terms are merged. Of all Kronecker products of its trace it is the nearest in relative entropy, as the
     product of marginals is to a joint distribution. Each group is merged by itself.
     """
@@ -284,10 +284,10 @@ def _partial_traces(
 
 @array_fields("input_side", "outputs", "values", repr=False)
 class EigenKronecker(Layer, Spectral):
-    """``(Q_A (x) Q_G) diag(values) (Q_A (x) Q_G)^T`` of one layer, bases and eigenvalues held.
+    """``(Q_A (x) Q_G) diag(values) (Q_A (x) Q_G)^T`` of one layer, with bases and eigenvalues held.
 
-    ``separable`` says that each value is a product of one for the input and one for the output, as those of a `Kronecker` are.
-    The row of a bias in ``Q_A`` is apart, as in a `Kronecker`.
+    ``separable`` says that each value is a product of one for the input and one for the output, as in a `Kronecker`. The row of
+    a bias in ``Q_A`` is stored separately, as in a `Kronecker`.
     """
 
     input_side: Rows
@@ -306,7 +306,7 @@ class EigenKronecker(Layer, Spectral):
         return self.input_side.whole()
 
     def basis_over(self, places: Sequence[int]) -> Basis:
-        """The vectors of its factors as a basis, for forms over the leaves at these places among its own."""
+        """The eigenvectors as a basis, for forms over those of the layer's leaves that are at these places."""
         here = {place: i for i, place in enumerate(places)}
         bias = here.get(1 - self.weight) if self.has_bias else None
         return Basis(self.inputs, self.outputs, self.layout, here.get(self.weight), bias)
@@ -320,7 +320,7 @@ class EigenKronecker(Layer, Spectral):
 
     def factored_inverse(self, damping: Scalar) -> Callable[[Any], Any]:
         """The factored inverse of the `Kronecker` with these eigenvectors."""
-        # How the values are shared between the factors does not matter.
+        # It does not matter how the size of the values is shared between the factors.
         a, g = _partial_traces(self.values)
         shifts = balanced_shifts(jnp.mean(a, 1), jnp.mean(g, 1), damping, (a.shape[1], g.shape[1]))
         inverted = 1 / ((a + shifts[0][:, None])[:, :, None] * (g + shifts[1][:, None])[:, None, :])
@@ -346,7 +346,7 @@ class EigenKronecker(Layer, Spectral):
         return matmul(matmul(inputs.swapaxes(1, 2), self.values), outputs)
 
     def nearest_kronecker(self, sharing: str) -> Kronecker:
-        """The Kronecker product with the same partial traces; the same matrix where the values are separable."""
+        """The Kronecker product with the same partial traces; the same matrix if the values are separable."""
         a, g = _partial_traces(self.values)
         inputs = matmul(self.inputs * a[:, None, :], self.inputs.swapaxes(1, 2))
         outputs = matmul(self.outputs * g[:, None, :], self.outputs.swapaxes(1, 2))
@@ -358,7 +358,7 @@ class EigenKronecker(Layer, Spectral):
         if all(keep):
             return dataclasses.replace(self, spec=spec)
         if keep[self.weight]:
-            # Without the bias each output has different eigenvectors of the inputs.
+            # Without the bias the inputs have different eigenvectors for each output, so make the matrix.
             return Dense(small_matrix(self, "the weight's part"), self.spec).restrict(keep, treedef)
         values = matmul(jnp.square(self.inputs[0, -1]), self.values[0])
         return Dense(matmul(self.outputs[0] * values[None, :], self.outputs[0].T), spec)
@@ -378,7 +378,7 @@ class EigenKronecker(Layer, Spectral):
 
 @mean_of.register
 def _(block: Kronecker, other: Kronecker, share: Scalar) -> Kronecker:
-    """The view of the mean, of two views of scores: second moments add up, and the trace is the mean of the traces."""
+    """The view of the mean of two Fishers, from their views: second moments average, and so does the trace."""
     shares = [x.astype(block.outputs.dtype) for x in (1 - share, share)]
 
     def mean(quantity: Callable[[Kronecker], Any]) -> Any:
@@ -397,7 +397,7 @@ def _(block: Kronecker, other: Kronecker, share: Scalar) -> Kronecker:
 
 @mean_of.register
 def _(block: EigenKronecker, other: EigenKronecker, share: Scalar) -> EigenKronecker:
-    """In the basis that both have; NaN where they have not."""
+    """The mean in the common basis; NaN if the two have different bases."""
     near = float(jnp.finfo(block.values.dtype).eps) ** 0.5
     bases = (jax.tree.leaves((each.input_side, each.outputs)) for each in (block, other))
     same = jnp.stack([jnp.max(jnp.abs(a - b), initial=0.0) <= near for a, b in zip(*bases, strict=True)])

@@ -1,4 +1,4 @@
-"""What is over one layer: vectors of its weight and bias as matrices of inputs by outputs, group by group."""
+"""The base of forms over one layer: vectors of its weight and bias as matrices of inputs by outputs, group by group."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Layer(Form):
 
     @property
     def has_bias(self) -> bool:
-        """Whether the bias is there, as the weight of a last input that is always one."""
+        """Whether the layer has a bias, as the weight of a last input that is always one."""
         return len(self.spec.shapes) > 1
 
     def _rows(self, v: Any) -> tuple[Float[Array, "groups inputs outputs"], Float[Array, "1 1 outputs"] | None]:
@@ -45,7 +45,7 @@ class Layer(Form):
         return self._from_rows(matrix[:, : self.layout.inputs], matrix[:, -1:] if self.has_bias else None)
 
     def _side(self, inputs: Float[Array, "groups inputs inputs"]) -> Bordered:
-        """A matrix over the inputs, as it is held: a bias's row and column are apart."""
+        """A matrix over the inputs in its stored form, with the row and column of a bias separate."""
         return bordered(inputs) if self.has_bias else Bordered(inputs)
 
     def _as_matrix(self, blocks: Float[Array, "groups size size"]) -> Float[Array, "p p"]:

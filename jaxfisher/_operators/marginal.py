@@ -1,4 +1,4 @@
-"""What is known of some of the parameters where the others are unknown too."""
+"""The information on some of the parameters if the others are unknown."""
 
 from __future__ import annotations
 

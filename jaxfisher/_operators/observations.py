@@ -1,4 +1,4 @@
-"""How many observations a Fisher speaks for, where a covariance or an influence divides by them."""
+"""The number of observations behind a Fisher, by which a covariance or an influence divides."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from jaxfisher._values import check_number, positive
 
 
 def observations(fisher: Operator, n: chex.Numeric | None, caller: str) -> chex.Numeric:
-    """``n`` if it is given, else how many observations the operator's mean is over, the sum of the weights it was made with.
+    """``n`` if it is given, else the number of observations in the operator's mean: the sum of its weights.
 
-    A sum of several means is over the same observations, as that of two heads is, or over others; a multiple of a mean may be
-    the information of all the data, ``n F``. It is not known which, so that ``n`` must be given.
+    The terms of a sum may share their observations, as two heads do, or have different ones. A multiple of a mean may be the
+    information of all the data, ``n F``. In these cases the number is ambiguous, and ``n`` must be given.
     """
     if n is not None:
         check_number("n", n, "a number of observations, of those that the parameters were fitted to")
@@ -24,6 +24,6 @@ def observations(fisher: Operator, n: chex.Numeric | None, caller: str) -> chex.
         what = several if len(means) > 1 else "a multiple of a mean" if means else "no mean over examples"
         raise ValueError(
             f"{caller}: {fisher} is {what}, so that the number of observations is not known. Give `n`; n = 1 "
-            "where the operator is the information of all the data."
+            "if the operator is the information of all the data."
         )
     return jnp.asarray(means[0].mass, fisher.spec.dtype)

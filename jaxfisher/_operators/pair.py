@@ -1,7 +1,7 @@
-r"""The sum of two Kronecker products over one layer, inverted by the vectors that both have in common.
+r"""The inverse of a sum of two Kronecker products over one layer, in a basis that makes both diagonal.
 
-Two symmetric matrices have a basis in which both are diagonal, so :math:`A_1 \otimes G_1 + A_2 \otimes G_2` has one: that of
-the inputs times that of the outputs. A third term, such as a multiple of the identity, has another.
+Two positive semi-definite matrices have a basis in which both are diagonal, so :math:`A_1 \otimes G_1 + A_2 \otimes G_2` has
+one: that of the inputs times that of the outputs. A third term, such as a multiple of the identity, is not diagonal in it.
 
 Reference: Golub and Van Loan, Matrix Computations (2013), section 8.7.1, for the symmetric-definite problem.
 """
@@ -23,7 +23,7 @@ from jaxfisher._operators.sum import Sum
 
 
 def pair_of(form: Form) -> tuple[Kronecker, Kronecker] | None:
-    """The two Kronecker products that a form is the sum of, in one layout; None if it is no such sum."""
+    """The two Kronecker products of a form that is their sum, in one layout; else None."""
     if not isinstance(form, Sum) or len(form.terms) != 2:
         return None
     one, two = form.terms
@@ -34,7 +34,7 @@ def pair_of(form: Form) -> tuple[Kronecker, Kronecker] | None:
 
 
 def inverse_of_pair(one: Kronecker, two: Kronecker, damping: Scalar) -> Callable[[Any], Any]:
-    """The inverse of the sum, each product with half of the damping in its factors; without a damping it is exact.
+    """The inverse of the sum, with half of the damping in the factors of each product; exact without a damping.
 
     Directions along which both inputs or both outputs are zero are left out.
     """
@@ -55,7 +55,7 @@ def inverse_of_pair(one: Kronecker, two: Kronecker, damping: Scalar) -> Callable
 
 
 def _damped(product: Kronecker, damping: Scalar) -> list[Float[Array, "groups m m"]]:
-    """The factors with a share of the damping each."""
+    """The two factors, each with its share of the damping on the diagonal."""
     factors = (product.inputs, product.outputs)
     a, g = (jnp.mean(diagonals(factor), 1) for factor in factors)
     pairs = zip(factors, balanced(a, g, damping), strict=True)
@@ -66,9 +66,9 @@ class _Common(NamedTuple):
     """A basis ``U`` in which two matrices are diagonal.
 
     Attributes:
-        vectors: ``U``, with columns of zeros for what neither of the two sees.
-        first: ``U^T X U`` of the first one, its diagonal.
-        second: that of the second one.
+        vectors: ``U``, with columns of zeros for the common null space.
+        first: the diagonal of ``U^T X U``, for the first matrix X.
+        second: the same for the second matrix.
         kept: which columns are not zero.
     """
 
@@ -79,18 +79,18 @@ class _Common(NamedTuple):
 
 
 def _common(x: Float[Array, "m m"], y: Float[Array, "m m"]) -> _Common:
-    """The vectors of two positive semi-definite matrices that their sum has for an orthonormal basis."""
-    # Each in its own units: how the size of a product is shared between its factors does not matter.
+    """A basis in which two positive semi-definite matrices are diagonal, orthonormal in the metric of their scaled sum."""
+    # Scale each to unit size first: it does not matter how the size of a product is shared between its factors.
     sizes = [jnp.mean(jnp.diagonal(matrix)) for matrix in (x, y)]
     sizes = [jnp.where(size > 0, size, 1) for size in sizes]
     whole = x / sizes[0] + y / sizes[1]
     unit = unit_diagonal(jnp.diagonal(whole))
     values, vectors = jnp.linalg.eigh(unit[:, None] * whole * unit[None, :])
-    # A NaN is kept, and shows itself.
+    # A NaN is kept, so that it shows in the result.
     kept = ~(values <= len(values) * jnp.finfo(values.dtype).eps * jnp.max(values))
     root = unit[:, None] * vectors * jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, values, 1)), 0)[None, :]
     inside = matmul(root.T, matmul(x / sizes[0], root))
-    # What was left out has an eigenvalue of its own, so that it does not mix with what is zero in the first one only.
+    # Give left-out directions an eigenvalue of -1, so that they do not mix with directions that are zero in the first only.
     values, turn = jnp.linalg.eigh(0.5 * (inside + inside.T) - jnp.diag(jnp.where(kept, 0, 1).astype(x.dtype)))
     made = matmul(root, turn)
     first, second = (jnp.maximum(jnp.sum(made * matmul(matrix, made), 0), 0) for matrix in (x, y))

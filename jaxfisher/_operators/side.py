@@ -21,11 +21,11 @@ def roots(x: Float[Array, "groups m m"]) -> Float[Array, "groups m m"]:
 
 
 class Side(NamedTuple):
-    """One factor of a Kronecker product by its eigenvectors, in its units; without a damping, projected off its null space.
+    """One factor of a Kronecker product by its eigenvectors, in its units; without a damping its null space is projected out.
 
     Attributes:
-        vectors: the vectors that take the place of eigenvectors; zero for those that are left out.
-        values: eigenvalues, in the units of ``vectors``.
+        vectors: the vectors that play the part of eigenvectors; zero for those that are left out.
+        values: the eigenvalues, in the units of ``vectors``.
         kept: which of the vectors are not left out.
         clear: whether the eigenvalues that are kept are well above rounding.
         off: the null vectors that were left out, in the parameters' units.
@@ -40,7 +40,7 @@ class Side(NamedTuple):
 
 @jax.vmap
 def sides(matrix: Float[Array, "m m"], unit: Float[Array, " m"], told: Bool[Array, ""]) -> Side:
-    """Each of a stack of factors by its eigenvectors."""
+    """The eigenvectors of each factor in a stack, as a `Side`."""
     found = eigen(matrix, unit, told)
     inverted = jnp.where(found.kept, 1 / jnp.where(found.kept, found.values, 1), 0)
     vectors = cond(
@@ -55,7 +55,7 @@ def sides(matrix: Float[Array, "m m"], unit: Float[Array, " m"], told: Bool[Arra
 def balanced(
     a: Float[Array, " groups"], g: Float[Array, " groups"], damping: Float[Array, "*groups"]
 ) -> tuple[Float[Array, " groups"], Float[Array, " groups"]]:
-    """Two shares of a damping, whose product it is: they are to each other as the mean eigenvalues of the factors are."""
+    """Two numbers whose product is the damping and whose ratio is that of the factors' mean eigenvalues."""
     balance = jnp.sqrt(jnp.where((a > 0) & (g > 0), a / jnp.where(g > 0, g, 1), 1))
     return jnp.sqrt(damping) * balance, jnp.sqrt(damping) / balance
 
@@ -63,7 +63,7 @@ def balanced(
 def balanced_shifts(
     a: Float[Array, " groups"], g: Float[Array, " groups"], damping: Float[Array, "*groups"], sizes: tuple[Any, Any]
 ) -> tuple[Float[Array, " groups"], Float[Array, " groups"]]:
-    """What is added to each factor, from their mean eigenvalues and sizes: at least what makes a singular one invertible."""
+    """The numbers to add to the diagonals of two factors, from mean eigenvalues and sizes; enough to make each invertible."""
     shifts = balanced(a, g, damping)
     rounding = [10 * size * jnp.finfo(mean.dtype).eps * mean for mean, size in zip((a, g), sizes, strict=True)]
     held = [jnp.maximum(shift, least) for shift, least in zip(shifts, rounding, strict=True)]
@@ -71,7 +71,7 @@ def balanced_shifts(
 
 
 def eigenvectors(factors: Bordered) -> tuple[Float[Array, "groups m"], Rows]:
-    """The eigenvalues, zero inside rounding error, and the eigenvectors of positive semi-definite factors."""
+    """The eigenvalues (zero if inside rounding error) and the eigenvectors of positive semi-definite factors."""
     x = factors.whole()
     values, vectors = jax.vmap(eigenpairs)(x)
     largest = jnp.max(jnp.abs(values), -1, keepdims=True)

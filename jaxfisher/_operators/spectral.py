@@ -1,7 +1,7 @@
-r"""Forms that know their eigenvectors, so that a function of the matrix is that function of the eigenvalues.
+r"""Forms that know their eigenvectors, and compute a function of the matrix from that function of the eigenvalues.
 
-``F = Q diag(lambda) Q^T`` gives ``f(F) = Q diag(f(lambda)) Q^T``: solves, roots, determinants and norms at any damping follow
-from what is held.
+``F = Q diag(lambda) Q^T`` gives ``f(F) = Q diag(f(lambda)) Q^T``, and with it solves, roots, determinants and norms at any
+damping.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jaxfisher._varying import cond, linear_solve
 
 
 class Spectral(Form):
-    """A form that knows its eigenvalues and can apply a function of them: it gives these two methods in place of `product`."""
+    """A form that knows its eigenvalues and can apply a function of them; it implements these two in place of `product`."""
 
     @abc.abstractmethod
     def counted_eigenvalues(self) -> list[tuple[Array, int]]:
@@ -37,7 +37,7 @@ class Spectral(Form):
         """``Q diag(function(lambda)) Q^T v``."""
 
     def resolve(self, damping: Scalar) -> Callable[[Array], Array]:
-        """A map from eigenvalues to what they count as: zero inside the rounding error of the largest one."""
+        """A function of eigenvalues that sets those inside the rounding error of the largest one to zero."""
         largest = self._largest()
         return lambda values: resolved(values, damping, largest, self.spec.size)
 
@@ -83,23 +83,23 @@ class Spectral(Form):
         return applied_once(solve, product, damping, still.tests(jax.lax.stop_gradient(form), at), rank, self.spec)
 
     def tests(self, form: Form, damping: Scalar) -> Callable[..., Bool[Array, ""]]:
-        """Whether a solution can be trusted, from what `applied_once` gives."""
+        """The test of a solution that `applied_once` calls."""
         eps, largest, resolve = jnp.finfo(self.spec.dtype).eps, self._largest(), self.resolve(damping)
         told, noise = ~(damping <= eps * largest), 4 * self.spec.size * eps
-        # A sum of squares that should be zero comes out at the square of rounding; a value between the two is told for neither.
+        # Sums of squares that should be zero come out at rounding squared; a value between that and rounding is ambiguous.
         low = self._count(lambda values: (jnp.abs(values) > noise**2 * largest) & (jnp.abs(values) < noise * largest))
         clear = told | ((low == 0) & cond(told, lambda: told, lambda: self._blind(form, resolve)))
-        # Its eigenvectors are orthonormal in the parameters' own units.
+        # The eigenvectors are orthonormal in the parameters' own units, so the units are one.
         return Tests(
             damping, told, clear, jnp.asarray(True), jnp.ones((), self.spec.dtype), lambda v, x, rest: jnp.zeros_like(x[0])
         )
 
     def _blind(self, form: Form, resolve: Callable[[Array], Array]) -> Bool[Array, ""]:
-        """Whether the form does not see what counts as zero: it may be small in its units only."""
+        """Whether directions whose eigenvalue counts as zero lie in the null space: they may only be small in their units."""
         roots = jnp.sqrt(jnp.abs(self.spec.ravel(form.diagonal(), "diagonal")))
         trial = unit_diagonal(jnp.square(roots)) * jnp.cos(jnp.arange(self.spec.size, dtype=self.spec.dtype))
         left_out = self.apply(lambda values: (resolve(values) == 0).astype(values.dtype), self.spec.unravel(trial))
-        # Where nothing was left out, this is the rounding error of the trial.
+        # If nothing was left out, this is the rounding error of the trial.
         return is_unseen(self.spec.ravel(form.product()(left_out), "v"), trial, roots)
 
     def _largest(self) -> Scalar:
@@ -131,10 +131,10 @@ def applied_once(
     rank: Int[Array, ""],
     spec: ParamSpec,
 ) -> Inverted:
-    """The inverse of ``product`` plus a damping, as ``solve`` gives it, without refinement.
+    """The inverse of ``product`` plus a damping by ``solve``, without refinement.
 
-    ``sound`` tells from ``v``, ``x``, its residual, what rounding does to that, and the next correction, all flat, whether
-    ``x`` can be trusted.
+    ``sound`` decides whether ``x`` can be trusted, from ``v``, ``x``, its residual, the rounding error of that, and the next
+    correction, all flat.
     """
 
     def damped(x: Any) -> Any:
@@ -144,7 +144,7 @@ def applied_once(
         x, _ = linear_solve(damped, v, lambda _, b: (solve(b), ()))
         rest = jax.tree.map(jnp.subtract, v, damped(x))
         noise = jax.tree.map(lambda r, b, y: r - (b - y), rest, v, in_another_rounding(damped, x))
-        # The inverse of an infinite number looks like an answer.
+        # The inverse of an infinite matrix is zero, which would look like an answer: pass on the NaN of the residual.
         x = jax.tree.map(lambda y, r: jnp.where(jnp.isnan(r), r, y), x, rest)
         return Solved(x, rest, rank, sound(*(spec.ravel(tree, "v") for tree in (v, x, rest, noise, solve(rest)))))
 
@@ -156,11 +156,11 @@ class Tests:
     """The tests of a solution that `jaxfisher.SolveInfo` states, for routes without refinement.
 
     Attributes:
-        damping: in the units of F.
+        damping: the damping, in the units of F.
         told: whether the dtype can tell the damping from zero.
         clear: whether the eigenvalues that were kept are above rounding.
-        whole: whether all of them were kept.
-        units: the units in which F has a unit diagonal, if it is to have one.
+        whole: whether all eigenvalues were kept.
+        units: the units in which F has a unit diagonal, or one for the parameters' own.
         astray: from ``v``, ``x`` and the residual, how much of ``x`` may be due to directions that were left out inexactly.
     """
 
@@ -172,7 +172,7 @@ class Tests:
     astray: Callable[[Array, Array, Array], Scalar]
 
     def __call__(self, v: Vector, x: Vector, rest: Vector, noise: Vector, again: Vector) -> Bool[Array, ""]:
-        """The test of ``v``, ``x``, its residual and the rounding of that, and the next correction."""
+        """Whether ``x`` can be trusted, given ``v``, the residual, its rounding error, and the next correction."""
         eps, tiny = jnp.finfo(x.dtype).eps, jnp.finfo(x.dtype).tiny
 
         def is_small(scale: Array | int) -> Bool[Array, ""]:

@@ -1,4 +1,4 @@
-"""The sum of two forms: one form where the two combine, else both as they are held."""
+"""The sum of two forms: one form if the two combine, else both as they are held."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Sum(Form):
 
 
 def added(a: Form, b: Form) -> Form:
-    """The sum of two forms over the same parameters: one form, where one of the two can make it, else both as they are."""
+    """The sum of two forms over the same parameters: one form if either of the two can make it, else a `Sum` of both."""
     made = a.plus(b)
     if made is None:
         made = b.plus(a)

@@ -1,4 +1,4 @@
-"""The terms that a form is the sum of, down to what is held: views of layers are taken term by term."""
+"""The terms of a form, down to the forms that hold arrays, for views that are taken term by term."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxfisher._operators.sum import Sum
 from jaxfisher._scores import JoinedScores
 
 Places = tuple[int, ...]
-"""Where some leaves are among the parameters' leaves, in their order."""
+"""The positions of some leaves among the parameters' leaves, in their order."""
 
 
 def terms_of(form: Form) -> tuple[tuple[Places, Form], ...]:

@@ -1,4 +1,4 @@
-"""What is held of Kronecker factors between refreshes: each layer's made anew in its turn."""
+"""The inverses or eigenvectors of Kronecker factors held between refreshes; each layer's are recomputed when it is due."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Flag = bool | Bool[Array, ""]
 
 
 class Holding(NamedTuple):
-    """A way to hold the factors of the layers of a form, so that solves take products only.
+    """A way to hold the factors of a form's layers, so that solves take products only.
 
     Attributes:
-        factors: what is taken of a form at a damping: for each layer two stacks of matrices, each with what is added to the
-            diagonals of its matrices.
-        make: what is held of a stack of matrices.
-        form: a form, what is held of its factors in order, and the damping of now, to the form that is solved with.
+        factors: from a form and a damping to its factors: for each layer two stacks of matrices, each with the numbers to add
+            to the diagonals of its matrices.
+        make: from a stack of matrices to what is held of it: inverses, or eigenvectors.
+        form: from a form, what is held of its factors in order, and the current damping to the form to solve with.
     """
 
     factors: Callable[[Form, Scalar], Sequence[tuple[Bordered, Shifts]]]
@@ -39,11 +39,11 @@ class Holding(NamedTuple):
     form: Callable[[Form, Sequence[Any], Scalar], Form]
 
     def layers(self, form: Form) -> int:
-        """How many layers have factors that are held."""
+        """The number of layers whose factors are held."""
         return len(jax.eval_shape(self.factors, form, jnp.ones((), form.spec.dtype))) // 2
 
     def shapes(self, form: Form) -> list[Any]:
-        """What is held of a form that may be without values, without values."""
+        """The shapes of what is held of a form, which may be without values."""
 
         def made(form: Form) -> list[Any]:
             return [self.make(matrices) for matrices, _ in self.factors(form, jnp.ones((), form.spec.dtype))]
@@ -51,10 +51,10 @@ class Holding(NamedTuple):
         return jax.eval_shape(made, form)
 
     def refreshed(self, form: Form, damping: Scalar, due: Sequence[Flag], held: Sequence[Any]) -> list[Any]:
-        """What is held of the factors, which may be nothing yet where all are due: made anew of the layers that are due.
+        """What is held of the factors, recomputed for the layers that are due. ``held`` may be empty if all layers are due.
 
-        Those of one turn are made together. Each is held by itself: factors of one size in one array would have to be put
-        together to be inverted and cut apart to be multiplied with, at every step, and each cut is a kernel of its own.
+        Layers of one turn are recomputed together. Each factor is held in its own array: factors of one size in one array would
+        have to be concatenated for inversion and sliced for products at every step, and each slice is a kernel of its own.
         """
         factors, devices = self.factors(form, damping), devices_of(form)
         old, found = list(held) or [None] * len(factors), list[Any]()
@@ -70,7 +70,7 @@ class Holding(NamedTuple):
         return found
 
     def _made(self, factors: Sequence[tuple[Bordered, Shifts]], devices: Devices | None) -> list[Any]:
-        """What is held of these factors, each made by one device where there are several for it."""
+        """What is held of these factors; if the form is spread over devices, each factor is computed by one device."""
         make = lambda factors: [self.make(matrices.shifted(shift)) for matrices, shift in factors]  # noqa: E731
         if devices is None:
             return make(factors)
@@ -100,11 +100,11 @@ def _with_eigenvectors(form: Form, held: Sequence[Any], damping: Scalar) -> Form
 EIGENVECTORS = Holding(_bare_factors, eigenvectors, _with_eigenvectors)
 """The eigenvectors and eigenvalues of the factors, for solves at any damping."""
 NOTHING = Holding(lambda form, damping: [], lambda factor: factor, lambda form, held, damping: form)
-"""The form is solved with as it is."""
+"""Holds nothing: the form itself is solved with."""
 
 
 def _whole(part: Any) -> bool:
-    # The terms of a sum stay as they are, since a solve with the sum makes its matrix.
+    # Leave the terms of a sum as they are, since a solve with the sum makes its matrix.
     return isinstance(part, Kronecker | Sum)
 
 
