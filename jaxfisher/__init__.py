@@ -139,7 +139,7 @@ from jaxfisher._model import Model as Model
 from jaxfisher._fisher import FisherFunction as FisherFunction
 from jaxfisher._operators.form import Form as Form
 from jaxfisher._operators.operator import View as View
-from jaxfisher._operators.provenance import Provenance as Provenance
+from jaxfisher._provenance import Provenance as Provenance
 from jaxfisher._pytree import array_fields as array_fields
 from jaxfisher._tree import ParamSpec as ParamSpec
 from jaxfisher._operators.operator import Solver as Solver

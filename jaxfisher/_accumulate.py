@@ -15,7 +15,7 @@ from jaxfisher._fisher import FisherFunction
 from jaxfisher._once import once
 from jaxfisher._operators.averaging import mean_of
 from jaxfisher._operators.operator import VIEW, Operator, View, as_operator
-from jaxfisher._operators.provenance import Provenance, check_terms
+from jaxfisher._provenance import Provenance, check_terms
 from jaxfisher._tree import check_function
 
 

@@ -16,8 +16,8 @@ from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, batch_loss, of_one
 from jaxfisher._once import once_for
 from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.operator import Operator
-from jaxfisher._operators.provenance import mean_over
 from jaxfisher._pieces import sum_again
+from jaxfisher._provenance import mean_over
 from jaxfisher._targets import OfData
 from jaxfisher._tree import ParamSpec, cast_like, check_function
 from jaxfisher._varying import varying_like

@@ -13,9 +13,9 @@ from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.implicit import Implicit
 from jaxfisher._operators.operator import Operator, as_operator
-from jaxfisher._operators.provenance import Mean, Provenance, mean_over
+from jaxfisher._provenance import mean_over
 from jaxfisher._row_functions import DrawnRow, ExactRows, Prediction, Rows, SampledRows, ScoreRows, prediction
-from jaxfisher._scores import CenteredScores, Scores, examples_of, live_examples_of, make_scores
+from jaxfisher._scores import Scores, examples_of, make_scores
 from jaxfisher._targets import OfData
 from jaxfisher._tree import as_key, check_function, split
 from jaxfisher._values import check_flag, described, whole
@@ -146,11 +146,7 @@ def fisher_from_scores(scores: Scores) -> Operator:
             f"fisher_from_scores: `scores` is {described(scores)}; expected what jf.scores(log_prob)(params, *data) "
             f"returns.{hint}"
         )
-    kind = "scores, centred" if isinstance(scores, CenteredScores) else "scores"
-    size = live_examples_of(scores)
-    mass = None if scores.mass is None else scores.mass.astype(size.dtype)
-    mean = Mean(weighted=mass is not None, together=isinstance(scores, CenteredScores))
-    return Operator(FromScores(scores), Provenance(kind, size, mass, mean))
+    return Operator(FromScores(scores), scores.provenance)
 
 
 def exact_fisher(model: Model, *, batch_size: int | None = None, max_bytes: int | None = None) -> FisherFunction:

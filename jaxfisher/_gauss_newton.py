@@ -20,7 +20,7 @@ from jaxfisher._linalg import matmul, unit_root
 from jaxfisher._model import of_one_example, scalar
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.operator import Operator
-from jaxfisher._operators.provenance import mean_over
+from jaxfisher._provenance import mean_over
 from jaxfisher._pytree import array_fields
 from jaxfisher._readings import Around
 from jaxfisher._row_functions import ExactRows, prediction

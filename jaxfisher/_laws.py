@@ -18,7 +18,7 @@ from jaxfisher._distributions.base import Distribution
 from jaxfisher._distributions.joint import Joint
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.operator import Operator, Solver
-from jaxfisher._operators.provenance import Provenance
+from jaxfisher._provenance import Provenance
 from jaxfisher._readings import Around
 from jaxfisher._stack import refuse_stack
 from jaxfisher._tree import as_key, described

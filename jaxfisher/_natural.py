@@ -18,8 +18,8 @@ from jaxfisher._once import Static, once_for
 from jaxfisher._operators.damping import Damping, is_one_damping
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.operator import VIEW, Operator, Solver, View, as_operator
-from jaxfisher._operators.provenance import mean_over
 from jaxfisher._pieces import sum_batches
+from jaxfisher._provenance import mean_over
 from jaxfisher._scores import values_and_scores
 from jaxfisher._solve import check_solver
 from jaxfisher._targets import given_with, taken_by

@@ -28,8 +28,8 @@ from jaxfisher._operators.damping import Damping, checked_damping, damped_invers
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._operators.identity import scaled_identity
 from jaxfisher._operators.operator import VIEW, Operator, View, as_operator
-from jaxfisher._operators.provenance import Provenance
 from jaxfisher._pieces import map_batches
+from jaxfisher._provenance import Provenance
 from jaxfisher._pytree import array_fields
 from jaxfisher._stack import refuse_stack
 from jaxfisher._targets import given_with, taken_by

@@ -221,6 +221,63 @@ def test_padding_is_not_counted(name):
     assert float(of_nothing(jnp.zeros(len(WEIGHTS)), padded_x, padded_y)) == 0
 
 
+VIEWS = {
+    "dense": jf.dense,
+    "diagonal": jf.diagonal,
+    "blocks": jf.block_diagonal,
+    "Kronecker": jf.kronecker,
+    "Kronecker, reduced": jf.kronecker_reduce,
+    "eigenbasis": jf.eigen_kronecker,
+}
+NOT_MERGED = {"blocks", "eigenbasis"}
+"""Views that are held as scores, or each in a basis of its own: `merge` refuses them."""
+
+
+@pytest.mark.parametrize("name", ["exact, in pieces", "of scores, False, None"])
+def test_padding_takes_no_part_in_a_view_and_in_what_is_merged(name):
+    """A view of a batch in padding, and what it is merged to with another one, is that of its examples, and of their number."""
+    params, x, y, padded_x, padded_y = classified()
+    made = makers()[name]
+    other, more = (x[:2] - 1.0, y[:2]), np.array([1.0, 2.0])
+
+    def run(weights, *data):
+        views = {which: view(made(params, *data, weights=weights)) for which, view in VIEWS.items()}
+        for which in views.keys() - NOT_MERGED:
+            views[f"{which}, merged"] = jf.merge(views[which], VIEWS[which](made(params, *other, weights=more)))
+        return {which: (fisher.as_matrix(), fisher.n) for which, fisher in views.items()}
+
+    alone, padded = evaluated(run, WEIGHTS[LIVE], x, y), evaluated(run, WEIGHTS, padded_x, padded_y)
+    for which, (matrix, n) in padded.items():
+        assert float(n) == LIVE.sum() + 2 * which.endswith("merged"), which
+        assert_close(matrix, alone[which][0], factor=1e4)
+    if name.startswith("exact"):
+        dense, beside = class_sum_fisher(params, x, WEIGHTS[LIVE]), class_sum_fisher(params, other[0], more)
+        assert_close(padded["dense"][0], dense, factor=1e4)
+        merged = (WEIGHTS.sum() * dense + more.sum() * beside) / (WEIGHTS.sum() + more.sum())
+        assert_close(padded["dense, merged"][0], merged, factor=1e4)
+        assert_close(padded["diagonal, merged"][0], np.diag(np.diag(merged)), factor=1e4)
+
+
+TINY = np.array([1.0, 1e-40, 0.0, 2.0, 1e-320, 0.0, 1.0])
+"""Weights of which some are no numbers of float32, or are below the least normal one of float64."""
+
+
+@pytest.mark.parametrize("given", [{}, {"weights": WEIGHTS}, {"weights": TINY}, {"counts": np.arange(7.0)}])
+@pytest.mark.parametrize("batch_size", [None, 3])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_fisher_of_scores_is_a_mean_over_what_the_empirical_fisher_is(given, batch_size, dtype):
+    """Over as many examples, of the same mass, and it says so in the same words."""
+    log_prob = jf.log_likelihood(lambda mu, x: jf.Normal(mu * x, jnp.ones((), dtype)))
+    data = np.linspace(1.0, 2.0, 7, dtype=dtype), np.ones(7, dtype)
+    for center in [False] if "counts" in given else [False, True]:
+        fisher = jf.empirical_fisher(log_prob, center, batch_size=batch_size)(dtype(1), *data, **given)
+        scores = jf.scores(log_prob, center, batch_size=batch_size)(dtype(1), *data, **given)
+        found, expected = jf.fisher_from_scores(scores).provenance, fisher.provenance
+        assert (float(found.n), float(found.mass)) == (float(expected.n), float(expected.mass))
+        assert str(found) == str(expected).replace("empirical", "scores")
+        assert found.together == expected.together == center
+
+
 @pytest.mark.parametrize("view", [jf.kronecker, jf.diagonal])
 def test_padding_takes_no_part_in_a_step_of_kfac(view):
     """Its direction's damping is counted in examples: a batch in padding takes the step of its examples."""

@@ -103,7 +103,7 @@ ROOMS = {
     "Continual learning": "continual",
     "Looking": "_check_fisher _diagnostics _estimate",
     "Jobs": "evidence posterior privacy statistics",
-    "Extending": "_distributions _fisher _laws _model _operators _pytree _transform _tree",
+    "Extending": "_distributions _fisher _laws _model _operators _provenance _pytree _transform _tree",
     "Names that are not there": "_absent",
 }
 """The headings of the public names by their first words, in reading order, and the rooms whose names stand under each."""

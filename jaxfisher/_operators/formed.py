@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.operator import Operator, viewed
-from jaxfisher._operators.provenance import Provenance
+from jaxfisher._provenance import Provenance
 from jaxfisher._tree import param_spec
 from jaxfisher._values import check_array, described, is_array
 

@@ -17,9 +17,9 @@ from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.inverted import Inverted
 from jaxfisher._operators.operator import Operator
-from jaxfisher._operators.provenance import Provenance
 from jaxfisher._operators.spectral import Spectral
 from jaxfisher._operators.sum import added
+from jaxfisher._provenance import Provenance
 from jaxfisher._pytree import array_fields
 from jaxfisher._system import Factorise
 from jaxfisher._tree import ParamSpec, param_spec, products

@@ -22,8 +22,8 @@ from jaxfisher._operators.damping import Damping, Dampings, checked_damping, dam
 from jaxfisher._operators.form import Form, small_matrix
 from jaxfisher._operators.inverted import reported
 from jaxfisher._operators.marginal import schur_complement
-from jaxfisher._operators.provenance import Provenance
 from jaxfisher._operators.sum import added
+from jaxfisher._provenance import Provenance
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores import Scores
 from jaxfisher._stack import refuse_stack

@@ -17,7 +17,6 @@ from jaxfisher._scores.map import (
     Scores,
     check_one_row_each,
     examples_of,
-    live_examples_of,
     one_a_row,
 )
 from jaxfisher._scores.pieces import JoinedScores
@@ -31,7 +30,6 @@ __all__ = [
     "Scores",
     "check_one_row_each",
     "examples_of",
-    "live_examples_of",
     "make_scores",
     "one_a_row",
     "scores",

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._engine import Basis, Leaf, Seal
 from jaxfisher._linalg import mirrored
+from jaxfisher._provenance import Provenance
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores.map import Scores
 from jaxfisher._tree import ParamSpec, dot, joined, split
@@ -48,9 +49,10 @@ class CenteredScores(Scores):
         return self.scores.weights
 
     @property
-    def mass(self) -> Scalar | None:  # type: ignore[override]
-        """The sum of the weights that were given."""
-        return self.scores.mass
+    def provenance(self) -> Provenance:  # type: ignore[override]
+        """What a mean with their weights is over; a covariance is of all examples together."""
+        known = self.scores.provenance
+        return dataclasses.replace(known, kind=f"{known.kind}, centred").as_a_whole()
 
     @property
     def _num_examples(self) -> int:

@@ -29,20 +29,21 @@ from jaxfisher._engine import (
 )
 from jaxfisher._linalg import inverse_power, matmul
 from jaxfisher._once import Static, once
+from jaxfisher._provenance import Provenance
 from jaxfisher._pytree import array_fields
 from jaxfisher._scores.centred import CenteredScores
 from jaxfisher._scores.map import FactoredScores, Role, Scores, roles_of, total
 from jaxfisher._tree import ParamSpec, joined
 
 
-@array_fields("leaves", "weights", "mass", repr=False)
+@array_fields("leaves", "weights", "provenance", repr=False)
 class HeldScores(FactoredScores):
     """Scores in memory, each parameter leaf in its own form: factors of its gradients where the gradients have some."""
 
     leaves: tuple[Leaf, ...]
     weights: Float[Array, " rows"]
     spec: ParamSpec
-    mass: Scalar | None = None
+    provenance: Provenance = Provenance("scores")
 
     @property
     def _way(self) -> str:

@@ -17,6 +17,7 @@ from jaxfisher._examples import Batch, check_centred, make_batch, map_examples, 
 from jaxfisher._model import LOG_PROB, LogProb, check_real, of_one_example
 from jaxfisher._once import Static, once_for
 from jaxfisher._pieces import map_batches
+from jaxfisher._provenance import mean_over
 from jaxfisher._row_functions import Rows, ScoreRows
 from jaxfisher._scores.held import HeldScores
 from jaxfisher._scores.map import Scores, examples_of
@@ -152,7 +153,7 @@ def scores(
         needs_data(data, "scores")
         batch = make_batch(params, data, weights, batch_size, max_bytes, counts)
         check_centred(center, batch, "scores")
-        made: Any = dataclasses.replace(make_scores(rows, params, batch), mass=batch.mass)  # type: ignore[type-var]
+        made: Any = dataclasses.replace(make_scores(rows, params, batch), provenance=mean_over("scores", batch))  # type: ignore[type-var]
         return made.centered(made.num_rows // examples_of(made)) if center else made
 
     return scores_of

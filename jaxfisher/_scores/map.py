@@ -18,6 +18,7 @@ from jaxfisher._absent import OF_SCORES, absent
 from jaxfisher._engine import Basis, Leaf, Moments, Seal, leaf_of, sealed
 from jaxfisher._linalg import mirrored
 from jaxfisher._once import once
+from jaxfisher._provenance import Provenance
 from jaxfisher._stack import of_one
 from jaxfisher._tree import ParamSpec
 from jaxfisher._values import check_array, described, dtype_of, is_array, nonnegative
@@ -49,8 +50,8 @@ class Scores(abc.ABC):
 
     spec: ParamSpec
     weights: Float[Array, " rows"]
-    mass: Scalar | None = None
-    """The sum of the weights that were given, before ``weights`` were made of them; None where none were given."""
+    provenance: Provenance = Provenance("scores")
+    """What a mean with their weights is over, of scores that `jaxfisher.scores` has made."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Compile each method that a subclass overrides into one program."""
@@ -290,15 +291,6 @@ def one_a_row(caller: str, scores: Any, e: Any) -> Float[Array, " rows"]:
 def examples_of(scores: Scores) -> int:
     """The number of examples that scores are of, with padding."""
     return scores._num_examples
-
-
-def live_examples_of(scores: Scores) -> Scalar:
-    """The number of examples that scores are of, without those of weight zero."""
-    n = examples_of(scores)
-    if scores.mass is None:
-        return jnp.asarray(n, scores.spec.dtype)
-    # Weights of padding alone are NaN.
-    return jnp.sum(jnp.any(scores.weights.reshape(n, -1) > 0, 1), dtype=scores.spec.dtype)
 
 
 def roles_of(leaves: Sequence[Leaf]) -> tuple[Role, ...]:

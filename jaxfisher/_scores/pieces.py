@@ -18,6 +18,7 @@ from jaxfisher._engine import Basis, Leaf, Moments, Seal, cross_gram, leaf_forms
 from jaxfisher._examples import num_examples
 from jaxfisher._once import Static, once
 from jaxfisher._pieces import Pieces, map_batches, pieces, sum_batches
+from jaxfisher._provenance import Provenance
 from jaxfisher._pytree import array_fields
 from jaxfisher._row_functions import Rows
 from jaxfisher._scores.centred import CenteredScores
@@ -74,7 +75,7 @@ class ScoresInPieces(Scores):
         return jnp.max(self._map(lambda held: jnp.full(held.num_rows, held.bound())))
 
 
-@array_fields("params", "data", "weights", "live", "shift", "factors", "mass", repr=False)
+@array_fields("params", "data", "weights", "live", "shift", "factors", "provenance", repr=False)
 class StreamedScores(ScoresInPieces, FactoredScores):
     """Scores made again, ``batch_size`` examples at a time, whenever they are needed.
 
@@ -91,7 +92,7 @@ class StreamedScores(ScoresInPieces, FactoredScores):
     live: Bool[Array, " n"] | None = None
     shift: tuple[Any, ...] | None = None
     factors: tuple[Scalar, ...] | None = None
-    mass: Scalar | None = None
+    provenance: Provenance = Provenance("scores")
 
     @property
     def _num_examples(self) -> int:

@@ -12,7 +12,7 @@ import jax
 
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._operators.operator import Operator, as_operator
-from jaxfisher._operators.provenance import Provenance
+from jaxfisher._provenance import Provenance
 from jaxfisher._transform.update_arguments import fisher_for
 from jaxfisher._tree import param_spec
 

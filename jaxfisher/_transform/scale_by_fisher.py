@@ -19,7 +19,7 @@ from jaxfisher._operators.apart import factorised
 from jaxfisher._operators.averaging import arrays_of, with_arrays
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.operator import VIEW, Operator, Solver, View, as_operator
-from jaxfisher._operators.provenance import check_terms
+from jaxfisher._provenance import check_terms
 from jaxfisher._solve import check_solver
 from jaxfisher._system import SolveInfo
 from jaxfisher._transform.like import Like, shape_of_view

@@ -16,7 +16,7 @@ from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.formed import from_matrix
 from jaxfisher._operators.observations import observations
 from jaxfisher._operators.operator import Operator, as_operator
-from jaxfisher._operators.provenance import Provenance
+from jaxfisher._provenance import Provenance
 from jaxfisher._tree import ParamSpec, cast_like, check_function, joined, param_spec
 from jaxfisher._values import described
 

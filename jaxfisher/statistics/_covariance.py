@@ -17,7 +17,7 @@ from jaxfisher._operators.form import Form
 from jaxfisher._operators.formed import dense, from_matrix
 from jaxfisher._operators.observations import observations
 from jaxfisher._operators.operator import Operator, as_operator
-from jaxfisher._operators.provenance import Provenance
+from jaxfisher._provenance import Provenance
 from jaxfisher._pytree import array_fields
 from jaxfisher._solve import solve
 from jaxfisher._tree import ParamSpec, cast_like, check_function, joined

@@ -22,8 +22,8 @@ from jaxfisher._linalg import matmul
 from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example, predict
 from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.operator import Operator, scores_of
-from jaxfisher._operators.provenance import mean_over
 from jaxfisher._pieces import map_batches
+from jaxfisher._provenance import mean_over
 from jaxfisher._scores import check_one_row_each, scores
 from jaxfisher._tree import check_function
 from jaxfisher._values import described, dtype_of, is_array, whole
