@@ -1,13 +1,13 @@
-"""What every distribution of the library is: a frozen pytree of arrays with a density, a sampler, a KL and a Fisher.
+"""The base of all distributions of the library: a frozen pytree of arrays with a density, a sampler, a KL and a Fisher.
 
-Conventions of this room. A distribution has *fields* (its parameters), all real floating arrays of one dtype. Each field has
+Conventions of this folder. A distribution has *fields* (its parameters), all real floating arrays of one dtype. Each field has
 shape ``[*batch, *event of the field]``; fields are broadcast to one batch shape when the distribution is made. A batch
-is a product of independent distributions: ``log_prob``, ``kl`` and ``mean`` keep the batch axes, and whoever needs the
-joint law of the product sums over them. Logarithms are natural, divergences in nats.
+is a product of independent distributions: ``log_prob``, ``kl`` and ``mean`` keep the batch axes, and callers that need the
+joint law of the product sum over them. Logarithms are natural, divergences in nats.
 
-The Fisher information of a distribution in its own fields is stated once, as a square root ``B`` with ``F = B B^T``:
-positive semi-definite by construction, and what scores are made of (column ``j`` of ``B`` pulled back through the model is row
-``j`` of the exact Fisher's score matrix). Products and the dense matrix follow from it.
+The Fisher information of a distribution in its own fields is stated once, as a square root ``B`` with ``F = B B^T``. This makes
+it positive semi-definite by construction, and gives the scores: column ``j`` of ``B`` pulled back through the model is row
+``j`` of the exact Fisher's score matrix. Products and the dense matrix follow from it.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ S = TypeVar("S", bound=Callable[..., Any])
 def family(cls: type) -> type:
     """Make a subclass of `Distribution` a frozen dataclass and a pytree whose leaves are its fields.
 
-    When one is made, its fields become arrays of one floating dtype and of one batch shape, and what they must be is checked.
-    Unflattening does none of that: JAX puts tracers, ``None`` and batched arrays into pytrees.
+    The constructor turns the fields into arrays of one floating dtype and one batch shape, and checks them. Unflattening does
+    neither, since JAX puts tracers, ``None`` and batched arrays into pytrees.
 
     Args:
         cls: a class with annotated fields, ``field_ndims``, ``event_ndim``, ``log_prob``, ``sample``, ``kl``, ``mean``,
             ``variance``, ``mode`` and ``fisher_sqrt_mv``, the root ``B`` of the Fisher ``F = B B^T`` in the fields.
 
     Returns:
-        The class, frozen and registered. What it computes is one compiled program for each method outside ``jit``.
+        The class, frozen and registered. Outside ``jit`` each of its methods is one compiled program.
 
     Reference: Martens (JMLR 2020), section 9.2, for the Fisher in the fields of an output.
 
@@ -82,8 +82,8 @@ def family(cls: type) -> type:
 
 
 _PROGRAMS = ("log_prob", "kl", "entropy", "mean", "variance", "mode", "fisher_sqrt_mv", "fisher_mv", "fisher_matrix")
-"""What a distribution computes. Each is one program outside ``jit`` too: `jax_debug_infs` then looks at its result, and not at
-the infinite numbers on the way to it."""
+"""The methods of a distribution that compute. Each is one program outside ``jit`` too, so that `jax_debug_infs` looks only at
+the result, and not at infinite intermediate numbers."""
 
 
 def _compile_once(cls: type) -> None:
@@ -99,7 +99,7 @@ def _compile_once(cls: type) -> None:
 
 
 def of_a_target(log_prob: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """A density that names what keeps JAX from taking its argument."""
+    """A density that checks its argument first, so that the error names it."""
 
     @functools.wraps(log_prob)
     def call(self: Any, x: Any) -> Any:
@@ -110,7 +110,7 @@ def of_a_target(log_prob: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any
 
 
 def of_a_key(sample: Callable[..., Any]) -> Callable[..., Any]:
-    """A sampler that names what is wrong with its arguments."""
+    """A sampler that checks its arguments first, so that the error names them."""
 
     @functools.wraps(sample)
     def call(self: Any, key: Any, shape: Any = ()) -> Any:
@@ -121,7 +121,7 @@ def of_a_key(sample: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def of_plain_bits(sample: S) -> S:
-    """Say of a sampler that it takes uniform bits and no more, so that keys of any implementation do."""
+    """Mark a sampler that only draws uniform bits, and therefore works with keys of any implementation."""
     sample.of_plain_bits = True  # type: ignore[attr-defined]
     return sample
 
@@ -129,16 +129,16 @@ def of_plain_bits(sample: S) -> S:
 class Distribution:
     """A distribution over one target, or a batch of independent ones.
 
-    Subclasses are made with `family` and give: the fields, ``field_ndims``, ``event_ndim``, `log_prob`, `sample`, `kl`, `mean`
+    Subclasses are made with `family` and define the fields, ``field_ndims``, ``event_ndim``, `log_prob`, `sample`, `kl`, `mean`
     and `fisher_sqrt_mv`.
     """
 
     field_ndims: ClassVar[tuple[int, ...]]
-    """Number of event axes of each field, in the order of the fields: ``(1, 2)`` for a mean vector and a matrix."""
+    """The number of event axes of each field, in the order of the fields: ``(1, 2)`` for a mean vector and a matrix."""
     event_ndim: ClassVar[int]
-    """Number of axes of one draw: 0 for scalars, 1 for vectors."""
+    """The number of axes of one draw: 0 for scalars, 1 for vectors."""
     positive: ClassVar[tuple[str, ...]] = ()
-    """The fields whose entries, or of a matrix those on its diagonal, must be above zero."""
+    """The fields whose entries must be above zero; for a matrix, the entries on its diagonal."""
 
     def __post_init__(self) -> None:
         names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
@@ -167,49 +167,49 @@ class Distribution:
         self._check_fields()
 
     def _field(self, name: str) -> Array:
-        """A field as an array. What must be positive and is not is an error where it is known, and NaN where not."""
+        """A field as an array. A number that must be positive and is not raises if it is known, and turns to NaN if not."""
         given = getattr(self, name)
         value = _as_field(type(self).__name__, name, given)
         if name not in self.positive:
             return value
         which = np.broadcast_to(_must_be_positive(value.shape, self._ndim_of(name)), value.shape)
-        # The value of a JAX array is a run-time number: to look at it would wait for the device.
+        # The value of a JAX array counts as unknown, since looking at it would wait for the device.
         if not is_known(given):
             return jnp.where(which & (value < 0), jnp.nan, value)
         entries = np.asarray(given, float)[which]
         if np.any(entries <= 0):
             raise ValueError(
                 f"{type(self).__name__}: `{name}` holds {entries[np.argmax(entries <= 0)]}; expected numbers above zero"
-                f"{' on the diagonal' if self._ndim_of(name) == 2 else ''}. Of numbers without bounds give jnp.exp or "
+                f"{' on the diagonal' if self._ndim_of(name) == 2 else ''}. For unbounded numbers, pass their jnp.exp or "
                 "jax.nn.softplus."
             )
         return value
 
     def _ndim_of(self, name: str) -> int:
-        """How many event axes a field has."""
+        """The number of event axes of a field."""
         names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
         return self.field_ndims[names.index(name)]
 
     def _check_fields(self) -> None:
-        """Raise `ValueError` for field shapes the family cannot have. Called once the fields are arrays of one batch shape."""
+        """Raise `ValueError` for field shapes that the family cannot have. The fields are arrays of one batch shape by then."""
 
     if not TYPE_CHECKING:  # to a type checker every name would be there
         __getattr__ = absent("a distribution", OF_DISTRIBUTION)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """Shape of the batch of independent distributions; ``()`` for one."""
+        """The shape of the batch of independent distributions; ``()`` for one."""
         first: Array = getattr(self, dataclasses.fields(self)[0].name)  # type: ignore[arg-type]
         return first.shape[: first.ndim - self.field_ndims[0]]
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """Shape of one draw from one distribution of the batch."""
+        """The shape of one draw from one distribution of the batch."""
         return self.mean.shape[len(self.batch_shape) :]
 
     @property
     def _takes_any_key(self) -> bool:
-        """Whether `sample` takes keys of any implementation; `jax.random.poisson`, for one, takes threefry keys only."""
+        """Whether `sample` takes keys of any implementation; `jax.random.poisson`, for example, takes only threefry keys."""
         return getattr(type(self).sample, "of_plain_bits", False)
 
     @property
@@ -219,19 +219,19 @@ class Distribution:
 
     @property
     def variance(self) -> Float[Array, "*batch_and_event"]:
-        """The variance of a draw, shape ``[*batch, *event]``; of a vector, the variance of each of its entries."""
+        """The variance of a draw, shape ``[*batch, *event]``; for a vector, the variance of each entry."""
         raise NotImplementedError
 
     @property
     def mode(self) -> Shaped[Array, "*batch_and_event"]:
-        """Where the density or probability is largest, shape ``[*batch, *event]``; NaN where there is no such point."""
+        """The point of largest density or probability, shape ``[*batch, *event]``; NaN if there is no such point."""
         raise NotImplementedError
 
     def entropy(self) -> Float[Array, "*batch"]:
         """``-E[log p]`` in nats, one for each distribution of the batch.
 
         Raises:
-            NotImplementedError: the family has no closed form, such as `jaxfisher.Poisson` and `jaxfisher.NegativeBinomial`.
+            NotImplementedError: the family has no closed form, as for `jaxfisher.Poisson` and `jaxfisher.NegativeBinomial`.
         """
         name = type(self).__name__
         raise NotImplementedError(
@@ -241,11 +241,11 @@ class Distribution:
 
     @property
     def fisher_source(self) -> str:
-        """Where the Fisher comes from: ``"closed form"`` in every family of the library."""
+        """The source of the Fisher: ``"closed form"`` in every family of the library."""
         return "closed form"
 
     def log_prob(self, x: Shaped[Array, "*batch_and_event"]) -> Float[Array, "*batch"]:
-        """Natural logarithm of the density (or probability) at ``x``, one for each distribution of the batch."""
+        """The natural logarithm of the density (or probability) at ``x``, one for each distribution of the batch."""
         raise NotImplementedError
 
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Shaped[Array, "*shape_batch_event"]:
@@ -273,9 +273,10 @@ class Distribution:
         raise NotImplementedError
 
     def fisher_root(self, moving: tuple[bool, ...]) -> tuple[Any, Root]:
-        """The root ``B`` where only some fields move: zeros for ``u``, with as few columns as are needed, and ``u -> B u``.
+        """The root ``B`` if only some fields depend on parameters: zeros for ``u``, with few columns, and ``u -> B u``.
 
-        ``moving`` has a flag for each field. The root gives a list of all fields; those that do not move have no meaning.
+        ``moving`` has a flag for each field. The root returns a list of all fields; values of fields that do not move are
+        arbitrary.
         """
         # The noise has a part for each field, unless the family has a noise of its own.
         own = type(self).fisher_noise is Distribution.fisher_noise
@@ -286,21 +287,21 @@ class Distribution:
     def fisher_mv(self, v: Self) -> Self:
         """``F v = B (B^T v)`` for a tangent ``v`` in the fields (a pytree like the distribution)."""
         (u,) = jax.linear_transpose(self.fisher_sqrt_mv, self.fisher_noise())(v)
-        # XLA would merge a division by a scale in `B^T` and one in `B` into one by its square, which underflows: 0 / 0.
+        # Without the barrier XLA merges the divisions by a scale in `B^T` and in `B` into one by its square, which underflows.
         return self.fisher_sqrt_mv(jax.lax.optimization_barrier(u))
 
     @once
     def fisher_matrix(self) -> Float[Array, "fields fields"]:
         """The Fisher information over the fields flattened in `jax.flatten_util.ravel_pytree` order.
 
-        The sum over the batch of independent distributions: block-diagonal in batch elements up to the ordering.
+        It is summed over the batch of independent distributions: block-diagonal in batch elements up to the ordering.
         """
         noise, unravel = ravel_pytree(self.fisher_noise())
         columns = jax.vmap(lambda u: ravel_pytree(self.fisher_sqrt_mv(unravel(u)))[0])(jnp.eye(noise.size, dtype=noise.dtype))
         return matmul(columns.T, columns)
 
     def _check_target(self, target: Any, name: str) -> None:
-        """Raise `ValueError` unless a target has the shape of a draw; ``name`` is the target's in the message."""
+        """Raise `ValueError` unless a target has the shape of a draw; ``name`` is the name of the target in messages."""
         expected = self.batch_shape + self.event_shape
         if not is_array(target):
             raise TypeError(f"{name} is {described(target)}; expected an array of shape {expected}, for {self}.")
@@ -312,7 +313,7 @@ class Distribution:
             )
 
     def _same_family(self, other: Any) -> Self:
-        """Return ``other`` if `kl` to it has a meaning here, else raise."""
+        """``other``, if `kl` to it is defined here; else raise."""
         if type(other) is not type(self):
             raise TypeError(
                 f"{type(self).__name__}.kl: expected another {type(self).__name__}, got {type(other).__name__}. "
@@ -331,7 +332,7 @@ class Distribution:
         return tuple(shape[len(shape) - ndim :] for shape, ndim in zip(shapes, self.field_ndims, strict=True))
 
     def _make(self, *fields: Array) -> Self:
-        """A distribution-shaped pytree of tangents: the given values as fields, unchecked."""
+        """A pytree like the distribution with the given values as fields, unchecked, such as tangents."""
         made: Self = jax.tree.unflatten(jax.tree.structure(self), fields)
         return made
 
@@ -349,7 +350,7 @@ def float_fields(distribution: Distribution) -> list[Array]:
 
 
 def one_of(owner: str, given: dict[str, Any], convert: Callable[[Array], Array]) -> Any:
-    """A field that may be given in two ways: the first as it is, or the second converted. One of the two must be given."""
+    """A field that may be given in two ways: directly, or by a second argument that is converted. Exactly one must be given."""
     (name, value), (other, instead) = given.items()
     if (value is None) == (instead is None):
         seen = "neither" if value is None else "both"
@@ -358,7 +359,7 @@ def one_of(owner: str, given: dict[str, Any], convert: Callable[[Array], Array])
 
 
 def _must_be_positive(shape: tuple[int, ...], ndim: int) -> np.ndarray:
-    """Which entries of a positive field must be above zero: all, or of a matrix those on its diagonal."""
+    """Which entries of a positive field must be above zero: all, or for a matrix those on its diagonal."""
     return np.eye(*shape[-2:], dtype=bool) if ndim == 2 and len(shape) > 1 else np.ones((), bool)
 
 
@@ -366,7 +367,7 @@ def _as_field(owner: str, name: str, value: Any) -> Array:
     if not isinstance(value, (jax.Array, int, float, complex)) and not hasattr(value, "__array__"):
         raise TypeError(f"{owner}: `{name}` is {described(value)}; expected a number or an array of them.")
     check_array(f"{owner}: `{name}`", value)
-    # A Python integer is a literal like 0.0: it takes the dtype of the fields beside it.
+    # A Python integer is a literal like 0.0, and takes the dtype of the other fields.
     array = jnp.asarray(float(value) if isinstance(value, int) else value)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(f"{owner}: `{name}` is complex ({array.dtype}); its parameters are real.")

@@ -18,8 +18,8 @@ class Bernoulli(Distribution):
 
     .. math:: \log p(y) = \log\sigma((2y - 1) z), \qquad F(z) = p (1 - p), \quad p = \sigma(z).
 
-    Exact at any finite logit: nothing is clipped. Where ``p`` rounds to 0 or 1 the Fisher underflows to 0, and the outcome of
-    probability zero contributes nothing to `kl`. ``log_prob`` is ``-inf`` at any other value than 0 and 1.
+    It is exact at any finite logit: nothing is clipped. If ``p`` rounds to 0 or 1, the Fisher underflows to 0, and the outcome
+    of probability zero contributes nothing to `kl`. ``log_prob`` is ``-inf`` at any other value than 0 and 1.
 
     Args:
         logits: the log-odds ``log(p / (1 - p))``, shape ``[*batch]``, in nats.
@@ -64,13 +64,13 @@ class Bernoulli(Distribution):
         total = jnp.zeros_like(self.logits)
         for logits in (self.logits, -self.logits):
             prob = jax.nn.sigmoid(logits)
-            there = prob > 0  # an outcome that an infinite logit rules out adds nothing
+            there = prob > 0  # an outcome of probability zero adds nothing
             total -= prob * jax.nn.log_sigmoid(jnp.where(there, logits, 0))
         return total
 
     def log_prob(self, x: Shaped[Array, "*batch"]) -> Float[Array, "*batch"]:
         outcome = jnp.asarray(x).astype(self.logits.dtype)
-        # One log-sigmoid at the signed logit: ``y z - softplus(z)`` would cancel for a likely outcome.
+        # Use one log-sigmoid of the signed logit: ``y z - softplus(z)`` would cancel for a likely outcome.
         log_prob = jax.nn.log_sigmoid((2 * outcome - 1) * self.logits)
         # NaN is not outside: it must come out as NaN, not as -inf with a zero gradient.
         outside = (outcome != 0) & (outcome != 1) & ~jnp.isnan(outcome)
@@ -101,8 +101,8 @@ class Bernoulli(Distribution):
 def _kl_near(logits: Float[Array, "*batch"], difference: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """The divergence to ``logits + difference``: ``log(1 + y) - p d`` with ``y = p (e^d - 1)``.
 
-    Written for the rarer of the two outcomes, with ``p d`` taken out of ``y`` and ``y`` out of the logarithm: of the two terms
-    left, of second order in ``d``, the second is at most about half the first.
+    It is computed for the rarer of the two outcomes, with ``p d`` taken out of ``y`` and ``y`` out of the logarithm. Two terms
+    of second order in ``d`` are left, and the second is at most about half the first.
     """
     likely = logits > 0
     rare = jax.nn.sigmoid(jnp.where(likely, -logits, logits))

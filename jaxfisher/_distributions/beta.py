@@ -26,7 +26,7 @@ class Beta(Distribution):
         b: concentration of ``1 - x``, shape ``[*batch]``, no unit, above zero.
 
     Raises:
-        ValueError: the shapes do not broadcast together; a field known not to be above zero. One that is not known gives NaN.
+        ValueError: the shapes do not broadcast together; a field is known not to be above zero (if unknown, it gives NaN).
         TypeError: a complex field.
 
     Reference: Johnson, Kotz and Balakrishnan, Continuous Univariate Distributions, volume 2 (1995), chapter 25.
@@ -57,14 +57,14 @@ class Beta(Distribution):
 
     @property
     def mode(self) -> Float[Array, "*batch"]:
-        """``(a - 1)/(a + b - 2)``, or the end of the interval where one of both is at most one; NaN where both are."""
+        """``(a - 1)/(a + b - 2)``, or an end of the interval if one concentration is at most one; NaN if both are."""
         a, b = aligned(self.a, self.b)
         inside, alone = (a > 1) & (b > 1), (a > 1) != (b > 1)
         peak = ratio(jnp.where(inside, a - 1, 1), jnp.where(inside, a + b - 2, 1))
         return jnp.where(inside, peak, jnp.where(alone, jnp.where(a > 1, 1.0, 0.0), jnp.nan)).astype(self.a.dtype)
 
     def entropy(self) -> Float[Array, "*batch"]:
-        """That of the Dirichlet distribution."""
+        """The entropy of the Dirichlet distribution with concentrations ``a`` and ``b``."""
         a, b = aligned(self.a, self.b)
         return dirichlet_entropy(jnp.stack([a, b], -1)).astype(self.a.dtype)
 
@@ -78,7 +78,7 @@ class Beta(Distribution):
         return jax.random.beta(key, a, b, dtype=a.dtype).astype(self.a.dtype)
 
     def kl(self, other: Beta) -> Float[Array, "*batch"]:
-        """That of the two Dirichlet distributions."""
+        """The divergence between the two Dirichlet distributions."""
         other = self._same_family(other)
         a, b, c, d = aligned(self.a, self.b, other.a, other.b)
         return divergence(jnp.stack([a, b], -1), jnp.stack([c, d], -1)).astype(self.a.dtype)

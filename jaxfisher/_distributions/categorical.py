@@ -24,7 +24,7 @@ class Categorical(Distribution):
     Args:
         logits: unnormalised log-probabilities, shape ``[*batch, C]``.
 
-    ``Categorical(probs=p)`` takes probabilities instead, or numbers in proportion to them, of the same shape; a negative one
+    ``Categorical(probs=p)`` takes probabilities instead, or numbers proportional to them, of the same shape; a negative one
     gives NaN.
 
     Raises:
@@ -73,7 +73,7 @@ class Categorical(Distribution):
 
     @property
     def mode(self) -> Int[Array, "*batch"]:
-        """The most probable class; of several, the first."""
+        """The most probable class; the first of several."""
         return jnp.argmax(self.logits, axis=-1).astype(jnp.int32)
 
     def entropy(self) -> Float[Array, "*batch"]:
@@ -89,26 +89,25 @@ class Categorical(Distribution):
         label = jnp.broadcast_to(jnp.asarray(x), batch)[..., None]
         index = label.astype(int)
         picked = jnp.take_along_axis(log_probs, index, axis=-1, mode="clip")
-        # A class out of range, or a label that is no integer, reads as NaN: it must not pass for a class. As a factor, so that
-        # the gradient is NaN too.
+        # A class out of range, or a label that is no integer, gives NaN. Multiply by the NaN, so that the gradient is NaN too.
         known = (index >= 0) & (index < log_probs.shape[-1]) & (index.astype(label.dtype) == label)
         return (picked * jnp.where(known, 1, jnp.nan).astype(picked.dtype))[..., 0]
 
     @of_plain_bits
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Int[Array, "*shape_and_batch"]:
-        # By the cumulative probabilities: one random number a draw, where `jax.random.categorical` takes one for each class.
+        # Invert the cumulative probabilities: one random number a draw, while `jax.random.categorical` takes one a class.
         logits = self.logits.astype(at_least_float32(self.logits.dtype))
         below = jnp.cumsum(jax.nn.softmax(logits, axis=-1), axis=-1)
         u = jax.random.uniform(key, shape + self.batch_shape, below.dtype)
-        # u is below one, and so what is looked for below the last: of a class without probability nothing is drawn.
+        # u is below one, so the number looked up is below the last entry, and a class of probability zero is never drawn.
         below = jnp.broadcast_to(below, u.shape + below.shape[-1:])
         return jnp.sum(below <= u[..., None] * below[..., -1:], axis=-1, dtype=jnp.int32)
 
     def kl(self, other: Categorical) -> Float[Array, "*batch"]:
         """``sum_c p_c (log p_c - log q_c)``; classes with ``p_c = 0`` contribute zero.
 
-        At near logits as ``log(1 + sum_c p_c (e^d_c - 1 - d_c))``, ``d`` the change of the logits less its mean under ``p``: a
-        sum of terms that are never negative, all zero where the arguments are equal.
+        For nearby logits it is computed as ``log(1 + sum_c p_c (e^d_c - 1 - d_c))``, where ``d`` is the change of the logits
+        minus its mean under ``p``: a sum of terms that are never negative, and all zero for equal arguments.
         """
         other = self._same_family(other)
         log_p = jax.nn.log_softmax(self.logits, axis=-1)

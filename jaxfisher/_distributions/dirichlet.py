@@ -29,17 +29,17 @@ class Dirichlet(Distribution):
     .. math:: \log p(x) = \sum_i (\alpha_i - 1)\log x_i + \log\Gamma(\alpha_0) - \sum_i\log\Gamma(\alpha_i), \quad
         \alpha_0 = \sum_i\alpha_i, \qquad F(\alpha) = \mathrm{diag}(\psi'(\alpha_i)) - \psi'(\alpha_0)\, 1 1^T.
 
-    The density is with respect to ``dx_1 ... dx_{K-1}``. ``log_prob`` is ``-inf`` where an ``x_i`` is negative or the sum
-    differs from one by more than the square root of the eps it is computed in (float32 at least);
-    nearer than that, the sum is taken to be one. On the
-    boundary it is ``-inf`` if a class with ``alpha_i > 1`` is at zero, else ``inf`` if one with ``alpha_i < 1`` is.
+    The density is with respect to ``dx_1 ... dx_{K-1}``. ``log_prob`` is ``-inf`` if an ``x_i`` is negative, or if the sum
+    differs from one by more than the square root of the eps of the dtype it is computed in (float32 at least); a smaller
+    difference is ignored. On the boundary it is ``-inf`` if a class with ``alpha_i > 1`` is at zero, else ``inf`` if one with
+    ``alpha_i < 1`` is.
 
     Args:
         concentration: the concentrations, shape ``[*batch, K]``, no unit, above zero.
 
     Raises:
-        ValueError: ``concentration`` has no class axis, or an empty one; it is known not to be above
-            zero. One that is not known gives NaN.
+        ValueError: ``concentration`` has no class axis, or an empty one; it is known not to be above zero (if unknown, it gives
+            NaN).
         TypeError: a complex field.
 
     Reference: Minka, Estimating a Dirichlet distribution (2000), equations 1, 13 and 14.
@@ -77,7 +77,7 @@ class Dirichlet(Distribution):
 
     @property
     def mode(self) -> Float[Array, "*batch classes"]:
-        """``(alpha_i - 1)/(alpha_0 - K)`` where every concentration is above one, else NaN."""
+        """``(alpha_i - 1)/(alpha_0 - K)`` if every concentration is above one, else NaN."""
         (a,) = aligned(self.concentration)
         inside = jnp.all(a > 1, -1, keepdims=True)
         peak = jnp.where(inside, a - 1, 1)
@@ -99,7 +99,7 @@ class Dirichlet(Distribution):
         return draws.astype(self.concentration.dtype)
 
     def kl(self, other: Dirichlet) -> Float[Array, "*batch"]:
-        """The Bregman divergence of ``sum_i lgamma(alpha_i) - lgamma(alpha_0)`` from here to there; see `divergence`."""
+        """The Bregman divergence of ``sum_i lgamma(alpha_i) - lgamma(alpha_0)`` to ``other``; see `divergence`."""
         other = self._same_family(other)
         a, b = aligned(self.concentration, other.concentration)
         return divergence(a, b).astype(self.concentration.dtype)
@@ -117,8 +117,8 @@ def log_density(a: Float[Array, "*batch classes"], x: Float[Array, "*batch class
     outside = jnp.any(x < 0, -1) | (jnp.abs(jnp.sum(x, -1) - 1) > tolerance)
     edge = x == 0
     inside = jnp.where(edge | outside[..., None], 1, x)
-    # With y = x/mean: the sum of a (log y - y + 1), since that of a (y - 1) is zero on the simplex, and what Stirling's formula
-    # leaves. No term is larger than the result needs it to be.
+    # With y = x/mean: the sum of a (log y - y + 1), since that of a (y - 1) is zero on the simplex, plus the remainder of
+    # Stirling's formula. No term is much larger than the result.
     interior = -rate_gap(inside * total, a, ratio(inside * total - a, a)) - jnp.log(inside)
     # At x = 0 the class matters only if a = 1: then the term is 1 - log(mean), because the logarithms of x cancel.
     terms = jnp.where(edge, 1 + jnp.log(total), interior)
@@ -130,7 +130,7 @@ def log_density(a: Float[Array, "*batch classes"], x: Float[Array, "*batch class
 
 
 def dirichlet_entropy(a: Float[Array, "*batch classes"]) -> Float[Array, "*batch"]:
-    """The entropy by those of gamma variables, each without large terms that cancel."""
+    """The entropy from those of gamma variables, each without large terms that cancel."""
     total = jnp.sum(a, -1)
     rest = (a.shape[-1] - 1) * jax.scipy.special.digamma(total)
     return jnp.sum(gamma_entropy(a), -1) - gamma_entropy(total) - rest
@@ -159,8 +159,8 @@ def fisher_root(a: Float[Array, "*batch classes"], u: Float[Array, "*batch class
     .. math:: B = D^{1/2} - \frac{s}{1 + \sqrt\Delta}\, 1\, (d^{-1/2})^T, \qquad
         \Delta = 1 - s \sum_i 1/d_i = \sum_i \frac{a_i}{a_0}\, \frac{c(a_i) - c(a_0)}{1 + c(a_i)}, \quad c(a) = a\psi'(a) - 1.
 
-    The second form of ``Delta`` has no negative term, and takes the difference of ``c`` from the sum of the other classes. So
-    does the diagonal of ``B``, in ``d_i - s``; every entry then has all its digits.
+    The second form of ``Delta`` has no negative term, and computes the difference of ``c`` from the sum of the other classes.
+    The diagonal of ``B`` does the same for ``d_i - s``, so that every entry has all its digits.
     """
     total = jnp.broadcast_to(jnp.sum(a, -1, keepdims=True), a.shape)
     others = _sum_of_others(a)
@@ -176,7 +176,7 @@ def fisher_root(a: Float[Array, "*batch classes"], u: Float[Array, "*batch class
 
 
 def _sum_of_others(a: Array) -> Array:
-    """``sum_{j != i} a_j``: the total less ``a_i`` would lose the small classes beside a large one."""
+    """``sum_{j != i} a_j``; the total minus ``a_i`` would lose small classes beside a large one."""
     none = jnp.zeros_like(a[..., :1])
     axis = a.ndim - 1
     before = jax.lax.cumsum(jnp.concatenate([none, a[..., :-1]], -1), axis)

@@ -1,4 +1,4 @@
-"""What convex functions exceed their tangent by: the divergences between two rates or two scales are made of these."""
+"""The excess of convex functions over their tangents, of which divergences between two rates or two scales are made."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from jaxfisher._distributions.stable import ratio
 
 
 def excess_over_log(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """``x/y - 1 - log(x/y)`` for positive ``x`` and ``y``: zero, to second order, where they are equal.
+    """``x/y - 1 - log(x/y)`` for positive ``x`` and ``y``: the divergence between two scales, zero to second order at equality.
 
-    The divergence between two scales. Near equality the difference is taken before the quotient; far from it ``log x - log y``
-    stays finite where ``x/y`` underflows.
+    Near equality the difference is taken before the quotient; far from it ``log x - log y`` stays finite even if ``x/y``
+    underflows.
     """
     excess = ratio(x - y, y)
     near = jnp.abs(excess) < 0.5
@@ -23,7 +23,7 @@ def excess_over_log(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Flo
 
 
 def exp_excess(d: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """``e^d - 1 - d``: never negative, and zero to second order at 0, with all its digits; infinite at either end."""
-    far = d < -100  # where nothing is left of the exponential, and its ratio to an infinite d would be NaN
+    """``e^d - 1 - d`` with all its digits: never negative, zero to second order at 0, infinite at either end."""
+    far = d < -100  # there the exponential is negligible, and its ratio to an infinite d would be NaN
     near = jnp.where(far, 0, d)
     return jnp.where(far, -1 - d, -near * exp_gap_ratio(-near))

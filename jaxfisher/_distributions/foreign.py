@@ -1,8 +1,8 @@
-"""Distributions of distrax, NumPyro and TFP-on-JAX, taken as they are.
+"""Adapters for distributions of distrax, NumPyro and TFP-on-JAX.
 
 None of the three is imported here: the class of an object says which library it comes from, and its own methods do the work. An
-object with an exact counterpart among our families becomes that family, and has our closed-form Fisher; others are wrapped in
-`Foreign`, whose Fisher comes from a sum over its outcomes, from its library's KL, or from samples. ``fisher_source`` says
+object with an exact counterpart among our families becomes that family, and has our closed-form Fisher. Others are wrapped in
+`Foreign`, whose Fisher comes from a sum over its outcomes, from its library's KL, or from samples; ``fisher_source`` says
 which.
 """
 
@@ -40,17 +40,17 @@ _EXPECTED = (
 
 
 def as_distribution(obj: Any) -> Distribution:
-    """The distribution a model returned, as one of ours.
+    """The distribution that a model returned, as one of ours.
 
-    Ours come back as they are. One of distrax, NumPyro or TFP-on-JAX becomes the same family of ours where there is one, and
-    is wrapped in `Foreign` where there is none. An ``Independent`` or NumPyro's ``expand`` around a family we have
-    becomes a batch of that family: a batch is a product of independent distributions here; `log_prob` and `kl` keep its axes.
+    Ours come back as they are. One of distrax, NumPyro or TFP-on-JAX becomes the same family of ours if there is one, and is
+    wrapped in `Foreign` if not. An ``Independent`` or NumPyro's ``expand`` around a family that we have becomes a batch of that
+    family: here a batch is a product of independent distributions, and `log_prob` and `kl` keep its axes.
 
     Args:
-        obj: what the model returned.
+        obj: the output of the model.
 
     Raises:
-        TypeError: it is no distribution over one target.
+        TypeError: ``obj`` is no distribution over one target.
 
     >>> import jaxfisher as jf
     >>> as_distribution(jf.Normal(0.0, 1.0)).fisher_source
@@ -64,7 +64,7 @@ def as_distribution(obj: Any) -> Distribution:
     translated = translate(obj)
     if translated is not None:
         return translated
-    # A product of independent distributions is what our batch means, so that what is inside says it all.
+    # Our batch already means a product of independent distributions, so unwrap the `Independent`.
     _check_parts(obj, library)
     inside = independent(obj)
     return _wrap(obj, library) if inside is None else as_distribution(inside)
@@ -72,7 +72,7 @@ def as_distribution(obj: Any) -> Distribution:
 
 @dataclasses.dataclass(frozen=True)
 class _Form:
-    """What of a foreign object is not a number: enough to rebuild it from its leaves."""
+    """The static part of a foreign object: enough to rebuild the object from its leaves."""
 
     library: str
     name: str
@@ -93,21 +93,21 @@ class Foreign(Distribution):
         F = \nabla^2_{q} \mathrm{KL}(p \,\|\, q)\big|_{q = p} \quad\text{or}\quad
         F \approx \tfrac1N \sum_{n} s(x_n) s(x_n)^T, \; x_n \sim p, \; N = 1024.
 
-    The first is taken where the outcomes are finitely many, at most 4096, and known when the model is traced
-    (``fisher_source == "sum over 4 outcomes"``), as in NumPyro's ``OrderedLogistic``; the KL is then such a sum as well. A
-    ``Binomial`` whose number of trials is data is none of these.
+    The first is used if the outcomes are finitely many, at most 4096, and known when the model is traced
+    (``fisher_source == "sum over 4 outcomes"``), as for NumPyro's ``OrderedLogistic``; the KL is then such a sum as well. A
+    ``Binomial`` whose number of trials is data does not qualify.
 
-    The second (``"Hessian of the KL"``) needs a KL rule that reads every field the density reads. Some do not:
-    distrax gives two transformed distributions the KL of their bases, whatever the parameters of their bijectors.
-    Where the rule is missing or blind, the third is taken (``"1024 samples"``), with one fixed random key, the same for every
-    example: a relative error of the order of 3 % in each entry, and rank at most 1024.
+    The second (``"Hessian of the KL"``) needs a KL rule that reads every field that the density reads. Some rules do not:
+    distrax gives two transformed distributions the KL of their bases, whatever the parameters of their bijectors. If the rule
+    is missing or does not read all fields, the third is used (``"1024 samples"``), with one fixed random key, the same for
+    every example: a relative error of the order of 3 % in each entry, and rank at most 1024.
 
-    The square root of the Hessian is by eigenvalues, after scaling its diagonal to one; those below ``eps * size``
-    of the largest are rounding and set to zero. Where the KL is not stationary at ``q = p`` its Hessian is no Fisher
-    (a support that moves with a parameter, as in ``Uniform``; an object that caches a function of its parameters beside
-    them): the result is NaN.
+    The square root of the Hessian is computed from eigenvalues, after scaling the diagonal to one; eigenvalues below
+    ``eps * size`` of the largest are rounding errors and set to zero. If the KL is not stationary at ``q = p``, its Hessian is
+    no Fisher, and the result is NaN. This happens if the support moves with a parameter, as in ``Uniform``, or if an object
+    caches a function of its parameters beside them.
 
-    One that came out of ``jax.vmap`` has batched leaves inside an object that does not know it: use it under ``jax.vmap``.
+    An object that came out of ``jax.vmap`` has batched leaves without knowing it: use it under ``jax.vmap``.
 
     Reference: Martens, New insights and perspectives on the natural gradient method (JMLR 2020), section 5.
     """
@@ -141,7 +141,7 @@ class Foreign(Distribution):
             mean: Array = value() if callable(value) else value
         except NotImplementedError as error:
             raise NotImplementedError(
-                f"{self._title} has no mean. What asks for one needs a distribution that has it, or an average over draws."
+                f"{self._title} has no mean. Use a distribution that has one, or an average over draws."
             ) from error
         return mean
 
@@ -162,10 +162,10 @@ class Foreign(Distribution):
         return draws
 
     def kl(self, other: Foreign) -> Float[Array, "*batch"]:
-        """The KL as a sum over the outcomes where they are known, else that of the other library.
+        """The KL as a sum over the outcomes if they are known, else by the other library's rule.
 
         Raises:
-            NotImplementedError: it has none for this pair, or one that does not read all fields the density reads.
+            NotImplementedError: the library has no rule for this pair, or one that does not read all fields of the density.
         """
         other = self._same_family(other)
         if self.form.outcomes is not None and self.form.outcomes == other.form.outcomes:
@@ -179,7 +179,7 @@ class Foreign(Distribution):
         return value
 
     def fisher_noise(self) -> Float[Array, " columns"]:
-        """Zeros, one for each column of the root: the fields or as many outcomes, the fields for a Hessian, or 1024."""
+        """Zeros, one for each column of the root: at most one a field from outcomes, one a field from a Hessian, or 1024."""
         return jnp.zeros(jax.eval_shape(self._root).shape[1], ravel_pytree(self.fields)[0].dtype)
 
     def fisher_sqrt_mv(self, u: Float[Array, " columns"]) -> Foreign:
@@ -213,7 +213,7 @@ class Foreign(Distribution):
         return f"{self.form.library}'s {self.form.name}"
 
     def _object(self, fields: tuple[Array, ...] | None = None) -> Any:
-        """The foreign object, with these fields in place of its own if given."""
+        """The foreign object, with these fields if they are given, else its own."""
         floats, others = iter(self.fields if fields is None else fields), iter(self.carried)
         leaves = [next(floats) if is_float else next(others) for is_float in self.form.is_float]
         return jax.tree.unflatten(self.form.treedef, leaves)
@@ -224,7 +224,7 @@ class Foreign(Distribution):
         return Foreign(unravel(flat), without, self.form)
 
     def _kl_gap(self, other: Foreign) -> str | None:
-        """Why the library's KL to ``other`` cannot be relied on; ``None`` if it can. Costs tracing only."""
+        """Why the library's KL to ``other`` cannot be relied on; None if it can. This only traces."""
         p = self._object()
         try:
             used = _reads(lambda fields: self._library.kl(p, other._object(fields)), other.fields)
@@ -249,7 +249,7 @@ class Foreign(Distribution):
         return jax.vmap(self.log_prob)(jnp.broadcast_to(whole, (len(outcomes), *draw.shape)))
 
     def _root_of_outcomes(self, outcomes: Outcomes) -> Float[Array, "fields columns"]:
-        """``sqrt(p(x)) s(x)`` of every outcome; of many of them a triangle with the same square."""
+        """``sqrt(p(x)) s(x)`` of every outcome; for many outcomes, a triangle with the same square."""
         flat, unravel = ravel_pytree(self.fields)
         wide = at_least_float32(flat.dtype)
 
@@ -257,12 +257,12 @@ class Foreign(Distribution):
             return dataclasses.replace(self, fields=unravel(flat))._log_probs(outcomes).reshape(-1)
 
         shares = jnp.exp(0.5 * log_probs(flat).astype(wide))[:, None]
-        # The score of what does not happen may be anything.
+        # The score of an outcome of probability zero may be anything, NaN included.
         rows = jnp.where(shares > 0, shares * jax.jacrev(log_probs)(flat).astype(wide), 0)
         return triangle(rows.T).astype(flat.dtype)
 
     def _kl_by_outcomes(self, other: Foreign) -> Float[Array, "*batch"]:
-        """``sum q - p - p log(q/p)``, of which no term is negative: near equality nothing cancels."""
+        """``sum q - p - p log(q/p)``: no term is negative, so nothing cancels near equality."""
         assert self.form.outcomes is not None
         mine, theirs = self._log_probs(self.form.outcomes), other._log_probs(self.form.outcomes)
         happens = mine > -jnp.inf
@@ -320,9 +320,9 @@ def _wrap(obj: Any, library: str) -> Foreign:
 
 
 def _check_parts(obj: Any, library: str) -> None:
-    """Raise `TypeError` where a distribution inside another has lost its parameters."""
+    """Raise `TypeError` if a distribution inside another has lost its parameters."""
     for part in reversed([*_parts(obj)]):  # inner ones first: they are the cause
-        # distrax does this to what it takes from TFP: their derivatives would be zero without a word.
+        # distrax does this to distributions from TFP, and their derivatives would silently be zero.
         if not jax.tree.leaves(part):
             raise TypeError(
                 f"{library}'s {type(obj).__name__} cannot be used: {type(part).__name__} in it has no leaves as a pytree, so "
@@ -331,7 +331,7 @@ def _check_parts(obj: Any, library: str) -> None:
 
 
 def _parts(obj: Any) -> Iterator[Any]:
-    """A distribution and those that it is made of."""
+    """A distribution and the distributions inside it."""
     yield obj
     for value in vars(obj).values():
         if library_of(type(value)) is not None:
@@ -339,21 +339,21 @@ def _parts(obj: Any) -> Iterator[Any]:
 
 
 def _reads(function: Callable[..., Any], fields: tuple[Array, ...], *rest: Any) -> frozenset[int]:
-    """Which of the fields the result moves with."""
+    """The places of the fields on which the result depends."""
     return frozenset().union(*moved_by(function, fields, *rest)) & frozenset(range(len(fields)))
 
 
 def _is_stationary(flat: Array, slope: Array, hessian: Array) -> Array:
     """Whether the slope of the KL is zero up to rounding.
 
-    The slope is minus a mean score, which is at most the root of the Fisher's diagonal: the slope is compared with that root.
-    The floor is for a Fisher that is itself zero up to rounding, as at a saturated softmax: there the slope is the rounding of
-    terms of order one per relative change of the field.
+    The slope is minus a mean score, which is at most the root of the Fisher's diagonal, so it is compared with that root. The
+    floor is for a Fisher that is itself zero up to rounding, as at a saturated softmax: there the slope is the rounding error
+    of terms of order one per relative change of the field.
     """
     eps = float(jnp.finfo(flat.dtype).eps)
     allowed = jnp.sqrt(eps * jnp.abs(jnp.diagonal(hessian)))
     floor = 1e3 * eps / (1 + jnp.abs(flat))
-    # Written so that a NaN does not count as a slope: it passes through the root.
+    # `~any(a > b)`, so that a NaN does not count as a slope; it passes on into the root.
     return ~jnp.any(jnp.abs(slope) > jnp.maximum(allowed, floor))
 
 

@@ -35,7 +35,7 @@ class Gamma(Distribution):
         rate: one over the scale, shape ``[*batch]``, in one over the units of the target, above zero.
 
     Raises:
-        ValueError: the shapes do not broadcast together; a field known not to be above zero. One that is not known gives NaN.
+        ValueError: the shapes do not broadcast together; a field is known not to be above zero (if unknown, it gives NaN).
         TypeError: a complex field.
 
     Reference: Lehmann and Casella, Theory of Point Estimation (1998), table 1.5.1 and example 2.5.2.
@@ -90,9 +90,9 @@ class Gamma(Distribution):
         return ratio(draws, jnp.broadcast_to(b, size)).astype(self.concentration.dtype)
 
     def kl(self, other: Gamma) -> Float[Array, "*batch"]:
-        r"""``a' (m/m' - 1 - log(m/m'))`` with the means ``m = a/b``, and what the concentrations add: no term is negative.
+        r"""``a' (m/m' - 1 - log(m/m'))`` with the means ``m = a/b``, plus a divergence between concentrations.
 
-        What they add is the Bregman divergence of ``lgamma(a) - a log a + a`` from ``a`` to ``a'``.
+        The latter is the Bregman divergence of ``lgamma(a) - a log a + a`` from ``a`` to ``a'``. No term is negative.
         """
         other = self._same_family(other)
         a, b, c, d = aligned(self.concentration, self.rate, other.concentration, other.rate)
@@ -101,7 +101,7 @@ class Gamma(Distribution):
         return (means + gammaln_bregman_rest(c, a)).astype(self.concentration.dtype)
 
     def fisher_sqrt_mv(self, u: Gamma) -> Gamma:
-        # Cholesky, the rate first: what is left for the concentration is trigamma(a) - 1/a.
+        # Cholesky, the rate first: trigamma(a) - 1/a is left for the concentration.
         a, b, u_a, u_b = aligned(self.concentration, self.rate, u.concentration, u.rate)
         root = jnp.sqrt(a)
         fields = jnp.sqrt(trigamma_excess(a)) * u_a - ratio(root * u_b, a), ratio(root * u_b, b)

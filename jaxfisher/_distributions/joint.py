@@ -1,4 +1,4 @@
-"""Several independent distributions as one: heads of a model, each with its own likelihood."""
+"""Several independent distributions as one, for models with several heads, each with its own likelihood."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from jaxfisher._values import described
 
 @array_fields("parts", repr=False, eq=False)
 class Joint(Distribution):
-    r"""Independent distributions of several targets, in a container: a model with several heads, each with its likelihood.
+    r"""Independent distributions of several targets in one container, for models with several heads.
 
     .. math:: \log p(x) = \sum_k \log p_k(x_k), \qquad KL(p \,\|\, q) = \sum_k KL(p_k \,\|\, q_k), \qquad
         F = \mathrm{diag}(F_1, F_2, \dots).
 
-    The target is the same container with a target in the place of each distribution: of ``{"label": p, "box": q}`` it is
+    The target is the same container with a target in the place of each distribution: for ``{"label": p, "box": q}`` it is
     ``{"label": y, "box": z}``. Draws, means, variances and modes are such containers, and the square root of the Fisher has the
-    columns of the parts side by side. A model may return the container itself: that means its `Joint`. The batch axes are the
-    leading axes that all parts share; over the other axes of a part one sums, since they are parts of one target.
+    columns of the parts side by side. A model may return the container itself, which stands for its `Joint`. The batch axes are
+    the leading axes that all parts share; the other axes of a part belong to one target, and are summed over.
 
     Args:
         parts: a dict, tuple, list or other pytree of distributions, of this library or of another one.
 
     Raises:
         TypeError: a leaf of ``parts`` is no distribution.
-        ValueError: there is none; (when called) a target, or another `Joint`, in a container of another structure.
+        ValueError: ``parts`` has no leaves; (when called) a target, or another `Joint`, in a container of another structure.
 
     Reference: Martens, New insights and perspectives on the natural gradient method (JMLR 2020), section 9: the Fisher of a
     product of independent distributions is block-diagonal.
@@ -58,10 +58,10 @@ class Joint(Distribution):
         for path, part in found:
             if not _is_distribution(part):
                 raise TypeError(
-                    f"Joint: the part at {jax.tree_util.keystr(path)} is {described(part)}; expected a distribution. What a "
-                    "model returns beside its distribution is an auxiliary output: return (distribution, aux), and give "
-                    "jf.training_step has_aux=True and no loss of your own. All else, and a step with such a loss, takes "
-                    "the distribution alone, lambda params, x: model(params, x)[0]."
+                    f"Joint: the part at {jax.tree_util.keystr(path)} is {described(part)}; expected a distribution. If it is "
+                    "an auxiliary output, return (distribution, aux), and give jf.training_step has_aux=True and no loss of "
+                    "your own. Everything else, and a step with a loss of your own, takes the distribution alone, "
+                    "lambda params, x: model(params, x)[0]."
                 )
             made.append(as_distribution(part))
         object.__setattr__(self, "parts", jax.tree.unflatten(outer, made))
@@ -76,19 +76,19 @@ class Joint(Distribution):
         return jax.tree.leaves(self.parts, is_leaf=_is_distribution)
 
     def _mapped(self, function: Callable[[Distribution], Any]) -> Any:
-        """The container with what a function makes of each part."""
+        """The container with a function applied to each part."""
         return jax.tree.map(function, self.parts, is_leaf=_is_distribution)
 
     def _entries(self, container: Any, what: str) -> list[Any]:
-        """What a container holds in the places of the parts, or a `ValueError` that names where it differs."""
+        """The entries of a container in the places of the parts, or a `ValueError` that says where it differs."""
         try:
             entries: list[Any] = self._outer.flatten_up_to(container)
         except ValueError as error:
-            raise ValueError(f"{what} {self._difference(container)}. Give it the container of the distributions.") from error
+            raise ValueError(f"{what} {self._difference(container)}. Use the same container as the distributions.") from error
         return entries
 
     def _difference(self, container: Any) -> str:
-        """In which place a container is another one than that of the parts."""
+        """The first place in which a container differs from that of the parts, in words."""
         expected, _ = jax.tree_util.tree_flatten_with_path(self.parts, is_leaf=_is_distribution)
         seen = [path for path, _ in jax.tree_util.tree_flatten_with_path(container)[0]]
         for path, _ in expected:
@@ -135,7 +135,7 @@ class Joint(Distribution):
         return self._mapped(lambda part: part.mode)
 
     def _total(self, values: Iterator[Array]) -> Float[Array, "*batch"]:
-        """The sum of what the parts give, over the axes that they do not share too."""
+        """The sum of the parts' values, also over batch axes that the parts do not share."""
         shared = len(self.batch_shape)
         own = [len(part.batch_shape) - shared for part in self._each]
         sums = [jnp.sum(value, axis=tuple(range(-axes, 0))) for value, axes in zip(values, own, strict=True)]
@@ -216,7 +216,7 @@ class Joint(Distribution):
 
 
 def as_prediction(obj: Any) -> Distribution:
-    """The distribution that a model returned, as one of ours; a container of distributions is their `Joint`."""
+    """The distribution that a model returned, as one of the library's; a container of distributions becomes their `Joint`."""
     leaves = jax.tree.leaves(obj, is_leaf=_is_distribution)
     if not _is_distribution(obj) and any(map(_is_distribution, leaves)):
         return Joint(obj)
@@ -228,7 +228,7 @@ def _is_distribution(obj: Any) -> bool:
 
 
 def _root_of(part: Distribution, moving: tuple[bool, ...]) -> tuple[Any, Root]:
-    """The root of one part; of one in which nothing moves, no column."""
+    """The root of one part; without columns if none of its fields move."""
     if any(moving):
         return part.fisher_root(moving)
     return (), lambda _: [jnp.zeros_like(field) for field in float_fields(part)]

@@ -19,16 +19,16 @@ class Laplace(Distribution):
 
     .. math:: \log p(x) = -|x - \mu|/s - \log 2s, \qquad F(\mu, s) = \mathrm{diag}(1/s^2,\; 1/s^2).
 
-    The density has a kink at ``loc``, so only two of the three routes to the Fisher hold: the second moment of the score,
+    The density has a kink at ``loc``, so only two of the three routes to the Fisher are right: the second moment of the score,
     and the Hessian of `kl` at equal arguments. Minus the expected Hessian of ``log_prob`` is not the Fisher: it misses the
-    point mass that the kink puts on the second derivative, and reads 0 for ``loc``.
+    point mass that the kink puts on the second derivative, and is 0 for ``loc``.
 
     Args:
         loc: the median and mean, shape ``[*batch]``, in the units of the target.
         scale: the mean absolute deviation, shape ``[*batch]``, in the units of the target, above zero.
 
     Raises:
-        ValueError: the shapes do not broadcast together; ``scale`` known not to be above zero. One that is not known gives NaN.
+        ValueError: the shapes do not broadcast together; ``scale`` is known not to be above zero (if unknown, it gives NaN).
         TypeError: a complex field.
 
     Reference: Kotz, Kozubowski and Podgorski, The Laplace Distribution and Generalizations (2001), section 2.6.
@@ -64,7 +64,7 @@ class Laplace(Distribution):
 
     def log_prob(self, x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         residual = x - self.loc
-        # Not `abs`: the score is 0 at the kink itself, and NaN where the target is.
+        # Not `abs`, so that the score is 0 at the kink itself, and NaN if the target is.
         return -ratio(jnp.sign(residual) * residual, self.scale) - jnp.log(self.scale) - _LOG_TWO
 
     @of_plain_bits
@@ -76,17 +76,17 @@ class Laplace(Distribution):
     def kl(self, other: Laplace) -> Float[Array, "*batch"]:
         """``|m - m'|/s' + (s/s') exp(-|m - m'|/s) - 1 - log(s/s')``.
 
-        Arranged as ``(s/s') (a - 1 + e^-a)`` with ``a = |m - m'|/s`` plus the divergence between the scales, both zero where
-        the arguments are equal.
+        It is arranged as ``(s/s') (a - 1 + e^-a)`` with ``a = |m - m'|/s``, plus the divergence between the scales; both are
+        zero for equal arguments.
         """
         other = self._same_family(other)
         difference = self.loc - other.loc
-        # The divergence is even and smooth in the difference, so either one-sided slope gives its Hessian at 0; a slope of
-        # zero, as a convention for `abs` might have it, would not.
+        # The divergence is even and smooth in the difference, so either one-sided slope gives its Hessian at 0. A slope of
+        # zero, which `abs` might have by convention, would not.
         distance = jnp.where(difference >= 0, difference, -difference)
         near = distance <= self.scale
         close = self.scale * exp_excess(-ratio(jnp.where(near, distance, 0), self.scale))
-        # Far apart the quotient may overflow, and its exponential is 0 then.
+        # Far apart the quotient may overflow; its exponential is then 0.
         apart = distance - self.scale + self.scale * jnp.exp(-ratio(distance, self.scale))
         return ratio(jnp.where(near, close, apart), other.scale) + excess_over_log(self.scale, other.scale)
 

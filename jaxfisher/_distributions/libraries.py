@@ -1,4 +1,4 @@
-"""distrax, NumPyro and TFP-on-JAX: whose an object is, how each library is spoken to, and which families are ours too.
+"""distrax, NumPyro and TFP-on-JAX: which of them an object comes from, how to call each, and which families we have too.
 
 None of the three is imported: the class of an object says which library it comes from.
 """
@@ -31,7 +31,7 @@ from jaxfisher._linalg import matmul
 
 @dataclasses.dataclass(frozen=True)
 class Library:
-    """The parts of a library that differ: where its classes live, how it draws, where its KL is, and its families as ours."""
+    """The differences between libraries: where classes live, how to draw, how to get a KL, and which families are ours too."""
 
     modules: str
     sample: Callable[[Any, PRNGKeyArray, tuple[int, ...]], Any]
@@ -53,9 +53,9 @@ def _lives_in(cls: type, modules: str) -> bool:
 
 
 def translate(obj: Any) -> Distribution | None:
-    """Our family for a foreign object; ``None`` where we have none.
+    """Our family for a foreign object; None if we have none.
 
-    By the class itself, not by what it derives from: a subclass may mean something else (TFP's ``Exponential`` is a ``Gamma``).
+    The class itself decides, not its bases: a subclass may mean something else (TFP's ``Exponential`` is a ``Gamma``).
     """
     for library in LIBRARIES.values():
         if _lives_in(type(obj), library.modules) and type(obj).__name__ in library.families:
@@ -64,17 +64,17 @@ def translate(obj: Any) -> Distribution | None:
 
 
 def independent(obj: Any) -> Any:
-    """The distribution of the parts where an object is a product of independent ones along some axes; else None."""
+    """The distribution inside an object that is a product of independent ones along some axes; else None."""
     if type(obj).__name__ != "Independent":
         return None
     return obj.base_dist if library_of(type(obj)) == "NumPyro" else obj.distribution
 
 
-# --- parameters as we have them ---
+# --- conversions to our parameters ---
 
 
 def _log(x: Any) -> Array:
-    """``log x``, ``-inf`` at zero with a zero derivative there: an underflowed softmax has slope zero, and 0 * inf is NaN."""
+    """``log x``, with ``-inf`` and a zero derivative at zero: an underflowed softmax has slope zero, and 0 * inf is NaN."""
     x = jnp.asarray(x)
     return jnp.where(x == 0, -jnp.inf, jnp.log(jnp.where(x == 0, 1, x)))
 
@@ -85,7 +85,7 @@ def _logit(probs: Any) -> Array:
 
 
 def _given(parameters: dict[str, Any], direct: str, other: str, convert: Callable[[Any], Array]) -> Any:
-    """The parameter ``direct`` where the user gave it, else computed from ``other``."""
+    """The parameter ``direct`` if the user gave it, else computed from ``other``."""
     value = parameters[direct]
     return convert(parameters[other]) if value is None else value
 
@@ -123,7 +123,7 @@ def _distrax_mvn_tri(d: Any) -> Distribution:
 
 
 def _tfp_mvn(d: Any) -> Distribution:
-    # Its scale is a linear operator, lower triangular in the classes of the table; no location means zero.
+    # TFP's scale is a linear operator, lower triangular for the classes in the table; a missing location means zero.
     scale = _positive(d.scale.to_dense())
     return MultivariateNormal(jnp.zeros(scale.shape[-1:], scale.dtype) if d.loc is None else d.loc, scale)
 
@@ -137,7 +137,7 @@ def _gamma_poisson(total_count: Any, log_rate: Array) -> Distribution:
 _DISTRAX: dict[str, Callable[[Any], Distribution | None]] = {
     "Normal": lambda d: Normal(d.loc, d.scale),
     "LogStddevNormal": lambda d: Normal(d.loc, jnp.exp(d.log_scale)),
-    # Its `logits` of an object made from `probs` is a plain logarithm, NaN in the derivative where a probability underflowed.
+    # For an object made from `probs`, distrax's `logits` is a plain logarithm, whose derivative is NaN at an underflowed one.
     "Categorical": lambda d: Categorical(_given(vars(d), "_logits", "_probs", _log)),
     "Bernoulli": lambda d: Bernoulli(_given(vars(d), "_logits", "_probs", _logit)),
     "Gamma": lambda d: Gamma(d.concentration, d.rate),
@@ -170,7 +170,7 @@ _NUMPYRO: dict[str, Callable[[Any], Distribution | None]] = {
     "ExpandedDistribution": _expanded,
 }
 
-# TFP's `parameters` are what the user gave: its Bernoulli keeps float64 logits from NumPy as float32.
+# Read TFP's `parameters`, which are what the user gave: its Bernoulli keeps float64 logits from NumPy as float32.
 _TFP: dict[str, Callable[[Any], Distribution | None]] = {
     "Normal": lambda d: Normal(d.loc, d.scale),
     "Categorical": lambda d: Categorical(_given(d.parameters, "logits", "probs", _log)),
@@ -198,7 +198,7 @@ LIBRARIES: dict[str, Library] = {
     "NumPyro": Library(
         "numpyro.distributions",
         lambda d, key, shape: d.sample(key, shape),
-        # A function of the module, which is loaded: an object of it is here.
+        # The module is loaded, since an object of it exists.
         lambda p, q: sys.modules["numpyro.distributions"].kl_divergence(p, q),
         _NUMPYRO,
     ),

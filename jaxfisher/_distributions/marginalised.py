@@ -1,4 +1,4 @@
-"""Predictions whose parameters are uncertain: the outputs they are about, and the distribution with these integrated out."""
+"""Predictions under uncertain parameters: a distribution's output field, and the distribution with it integrated out."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from jaxfisher._linalg import matmul
 
 @functools.singledispatch
 def output_of(distribution: Any) -> Array:
-    """The field of a distribution that predictions in closed form are about."""
+    """The field of a distribution over which predictions in closed form integrate."""
     raise TypeError(
         f"the model returns a {type(distribution).__name__}, for which there is no prediction in closed form; expected "
-        "jf.Normal, jf.MultivariateNormal, jf.Bernoulli or jf.Categorical. Take the mean over draws: "
+        "jf.Normal, jf.MultivariateNormal, jf.Bernoulli or jf.Categorical. Take the mean over draws instead: "
         "posterior.sample_predictive(key, *inputs)."
     )
 
 
 @functools.singledispatch
 def integrated(distribution: Any, covariance: Float[Array, "outputs outputs"]) -> Any:
-    """The distribution with its outputs, of this covariance, integrated out."""
+    """The distribution with its Gaussian outputs of this covariance integrated out."""
     raise NotImplementedError(type(distribution).__name__)
 
 
@@ -74,12 +74,12 @@ def _(distribution: Any, covariance: Array) -> Any:
 
 
 def free(distribution: Distribution) -> Distribution:
-    """The distribution with its positive fields in the logarithm, as a pytree of coordinates that may be any numbers."""
+    """The distribution with the logarithms of its positive fields, as a pytree of unconstrained coordinates."""
     return _in_positive(jnp.log, distribution)
 
 
 def bound(coordinates: Distribution) -> Distribution:
-    """The distribution of such coordinates."""
+    """The distribution with these coordinates: the inverse of `free`."""
     return _in_positive(jnp.exp, coordinates)
 
 
@@ -93,7 +93,7 @@ def _in_positive(function: Callable[[Array], Array], distribution: Distribution)
         name = getattr(path[0], "name", None)
         if name not in distribution.positive:
             return leaf
-        # Of a matrix only the diagonal is positive.
+        # In a matrix only the diagonal is positive.
         inside = jnp.eye(leaf.shape[-1], dtype=bool) if ndims[name] == 2 else jnp.ones((), bool)
         return jnp.where(inside, function(jnp.where(inside, leaf, 1)), leaf)
 

@@ -1,4 +1,4 @@
-"""Some members of a batch of independent distributions, and nothing of the others."""
+"""A batch of independent distributions of which only some members count."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from jaxfisher._distributions.root import Root
 from jaxfisher._linalg import matmul
 
 _COUNTS = (Bernoulli, Categorical, NegativeBinomial, Poisson)
-"""Families of which zero is an outcome, and a mean need not be one."""
+"""Families for which zero is an outcome, and the mean need not be one."""
 
 
 @family
 class Masked(Distribution):
-    r"""Those members of a batch of independent distributions for which a mask is true: sequences of unequal lengths.
+    r"""The members of a batch of independent distributions for which a mask is true, as for sequences of unequal lengths.
 
     .. math:: \log p(x) = \sum_{t} m_t \log p_t(x_t), \qquad F = \mathrm{diag}(m_t F_t).
 
     Log-densities, KL divergences, entropies and Fishers are those of the distribution where the mask is true, and zero where it
-    is not. What a model computes there never counts: parameters and targets that are NaN or infinite leave values and
-    derivatives as they are, since they are replaced before anything is computed of them. Draws, means, variances and modes hold
-    a fixed outcome there. Derivatives inside the model are the model's: an input that is NaN makes NaN of a cotangent of zero,
-    so that inputs which may be NaN are replaced before the model sees them, ``jnp.where(mask, x, 0)``.
+    is false. The model's outputs there never count: parameters and targets that are NaN or infinite do not change values or
+    derivatives, since they are replaced before any computation. Draws, means, variances and modes hold a fixed outcome there.
+    Derivatives inside the model are not protected: an input that is NaN turns a cotangent of zero into NaN, so replace inputs
+    that may be NaN before the model sees them, ``jnp.where(mask, x, 0)``.
 
     Args:
-        distribution: one of the library's families, or of another library with a counterpart here, with a batch shape.
+        distribution: one of the library's families, or one of another library with a counterpart here, with a batch shape.
         mask: booleans, of a shape that broadcasts to the batch shape.
 
     Raises:
-        TypeError: ``distribution`` is none, a `jaxfisher.Joint`, or a foreign one without a counterpart; ``mask`` is not
-            boolean.
+        TypeError: ``distribution`` is no distribution, a `jaxfisher.Joint`, or a foreign one without a counterpart; ``mask`` is
+            not boolean.
         ValueError: ``mask`` does not broadcast to the batch shape.
 
     Reference: Martens, New insights and perspectives on the natural gradient method (JMLR 2020), section 9: the Fisher of a
@@ -98,24 +98,24 @@ class Masked(Distribution):
         return source
 
     def _where(self, value: Array, other: Any) -> Array:
-        """``value`` where the mask is true, for arrays with the batch's axes, axes of their own after them."""
+        """``value`` where the mask is true, else ``other``, for arrays with batch axes followed by axes of their own."""
         mask = self.mask.reshape(self.mask.shape + (1,) * (value.ndim - self.mask.ndim))
         return jnp.where(mask, value, jnp.asarray(other, value.dtype))
 
     def _with(self, tangent: Any) -> Masked:
-        """A pytree like this one, with a tangent of the distribution's fields in their place."""
+        """A pytree like this one, with a tangent in the place of the distribution's fields."""
         made: Masked = jax.tree.unflatten(jax.tree.structure(self), [*jax.tree.leaves(tangent), self.mask])
         return made
 
     def _kept(self, tree: Any) -> Any:
-        """Zero where the mask is not true, in every leaf."""
+        """The tree with zeros where the mask is false, in every leaf."""
         return jax.tree.map(lambda leaf: self._where(leaf, 0), tree)
 
     def _clean(self, distribution: Any) -> Any:
-        """A distribution with harmless parameters where the mask is not true: no value or derivative there is computed."""
+        """A distribution with harmless parameters where the mask is false, so that no NaN arises there."""
 
         def cleaned(leaf: Array, ndim: int) -> Array:
-            # Of all families three is a parameter at which every moment is finite; of matrices a triangular one.
+            # In every family all moments are finite at a parameter of three; matrices become the identity.
             return self._where(leaf, jnp.eye(leaf.shape[-1], dtype=leaf.dtype) if ndim == 2 else 3)
 
         leaves, treedef = jax.tree.flatten(distribution)
@@ -127,7 +127,7 @@ class Masked(Distribution):
         return self._clean(self.distribution)
 
     def _outcome(self, inside: Any) -> Array:
-        """An outcome of every member of a clean distribution."""
+        """A possible outcome of every member of a clean distribution."""
         mean: Array = inside.mean
         return jnp.zeros_like(mean) if isinstance(inside, _COUNTS) else mean
 
@@ -151,7 +151,7 @@ class Masked(Distribution):
         return self._filled(inside.mode, inside)
 
     def entropy(self) -> Float[Array, "*batch"]:
-        """The entropies of the members that count, zero elsewhere."""
+        """The entropies of the members whose mask is true, zero elsewhere."""
         return self._where(self._inside.entropy(), 0)
 
     def log_prob(self, x: Shaped[Array, "*batch_and_event"]) -> Float[Array, "*batch"]:
@@ -168,7 +168,7 @@ class Masked(Distribution):
         return self._filled(inside.sample(key, shape), inside)
 
     def kl(self, other: Masked) -> Float[Array, "*batch"]:
-        """The divergences of the members that count here, zero elsewhere."""
+        """The divergences of the members whose mask is true here, zero elsewhere."""
         other = self._same_family(other)
         return self._where(self._inside.kl(self._clean(other.distribution)), 0)
 

@@ -25,7 +25,7 @@ class MultivariateNormal(Distribution):
 
     .. math:: F(d\mu, d\mu) = \|L^{-1} d\mu\|^2, \qquad F(dL, dL) = \sum_{i > j} A_{ij}^2 + 2 \sum_i A_{ii}^2.
 
-    What stands above the diagonal of ``scale_tril`` is ignored everywhere; the Fisher is zero there.
+    Entries above the diagonal of ``scale_tril`` are ignored everywhere; the Fisher is zero there.
 
     Args:
         loc: the mean, shape ``[*batch, d]``, in the units of the target.
@@ -33,14 +33,14 @@ class MultivariateNormal(Distribution):
             diagonal.
 
     ``MultivariateNormal(loc, covariance=C)`` takes the covariance itself instead, of the same shape, in the square of those
-    units; where it is not positive definite, ``scale_tril`` is NaN.
+    units; if it is not positive definite, ``scale_tril`` is NaN.
 
-    The fields move in ``d + d (d + 1)/2`` directions, which is how many rows an example of the exact Fisher has. For a vector
-    of independent entries give a `jaxfisher.Normal` whose fields are vectors: an example then has ``2 d`` rows.
+    The fields move in ``d + d (d + 1)/2`` directions, so an example has as many rows in the exact Fisher. For a vector of
+    independent entries use a `jaxfisher.Normal` whose fields are vectors: an example then has ``2 d`` rows.
 
     Raises:
         ValueError: the batch shapes do not broadcast together; ``scale_tril`` is not square, or not of the size of ``loc``; its
-            diagonal is known not to be above zero. One that is not known gives NaN.
+            diagonal is known not to be above zero (if unknown, it gives NaN).
         TypeError: a complex field; both of ``scale_tril`` and ``covariance``, or neither.
 
     Reference: Malago and Pistone, Information geometry of the Gaussian distribution in view of stochastic optimization
@@ -112,7 +112,7 @@ class MultivariateNormal(Distribution):
         """``(|L'^-1 L|^2 - d + |L'^-1 (m - m')|^2) / 2 + sum_i log(L'_ii / L_ii)``.
 
         With ``L'^-1 L = I + E`` this is ``(|E|^2 + |L'^-1 (m - m')|^2) / 2`` plus the divergences ``e - log(1 + e)`` of the
-        diagonal: a sum of terms that are never negative, all zero where the arguments are equal.
+        diagonal: a sum of terms that are never negative, and all zero for equal arguments.
         """
         other = self._same_family(other)
         batch = jnp.broadcast_shapes(self.batch_shape, other.batch_shape)
@@ -130,7 +130,7 @@ class MultivariateNormal(Distribution):
         return 0.5 * jnp.sum(jnp.square(solved), axis=(-2, -1)) + jnp.sum(scales, axis=-1)
 
     def fisher_noise(self) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch triangle"]]:
-        """Zeros for ``loc``, and for the entries of the lower triangle, row by row: above it nothing moves."""
+        """Zeros for ``loc``, and for the entries of the lower triangle, row by row; the upper triangle has no noise."""
         size = self.loc.shape[-1]
         return jnp.zeros_like(self.loc), jnp.zeros((*self.batch_shape, size * (size + 1) // 2), self.loc.dtype)
 
@@ -141,7 +141,7 @@ class MultivariateNormal(Distribution):
         weight = jnp.asarray(np.where(rows == columns, 2**0.5, 1.0), triangle.dtype)
         entries = triangle * jnp.broadcast_to(weight, triangle.shape)
         weighted = jnp.zeros_like(self.scale_tril).at[..., rows, columns].set(entries, unique_indices=True)
-        # Two solves, so that what moves one field can be told from what moves the other.
+        # Two separate solves, so that dataflow analysis sees which part of the noise moves which field.
         loc = _solve(self.scale_tril, along[..., None], transpose=True)[..., 0]
         return self._make(loc, jnp.tril(_solve(self.scale_tril, weighted, transpose=True)))
 

@@ -25,7 +25,7 @@ class Normal(Distribution):
         scale: the standard deviation, shape ``[*batch]``, in the units of the target, above zero.
 
     Raises:
-        ValueError: the shapes do not broadcast together; ``scale`` known not to be above zero. One that is not known gives NaN.
+        ValueError: the shapes do not broadcast together; ``scale`` is known not to be above zero (if unknown, it gives NaN).
         TypeError: a complex field.
 
     Reference: Lehmann and Casella, Theory of Point Estimation (1998), example 2.5.2.

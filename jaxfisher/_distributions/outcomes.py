@@ -1,6 +1,6 @@
-"""What a distribution of another library can draw, where these are finitely many values known when it is traced.
+"""The outcomes of another library's distribution, if they are finitely many and known at trace time.
 
-A sum over them is exact where a library's own KL is missing, wrong, or holds a function of the parameters for a parameter.
+A sum over them is exact even if the library's own KL is missing, wrong, or misses some of the parameters.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import jax
 import numpy as np
 
 MOST = 4096
-"""More outcomes than these are not summed over."""
+"""The most outcomes that are summed over."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcomes:
-    """Values of one draw, stacked along a leading axis; hashable, so that they may be static."""
+    """The possible values of one draw, stacked along a leading axis; hashable, so that they may be static fields."""
 
     data: bytes
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ class Outcomes:
 
 
 def outcomes_of(obj: Any, library: str) -> Outcomes | None:
-    """The outcomes of a distribution of distrax, NumPyro or TFP; None where they are not known to be finitely many."""
+    """The outcomes of a distribution of distrax, NumPyro or TFP; None unless they are known to be finitely many."""
     listed = _LISTED.get((library, type(obj).__name__), _enumerated)
     values = listed(obj)
     if values is None or not 0 < len(values) <= MOST:
@@ -46,27 +46,27 @@ def outcomes_of(obj: Any, library: str) -> Outcomes | None:
 
 
 def _enumerated(obj: Any) -> np.ndarray | None:
-    """The support by NumPyro's own protocol, where draws are single numbers; None elsewhere."""
+    """The support by NumPyro's own protocol, if draws are single numbers; else None."""
     if not getattr(obj, "has_enumerate_support", False) or obj.event_shape:
         return None
     try:
-        # JAX makes the result, which must be a constant even while a model is traced.
+        # The result must be a constant even while a model is traced.
         with jax.ensure_compile_time_eval():
             values = np.asarray(obj.enumerate_support(expand=False))
     except (NotImplementedError, jax.errors.ConcretizationTypeError):
-        # The support differs between members of the batch, or depends on a number that is traced.
+        # The support differs between members of the batch, or depends on a traced number.
         return None
     return values.reshape(-1)
 
 
 def _up_to(last: Any) -> np.ndarray | None:
-    """``0, 1, ..., last`` where ``last`` is one number that is known now; else None."""
+    """``0, 1, ..., last`` if ``last`` is a single number known at trace time; else None."""
     known = _known(last)
     return None if known is None else np.arange(known + 1)
 
 
 def _known(value: Any) -> int | None:
-    """The number that all entries of an array are; None where they differ or are traced."""
+    """The common value of all entries of an array; None if they differ or are traced."""
     if isinstance(value, jax.core.Tracer):
         return None
     entries = np.unique(np.asarray(value))
@@ -85,7 +85,7 @@ def _compositions(total: Any, parts: int) -> np.ndarray | None:
 
 
 def _given(obj: Any, name: str) -> Any:
-    """A parameter as TFP was given it, which is no array of JAX where it was a number."""
+    """A parameter as the user gave it to TFP, so that a number is still no JAX array."""
     return obj.parameters[name]
 
 
@@ -106,4 +106,4 @@ _LISTED: dict[tuple[str, str], Callable[[Any], np.ndarray | None]] = {
     ("TFP", "Multinomial"): lambda d: _compositions(_given(d, "total_count"), d.event_shape[-1]),
     ("TFP", "DirichletMultinomial"): lambda d: _compositions(_given(d, "total_count"), d.event_shape[-1]),
 }
-"""Those that do not tell by themselves. Members of a batch have the same outcomes."""
+"""Outcomes of distributions that do not enumerate their support. All members of a batch have the same outcomes."""

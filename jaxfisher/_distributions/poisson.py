@@ -25,8 +25,8 @@ class Poisson(Distribution):
     .. math:: \log p(k) = k \log r - r - \log k!, \qquad F(\log r) = r, \qquad
         \mathrm{KL} = r\,(e^d - 1 - d), \quad d = \log r' - \log r.
 
-    ``log_prob`` is ``-inf`` at negative and fractional values. Draws are int32 and saturate at ``2^31 - 1``. A ``log_rate`` of
-    ``-inf``, as of an exposure of zero, is a sure zero: of log-probability 0 and score 0.
+    ``log_prob`` is ``-inf`` at negative and fractional values. Draws are int32 and saturate at ``2^31 - 1``. With a
+    ``log_rate`` of ``-inf``, as for an exposure of zero, the count is zero with certainty: log-probability 0 and score 0.
 
     Args:
         log_rate: logarithm of the expected count, shape ``[*batch]``, in nats.
@@ -69,7 +69,7 @@ class Poisson(Distribution):
     def log_prob(self, x: Shaped[Array, "*batch"]) -> Float[Array, "*batch"]:
         wide = working_dtype(self.log_rate.dtype)
         count = jnp.asarray(x).astype(wide)
-        # Written so that NaN is not outside: it must come out as NaN, not as -inf with a zero gradient.
+        # Comparisons with NaN are false, so a NaN is not outside, and comes out as NaN, not as -inf with a zero gradient.
         outside = (count < 0) | (count - jnp.floor(count) > 0)
         log_prob = _log_prob(self.log_rate.astype(wide), jnp.where(outside, 0, count))
         return jnp.where(outside, -jnp.inf, log_prob).astype(self.log_rate.dtype)
@@ -81,11 +81,11 @@ class Poisson(Distribution):
         """``r log(r/r') - r + r'``, arranged so that equal rates leave no rounding."""
         other = self._same_family(other)
         rate = jnp.exp(self.log_rate)
-        # Of a sure zero the divergence is the other's rate, which zero times an infinite difference would make NaN.
+        # At a rate of zero the divergence is the other's rate; zero times an infinite difference would make it NaN.
         some = rate > 0
         difference = jnp.where(some, other.log_rate - self.log_rate, 0)
         near = some & (difference <= 1)
-        # Far up, ``e^d`` may overflow where the two rates do not.
+        # For large d, ``e^d`` may overflow although the two rates do not.
         return jnp.where(
             near,
             rate * exp_excess(jnp.where(near, difference, 0)),

@@ -1,6 +1,6 @@
-"""The square root of a Fisher in those fields that move with a model's parameters: no column for what stands still.
+"""The square root of a Fisher in the fields that move with a model's parameters, without columns for constant fields.
 
-A column of the root is a row of the exact Fisher's score matrix, and costs what a row costs: ``Normal(f(x), 1.0)`` has one.
+A column of the root is a row of the exact Fisher's score matrix, and costs as much: ``Normal(f(x), 1.0)`` has one.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Root = Callable[[Any], list[Array]]
 def narrowed(
     sqrt_mv: Callable[[Any], Any], noise: Any, moving: tuple[bool, ...], numbers: tuple[bool, ...]
 ) -> tuple[Any, Root]:
-    """Zeros of a space of noise, and the root from there to all fields, of which entries that do not move mean nothing.
+    """Zeros of a space of noise, and the root from there to a list of all fields; fields that do not move are arbitrary.
 
-    A part of the noise that reaches no moving field is left out. The noise has a part for each field; where ``numbers`` says
-    that a field is one number for each member of the batch, so that it takes its parts of the noise times numbers, and where it
-    alone moves with them, one part times the length of those numbers takes their place.
+    Parts of the noise that reach no moving field are left out. The noise has one part for each field. If a field is one number
+    for each member of the batch (as ``numbers`` says), it is a linear combination of parts of the noise. If no other moving
+    field depends on these parts, a single part replaces them, multiplied by the length of the coefficients.
     """
     zeros, treedef = jax.tree.flatten(noise)
     reached = {field: parts for field, parts in enumerate(moved_by(sqrt_mv, noise)) if moving[field]}

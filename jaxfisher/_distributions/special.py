@@ -71,7 +71,7 @@ def last_axis(values: Sequence[float] | Array, like: Array) -> Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def polynomial(coefficients: tuple[float, ...], x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """``sum_k c_k x^k`` by Horner's rule; its derivative is one again, and not that of each step."""
+    """``sum_k c_k x^k`` by Horner's rule; its derivative is again one polynomial, not the derivative of each step."""
     total = jnp.full_like(x, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
         total = total * x + coefficient
@@ -182,7 +182,7 @@ def gamma_entropy(a: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _shifted(a: Array) -> tuple[Array, Array, Array]:
-    """The arguments ``a .. a + 9`` of the recurrence on a last axis, the argument of the series, and who is shifted."""
+    """The arguments ``a .. a + 9`` of the recurrence on a last axis, the argument of the series, and which ones are shifted."""
     shift = a < _SHIFT
     steps = last_axis(range(_SHIFT), a)
     return jnp.where(shift, a, 1)[..., None] + steps, jnp.where(shift, a + _SHIFT, a), shift
@@ -249,7 +249,7 @@ def _stirling_step_slope(a: Array) -> Array:
 def gammaln_bregman_rest(b: Float[Array, "..."], a: Float[Array, "..."]) -> Float[Array, "..."]:
     r"""The divergence ``g(b) - g(a) - (b - a) g'(a)`` of ``g(a) = lgamma(a) - a log a + a``; never negative.
 
-    It is what the divergence of ``lgamma`` leaves beside that of ``a log a - a``, which the families cancel by hand.
+    It is the divergence of ``lgamma`` without that of ``a log a - a``, which the families cancel by hand.
     """
     return 0.5 * log_gap(ratio(b - a, a), ratio(b, a)) + stirling_bregman(b, a)
 
@@ -300,7 +300,7 @@ _STUDENT_SERIES = (  # (2^(2k) - 1) B_2k of v^-(2k+1), from k = 2: the alternati
 def student_excess(df: Float[Array, "..."]) -> Float[Array, "..."]:
     r"""``v^4 S(v)`` with ``S = (trigamma(v/2) - trigamma((v+1)/2))/4 - (v+3)/(2 v (v+1)^2)``; tends to 3/2.
 
-    ``S`` is what the information on the degrees of freedom of Student's t is when its scale is unknown. It obeys
+    ``S`` is the information on the degrees of freedom of Student's t if its scale is unknown. It obeys
     ``S(v) - S(v + 2) = 6 (2v + 3)/(v^2 (v+1) (v+2) (v+3)^2)``.
     """
     shift = df < 2 * _STUDENT_SHIFT

@@ -12,8 +12,8 @@ def ratio(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, 
     """``x / y`` with a derivative in ``y`` that never forms ``y^2`` or ``y^-2``.
 
     JAX differentiates ``x / y`` as ``-x y^-2``. In float32 at ``y = 1e-20`` the power overflows, and ``x = 0`` gives NaN.
-    Two divisions in a row would not help, since XLA merges ``x / y / y`` into ``x / (y y)``; products with ``1 / y`` it
-    leaves alone.
+    Two divisions in a row would not help, since XLA merges ``x / y / y`` into ``x / (y y)``; it does not merge products with
+    ``1 / y``.
     """
     return x / y
 
@@ -30,5 +30,5 @@ def _ratio_jvp(
 
 
 def working_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """``dtype``, or float32 where it is narrower: for special functions, triangular solves and uniform noise."""
+    """``dtype``, or float32 if it is narrower: for special functions, triangular solves and uniform noise."""
     return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)

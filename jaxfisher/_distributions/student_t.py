@@ -20,9 +20,9 @@ from jaxfisher._distributions.stable import ratio
 
 _HALF_LOG_TWO_PI = 0.9189385332046727
 _NEAR = 0.1
-"""Two distributions are near if their parameters differ by less: relatively, the locations in scales."""
+"""Two distributions count as near if their parameters differ by less, relatively; locations differ in units of the scale."""
 _CLUSTER = 0.5
-"""Width, in standard deviations, of the neighbourhood in which the nodes of `StudentT.kl` gather."""
+"""The width, in standard deviations, of the neighbourhood in which the nodes of `StudentT.kl` are dense."""
 
 
 @family
@@ -44,8 +44,8 @@ class StudentT(Distribution):
             ``scale sqrt(v/(v - 2))``.
 
     Raises:
-        ValueError: the shapes do not broadcast together; ``df`` or ``scale`` known not to be above zero. One that is not known
-            gives NaN.
+        ValueError: the shapes do not broadcast together; ``df`` or ``scale`` is known not to be above zero (if unknown, it
+            gives NaN).
         TypeError: a complex field.
 
     Reference: Lange, Little and Taylor, Robust statistical modeling using the t distribution (JASA 1989), appendix B.
@@ -66,12 +66,12 @@ class StudentT(Distribution):
 
     @property
     def mean(self) -> Float[Array, "*batch"]:
-        """``loc``; NaN where ``df <= 1``, since there is no expectation."""
+        """``loc``; NaN if ``df <= 1``, since there is no expectation."""
         return jnp.where(self.df > 1, self.loc, jnp.nan)
 
     @property
     def variance(self) -> Float[Array, "*batch"]:
-        """``s^2 v/(v - 2)``; infinite where ``v <= 2``, and NaN where ``v <= 1``, since there is no expectation."""
+        """``s^2 v/(v - 2)``; infinite if ``v <= 2``, and NaN if ``v <= 1``, since there is no expectation."""
         df, scale = aligned(self.df, self.scale)
         finite = df > 2
         variance = jnp.square(scale) * ratio(jnp.where(finite, df, 1), jnp.where(finite, df - 2, 1))
@@ -100,7 +100,7 @@ class StudentT(Distribution):
         size = shape + self.batch_shape
         df, loc, scale = (jnp.broadcast_to(field, size) for field in aligned(self.df, self.loc, self.scale))
         key_normal, key_gamma = jax.random.split(key)
-        # In logarithms: at few degrees of freedom the gamma variate itself underflows.
+        # Draw the logarithm: at few degrees of freedom the gamma variate itself underflows.
         log_precision = jax.random.loggamma(key_gamma, 0.5 * df, dtype=df.dtype) - jnp.log(0.5 * df)
         noise = jax.random.normal(key_normal, size, df.dtype)
         return (loc + scale * noise * jnp.exp(-0.5 * log_precision)).astype(self.df.dtype)
@@ -109,8 +109,8 @@ class StudentT(Distribution):
         r"""``KL(self || other)`` by quadrature with a fixed number of nodes, since there is no closed form.
 
         In the variable ``r`` with ``r^2 = v log(1 + z^2/v)`` the density is Gaussian up to a slowly varying factor, for every
-        ``v``. The trapezoid rule is exponentially accurate there; its nodes gather at the location of ``other``, whose
-        logarithm has a cusp when its scale is small. The nodes are held constant under differentiation.
+        ``v``. The trapezoid rule is exponentially accurate there. Its nodes are dense at the location of ``other``, whose
+        log-density has a cusp if its scale is small. The nodes are held constant under differentiation.
 
         Measured against 30-digit integration, degrees of freedom 0.1 to 1e20 and scale ratios 1e-6 to 1e3: relative error below
         1e-12 in float64 and 1e-5 in float32, down to divergences of 1e-8; below 5e-4 in float32 at a divergence of 1e-9.
@@ -127,10 +127,10 @@ class StudentT(Distribution):
         tangent = r * jnp.exp(half_log)
         decay = jnp.exp(-0.5 * s)
         tangent_q = shrink * tangent + shift * decay
-        # Near equality the mean of q/p - 1, which is zero, is added: what is summed is then of second order and never negative.
-        # Further away the tails of q may lie beyond the nodes.
+        # Near equality add the mean of q/p - 1, which is zero: the terms are then of second order and never negative. Not so
+        # far from equality, where the tails of q may lie beyond the nodes.
         near = (jnp.abs(jnp.log(df_q / df)) < _NEAR) & (jnp.abs(excess) < _NEAR) & (jnp.abs(shift) < _NEAR)
-        # From z to z_q at one df: near equality by the difference of the two, which is known without rounding.
+        # From z to z_q at one df: near equality from the difference of the two, which is known without rounding.
         change = (excess * tangent + shift * decay) * (tangent_q + tangent)
         scaled = jnp.where(near, change / (df_q * jnp.square(decay) + jnp.square(tangent)), 0)
         at_z = _kernel_at(df_q, tangent, s)
@@ -147,9 +147,9 @@ class StudentT(Distribution):
         return jnp.sum(weights * density * gain, axis=-1).astype(self.df.dtype)
 
     def fisher_sqrt_mv(self, u: StudentT) -> StudentT:
-        # Cholesky, the scale first; what is left for df is student_excess(v)/v^4.
+        # Cholesky, the scale first; student_excess(v)/v^4 is left for df.
         df, scale, u_df, u_loc, u_scale = aligned(self.df, self.scale, u.df, u.loc, u.scale)
-        # Fractions written so that their derivatives, of the order of 1/v^2, are no differences.
+        # The fractions are written so that their derivatives, of order 1/v^2, involve no cancellation.
         root = jnp.sqrt(2 / (1 + 3 / df))
         of_df = jnp.sqrt(student_excess(df)) / df / df * u_df - 2 / ((df + 1) * (df + 3)) / root * u_scale
         of_loc = jnp.sqrt(1 - 2 / (df + 3)) * ratio(u_loc, scale)
@@ -158,12 +158,12 @@ class StudentT(Distribution):
 
 
 def _minus_log_kernel(df: Array, z: Array, log_size: Array) -> Array:
-    """``(v + 1)/2 log(1 + z^2/v)``, given ``log|z|`` too, which is all that is used where ``z^2 > v``."""
+    """``(v + 1)/2 log(1 + z^2/v)``, given also ``log|z|``, which alone is used if ``z^2 > v``."""
     log_df = jnp.log(df)
     near = 2 * log_size < log_df
     small = jnp.where(near, z, 0)
     w = jnp.square(small) / df
-    # z^2/2 stands alone: the derivative in v then starts at the order of 1/v^2, where it belongs.
+    # Keep z^2/2 as a separate term, so that the derivative in v starts at its true order, 1/v^2.
     inner = 0.5 * jnp.log1p(w) + 0.5 * jnp.square(small) * (1 - log_gap_ratio(w))
     exponent = jnp.where(near, 0, 2 * log_size - log_df)
     return jnp.where(near, inner, 0.5 * (df + 1) * (exponent + jnp.log1p(jnp.exp(-exponent))))
@@ -200,7 +200,7 @@ def _nodes(df: Array, shift: Array, shrink: Array, df_q: Array) -> tuple[Array, 
     """
     double = df.dtype == jnp.float64
     base, count = (9.5, 448) if double else (6.5, 192)
-    # At -log p + log p(0) = r^2/2 = 45 nothing is left in float64 (21 in float32); log q may grow by a factor df_q before that.
+    # At log p(0) - log p = r^2/2 = 45 the density is negligible in float64 (21 in float32); log q may add a factor of df_q.
     reach = jnp.sqrt(base**2 + 2 * jnp.log1p(df_q))
     z = -shift / shrink
     w = jnp.square(z) / df

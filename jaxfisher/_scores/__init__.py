@@ -2,7 +2,7 @@ r"""Scores: the gradients of log-densities, one row for each example, as one lin
 
 A *row function* maps the parameters and one example to the rows that example contributes: one for a score at a datum, one per
 draw for a sampled Fisher, one per column of the output metric's square root for the exact Fisher. Its result is a pytree
-like the parameters whose leaves have a leading axis of rows. Everything the library computes from scores goes through the
+like the parameters whose leaves have a leading axis of rows. Everything that the library computes from scores goes through the
 methods of `Scores`; nothing outside this folder knows how the rows are held.
 
 Rows carry weights ``omega_i`` (``1/n`` each for a mean over n examples), so that the Fisher is ``S^T diag(omega) S``.

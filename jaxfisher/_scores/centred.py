@@ -1,4 +1,4 @@
-"""Scores less their mean."""
+"""Scores minus their mean."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from jaxfisher._tree import ParamSpec, dot, joined, split
 
 @array_fields("scores", "mean_weights", repr=False)
 class CenteredScores(Scores):
-    r"""``Q S`` with ``Q = diag(live) (I - 1 omega^T)``: every row less the weighted mean row, and zero where it is padding.
+    r"""``Q S`` with ``Q = diag(live) (I - 1 omega^T)``: every row minus the weighted mean row, and zero for padding.
 
-    Rows of several ``kinds`` take turns, as those of the real and the imaginary part of an amplitude do. Then each is less the
-    mean of its own kind: ``Q`` is one such projection for each kind.
+    Rows of several ``kinds`` may alternate, such as those of the real and the imaginary part of an amplitude. Each row is then
+    taken relative to the mean of its own kind: ``Q`` is one such projection for each kind.
 
-    The projection acts on rows, so the factors of ``S`` stay. A mean that dominates the scores must be taken out of the
+    The projection acts on rows, so the factors of ``S`` stay. A mean that dominates the scores must be subtracted from the
     factors first (`shifted`), or the difference is lost in rounding.
     """
 
@@ -50,7 +50,7 @@ class CenteredScores(Scores):
 
     @property
     def provenance(self) -> Provenance:  # type: ignore[override]
-        """What a mean with their weights is over; a covariance is of all examples together."""
+        """The provenance of a mean with these weights; a covariance is made of all examples together."""
         known = self.scores.provenance
         return dataclasses.replace(known, kind=f"{known.kind}, centred").as_a_whole()
 
@@ -63,7 +63,7 @@ class CenteredScores(Scores):
 
     @property
     def _live(self) -> Bool[Array, " rows"]:
-        """Which rows are those of examples: padding has no weight in the mean, and nothing to take it from."""
+        """Which rows are not padding. Padding has no weight in the mean, and its rows stay zero."""
         return self.mean_weights != 0
 
     def _sums(self, numbers: Float[Array, "rows ..."]) -> Float[Array, "kinds ..."]:
@@ -71,14 +71,14 @@ class CenteredScores(Scores):
         return jnp.sum(numbers.reshape(-1, self.kinds, *numbers.shape[1:]), 0)
 
     def _own(self, values: Float[Array, "kinds ..."]) -> Float[Array, "rows ..."]:
-        """For every row what belongs to its kind."""
+        """The value of its kind for every row."""
         return jnp.tile(values, (self.weights.size // self.kinds, *(1,) * (values.ndim - 1)))
 
     def _of_kind(self, w: Float[Array, " rows"], kind: int) -> Float[Array, " rows"]:
         return jnp.where(jnp.arange(w.size) % self.kinds == kind, w, 0)
 
     def _of_each(self, w: Float[Array, " rows"]) -> list[Any]:
-        """The sum of the rows of each kind, weighted, with complex leaves in parts."""
+        """The weighted sum of the rows of each kind, with complex leaves split into parts."""
         return [split(self.scores.rmv(self._of_kind(w, kind))) for kind in range(self.kinds)]
 
     def product(self, v: chex.ArrayTree, seal: Seal) -> Float[Array, " rows"]:
@@ -90,7 +90,7 @@ class CenteredScores(Scores):
         return self.scores.rmv(w - self.mean_weights * self._own(self._sums(w)))
 
     def _felt(self, e: Float[Array, " rows"]) -> Float[Array, " rows"]:
-        """The mean is not felt, and over a small damping its rounding would be."""
+        """``e`` minus its mean, which the centred scores cancel; divided by a small damping, its rounding error would show."""
         e = jnp.where(self._live, e, 0)
         return jnp.where(self._live, e - self._own(self._sums(self.mean_weights * e)), 0)
 
@@ -125,8 +125,8 @@ class CenteredScores(Scores):
 
     def _clipped(self, max_norm: Scalar) -> tuple[Any, Int[Array, ""]]:
         raise TypeError(
-            f"clipped_sum: {self} are centred, and the mean that is taken from every row depends on all examples, so that no "
-            "bound on the rows is one on what a single example changes. Use scores that are not centred."
+            f"clipped_sum: {self} are centred, and the mean that is subtracted from every row depends on all examples, so that "
+            "clipping the rows does not bound the change by a single example. Use scores that are not centred."
         )
 
     def diagonal(self) -> Any:

@@ -1,4 +1,4 @@
-"""Scores in memory, leaf by leaf."""
+"""Scores held in memory, leaf by leaf."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from jaxfisher._tree import ParamSpec, joined
 
 @array_fields("leaves", "weights", "provenance", repr=False)
 class HeldScores(FactoredScores):
-    """Scores in memory, each parameter leaf in its own form: factors of its gradients where the gradients have some."""
+    """Scores held in memory, each parameter leaf in its own form: as factors, if its gradients have factors."""
 
     leaves: tuple[Leaf, ...]
     weights: Float[Array, " rows"]
@@ -62,7 +62,7 @@ class HeldScores(FactoredScores):
 
     @property
     def _distinct(self) -> list[Leaf]:
-        """The leaves, with each array that is in two of them there once."""
+        """The leaves, with arrays that a layer's weight and bias share held once."""
         return [leaf if leaf.layer is None else leaf.beside(self.leaves[leaf.layer]) for leaf in self.leaves]
 
     def rescaled(self, factors: tuple[Scalar, ...]) -> HeldScores:
@@ -100,7 +100,7 @@ class HeldScores(FactoredScores):
         return total([squared_norms(leaf) for leaf in self.leaves]).reshape(-1)
 
     def _clipped(self, max_norm: Scalar) -> tuple[Any, Int[Array, ""]]:
-        # Each row in units of its own: in those of all rows the square of a small one may underflow, and it is not clipped.
+        # Scale each row by itself: in common units the square of a small row may underflow, and the row would not be clipped.
         tiny = float(jnp.finfo(self.spec.dtype).tiny)
         down = inverse_power(jnp.clip(self._row_sizes(), tiny, 1 / tiny))
         leaves = tuple(leaf.rows_times(down) for leaf in self.leaves)
@@ -111,7 +111,7 @@ class HeldScores(FactoredScores):
         return whole, jnp.sum(longer, dtype=jnp.int32)
 
     def _row_sizes(self) -> Float[Array, "n rows"]:
-        """A bound on the entries of each row, as `bound` is one on all; axes of length one where the rows do not differ."""
+        """An upper bound on the entries of each row, as `bound` is for all; axes have length one if rows share the bound."""
         return functools.reduce(jnp.maximum, [leaf.sizes() for leaf in self.leaves if leaf.layer is None])
 
     def diagonal(self) -> Any:
@@ -155,7 +155,7 @@ def _centered(scores: HeldScores, kinds: Static[int]) -> Scores:
 
 
 def kept_leaves(leaves: tuple[Leaf, ...], keep: tuple[bool, ...]) -> tuple[Leaf, ...]:
-    """Some of the leaves; a layer that has lost its weight or its bias is no longer one."""
+    """Some of the leaves; a weight and a bias that lose each other are no longer a layer."""
     place = {old: new for new, old in enumerate(k for k, flag in enumerate(keep) if flag)}
     joined = {leaf.layer for k, leaf in enumerate(leaves) if keep[k]}
     return tuple(

@@ -1,4 +1,4 @@
-"""Making scores: of a row function over a batch, held, or in pieces where memory is bounded."""
+"""Making scores from a row function over a batch: held, or recomputed in chunks if memory is bounded."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from jaxfisher._values import check_flag
 
 
 def make_scores(rows: Rows, params: chex.ArrayTree, batch: Batch) -> Scores:
-    """The scores of a row function over a batch: held in memory, or streamed where memory is bounded."""
+    """The scores of a row function over a batch: held in memory, or recomputed in chunks if memory is bounded."""
     return _values_and_scores(rows, params, batch)[1]
 
 
 def values_and_scores(log_prob: LogProb, params: chex.ArrayTree, batch: Batch) -> tuple[Float[Array, " n"], Scores]:
-    """Every example's log-density with its score: one backward pass where the scores are held."""
+    """The log-density and the score of every example; one backward pass gives both if the scores are held."""
     values, made = _values_and_scores(ScoreRows(log_prob), params, batch)
     if isinstance(made, StreamedScores):
         values = _values(log_prob, params, batch, Static(made.batch_size))
@@ -58,11 +58,11 @@ def _values_and_scores(rows: Rows, params: chex.ArrayTree, batch: Batch) -> tupl
 
 @partial(once_for, examples=lambda params, batch: batch.data)
 def _run(rows: Rows, params: chex.ArrayTree, batch: Batch) -> tuple[tuple[Any, Any] | Static[int], Float[Array, " rows"]]:
-    """What rows come with and the forms of their leaves, or the number of examples in a piece; and the rows' weights."""
+    """The weights of the rows, after either their auxiliary output and leaf forms, or the number of examples in a chunk."""
     with of_one_example(rows.function, rows.name, joined(params), batch.data[rows.own :]):
         traced = trace(rows, params, batch.data)
     weights = jnp.repeat(batch.weights, traced.rows)
-    # Asked for shapes, and then perhaps for numbers: traced once for both.
+    # Jitted, so that one trace serves for shapes and, if the scores are held, for numbers.
     forms = jax.jit(lambda data: leaf_forms(traced, params, data, batch.spec), inline=True)
     batch_size = _batch_size(traced, forms, batch)
     if batch_size is None or batch_size >= batch.size:
@@ -72,16 +72,16 @@ def _run(rows: Rows, params: chex.ArrayTree, batch: Batch) -> tuple[tuple[Any, A
 
 
 PLAIN_BYTES = 2**30
-"""The bytes that gradients which could not be left as factors may take before they are made in pieces instead of held."""
+"""The most bytes that gradients without factors may take in total; above, scores are recomputed in chunks, not held."""
 
 
 def _batch_size(traced: Traced, forms: Callable[[Any], tuple[Any, tuple[Leaf, ...]]], batch: Batch) -> int | None:
-    """How many examples to work on at a time: as asked for, else by the memory one example takes; None for all at once."""
+    """The number of examples in a chunk: as the user set it, else from the memory that one example takes; None for all."""
     limit = batch.max_bytes
     if limit is None:
         if batch.batch_size is not None:
             return batch.batch_size
-        # What all gradients formed would take is no more: there is no need to ask which of them are.
+        # If all gradients together would fit, there is no need to find out which of them have factors.
         if batch.size * traced.rows * batch.spec.size * batch.spec.dtype.itemsize <= PLAIN_BYTES:
             return None
         _, shapes = jax.eval_shape(forms, batch.data)
@@ -94,8 +94,8 @@ def _batch_size(traced: Traced, forms: Callable[[Any], tuple[Any, tuple[Leaf, ..
     taken = sum(leaf.bytes for leaf in one) + batch.spec.dtype.itemsize * (traced.rows * traced.program.size + beside)
     if taken > limit:
         raise ValueError(
-            f"`max_bytes` is {limit:,}, but the scores of one example take {taken:,}: its activations, what is held of its "
-            "scores and what is made of them. Allow more, or see jf.explain for the leaf that takes most."
+            f"`max_bytes` is {limit:,}, but the scores of one example take {taken:,} bytes: its activations, its scores, and "
+            "the working memory for these. Allow more, or see jf.explain for the leaf that takes most."
         )
     return int(limit // taken)
 
@@ -107,28 +107,28 @@ def scores(
 
     .. math:: S_{ij} = \partial_{\theta_j} \log p_\theta(x_i), \qquad S \in R^{n \times p}.
 
-    A complex ``log_prob``, the log-amplitude of a wave function, has two rows an example: of its real and of its imaginary
-    part, one after the other. Parameters may be complex: a complex leaf is two real numbers, and what is returned for it is
-    complex again.
+    A complex ``log_prob``, such as the log-amplitude of a wave function, has two rows an example: for its real and for its
+    imaginary part, one after the other. Parameters may be complex too: a complex leaf counts as two real numbers, and results
+    for it are complex again.
 
     Args:
         log_prob: ``(params, *example) -> scalar``, the log-density of ONE example; the library maps it over the data.
-        center: subtract the (weighted) mean score, of real and of imaginary parts each their own, so that ``S^T S / n`` is
-            the covariance of the score.
-        batch_size: make the scores again in pieces of at most so many examples whenever they are needed, instead of holding
+        center: subtract the (weighted) mean score, with a mean of their own for real and for imaginary parts, so that
+            ``S^T S / n`` is the covariance of the score.
+        batch_size: recompute the scores in chunks of at most so many examples whenever they are needed, instead of holding
             them.
-        max_bytes: instead of a ``batch_size``: take as many examples at a time as keep the scores that are held, and what is
-            made of them, below this, results aside.
+        max_bytes: instead of a ``batch_size``: the memory that the scores of one chunk, and the computations on them, may take,
+            not counting results. The library chooses the size of the chunks.
 
     Returns:
-        A function of the parameters and the data, every array of which has a leading axis of n examples; ``weights``, shape
-        ``[n]``, turn means into ``sum w_i (.) / sum w_i``, and ``counts`` into those over terms, as in `exact_fisher`; of
-        centred scores there are none. A weight of zero marks padding: its row is zero, whatever the data.
+        A function of the parameters and the data; every array of the data has a leading axis of n examples. ``weights``, shape
+        ``[n]``, turn means into ``sum w_i (.) / sum w_i``, and ``counts`` turn them into means over terms, as in
+        `exact_fisher`; centred scores take no ``counts``. A weight of zero marks padding: its row is zero, whatever the data.
 
     Raises:
-        ValueError: (when called) arrays of different lengths, a non-scalar ``log_prob``, one that is a batch mean, weights of
-            another shape, or known to be negative, not finite or all zero; a ``batch_size`` below one, a ``max_bytes`` that
-            one example exceeds. Weights of this kind whose values are not known at trace time give NaN.
+        ValueError: (when called) arrays of different lengths; a ``log_prob`` that returns no scalar or is a batch mean; weights
+            of another shape, or known to be negative, not finite or all zero; a ``batch_size`` below one; a ``max_bytes`` that
+            one example exceeds. Bad weights whose values are not known at trace time give NaN.
         TypeError: ``center`` is neither True nor False; (when called) a parameter that is not a floating array.
 
     Reference: Amari, Natural gradient works efficiently in learning (Neural Computation 1998), section 2.

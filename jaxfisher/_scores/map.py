@@ -1,4 +1,4 @@
-r"""What scores are: the gradients of log-densities, one row for each example, as one linear map ``S : R^p -> R^rows``."""
+r"""`Scores`: the gradients of log-densities, one row for each example, as one linear map ``S : R^p -> R^rows``."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from jaxfisher._values import check_array, described, dtype_of, is_array, nonneg
 
 
 class ClippedSum(NamedTuple):
-    r"""A sum of vectors none of which is longer than a bound, ``sum_i c_i v_i`` with ``c_i = min(1, max_norm / |v_i|)``.
+    r"""A sum of vectors clipped to a norm bound, ``sum_i c_i v_i`` with ``c_i = min(1, max_norm / |v_i|)``.
 
     Attributes:
         sum: a pytree like the parameters, in the statistics dtype, so that noise is added before anything is rounded.
-        sensitivity: how much one example can change the sum by, in Euclidean norm: ``max_norm``, a scalar. It holds where one
-            example is added or taken away; where one is replaced by another, it is twice that.
-        num_clipped: how many vectors were longer than the bound, an int32 scalar. It depends on the data without any noise.
+        sensitivity: the most that one example can change the sum, in Euclidean norm: ``max_norm``, a scalar. This is for adding
+            or removing an example; replacing one by another can change the sum by twice that.
+        num_clipped: the number of vectors longer than the bound, an int32 scalar. It depends on the data without any noise.
     """
 
     sum: Any
@@ -43,15 +43,15 @@ class Scores(abc.ABC):
     r"""Per-example scores as a linear map ``S`` with ``rows`` rows and ``p`` columns.
 
     Row ``i`` is :math:`s_i = \nabla_\theta \log p_\theta(x_i)`. Columns are ordered as `jax.flatten_util.ravel_pytree`
-    orders the parameters; a complex leaf has the columns of its real parts and then those of its imaginary parts. Where the
-    log-density is complex an example has two rows, one after the other: of its real and of its imaginary part. ``S @ v`` is
-    `mv`, and ``np.asarray(S)`` is `as_matrix`. Made by `jaxfisher.scores`; a pytree that crosses ``jit``.
+    orders the parameters; a complex leaf has the columns of its real parts and then those of its imaginary parts. If the
+    log-density is complex, an example has two rows, one after the other: for its real and for its imaginary part. ``S @ v`` is
+    `mv`, and ``np.asarray(S)`` is `as_matrix`. `jaxfisher.scores` makes scores; they are pytrees that cross ``jit``.
     """
 
     spec: ParamSpec
     weights: Float[Array, " rows"]
     provenance: Provenance = Provenance("scores")
-    """What a mean with their weights is over, of scores that `jaxfisher.scores` has made."""
+    """The provenance of a mean with these weights, for scores that `jaxfisher.scores` made."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Compile each method that a subclass overrides into one program."""
@@ -75,22 +75,22 @@ class Scores(abc.ABC):
     @property
     @abc.abstractmethod
     def _way(self) -> str:
-        """How the rows are held, as `repr` says it."""
+        """How the rows are held, in the words of `repr`."""
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """The axes that `jax.vmap` or `jax.lax.scan` has put before the rows; () of one matrix of scores."""
+        """The leading axes that `jax.vmap` or `jax.lax.scan` added before the rows; () for a single matrix of scores."""
         return self.weights.shape[:-1]
 
     @property
     def num_rows(self) -> int:
-        """Number of rows: the examples, times the rows each contributes."""
+        """The number of rows: examples times rows per example."""
         return self.weights.shape[0]
 
     @property
     @abc.abstractmethod
     def _num_examples(self) -> int:
-        """Number of examples, n."""
+        """The number of examples, n."""
 
     def mv(self, v: chex.ArrayTree) -> Float[Array, " rows"]:
         """``S v``: the directional derivative of every log-density along ``v``, shape ``[rows]``."""
@@ -100,8 +100,8 @@ class Scores(abc.ABC):
     def product(self, v: chex.ArrayTree, seal: Seal) -> Float[Array, " rows"]:
         """``S v``, for use inside a program.
 
-        ``seal`` is `unsealed` for a vector that was computed in the same program and is no constant of it: this needs less
-        memory, and `jax.linear_transpose` accepts it. For any other vector it is `sealed`.
+        ``seal`` is `unsealed` for a vector that was computed in the same program and is no constant of it; this needs less
+        memory, and `jax.linear_transpose` accepts it. For any other vector ``seal`` is `sealed`.
         """
 
     @abc.abstractmethod
@@ -109,7 +109,7 @@ class Scores(abc.ABC):
         """``S^T w``: the weighted sum of the scores, a pytree like the parameters."""
 
     def _felt(self, e: Float[Array, " rows"]) -> Float[Array, " rows"]:
-        """What of one number a row its weighted sum with the scores feels: nothing of padding, which may be anything."""
+        """One number a row, with the part removed that does not count in a sum with the scores: padding, which may be NaN."""
         return jnp.where(self.weights == 0, 0, e)
 
     @once
@@ -120,9 +120,9 @@ class Scores(abc.ABC):
     def cross_gram(self, other: Scores | chex.ArrayTree) -> Float[Array, "rows others"]:
         """``S R^T``: inner products with the rows R of other scores, or with vectors stacked along a leading axis.
 
-        Other scores are over the same parameters, perhaps at other values of them; from the factors of both it costs what
-        `gram` does. Beside vectors, gradients are formed some of their columns at a time, so that no array of rows x p is made;
-        of one vector, `mv` is cheaper.
+        Other scores must be over the same parameters, perhaps at other values of them; the product of their factors costs as
+        much as `gram`. With stacked vectors, gradients are formed a few columns at a time, so that no array of rows x p is
+        made; for a single vector `mv` is cheaper.
         """
         if not isinstance(other, Scores):
             return _products(self, self.spec.stacked(other, "other"))
@@ -135,13 +135,13 @@ class Scores(abc.ABC):
 
     @abc.abstractmethod
     def _beside(self, leaves: Sequence[Leaf]) -> Float[Array, "rows others"]:
-        """The inner products with the rows of leaves."""
+        """The inner products with other rows, given as leaves."""
 
     @abc.abstractmethod
     def gram_upper(self, factor: Scalar) -> Float[Array, "rows rows"]:
-        """The upper triangle of ``(factor S) (factor S)^T``; the entries below it mean nothing.
+        """The upper triangle of ``(factor S) (factor S)^T``; the entries below it are arbitrary.
 
-        The products are taken in such a way that no number overflows or underflows which the result can hold.
+        The products are arranged so that nothing overflows or underflows unless the result does.
         """
 
     @abc.abstractmethod
@@ -149,30 +149,30 @@ class Scores(abc.ABC):
         """``|s_i|^2`` for each row."""
 
     def clipped_sum(self, max_norm: chex.Numeric) -> ClippedSum:
-        r"""``sum_i s_i min(1, max_norm / |s_i|)``, the sum of the scores with each row made no longer than ``max_norm``.
+        r"""``sum_i s_i min(1, max_norm / |s_i|)``, the sum of the scores with each row clipped to ``max_norm``.
 
-        The norms come from the factors and the sum from one more product with these, so that no per-example gradient is formed.
-        Rows of padding are zero; other weights do not count. It is the gradient of the log-likelihood:
-        `jaxfisher.clipped_grad` has that of the loss. Centred scores raise `TypeError`, since the mean that is taken from every
-        row depends on all examples, and so do scores of a complex log-density, of which an example has two rows.
+        The norms come from the factors and the sum from one more product with them, so that no per-example gradient is formed.
+        Rows of padding are zero; other weights do not count. The result is a gradient of the log-likelihood:
+        `jaxfisher.clipped_grad` has that of the loss. Centred scores raise `TypeError`, since the mean that is subtracted from
+        every row depends on all examples, and so do scores of a complex log-density, which have two rows an example.
 
         Reference: Abadi et al., Deep learning with differential privacy (CCS 2016), algorithm 1.
         """
         max_norm = nonnegative("max_norm", max_norm, self.spec.dtype)
         check_one_row_each("clipped_sum", self)
-        # A bound that is none, negative or NaN, is no error at run time, and no sum is as short as it says.
+        # A bound that is negative or NaN at run time raises no error; no sum satisfies it, so return NaN.
         whole, count = self._clipped(max_norm)
         return ClippedSum(jax.tree.map(lambda leaf: jnp.where(max_norm >= 0, leaf, jnp.nan), whole), max_norm, count)
 
     @abc.abstractmethod
     def _clipped(self, max_norm: Scalar) -> tuple[Any, Int[Array, ""]]:
-        """The sum of the rows made no longer than ``max_norm``, and how many were longer."""
+        """The sum of the rows clipped to ``max_norm``, and the number of rows that were longer."""
 
     @abc.abstractmethod
     def diagonal(self) -> Any:
         """The diagonal of ``S^T S / n`` (with weights, of ``S^T diag(omega) S``), a pytree like the parameters.
 
-        The entry of a complex leaf is ``a + i b`` with the diagonal's two numbers for its real and its imaginary part.
+        An entry of a complex leaf is ``a + i b``, with the diagonal's numbers for its real and its imaginary part.
         """
 
     @once
@@ -182,18 +182,18 @@ class Scores(abc.ABC):
 
     @abc.abstractmethod
     def scaled_moment(self, factor: Scalar) -> Float[Array, "p p"]:
-        """The second moment of ``factor S``, of which `gram_upper` is the Gram matrix."""
+        """The second moment of ``factor S``; `gram_upper` is its Gram matrix."""
 
     @abc.abstractmethod
     def squares_along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
-        """The diagonal of ``S^T diag(omega) S`` in the basis of the one layer that it is over: the eigenvalues of EKFAC.
+        """The diagonal of ``S^T diag(omega) S`` in the basis of the single layer that S is over: the eigenvalues of EKFAC.
 
         Reference: George et al., Fast approximate natural gradient descent in a Kronecker-factored eigenbasis (NeurIPS 2018).
         """
 
     @abc.abstractmethod
     def rescaled(self, factors: tuple[Scalar, ...]) -> Scores:
-        """The columns of each leaf multiplied by a number."""
+        """The scores with the columns of each leaf multiplied by that leaf's factor."""
 
     @abc.abstractmethod
     def as_matrix(self) -> Float[Array, "rows p"]:
@@ -201,7 +201,7 @@ class Scores(abc.ABC):
 
     @abc.abstractmethod
     def bound(self) -> Scalar:
-        """A bound on the entries of ``S`` in absolute value, of their order of magnitude."""
+        """An upper bound on the absolute values of the entries of ``S``, of the right order of magnitude."""
 
     @abc.abstractmethod
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> Scores:
@@ -209,9 +209,9 @@ class Scores(abc.ABC):
 
     @abc.abstractmethod
     def centered(self, kinds: int = 1) -> Scores:
-        """The scores less their weighted mean.
+        """The scores minus their weighted mean.
 
-        Rows of several ``kinds`` that take turns, such as those of real and imaginary parts, have a mean for each kind.
+        If rows of several ``kinds`` alternate, such as those of real and imaginary parts, each kind has its own mean.
         """
 
     def _row_numbers(self, w: Float[Array, " rows"]) -> Float[Array, " rows"]:
@@ -232,7 +232,7 @@ _PROGRAMS = (
     *("rmv", "gram_upper", "squared_norms", "_clipped", "diagonal", "scaled_moment", "as_matrix", "bound"),
     *("expanded_moments", "reduced_moments", "squares_along"),
 )
-"""Methods of `Scores` that compute."""
+"""The methods of `Scores` that are compiled into programs."""
 
 
 @once
@@ -254,11 +254,11 @@ def _products(scores: Scores, vectors: list[Array]) -> Float[Array, "rows k"]:
 
 
 class Role(NamedTuple):
-    """What a leaf is to a function.
+    """The role of a parameter leaf in a function.
 
     Attributes:
         layer: for the bias of a layer, the place of the layer's weight among the leaves; None for other leaves.
-        touched: whether the function depends on it at all; where it does not, its scores are zero.
+        touched: whether the function depends on the leaf at all; if not, its scores are zero.
     """
 
     layer: int | None
@@ -266,16 +266,16 @@ class Role(NamedTuple):
 
 
 def check_one_row_each(caller: str, scores: Scores) -> None:
-    """Raise `TypeError` where an example has several rows, and what is asked is of examples."""
+    """Raise `TypeError` if an example has several rows, for functions that need one row for each example."""
     if scores.num_rows != examples_of(scores):
         raise TypeError(
-            f"{caller}: {scores} have several rows an example, as those of a complex log-density have, and what {caller} says "
-            "of an example takes one. Give a real log-density, such as 2 * log_psi(params, x).real."
+            f"{caller}: {scores} have several rows an example, like those of a complex log-density, and {caller} needs one row "
+            "for each example. Give a real log-density, such as 2 * log_psi(params, x).real."
         )
 
 
 def one_a_row(caller: str, scores: Any, e: Any) -> Float[Array, " rows"]:
-    """One real number a row, in the scores' dtype, or the error of a least-squares fit that is asked for anything else."""
+    """``e`` as one real number a row in the scores' dtype, after checking it and the scores; raises otherwise."""
     if not isinstance(scores, Scores):
         raise TypeError(f"{caller}: `scores` is {described(scores)}; expected what jf.scores(log_prob)(params, *data) returns.")
     check_array(f"{caller}: `e`", e)
@@ -289,21 +289,21 @@ def one_a_row(caller: str, scores: Any, e: Any) -> Float[Array, " rows"]:
 
 
 def examples_of(scores: Scores) -> int:
-    """The number of examples that scores are of, with padding."""
+    """The number of examples behind the scores, padding included."""
     return scores._num_examples
 
 
 def roles_of(leaves: Sequence[Leaf]) -> tuple[Role, ...]:
-    """The roles of leaves as the engine gives them."""
+    """The roles of leaves that the engine returned."""
     return tuple(Role(leaf.layer, bool(leaf.forms)) for leaf in leaves)
 
 
 class FactoredScores(Scores):
-    """Scores that are the gradients themselves, which may have factors; a covariance of them is no sum of products."""
+    """Scores that are the gradients themselves, which may have factors; centred scores are not."""
 
     @abc.abstractmethod
     def expanded_moments(self) -> tuple[Moments | None, ...]:
-        """Second moments of each leaf's factors with positions as if they were examples; None for a leaf without factors.
+        """Second moments of each leaf's factors, with positions treated like examples; None for a leaf without factors.
 
         Positions that carry no gradient are not counted. A layer's bias goes with its weight. Reference: Eschenhagen et al.
         (NeurIPS 2023), KFAC-expand.
@@ -313,14 +313,14 @@ class FactoredScores(Scores):
     def reduced_moments(self) -> tuple[Moments | None, ...]:
         """Second moments of each leaf's factors taken together over positions; None for a leaf without factors.
 
-        They are the moments of the mean of ``a_t`` over positions that carry a gradient, and of the sum of ``g_t``. Reference:
+        These are the moments of the mean of ``a_t`` over positions that carry a gradient, and of the sum of ``g_t``. Reference:
         Eschenhagen et al. (NeurIPS 2023), KFAC-reduce.
         """
 
     @property
     @abc.abstractmethod
     def roles(self) -> tuple[Role, ...]:
-        """What each leaf is to the function."""
+        """The role of each leaf in the function."""
 
 
 def total(parts: Sequence[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Scores that are worked on in pieces: made again whenever they are needed, or several blocks of rows joined."""
+"""Scores that are processed in pieces: recomputed chunk by chunk whenever they are needed, or joined from blocks of rows."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from jaxfisher._tree import ParamSpec, kept, narrowed, param_spec
 
 
 class ScoresInPieces(Scores):
-    """Scores that are worked on in one block of held rows after the other; two methods say how the blocks come."""
+    """Scores that are processed one block of held rows after the other; subclasses say in two methods how blocks are made."""
 
     @abc.abstractmethod
     def _map(self, function: Callable[..., Array], *given: Array) -> Array:
-        """``function`` of each block's held rows, and of the entries of ``given`` that belong to them, joined along rows."""
+        """``function`` of each block's held rows and of the matching entries of ``given``; results are joined along rows."""
 
     @abc.abstractmethod
     def _sum(self, function: Callable[..., Any], *given: Array) -> Any:
@@ -77,9 +77,9 @@ class ScoresInPieces(Scores):
 
 @array_fields("params", "data", "weights", "live", "shift", "factors", "provenance", repr=False)
 class StreamedScores(ScoresInPieces, FactoredScores):
-    """Scores made again, ``batch_size`` examples at a time, whenever they are needed.
+    """Scores recomputed whenever they are needed, ``batch_size`` examples at a time.
 
-    ``live`` is true of the examples and false of padding; None where there is no padding.
+    ``live`` is true for examples and false for padding; None if there is no padding.
     """
 
     rows: Rows
@@ -118,7 +118,7 @@ class StreamedScores(ScoresInPieces, FactoredScores):
         return dataclasses.replace(self, factors=old)
 
     def _leaves(self, *data: Any) -> tuple[Leaf, ...]:
-        """The leaves of a piece of the data, as the engine gives them."""
+        """The leaves of a piece of the data, as the engine returns them."""
         traced = trace(self.rows, self.params, data)
         return leaf_forms(traced, self.params, data, param_spec(self.params))[1]
 
@@ -161,7 +161,7 @@ class StreamedScores(ScoresInPieces, FactoredScores):
         return jnp.block([[whole, beside], [jnp.zeros_like(beside.T), last.gram_upper(factor)]])
 
     def _gram_of_pieces(self, cut: Pieces, factor: Scalar) -> Float[Array, "rows rows"]:
-        """The inner products of pairs of pieces, each pair once, both pieces being made on the spot."""
+        """The inner products of pairs of pieces, each pair once; both pieces are computed on the spot."""
         one, other = np.triu_indices(cut.count)
 
         def tile(pair: tuple[Array, Array]) -> Array:
@@ -173,7 +173,7 @@ class StreamedScores(ScoresInPieces, FactoredScores):
         grid = jnp.zeros((cut.count, cut.count, side, side), tiles.dtype).at[one, other].set(tiles)
         rows = cut.in_order(grid.swapaxes(1, 2))  # [rows, piece, row]
         known = cut.in_order(jnp.moveaxis(rows, 0, -1)).T
-        # The product of two rows was taken once, with the row of the earlier piece first.
+        # Each product was computed once, with the row of the earlier piece first; mirror it for the other order.
         piece = cut.in_order(jnp.repeat(jnp.arange(cut.count)[:, None], side, axis=1))
         return jnp.where(piece[:, None] <= piece[None, :], known, known.T)
 
@@ -186,7 +186,7 @@ class StreamedScores(ScoresInPieces, FactoredScores):
         return found
 
     def centered(self, kinds: int = 1) -> Scores:
-        # Any constant near the mean will do for the shift: the mean of one piece.
+        # The shift may be any constant near the mean: take the mean of one piece.
         return CenteredScores(dataclasses.replace(self, shift=_first_means(self, Static(kinds))), self.weights, kinds)
 
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> StreamedScores:
@@ -199,8 +199,8 @@ def _leaves_of_first(scores: StreamedScores) -> tuple[Leaf, ...]:
 
 
 _leaves_of_one = automatic(_leaves_of_first)
-"""Which is one function, so that JAX finds again what it has traced of it. The first example of data spread over explicit axes
-cannot be sliced off, unless they are made automatic."""
+"""`_leaves_of_first` as a single function object, so that JAX reuses its trace. The axes are made automatic, since the first
+example cannot be sliced off data that are sharded over explicit axes."""
 
 
 @once
@@ -212,7 +212,7 @@ def _first_means(scores: StreamedScores, kinds: Static[int]) -> tuple[Any, ...]:
 
 
 def masked(leaves: tuple[Leaf, ...], live: Bool[Array, " n"] | None) -> tuple[Leaf, ...]:
-    """The leaves with rows of zeros for padding."""
+    """The leaves, with rows of zeros for padding."""
     return leaves if live is None else tuple(leaf.masked(live) for leaf in leaves)
 
 
@@ -273,5 +273,5 @@ class JoinedScores(ScoresInPieces):
 
 @once
 def _one_after_the_other(blocks: Sequence[Array]) -> Array:
-    """Blocks of rows, of which some may be spread over explicit axes of a mesh and others not."""
+    """Blocks of rows, concatenated; some may be sharded over explicit axes of a mesh and others not."""
     return jnp.concatenate(blocks)
