@@ -76,7 +76,7 @@ def once_for(function: Callable[P, R], examples: Callable[..., Any] | None = Non
 
     A program is found again by the user's function, and forgotten with it: neither it nor what it closes over is kept alive.
     Where something that the function reads by name is bound to something else, as happens in notebooks and by setting an
-    attribute, the program is made again. What is changed inside a list or an array is not seen.
+    attribute, the program is made again. Numbers that are changed inside an array of NumPy are not seen.
     """
     programs: dict[Hashable, _Program] = {}
 

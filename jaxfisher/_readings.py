@@ -26,8 +26,8 @@ def readings(of: Any) -> tuple[Hashable, ...]:
     """What a function of the user's reads from outside by name: numbers and strings as they are, all else by identity.
 
     It reads its globals, what it closes over, its default arguments, and of the objects among these the attributes that its
-    code names. Functions that it reads are looked into as well, those of the libraries aside, and so are tuples, dictionaries
-    and sets. A program is found again by the function and by these, and so is that of an object which holds it, by
+    code names. Functions that it reads are looked into as well, those of the libraries aside, and so are lists, tuples,
+    dictionaries and sets. A program is found again by the function and by these, and so is that of an object which holds it, by
     `array_fields`.
     """
     found: list[Hashable] = []
@@ -84,8 +84,9 @@ class _Held:
 
 
 _AROUND = (Around, functools.partial, types.MethodType)
-_CONTAINERS = (tuple, dict, set, frozenset)
-"""Whose entries stand for them. Of a list they do not: a model may note in one that it is traced."""
+_CONTAINERS = (tuple, list, dict, set, frozenset)
+_WRITERS = frozenset({"append", "extend", "insert"})
+"""What of a list it is for: code that names one of these notes in it that it is traced, and does not read it."""
 
 
 _ARRAYS = (jax.Array, np.ndarray)
@@ -95,12 +96,10 @@ def _noted(value: Any) -> Hashable:
     """What stands for a value that is read. Of what is only around others, another one around the same is as good."""
     if value is None or isinstance(value, (int, float, complex, str)):
         return type(value), value
-    if isinstance(value, _AROUND):
-        return type(value), None
     if isinstance(value, dict):
         return type(value), *map(_noted, value)
-    if isinstance(value, _CONTAINERS):
-        return type(value), len(value)
+    if isinstance(value, (*_AROUND, *_CONTAINERS)):
+        return type(value), None
     try:
         return _Same(value)
     except TypeError:
@@ -124,6 +123,8 @@ def _inside(value: Any, names: Names) -> Iterable[tuple[Any, Names]]:
         return _of_function(value)
     if isinstance(value, (types.ModuleType, type)):
         return [] if _of_library(value) else _of_names(value, value, names)
+    if isinstance(value, list) and _WRITERS.intersection(names):
+        return []
     parts = _parts(value)
     return _of_object(value, names) if parts is None else [(part, names) for part in parts]
 
@@ -136,8 +137,6 @@ def _parts(value: Any) -> Iterable[Any] | None:
         return value.func, *value.args, *value.keywords.values()
     if isinstance(value, dict):
         return value.values()
-    if isinstance(value, list):
-        return filter(callable, value)
     return value if isinstance(value, _CONTAINERS) else None
 
 

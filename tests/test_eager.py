@@ -427,8 +427,8 @@ def of_an_object():
 
 def of_what_is_made():
     """Ways through what is bound to something else, of which nothing else keeps the old one."""
-    cell, one, table = function_of(1.0), [1.0], {"scale": function_of(1.0)}
-    layer = Layer()
+    cell, one, row, table = function_of(1.0), [1.0], [1.0], {"scale": function_of(1.0)}
+    layer, notes = Layer(), []
 
     def bind(value):
         nonlocal cell
@@ -438,6 +438,11 @@ def of_what_is_made():
         nonlocal one
         one = [value]
 
+    def noting(mu, x):
+        """A model that notes in a list that it is traced is not another one for it."""
+        notes.append(x.shape)
+        return jf.Normal(mu * x[0], cell())
+
     def decorated():
         scale = jax.custom_jvp(lambda mu: jnp.full_like(mu, cell()))
         scale.defjvp(lambda mu, tangent: (scale(*mu), jnp.zeros_like(*tangent)))
@@ -446,6 +451,8 @@ def of_what_is_made():
     return {
         "function": (normal(lambda: cell()), bind),
         "list": (normal(lambda: one[0]), bind_list),
+        "entry of a list": (normal(lambda: row[0]), lambda value: row.__setitem__(0, value)),
+        "noting": (noting, bind),
         "default": (lambda mu, x, scale=lambda: cell(): jf.Normal(mu * x[0], scale()), bind),
         "partial": (normal(functools.partial(lambda scale: scale(), lambda: cell())), bind),
         "decorated": (decorated(), bind),
