@@ -88,6 +88,8 @@ _CONTAINERS = (tuple, list, dict, set, frozenset)
 _WRITERS = frozenset({"append", "extend", "insert"})
 """What of a list it is for: code that names one of these notes in it that it is traced, and does not read it."""
 
+MANY = 1000
+"""A container with more entries, such as a vocabulary, is told by identity and length: comparing all at each call is slow."""
 
 _ARRAYS = (jax.Array, np.ndarray)
 
@@ -96,6 +98,8 @@ def _noted(value: Any) -> Hashable:
     """What stands for a value that is read. Of what is only around others, another one around the same is as good."""
     if value is None or isinstance(value, (int, float, complex, str)):
         return type(value), value
+    if _is_large(value):
+        return _Held(value), len(value)
     if isinstance(value, dict):
         return type(value), *map(_noted, value)
     if isinstance(value, (*_AROUND, *_CONTAINERS)):
@@ -104,6 +108,10 @@ def _noted(value: Any) -> Hashable:
         return _Same(value)
     except TypeError:
         return (type(value), value) if hashable(value) else _Held(value)
+
+
+def _is_large(value: Any) -> bool:
+    return isinstance(value, _CONTAINERS) and len(value) > MANY
 
 
 def hashable(value: Any) -> bool:
@@ -123,7 +131,7 @@ def _inside(value: Any, names: Names) -> Iterable[tuple[Any, Names]]:
         return _of_function(value)
     if isinstance(value, (types.ModuleType, type)):
         return [] if _of_library(value) else _of_names(value, value, names)
-    if isinstance(value, list) and _WRITERS.intersection(names):
+    if _is_large(value) or (isinstance(value, list) and _WRITERS.intersection(names)):
         return []
     parts = _parts(value)
     return _of_object(value, names) if parts is None else [(part, names) for part in parts]

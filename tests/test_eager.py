@@ -41,6 +41,7 @@ from rooms import ROOMS
 
 import jaxfisher as jf
 from jaxfisher._examples import make_batch
+from jaxfisher._readings import readings
 
 COMPILED = []
 """One entry for each program that XLA has compiled since this module was read, or would have compiled."""
@@ -478,3 +479,20 @@ def test_what_a_model_reads_is_seen_when_it_changes(way, monkeypatch):
         compiled = len(COMPILED)
         WHAT_READS["exact"](own), WHAT_READS["implicit"](own)
         assert len(COMPILED) == compiled
+
+
+@pytest.mark.parametrize(
+    "kind", [list, tuple, set, lambda words: dict.fromkeys(words, 0)], ids=["list", "tuple", "set", "dict"]
+)
+def test_what_is_read_of_a_large_container_is_the_container(kind):
+    """To compare each word of a vocabulary would take a fifth of a second at each call."""
+    words = kind(map(str, range(100_000)))
+
+    def model(mu, x):
+        return jf.Normal(mu * x[0], len(words) / 1e5)
+
+    assert len(readings(model)) < 5
+    ours = lambda: jf.exact_fisher(model)(2.0, jnp.ones((1, 1))).trace()  # noqa: E731
+    np.testing.assert_allclose(ours(), 1.0, rtol=1e-6)
+    words = kind(map(str, range(50_000)))
+    np.testing.assert_allclose(ours(), 4.0, rtol=1e-6)
