@@ -14,9 +14,10 @@
 # # KL divergence and the Fisher information
 #
 # At the end you will know why the distance between two parameter vectors says little about the distance between two
-# models, how the KL divergence says it, and why a single matrix, the Fisher information, describes that divergence nearby.
+# models, how the KL divergence measures the latter, and why a single matrix, the Fisher information, describes the
+# divergence between neighbours.
 #
-# Everything here can be checked to the last digits, so it runs in double precision. The library itself works in whatever
+# The notebook checks everything to the last digits, so it runs in double precision. The library itself works in whatever
 # precision its inputs have.
 
 # %%
@@ -73,20 +74,20 @@ axes[0].legend()
 plt.show()
 
 # %% [markdown]
-# A single observation usually tells the first pair apart. The second pair is nearly the same distribution. The Euclidean
-# distance cannot know; the divergence
+# A single observation usually tells the first pair apart, while the second pair is nearly the same distribution. The
+# Euclidean distance does not see this. The divergence
 #
 # $$\mathrm{KL}(p \,\|\, q) = \mathbb{E}_{x \sim p}\left[\log p(x) - \log q(x)\right]$$
 #
-# does, because it asks the distributions and not their coordinates. It is measured in nats: what one observation from $p$
-# tells, on average, against $q$.
+# does, because it depends on the distributions and not on their coordinates. It is measured in nats: the evidence, on average,
+# that one observation from $p$ gives against $q$.
 
 # %% [markdown]
 # ## What kind of a distance it is
 #
-# The divergence is zero for equal distributions and positive for others. It adds over independent parts. It does not change
-# when the parameters are written in another way, or the data in another unit. Yet it is no distance: it is not symmetric,
-# and a detour can be shorter than the direct way.
+# The divergence is zero for equal distributions and positive for others. It is additive over independent parts. It does not
+# change when the parameters are written in another way, or the data in another unit. Yet it is not a distance: it is not
+# symmetric, and a detour can be shorter than the direct way.
 
 # %%
 p, q = jf.Normal(0.0, 1.0), jf.Normal(1.0, 2.0)
@@ -124,7 +125,7 @@ print(f"direct {direct:.2f}, with a stop {detour:.2f}")
 assert detour < direct
 
 # %% [markdown]
-# Where no closed form exists, samples give the expectation, with an error that the samples themselves reveal.
+# If there is no closed form, samples estimate the expectation, and their spread gives the error of the estimate.
 
 # %%
 log_prob = jf.log_likelihood(lambda theta: jf.Normal(theta["loc"], theta["scale"]))
@@ -165,8 +166,8 @@ np.testing.assert_allclose(hessian, np.diag([np.exp(2 * 0.5), 2.0]), rtol=0, ato
 np.testing.assert_allclose(jax.jit(jf.kl_hessian(normal))(theta).as_matrix(), hessian, rtol=0, atol=50 * EPS)
 
 # %% [markdown]
-# Only one side moves. If both do, the divergence is that of a distribution to itself: zero everywhere, and so is every
-# derivative. Code that differentiates both sides gets a matrix of zeros and no error.
+# Only one side moves. If both move, the divergence is that of a distribution to itself, which is zero everywhere, and so is
+# every derivative. Code that differentiates both sides gets a matrix of zeros and no error.
 
 # %%
 both_move = jax.jit(jax.hessian(lambda theta: divergence(theta, theta)))(theta)
@@ -250,11 +251,11 @@ for whose, weights in (("model", probability), ("data", observed)):
 # %% [markdown]
 # The three definitions agree to rounding, and so does `jf.exact_fisher`, which needs no list of targets: it works with
 # the Jacobian $J_i$ of the network and the Fisher $M_i$ of the predicted distribution, $F = \frac1n \sum_i J_i^\top M_i J_i$.
-# The last three rows have the targets of the data in place of the model's. Their matrices are no Fishers, and not even equal to
+# The last three rows use the targets of the data in place of the model's. Their matrices are not Fishers, and not even equal to
 # each other: the first is called the empirical Fisher, the second the observed information.
-# [Notebook 3](03_empirical_fisher.ipynb) takes that up.
+# [Notebook 3](03_empirical_fisher.ipynb) continues from here.
 #
-# The Fisher is an operator over the parameters. Its entries between the leaves of the parameters show as blocks.
+# The Fisher is an operator over the parameters. In the picture its entries between two leaves of the parameters form a block.
 
 # %%
 print(F)
@@ -263,8 +264,8 @@ ax.set_title("Fisher of the network on the irises", fontsize="medium")
 plt.show()
 
 # %% [markdown]
-# A softmax only knows differences of logits. So this Fisher is singular: moving all the biases of the last layer together
-# changes no prediction, and neither does moving all columns of its weights. The library counts those directions.
+# A softmax depends only on differences of logits. So this Fisher is singular: moving all the biases of the last layer together
+# changes no prediction, and neither does moving all columns of its weights together. The library counts those directions.
 
 # %%
 rank = int(F.rank())
@@ -279,8 +280,8 @@ assert rank == F.size - 4 and abs(F.quadratic(together)) < 100 * EPS
 #
 # $$\mathrm{KL}(\theta \,\|\, \theta + d) = \frac12\, d^\top F(\theta)\, d + O(\lVert d \rVert^3).$$
 #
-# This is what makes the Fisher useful: one matrix stands for the divergence to all neighbours. Along one direction, first as
-# curves, then the error on log axes, where a slope of three shows the cube.
+# This is what makes the Fisher useful: one matrix stands for the divergence to all neighbours. The pictures show both sides
+# along one direction, first as curves, then their difference on log axes, where a slope of three shows the cube.
 
 # %%
 direction = jax.tree.map(lambda leaf: jnp.ones_like(leaf) / jnp.sqrt(F.size), params)
@@ -315,7 +316,7 @@ axes[1].legend()
 plt.show()
 
 # %% [markdown]
-# Halving the step divides the error by eight. Near $\theta$ the quadratic is the divergence for all purposes; a step that
+# Halving the step divides the error by eight. Near $\theta$ the quadratic can replace the divergence. A step that
 # leaves the region where the two curves agree is too long for the metric at its start.
 #
 # `jf.check_fisher` makes this comparison, and those of the routes above, for a model of your own.
@@ -330,8 +331,8 @@ assert check.passed
 #
 # All $\theta + d$ with a divergence of at most $c$ from $\theta$ form a ball of the divergence. To second order it is the
 # ellipse $\frac12 d^\top F(\theta)\, d \le c$. Drawn over the plane of a family with two parameters, the ellipses show the
-# metric: where one is long, the parameters may move far and the distribution hardly changes. Over each we draw the actual
-# ball, from the divergence itself.
+# metric: where an ellipse is long, the parameters may move far while the distribution hardly changes. Over each ellipse we draw
+# the actual ball, from the divergence itself.
 
 # %%
 RADIUS = 0.02
@@ -385,9 +386,10 @@ fig.legend([axes[0].patches[0], line], ["ellipse of the Fisher", "actual KL ball
 plt.show()
 
 # %% [markdown]
-# Left: all ellipses hold the same divergence, and they grow with the scale, in both directions. The two pairs of the
-# beginning are far apart at the bottom of this plane and close together at the top. Right: concentration and rate of a Gamma
-# distribution trade against each other, since their quotient is the mean; the ellipses are tilted along it.
+# Left: all ellipses have the same divergence, and they grow with the scale, in both directions. Of the two pairs at the
+# beginning, the one at the bottom of this plane is far apart and the one at the top is close together. Right: the concentration
+# and the rate of a Gamma distribution can compensate for each other, since their quotient is the mean, so the ellipses are
+# tilted.
 #
 # The actual balls deviate by the cubic term. They get rounder as the radius shrinks:
 
@@ -403,5 +405,5 @@ np.testing.assert_allclose(ratios, 2, rtol=0.2)  # the root of 4, and better the
 assert abs(ratios[-1] - 2) < 0.1
 
 # %% [markdown]
-# A quarter of the radius is half the deviation. In a small enough ball the Fisher is all there is to know, and
-# [notebook 2](02_natural_gradient.ipynb) asks for the best step inside it.
+# A quarter of the radius halves the deviation. In a small enough ball the Fisher alone describes the divergence, and
+# [notebook 2](02_natural_gradient.ipynb) looks for the best step inside it.

@@ -50,7 +50,7 @@ EPS = float(np.finfo(float).eps)
 # $$d = -\frac{1}{\lambda} F^{-1} \nabla L, \qquad \frac{1}{\lambda} = \sqrt{\frac{2c}{\nabla L^\top F^{-1} \nabla L}},$$
 #
 # the multiplier from the constraint. So the direction is $F^{-1} \nabla L$, the *natural gradient*, and the multiplier is
-# absorbed into the learning rate. For a check, a logistic regression with two parameters: small enough to try every
+# absorbed into the learning rate. We check this on a logistic regression with two parameters, small enough to try every
 # direction.
 
 
@@ -81,8 +81,8 @@ np.testing.assert_allclose(natural, np.linalg.solve(F.as_matrix(), gradient), rt
 
 
 # %% [markdown]
-# Now the search. Along each of many directions we go as far as the *actual* divergence allows, and keep the end with the
-# lowest $\nabla L^\top d$. Nothing here knows of the Fisher.
+# Now the search: along each of many directions we go as far as the *actual* divergence allows, and keep the end with the
+# lowest $\nabla L^\top d$. The search does not use the Fisher.
 
 
 # %%
@@ -143,8 +143,8 @@ ax.legend(loc="lower left")
 plt.show()
 
 # %% [markdown]
-# The grey lines are the linearised loss. The gradient is perpendicular to them, but the ball is narrow in its direction. The
-# step that gets furthest goes where the ball is long.
+# The grey lines are the linearised loss. The gradient is perpendicular to them, but the ball is narrow in that direction. The
+# step that lowers the loss most goes where the ball is long.
 #
 # In the library `jf.natural_grad` is a drop-in for `jax.grad`, and an optimiser with a `radius` finds the multiplier itself:
 # it never takes a step of more than $c$ nats, by the quadratic.
@@ -159,16 +159,16 @@ np.testing.assert_allclose(step, arrows["natural gradient"][1], rtol=1e4 * EPS)
 # %% [markdown]
 # ## The second multiplier is the damping
 #
-# The linearised loss is not to be trusted far from $\theta$, and $F$ may be nearly singular: then the ball is very long in
+# The linearised loss cannot be trusted far from $\theta$, and $F$ may be nearly singular: then the ball is very long in
 # some direction, and so is the step. The remedy is a second constraint, on the Euclidean length, $\lVert d \rVert \le r$.
-# It brings a second multiplier $\mu$ and the step
+# It brings a second multiplier $\mu$, and the step becomes
 #
 # $$d = -(\lambda F + \mu I)^{-1} \nabla L = -\frac{1}{\lambda} \left(F + \frac{\mu}{\lambda} I\right)^{-1} \nabla L.$$
 #
-# The first multiplier is the learning rate, and their quotient is the *damping*. Every damping belongs to a length, so
-# choosing a damping is choosing how far to trust. Check: with $\lambda = 1$, let SciPy minimise the quadratic model under the
-# constraint on the length, knowing nothing of damping, and read the multiplier off its answer. `jf.solve_path` solves for
-# many dampings from one factorisation.
+# The first multiplier gives the learning rate, and the quotient of the two is the *damping*. Every damping belongs to a length,
+# so choosing a damping means choosing how far to trust the model. To check this, set $\lambda = 1$ and let SciPy minimise the
+# quadratic model under the constraint on the length, without any damping; its answer gives the multiplier. `jf.solve_path`
+# solves for many dampings from one factorisation.
 
 # %%
 matrix, g = np.asarray(F.as_matrix()), np.asarray(gradient)
@@ -197,7 +197,7 @@ for damping, d in zip(dampings[20:41:10], path[20:41:10], strict=True):
     np.testing.assert_allclose(multiplier, damping, rtol=1e-3)
 
 # %% [markdown]
-# From no damping to much, the step turns from the natural gradient to the plain one, and shrinks.
+# As the damping grows, the step turns from the natural gradient to the plain one, and shrinks.
 
 # %%
 lengths = jnp.linalg.norm(path, axis=1)
@@ -228,10 +228,10 @@ plt.show()
 # ## Newton's method as a special case
 #
 # Newton's step uses the Hessian of the loss instead, $H = -\frac1n \sum_i \nabla^2 \log p_\theta(y_i \mid x_i)$: the *observed*
-# information. The Fisher is its expectation under the model. If $\log p$ is linear in the parameters but for a term that does
-# not depend on the targets, its Hessian does not depend on them either, and the expectation changes nothing. This is so for an
-# exponential family in its natural parameters: the logit of a Bernoulli, the log-rate of a Poisson. There the natural
-# gradient is Newton's method. For the logistic regression above:
+# information. The Fisher is its expectation under the model. If $\log p$ is linear in the parameters except for a term that
+# does not depend on the targets, its Hessian does not depend on the targets either, and the expectation changes nothing. This
+# is the case for an exponential family in its natural parameters: the logit of a Bernoulli, the log-rate of a Poisson. There
+# the natural gradient is Newton's method. For the logistic regression above:
 
 # %%
 hessian = jax.jit(jax.hessian(loss))(theta)
@@ -243,7 +243,7 @@ np.testing.assert_allclose(natural, newton, rtol=1e4 * EPS)
 
 # %% [markdown]
 # In other parameters the two differ. For a normal distribution in mean and scale, far from the maximum, the Hessian is not even
-# positive: Newton's step goes uphill. The Fisher is a covariance, so its step goes downhill wherever it is not zero.
+# positive definite, and Newton's step goes uphill. The Fisher is a covariance, so its step goes downhill unless it is zero.
 
 
 # %%
@@ -275,8 +275,8 @@ assert both["Newton"][0][0] < 0 < changes["Newton"] and changes["natural"] < 0
 # ## Regressions on real data
 #
 # Generalised linear models have been fitted by the natural gradient for half a century, under the names of *Fisher scoring*
-# and iteratively reweighted least squares. statsmodels does so. We fit two of its data sets: visits to a doctor (a Poisson
-# regression of 20,190 records) and the passing of an economics course (a probit regression of 32 students, whose link is not
+# and iteratively reweighted least squares. statsmodels fits them this way. We fit two of its data sets: visits to a doctor (a
+# Poisson regression of 20,190 records) and passing an economics course (a probit regression of 32 students, whose link is not
 # the natural one). The loop is one line.
 
 
@@ -337,9 +337,9 @@ for name, (model, family, to_predictor) in regressions.items():
     fits[name] = (design, response, beta, errors)
 
 # %% [markdown]
-# Not only the results agree: so does every iterate, since the methods are the same. For the probit there is a second kind of
-# standard error, from the observed information, which statsmodels uses in `Probit`. At a maximum and with a link that is not
-# the natural one the two differ. Both are one line.
+# Not only the results agree: every iterate does, since the methods are the same. For the probit there is a second kind of
+# standard error, from the observed information, which statsmodels uses in `Probit`. If the link is not the natural one, the two
+# differ even at the maximum. Each takes one line.
 
 # %%
 design, response, beta, expected_errors = fits["spector"]
@@ -355,9 +355,9 @@ assert np.max(np.abs(observed_errors / expected_errors - 1)) > 1e-3
 # %% [markdown]
 # ## Why that is a standard error: the bound of Cramer and Rao
 #
-# No unbiased estimator from $n$ independent observations can have a covariance below $(n F)^{-1}$, and maximum likelihood gets
-# there as $n$ grows. First a case that is exact for every $n$: the mean of normal numbers has the variance $\sigma^2 / n$,
-# which is the bound, and their median, unbiased too, stays above it.
+# No unbiased estimator from $n$ independent observations can have a covariance below $(n F)^{-1}$, and maximum likelihood
+# reaches this bound as $n$ grows. First a case that is exact for every $n$: the mean of normal numbers has the variance
+# $\sigma^2 / n$, which is the bound. Their median is unbiased too, and its variance is larger.
 
 # %%
 n, repeats = 25, 4000
@@ -375,7 +375,7 @@ np.testing.assert_allclose(bound, 4 / n, rtol=10 * EPS)
 assert abs(ratios["mean"] - 1) < 5 * relative_error < ratios["median"] - 1
 
 # %% [markdown]
-# Then the Poisson regression, on the first 1,000 records. We take its fit for the truth, draw the visits anew many times, fit
+# Then the Poisson regression, on the first 1,000 records. We take its fit as the truth, redraw the visits many times, fit
 # each time, and compare the spread of the fits with the standard errors from the Fisher.
 
 # %%
@@ -428,8 +428,8 @@ plt.show()
 # Write $\theta = \phi(\eta)$ with Jacobian $J$. A gradient becomes $J^\top \nabla L$ and the Fisher $J^\top F J$, so the
 # natural gradient becomes $J^{-1} F^{-1} \nabla L$: exactly the components of the *same* step in the new coordinates. A
 # plain gradient is multiplied by $J^\top$ where it would have to be divided by $J$. Take the logistic regression in two
-# sets of units: the input as it was, and moved to its mean and divided by 5. Each path is run in its own units and drawn
-# in those of the first.
+# sets of units: with the input as it was, and with the input centred and divided by 5. Each path is run in its own units and
+# drawn in those of the first.
 
 # %%
 START, STEPS = jnp.array([-1.5, 0.2]), 12
@@ -494,12 +494,14 @@ ax.set(xlabel=r"$\theta_0$ (intercept)", ylabel=r"$\theta_1$ (slope)")
 plt.show()
 
 # %% [markdown]
-# The two plain paths part at the first step; the two natural ones are one path, to rounding. Damping breaks this. It adds a
-# multiple of the identity, which is a Euclidean length again and has units. That is one more reason to keep it small.
+# The two plain paths differ from the first step on; the two natural paths are the same up to rounding. Damping breaks this: it
+# adds a multiple of the identity, which measures Euclidean length again and has units. That is one more reason to keep it
+# small.
 #
-# These coordinates were related by a linear map. If the map is curved, a step of finite length is a straight line in one set
-# of coordinates and a curve in the other, and the paths agree in the limit of small learning rates. The normal
-# distribution in $(\mu, \sigma)$ and in $(\mu, \log \sigma)$, with the time $t$, the rate times the steps, held at one:
+# These coordinates were related by a linear map. If the map is curved, a step of finite length is a straight line in one set of
+# coordinates and a curve in the other, and the paths agree only in the limit of small learning rates. The example is the normal
+# distribution in $(\mu, \sigma)$ and in $(\mu, \log \sigma)$. The time $t$, the rate times the number of steps, is one for all
+# rates:
 
 
 # %%
@@ -529,7 +531,8 @@ ratios = np.array(differences[:-1]) / differences[1:]
 np.testing.assert_allclose(ratios, 2, rtol=0.1)
 
 # %% [markdown]
-# Half the rate, half the difference: the paths are one curve, and only the length of the steps tells them apart.
+# Halving the rate halves the difference. So in the limit the paths are the same curve, and they differ only because the steps
+# are finite.
 #
 # All of this holds for the exact Fisher. [Notebook 3](03_empirical_fisher.ipynb) shows what is lost when the data's own
 # targets take the place of the model's.

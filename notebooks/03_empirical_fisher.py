@@ -43,9 +43,9 @@ BLUE, ORANGE, BLACK = "#0072B2", "#D55E00", "#000000"
 #
 # - **Exact**: the expectation over all targets, with the model's own probabilities. `jf.exact_fisher`.
 # - **Sampled**: targets drawn from the model. An unbiased estimate of the exact one. `jf.sampled_fisher`.
-# - **Empirical**: the targets in the data. `jf.empirical_fisher`. No expectation under the model at all.
+# - **Empirical**: the targets in the data. `jf.empirical_fisher`. It is not an expectation under the model.
 #
-# The third is popular since it needs only gradients that training has computed anyway. We compare them for a small
+# The third is popular because it needs only gradients that training computes anyway. We compare the three for a small
 # network on the irises, at random parameters and after training.
 
 # %%
@@ -85,8 +85,8 @@ trained, losses = train(start, inputs, targets)
 print(f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} after training (nats)")
 
 # %% [markdown]
-# The distance to the exact Fisher, in the Frobenius norm and relative to it. For sampled Fishers it falls with the root of the
-# number of draws, as an average does.
+# The picture shows the relative distance to the exact Fisher in Frobenius norm. For sampled Fishers it falls like one over the
+# square root of the number of draws, as the error of an average does.
 
 # %%
 DRAWS = 4096
@@ -129,14 +129,14 @@ axes[0].legend()
 plt.show()
 
 # %% [markdown]
-# More data does not move the dashed lines: that distance is no noise. If the data had been drawn from the model, it would
-# be; the sampled Fisher *is* the empirical Fisher of such data.
+# More data do not move the dashed lines: the distance of the empirical Fisher is not noise. It would be noise if the data had
+# been drawn from the model; the sampled Fisher *is* the empirical Fisher of such data.
 #
 # ## Where it misleads: linear regression
 #
 # Kunstner, Balles and Hennig
-# ([2019](https://arxiv.org/abs/1905.12558)) show it where everything is known. The model is $y = \theta x$ with normal
-# noise of scale one. With the residuals $r_i = y_i - \theta x_i$,
+# ([2019](https://arxiv.org/abs/1905.12558)) show it on a problem where everything is known. The model is $y = \theta x$ with
+# normal noise of scale one. With the residuals $r_i = y_i - \theta x_i$,
 #
 # $$\nabla L = -\frac1n \sum_i r_i x_i, \qquad F = \frac1n \sum_i x_i^2, \qquad
 # \hat F = \frac1n \sum_i r_i^2 x_i^2 .$$
@@ -187,7 +187,8 @@ ax.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
-# With two parameters, intercept and slope, the direction goes wrong too. Arrows show where each method goes, at equal length.
+# With two parameters, intercept and slope, the direction is wrong too. The arrows, all of one length, show where each method
+# goes.
 
 
 # %%
@@ -235,10 +236,10 @@ for name, degrees in off.items():
 assert np.max(off["exact"]) < 1e-3 and np.max(off["empirical"]) > 90 and np.median(off["empirical"]) > 45
 
 # %% [markdown]
-# At the solution itself the two may still agree: if the model is right, its expectation and the data's average are the same
-# thing. If not, they are not. Three sets of data, each seen by the same model: one drawn from it, one with more noise than the
-# model allows for, one whose mean is curved. The Hessian of the loss, which the exact Fisher equals here, is the same in all
-# three.
+# At the solution itself the two may still agree: if the model is right, its expectation equals the average over the data in the
+# limit of many data. If the model is wrong, they differ. We fit the same model to three sets of data: one drawn from the model,
+# one with more noise than the model allows for, and one whose mean is curved. The Hessian of the loss, which equals the exact
+# Fisher here, is the same for all three.
 
 # %%
 generator = np.random.default_rng(5)
@@ -286,13 +287,13 @@ assert distance["model right"] < 0.1 and min(distance["noise of scale 3"], dista
 # %% [markdown]
 # ## The square of a batch's mean gradient
 #
-# A further step away is to take the gradient of a batch's mean loss, which is at hand, and square it. With $B$ independent
-# scores of mean $m$ and covariance $C$, the mean score $\bar s$ of a batch has
+# Even further from the Fisher is the square of the gradient of a batch's mean loss, which training has at hand. With $B$
+# independent scores of mean $m$ and covariance $C$, the mean score $\bar s$ of a batch has
 #
 # $$\mathbb{E}\left[\bar s\, \bar s^\top\right] = \frac1B\, C + m\, m^\top, \qquad \text{while} \qquad
 # \hat F = \mathbb{E}\left[s\, s^\top\right] = C + m\, m^\top .$$
 #
-# The smallest example: two scores of $+1$ and $-1$.
+# The smallest example has two scores, $+1$ and $-1$.
 
 # %%
 unit_normal = jf.log_likelihood(lambda mu: jf.Normal(mu, 1.0))
@@ -304,7 +305,8 @@ print(f"squared mean gradient {mean_gradient**2}, empirical Fisher {empirical}, 
 assert mean_gradient == 0 and empirical == exact == 1
 
 # %% [markdown]
-# On the irises, the trace: $\mathbb{E} \lVert \bar s \rVert^2$ over random batches, against the trace of the empirical Fisher.
+# On the irises we compare the traces: $\mathbb{E} \lVert \bar s \rVert^2$ over random batches with that of the empirical
+# Fisher.
 
 # %%
 sizes = [1, 4, 16, 64, 256]
@@ -345,10 +347,10 @@ ax.legend(fontsize=9)
 plt.show()
 
 # %% [markdown]
-# It depends on the size of the batch. Near a minimum it is the Fisher divided by $B$; far from one it is mostly the square of
-# the mean, a matrix of rank one. No factor makes it a Fisher in both. Only for batches of one is it the empirical Fisher, in
-# expectation. Importances of parameters that are made this way, as for elastic weight consolidation, change with the batch
-# size; those of `jf.diagonal(jf.empirical_fisher(log_prob)(params, x, y))` do not.
+# The square depends on the size of the batch. Near a minimum it is the empirical Fisher divided by $B$; far from a minimum it
+# is mostly the square of the mean, a matrix of rank one. No factor turns it into a Fisher in both cases. Only for batches of
+# one is it the empirical Fisher, in expectation. If the importances of parameters are computed this way, as for elastic weight
+# consolidation, they change with the batch size; those of `jf.diagonal(jf.empirical_fisher(log_prob)(params, x, y))` do not.
 #
 # ## The diagonal, and AdaGrad, RMSprop, Adam, AMSGrad, Yogi
 #
@@ -358,14 +360,14 @@ plt.show()
 # $$\min_{d_j}\; g_j d_j \quad \text{with} \quad \frac12 v_j d_j^2 \le c \qquad \text{gives} \qquad
 # d_j = -\sqrt{2c}\; \frac{\mathrm{sign}(g_j)}{\sqrt{v_j}} .$$
 #
-# There is the root that the popular optimisers have: the multiplier brings it, one for each parameter. They replace the sign
-# by the gradient or its running mean $m$ and add a damping,
+# This is the square root of the popular optimisers: it comes from the multipliers, one for each parameter. The optimisers
+# replace the sign by the gradient or its running mean $m$ and add a damping,
 #
 # $$d = -\eta\; (\mathrm{diag}(v) + \epsilon I)^{-1/2}\; m ,$$
 #
-# which in the library is `jf.scale_by_fisher(damping, power=0.5)` on a diagonal. With batches of one, $v$ is made of the
-# diagonals $f_t$ of empirical Fishers, which are the squares of the gradients. The members of the family differ in how, and in
-# whether they average the gradient:
+# which in the library is `jf.scale_by_fisher(damping, power=0.5)` on a diagonal. With batches of one, $v$ combines the
+# diagonals $f_t$ of empirical Fishers, which are the squares of the gradients. The members of the family differ in how they
+# combine them, and in whether they average the gradient:
 #
 # | | second moment $v_t$ | gradient |
 # |---|---|---|
@@ -375,8 +377,8 @@ plt.show()
 # | AMSGrad | the largest of Adam's so far | running mean |
 # | Yogi | $v_{t-1} + (1 - \beta)\, \mathrm{sign}(f_t - v_{t-1})\, f_t$, debiased | running mean |
 #
-# Operators are pytrees, so `jax.tree.map` computes with them as with arrays, and each rule is a line. Against each stands the
-# transformation of the same name in Optax.
+# Operators are pytrees, so `jax.tree.map` computes with them as with arrays, and each rule takes one line. We compare each with
+# the transformation of the same name in Optax.
 
 # %%
 BETA1, BETA2, DAMPING, RATE = 0.9, 0.99, 1e-5, 0.03
@@ -424,7 +426,7 @@ recipes = {
 }
 
 # %% [markdown]
-# One epoch and a bit, one example at a time, each optimiser in both versions on its own parameters.
+# Each optimiser trains in both versions, each on its own parameters, for a little more than one epoch of single examples.
 
 
 # %%
@@ -486,8 +488,7 @@ ax.set_title("five optimisers, one family", fontsize="medium")
 plt.show()
 
 # %% [markdown]
-# RMSprop's and Adam's running mean is common enough to be built in: `decay=` keeps it, debiased, so that the two are one
-# chain each.
+# RMSprop's and Adam's running mean is built in: `decay=` keeps it, debiased, so each of the two is a single chain.
 
 # %%
 ready = {
@@ -514,6 +515,6 @@ for name, ours in ready.items():
     print(f"{name}: every update as Optax makes it")
 
 # %% [markdown]
-# So the family is a natural gradient four times removed: the targets of the data, the diagonal alone, the power one half, and,
-# with larger batches, the square of a mean. It is cheap and it trains well. But what it holds is not the Fisher, and where the
-# Fisher is needed, for a KL radius, a standard error or a posterior, take the exact one or draw from the model.
+# So the family differs from a natural gradient in four ways: it uses the targets of the data, only the diagonal, the power one
+# half, and, with larger batches, the square of a mean. It is cheap and it trains well. But it does not use the Fisher. If you
+# need the Fisher, for a KL radius, a standard error or a posterior, take the exact one or draw targets from the model.
