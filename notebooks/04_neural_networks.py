@@ -14,11 +14,11 @@
 # # Neural networks: what a view of the Fisher costs, and what it buys
 #
 # At the end you will know how to train a network with the exact natural gradient, with KFAC, EKFAC and the diagonal, how they
-# compare with Adam in steps and in seconds, how to read what the library made of your model, and where the time of a step
+# compare with Adam in steps and in seconds, how to read what the library found in your model, and where the time of a step
 # goes.
 #
-# The network is small on purpose. With fewer than 2000 parameters the exact Fisher can be formed, inverted and looked at, so
-# every approximation can be held against it.
+# The network is small on purpose. With fewer than 2000 parameters we can form, invert and plot the exact Fisher, and compare
+# every approximation with it.
 
 # %%
 import itertools
@@ -43,8 +43,8 @@ plt.rcParams["figure.dpi"] = 80
 # %% [markdown]
 # ## The digits, and a model of one image
 #
-# 1797 handwritten digits of 8 by 8 pixels; 360 are kept for testing. The model maps the parameters and **one** image to a
-# distribution over its label. That is all the library needs: there are no layers to register.
+# There are 1797 handwritten digits of 8 by 8 pixels, of which 360 are for testing. The model maps the parameters and **one**
+# image to a distribution over its label. That is all the library needs: there are no layers to register.
 
 # %%
 TRAIN, BATCH, WIDTHS = 1437, 256, (64, 20, 10)
@@ -86,8 +86,8 @@ print(exact_fisher(start, batch[0]))
 # %% [markdown]
 # ## What `explain` says
 #
-# `explain` reads the model without computing anything. It tells how the rows of the **model**'s exact Fisher are held:
-# ten rows an image here, one for each class.
+# `explain` reads the model without running it. It shows how the rows of the **model**'s exact Fisher are stored:
+# here ten rows per image, one for each class.
 
 # %%
 explanation = jf.explain(model)(start, batch[0])
@@ -96,11 +96,11 @@ assert not explanation.plain and explanation.rows == 10
 
 # %% [markdown]
 # The gradient of a weight is, for one image, an outer product of what went into the layer and the cotangent of what came out.
-# It is held as these two vectors. Nothing had to be formed (the form would be `plain`), every weight has a Kronecker block,
-# and every bias was found to belong to its weight, so a layer is one block. The last two lines compare what is held with what
-# per-example gradients would take.
+# It is stored as these two vectors. No gradient had to be formed (its form would be `plain`), every weight has a Kronecker
+# block, and every bias was found to belong to its weight, so a layer is one block. The last two lines compare the memory of the
+# factors with that of per-example gradients.
 #
-# The gap widens with the network. This one is only read, not run:
+# The gap widens with the size of the network. `explain` only reads the next one and does not run it:
 
 # %%
 wide = initial((64, 256, 256, 10))
@@ -115,16 +115,16 @@ for name, found in (("exact Fisher", of_model), ("scores at the data", of_data))
 # %% [markdown]
 # ## What a view keeps
 #
-# A view says which part of the Fisher is kept. With $F$ the exact Fisher over one batch, $A$ and $G$ the second moments of a
+# A view keeps a part of the Fisher. Let $F$ be the exact Fisher over one batch, and $A$ and $G$ the second moments of a
 # layer's inputs and output cotangents:
 #
 # - `dense` keeps everything;
-# - `kronecker` (KFAC) keeps one block a layer, as a product $A \otimes G$;
+# - `kronecker` (KFAC) keeps one block per layer, as a product $A \otimes G$;
 # - `eigen_kronecker` (EKFAC) keeps KFAC's eigenvectors and puts the exact curvature along each of them;
 # - `diagonal` keeps the diagonal.
 #
-# `plot.blocks` shows the size of every entry. Left is $F$, right is KFAC's version of it: what lies between layers is gone,
-# and what lies within one looks much as it did.
+# `plot.blocks` shows the size of every entry. On the left is $F$, on the right KFAC's version of it: the entries between layers
+# are gone, and those within a layer look much as before.
 
 # %%
 VIEWS = {"exact": jf.dense, "KFAC": jf.kronecker, "EKFAC": jf.eigen_kronecker, "diagonal": jf.diagonal}
@@ -153,19 +153,19 @@ assert lost["layer by layer"] < lost["EKFAC"] < lost["KFAC"] < lost["diagonal"]
 assert lost["KFAC"] < 1.1 * lost["layer by layer"]
 
 # %% [markdown]
-# EKFAC is closer than KFAC in this norm whatever the data: among all matrices with KFAC's eigenvectors it is the nearest.
-# Here both are about as close as an exact block for each layer would be. What they miss is the part of $F$ between layers,
+# In this norm EKFAC is closer than KFAC for any data: among all matrices with KFAC's eigenvectors it is the nearest.
+# Here both are about as close as an exact block for each layer would be. They miss the part of $F$ between layers,
 # which is large, and which no view by layers has. The diagonal misses nearly everything.
 #
 # ## One setting, four views
 #
-# To compare views, nothing else may differ. All take the natural-gradient step
+# To compare views, we keep everything else the same. All take the natural-gradient step
 #
 # $$ \theta \leftarrow \theta - \alpha \, (F + \lambda I)^{-1} \nabla L, $$
 #
 # with the same damping $\lambda$ and rate $\alpha$, and none may move the predictions by more than a `radius` in KL
-# divergence. Where the view allows it, it is a running mean over batches (`decay`). EKFAC's eigenvectors change from batch to
-# batch, so it uses the batch alone.
+# divergence. If the view allows it, we use its running mean over batches (`decay`). EKFAC's eigenvectors change from batch to
+# batch, so EKFAC uses the current batch alone.
 #
 # `jf.training_step` makes the step of a model and any optimiser, ours or Optax's.
 
@@ -204,8 +204,8 @@ def compiled(optimiser, steps):
 
 
 # %% [markdown]
-# Adam has one number to tune, so it gets three rates, and five times as many steps. All start at the same parameters and see
-# the same batches. The programs are compiled first, two at a time.
+# Adam has one number to tune, so we try three rates, and give it five times as many steps. All optimisers start at the same
+# parameters and see the same batches. The programs are compiled first, two at a time.
 
 # %%
 ROUNDS = 6
@@ -217,8 +217,8 @@ with ThreadPoolExecutor(2) as pool:
     programs = dict(zip(optimisers, pool.map(lambda pair: compiled(*pair), optimisers.values()), strict=True))
 
 # %% [markdown]
-# Now they train in turn, a few steps of each in every round, so that a slow spell of the machine meets all of them. A step's
-# time is that of the fastest round. After every step the loss on *all* training images is evaluated, outside what is timed.
+# Now they train in turn, a few steps of each in every round, so that a slow spell of the machine affects all of them. The time
+# of a step is that of the fastest round. After every step we evaluate the loss on *all* training images, outside the timing.
 
 # %%
 evaluate = jax.jit(jax.vmap(loss, (0, None, None)))
@@ -281,9 +281,9 @@ assert level["exact"] < min(level["KFAC"], level["EKFAC"]) and max(level["KFAC"]
 assert all(2 * first_below(losses[name]) < first_below(losses[best_adam]) for name in ("exact", "KFAC", "EKFAC"))
 
 # %% [markdown]
-# Against **steps** (left) what is kept pays: the exact natural gradient goes furthest in the same number of steps, KFAC and
-# EKFAC follow, and Adam, at the best of its rates, takes more than twice as many. The diagonal does not pay at this setting:
-# what makes the loss hard is the coupling between parameters, which a diagonal has no room for.
+# Against **steps** (left), keeping more of the Fisher pays: the exact natural gradient goes furthest in the same number of
+# steps, KFAC and EKFAC follow, and Adam, at the best of its rates, takes more than twice as many. The diagonal does not pay at
+# this setting: the loss is hard because parameters are coupled, and a diagonal has no couplings.
 #
 # Against **seconds** (right) the picture is different. A step with the exact Fisher factorises a matrix as wide as the network
 # has parameters. The Kronecker views are far cheaper, and Adam is cheaper still: its step costs one gradient. On a
@@ -297,10 +297,10 @@ for name in ("exact", "EKFAC", "KFAC", "diagonal"):
 # %% [markdown]
 # ## Where the time goes
 #
-# The parts of a step, each compiled by itself and timed in turn, best of a few repeats: the gradient of the batch; the
-# factors of the exact Fisher (ten rows an image); the view, made from the factors; the solve with it; and the quadratic form
-# $d^\top F d$ that keeps the step inside the KL radius. The whole step shares work between parts, so it may take less than
-# their sum.
+# We compile each part of a step by itself and time the parts in turn, taking the best of a few repeats. The parts are the
+# gradient of the batch, the factors of the exact Fisher (ten rows per image), the view made from the factors, the solve with
+# the view, and the quadratic form $d^\top F d$ that keeps the step inside the KL radius. The whole step shares work between
+# parts, so it may take less than their sum.
 
 
 # %%
@@ -363,16 +363,16 @@ figure.legend(loc="outside upper center", ncols=5)
 assert np.allclose(left, 100)
 
 # %% [markdown]
-# The exact natural gradient spends its time on making the matrix and above all on factorising it. The Kronecker views spend
-# theirs on eigenvectors of small factors: KFAC in the solve, EKFAC already in the view, which is made in that basis. Both
-# have a remedy: `update_every=` makes the view only now and then, and `jf.sampled_fisher(model, 1)` has one row an image,
-# drawn from the model, instead of ten, and pays with noise.
+# The exact natural gradient spends its time on forming the matrix and above all on factorising it. The Kronecker views spend
+# theirs on eigenvectors of small factors: KFAC in the solve, EKFAC already in the view, which is computed in that basis. There
+# are two remedies: `update_every=` recomputes the view only at some steps, and `jf.sampled_fisher(model, 1)` has one row per
+# image, drawn from the model, instead of ten, at the price of noise.
 #
 # ## The short way
 #
-# In a training loop of your own it is three lines: a step, its state, and the call. `jf.kfac` is KFAC that chooses its
-# learning rate, momentum and damping at every step. `training_step` hands over the loss, the gradient and the Fisher, and the
-# optimiser takes what it needs.
+# A training loop of your own needs three lines: the step, its state, and the call. `jf.kfac` is KFAC that chooses its
+# learning rate, momentum and damping itself. `training_step` passes the loss, the gradient and the Fisher to the optimiser,
+# which uses what it needs.
 #
 # ```text
 # step = jf.training_step(model, jf.kfac())

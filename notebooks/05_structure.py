@@ -17,7 +17,7 @@
 # gradient's program, where it cuts it, what it computes from the pieces, and what that saves in memory and time.
 #
 # A Fisher is a sum over the rows of a matrix of scores, $F = S^\top S / n$, one row for each example. That matrix has $n$
-# rows and as many columns as there are parameters, and it is what everybody would like not to form.
+# rows and as many columns as there are parameters, and the aim is not to form it.
 
 # %%
 import itertools
@@ -65,14 +65,14 @@ print(program.pretty_print(use_color=False))
 #
 # $$ \nabla_{w_1} \log p = a \, g^\top, \qquad \nabla_{w_2} \log p = h \, r^\top, $$
 #
-# with $a$ the input of a layer and $g$ the cotangent of its output. The two vectors have all the information that the matrix
-# has. The gradient of the bias is one of them.
+# with $a$ the input of a layer and $g$ the cotangent of its output; $h$ and $r$ are those of the second layer. The two vectors
+# contain everything that the matrix does. The gradient of the bias is one of them.
 #
 # ## Cut one operation short
 #
 # A jaxpr is data. The program that stops *before* the outer products is the same program with other results: the operands in
-# place of the products. Here is that idea in a dozen lines; what nothing else needs any more (the transposes, the products)
-# is dropped by the compiler.
+# place of the products. Here is that idea in a dozen lines. The compiler drops the operations that are no longer needed (the
+# transposes and the products).
 
 
 # %%
@@ -99,8 +99,8 @@ def factors_of_one(params, x, y):
 
 
 # %% [markdown]
-# What is left is mapped over the examples with `vmap`. It has run forward and back for each of them, and no gradient of a
-# weight has ever existed. Multiplied out, the factors give what `vmap` of `jax.grad` gives:
+# The shortened program is mapped over the examples with `vmap`. It runs forward and backward for each example, and never forms
+# the gradient of a weight. Multiplied out, the factors give what `vmap` of `jax.grad` gives:
 
 # %%
 bias, g, a, r, h = jax.jit(jax.vmap(factors_of_one, (None, 0, 0)))(params, x, y)
@@ -112,11 +112,11 @@ for name, left, right in (("w1", a, g), ("w2", h, r)):
 assert jnp.allclose(bias, gradients["b1"], rtol=1e-5, atol=1e-6) and jnp.array_equal(bias, g)
 
 # %% [markdown]
-# The library's engine is this, made complete. It sees through `jit`, `checkpoint`, custom derivatives and `scan`; through
-# reshapes, casts, sums of several uses, padding, convolutions and lookups in tables; it computes what all rows of an example
-# share only once; and where no rule applies it forms the gradient as usual, and says so.
+# The library's engine does the same for general models. It sees through `jit`, `checkpoint`, custom derivatives and `scan`;
+# through reshapes, casts, sums of several uses, padding, convolutions and lookups in tables. It computes only once what all
+# rows of an example share. If no rule applies, it forms the gradient as usual, and says so.
 #
-# `jf.scores` returns the map $S$ in this form. It is a pytree, so one can look at what it holds:
+# `jf.scores` returns the map $S$ in this form. It is a pytree, so you can look at the arrays inside:
 
 # %%
 scores = jf.scores(log_prob)(params, x, y)
@@ -129,14 +129,14 @@ print(jf.explain(log_prob)(params, x, y))
 #
 # ## The Gram matrix without scores
 #
-# What can one compute from factors? First of all the inner products of all pairs of scores, $K = S S^\top$. The inner product
+# Factors give first of all the inner products of all pairs of scores, $K = S S^\top$. The inner product
 # of two outer products is a product of two numbers, so with the factors of all examples in the rows of $A$ and $G$, each
-# layer adds
+# layer adds one term:
 #
 # $$ K_{ij} = \sum_{\mathrm{layers}} (a_i^\top a_j) \, (g_i^\top g_j). $$
 #
-# For all pairs together: two small matrix products a layer and one entrywise product, instead of one product of matrices as
-# wide as the network has parameters.
+# All pairs together take two small matrix products and one entrywise product per layer, instead of one product of matrices as
+# wide as the number of parameters.
 
 # %%
 by_hand = (a @ a.T + 1) * (g @ g.T) + (h @ h.T) * (r @ r.T)
@@ -155,7 +155,7 @@ assert jnp.allclose(scores.gram(), flat @ flat.T, rtol=0, atol=1e-6 * size)
 #
 # $$ \left( \frac{1}{n} S^\top S + \lambda I \right)^{-1} \frac{1}{n} S^\top e = S^\top (S S^\top + n \lambda I)^{-1} e. $$
 #
-# On the left is a matrix as wide as the network, on the right one as wide as the batch.
+# The matrix on the left is as wide as the number of parameters, the one on the right as wide as the batch.
 
 # %%
 n, damping = 6, 0.1
@@ -181,8 +181,8 @@ print(f"a {flat.shape[1]} x {flat.shape[1]} and a {n} x {n} system give one dire
 #
 # A weight that is used at $T$ positions of one example, as in a sequence or an image, has the gradient $\sum_t a_t g_t^\top$.
 # Inner products of factors then cost $T^2 (I + O)$ for a pair of examples, with $I$ inputs and $O$ outputs; inner products of
-# the gradients themselves cost $I O$. With many positions the factors lose, and the engine forms those gradients, a tile at a
-# time. `explain` tells the choice with its two costs. Here is one model with many kinds of leaves, wrapped in `jit` and
+# the gradients themselves cost $I O$. With many positions the factors cost more, and the engine forms those gradients, a tile
+# at a time. `explain` shows the choice and both costs. Here is one model with many kinds of leaves, wrapped in `jit` and
 # `checkpoint`:
 
 
@@ -205,15 +205,15 @@ print(found)
 assert found.plain == ("['normed']",)
 
 # %% [markdown]
-# - `shared` meets five words: factors. The `kernel` meets a whole image: its gradients are formed, which is cheaper, and only
-#   a few at a time.
-# - `table` is a table of rows: its gradient is nearly all zeros, and it is held as positions and rows.
-# - `scale` has a gradient that is no larger than what it is made of, so it is simply held.
+# - `shared` is applied to five words, so it keeps factors. The `kernel` is applied at all positions of an image: its gradients
+#   are formed, a few at a time, which is cheaper.
+# - `table` is a table of rows: its gradient is nearly all zeros, and it is stored as positions and rows.
+# - `scale` has a gradient that is no larger than its ingredients, so the gradient itself is stored.
 # - `normed` is divided by the lengths of its own columns. No rule takes an outer product through that, so its gradient is
 #   formed, and the table says why.
 #
-# Nothing is ever wrong for want of a rule; it is only larger. `assert not explanation.plain` in a test of your own keeps
-# a model in the fast form.
+# If a rule is missing, the result is still right and only takes more memory. Put `assert not explanation.plain` into a test of
+# your own to keep a model in the fast form.
 #
 # With more words the choice for `shared` is reversed:
 
@@ -227,10 +227,10 @@ for positions in (1, 4, 5, 6, 8, 16, 64):
 # %% [markdown]
 # ## Memory and time against the plain route
 #
-# Now a network of two hidden layers, and its Gram matrix by two routes: the plain one (`vmap` of `jax.grad`, made flat, one
-# product) and ours. First $n$ grows, with the network fixed; then the network, with $n$ fixed. The gradient of the mean
-# log-density, which any training needs, is measured along as a unit. Memory is what the compiled program asks for besides its
-# arguments and results. Times are the best of a few repeats, taken in turn.
+# Now we compute the Gram matrix of a network with two hidden layers by two routes: the plain one (`vmap` of `jax.grad`,
+# flattened, and one product) and ours. First $n$ grows, with the network fixed; then the network grows, with $n$ fixed. The
+# gradient of the mean log-density, which any training needs, is measured too, as a unit. Memory is what the compiled program
+# allocates besides its arguments and results. Times are the best of a few repeats, taken in turn.
 
 
 # %%
@@ -317,10 +317,10 @@ growth = {route: megabytes[large, route] / megabytes[small, route] for route in 
 assert growth["Gram from factors"] < 0.5 * growth["plain Gram"]
 
 # %% [markdown]
-# The plain route holds $n$ times $p$ numbers, and grows with both. Factors grow with $n$ times the *widths* of the layers, and
-# a width is about the square root of its layer: the wider the network, the larger the gap. In time the plain route pays for
-# writing and reading all those numbers, and for a matrix product as wide as the network. The factors cost about a gradient, and
-# what grows with the square of the batch: the inner products of all pairs.
+# The plain route stores $n$ times $p$ numbers, and grows with both. The factors take $n$ times the *widths* of the layers, and
+# a width is about the square root of the number of weights of its layer: the wider the network, the larger the gap. The plain
+# route also takes time to write and read all those numbers, and for a matrix product as wide as the number of parameters. The
+# factors cost about one gradient plus the inner products of all pairs, which grow with the square of the batch.
 
 # %%
 largest = (64, WIDTHS[-1])
@@ -331,7 +331,7 @@ for what, values in (("memory", megabytes), ("time", milliseconds)):
 # %% [markdown]
 # ## A whole step
 #
-# From the Gram matrix to a natural-gradient step it takes a Cholesky factor as wide as the batch, and one more pass through the
+# A natural-gradient step takes, besides the Gram matrix, a Cholesky factor as wide as the batch and one more pass through the
 # factors:
 
 # %%
@@ -351,7 +351,7 @@ for name, step in steps.items():
 assert steps["natural gradient"].memory_analysis().temp_size_in_bytes < 4 * largest[0] * parameters[largest] / 10
 
 # %% [markdown]
-# How far does it go? `explain` computes nothing, so it can be asked about networks that one would not run here:
+# How far does this scale? `explain` does not run the model, so you can ask it about networks that are too large to run here:
 
 # %%
 huge = [(jnp.zeros((i, o)), jnp.zeros(o)) for i, o in itertools.pairwise((64, 3072, 3072, 3072, 10))]
@@ -363,8 +363,8 @@ assert held.bytes * 100 < held.plain_bytes
 # %% [markdown]
 # ## When even the factors are too many
 #
-# Then they are made again, a few examples at a time, whenever they are needed. `batch_size=` says how many, or `max_bytes=`
-# lets the library choose. The result is the same matrix; the price is running the model again.
+# Then the factors are recomputed, a few examples at a time, whenever they are needed. `batch_size=` says how many, or
+# `max_bytes=` lets the library choose. The result is the same matrix; the price is that the model runs again.
 
 # %%
 largest_batch = problems[256, 256]
@@ -388,9 +388,9 @@ for pieces in (16, 64):
 #
 # - The gradient's own program tells which gradients are products. Cutting it short needs no list of layers and no change to a
 #   model.
-# - Inner products, diagonals, products with vectors and solves come from the factors. What takes the place of $n p$ numbers
-#   is $n$ times the widths.
-# - Where that does not pay (many positions) or is not possible (no rule), gradients are formed, the latter never in silence:
-#   `jf.explain` shows it.
-# - A gradient is still cheaper than a natural gradient. The Gram matrix grows with the square of the batch, and its Cholesky
-#   factor costs the cube.
+# - Inner products, diagonals, products with vectors and solves come from the factors, which take $n$ times the widths of the
+#   layers instead of $n p$ numbers.
+# - Where factors do not pay (many positions) or do not exist (no rule), gradients are formed. `jf.explain` always shows the
+#   latter case.
+# - A gradient is still cheaper than a natural gradient. The Gram matrix grows with the square of the batch, and the cost of its
+#   Cholesky factor with the cube.

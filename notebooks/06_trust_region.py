@@ -13,12 +13,12 @@
 # %% [markdown]
 # # A policy inside a KL ball
 #
-# At the end you will know how to move a policy by a chosen number of nats, how far the Fisher's prediction of that number can
-# be believed, and what has the last word where it cannot.
+# At the end you will know how to move a policy by a chosen number of nats, how far you can trust the Fisher's prediction of
+# that number, and what to do where you cannot.
 #
-# A policy is trained on data that it made itself. After a step that changes it too much, the data say nothing about it any
-# more, and a policy that has become bad makes bad data. So the question at every update is not how far the parameters move,
-# but how far the *behaviour* does, and that is a KL divergence.
+# A policy is trained on data that it generated itself. After a step that changes it too much, the data say nothing about the
+# new policy, and a policy that has become bad generates bad data. So the question at every update is not how far the parameters
+# move, but how far the *behaviour* does, and a KL divergence measures that.
 
 # %%
 import functools
@@ -44,8 +44,8 @@ RADIUS, DAMPING = 0.01, 1e-3  # nats per visited state; in the units of F
 #
 # A pole stands on a cart, and at every tick of 0.02 s the cart is pushed to the left or to the right (Barto, Sutton and
 # Anderson, 1983). An episode ends when the pole leans by more than 12 degrees, when the cart is more than 2.4 m from the
-# middle, or after 200 ticks. All the policy sees are the cart's position and speed, the pole's angle, and how fast that
-# changes. It is a small network that gives the probability of a push to the right: a model of ONE example, as everywhere in
+# middle, or after 200 ticks. The policy sees only the cart's position and speed, the pole's angle, and how fast the angle
+# changes. It is a small network that returns the probability of a push to the right: a model of ONE example, as everywhere in
 # this library.
 
 
@@ -87,8 +87,8 @@ def episode(params, key):
 
 
 # %% [markdown]
-# A batch is 16 episodes. Ticks after an episode's end are padding, with weight zero. The advantage of a push is what came
-# after it: the ticks that the pole stayed up, later ones counting less, against the mean of the batch.
+# A batch is 16 episodes. Ticks after an episode's end are padding, with weight zero. The advantage of a push is the number of
+# ticks for which the pole stayed up afterwards, with later ticks counting less, minus the mean of the batch.
 
 
 # %%
@@ -125,19 +125,19 @@ print(f"The first policy keeps the pole up for {ticks_up(batch):.0f} ticks of {T
 # %% [markdown]
 # ## What a step does to the policy
 #
-# With samples of the old policy, what is minimised is the surrogate
+# With samples of the old policy, an update minimises the surrogate
 #
 # $$L(\theta) = -\frac{\sum_i w_i A_i r_i(\theta)}{\sum_i w_i}, \qquad
 # r_i(\theta) = \frac{p_\theta(a_i | s_i)}{p_{\mathrm{old}}(a_i | s_i)},$$
 #
 # with the pushes $a_i$, the states $s_i$ and the advantages $A_i$ of the batch. Its gradient at the old policy is the policy
-# gradient. It is a promise about policies that are near, and near means
+# gradient. The surrogate is only valid for policies that are near, and near means a small
 #
 # $$\mathrm{KL}(\theta_{\mathrm{old}} \,\|\, \theta) \approx \frac{1}{2} u^\top F u, \qquad
 # u = \theta - \theta_{\mathrm{old}},$$
 #
 # a mean over the visited states, with $F$ the exact Fisher of the policy at those states. Two steps of the same Euclidean
-# length, one along the gradient and one along the natural gradient, are not equally far for the policy, and what counts is
+# length, one along the gradient and one along the natural gradient, change the policy by different amounts. What counts is
 # how much the surrogate falls for the nats that are spent.
 
 
@@ -190,11 +190,11 @@ assert falls["natural gradient"] > falls["gradient"] > 0
 # $$u = -\sqrt{\frac{2 \delta}{g^\top F^{-1} g}}\, F^{-1} g.$$
 #
 # `jf.natural_gradient(learning_rate, damping, radius=...)` ends in `jf.scale_to_kl`, which shortens a step until
-# $\frac{1}{2} u^\top F u \le \delta$. With an ample learning rate the step is always too long, so the radius alone sets its
-# length. The little damping is for directions that the visited states do not determine.
+# $\frac{1}{2} u^\top F u \le \delta$. With a large enough learning rate the step is always too long, so the radius alone sets
+# its length. The small damping is for directions that the visited states do not determine.
 #
 # One function makes an update with any optimiser, and reports two numbers: the KL divergence that the Fisher predicted for the
-# step, and the one that came about. (`jf.training_step` is such a function for maximum likelihood; the surrogate is not that.)
+# step, and the actual one. (`jf.training_step(policy, opt, loss=surrogate)` would do the update without the report.)
 
 
 # %%
@@ -242,12 +242,13 @@ np.testing.assert_allclose(flat(step), by_hand, rtol=0, atol=1e-3 * np.abs(by_ha
 np.testing.assert_allclose(moved.predicted, RADIUS, rtol=1e-4)
 
 # %% [markdown]
-# The step is the one that dense matrices in NumPy give, and its predicted divergence is the radius. The actual one is not.
+# The step agrees with one from dense matrices in NumPy, and its predicted divergence is the radius. The actual divergence is
+# not.
 #
 # ## Predicted against actual
 #
-# The prediction is the first term of a series. Along the step the two curves share value, slope and curvature at zero, and
-# then they part.
+# The prediction is the first term of a series. Along the step the two curves have the same value, slope and curvature at zero,
+# and differ beyond.
 
 # %%
 fig, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
@@ -283,15 +284,15 @@ for k in range(4, len(multiples)):
 np.testing.assert_allclose(error[1] / error[2], 0.5, rtol=0.1)
 
 # %% [markdown]
-# The relative error is proportional to the length of the step, so to the root of the radius: a hundredth of the radius gives a
-# tenth of the error. Small radii are kept closely; at large ones the Fisher at the start of a step says little about the policy
-# at its end.
+# The relative error is proportional to the length of the step, and so to the root of the radius: a hundredth of the radius
+# gives a tenth of the error. At small radii the prediction is accurate; at large ones the Fisher at the start of a step says
+# little about the policy at its end.
 #
 # ## What damping has to do with it
 #
-# The natural gradient is long where the Fisher is small: along directions that hardly change the policy at first. A long way
-# along them the Fisher has changed. Damping shortens exactly those parts of the step. Here are steps of the same predicted
-# divergence at several dampings.
+# The natural gradient is long where the Fisher is small: along directions that hardly change the policy at first. Far along
+# these directions the Fisher has changed. Damping shortens exactly those parts of the step. Here are steps of the same
+# predicted divergence at several dampings.
 
 
 # %%
@@ -314,14 +315,15 @@ assert abs(actual[-1] / RADIUS - 1) < 0.1 < actual[0] / RADIUS - 1
 assert 0 < np.argmax(falls / np.sqrt(actual)) < len(DAMPINGS) - 1
 
 # %% [markdown]
-# With much damping the step is short and the prediction good, but it is nearly the plain gradient's step; with little, it is
-# long and reaches further than was said. In between lies the most fall for the nats that are really spent.
+# With much damping the step is short and the prediction good, but the step is nearly that of the plain gradient. With little
+# damping the step is long and moves the policy further than predicted. The surrogate falls most per nat actually spent in
+# between.
 #
 # ## The actual divergence has the last word
 #
 # `jf.backtrack_kl(radius)` at the end of a chain halves the step until the *actual* divergence is inside the radius and the
-# surrogate is lower than before. If no length will do, the policy stays. This is the line search of trust region policy
-# optimisation (Schulman et al., 2015).
+# surrogate is lower than before. If no length satisfies both, the policy does not change. This is the line search of trust
+# region policy optimisation (Schulman et al., 2015).
 
 
 # %%
@@ -336,19 +338,19 @@ for radius in (0.001, 0.01, 0.1, 1.0):
     assert moved.actual <= radius
 
 # %% [markdown]
-# A step that is too long by a hair is halved, and moves the policy by about a quarter. That is the price of a search by
-# halves; to pay it less often, give the search a little more room than the prediction.
+# A step that is only slightly too long is halved, and then moves the policy by about a quarter of the radius. That is the price
+# of a search by halving; to pay it less often, give the search a slightly larger radius than the prediction.
 #
 # ## Training
 #
-# Now the policy is trained, each update on new episodes, from several first policies. Four ways of choosing the length of a
-# step are compared:
+# Now we train the policy, each update on new episodes, from several initial policies, and compare four ways of choosing the
+# length of a step:
 #
 # - the predicted ball: `jf.scale_to_kl` alone trusts the quadratic form;
-# - the actual ball: with `jf.backtrack_kl` behind it, at the same radius;
+# - the actual ball: `jf.backtrack_kl` after it, with the same radius;
 # - a rate: plain gradient descent on the surrogate, at three rates;
 # - adaptive damping: `jf.adapt_damping` has no radius but a damping, which rises where the surrogate fell by less than the
-#   quadratic model had promised, and falls where the promise was kept.
+#   quadratic model predicted, and falls where the prediction was right.
 
 
 # %%
@@ -430,17 +432,17 @@ assert at_end["actual ball"] > max(at_end["rate 1"], at_end["rate 30"])
 # %% [markdown]
 # What the table and the picture show:
 #
-# - **The predicted ball** makes the same predicted step every time (the vertical line of squares), and most of them go further
-#   than was said, some by far. Learning survives that here; nothing in the method says that it must.
-# - **The actual ball** never leaves the radius, at any update of any run. That is not a tendency but a property: a step
-#   outside is not taken. The circles at a quarter of the radius are steps that were halved once.
-# - **A rate** has no unit that a policy knows. The same rate moves the policy by amounts that differ by orders of magnitude
-#   from one update to the next. One of the three rates learns as well as the ball, and which one is known only after the
-#   others have been tried. Its predictions are good: plain steps stay where the Fisher is large.
-# - **Adaptive damping** asks another question: whether the loss did what was promised. On fixed data that is the right
-#   question, and no step raises the loss. Here the loss is a surrogate on a few episodes of the old policy. It can keep its
-#   promise while the policy goes further than those episodes can tell: most steps are short, and a few go several times as far
-#   as the radius. To have both, wrap a chain that ends in `jf.backtrack_kl`.
+# - **The predicted ball** makes a step of the same predicted divergence every time (the vertical line of squares). Most steps
+#   go further than predicted, some by far. The policy still learns here, but the method does not guarantee that.
+# - **The actual ball** never leaves the radius, at any update of any run. That is not a tendency but a property: the method
+#   takes no step outside. The circles at a quarter of the radius are steps that were halved once.
+# - **A rate** has no unit that means anything to a policy. The same rate moves the policy by amounts that differ by orders of
+#   magnitude from one update to the next. One of the three rates learns as well as the ball, but you know which one only after
+#   you have tried the others. Its predictions are good: plain steps stay where the Fisher is large.
+# - **Adaptive damping** asks another question: whether the loss changed as predicted. On fixed data that is the right
+#   question, and no step raises the loss. Here the loss is a surrogate on a few episodes of the old policy. It may fall as
+#   predicted while the policy moves further than those episodes can tell: most steps are short, and a few go several times as
+#   far as the radius. To have both, wrap a chain that ends in `jf.backtrack_kl`.
 #
-# So few runs are enough to see how far steps go, which differs by orders of magnitude, and not enough to rank optimisers that
-# are close: a change in the last digit of anything makes other episodes.
+# These few runs are enough to see how far steps go, which differs by orders of magnitude. They are not enough to rank
+# optimisers that are close: a change in the last digit of any number leads to other episodes.
