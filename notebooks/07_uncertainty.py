@@ -14,15 +14,15 @@
 # # The Fisher as a precision
 #
 # At the end you will know how to turn a Fisher into error bars: draws from a Laplace posterior, predictive bands, the evidence
-# for a model, and the number of parameters that the data really determine.
+# for a model, and the number of parameters that the data actually determine.
 #
-# Near the best parameters $\theta$ the log-likelihood of $n$ examples falls off like a quadratic, and on average over the
-# model's own predictions that quadratic is $n F$. With a Gaussian prior of precision $\alpha$ on every parameter, the
-# posterior is close to a Gaussian,
+# Near the best parameters $\theta$ the log-likelihood of $n$ examples is close to a quadratic, and on average over the
+# model's own predictions the matrix of that quadratic is $n F$. With a Gaussian prior of precision $\alpha$ on every parameter,
+# the posterior is close to a Gaussian,
 #
 # $$\mathrm{N}(\theta, P^{-1}), \qquad P = n F + \alpha I,$$
 #
-# called Laplace's approximation. Everything below is something one can ask of the operator $P$. First it is asked for a model
+# called Laplace's approximation. Everything below comes from methods of the operator $P$, first for a model
 # whose posterior is known in closed form, then for a small network.
 
 # %%
@@ -49,8 +49,9 @@ plt.rcParams["figure.dpi"] = 90
 # %% [markdown]
 # ## The data
 #
-# Engel's households of 1857: what a family of Belgian workers earned in a year, and what it spent on food. Half of them, drawn
-# at random, are for fitting. The logarithm of the income and the expenditure are brought to mean zero and unit variance.
+# The data are Engel's households of 1857: the yearly income of families of Belgian workers and what they spent on food. Half of
+# the households, drawn at random, are for fitting. The logarithm of the income and the expenditure are standardised to mean
+# zero and unit variance.
 
 # %%
 table = sm.datasets.engel.load_pandas().data / 1000  # thousand Belgian francs
@@ -76,9 +77,9 @@ print(f"{n} households to fit, {len(held_out)} held out; incomes from {income.mi
 # %% [markdown]
 # ## A model for which everything is known
 #
-# A sum of twelve bumps, linear in its weights, with known noise. Its Fisher does not depend on the weights, its posterior *is*
-# Gaussian, so Laplace's approximation is exact. `n * F + jf.scaled_identity(F, alpha)` is the posterior precision, an operator
-# in the form of F. One solve with it gives the posterior mean.
+# The model is a sum of twelve bumps, linear in its weights, with known noise. Its Fisher does not depend on the weights and its
+# posterior *is* Gaussian, so Laplace's approximation is exact. `n * F + jf.scaled_identity(F, alpha)` is the posterior
+# precision, an operator in the form of F. One solve with it gives the posterior mean.
 
 # %%
 NOISE, ALPHA, CENTRES = 0.4, 1.0, jnp.linspace(-3.0, 5.0, 12)
@@ -116,8 +117,8 @@ np.testing.assert_allclose(weights, covariance @ design.T @ (np.asarray(y) / NOI
 # %% [markdown]
 # ### Draws
 #
-# $P^{-1/2}$ applied to white noise has covariance $P^{-1}$: that is `inv_sqrt_mv`, and a draw from the posterior is the mean
-# plus that. Under `vmap` the factorisation is made once for all draws.
+# White noise multiplied by $P^{-1/2}$ has covariance $P^{-1}$. `inv_sqrt_mv` does this multiplication, and a draw from the
+# posterior is the mean plus the result. Under `vmap` the factorisation is computed once for all draws.
 
 # %%
 DRAWS = 4000
@@ -144,9 +145,9 @@ assert np.abs(z).max() < 5
 # %% [markdown]
 # ### Predictive bands
 #
-# The band of a prediction $\phi(x)^\top w$ is the spread of the draws there, or, without any noise of drawing, the length of
-# $P^{-1/2} \phi$. The same posterior is known to scikit-learn by another route: a Gaussian process whose kernel is the inner
-# product of the bumps. It never sees a Fisher.
+# The band of a prediction $\phi(x)^\top w$ is the spread of the draws at $x$, or, without the noise of the draws, the length of
+# $P^{-1/2} \phi$. scikit-learn computes the same posterior by another route, without a Fisher: a Gaussian process whose kernel
+# is the inner product of the bumps.
 
 
 # %%
@@ -169,14 +170,15 @@ assert np.abs(z).max() < 5
 # %% [markdown]
 # ### The log-determinant as evidence
 #
-# The probability that a model gives to the data, with its parameters integrated out, is its evidence. Where the posterior is a
-# Gaussian that integral is
+# The evidence of a model is the probability that it gives to the data, with its parameters integrated out. If the posterior is
+# a Gaussian, that integral is
 #
 # $$\log Z = \log p(y | \theta) - \frac{\alpha}{2} \lVert \theta \rVert^2 + \frac{p}{2} \log \alpha
 # - \frac{1}{2} \log \det P,$$
 #
-# with $\theta$ the posterior mean and $p$ the number of parameters. It needs no held-out data, and the log-determinant is what
-# keeps it honest: a parameter costs as much as the data pin it down, and one that they leave alone costs nothing.
+# with $\theta$ the posterior mean and $p$ the number of parameters. It needs no held-out data. The log-determinant penalises
+# complexity: the more precisely the data determine a parameter, the more it costs, and a parameter that they do not determine
+# costs nothing.
 
 
 # %%
@@ -210,12 +212,12 @@ np.testing.assert_allclose(curve[::5], known, rtol=1e-8)
 #
 # $$\gamma = \mathrm{tr}\, F (F + \frac{\alpha}{n} I)^{-1} = \sum_k \frac{\lambda_k}{\lambda_k + \alpha / n},$$
 #
-# which in linear regression is the trace of the matrix that takes targets to fitted values. It also says where the evidence is
+# which in linear regression is the trace of the matrix that maps targets to fitted values. It also tells where the evidence is
 # largest: there
 #
 # $$\alpha \frac{\partial \log Z}{\partial \alpha} = \frac{1}{2} (\gamma - \alpha \lVert \theta \rVert^2)$$
 #
-# is zero, and iterating $\alpha \leftarrow \gamma / \lVert \theta \rVert^2$ finds the place. The left-hand side comes from
+# is zero, and iterating $\alpha \leftarrow \gamma / \lVert \theta \rVert^2$ finds that prior. The left-hand side comes from
 # `jax.grad` through the solve and the log-determinant.
 
 # %%
@@ -268,14 +270,15 @@ right.legend(loc="lower center")
 plt.show()
 
 # %% [markdown]
-# The band is narrow where there are many households and opens where there are none. Everything the operator was asked agrees
-# with what is known. From here on it is an approximation.
+# The band is narrow where there are many households and widens where there are none. Every result of the operator agrees
+# with the known posterior. From here on Laplace's method is an approximation.
 #
 # ## A small network
 #
-# The noise is not constant: rich families differ more. So the network gives a mean and the logarithm of a scale, and the exact
-# Fisher covers both. It is fitted with the prior, for several prior precisions side by side, by natural gradients whose
-# curvature is $F + \frac{\alpha}{n} I$, until the gradient is zero: Laplace's approximation is one around a maximum.
+# The noise is not constant: the spending of rich families varies more. So the network returns a mean and the logarithm of a
+# scale, and the exact Fisher covers both. It is fitted with the prior, for several prior precisions side by side, by natural
+# gradients whose curvature is $F + \frac{\alpha}{n} I$. The fit continues until the gradient is zero, since Laplace's
+# approximation is one around a maximum.
 
 
 # %%
@@ -328,8 +331,9 @@ print("size of the gradient at the end:", *(f"{size:.0e}" for size in sizes))
 assert jnp.all(sizes < 1e-3)
 
 # %% [markdown]
-# Now the evidence chooses. It is shown beside what it cannot see, the log-likelihood of the households held out, and beside the
-# evidence with the Hessian at the data, `jf.observed_information`, in place of its expectation.
+# Now the evidence chooses the prior. The picture compares it with the log-likelihood of the held-out households, which the
+# evidence does not use, and with the evidence from the Hessian at the data, `jf.observed_information`, in place of its
+# expectation.
 
 
 # %%
@@ -353,14 +357,14 @@ assert unseen[chosen] > np.max(unseen) - 0.02
 assert np.all(np.isfinite(evidence)) and np.all(np.diff(dimension) < 0) and np.all(np.diff(fitted_well) < 0)
 
 # %% [markdown]
-# With a weak prior the fit is best and the households held out are not. The evidence says so without seeing them, and its
-# choice is as good as the best there. The Hessian is a different quadratic. If it is not positive, its log-determinant is NaN,
-# rather than a number that means nothing; the Fisher is positive everywhere. Where both exist, their difference tells how many
-# nats of the evidence are a matter of approximation.
+# With a weak prior the model fits best but predicts the held-out households badly. The evidence shows this without seeing them,
+# and its choice is as good as the best on those households. The Hessian is a different quadratic. If it is not positive
+# definite, its log-determinant is NaN rather than a meaningless number; the Fisher is never negative. Where both exist, their
+# difference tells how many nats of the evidence depend on the approximation.
 #
-# The spectrum shows what determined means. Eigenvalues of $F$ above $\alpha / n$ belong to directions that the data decide. In
-# those below it, most of them, the posterior is as wide as the prior. (On the left, the households held out are far below the
-# picture at the weakest prior.)
+# The spectrum shows what "determined" means. Eigenvalues of $F$ above $\alpha / n$ belong to directions that the data
+# determine. In the directions below it, which are most of them, the posterior is as wide as the prior. (On the left, the curve
+# of the held-out households is far below the picture at the weakest prior.)
 
 # %%
 alpha, params = ALPHAS[chosen], jax.tree.map(lambda leaf: leaf[chosen], fits)
@@ -377,9 +381,9 @@ plt.show()
 # %% [markdown]
 # ### Bands of the network
 #
-# A draw of the parameters is again the maximum plus $P^{-1/2}$ of white noise. What it means for a prediction has two answers.
-# One puts the parameters into the network. The other stays with the approximation that gave $P$: the network is replaced by its
-# tangent at the maximum, $f(\theta) + J u$, one `jax.jvp` a draw.
+# A draw of the parameters is again the maximum plus $P^{-1/2}$ times white noise. There are two ways to predict with it.
+# One puts the parameters into the network. The other keeps the approximation that led to $P$: it replaces the network by its
+# tangent at the maximum, $f(\theta) + J u$, with one `jax.jvp` per draw.
 
 
 # %%
@@ -442,15 +446,15 @@ axes[0].legend(loc="upper left")
 plt.show()
 
 # %% [markdown]
-# Where there are households the parameters are known well enough, and noise is nearly all of the band. Beyond the richest
-# families fitted the mean itself becomes uncertain, and the band with it. Draws that are put into the network give bands that
-# are far too wide, even where there are most data: in the many directions of eigenvalue zero the draws are as wide as the
-# prior, and along them only the tangent is flat, not the network.
+# Where there are households the parameters are known well enough, and the band is almost entirely noise. Beyond the richest
+# families of the fit the mean itself becomes uncertain, and the band widens. Draws that are put into the network give bands
+# that are far too wide, even where there are most data: in the many directions of eigenvalue zero the draws are as wide as the
+# prior, and along these directions only the tangent is flat, not the network.
 #
 # ### Does it help?
 #
-# The households held out decide: the mean log of the predictive density, a mixture over the draws, and how many of them fall
-# into the central intervals of nine tenths.
+# The held-out households decide. We compute the mean log of the predictive density, which is a mixture over the draws, and how
+# many households fall into the central 90 % intervals.
 
 
 # %%
@@ -476,9 +480,9 @@ assert np.mean(scores["network"]) < np.mean(scores["tangent"]) - 0.5
 # %% [markdown]
 # What to take home:
 #
-# - `n * F + jf.scaled_identity(F, alpha)` is a posterior precision; `inv_sqrt_mv` draws, `logdet` gives the evidence,
-#   `jf.effective_dimension(F, alpha / n)` counts.
-# - Use the tangent for predictions. With so many households for so few determined parameters its bands hardly differ from the
-#   maximum alone on households like those fitted; they differ where there are none.
-# - A view in place of F, such as `jf.kronecker(F)`, answers the same calls for networks whose exact Fisher is too large.
-# - Laplace's approximation sees one maximum. Other maxima, and posteriors that are not like a Gaussian, are outside of it.
+# - `n * F + jf.scaled_identity(F, alpha)` is a posterior precision; `inv_sqrt_mv` draws from the posterior, `logdet` gives the
+#   evidence, and `jf.effective_dimension(F, alpha / n)` counts the determined parameters.
+# - Use the tangent for predictions. With so many households for so few determined parameters, its bands hardly differ from
+#   those of the maximum alone on households like those of the fit; they differ where there are none.
+# - A view in place of F, such as `jf.kronecker(F)`, has the same methods, for networks whose exact Fisher is too large.
+# - Laplace's approximation describes one maximum. It misses other maxima, and posteriors that are not close to a Gaussian.

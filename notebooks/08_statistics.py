@@ -14,10 +14,10 @@
 # # What a fit knows
 #
 # At the end you will know how to get standard errors that hold if the model is right, others that hold if it is wrong, and
-# intervals that do not depend on how a parameter is written down; and what happens where a fit has no maximum.
+# intervals that do not depend on the parametrisation; and what happens if a fit has no maximum.
 #
-# The maximum of the likelihood of $n$ observations is close to normal, with the covariance $(n F)^{-1}$ where $F$ is the Fisher
-# information. That is all of classical statistics that this notebook needs. All numbers are compared with statsmodels.
+# The maximum-likelihood estimate from $n$ observations is close to normal, with the covariance $(n F)^{-1}$ where $F$ is the
+# Fisher information. This notebook needs nothing else from classical statistics. All numbers are compared with statsmodels.
 
 # %%
 import jax
@@ -37,7 +37,7 @@ plt.rcParams["figure.dpi"] = 90
 # ## Counts of visits to a doctor
 #
 # The RAND experiment gave families health insurance with different shares of the cost to pay. The target is the number of
-# visits in a year. There are 20,190 of them.
+# visits in a year. There are 20,190 records.
 
 # %%
 table = sm.datasets.randhie.load_pandas()
@@ -67,9 +67,9 @@ for covariance, kind in ((as_it_says, "nonrobust"), (whatever, "HC0")):
     np.testing.assert_allclose(jf.standard_errors(covariance), theirs[kind].bse, rtol=1e-7)
 
 # %% [markdown]
-# The sandwich is several times wider. A Poisson model says that the variance of a count is its mean; here it is much more.
-# The Fisher believes the model, the sandwich believes the data. The two agree where the model is right, and so their ratio is a
-# test of it. TIC, which is AIC with the parameters counted at what they really cost, says the same in one number.
+# The sandwich errors are several times larger. A Poisson model says that the variance of a count equals its mean; here it is
+# much larger. The Fisher trusts the model, the sandwich trusts the data. The two agree if the model is right, so their ratio
+# tests the model. TIC, which is AIC with an estimate of what each parameter actually costs, says the same in one number.
 
 # %%
 print(f"dispersion {statistics.dispersion(model)(found.params, x, visits):.2f}, where a Poisson model has 1")
@@ -80,9 +80,9 @@ np.testing.assert_allclose(aic, theirs["nonrobust"].aic, rtol=1e-12)
 # %% [markdown]
 # ## Is that true? Five hundred data sets
 #
-# Standard errors make a claim about data that were not seen. Where the truth is known, it can be looked at: counts are drawn
-# five hundred times with a variance that is larger than their mean, a Poisson model is fitted to each, and each time it is
-# asked whether the true slope is in the interval. One program does it all.
+# Standard errors make a claim about repetitions of the experiment. If the truth is known, we can check it: we draw counts
+# five hundred times with a variance larger than their mean, fit a Poisson model to each set, and ask each time
+# whether the interval contains the true slope. One program does all of this.
 
 # %%
 REPEATS, SIZE, TRUTH = 500, 200, jnp.array([0.5, 0.4])
@@ -117,9 +117,9 @@ assert covered[0] < 0.9 and abs(covered[1] - 0.95) < 4 * np.sqrt(0.95 * 0.05 / R
 # %% [markdown]
 # ## Intervals without coordinates
 #
-# With few data the likelihood is not a parabola. Twenty-three pieces of rubber of the space shuttle, seven with damage,
-# as everybody's example of a logistic regression. The question is the temperature at which damage is as likely as not: a ratio
-# of two parameters.
+# With few data the log-likelihood is not a parabola. The example is a standard one for logistic regression: twenty-three
+# flights of the space shuttle, seven of them with damaged rubber seals. The question is the temperature at which damage has
+# probability one half, which is a ratio of two parameters.
 
 # %%
 temperature = np.array([53, 57, 58, 63, 66, 67, 67, 67, 68, 69, 70, 70, 70, 70, 72, 73, 75, 75, 76, 76, 78, 79, 81.0])
@@ -144,9 +144,9 @@ for name, (low, high, good) in {"Wald": wald, "likelihood": profile, "score": sc
     print(f"{name:10s} {low:5.1f} to {high:5.1f}", "" if good else "(an end was not found)")
 
 # %% [markdown]
-# Wald's interval is symmetric because it has to be. That of the likelihood reaches farther to the cold, where there are no
-# data to contradict it. The picture shows why: the curve is the likelihood with all else fitted again, and Wald's is its
-# parabola.
+# Wald's interval is symmetric by construction. The likelihood's interval reaches farther towards the cold, where no data
+# contradict it. The picture shows why: the curve is the log-likelihood with all other parameters refitted, and Wald's interval
+# replaces it by a parabola.
 
 # %%
 SHOWN = jnp.linspace(45.0, 72.0, 55)
@@ -183,9 +183,9 @@ plt.show()
 # %% [markdown]
 # ## No maximum
 #
-# Where one number tells the classes apart without an error, the likelihood rises for ever. Most programs return the place
-# where they gave up. Here the report names the parameters that run away. With Firth's penalty, half the logarithm of the
-# determinant of the information, there is a maximum all the same.
+# If one number separates the classes perfectly, the likelihood increases for ever. Most programs return the point
+# where they gave up. Here the report names the parameters that diverge. With Firth's penalty, half the logarithm of the
+# determinant of the information, a maximum exists.
 
 # %%
 damaged_when_cold = (temperature < 66).astype(float)
@@ -199,7 +199,7 @@ assert bool(apart.separated["slope"]) and not bool(apart.converged) and bool(men
 # %% [markdown]
 # What to take home:
 #
-# - `jf.fit(model)(params, *data)` fits any model of one example, and says whether it did.
-# - `jf.covariance(F)` believes the model, `jf.sandwich(bread, meat)` the data. Show the second where you are not sure.
-# - Ask for an interval by a function of the parameters. With few data, take that of the likelihood.
-# - Networks are outside of all this: their Fisher is singular, and no maximum is a point.
+# - `jf.fit(model)(params, *data)` fits any model of one example, and says whether it converged.
+# - `jf.covariance(F)` trusts the model, `jf.sandwich(bread, meat)` trusts the data. Report the second if you are not sure.
+# - An interval is for a function of the parameters. With few data, use the likelihood's interval.
+# - None of this applies to networks: their Fisher is singular, and their maximum is not a single point.

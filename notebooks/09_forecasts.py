@@ -13,8 +13,8 @@
 # %% [markdown]
 # # Before the data
 #
-# At the end you will know how to say what an experiment will tell before it is made, how to choose where to measure, and what
-# is meant by a distance between two distributions.
+# At the end you will know how to forecast the errors of an experiment before it is made, how to choose where to measure, and
+# what a distance between two distributions means.
 #
 # The Fisher information is an expectation. It needs no data, only a simulator and a guess of its parameters.
 
@@ -33,9 +33,9 @@ plt.rcParams["figure.dpi"] = 90
 # %% [markdown]
 # ## A star and its planet
 #
-# The speed of a star is measured forty times. A planet moves it to and fro, with an amplitude, a period and a phase. The noise
-# has two parts: each measurement has its own, and spots on the star give some that neighbours in time share. The size of that
-# part is not known either, so that mean and covariance both depend on the parameters.
+# The speed of a star is measured forty times. A planet moves the star to and fro, with an amplitude, a period and a phase. The
+# noise has two parts: each measurement has its own, and spots on the star add noise that measurements close in time share. The
+# size of the second part is unknown too, so both the mean and the covariance depend on the parameters.
 
 # %%
 TIMES = jnp.sort(jax.random.uniform(jax.random.key(0), (40,), maxval=30.0))  # days
@@ -61,8 +61,8 @@ for name in TRUTH:
     print("{:12s} {:12.4f} {:15.4f} {:15.4f}".format(name, *errors))
 
 # %% [markdown]
-# Period and phase are known badly together: a longer period with another phase gives nearly the same curve. A transit tells the
-# phase, and with it the period is known as well. The triangle shows it.
+# The period and the phase are hard to tell apart: a longer period with another phase gives nearly the same curve. A transit
+# determines the phase, and with it the period. The triangle plot shows this.
 
 # %%
 plot.triangle(TRUTH, covariances)
@@ -71,8 +71,8 @@ plt.show()
 # %% [markdown]
 # ### Is the forecast right?
 #
-# Two hundred data sets are simulated, and each is fitted by natural-gradient steps. A second
-# planet that the analysis leaves out moves all of them, and `forecasts.bias` says by how much.
+# We simulate two hundred data sets and fit each by natural-gradient steps. A second
+# planet that the analysis leaves out shifts all fits, and `forecasts.bias` says by how much.
 
 # %%
 SECOND = 1.0 * jnp.sin(2 * jnp.pi * TIMES / 7.7)
@@ -106,17 +106,17 @@ for name in TRUTH:
     assert abs(row[1] / row[0] - 1) < 0.3 and abs(shift - moved[name]) < 0.5 * row[0]
 
 # %% [markdown]
-# The three numbers of the planet do what was forecast. The size of the spots scatters a quarter more: a forecast is a lower
-# bound, which forty numbers do not reach for a variance. And the second planet makes the spots look larger, which is of second
-# order in the effect and not in the formula.
+# The three numbers of the planet scatter as forecast. The size of the spots scatters a quarter more: a forecast is a lower
+# bound, which forty measurements do not reach for a variance. The second planet also makes the spots look larger; this effect
+# is of second order, and the formula contains only the first.
 
 # %% [markdown]
 # ## Where to measure
 #
-# Twelve more nights may be asked for. Each of 120 times is a candidate, here with noise of its own only. The determinant of the
-# information, the volume of the ellipsoid of errors, is to be the best. Weights on the candidates are found first: the report
-# has a bound on how much better any other design could be. Twelve nights follow by exchange. As many times are used as there
-# are parameters, over and over: such a design trusts the model.
+# We may request twelve more nights. Each of 120 times is a candidate, here with independent noise only. The criterion is the
+# determinant of the information, which measures the volume of the error ellipsoid. First we find the optimal weights on the
+# candidates; the report has a bound on how much better any other design could be. Twelve nights then follow by exchange. The
+# design repeats as many distinct times as there are parameters: such a design trusts the model.
 
 # %%
 nights = jnp.linspace(0.0, 30.0, 120)
@@ -143,8 +143,9 @@ assert chosen.value > values.max()
 # %% [markdown]
 # ## How far apart are two distributions?
 #
-# With the Fisher as a metric, normals are the points of a curved plane. The shortest way from one to another of the same width
-# goes through wider ones. Its length is in closed form, and `geometry.geodesic` finds it for any model.
+# With the Fisher as a metric, normal distributions are the points of a curved plane. The shortest way from one to another of
+# the same width goes through wider ones. Its length is known in closed form, and `geometry.geodesic` finds the shortest way for
+# any model.
 
 
 # %%
@@ -186,7 +187,8 @@ plt.show()
 # %% [markdown]
 # What to take home:
 #
-# - A Fisher needs a simulator and a guess. Add those of independent data, and priors, with `+`.
-# - `jf.standard_errors` has the others fitted, `forecasts.conditional_errors` has them known. Look at both.
+# - A Fisher needs a simulator and a guess. Add the Fishers of independent data, and priors, with `+`.
+# - `jf.standard_errors` assumes that the other parameters are fitted, `forecasts.conditional_errors` that they are known. Look
+#   at both.
 # - A design comes with a bound. If the guess of the parameters is poor, so is the design.
-# - Geodesics and distances are for looking at families of a few parameters.
+# - Geodesics and distances are tools for families of a few parameters.

@@ -13,16 +13,16 @@
 # %% [markdown]
 # # The ground state of a quantum magnet
 #
-# At the end you will know how a wave function is fitted to a Hamiltonian from samples of itself, what the natural gradient
-# does there, and how complex amplitudes and complex parameters are handled.
+# At the end you will know how to fit a wave function to a Hamiltonian from the wave function's own samples, what the natural
+# gradient does there, and how complex amplitudes and complex parameters are handled.
 #
 # The magnet is Heisenberg's chain of ten spins in a ring,
 #
 # $$H = \sum_i \sigma^x_i \sigma^x_{i+1} + \sigma^y_i \sigma^y_{i+1} + \sigma^z_i \sigma^z_{i+1}.$$
 #
-# Neighbours want to point in opposite directions, and quantum mechanics does not let them. A state is an amplitude for each
-# of the configurations of up and down spins. Ten spins have 1024, few enough to know the exact answer, which real problems do
-# not give.
+# Opposite neighbours have the lowest energy, but quantum mechanics does not let all neighbours be opposite. A state is an
+# amplitude for each configuration of up and down spins. Ten spins have 1024 configurations, few enough to compute the exact
+# answer, which is out of reach in real problems.
 
 # %%
 import jax
@@ -41,8 +41,8 @@ SITES, HIDDEN, CHAINS, STEPS = 10, 10, 400, 100
 # %% [markdown]
 # ## An amplitude
 #
-# A restricted Boltzmann machine with complex weights: a pure function of ONE configuration. It is holomorphic in its
-# parameters, and nothing needs to be told so. The signs of the amplitudes are part of what it has to learn.
+# The amplitude is a restricted Boltzmann machine with complex weights, a pure function of ONE configuration. It is holomorphic
+# in its parameters, but the library needs no flag for that. The machine must also learn the signs of the amplitudes.
 
 
 # %%
@@ -60,9 +60,9 @@ def first(key):
 # %% [markdown]
 # ## Samples and local energies
 #
-# Metropolis' method: every chain proposes to exchange two spins, and takes the exchange with probability $|\psi'/\psi|^2$.
-# What a configuration contributes to the energy is $E(s) = (H\psi)(s) / \psi(s)$: each pair of opposite neighbours can be
-# exchanged, which has the matrix element 2.
+# We sample by Metropolis' method: every chain proposes to exchange two spins, and accepts with probability
+# $\min(1, |\psi'/\psi|^2)$. A configuration contributes the local energy $E(s) = (H\psi)(s) / \psi(s)$: each pair of opposite
+# neighbours can be exchanged, with the matrix element 2.
 
 
 # %%
@@ -97,10 +97,10 @@ def sampled(params, spins, key):
 # %% [markdown]
 # ## Stochastic reconfiguration
 #
-# `jf.energy_gradient` makes the gradient of the energy from the local energies. The curvature is the covariance of the
-# derivatives of `log_psi` over the samples, the geometric tensor: real and imaginary part are two rows of each sample. It is
-# an operator like any Fisher, and the optimiser takes it as it takes a Fisher. A trust region keeps early steps short, when
-# samples say little. With `momentum=` of `jf.scale_by_fisher` it would be SPRING.
+# `jf.energy_gradient` computes the gradient of the energy from the local energies. The curvature is the covariance of the
+# derivatives of `log_psi` over the samples, the geometric tensor; each sample has two rows, one for the real and one for the
+# imaginary part. The tensor is an operator like any Fisher, and you pass it to the optimiser in the same way. A trust region
+# keeps the early steps short, when samples say little. With `momentum=` of `jf.scale_by_fisher` the method would be SPRING.
 
 
 # %%
@@ -135,7 +135,7 @@ runs = {
 # %% [markdown]
 # ## Against the exact answer
 #
-# The Hamiltonian as a matrix, and its lowest eigenvector.
+# The exact answer is the lowest eigenvector of the Hamiltonian, written as a matrix.
 
 
 # %%
@@ -185,14 +185,13 @@ axes[2].legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# Both runs have the same rate, number of samples and start. The spread of local energies in the middle needs no exact answer:
-# at an eigenstate every configuration has the same local energy, so that a spread near zero says that the run has arrived.
-# That is also why samples are enough: the noise of the gradient vanishes with it.
+# Both runs have the same rate, number of samples and initial parameters. The spread of the local energies, in the middle, needs
+# no exact answer: at an eigenstate every configuration has the same local energy, so a spread near zero says that the run has
+# converged. That is also why samples are enough: the noise of the gradient vanishes with the spread.
 #
 # ## What to remember
 #
 # - A wave function is a function of one configuration; `jf.empirical_fisher(log_psi, center=True)` is its geometric tensor.
-# - Complex weights are two real numbers each. Nothing has to be said of a holomorphic amplitude, and nothing is lost of
-#   another.
-# - `jf.energy_gradient` gives a direction of steepest ascent. `jax.grad` of a loss of your own gives its conjugate.
-# - The page of the documentation on this job says what the library does not do: it does not sample.
+# - Complex weights are two real numbers each. Holomorphic amplitudes need no flag, and other amplitudes lose no derivatives.
+# - `jf.energy_gradient` returns a direction of steepest ascent. `jax.grad` of a loss of your own returns its conjugate.
+# - The library does not sample. The page of the documentation on this job says what else it leaves to others.

@@ -13,12 +13,12 @@
 # %% [markdown]
 # # A network that solves Poisson's equation
 #
-# At the end you will know how residuals of two kinds become one curvature, why a damping must be able to go to zero, and what
-# a second-order term does for a step in a curved valley.
+# At the end you will know how residuals of two kinds form one curvature, why the damping must be able to go to zero, and how
+# a second-order term improves a step in a curved valley.
 #
 # The problem is $-\Delta u = 2 \pi^2 \sin \pi x \sin \pi y$ on the unit square with $u = 0$ on its boundary, and its solution
-# is $u = \sin \pi x \sin \pi y$. A network with one hidden layer of 64 units takes the place of $u$. It is fitted by least
-# squares to what is wrong at 900 points inside, where the equation should hold, and at 120 points of the boundary.
+# is $u = \sin \pi x \sin \pi y$. A network with one hidden layer of 64 units represents $u$. It is fitted by least
+# squares on the residuals at 900 points inside, where the equation should hold, and at 120 points of the boundary.
 
 # %%
 import functools
@@ -39,8 +39,8 @@ HIDDEN, STEPS = 64, 300
 # %% [markdown]
 # ## Two kinds of residual
 #
-# Each is a model of ONE point that returns a Normal of scale one, whose negative log-likelihood is half the squared residual.
-# The Laplacian is made in forward mode, a second derivative along each axis.
+# Each kind is a model of ONE point that returns a Normal of scale one, whose negative log-likelihood is half the squared
+# residual. The Laplacian is computed in forward mode, as a second derivative along each axis.
 
 
 # %%
@@ -79,11 +79,11 @@ print(len(inside), "points inside,", len(edges), "on the boundary")
 print(jf.explain(interior)(start, inside))
 
 # %% [markdown]
-# The table says that a weight enters the Laplacian in several places, which count as positions, and that its gradients are
-# held as factors all the same.
+# The table shows that a weight enters the Laplacian in several places, which count as positions, and that its gradients are
+# still stored as factors.
 #
-# The loss, the curvature and the bend of the predictions are sums over the kinds. The Fisher of least squares *is* the
-# Gauss-Newton matrix, so the curvature is a sum of two exact Fishers. A weight of a kind would be a factor in each of the
+# The loss, the curvature and the second-order term of the predictions are sums over the kinds. The Fisher of least squares *is*
+# the Gauss-Newton matrix, so the curvature is a sum of two exact Fishers. To weight a kind, multiply its term in each of the
 # three functions.
 
 
@@ -115,12 +115,13 @@ def error(params):
 # %% [markdown]
 # ## Three ways down
 #
-# Adam, for scale. Then Levenberg and Marquardt's method: a step with $(F + \lambda I)^{-1}$, and a damping that follows how
-# well the quadratic model foretold the loss. `jf.levenberg_marquardt` lets it fall by up to a factor of three a step, and it
-# has to: near a solution where all residuals are zero, a fixed damping slows every direction whose curvature is smaller.
+# The first method is Adam, for comparison. The second is Levenberg and Marquardt's method: a step with $(F + \lambda I)^{-1}$,
+# and a damping that depends on how well the quadratic model predicted the loss. `jf.levenberg_marquardt` lets the damping fall
+# by up to a factor of three per step. The damping has to fall: near a solution where all residuals are zero, a fixed damping
+# slows every direction whose curvature is smaller.
 #
-# Last, the same with `jf.geodesic_acceleration`, which is what `jf.levenberg_marquardt` has inside if it is told nothing. The
-# step says how the predictions should move. Along a straight step they bend away, and the second-order term corrects that.
+# The third is the same with `jf.geodesic_acceleration`, which `jf.levenberg_marquardt` uses by default. The
+# step says how the predictions should move. Along a straight step they curve away, and the second-order term corrects that.
 
 
 # %%
@@ -173,15 +174,15 @@ figure.colorbar(image, ax=axes[2])
 plt.show()
 
 # %% [markdown]
-# On the left, every method has taken the same 300 steps. A step of Adam is cheaper, but more of them do not get it there: a
-# tuned run of a thousand seconds is published that ends at $10^{-4}$. The damping of the accelerated run falls much faster,
-# since its steps keep their promises at a smaller damping. What is left of the error is smooth, and largest at the boundary.
+# On the left, every method has taken the same 300 steps. A step of Adam is cheaper, but more steps do not reach the same error:
+# a published, tuned run of a thousand seconds ends at $10^{-4}$. The damping of the accelerated run falls much faster, since
+# its steps achieve their predicted decrease at a smaller damping. The remaining error is smooth, and largest at the boundary.
 #
 # ## What to remember
 #
 # - A kind of residual is a model that returns `jf.Normal(residual, 1.0)`. Curvatures of several kinds are added, with
 #   weights.
-# - Derivatives in the inputs are nothing special: the engine reads the gradient's program, whatever it contains.
-# - `jf.levenberg_marquardt` is for a loss that is the same at every step; with new points at each step take
+# - Derivatives in the inputs need no special treatment: the engine reads the gradient's program, whatever it contains.
+# - `jf.levenberg_marquardt` is for a loss that is the same at every step; with new points at each step use
 #   `jf.adapt_damping`.
-# - The page of the documentation on this job says when all of this is the wrong tool.
+# - The page of the documentation on this job says when this method is the wrong tool.

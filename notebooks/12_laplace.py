@@ -14,10 +14,10 @@
 # # A classifier that knows what it does not know
 #
 # At the end you will know how to turn a trained classifier into a posterior over its weights with `jf.laplace`, how the
-# evidence chooses the prior without held-out data, and what the posterior changes in the predictions: near the data little, far
-# from them a lot.
+# evidence chooses the prior without held-out data, and how the posterior changes the predictions: little near the data, and a
+# lot far from them.
 #
-# Notebook 7 builds Laplace's approximation by hand, from a Fisher and a prior. Here it is one call, for a network.
+# Notebook 7 builds Laplace's approximation by hand, from a Fisher and a prior. Here it takes one call, for a network.
 
 # %%
 import jax
@@ -34,7 +34,7 @@ plt.rcParams["figure.dpi"] = 90
 # %% [markdown]
 # ## Two moons
 #
-# Two hundred points to fit and a thousand held out, with so much noise that the moons overlap.
+# The data are two hundred points to fit and a thousand held out, with so much noise that the moons overlap.
 
 # %%
 points, labels = make_moons(1200, noise=0.25, random_state=0)
@@ -58,8 +58,8 @@ start = {
 log_prob = jf.log_likelihood(network)
 
 # %% [markdown]
-# The mean of the posterior is the largest posterior density: the prior of precision $\alpha$ is a weight decay of $\alpha / n$.
-# One network is fitted for each of several priors.
+# The mean of the posterior is the point of largest posterior density. To find it, train with a weight decay of $\alpha / n$,
+# which is the prior of precision $\alpha$. We fit one network for each of several priors.
 
 
 # %%
@@ -91,8 +91,8 @@ assert jnp.all(sizes < 1e-2)
 # ## The evidence chooses the prior
 #
 # `posterior.log_evidence()` is the log of the probability that the model gives to the labels with its weights integrated out.
-# It is shown beside what it cannot see, the mean log-likelihood of the points held out, and for three forms of the Fisher: all
-# of it, a Kronecker product for each layer, and its diagonal.
+# The picture compares it with the mean log-likelihood of the held-out points, which the evidence does not use. It shows three
+# forms of the Fisher: the whole matrix, a Kronecker product for each layer, and the diagonal.
 
 # %%
 VIEWS = {"dense": jf.dense, "Kronecker": jf.kronecker, "diagonal": jf.diagonal}
@@ -116,12 +116,12 @@ chosen = int(np.argmax(evidences[0]))
 assert np.all(integrated > plug_in - 0.02) and plug_in[chosen] > np.max(plug_in) - 0.05
 
 # %% [markdown]
-# The evidence of the whole Fisher has its maximum where the points held out are predicted about as well as anywhere. The
-# diagonal forgets that weights are correlated: its evidence is another number, and is to be compared with that of other priors
-# under the same form only.
+# The evidence of the whole Fisher has its maximum at a prior that predicts the held-out points about as well as any other. The
+# diagonal ignores that weights are correlated. Its evidence is a different number; compare it only with that of other priors
+# under the same form.
 #
-# The prior can also be found by its derivative. `jf.tune_prior` iterates MacKay's rule at the mean as it is; with one number
-# for each leaf, it tells the layers apart.
+# The prior can also be found by its derivative. `jf.tune_prior` iterates MacKay's rule with the mean held fixed; with one
+# number for each leaf, it finds different priors for the layers.
 
 # %%
 best = jax.tree.map(lambda leaf: leaf[chosen], fits)
@@ -138,9 +138,10 @@ assert abs(tuned.prior * slope) < 0.05 and tuned_by_leaf.log_evidence() > tuned.
 # %% [markdown]
 # ## What it says far from the data
 #
-# At the mean the network is certain wherever its logit is large, in corners where it has seen nothing as well. The posterior
-# widens the logit by how little the data say about it there. The last layer alone, `keep=lambda path: "last" in path`, costs
-# next to nothing and has very little of the effect here: it is the layers before it that bend where there are no data.
+# At the mean the network is certain wherever its logit is large, even in corners where it has seen no data. The posterior gives
+# the logit a variance, which is large where the data say little. The last layer alone, `keep=lambda path: "last" in path`,
+# costs almost nothing but has very little of the effect here, since it is the earlier layers that change the function where
+# there are no data.
 
 # %%
 side = jnp.linspace(-4.0, 5.0, 60)
@@ -169,10 +170,10 @@ assert confident["all weights"] < confident["last layer"] < confident["at the me
 # %% [markdown]
 # ## Closed form, and draws
 #
-# The maps come from the probit approximation, in closed form. Draws of the linearised model need no such approximation:
-# `sample_predictive` takes one jvp a draw. Draws of the weights can also be put into the network itself, `posterior.sample`: on
-# the right they say next to nothing, even where there are data, since they are as wide as the prior in all that the data leave
-# open, and only the tangent is flat there.
+# The maps above use the probit approximation, in closed form. Draws of the linearised model need no such approximation:
+# `sample_predictive` takes one jvp per draw. You can also put draws of the weights, `posterior.sample`, into the network
+# itself. On the right these predict almost nothing, even where there are data: in all directions that the data do not
+# determine, the draws are as wide as the prior, and only the tangent is flat there.
 
 # %%
 drawn = posterior.sample_predictive(jax.random.key(2), grid, num_samples=1000).mean
@@ -204,8 +205,9 @@ plt.show()
 # %% [markdown]
 # What to take home:
 #
-# - `jf.laplace(model, params, x, y, prior=alpha, view=...)` is the posterior; `predictive`, `sample` and `log_evidence` are
-#   what it is for.
-# - The evidence compares priors, and models, on the data that they were fitted to. Compare like with like: one form of the
-#   Fisher, and means that were fitted to the end.
-# - Far from the data the posterior tempers a classifier. Near them it changes little, and it repairs no wrong model.
+# - `jf.laplace(model, params, x, y, prior=alpha, view=...)` is the posterior; its methods are `predictive`, `sample` and
+#   `log_evidence`.
+# - The evidence compares priors, and models, on the data that they were fitted to. Compare only evidences with the same form of
+#   the Fisher, at means that were fitted until convergence.
+# - Far from the data the posterior makes a classifier less certain. Near the data it changes little, and it does not repair a
+#   wrong model.

@@ -22,7 +22,7 @@
 #
 # $$I_{ti} = \frac1n\, s_t^\top (F + \lambda I)^{-1} s_i,$$
 #
-# and by minus that when $i$ is left out. `jf.influence` gives this matrix for any form of $F$.
+# and by $-I_{ti}$ when $i$ is left out. `jf.influence` computes this matrix for any form of $F$.
 
 # %%
 import jax
@@ -40,7 +40,7 @@ plt.rcParams["figure.dpi"] = 90
 # %% [markdown]
 # ## The data
 #
-# The handwritten digits of scikit-learn, 8 x 8 pixels each, in a random order.
+# The data are the handwritten digits of scikit-learn, 8 x 8 pixels each, in a random order.
 
 # %%
 images, labels = load_digits(return_X_y=True)
@@ -51,8 +51,8 @@ images, labels = jnp.asarray(images[order] / 16), jnp.asarray(labels[order])
 # %% [markdown]
 # ## Against leaving one out
 #
-# First a model that can be trained again without each of its examples in turn: softmax regression on twelve principal
-# components of 150 digits, with a prior as weight decay. It is convex, so that Newton's method finds the one minimum.
+# We start with a model that we can retrain without each of its examples in turn: softmax regression on twelve principal
+# components of 150 digits, with a prior as weight decay. The loss is convex, so Newton's method finds its only minimum.
 
 # %%
 SMALL, TESTS, DECAY = 150, 10, 0.01
@@ -107,8 +107,8 @@ print(f"gradient at the minimum: {slope:.1e}")
 assert slope < 1e-12
 
 # %% [markdown]
-# What is predicted is minus the influence. The exact Fisher is the Hessian here; its views are cheaper and say less. TracIn at
-# the last checkpoint has no curvature at all.
+# The predicted change is minus the influence. The exact Fisher is the Hessian here; its views are cheaper and less accurate.
+# TracIn at the last checkpoint uses no curvature.
 
 # %%
 F = jf.exact_fisher(regression)(params, x)
@@ -134,7 +134,7 @@ for name, found in predicted.items():
 # %% [markdown]
 # ## By hand
 #
-# The same matrix, from per-example gradients by `jax.vmap(jax.grad(...))` and a dense solve in NumPy:
+# We compute the same matrix from per-example gradients by `jax.vmap(jax.grad(...))` and a dense solve in NumPy:
 
 # %%
 flat_scores = lambda x, y: np.asarray(jf.scores(log_prob)(params, x, y).as_matrix())
@@ -149,8 +149,8 @@ assert ranks["exact"] > 0.99 and all(0.9 > ranks[name] > ranks["TracIn"] for nam
 # %% [markdown]
 # ## Helpful and misleading digits
 #
-# The test digit about which the model is least sure, and the training digits with the largest influence on it, of either
-# sign.
+# The picture shows the test digit about which the model is least sure, and the training digits with the largest influence on
+# it, of either sign.
 
 # %%
 doubtful = int(np.argmin(log_densities(params, x_test, y_test)))
@@ -175,9 +175,9 @@ plt.show()
 # %% [markdown]
 # ## Wrong labels
 #
-# Now a network, and 1000 digits, of which a tenth got a wrong label at random. What the network can only learn from an
-# example itself has a large self-influence: `jf.self_influence`, with EKFAC. Its rivals are the loss of each example, and the
-# squared length of its score, which is TracIn's self-influence.
+# Now we train a network on 1000 digits, of which a tenth have a wrong label at random. An example has a large self-influence if
+# the network can learn its label only from the example itself. We compare `jf.self_influence`, with EKFAC, with the loss of
+# each example and with the squared length of its score, which is TracIn's self-influence.
 
 # %%
 N, WRONG, DAMPING = 1000, 100, 1e-3
@@ -264,8 +264,8 @@ plt.show()
 # %% [markdown]
 # What the table and the pictures show:
 #
-# - **With the exact Fisher** the order is that of training again. The changes themselves are larger than predicted, most of all
-#   the large ones: an example of high leverage that is left out takes its own hold on the parameters with it.
-# - **The views** give the order less well. For one layer of softmax regression Kronecker factors say no more than a diagonal.
-# - **Wrong labels** are found by every list. The loss, which is free, comes within a few per cent of the self-influence: where
-#   most labels are right, a model that has not yet learned the wrong ones doubts them.
+# - **The exact Fisher** gives the same order as retraining. The actual changes are larger than predicted, the large ones most
+#   of all: leaving out an example of high leverage also removes its contribution to the curvature.
+# - **The views** give the order less well. For one layer of softmax regression Kronecker factors are no better than a diagonal.
+# - **Wrong labels** are found by every list. The loss, which is free, comes within a few per cent of the self-influence: if
+#   most labels are right, a model that has not yet fitted the wrong labels gives them a low probability.

@@ -16,10 +16,10 @@
 # At the end you will know how a Fisher keeps a network from forgetting, why it matters which Fisher that is, and how two
 # networks can be merged into one.
 #
-# After a task the log-likelihood of its $n$ examples falls off, near the optimum $\theta^*$, like
-# $-\frac n2 (\theta - \theta^*)^\top F (\theta - \theta^*)$. So a network that goes on to the next task can carry the old one
-# with it as a quadratic penalty: elastic weight consolidation, `jf.ewc_penalty(F, anchor, strength)`. The published one keeps
-# the diagonal of $F$. Here any view will do.
+# After a task the log-likelihood of its $n$ examples is, near the optimum $\theta^*$ and up to a constant,
+# $-\frac n2 (\theta - \theta^*)^\top F (\theta - \theta^*)$. So a network that goes on to the next task can keep the old one
+# as a quadratic penalty: elastic weight consolidation, `jf.ewc_penalty(F, anchor, strength)`. The published method keeps
+# the diagonal of $F$. Here you can use any view.
 
 # %%
 import functools
@@ -38,8 +38,8 @@ plt.rcParams["figure.dpi"] = 90
 # %% [markdown]
 # ## The tasks
 #
-# Five tasks in turn: 0 or 1, 2 or 3, 4 or 5, 6 or 7, 8 or 9. A network with one output says whether the digit is odd, and is
-# never told which task an image belongs to. A third of the images are for testing, always on all tasks.
+# There are five tasks in turn: 0 or 1, 2 or 3, 4 or 5, 6 or 7, 8 or 9. A network with one output says whether the digit is odd,
+# and is never told which task an image belongs to. A third of the images are for testing, always on all tasks.
 
 # %%
 images, digits = load_digits(return_X_y=True)
@@ -97,11 +97,11 @@ def trained(params, data, penalty=lambda params: 0.0, steps=150):
 # %% [markdown]
 # ## Which Fisher
 #
-# What is kept of a task is an operator. Four that are right, and one that is not:
+# We keep an operator of each task. Four of the choices are Fishers, and one is not:
 #
-# - the exact Fisher of the model, as it is, by its Kronecker factors, and by its diagonal;
+# - the exact Fisher of the model: the whole matrix, its Kronecker factors, and its diagonal;
 # - the empirical Fisher's diagonal, the mean of the squared scores at the task's own labels;
-# - the squared gradients of *batches* of 32, which libraries have been seen to take for it. The mean of 32 scores is squared,
+# - the squared gradients of *batches* of 32, which some libraries use in its place. These square the mean of 32 scores,
 #   and where the scores of a batch cancel, as they do at an optimum, little is left.
 
 
@@ -131,8 +131,9 @@ def batch_squares(params, x, y):
 
 
 # %% [markdown]
-# The three diagonals after the first task. Squared gradients of batches have a small part of the trace, and other proportions
-# as well. The empirical Fisher is small too, since the task is learned: its labels are no surprise.
+# The picture shows the three diagonals after the first task. Squared gradients of batches have only a small part of the trace,
+# and their proportions differ as well. The empirical Fisher is small too: the network has learned the task and predicts its
+# labels.
 
 # %%
 params = jax.jit(trained)(first(jax.random.key(0)), tasks[0])
@@ -148,9 +149,10 @@ assert entries["batch_squares"].sum() < 0.2 * entries["empirical"].sum()
 # %% [markdown]
 # ## Five tasks in turn
 #
-# After each task its Fisher joins those before, by `jf.merge`: the mean over the examples of all tasks so far, of Kronecker
-# views as well. The penalty is about the last optimum (online EWC). For the posterior the strength would be the number of tasks
-# so far, times one; networks are no Gaussians, so for each Fisher the factor is chosen from a few, on other seeds.
+# After each task `jf.merge` adds its Fisher to the earlier ones; the result is the mean over the examples of all tasks so far,
+# for Kronecker views too. The penalty is about the last optimum (online EWC). For the exact posterior the strength would be the
+# number of tasks so far. The posteriors of networks are not Gaussian, so we multiply it by a factor, chosen for each Fisher
+# from a few on other seeds.
 
 
 # %%
@@ -212,10 +214,10 @@ assert at_end["exact, Kronecker"] > at_end["no penalty"]
 # %% [markdown]
 # ## Two networks into one
 #
-# Two networks start from the same parameters, trained a little on everything. One goes on with the first four digits, one with
-# the last four. What lies between the two? The plain mean of the parameters treats every direction alike. `jf.fisher_average`
-# asks the Fishers: where the data of a network determine a direction, its value counts. Kronecker views merge by their factors,
-# with no iteration and no matrix of all parameters.
+# Two networks start from the same parameters, trained a little on everything. One continues with the first four digits, the
+# other with the last four. How can we combine them? The plain mean of the parameters treats every direction alike.
+# `jf.fisher_average` uses the Fishers as weights: if the data of a network determine a direction, that network's value counts.
+# Kronecker views merge by their factors, without an iteration and without a matrix over all parameters.
 
 # %%
 halves = [tuple(map(jnp.concatenate, zip(*tasks[k : k + 2], strict=True))) for k in (0, 3)]
@@ -282,10 +284,10 @@ plt.show()
 # %% [markdown]
 # What the tables and the pictures show:
 #
-# - **More of the Fisher keeps more.** Kronecker factors and the exact matrix keep what weights do together; a diagonal does
-#   not.
-# - **Squared gradients of batches** at the strength that suits the diagonal do nothing at all. A hundred times that strength
+# - **Keeping more of the Fisher keeps more of the tasks.** Kronecker factors and the exact matrix keep the couplings between
+#   weights; a diagonal does not.
+# - **Squared gradients of batches** have no effect at the strength that suits the diagonal. A hundred times that strength
 #   makes up for their size, and still leaves them behind the diagonals.
-# - **Merging** two networks gains a little over the plain mean where the damping is large enough. With little damping the
-#   Kronecker and the exact quadratics are trusted in directions in which they have long ceased to hold, and the merged network
+# - **Merging** two networks gains a little over the plain mean if the damping is large enough. With little damping, the merge
+#   trusts the Kronecker and the exact quadratics far beyond the region where they hold, and the merged network
 #   is worse than either.

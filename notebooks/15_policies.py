@@ -13,12 +13,11 @@
 # %% [markdown]
 # # Trust regions on a pendulum
 #
-# At the end you will have trained policies with trust-region policy optimisation: a Gaussian one that chooses a torque, and a
-# categorical one that chooses among five. A value baseline, negative advantages and a KL radius that is kept at every update
-# are all in it, and PPO in Optax runs beside it.
+# At the end you will have trained policies with trust-region policy optimisation (TRPO): a Gaussian one that chooses a torque,
+# and a categorical one that chooses among five. The training has a value baseline, negative advantages and a KL radius that
+# every update keeps, and you will have compared it with PPO in Optax.
 #
-# [Notebook 6](06_trust_region.ipynb) is about what a step inside a KL ball is. Here the ball is put to work on a task of
-# continuous control.
+# [Notebook 6](06_trust_region.ipynb) explains a step inside a KL ball. Here we use it for a task of continuous control.
 
 # %%
 import functools
@@ -41,9 +40,10 @@ RADIUS = 0.02  # nats for a visited state: no update moves the policy further
 # %% [markdown]
 # ## The task
 #
-# A pendulum of length and mass one hangs on a motor that is too weak to lift it: the torque is between -2 and 2. To get up it
-# must swing. Each tick of 0.05 s costs the square of the angle from upright, and a little for speed and torque; an episode is
-# 200 ticks. A pendulum that hangs still costs about 2,000 an episode; one that swings up and stays costs about 150 to 200.
+# A pendulum of length and mass one hangs on a motor that is too weak to lift it: the torque is between -2 and 2. To get up, the
+# pendulum must swing. Each tick of 0.05 s costs the square of the angle from upright, and a little for speed and torque; an
+# episode is 200 ticks. A pendulum that hangs still costs about 2,000 per episode; one that swings up and stays up costs about
+# 150 to 200.
 
 
 # %%
@@ -65,8 +65,8 @@ def seen(state):
 # %% [markdown]
 # ## Policies
 #
-# A policy is a model of ONE example: from what is seen to a distribution over actions. One function turns an action into a
-# torque. The baseline is a model as well, whose mean is the expected return.
+# A policy is a model of ONE example: it maps an observation to a distribution over actions. A second function turns an action
+# into a torque. The baseline is a model as well, whose mean is the expected return.
 
 
 # %%
@@ -110,9 +110,9 @@ CATEGORICAL = Policy(categorical, lambda key: first(key, (5,)), lambda action: T
 # %% [markdown]
 # ## A batch, and its advantages
 #
-# A batch is 32 episodes. The advantage of an action is how much better things went than the baseline had expected, later ticks
-# counting less (generalised advantage estimation). It is negative for half of the actions. That is no weight of an example: the
-# Fisher is a mean over all visited states, and the sign belongs to the surrogate loss,
+# A batch is 32 episodes. The advantage of an action is how much better the episode went than the baseline had expected, with
+# later ticks counting less (generalised advantage estimation). It is negative for half of the actions, so do not use it as a
+# weight of the examples: the Fisher is a mean over all visited states, and the advantage belongs to the surrogate loss,
 #
 # $$L(\theta) = -\frac1n \sum_i A_i\, \frac{p_\theta(a_i | s_i)}{p_{\mathrm{old}}(a_i | s_i)}.$$
 
@@ -171,12 +171,12 @@ def fitted(baseline, batch):
 # %% [markdown]
 # ## TRPO
 #
-# The natural gradient of the surrogate, as long as the quadratic form of the Fisher allows, a little less than the radius, so
-# that the step need not be halved often; and then `jf.backtrack_kl` halves it until the actual KL divergence is inside the
-# radius and the surrogate is lower.
+# TRPO takes the natural gradient of the surrogate, with the length that the quadratic form of the Fisher allows. The radius for
+# the quadratic form is a little smaller than the actual one, so that the step is seldom halved. `jf.backtrack_kl` then halves
+# it until the actual KL divergence is inside the radius and the surrogate is lower.
 #
-# There are 6,400 states and some 160 parameters. So no matrix is made: ten conjugate gradients take products with the exact
-# Fisher, each about as dear as a gradient.
+# There are 6,400 states and some 160 parameters. A matrix made from so many rows would be expensive, so ten conjugate gradient
+# steps take products with the exact Fisher, each of which costs about as much as a gradient.
 
 # %%
 solver = jf.CG(rtol=1e-2, max_steps=10)
@@ -218,8 +218,8 @@ def trained(policy, update, key):
 # %% [markdown]
 # ## PPO
 #
-# The usual rival: the same batches, and on each ten epochs of Adam, in minibatches of 640, on the clipped surrogate, at two
-# rates.
+# PPO is the usual alternative. It uses the same batches, and on each batch ten epochs of Adam, in minibatches of 640, on the
+# clipped surrogate. We try two rates.
 
 
 # %%
@@ -245,7 +245,7 @@ def ppo_update(rate, policy, params, batch, key):
 # %% [markdown]
 # ## Training
 #
-# First TRPO with both policies, then PPO. Every run starts from other parameters and other episodes.
+# We train TRPO with both policies first, and then PPO. Every run starts from other parameters and other episodes.
 
 # %%
 keys = jax.random.split(jax.random.key(0), SEEDS)
@@ -282,8 +282,8 @@ for name in ("TRPO, Gaussian", "TRPO, categorical"):
     assert np.mean(gains[name][:, -3:]) > -400 > np.mean(gains[name][:, 0])
 
 # %% [markdown]
-# The radius was kept at every update of every run: that is a property of the method, and not of a tuned rate. PPO's clipping
-# keeps no such promise.
+# Every update of every run kept the radius: that is a property of the method, and not of a tuned rate. PPO's clipping
+# gives no such guarantee.
 
 # %%
 best = max((name for name in gains if name.startswith("PPO")), key=lambda name: np.mean(gains[name][:, -10:]))
@@ -303,11 +303,11 @@ plt.show()
 # %% [markdown]
 # What the table and the pictures show:
 #
-# - **Both policies** swing the pendulum up from every start. The one that chooses among five torques, which are the extremes
-#   and three between them, learns sooner.
-# - **The radius** of 0.02 nats is nearly used up at many updates and never passed. Nothing was tuned but that one number, which
-#   has a meaning before any run.
-# - **PPO** at the better of two rates arrives at the same return after as many steps; at a third of that rate it is behind. Its
-#   largest updates go past the radius, which it does not know.
+# - **Both policies** learn to swing the pendulum up in every run. The one that chooses among five torques, which are the
+#   extremes and three between them, learns sooner.
+# - **The radius** of 0.02 nats is nearly used up at many updates and never exceeded. It is the only number that was tuned, and
+#   it has a meaning before any run.
+# - **PPO** at the better of two rates reaches the same return after as many steps; at a third of that rate it is behind. Its
+#   largest updates exceed the radius, which PPO does not use.
 #
 # Three seeds show that a method works. They do not rank methods that are close.
