@@ -255,7 +255,7 @@ def test_a_damping_given_at_the_update_is_the_one(problem):
 def test_a_fisher_unlike_the_one_promised_is_named(problem):
     params, gradient, fisher, _ = problem
     opt = jf.scale_by_fisher(0.1, update_every=2, like=fisher)
-    with pytest.raises(ValueError, match=r"holds arrays of shapes .* the state has .* of `like`"):
+    with pytest.raises(ValueError, match=r"holds arrays of shapes .* the state has .* from `like`"):
         opt.update(gradient, opt.init(params), fisher=fisher + fisher)
     with pytest.raises(TypeError, match="kronecker") as caught:
         jf.scale_by_fisher(0.1, view=jf.kronecker, decay=0.9).init(params)
@@ -530,6 +530,31 @@ def test_masked_and_partition_solve_with_the_sub_fisher(form, problem):
         updates, _ = one_update(opt, (params, gradient, fisher, None))
         assert_close(flat(updates["hidden"]), expected, factor=1e4)
     assert_close(flat(updates["out"]), -0.1 * flat(gradient["out"]))
+
+
+@every
+def test_a_part_is_stepped_as_if_the_rest_were_data(name):
+    """Each in a partition whose rest is frozen, against the same on a model of the part alone; the gradient is that by all."""
+    make, kept, numbers = OPTIMISERS[name]
+    opt = make(
+        **{key: value for key, value in kept.items() if key != "like"}, **{key: pair[0] for key, pair in numbers.items()}
+    )
+    params, x, y, _, _ = reference()
+    parted = optax.partition({"ours": opt, "rest": optax.set_to_zero()}, {"hidden": "ours", "out": "rest"})
+
+    def stepped(model, opt, params, x, y):
+        step = jf.training_step(model, opt)
+        state = step.init(params, x, y)
+        for _ in range(2):
+            params, state, value = step(params, state, x, y)
+        return params, value
+
+    of_part = lambda part, x: classifier(params | {"hidden": part}, x)  # noqa: E731
+    found, value = evaluated(lambda p, x, y: stepped(classifier, parted, p, x, y), params, x, y)
+    part, expected = evaluated(lambda p, x, y: stepped(of_part, opt, p, x, y), params["hidden"], x, y)
+    chex.assert_trees_all_close((found["hidden"], value), (part, expected), rtol=1e-9, atol=1e-12)
+    chex.assert_trees_all_equal(found["out"], params["out"])
+    assert np.max(np.abs(flat(part) - flat(params["hidden"]))) > 1e-6
 
 
 def test_empty_groups_and_none_leaves_pass(problem):

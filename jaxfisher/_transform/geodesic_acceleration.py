@@ -18,8 +18,10 @@ from jaxfisher._transform.update_arguments import (
     ScalarOrSchedule,
     check_state,
     check_vector_of_state,
+    completing,
     damping_for,
     fisher_for,
+    part_of,
 )
 from jaxfisher._tree import cast_like, check_function, dot, param_spec, split
 from jaxfisher._values import check_nonnegative, nonnegative
@@ -65,8 +67,8 @@ def geodesic_acceleration(
     Returns:
         A gradient transformation whose ``update`` takes ``fisher=`` and ``acceleration_fn=``, a function from a step
         to :math:`J^T M z''` along it, such as ``lambda d: jf.acceleration(model)(params, d, x)``, or a sum of such functions
-        where F is a sum. `levenberg_marquardt` and `adapt_damping` predict the decrease from the step before it was bent, which
-        the state holds.
+        where F is a sum; inside `optax.masked` or `optax.partition` also ``all_params``. `levenberg_marquardt` and
+        `adapt_damping` predict the decrease from the step before it was bent, which the state holds.
 
     Raises:
         ValueError: a negative damping or ratio; (at update) ``fisher`` or ``acceleration_fn`` is missing.
@@ -97,6 +99,7 @@ def geodesic_acceleration(
         fisher: Operator | Callable[[], Operator] | None = None,
         acceleration_fn: Callable[[Any], Any] | None = None,
         damping: chex.Numeric | None = None,
+        all_params: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, GeodesicAccelerationState]:
         del params, extra_args
@@ -112,7 +115,9 @@ def geodesic_acceleration(
         check_function("acceleration_fn", acceleration_fn, ACCELERATION)
         operator = fisher_for(updates, fisher, "geodesic_acceleration")
         strength = damping_for(damping, usual, jnp.zeros((), jnp.int32), "geodesic_acceleration")
-        pulled = operator.spec.vector(acceleration_fn(updates), "acceleration_fn(updates)")
+        # The others do not move.
+        direction = completing(updates, jax.tree.map(jnp.zeros_like, all_params), "geodesic_acceleration")(updates)
+        pulled = operator.spec.vector(part_of(acceleration_fn(direction), updates), "acceleration_fn(updates)")
         bend, _ = training_solve(operator, pulled, strength, solver)
         step = operator.spec.vector(updates)
         # `bend` is 2a, since half of it is subtracted. A NaN compares false, so it is not small.

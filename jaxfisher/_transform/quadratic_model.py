@@ -14,7 +14,14 @@ from jaxtyping import Array, Bool, Float, Scalar
 from jaxfisher._once import either, once
 from jaxfisher._operators.operator import Operator, inner_products
 from jaxfisher._transform.places import transformation
-from jaxfisher._transform.update_arguments import ScalarOrSchedule, check_state, check_vector_of_state, damping_for, fisher_for
+from jaxfisher._transform.update_arguments import (
+    ScalarOrSchedule,
+    check_state,
+    check_vector_of_state,
+    damping_for,
+    fisher_for,
+    part_of,
+)
 from jaxfisher._tree import between, cast_like, dot, param_spec, scaled, split
 from jaxfisher._values import check_nonnegative, nonnegative
 
@@ -68,7 +75,7 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
 
     Returns:
         A gradient transformation whose ``update`` takes by keyword ``fisher`` and ``grad``, the gradient before it was
-        preconditioned.
+        preconditioned, also that by all parameters where the updates are of a part.
 
     Raises:
         ValueError: a negative damping; (at update) ``fisher`` or ``grad`` is missing.
@@ -112,7 +119,7 @@ def quadratic_model(damping: ScalarOrSchedule | None = None) -> optax.GradientTr
         check_vector_of_state(state.step, split(updates), "quadratic_model")
         operator = fisher_for(updates, fisher, "quadratic_model")
         strength = nonnegative("damping", damping_for(damping, usual, state.count, "quadratic_model"), operator.spec.dtype)
-        g, d = operator.spec.tree(operator.spec.leaves(grad, "grad")), operator.spec.vector(updates)
+        g, d = operator.spec.tree(operator.spec.leaves(part_of(grad, updates), "grad")), operator.spec.vector(updates)
 
         def minimised() -> tuple[Scalar, ...]:
             if by_damping is None:

@@ -175,12 +175,19 @@ def completing(params: Any, all_params: Any, caller: str) -> Callable[[Any], Any
         return lambda new: new
     if all_params is None or _has_masked(all_params):
         raise ValueError(
-            f"{caller}: inside optax.masked or optax.partition it sees only a part of the parameters, and the loss is a "
-            "function of all. Pass all, opt.update(grads, state, params, all_params=params, ...), as jf.training_step does; or "
-            "put jf.adapt_damping around the masked transformation, or jf.backtrack_kl behind it in optax.chain."
+            f"{caller}: inside optax.masked or optax.partition it sees only a part of the parameters, and the model needs all. "
+            "Pass all, opt.update(grads, state, params, all_params=params, ...), as jf.training_step does; or put "
+            "jf.adapt_damping around the masked transformation, or jf.backtrack_kl behind it in optax.chain."
         )
     # One masked node may stand for a whole subtree.
     return lambda new: jax.tree.map(lambda own, rest: rest if _is_masked(own) else own, new, all_params, is_leaf=_is_masked)
+
+
+def part_of(given: Any, updates: Any) -> Any:
+    """What of a pytree like all parameters belongs to the updates, which may be those of a part."""
+    if not _has_masked(updates) or _has_masked(given):
+        return given
+    return jax.tree.map(lambda own, of_all: own if _is_masked(own) else of_all, updates, given, is_leaf=_is_masked)
 
 
 def _is_masked(node: Any) -> bool:
