@@ -31,13 +31,13 @@ class AccelerationFunction(Protocol):
 
 
 def acceleration(model: Model, *, batch_size: int | None = None) -> AccelerationFunction:
-    r"""How predictions bend along a direction, as a vector of the parameters: what `jaxfisher.geodesic_acceleration` needs.
+    r"""The bending of predictions along a direction, as a vector of the parameters, for `jaxfisher.geodesic_acceleration`.
 
     .. math:: \frac1n \sum_i J_i^T M_i\, z_i'', \qquad z_i'' = \frac{d^2 z_i(\theta + t d)}{dt^2}\Big|_{t = 0},
 
     with ``z_i`` the fields of the distribution predicted for example i, ``J_i`` their Jacobian and ``M_i`` its Fisher in them,
-    as in `jaxfisher.exact_fisher`. It is zero where the fields are linear in the parameters. For `jaxfisher.Normal` of fixed
-    scale, which is least squares, solving for it gives the geodesic of the manifold of predictions; for other families it is
+    as in `jaxfisher.exact_fisher`. It is zero if the fields are linear in the parameters. For `jaxfisher.Normal` of fixed
+    scale, which is least squares, a solve for it gives the geodesic of the manifold of predictions; for other families it gives
     the path that is straight in their fields.
 
     Args:

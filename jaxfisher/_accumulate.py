@@ -1,4 +1,4 @@
-"""Means over more data than memory holds: Fishers of one batch after the other, merged."""
+"""Means over more data than memory holds: the Fishers of batches, merged one after the other."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from jaxfisher._tree import check_function
 
 
 def merge(one: Operator, other: Operator) -> Operator:
-    r"""The mean over the examples of two Fishers, in the form that both have.
+    r"""The mean over the examples of two Fishers, in their common form.
 
     .. math:: \frac{W F + V G}{W + V}, \qquad W = \sum w_i \text{ over the examples of } F,
 
-    with W their number where no weights were given. It is exact: the view of both batches together, whatever their sizes. The
-    factors of Kronecker views of scores are means of second moments, of a number of positions that each view has counted, and
-    are merged as such. What is held by eigenvectors is merged where both have the same ones.
+    where W is the number of examples if no weights were given. The result is exact: the view of both batches together, whatever
+    their sizes. The factors of Kronecker views of scores are means of second moments over the positions that each view counted,
+    and are merged as such. Forms held by eigenvectors can be merged if both have the same eigenvectors.
 
     Args:
-        one: a view of one batch, or what was merged before. It must have a form that does not grow with the examples.
+        one: a view of one batch, or the result of an earlier merge. Its form must not grow with the number of examples.
         other: the same view of another batch.
 
     Returns:
-        An operator of the same structure, so that a loop can carry it: also inside `jax.lax.scan`.
+        An operator of the same structure, so that a loop can carry it, also inside `jax.lax.scan`.
 
     Raises:
-        TypeError: an argument that is no operator; a form that has no mean in itself, such as scores; a sum, or an operator
-            that is no mean over examples; a marginal, or a covariance of the score, which are of all examples together.
-        ValueError: operators over other parameters, or of other kinds or forms.
+        TypeError: an argument is no operator; its form has no mean of the same form, as scores have none; it is a sum, or no
+            mean over examples; it is a marginal or a covariance of the score, which are made of all examples together.
+        ValueError: the operators are over other parameters, or of other kinds or forms.
 
     Reference: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances (1979),
     section 2, for merging means.
@@ -65,8 +65,8 @@ def merge(one: Operator, other: Operator) -> Operator:
 
 
 _MERGE_FIRST = (
-    "Merge dense Fishers, and take the marginal of what comes out; for a covariance, merge them without `center` and take away "
-    "the outer product of the mean score."
+    "Merge dense Fishers, and take the marginal of the result; for a covariance, merge them without `center` and subtract the "
+    "outer product of the mean score."
 )
 
 
@@ -78,7 +78,7 @@ def _merged(one: Operator, other: Operator) -> Operator:
     views_of = None if one.views_of is None or other.views_of is None else _merged(one.views_of, other.views_of)
 
     def chosen(a: Array, b: Array, both: Array) -> Array:
-        # A batch of padding has no mean, and no part in one.
+        # A batch that is all padding has no mean of its own, and does not change the result.
         return jnp.where(theirs.mass == 0, a, jnp.where(mine.mass == 0, b, both))
 
     form = jax.tree.map(chosen, one.form, other.form, mean_of(one.form, other.form, theirs.mass / mass))
@@ -92,32 +92,33 @@ class Accumulation(Protocol):
 
 
 def accumulate(fisher: FisherFunction, view: View) -> Accumulation:
-    r"""The view of a Fisher over a stream of batches, of which one at a time is in memory: the exact mean over all examples.
+    r"""The view of a Fisher over a stream of batches, one in memory at a time: the exact mean over all examples.
 
     .. math:: F = \frac{\sum_b W_b F_b}{\sum_b W_b}, \qquad W_b = \sum_{i \in b} w_i.
 
-    Batches may differ in size, which costs a compilation for every size. The result is an operator: saved as the pytree that it
-    is, and given as ``start``, it goes on to the same bits. To save on the way, take some batches at a time
-    (`itertools.islice`). For a progress bar, give ``tqdm(batches)``. On a mesh, give batches that are spread over it.
+    Batches may differ in size, at the cost of one compilation for every size. The result is an operator and a pytree. Save it,
+    and pass it as ``start`` to resume; the final bits are the same. To save along the way, take some batches at a time
+    (`itertools.islice`). For a progress bar, pass ``tqdm(batches)``. On a mesh, pass batches that are sharded over it.
 
-    **When it is the wrong one.** `jaxfisher.scale_by_fisher` takes running means while parameters move. Where all data fit, a
-    ``batch_size`` bounds memory as well. Low-rank views of batches have no exact mean of their rank: `jaxfisher.sketch` has
-    one with a bound of its error. A covariance of the score and a marginal are of all examples together: `merge` refuses them.
+    **When it is the wrong one.** `jaxfisher.scale_by_fisher` takes running means while parameters move. If all data fit in
+    memory, a ``batch_size`` bounds memory as well. Low-rank views of batches have no exact mean of their rank;
+    `jaxfisher.sketch` has one with an error bound. A covariance of the score and a marginal are made of all examples together,
+    and `merge` refuses them.
 
     Args:
-        fisher: ``(params, *batch) -> operator``, such as `jaxfisher.exact_fisher` returns, or a function of your own that gives
-            ``weights=`` or draws with a key that is a part of the batch.
-        view: of a form that does not grow with the examples: `jaxfisher.diagonal`, `jaxfisher.dense`,
+        fisher: ``(params, *batch) -> operator``, such as `jaxfisher.exact_fisher` returns, or a function of your own, which may
+            pass ``weights=``, or draw with a key that is a part of the batch.
+        view: a view whose form does not grow with the examples: `jaxfisher.diagonal`, `jaxfisher.dense`,
             `jaxfisher.kronecker`, ``lambda F: jf.block_diagonal(jf.dense(F))``; or, in a second pass over the data, ``lambda F:
-            jf.eigen_kronecker(F, basis)`` in the basis of what the first pass gave.
+            jf.eigen_kronecker(F, basis)`` in the basis that the first pass gave.
 
     Returns:
-        A function ``(params, batches, start=None)`` of any iterable of batches, each what ``fisher`` takes after the
-        parameters: a tuple or list of its data, or its only array. NumPy arrays will do.
+        A function ``(params, batches, start=None)`` of any iterable of batches. A batch is a tuple or list of the arguments
+        that ``fisher`` takes after the parameters, or its only array; NumPy arrays are accepted.
 
     Raises:
-        TypeError: a ``fisher`` or ``view`` that is no function; (when called) batches that cannot be iterated over.
-        ValueError: (when called) no batch and no ``start``; and what `jaxfisher.merge` raises.
+        TypeError: ``fisher`` or ``view`` is no function; (when called) batches that cannot be iterated over.
+        ValueError: (when called) no batch and no ``start``; and as in `jaxfisher.merge`.
 
     Reference: George, Laurent, Bouthillier, Ballas and Vincent, Fast approximate natural gradient descent in a
     Kronecker-factored eigenbasis (NeurIPS 2018), for the two passes of the eigen-Kronecker form.

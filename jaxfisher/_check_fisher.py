@@ -1,4 +1,4 @@
-"""A verdict on a model: whether its divergence, its log-density and its Fisher belong together, at given parameters."""
+"""A verdict on a model: whether its divergence, its log-density, its draws and its Fisher agree, at given parameters."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from jaxfisher._values import whole
 from jaxfisher._verdict import Check, Verdict
 
 LENGTHS = 0.5 ** np.arange(1, 13)
-"""Lengths of the displacements, in standard deviations of one draw: halved from one half on."""
+"""The lengths of the displacements, in standard deviations of one draw: one half, halved again and again."""
 POINTS = 4
-"""At how many parameter points, one rounding apart, a number is computed to see what rounding does to it."""
+"""The number of parameter points, one rounding apart, at which a number is computed to see its rounding error."""
 SAFETY = 4
-"""What a range of four is multiplied by, and a typical rounding error, before a number outside is called wrong."""
+"""The factor on a range of four numbers, and on a typical rounding error, beyond which a number is called wrong."""
 Z = 5
-"""Standard errors: one false alarm in two million normal numbers."""
+"""The tolerance in standard errors: one false alarm in two million normal numbers."""
 RARE = 15
-"""How often an outcome is expected among draws before its absence is as improbable: minus the logarithm of that."""
+"""The expected number of occurrences of an outcome that makes its absence as improbable: minus the log of the probability."""
 
 
 DRAWS = 1024
-"""How many draws are made together, where there are not more examples."""
+"""The number of draws made together, unless there are more examples."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -45,12 +45,12 @@ class FisherCheck(Verdict):
     """A verdict on the Fisher of a model at its parameters; ``print`` it for a table.
 
     Attributes:
-        checks: one entry for each thing that must hold.
+        checks: one entry for each property that must hold.
         notes: why a check could not be decided.
-        reason: what the failures together point to; empty where there are none.
-        lengths: of the displacements t d, in units in which ``d^T F d = 1``.
+        reason: the likely cause of the failures; empty if there are none.
+        lengths: the lengths of the displacements t d, in units in which ``d^T F d = 1``.
         quotients: ``KL(theta || theta + t d) / (1/2 t^2 d^T F d)``, shape ``[directions, lengths]``; empty without a KL.
-        leaves: the paths of the parameters whose scores, as the library holds them, are not those of JAX; empty where all are.
+        leaves: the paths of the parameters whose scores, as the library holds them, differ from JAX's own; empty if none do.
     """
 
     agreement = "Fisher, KL, density and draws agree"
@@ -93,7 +93,7 @@ class CheckFunction(Protocol):
 
 
 def check_fisher(model: Model, *, num_directions: int = 4, num_samples: int = 16384) -> CheckFunction:
-    r"""Whether the exact Fisher of a model is the Fisher of its KL divergence, of its log-density and of its draws.
+    r"""Check whether the exact Fisher of a model agrees with its KL divergence, its log-density and its draws.
 
     Along random directions d, with ``d^T F d = 1``:
 
@@ -101,30 +101,31 @@ def check_fisher(model: Model, *, num_directions: int = 4, num_samples: int = 16
         \frac{d^T \nabla_q^2 KL(\theta \| q)|_\theta\, d}{d^T F d} = 1, \quad E[s] = 0, \quad
         \frac{E[(s \cdot d)^2]}{d^T F d} = 1.
 
-    And the scores ``S`` as the library holds them are JAX's own: ``S v`` is what `jax.jvp` gives, and ``S^T w`` what `jax.vjp`
-    gives, for random ``v`` and ``w`` and leaf by leaf.
+    Also the scores ``S`` as the library holds them must be JAX's own: ``S v`` must equal the result of `jax.jvp`, and ``S^T w``
+    that of `jax.vjp`, for random ``v`` and ``w`` and leaf by leaf.
 
-    The first three are exact up to rounding and, of the quotient, the remainder of the KL: both are measured, by numbers one
-    rounding apart and by halving t. The last two are means over draws, to some ten percent; they alone tell a wrong KL from a
-    wrong Fisher. In each leaf d is random with the leaf's mean Fisher diagonal as its precision, so that the units of one do
-    not hide another. What holds along some directions need not along all: for more, use other keys. What could not be told,
-    such as the scores of a saturated prediction, is no failure and is said.
+    The first three properties are exact up to rounding and, for the quotient, up to the remainder of the KL. Both errors are
+    measured, from numbers one rounding apart and by halving t. The last two properties are means over draws, accurate to some
+    ten percent; only they can tell a wrong KL from a wrong Fisher. In each leaf d is random with the leaf's mean Fisher
+    diagonal as its precision, so that the units of one leaf do not hide another. A property that holds along some directions
+    may fail along others: use other keys for more directions. A property that cannot be decided, such as for the scores of a
+    saturated prediction, is no failure, and is reported.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
-        num_directions: how many directions.
-        num_samples: how many draws from the model in all, at least one for each example.
+        num_directions: the number of directions.
+        num_samples: the number of draws from the model in all, at least one for each example.
 
     Returns:
-        A function ``(params, key, *inputs, weights=None, counts=None)``: the random key is for directions and draws, and the
-        inputs are arrays with a leading axis of n examples. ``weights`` and ``counts`` are those of the Fisher that is to be
-        checked, as in `exact_fisher`. It returns a `FisherCheck`; ``print`` it for a table, test ``.passed``. For four
+        A function ``(params, key, *inputs, weights=None, counts=None)``. The random key is for directions and draws, and the
+        inputs are arrays with a leading axis of n examples. ``weights`` and ``counts`` are those of the Fisher to be checked,
+        as in `exact_fisher`. The function returns a `FisherCheck`; ``print`` it for a table, and test ``.passed``. For four
         directions it costs some 200 KL divergences of the batch, the scores of the draws and one compilation. A foreign
         distribution without a KL is checked by draws alone.
 
     Raises:
-        TypeError: (when called) a model that returns no distribution, a parameter that is not a floating array; a key that
-            is not one; under ``jit``, where there are no numbers to judge.
+        TypeError: (when called) a model that returns no distribution; a parameter that is not a floating array; a ``key`` that
+            is no random key; a call under ``jit``, where there are no numbers to judge.
         ValueError: a count that is not a whole number of at least one; (when called) arrays of different lengths.
 
     Reference: Amari, Information Geometry and Its Applications (2016), section 1.3, for the limit; Lehmann and Casella, Theory
@@ -180,26 +181,26 @@ def _verdict(
 
     with of_one_example(model, "model", params, batch.data):
         fields, metric_noise = jax.eval_shape(look, params, *shape_of_one(batch.data))
-    # The dtype with the largest eps that takes part sets the size of rounding errors.
+    # The dtype with the largest eps of all that take part sets the size of rounding errors.
     dtypes = (*batch.spec.dtypes, *(field.dtype for field in fields))
     eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
 
     has_kl = _has_kl(model, params, batch)
 
-    # Random numbers outside: their programs serve the next model too.
+    # Draw random numbers outside the program of the model, so that their programs serve the next model too.
     size, dtype = batch.spec.size, batch.spec.dtype
     noise = jax.random.normal(keys[0], (num_directions, size), dtype)
     nudges = 2 * eps * jax.random.rademacher(keys[1], (POINTS, size), dtype).at[0].set(0)
-    # Few examples are drawn for many times at once.
+    # If there are few examples, draw for each of them many times at once.
     together = batch.size * max(1, min(num_samples, DRAWS) // batch.size)
     draw_keys = jax.random.split(keys[2], (-(-num_samples // together), together))
     noise, nudges = map(jax.vmap(batch.spec.unravel), (noise, nudges))
     found = _found(model, batch, given, Static(has_kl), params, noise, nudges, draw_keys)
     measured, along, log_probs, compared = jax.tree.map(partial(np.asarray, dtype=float), found)
     rounding = SAFETY * math.sqrt(batch.spec.size + batch.size) * eps
-    # Where a part's metric is from samples, its noise is the longest: a number for each of them.
+    # If the metric of a part comes from samples, its noise is the longest leaf: one number for each sample.
     from_samples = max(leaf.size for leaf in jax.tree.leaves(metric_noise)) if "samples" in sources[-1] else math.inf
-    # NumPy need not warn of numbers that are not finite: the checks below report them.
+    # Silence NumPy's warnings about numbers that are not finite: the checks below report them.
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         share = float(jnp.max(batch.weights) / jnp.sum(batch.weights))
         exact = _exact_checks(measured, share, rounding, np.mean(np.abs(log_probs))) if has_kl else ()
@@ -212,7 +213,7 @@ def _verdict(
 
 
 class _Measured(NamedTuple):
-    """At one point: unit directions, and what is measured along them."""
+    """The measurements at one parameter point: unit directions, and the numbers along them."""
 
     directions: Any
     zero: Float[Array, ""]
@@ -232,7 +233,7 @@ def _found(
     nudges: Any,
     keys: Array,
 ) -> tuple[_Measured, Array, Array, tuple[Product, Product, Product]]:
-    """What is measured at each of some points near the parameters, what draws give, and the scores against JAX's own."""
+    """The measurements at some points near the parameters, those from draws, and the scores compared with JAX's own."""
     at = partial(_measure, model, batch, given, has_kl.value)
     measured = jax.lax.map(lambda nudge: at(_nudged(params, nudge), noise), nudges)
     directions = jax.tree.map(lambda leaf: leaf[0], measured.directions)
@@ -253,7 +254,7 @@ def _wide(params: chex.ArrayTree, like: Any) -> Any:
 def _measure(
     model: Model, batch: Batch, given: dict[str, Array], has_kl: bool, params: chex.ArrayTree, noise: Any
 ) -> _Measured:
-    """Along the noise made unit directions: the KL over its quadratic at every length, and the ratio of second derivatives."""
+    """The measurements along the noise scaled to unit directions: KL over its quadratic, ratio of second derivatives."""
     fisher = exact_fisher(model)(params, *batch.data, **given)
     means = jax.tree.map(jnp.mean, split(fisher.diagonal()))
     largest = jnp.max(jnp.stack(jax.tree.leaves(means)))
@@ -265,7 +266,7 @@ def _measure(
 
     def quotient(v: Any, t: Scalar) -> Scalar:
         moved = cast_like(jax.tree.map(lambda leaf, x: leaf + t * x, _wide(params, v), v), params)
-        # Rounded, and so is the displacement: the quadratic is that of the displacement in truth.
+        # The moved parameters are rounded, so compute the quadratic of the displacement as it really is.
         moved = jax.lax.optimization_barrier(moved)
         step = jax.tree.map(jnp.subtract, _wide(moved, v), _wide(params, v))
         return divergence(moved) / (0.5 * fisher.quadratic(step))
@@ -276,7 +277,7 @@ def _measure(
         return jax.lax.map(partial(quotient, v), ts), dot(v, _wide(product, v))
 
     def rounded_kl(params: Any, *example: Any) -> Scalar:
-        """The KL to the same prediction with fields one rounding away."""
+        """The KL to the same prediction with fields moved by one rounding."""
         predicted = predict(model, params, *example)
         values = [field * (1 + 2 * jnp.finfo(field.dtype).eps) for field in float_fields(predicted)]
         return jnp.sum(predicted.kl(tangent(predicted, values)))
@@ -298,7 +299,7 @@ def _has_kl(model: Model, params: chex.ArrayTree, batch: Batch) -> bool:
 def _draws(
     model: Model, batch: Batch, params: chex.ArrayTree, directions: Any, keys: PRNGKeyArray
 ) -> tuple[Float[Array, "draws directions"], Float[Array, " draws"]]:
-    """Of a draw for each key, the scores along the directions and the log-density; a row of keys is a multiple of n long.
+    """The scores along the directions and the log-densities of one draw a key; rows of keys have a multiple of n entries.
 
     Each score is multiplied by the root of its example's weight over the mean weight, so that squares have the weighted mean.
     """
@@ -317,18 +318,18 @@ def _draws(
 
 
 def _exact_checks(measured: Any, share: float, rounding: float, log_prob: float) -> tuple[Check, ...]:
-    """What holds without chance; arrays have a leading axis of points, the first of which is the one asked for.
+    """The checks without chance. Arrays have a leading axis of points, of which the first is the user's own.
 
-    ``share`` is the largest that one example has in a mean.
+    ``share`` is the largest share that one example has in a mean.
     """
 
     def scatter(values: np.ndarray) -> np.ndarray:
-        """What rounding does to numbers of every direction."""
+        """The rounding error of the numbers along each direction."""
         return SAFETY * np.max(np.ptp(values, axis=0), axis=0)
 
-    # q(t) = 1 + O(t), so 2 q(t/2) - q(t) is off by O(t^2) where the model is smooth, and by O(t) still where it has kinks, as a
-    # network of relus has: the slope of q over the last four lengths, times t, bounds both. Taken where rounding and t are
-    # least together. Rounding shows in parameters one rounding apart; and in fields, which lose t digits of a displacement.
+    # q(t) = 1 + O(t), so 2 q(t/2) - q(t) is off by O(t^2) if the model is smooth, and still by O(t) if it has kinks, like a
+    # network of relus. The slope of q over the last four lengths, times t, bounds both. Take the length at which the rounding
+    # error plus t is least. Rounding shows in parameters one rounding apart, and in fields, which lose digits as t shrinks.
     quotients, lengths = measured.quotients, LENGTHS[3:]
     limits = (2 * quotients[..., 1:] - quotients[..., :-1])[..., 2:]
     last, four = limits[0], np.lib.stride_tricks.sliding_window_view(quotients[0], 4, axis=-1)
@@ -338,12 +339,12 @@ def _exact_checks(measured: Any, share: float, rounding: float, log_prob: float)
     best = np.argmin(cost, axis=-1)[:, None]
     found = (last, np.max(slopes, axis=-1) * 2 * lengths + noise)
     limit, within = (np.take_along_axis(x, best, axis=-1)[:, 0] for x in found)
-    # Where the values still change like a power of t, no length was short enough for the series, and the limit is not known.
+    # If the values still change like a power of t, no length was short enough for the series, and the limit is unknown.
     settled = within < 0.25 * np.abs(limit)
-    # It is not known either where the derivatives agree and a few examples may lie nearer to a kink than the shortest length.
+    # It is also unknown if the derivatives agree and a few examples may lie closer to a kink than the shortest length.
     hessian = _check(HESSIAN, measured.hessians[0], 1, np.full(len(limit), scatter(measured.hessians) + rounding))
     settled &= ~((np.abs(limit - 1) > within) & (np.abs(limit - 1) < min(SAFETY * share, 0.1)) & bool(hessian.passed))
-    # A KL is a difference of two mean log-densities, with rounding errors of their size.
+    # A KL is a difference of two mean log-densities, so its rounding error has their size.
     return (
         _check(ZERO, measured.zero, 0, np.full(measured.zero.shape, rounding * (1 + log_prob))),
         _check(QUOTIENT, limit, 1, np.where(settled, within, np.inf), settled),
@@ -352,18 +353,18 @@ def _exact_checks(measured: Any, share: float, rounding: float, log_prob: float)
 
 
 def _sampled_checks(along: Float[np.ndarray, "draws directions"], behind: float) -> tuple[Check, ...]:
-    """What holds on average over draws: with the true Fisher, scores have a variance of one along every direction.
+    """The checks by averages over draws: with the true Fisher, scores have a variance of one along every direction.
 
     ``behind`` is the number of samples that the Fisher itself was made from.
     """
     count, total, squares = len(along), np.sum(along, axis=0), np.square(along)
     second = np.mean(squares, axis=0)
-    # The variance is one, or the one of the draws if that is larger: a rare outcome that was drawn by chance is no failure.
+    # Use a variance of one, or that of the draws if it is larger: a rare outcome that was drawn by chance is no failure.
     z = total / np.sqrt(count * np.maximum(second, 1))
-    # The tolerance is the standard error plus a term for rare outcomes, of which too few are drawn for a standard error.
+    # The tolerance is the standard error plus a term for rare outcomes, too few of which are drawn for a standard error.
     spread = np.std(squares, axis=0)
     within = Z * spread * math.sqrt(1 / count + 1 / behind) + RARE * np.maximum(np.max(squares, axis=0), 1) / count
-    # Scores that average to zero by the Fisher's variance, but not by their own, lack outcomes too rare to be drawn.
+    # If the mean score is zero within the Fisher's variance, but not within that of the draws, rare outcomes were not drawn.
     missed = (np.abs(total) > Z * np.sqrt(count * second)) & (np.abs(z) <= Z)
     return (
         _check(MEAN, z, 0, np.full(len(z), float(Z))),
@@ -378,7 +379,7 @@ def _engine_checks(
     checks, off = [], []
     for name, product in zip((FORWARD, BY_LEAF, BACKWARD), compared, strict=True):
         apart, size, moved = map(np.asarray, product)
-        # A part without any size has to be zero exactly.
+        # A part of size zero must be exactly zero.
         size = np.where(size > 0, size, 1)
         within = rounding + SAFETY * moved / size
         checks.append(_check(name, apart / size, 0, within))
@@ -387,26 +388,26 @@ def _engine_checks(
 
 
 def _check(name: str, values: np.ndarray, expected: float, within: np.ndarray, told: Any = True) -> Check:
-    """A check of numbers along directions. It fails if one number is off, and is None if one could not be decided."""
+    """A check of numbers along directions: fails if one of them is off, undecided (None) if one could not be decided."""
     off = np.abs(values - expected)
     right = off <= within
     told = np.broadcast_to(told, right.shape)
     passed = None if np.all(right) and not np.all(told) else bool(np.all(right))
-    # Numbers that are wrong rank above those that are undecided, and these above those that are right. A tolerance may be zero.
+    # Report the worst: wrong numbers rank above undecided ones, and these above right ones. A tolerance may be zero.
     rank = np.where(right, np.where(told, off / np.where(within > 0, within, 1), 2), np.inf)
     worst = int(np.argmax(rank))
     return Check(name, float(values[worst]), expected, float(within[worst]), passed)
 
 
 def _reason(checks: tuple[Check, ...], leaves: tuple[str, ...]) -> str:
-    """What the failures together point to."""
+    """The likely cause of the failures."""
     passed = {check.name: check.passed for check in checks}
     wrong = {name for name, right in passed.items() if right is False}
     if any(check.name in wrong and not math.isfinite(check.value) for check in checks):
         return (
             "a number is not finite: predictions are not, or d^T F d is zero along a random direction, where they are constant"
         )
-    # Of a model that changes from call to call, scores by the library and by JAX are those of two models.
+    # Check this first: if the model changes from call to call, the scores by the library and by JAX are of two models.
     if ZERO in wrong:
         return (
             "two calls of the model at the same parameters differ (it is not a pure function of them: hidden state, random "

@@ -1,4 +1,4 @@
-"""Scores as the engine holds them against JAX's own derivatives of the same log-density, for `check_fisher`."""
+"""Comparing the scores that the engine holds with JAX's own derivatives of the same log-density, for `check_fisher`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from jaxfisher._tree import cast_like, dot, split
 
 
 class Product(NamedTuple):
-    """How far a product with the scores is from JAX's own, in parts.
+    """The difference between a product with the scores and JAX's own, in parts.
 
     Attributes:
         off: the largest difference in each part.
-        size: of what order of magnitude the part could be.
-        moved: how far JAX's own moves where the parameters are rounded.
+        size: the order of magnitude that the part can have.
+        moved: how far JAX's own product moves if the parameters move by one rounding.
     """
 
     off: Float[Array, " parts"]
@@ -32,9 +32,9 @@ class Product(NamedTuple):
 def products(
     model: Model, batch: Batch, params: chex.ArrayTree, near: chex.ArrayTree, v: Any, keys: PRNGKeyArray
 ) -> tuple[Product, Product, Product]:
-    """``S v`` against `jax.jvp`, and leaf by leaf ``w^T S v`` and ``S^T w`` against `jax.vjp`, at one draw for each example.
+    """``S v`` compared with `jax.jvp`, and leaf by leaf ``w^T S v`` and ``S^T w`` with `jax.vjp`, at one draw for each example.
 
-    ``near`` are parameters one rounding away, ``v`` is a direction in the dtype of statistics.
+    ``near`` are parameters one rounding away; ``v`` is a direction in the statistics dtype.
     """
     log_prob, dtype = log_likelihood(model), batch.spec.dtype
     targets = map_examples(lambda p, key, *example: predict(model, p, *example).sample(key), params, (keys, *batch.data))
@@ -51,12 +51,12 @@ def products(
 
     (along, back), (near_along, near_back) = by_jax(params), by_jax(near)
     made = scores(log_prob)(params, *data)
-    # A sum of scores over the examples is at most so large, and is that large but for cancellation.
+    # Upper bounds on the sums of scores over the examples, which are reached without cancellation.
     sizes = jnp.stack([jnp.sqrt(batch.size * jnp.sum(part)) for part in jax.tree.leaves(split(made.diagonal()))])
     leaves = batch.spec.leaves(v, "v")
     lengths = jnp.stack([jnp.sqrt(dot(leaf, leaf)) for leaf in leaves])
     masks = jnp.eye(len(leaves), dtype=dtype)
-    # The directional derivative along the part of v in one leaf, summed with w: JAX's own is that leaf of S^T w, times v.
+    # The directional derivative along the part of v in one leaf, summed with w; JAX's own is that leaf of S^T w, times v.
     mine = jax.lax.map(
         lambda mask: jnp.sum(w * made.mv(batch.spec.tree([m * leaf for m, leaf in zip(mask, leaves, strict=True)]))), masks
     )

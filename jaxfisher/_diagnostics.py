@@ -1,4 +1,4 @@
-"""Looking at a Fisher: its spectrum, and how many directions a damping leaves."""
+"""Diagnostics of a Fisher: its spectrum, and its effective dimension at a damping."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from jaxfisher._values import check_number, nonnegative
 
 
 def effective_dimension(fisher: Operator, damping: chex.Numeric) -> Scalar:
-    r"""How many directions the Fisher determines better than the damping does.
+    r"""The number of directions that the Fisher determines better than the damping does.
 
     .. math:: \operatorname{tr} F (F + \delta I)^{-1} = \sum_k \frac{\lambda_k}{\lambda_k + \delta}.
 
-    Between zero and the rank. With ``damping = precision / n`` it is MacKay's number of well-determined parameters under a
-    prior of that precision; for linear regression, the effective degrees of freedom of ridge.
+    It lies between zero and the rank. With ``damping = precision / n`` it is MacKay's number of well-determined parameters
+    under a prior of that precision; for linear regression it is the effective degrees of freedom of ridge.
 
     Args:
-        fisher: any operator that has eigenvalues. For a path of dampings `jax.vmap`: they are found once.
-        damping: one number of at least zero, in the units of F. At zero, or where it is too small beside F for the dtype to
-            tell, only as many eigenvalues count as the rank of F has, and at zero the answer is the rank.
+        fisher: any operator that has eigenvalues. For many dampings use `jax.vmap`: the eigenvalues are computed once.
+        damping: one number of at least zero, in the units of F. If the dtype cannot tell it from zero beside F, only the
+            largest eigenvalues count, as many as the rank of F; at zero the result is the rank.
 
     Returns:
         A scalar in the statistics dtype, without units.
@@ -48,22 +48,23 @@ def effective_dimension(fisher: Operator, damping: chex.Numeric) -> Scalar:
     values = values[jnp.argsort(-jnp.abs(values))]
     told = damping > jnp.finfo(values.dtype).eps * jnp.abs(values[0])
     kept = told | (jnp.arange(values.size, dtype=jnp.int32) < fisher.rank())
-    # Not lambda / (lambda + damping), whose sum may overflow. A zero among the kept is lost in the rounding of others.
+    # Not lambda / (lambda + damping), whose denominator may overflow. A kept eigenvalue that is zero, lost in the rounding of
+    # others, counts as one at zero damping.
     known = values != 0
     share = jnp.where(known, 1 / (1 + damping / jnp.where(known, values, 1)), (damping == 0).astype(values.dtype))
     return jnp.sum(jnp.where(kept, share, 0))
 
 
 class Spectrum(NamedTuple):
-    """The eigenvalues of a Fisher, and what is read off them.
+    """The eigenvalues of a Fisher, and numbers derived from them.
 
     Attributes:
         eigenvalues: descending, shape ``[p]``, in the units of F.
-        rank: how many are not zero to rounding, as `Operator.rank` decides it.
-        condition_number: of F on its range: the largest over the smallest of ``rank`` eigenvalues. Infinite where that one is
-            lost in the rounding of the largest; 1 of a Fisher that is zero.
-        participation_ratio: ``(sum lambda)^2 / sum lambda^2``, the number of eigenvalues if all were alike, between 1 and
-            the rank; 0 of a Fisher that is zero.
+        rank: the number of eigenvalues that are not zero to rounding, as `Operator.rank` decides it.
+        condition_number: the condition number of F on its range: the largest over the smallest of ``rank`` eigenvalues.
+            Infinite if the smallest is lost in the rounding of the largest; 1 if the Fisher is zero.
+        participation_ratio: ``(sum lambda)^2 / sum lambda^2``, the effective number of eigenvalues, between 1 and the rank;
+            0 if the Fisher is zero.
     """
 
     eigenvalues: Float[Array, " p"]
@@ -72,7 +73,7 @@ class Spectrum(NamedTuple):
     participation_ratio: Float[Array, ""]
 
     def leading(self, share: chex.Numeric) -> Int[Array, ""]:
-        """How many of the largest eigenvalues make up this share, from 0 to 1, of the trace."""
+        """The number of largest eigenvalues that make up this share of the trace, from 0 to 1."""
         check_number("share", share)
         running = jnp.cumsum(self.eigenvalues / jnp.maximum(self.eigenvalues[0], jnp.finfo(self.eigenvalues.dtype).tiny))
         needed = jnp.asarray(share, running.dtype) * running[-1]
@@ -104,7 +105,7 @@ def spectrum(fisher: Operator) -> Spectrum:
         ValueError: a Fisher too large for its eigenvalues.
 
     Reference: Karakida, Akaho and Amari, Universal statistics of Fisher information in deep neural networks (AISTATS 2019),
-    section 3, for what to expect of a network's.
+    section 3, for the spectra of networks.
 
     >>> import jax.numpy as jnp, jaxfisher as jf
     >>> model = lambda p, x: jf.Normal(jnp.sum(p * x), 1.0)
@@ -115,7 +116,7 @@ def spectrum(fisher: Operator) -> Spectrum:
     values, rank = jnp.flip(fisher.eigvalsh()), fisher.rank()
     sizes = -jnp.sort(-jnp.abs(values))
     smallest = sizes[jnp.maximum(rank - 1, 0)]
-    # In units of the largest, so that no square overflows.
+    # Work in units of the largest, so that no square overflows.
     unit = values / jnp.where(sizes[0] > 0, sizes[0], 1)
     squares = jnp.sum(jnp.square(unit))
     ratio = jnp.square(jnp.sum(unit)) / jnp.where(squares == 0, 1, squares)

@@ -1,4 +1,4 @@
-"""Divergences: how far apart two predictions are, and the two Hessians that become the Fisher."""
+"""KL divergences between predictions, and the two Hessians that lead to the Fisher."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ def kl(model: Model, *, batch_size: int | None = None) -> KLFunction:
         KL(p_{\theta_p}(\cdot \mid x_i) \,\|\, p_{\theta_q}(\cdot \mid x_i)).
 
     Parts of one target (the batch axes of a predicted distribution) are independent, so their divergences are summed. As a
-    function of ``params_q`` it has value and gradient zero at ``params_p``, and there its Hessian is the exact Fisher.
+    function of ``params_q`` the mean has value and gradient zero at ``params_p``, and its Hessian there is the exact Fisher.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
-        batch_size: work on pieces of at most so many examples, which bounds memory.
+        batch_size: work on chunks of at most so many examples, which bounds memory.
 
     Returns:
-        A function ``(params_p, params_q, *inputs, weights=None, counts=None)`` giving a scalar in nats; with weights,
+        A function ``(params_p, params_q, *inputs, weights=None, counts=None)`` that returns a scalar in nats; with weights,
         ``sum w_i KL_i / sum w_i``; with ``counts`` as in `exact_fisher`, ``sum w_i KL_i / sum w_i c_i``.
 
     Raises:
@@ -121,7 +121,7 @@ def kl(model: Model, *, batch_size: int | None = None) -> KLFunction:
 
 @once_for
 def _mean_kl(model: Model, params_p: Any, params_q: Any, batch: Batch) -> Scalar:
-    """`kl` of checked examples."""
+    """`kl` of a checked batch."""
 
     def one(pair: tuple[Any, Any], *example: Any) -> Scalar:
         p, q = (predict(model, params, *example) for params in pair)
@@ -141,19 +141,19 @@ def monte_carlo_kl(log_prob: LogProb) -> Callable[..., Scalar]:
     .. math:: KL(\theta_p \,\|\, \theta_q) \approx \sum_i w_i\,[\log p_{\theta_p}(x_i) - \log p_{\theta_q}(x_i)]
         \Big/ \sum_i w_i.
 
-    With samples from ``p`` it is unbiased, with a standard error of ``std(log p - log q) / sqrt(n)``; one estimate may be
-    negative. With nodes and weights of a quadrature rule *for expectations under p* it is that rule's answer. Only ``params_q``
-    should be differentiated: the samples do not move with ``params_p``.
+    With samples from ``p`` the estimate is unbiased, with a standard error of ``std(log p - log q) / sqrt(n)``, and may be
+    negative. With nodes and weights of a quadrature rule *for expectations under p* it is that rule's result. Differentiate
+    only in ``params_q``: the samples do not move with ``params_p``.
 
     Args:
         log_prob: ``(params, x) -> scalar`` of ONE example; a tuple of samples is passed as ``(params, *x)``.
 
     Returns:
-        A function ``(params_p, params_q, samples, weights=None)`` giving a scalar in nats. Arrays in ``samples`` have a leading
-        axis of n; ``weights`` has shape ``[n]``.
+        A function ``(params_p, params_q, samples, weights=None)`` that returns a scalar in nats. Arrays in ``samples`` have a
+        leading axis of n; ``weights`` has shape ``[n]``.
 
     Raises:
-        ValueError: (when called) arrays of different lengths, a non-scalar ``log_prob``.
+        ValueError: (when called) arrays of different lengths, a ``log_prob`` that returns no scalar.
 
     Reference: Kullback and Leibler (1951), equation 2.4; the plain Monte Carlo estimator.
 
@@ -198,14 +198,14 @@ def kl_hessian(model: Model, *, batch_size: int | None = None) -> HessianFunctio
 
     .. math:: F = \nabla_q^2\, KL(\theta \,\|\, q) \big|_{q = \theta}.
 
-    Only the second argument moves: with both, the divergence is identically zero, and so is its Hessian. It costs p
-    gradients and a p x p matrix; `exact_fisher` gives the same matrix from scores. A kink in the log-density (the Laplace
-    distribution) is smoothed by the expectation, so this route holds where minus the expected Hessian of the log-density does
-    not; where the support moves with the parameter neither holds.
+    Only the second argument moves: if both moved, the divergence would be identically zero, and so would its Hessian. It costs
+    p gradients and a p x p matrix; `exact_fisher` gives the same matrix from scores. The expectation smooths a kink in the
+    log-density (as in the Laplace distribution), so this route is right where minus the expected Hessian of the log-density is
+    not. If the support moves with the parameter, neither is right.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
-        batch_size: work on pieces of at most so many examples, which bounds memory.
+        batch_size: work on chunks of at most so many examples, which bounds memory.
 
     Returns:
         A function ``(params, *inputs, weights=None, counts=None)`` that returns a dense operator.
@@ -242,18 +242,18 @@ def observed_information(log_prob: LogProb, *, batch_size: int | None = None) ->
 
     .. math:: -\frac1n \sum_i \nabla^2_\theta \log p_\theta(x_i).
 
-    Its expectation under the model is the Fisher. At data it is what Newton's method and `statsmodels`' OIM standard errors
-    use; away from a maximum it need not be positive semi-definite.
+    Its expectation under the model is the Fisher. Newton's method and the OIM standard errors of `statsmodels` use its value at
+    the data; away from a maximum it need not be positive semi-definite.
 
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
-        batch_size: work on pieces of at most so many examples, which bounds memory.
+        batch_size: work on chunks of at most so many examples, which bounds memory.
 
     Returns:
         A function ``(params, *data, weights=None, counts=None)`` that returns a dense operator.
 
     Raises:
-        ValueError: (when called) arrays of different lengths, a non-scalar ``log_prob``, one that is a batch mean.
+        ValueError: (when called) arrays of different lengths, a ``log_prob`` that returns no scalar or is a batch mean.
 
     Reference: Efron and Hinkley, Assessing the accuracy of the maximum likelihood estimator (Biometrika 1978), section 1.
 

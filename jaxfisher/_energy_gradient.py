@@ -29,13 +29,13 @@ def energy_gradient(log_psi: LogProb, *, batch_size: int | None = None) -> Calla
 
     with weights :math:`\omega_i = w_i / \sum w`, or 1/n each. For samples drawn from :math:`|\psi|^2` it estimates the gradient
     of :math:`\langle\psi|H|\psi\rangle / \langle\psi|\psi\rangle`; with all configurations and :math:`w_i = |\psi(x_i)|^2`
-    it is that gradient. The amplitude needs no normalisation, and no derivative is taken of the local energies. It is one
-    backward pass: no gradient of a single sample is made.
+    it is that gradient. The amplitude needs no normalisation, and the local energies are not differentiated. It takes one
+    backward pass, without gradients of single samples.
 
-    The parameters are real numbers, a complex leaf two of them: the entry of :math:`a + i b` is :math:`\partial_a E + i\,
-    \partial_b E`, the direction of steepest ascent, so that ``theta - rate * g`` goes downhill. (`jax.grad` gives the conjugate
-    of that.) Holomorphic or not, nothing is left out. It is what `jaxfisher.scale_by_fisher` takes beside
-    ``fisher=jf.empirical_fisher(log_psi, center=True)(params, samples)``: stochastic reconfiguration.
+    A complex parameter counts as two real numbers: the entry of :math:`a + i b` is :math:`\partial_a E + i\, \partial_b E`, the
+    direction of steepest ascent, so that ``theta - rate * g`` goes downhill. (`jax.grad` gives the conjugate of that.) This is
+    right whether or not the amplitude is holomorphic. Pass the result to `jaxfisher.scale_by_fisher`, with
+    ``fisher=jf.empirical_fisher(log_psi, center=True)(params, samples)``, for stochastic reconfiguration.
 
     Args:
         log_psi: ``(params, *sample) -> scalar``, the log-amplitude of ONE sample, real or complex.
@@ -47,7 +47,8 @@ def energy_gradient(log_psi: LogProb, *, batch_size: int | None = None) -> Calla
         in their dtypes.
 
     Raises:
-        ValueError: (when called) arrays of different lengths, local energies of another shape, a non-scalar ``log_psi``.
+        ValueError: (when called) arrays of different lengths, local energies of another shape, a ``log_psi`` that returns no
+            scalar.
         TypeError: ``log_psi`` is no function; (when called) samples or energies are missing, a parameter has no derivative.
 
     Reference: Becca and Sorella, Quantum Monte Carlo Approaches for Correlated Systems (2017), section 6.3.
@@ -85,7 +86,7 @@ def _gradient(log_psi: LogProb, params: Any, batch: Batch) -> Any:
     def parts(z: Array) -> tuple[Array, Array]:
         return jnp.real(z).astype(dtype), jnp.imag(z).astype(dtype)
 
-    # Weights are real, and the energies are less their mean before they multiply anything.
+    # Weights are real. Subtract the mean from the energies before they multiply anything.
     deviations = [x - jnp.sum(batch.weights * x) for x in parts(energies)]
     coefficients = tuple(2 * batch.weights * x for x in deviations)
 

@@ -1,9 +1,9 @@
-r"""Estimates with an error, for a Fisher too large for exact numbers: trace, diagonal, log-determinant and eigenvalue density.
+r"""Estimates with standard errors for Fishers too large for exact numbers: trace, diagonal, log-determinant, spectral density.
 
-All of them draw random sign vectors ``z``, for which ``E[z z^T] = I``, and see F through products ``F z`` only. Every probe
-gives one value with the right expectation (with Lanczos steps, to within the error of their quadrature); the mean over probes
-is the estimate, their spread its standard error. Probes come in tens, until the error is small enough or the probes are used
-up: which of these it was, the answer says.
+All of them draw random sign vectors ``z``, for which ``E[z z^T] = I``, and use F only through products ``F z``. Every probe
+gives one value with the right expectation (with Lanczos steps, to within the error of their quadrature). The mean over probes
+is the estimate, and their spread gives its standard error. Probes come in tens, until the error is small enough or the probes
+are used up; ``converged`` says which.
 
 Random signs and Krylov spaces are matfree's, an optional extra: ``pip install 'jaxfisher[estimate]'``.
 """
@@ -29,16 +29,16 @@ from jaxfisher._values import is_array, is_known, nonnegative, whole
 from jaxfisher._varying import while_loop
 
 BATCH = 10
-"""How many probes are drawn between two looks at the error."""
+"""The number of probes between two checks of the error."""
 
 
 class Estimate(NamedTuple):
-    """A number, or a pytree of them, that was estimated from random probes.
+    """A number, or a pytree of numbers, estimated from random probes.
 
     Attributes:
         value: the estimate.
-        standard_error: of the value over probes, in its shape: the standard deviation of one probe over the root of their
-            number. A probe is about normal only where many eigenvalues matter alike.
+        standard_error: the standard error of the value, in its shape: the standard deviation of one probe over the root of the
+            number of probes. Probes are roughly normal only if many eigenvalues matter about equally.
         samples: the number of probes.
         converged: whether the function's own test was met, which its docstring states.
     """
@@ -54,20 +54,20 @@ def estimate_trace(fisher: Operator, key: PRNGKeyArray, *, rtol: chex.Numeric = 
 
     .. math:: \operatorname{tr} F = E[z^T F z], \qquad \operatorname{var}(z^T F z) = 2 \sum_{i \ne j} F_{ij}^2.
 
-    A diagonal F is exact after one probe. Otherwise one probe has a relative error of about ``sqrt(2 / r)`` with
-    ``r = tr(F)^2 / |F|_F^2`` the effective number of eigenvalues, 1 where one of them dominates. `Operator.trace` is exact, at
-    the cost of one pass over the examples where F is held as scores; this one is for products that are all there is.
+    For a diagonal F one probe is exact. Otherwise one probe has a relative error of about ``sqrt(2 / r)``, where
+    ``r = tr(F)^2 / |F|_F^2`` is the effective number of eigenvalues, 1 if one of them dominates. `Operator.trace` is exact, at
+    the cost of one pass over the examples if F is held as scores; this estimate is for operators known only by products.
 
     Args:
         fisher: any operator; only its products are used.
         key: a random key.
         rtol: stop when the standard error is at most ``rtol |value|``.
-        max_samples: at most so many probes, one product each; at least 2, and used in tens.
+        max_samples: the most probes, of one product each; at least 2, and used in tens.
 
     Returns:
         An `Estimate`: value and standard error in the units of F, in the statistics dtype. ``converged`` says that the standard
-        error is at most ``rtol |value|``. Such a stop favours probes that lie close together by chance: with ten of them an
-        error of its own of a quarter has to be expected of the standard error.
+        error is at most ``rtol |value|``. This rule tends to stop when probes lie close together by chance: with ten probes,
+        expect the standard error itself to be off by a quarter.
 
     Raises:
         TypeError: ``fisher`` is not an operator, ``key`` no random key, ``rtol`` no real number.
@@ -92,13 +92,14 @@ def estimate_diagonal(fisher: Operator, key: PRNGKeyArray, *, rtol: chex.Numeric
 
     .. math:: F_{ii} = E[z_i (F z)_i], \qquad \operatorname{var}(z_i (F z)_i) = \sum_{j \ne i} F_{ij}^2.
 
-    An entry that is small beside the rest of its row is known badly, and may come out negative: read its own standard error.
+    An entry that is small beside the rest of its row has a large error, and its estimate may be negative: read its own standard
+    error.
 
     Args:
         fisher: any operator; only its products are used.
         key: a random key.
         rtol: stop when the norm of all standard errors is at most ``rtol`` times the norm of the diagonal.
-        max_samples: at most so many probes, one product each; at least 2, and used in tens.
+        max_samples: the most probes, of one product each; at least 2, and used in tens.
 
     Returns:
         An `Estimate` whose value and standard error are pytrees like the parameters, in the units of F and the statistics
@@ -132,31 +133,32 @@ def estimate_logdet(
     max_samples: int = 100,
     num_matvecs: int = 30,
 ) -> Estimate:
-    r"""``log det(F + damping I)`` by stochastic Lanczos quadrature, each probe between two bounds.
+    r"""``log det(F + damping I)`` by stochastic Lanczos quadrature, with two bounds for each probe.
 
     .. math:: \log\det(F + D) = \log\det D + E[z^T \log(I + M) z], \qquad M = D^{-1/2} F D^{-1/2}.
 
-    Two errors add up. The *standard error* is that of the mean over probes. The *quadrature error* does not go away with more
-    probes: k Lanczos steps replace ``z^T log(I + M) z`` by a sum of k terms, and how good that is depends on k alone, the more
-    steps the better; with k the number of different eigenvalues of M it is exact. It is bounded, not guessed: Gauss quadrature
-    gives an upper bound, and Gauss-Radau quadrature with a node at 0, below which no eigenvalue of M lies, a lower one. The
-    value is the mean of their midpoints; half the mean distance between them must pass the same test as the standard error.
+    Two errors add up. The *standard error* is that of the mean over probes. The *quadrature error* does not shrink with more
+    probes: k Lanczos steps replace ``z^T log(I + M) z`` by a sum of k terms, whose accuracy depends on k alone. It improves
+    with k, and is exact if k is the number of distinct eigenvalues of M. The quadrature error is bounded, not guessed: Gauss
+    quadrature gives an upper bound, and Gauss-Radau quadrature with a node at 0, below which no eigenvalue of M lies, gives a
+    lower bound. The value is the mean of the midpoints; half the mean distance between the bounds must pass the same test as
+    the standard error.
 
     Args:
         fisher: any positive semi-definite operator; only its products are used.
         key: a random key.
         damping: above zero: one number, or a pytree like the parameters with one for each leaf.
-        rtol: stop when the standard error is at most ``rtol log det(I + M)``: relative to what F adds to ``log det D``, which
-            is known, does not depend on units and is not negative.
-        max_samples: at most so many probes, ``num_matvecs`` products each; at least 2, and used in tens.
-        num_matvecs: Lanczos steps for each probe; more than p are not taken. One probe after the other holds so many vectors.
+        rtol: stop when the standard error is at most ``rtol log det(I + M)``. The test is relative to what F adds to the known
+            ``log det D``, a number that does not depend on units and is not negative.
+        max_samples: the most probes, of ``num_matvecs`` products each; at least 2, and used in tens.
+        num_matvecs: the Lanczos steps of each probe, at most p. Probes run one after the other, and each holds so many vectors.
 
     Returns:
         An `Estimate`, in nats and the statistics dtype. ``converged`` says that three errors are each at most
         ``rtol log det(I + M)``: the standard error, half the mean distance between the bounds, and the mean of
-        ``eps |z| |M z|``, the size of what rounding of the products does. If it is False with probes left, the cure is more
-        steps, a wider dtype or more damping; if all were used, more of them. A direction in which F + damping I is negative
-        gives NaN where a probe finds it.
+        ``eps |z| |M z|``, the size of the rounding errors of the products. If it is False with probes left, take more steps, a
+        wider dtype or more damping; if all probes were used, take more probes. A direction in which F + damping I is negative
+        gives NaN if a probe finds it.
 
     Raises:
         TypeError: ``fisher`` is not an operator, ``key`` no random key, ``damping`` or ``rtol`` not of real numbers.
@@ -221,20 +223,20 @@ def spectral_density(
 
     .. math:: \phi(x) = \frac1p \sum_{j=1}^p N(x; \lambda_j, \sigma^2) = \frac1p E[z^T N(x; F, \sigma^2) z].
 
-    It integrates to one over the real line. What k Lanczos steps do not resolve is not in the standard error: a kernel that is
-    narrow beside the range of the eigenvalues, over about k, shows the nodes of the quadrature as peaks.
+    The density integrates to one over the real line. The standard error does not include what k Lanczos steps fail to resolve:
+    a kernel narrower than about the range of the eigenvalues over k shows the nodes of the quadrature as peaks.
 
     Args:
         fisher: any operator; only its products are used.
         key: a random key.
-        points: where to evaluate it, shape ``[x]``, in the units of F.
+        points: the points at which to evaluate the density, shape ``[x]``, in the units of F.
         width: the standard deviation of the Gaussian, above zero, in the units of F.
-        num_samples: the number of probes, at least 2, ``num_matvecs`` products each.
-        num_matvecs: Lanczos steps for each probe; more than p are not taken. One probe after the other holds so many vectors.
+        num_samples: the number of probes, at least 2, of ``num_matvecs`` products each.
+        num_matvecs: the Lanczos steps of each probe, at most p. Probes run one after the other, and each holds so many vectors.
 
     Returns:
         An `Estimate` whose value and standard error have shape ``[x]``, in the statistics dtype and one over the units of F.
-        ``converged`` says that half the number of steps would give the same to within the standard error, as norms over the
+        ``converged`` says that half the number of steps would give the same to within the standard error, in norm over the
         points, and thus that ``num_matvecs`` is large enough for this width and number of probes.
 
     Raises:
@@ -276,7 +278,7 @@ def _density(
     num_matvecs: Static[int],
 ) -> Estimate:
     """`spectral_density` without its checks."""
-    # In units of the width: what is so small that its square is zero in this dtype is narrower than can be seen.
+    # Work in units of the width, so that squares of relevant numbers do not underflow.
     jacobi_from = lanczos("spectral_density", fisher, jnp.broadcast_to(jax.lax.rsqrt(width), fisher.size), num_matvecs.value)
     points = points / width
 
@@ -302,7 +304,7 @@ def _density(
 
 
 class _Running(NamedTuple):
-    """The mean of samples met so far, and the root of the sum of their squared distances from it."""
+    """The mean of the samples so far, and the root of the sum of their squared distances from it."""
 
     samples: Int[Array, ""]
     mean: Any
@@ -310,18 +312,18 @@ class _Running(NamedTuple):
 
     @staticmethod
     def start(draws: Any) -> _Running:
-        """Before any sample; ``draws`` gives the shapes, with a leading axis of samples."""
+        """The state before any sample; ``draws`` gives the shapes, with a leading axis of samples."""
         zeros = jax.tree.map(lambda draw: jnp.zeros(draw.shape[1:], draw.dtype), draws)
         return _Running(jnp.zeros((), jnp.int32), zeros, zeros)
 
     def plus(self, draws: Any) -> _Running:
-        """With more samples, by the update of Chan, Golub and LeVeque (1983), on roots so that no square overflows."""
+        """The state after more samples, by the update of Chan, Golub and LeVeque (1983), on roots so that nothing overflows."""
         new = jax.tree.leaves(draws)[0].shape[0]
 
         def update(mean: Array, spread: Array, draw: Array) -> tuple[Array, Array]:
             before = self.samples.astype(mean.dtype)
             share = new / (before + new)
-            # Differences from the first sample are averaged, so that equal samples have no spread, not even by rounding.
+            # Average differences from the first sample, so that equal samples have no spread, not even from rounding.
             inside = draw[0] + jnp.mean(draw - draw[:1], axis=0)
             shift = inside - mean
             spread = jnp.hypot(jnp.hypot(spread, _length(draw - inside[None])), jnp.sqrt(before * share) * shift)
@@ -343,7 +345,7 @@ class _Running(NamedTuple):
 
 
 def _length(x: Float[Array, "samples *shape"]) -> Float[Array, "*shape"]:
-    """Euclidean norm along the first axis, without overflow or underflow in between."""
+    """The Euclidean norm along the first axis, without overflow or underflow in between."""
     largest = jnp.max(jnp.abs(x), axis=0)
     safe = jnp.where(largest > 0, largest, 1)
     return safe * jnp.sqrt(jnp.sum(jnp.square(x / safe[None]), axis=0))
@@ -360,7 +362,7 @@ def _until(
 
     def going(running: _Running) -> Array:
         more = running.samples + new <= most
-        # What is not finite will not become so.
+        # Stop if the mean is not finite: more samples cannot change that.
         return (running.samples == 0) | (more & all_finite(running.mean) & ~arrived(running))
 
     def step(running: _Running) -> _Running:
@@ -384,8 +386,8 @@ def _hutchinson(
 def _mean_of(fisher: Operator, key: Array, rtol: Scalar, how: Static[tuple[str, Any, int]]) -> Estimate:
     (caller, form, most), product = how.value, fisher.form.product()
 
-    # Leaf by leaf: the product of a flat z, drawn in the same program, and a concatenated F z is compiled to wrong numbers by
-    # jaxlib 0.10.2 on a CPU.
+    # Work leaf by leaf: jaxlib 0.10.2 on a CPU compiles the product of a flat z, drawn in the same program, and a concatenated
+    # F z to wrong numbers.
     def draw(key: Array, num: int) -> Any:
         return jax.vmap(lambda z: form(z, product(z)))(_signs(caller, fisher.spec.zeros(), key, num))
 
@@ -400,7 +402,7 @@ def _products(z: Any, image: Any) -> Any:
 
 
 def _one_by_one(caller: str, fisher: Operator, probe: Callable[[Array], Any]) -> Callable[[Array, int], Any]:
-    """``(key, num) ->`` the probes of ``num`` flat sign vectors, one at a time, since each probe holds many more vectors."""
+    """From ``(key, num)`` to ``probe`` of ``num`` flat sign vectors, one at a time, since each probe holds many vectors."""
     zeros = jnp.zeros(fisher.size, fisher.spec.dtype)
     return lambda key, num: jax.lax.map(probe, _signs(caller, zeros, key, num))
 
@@ -415,7 +417,7 @@ def _tree_norm(tree: Any) -> Scalar:
 
 
 class _Bounded(NamedTuple):
-    """Of one probe: the midpoint between two bounds, half their distance, and the size of rounding errors."""
+    """The results of one probe: the midpoint between two bounds, half their distance, and the size of rounding errors."""
 
     value: Float[Array, ""]
     half_distance: Float[Array, ""]
@@ -429,12 +431,12 @@ def _damping_entries(fisher: Operator, damping: Damping) -> Float[Array, " p"]:
     """The damping of each parameter, all above zero."""
     known = checked_damping(damping, fisher.spec)
     for leaf in jax.tree.leaves(damping):
-        _refuse_zero("damping", leaf, "It is the lower bound of the spectrum; where F has its own, a small damping will do.")
+        _refuse_zero("damping", leaf, "It bounds the spectrum from below; if F has a lower bound itself, give a small damping.")
     return entries_of(known, fisher.spec)
 
 
 def _refuse_zero(name: str, value: chex.Numeric, why: str) -> None:
-    """Raise where the argument is known to be zero; the value of a JAX array is a run-time number."""
+    """Raise if the argument is known to be zero; the value of a JAX array counts as unknown."""
     if is_known(value) and float(value) == 0:
         raise ValueError(f"`{name}` is {value}; expected a number above zero. {why}")
 

@@ -1,4 +1,4 @@
-"""What the engine makes of a model: how the scores of each parameter leaf are held, what that takes, and why."""
+"""Explaining what the engine does with a model: how the scores of each parameter leaf are held, at what cost, and why."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from jaxfisher._tree import check_function, joined, split
 
 @dataclasses.dataclass(frozen=True)
 class LeafExplanation:
-    """One parameter leaf.
+    """The explanation of one parameter leaf.
 
     Attributes:
-        path: where it is, as a user would index the parameters.
+        path: the path of the leaf, as a user would index the parameters.
         shape: its shape.
         form: ``outer product``, ``sum of T outer products``, ``convolution``, ``embedding``, ``elementwise`` (the gradient is
-            no larger than what it is made of), ``zero``, ``plain`` (the gradient had to be formed), or several of them added.
-        positions: T, how many outer products an example contributes; 0 where there are none.
-        bytes: the memory that it takes, for all rows.
-        bytes_per_device: what of it is on one device: its own examples' rows.
-        flops: those of its part of the Gram matrix; a multiplication and an addition count as two.
-        why: what decided the form, or how its inner products are taken.
-        kronecker: ``yes`` if the leaf has a block of its own in `jaxfisher.kronecker`; of a bias, the weight whose block it
-            shares; else why it has none and is part of the view's ``rest``.
+            no larger than its factors), ``zero``, ``plain`` (the gradient had to be formed), or a sum of several of these.
+        positions: T, the number of outer products that an example contributes; 0 if there are none.
+        bytes: the memory of its scores, for all rows.
+        bytes_per_device: the memory on one device, which holds the rows of its own examples.
+        flops: the operations of its part of the Gram matrix; a multiplication and an addition count as two.
+        why: what decided the form, or how its inner products are computed.
+        kronecker: ``yes`` if the leaf has its own block in `jaxfisher.kronecker`; for a bias, the weight whose block it shares;
+            else why it has none and is part of the view's ``rest``.
     """
 
     path: str
@@ -51,15 +51,15 @@ class Explanation:
     """How scores are held, leaf by leaf; ``print`` it for a table.
 
     Attributes:
-        leaves: one entry a parameter leaf, in pytree order.
-        examples: n.
-        rows: the rows an example contributes: one for a score, one a column of the output metric for an exact Fisher.
-        devices: over how many devices the examples are spread, each of which holds its own examples' rows.
-        bytes: the memory that the scores take.
-        bytes_per_device: what of that is on one device.
-        flops: those of the Gram matrix from these scores.
+        leaves: one entry for each parameter leaf, in pytree order.
+        examples: the number of examples, n.
+        rows: the rows of one example: one for a score, one for each column of the output metric for an exact Fisher.
+        devices: the number of devices that the examples are sharded over; each holds the rows of its own examples.
+        bytes: the memory of the scores.
+        bytes_per_device: the part of it on one device.
+        flops: the operations of the Gram matrix from these scores.
         plain_bytes: the memory that the gradients of all rows would take.
-        plain_flops: those of the Gram matrix from such gradients.
+        plain_flops: the operations of the Gram matrix from such gradients.
     """
 
     leaves: tuple[LeafExplanation, ...]
@@ -79,7 +79,7 @@ class Explanation:
 
     @property
     def plain(self) -> tuple[str, ...]:
-        """The paths of leaves whose gradients had to be formed; ``why`` says what the reason was."""
+        """The paths of leaves whose gradients had to be formed; their ``why`` says for what reason."""
         return tuple(leaf.path for leaf in self.leaves if "plain" in leaf.form)
 
     def __str__(self) -> str:
@@ -123,24 +123,24 @@ class ExplainFunction(Protocol):
 
 
 def explain(function: Callable[..., Any]) -> ExplainFunction:
-    r"""How the scores of a log-density, or the rows of a model's exact Fisher, are held; nothing is computed.
+    r"""Explain how the scores of a log-density, or the rows of a model's exact Fisher, are held; nothing is computed.
 
     The gradient of a weight used in T places is a sum of outer products, :math:`D_i = \sum_t a_{it} g_{it}^T`. Scores hold
-    ``a`` and ``g``, which are n T (d_in + d_out) numbers instead of n d_in d_out. The table says for which leaves that is so,
-    for which it is not, and why.
+    ``a`` and ``g``, which are n T (d_in + d_out) numbers instead of n d_in d_out. The table says which leaves are held like
+    this, which are not, and why.
 
     Args:
         function: ``log_prob(params, *example) -> scalar`` or ``model(params, *inputs) -> distribution``, of ONE example.
 
     Returns:
         A function ``(params, *data)``, with data as for `jaxfisher.scores` or `jaxfisher.exact_fisher`: arrays with a leading
-        axis of n examples. Any of its arrays may be a `jax.ShapeDtypeStruct`, also one with a sharding. Where the examples are
-        spread over devices it says besides what each of them holds. It returns an `Explanation`: a table when
-        printed, and a value to test on, for instance ``assert not explanation.plain``.
+        axis of n examples. Any of these arrays may be a `jax.ShapeDtypeStruct`, also one with a sharding. If the examples are
+        sharded over devices, the table also shows what each device holds. The function returns an `Explanation`: a table when
+        printed, and a value for assertions such as ``assert not explanation.plain``.
 
     Raises:
         TypeError: ``function`` is neither of the two; (when called) a parameter that is not a floating array.
-        ValueError: (when called) arrays of different lengths, a non-scalar log-density.
+        ValueError: (when called) arrays of different lengths, a log-density that is no scalar.
 
     Reference: Rochette, Manoel and Tramel, Efficient per-example gradient computations in convolutional neural networks
     (arXiv 1912.06015), section 3, for the outer products; Bu, Mao and Xu, Scalable and efficient training of large
@@ -172,7 +172,7 @@ def explain(function: Callable[..., Any]) -> ExplainFunction:
 
 
 def _shares(leaf: Any) -> int:
-    """Over how many devices the examples of an array are spread, as far as that is known."""
+    """The number of devices over which the examples of an array are sharded; one if unknown."""
     sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
     if sharding is None or not leaf.ndim:
         return 1
@@ -205,7 +205,7 @@ def _explanation(function: Callable[..., Any], params: chex.ArrayTree, data: tup
 
 
 def _row_function(function: Callable[..., Any], params: chex.ArrayTree, data: tuple[Any, ...]) -> Rows:
-    """The rows of a log-density, or of a model if it returns no number."""
+    """The row function of a log-density, or of a model if ``function`` returns no number."""
     numbers = []
 
     def call(*args: Any) -> tuple[()]:
@@ -218,7 +218,7 @@ def _row_function(function: Callable[..., Any], params: chex.ArrayTree, data: tu
 
 
 def _explained(path: str, leaf: Leaf, kronecker: str, devices: int) -> LeafExplanation:
-    # A gradient that the engine had to form: the form has no factors, and the leaf says why. Others are formed by choice.
+    # "plain" marks gradients that the engine had to form: the form has no factors, and the leaf says why.
     names = ["plain" if leaf.why is not None and not form.positions else form.name for form in leaf.forms] or ["zero"]
     form, memory = " + ".join(names), (leaf.bytes, leaf.bytes // devices)
     return LeafExplanation(path, leaf.shape, form, leaf.positions, *memory, gram_flops(leaf), _why(leaf), kronecker)

@@ -1,4 +1,4 @@
-"""The generalised Gauss-Newton matrix of any convex loss of a model's outputs."""
+"""The generalised Gauss-Newton matrix, for any convex loss of a model's outputs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from jaxfisher._values import described, dtype_of, is_array
 
 @array_fields("outputs", "target", eq=False, repr=False)
 class _Output(Distribution):
-    """A model's outputs as if they were fields of a distribution, whose Fisher in them is the Hessian of the loss.
+    """A model's outputs, dressed as the fields of a distribution whose Fisher is the Hessian of the loss.
 
     The targets are carried along as fields that do not move with the parameters.
     """
@@ -49,7 +49,7 @@ class _Output(Distribution):
         del moving
         flat, unravel = ravel_pytree(self.outputs)
         value = lambda z: scalar(self.loss(unravel(z), self.target), "loss")  # noqa: E731
-        # What is negative beyond rounding is no convex loss: it is not hidden.
+        # A Hessian that is negative beyond rounding means that the loss is not convex: show it as NaN.
         half = unit_root(jax.hessian(value)(flat), jnp.nan)
         still = [jnp.zeros_like(leaf) for leaf in jax.tree.leaves(self.target) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
@@ -61,7 +61,7 @@ class _Output(Distribution):
 
 @dataclasses.dataclass(frozen=True)
 class _Outputs(Around):
-    """The model and the loss as a model that predicts an `_Output`; two of the same functions are equal."""
+    """The model and the loss as a model that predicts an `_Output`; equal if made of the same functions."""
 
     model: Callable[..., Any]
     loss: Callable[[Any, Any], Array]
@@ -74,7 +74,7 @@ class _Outputs(Around):
             if _is_distribution(leaf):
                 raise TypeError(
                     f"gauss_newton: the model returned a {type(leaf).__name__}; expected outputs: an array or a tree of them. "
-                    "The matrix of its negative log-likelihood is jf.exact_fisher(model); for another loss return its fields."
+                    "For its negative log-likelihood use jf.exact_fisher(model); for another loss return its fields."
                 )
             if not leaves or not is_array(leaf) or not jnp.issubdtype(dtype_of(leaf), jnp.floating):
                 seen = f"dtype {leaf.dtype}" if hasattr(leaf, "dtype") else described(leaf)
@@ -97,25 +97,25 @@ def gauss_newton(
     batch_size: int | None = None,
     max_bytes: int | None = None,
 ) -> FisherFunction:
-    r"""The generalised Gauss-Newton matrix: the loss's own Hessian in the model's outputs, between their Jacobians.
+    r"""The generalised Gauss-Newton matrix: the Hessian of the loss in the model's outputs, between their Jacobians.
 
     .. math:: G = \frac1n \sum_i J_i^T H_i J_i, \qquad J_i = \frac{\partial z_i}{\partial\theta}, \quad
         H_i = \frac{\partial^2 \ell(z_i, y_i)}{\partial z_i^2}, \quad z_i = \mathrm{model}(\theta, x_i).
 
-    For a convex loss that is no likelihood, such as Huber's, a margin, or a weighted sum. It is the Hessian of the mean loss
-    but for the curvature of the model, is positive semi-definite, and is the exact Fisher where the loss is the negative
-    log-likelihood of a family in its natural parameters. It has one row for each output of an example.
+    Use it for a convex loss that is no likelihood, such as Huber's, a margin, or a weighted sum. It is the Hessian of the mean
+    loss without the curvature of the model, and positive semi-definite. If the loss is the negative log-likelihood of a family
+    in its natural parameters, it is the exact Fisher. It has one row for each output of an example.
 
     Args:
         model: ``(params, *inputs) -> outputs`` of ONE example, a floating array or a pytree of them.
         loss: ``(outputs, target) -> scalar`` of ONE example, twice differentiable and convex in the outputs.
-        batch_size: make the rows again in pieces of so many examples, instead of holding their factors.
+        batch_size: recompute the rows in chunks of at most so many examples at each use, instead of holding their factors.
         max_bytes: as in `jaxfisher.scores`, instead of a ``batch_size``.
 
     Returns:
         A function ``(params, *inputs, target, weights=None, counts=None)`` that returns an operator, exact as scores: views,
-        solves and transformations take it as they take a Fisher; ``counts`` as in `exact_fisher`. Where the loss has negative
-        curvature in the outputs its entries are NaN.
+        solves and transformations take it as they take a Fisher; ``counts`` as in `exact_fisher`. If the loss has negative
+        curvature in the outputs, its entries are NaN.
 
     Raises:
         TypeError: ``model`` or ``loss`` is no function; (when called) outputs that are not floating or are a distribution, a

@@ -1,4 +1,4 @@
-"""Lanczos steps with a Fisher, and the quadrature that they stand for."""
+"""Lanczos steps with a Fisher, and the Gauss quadrature that they define."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Jacobi(NamedTuple):
 
     Attributes:
         diagonal: the main diagonal.
-        off: the one beside it. Where it is zero, what comes after has no weight.
-        largest: the largest entry, a stand-in for the norm.
-        image: the length of the operator's product with the unit vector that the steps began with.
-        exhausted: whether the steps reach everything that they can from this vector; quadrature is then exact.
+        off: the diagonal next to it. Entries after a zero have no weight.
+        largest: the largest entry, as a stand-in for the norm.
+        image: the length of the operator's product with the unit start vector.
+        exhausted: whether the steps have spanned the whole Krylov space of the vector; quadrature is then exact.
     """
 
     diagonal: Float[Array, " k"]
@@ -32,10 +32,10 @@ class Jacobi(NamedTuple):
     exhausted: Bool[Array, ""]
 
     def radau(self) -> Float[Array, " k"]:
-        """The main diagonal with another last entry, such that the smallest node is zero.
+        """The main diagonal with its last entry changed so that the smallest node is zero.
 
-        That entry less the last pivot of Gaussian elimination. Pivots of a positive definite matrix lie between zero and the
-        diagonal, and it is only rounding that takes them out.
+        The new entry is the old one minus the last pivot of Gaussian elimination. Pivots of a positive definite matrix lie
+        between zero and the diagonal; only rounding takes them out of this range.
         """
 
         def pivot(last: Array, entries: tuple[Array, Array]) -> tuple[Array, None]:
@@ -48,12 +48,12 @@ class Jacobi(NamedTuple):
 
 
 def lanczos(caller: str, fisher: Operator, roots: Float[Array, " p"], num_matvecs: int) -> Callable[[Array], Jacobi]:
-    """``z -> `` the Jacobi matrix of ``diag(roots) F diag(roots)`` and z."""
+    """From a vector z to the Jacobi matrix of ``diag(roots) F diag(roots)`` started at z."""
     spec, linear = fisher.spec, fisher.form.product()
     steps = min(num_matvecs, spec.size)
-    # Not matfree's tridiagonal matrix, the mean of a Hessenberg matrix and its transpose. Once a Krylov space is exhausted, as
-    # it soon is for a Fisher of low rank, later vectors are not orthogonal to those before, and what then stands above the
-    # diagonal spoils the mean. Below it the end shows: as an entry that is zero to rounding, and often NaN after it.
+    # Do not use matfree's tridiagonal matrix, the mean of a Hessenberg matrix and its transpose. Once the Krylov space is
+    # exhausted, as it soon is for a Fisher of low rank, later vectors are not orthogonal to earlier ones, and the entries above
+    # the diagonal spoil the mean. Below the diagonal the end shows as an entry that is zero to rounding, often followed by NaN.
     decompose = matfree("decomp", caller).hessenberg(steps, reortho="full", custom_vjp=False)
 
     def product(v: Float[Array, " p"]) -> Float[Array, " p"]:
@@ -63,7 +63,7 @@ def lanczos(caller: str, fisher: Operator, roots: Float[Array, " p"], num_matvec
         with jax.default_matmul_precision("highest"):
             _, matrix, residual, _ = decompose(product, z)
         diagonal, below = jnp.diagonal(matrix), jnp.append(jnp.diagonal(matrix, -1), norm(residual))
-        # The largest so far: entries after the end may be of any size.
+        # Use the largest entry so far: entries after the end may have any size.
         largest = jax.lax.cummax(jnp.maximum(jnp.abs(diagonal), below))
         on = jnp.cumprod(below > rounding(steps, largest)).astype(bool)
         # The first entry always stays, so that a NaN shows.
@@ -81,7 +81,7 @@ def rounding(steps: int, largest: Array) -> Array:
 
 
 def gauss(diagonal: Float[Array, " k"], off: Float[Array, " k-1"]) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
-    """Nodes and weights of the quadrature that a Jacobi matrix stands for; the weights sum to one."""
+    """The nodes and weights of the quadrature that a Jacobi matrix defines; the weights sum to one."""
     matrix = jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1)
     nodes, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
     return nodes, jnp.square(vectors[0])
@@ -90,7 +90,7 @@ def gauss(diagonal: Float[Array, " k"], off: Float[Array, " k-1"]) -> tuple[Floa
 def log_sum(jacobi: Jacobi) -> Scalar:
     """The quadrature of ``log(1 + x)``."""
     nodes, weights = gauss(jacobi.diagonal, jacobi.off)
-    # Rounding may take a node below zero. Where it is lower than that, F has a negative direction, and the sum may be NaN.
+    # Rounding may take a node below zero. If a node is lower than that, F has a negative direction, and the sum may be NaN.
     nodes = jnp.where((nodes < 0) & (nodes >= -rounding(nodes.size, jacobi.largest)), 0, nodes)
     return jnp.sum(weights * jnp.log1p(nodes))
 

@@ -1,4 +1,4 @@
-"""What every operator and every distribution must satisfy, as a verdict: the laws that a new one is held to."""
+"""The laws that every operator, solver and distribution must satisfy, checked for a new one, with a verdict."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from jaxfisher._values import nonnegative
 from jaxfisher._verdict import Check, Verdict
 
 Z = 5
-"""Standard errors: one false alarm in two million normal numbers."""
+"""The tolerance in standard errors: one false alarm in two million normal numbers."""
 DRAWS = 20_000
 RANK = 1e-9
-"""Eigenvalues of a matrix in float64, over the largest, that are certainly none in any dtype."""
+"""Eigenvalues of a matrix in float64 below this share of the largest count as zero in any dtype."""
 POWERS = np.array([0.5, -0.5, 1.5])
-"""The two roots of a damped operator, which `Operator.sqrt_mv` and `Operator.inv_sqrt_mv` are by name, and a power of one."""
+"""The powers that are checked: the two roots of a damped operator (`sqrt_mv`, `inv_sqrt_mv`), and one without damping."""
 
 
 class LawCheck(Verdict):
     """Whether the laws of an operator or of a distribution hold; ``print`` it for a table.
 
-    Of numbers that are compared, what is found is the largest difference, in units of the largest number that is expected.
+    Where arrays are compared, the number found is the largest difference, in units of the largest expected number.
 
     Attributes:
         checks: one entry for each law.
@@ -53,37 +53,38 @@ def check_laws(
     solver: Solver | None = None,
     rounding: float | None = None,
 ) -> LawCheck:
-    r"""Whether a new form, view, solver or family does what the library's own do.
+    r"""Check whether a new form, view, solver or family obeys the laws that the library's own obey.
 
-    Of an operator every number is compared with that of its dense matrix in float64 by NumPy, for a damping ``d`` of a tenth of
-    the mean eigenvalue and for one damping a leaf:
+    For an operator every number is compared with that of its dense matrix in float64 by NumPy, for a damping ``d`` of a tenth
+    of the mean eigenvalue and for one damping a leaf:
 
     .. math:: F v, \; v^T F v, \; (F + d I)^{-1} v, \; (F + d I)^{\pm 1/2} v, \; F^{3/2} v, \; \log\det(F + d I), \;
         \operatorname{diag} F, \; \operatorname{tr} F, \; \lambda(F), \; \operatorname{rank} F, \; \|F\|.
 
-    It must be linear, symmetric and positive semi-definite, give the same products under ``vmap``, and be rebuilt from its
-    leaves. Of a view give what it returns; of a solver give an operator, and ``solver``.
+    The operator must be linear, symmetric and positive semi-definite, give the same products under ``vmap``, and be rebuilt
+    from its leaves. To check a view, pass the operator that it returns; to check a solver, pass an operator and ``solver``.
 
-    Of a distribution ``p``, a batch of at least two, draws have its mean and its variance, ``KL(p || q)`` is the mean of
-    ``log p - log q`` over draws for its neighbour q in the batch, the entropy that of ``-log p``, no draw is more probable than
-    the mode, and the batch is its members. Its Fisher, KL, density and draws agree as `check_fisher` has it.
+    For a distribution ``p``, a batch of at least two, draws must have its mean and its variance, ``KL(p || q)`` must be the
+    mean of ``log p - log q`` over draws for its neighbour q in the batch, the entropy must be the mean of ``-log p``, no draw
+    may be more probable than the mode, and the batch must equal its members. Its Fisher, KL, density and draws must agree in
+    the sense of `check_fisher`.
 
     Args:
         member: an operator of moderate size, or a distribution with a batch shape.
         key: a random key, for vectors and draws.
         matrix: the dense matrix ``[p, p]`` that the operator must equal, in `jax.flatten_util.ravel_pytree` order; by default
-            the one that the operator's own products make.
-        solver: solves instead of the operator's exact route, to the residual that it reports.
+            the matrix of the operator's own products.
+        solver: a solver to check as well, against the residual that it reports.
         rounding: the relative rounding error of the operator's numbers; by default the eps of its dtype.
 
     Returns:
-        A `LawCheck`; ``print`` it for a table, test ``.passed``. The tolerances are multiples of ``rounding`` or, of draws,
-        five standard errors. A law that cannot be decided, such as that of one damping a leaf for a form that refuses it, is no
-        failure, and a note says so.
+        A `LawCheck`; ``print`` it for a table, and test ``.passed``. The tolerances are multiples of ``rounding`` or, for
+        draws, five standard errors. A law that cannot be decided, such as that of one damping a leaf for a form that refuses
+        it, is no failure, and a note says so.
 
     Raises:
-        TypeError: neither an operator nor a distribution, or a `Joint`, whose parts have the laws; a key that is not one;
-            ``matrix`` or ``solver`` with a distribution.
+        TypeError: ``member`` is neither an operator nor a distribution, or is a `Joint`, whose parts have the laws; ``key`` is
+            no random key; ``matrix``, ``solver`` or ``rounding`` with a distribution.
         ValueError: a distribution without a batch of two or more; a matrix of another shape; an operator that would have to
             make a matrix for p above 4096.
 
@@ -104,8 +105,8 @@ def check_laws(
         return _of_distribution(member, key)
     if not isinstance(member, Operator):
         raise TypeError(
-            f"check_laws: expected an operator or a distribution, got {described(member)}. Of a view give what it returns; of "
-            "a solver give an operator and solver=...; for a model there is jf.check_fisher."
+            f"check_laws: expected an operator or a distribution, got {described(member)}. For a view, pass what it returns; "
+            "for a solver, pass an operator and solver=...; for a model, use jf.check_fisher."
         )
     refuse_stack(member.form.stack, "Operator", "check_laws")
     if matrix is not None and np.shape(matrix) != member.shape:
@@ -119,7 +120,7 @@ def check_laws(
 
 @dataclasses.dataclass(frozen=True)
 class _Compared:
-    """What is found and what is expected, and how many roundings of the largest expected number they may be apart."""
+    """A found and an expected array, and how many roundings of the largest expected number they may be apart."""
 
     name: str
     found: Any
@@ -167,7 +168,7 @@ def _flat(tree: Any) -> Array:
 
 
 def _operator(form: Form) -> Operator:
-    """An operator that is held like this. The programs below are of the form, which where it comes from does not change."""
+    """An operator with this form. The programs below take only the form, so that they do not depend on the provenance."""
     return Operator(form, Provenance("held to the laws"))
 
 
@@ -179,7 +180,7 @@ def _columns(form: Form) -> Array:
 
 @jax.jit
 def _numbers(form: Form, v: Any, w: Any, damping: Array) -> dict[str, Any]:
-    """All that the laws look at, in one program; the powers as one call, whose eigenvectors are compiled once."""
+    """All numbers that the laws look at, in one program; powers are one call, so that their eigenvectors compile once."""
     F = _operator(form)
     dampings = jnp.stack([damping, damping, 0 * damping])
     powers = jax.vmap(lambda power, damping: _flat(F.power_mv(v, power, damping)))(POWERS.astype(F.spec.dtype), dampings)
@@ -239,10 +240,10 @@ def _dense_laws(seen: dict[str, Any], v: np.ndarray, dense: np.ndarray, damping:
 def _order_laws(seen: dict[str, Any], dense: np.ndarray, rounding: float) -> list[Check]:
     values = np.asarray(seen["eigenvalues"], np.float64)
     least, largest = np.min(values, initial=np.inf), np.max(np.abs(values), initial=0.0) or 1.0
-    # Of a matrix in other units on each leaf the rank is that of the matrix scaled to a unit diagonal.
+    # Leaves may have different units, so the rank is that of the matrix scaled to a unit diagonal.
     scale = 1 / np.sqrt(np.where(np.diag(dense) > 0, np.diag(dense), 1))
     scaled = np.abs(np.linalg.eigvalsh(scale[:, None] * dense * scale))
-    # Eigenvalues as small as this may count as zero or not.
+    # Eigenvalues between these two cuts may count as zero or not.
     small = [cut * np.max(scaled, initial=0.0) for cut in (1e4 * rounding, min(1e4 * rounding, RANK))]
     most, rank = int(np.sum(scaled > small[1])), int(seen["rank"])
     least_rank = int(np.sum(scaled > small[0]))
@@ -257,7 +258,7 @@ def _order_laws(seen: dict[str, Any], dense: np.ndarray, rounding: float) -> lis
 
 
 def _rebuilt(F: Operator) -> list[Check]:
-    """It is a pytree: the same from its leaves, and its static part equal and hashable, so that it crosses ``jit``."""
+    """The check that an operator is a pytree which crosses ``jit``: rebuilt from its leaves, its static part is the same."""
     leaves, treedef = jax.tree.flatten(F)
     again: Any = jax.tree.structure(jax.tree.unflatten(treedef, leaves))
     same = bool(again == treedef and hash(again) == hash(treedef))
@@ -309,7 +310,7 @@ class _OfFields(Around):
 
 
 def _neighbour(p: Any) -> Any:
-    """The batch turned by one: each distribution's neighbour."""
+    """The batch rolled by one: the neighbour of each distribution."""
     return jax.tree.map(lambda leaf: jnp.roll(leaf, 1, 0), p)
 
 
@@ -319,7 +320,7 @@ def _has_entropy(p: Distribution) -> bool:
 
 @jax.jit
 def _moments(p: Distribution, key: Array) -> dict[str, Any]:
-    """Draws and what is said of them, a column for each distribution of the batch."""
+    """Draws and the numbers that they are compared with, one column for each distribution of the batch."""
     x = p.sample(key, (DRAWS,))
     q = _neighbour(p)
     log_p, log_q = jax.vmap(p.log_prob)(x), jax.vmap(q.log_prob)(x)
@@ -337,12 +338,12 @@ def _moments(p: Distribution, key: Array) -> dict[str, Any]:
 
 
 def _mean_of(name: str, draws: np.ndarray, stated: np.ndarray | None) -> Check:
-    """Whether the mean of draws is what is stated, in standard errors; not told where that is not finite, or not given."""
+    """Whether the mean of draws agrees with the stated number, in standard errors; undecided if that is infinite or missing."""
     if stated is None:
         return Check(name, math.nan, 0.0, Z, None)
     draws = draws.astype(np.float64)
     error = np.std(draws, axis=0) / math.sqrt(len(draws))
-    # Of draws that do not vary the mean is exact to rounding.
+    # If draws do not vary, their mean is exact to rounding.
     error = np.maximum(error, 1e-5 * np.abs(stated) + np.finfo(np.float32).tiny)
     z = (np.mean(draws, axis=0) - stated) / error
     told = np.isfinite(stated)
@@ -369,7 +370,7 @@ def _draw_laws(seen: dict[str, Any]) -> list[Check]:
 
 
 def _shapes(p: Distribution) -> list[Check]:
-    """Shapes as stated, and the dtype of the fields in every result."""
+    """The checks of shapes, and that every result has the dtype of the fields."""
     dtype = jax.tree.leaves(p)[0].dtype
     x = jax.eval_shape(lambda p: p.sample(jax.random.key(0), (3,)), p)
     one = jnp.zeros(x.shape[1:], x.dtype)
@@ -386,7 +387,7 @@ def _shapes(p: Distribution) -> list[Check]:
 
 
 def _batch_laws(p: Distribution) -> list[Check]:
-    """A batch is its members side by side, as `jax.vmap` over them gives them."""
+    """The check that a batch equals its members, as `jax.vmap` over them gives them."""
     whole, members = _whole_and_members(p, p.sample(jax.random.key(0)))
     eps = float(jnp.finfo(jax.tree.leaves(p)[0].dtype).eps)
     pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(members), strict=True)

@@ -1,4 +1,4 @@
-"""Damped least squares on scores: the solve for a right-hand side that is known by one number a row."""
+"""Damped least squares on scores: the solve for a right-hand side that is given by one number a row."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ def least_squares(
     .. math:: x = \arg\min_x \sum_i \omega_i (s_i^T x - e_i)^2 + \lambda |x|^2 = (S^T \Omega S + \lambda I)^{-1} S^T \Omega\, e.
 
     It is ``(F + damping I)^-1 v`` for ``F = jf.fisher_from_scores(scores)`` and ``v = scores.rmv(scores.weights * e)``, but
-    accurate where that solve cannot be. Where the rows are fewer than the parameters, it solves
-    ``(X X^T + damping I) c = diag(omega)^(1/2) e`` with ``X = diag(omega)^(1/2) S``, and gives ``x = X^T c``. The vector ``v``
-    is never rounded; an error of ``v`` outside the rows' span would be divided by the damping.
+    accurate where that solve cannot be. If there are fewer rows than parameters, it solves
+    ``(X X^T + damping I) c = diag(omega)^(1/2) e`` with ``X = diag(omega)^(1/2) S``, and returns ``x = X^T c``. The vector
+    ``v`` is never rounded; in the other solve, an error of ``v`` outside the span of the rows is divided by the damping.
 
     With ``e = -1`` it is the natural gradient of the mean negative log-likelihood; with centred scores and local energies the
     minimum-norm step of stochastic reconfiguration; with residuals and the scores of a residual the Levenberg-Marquardt step.
 
     Args:
-        scores: what `jaxfisher.scores` makes, held or in pieces, centred or not.
-        e: one number for each row, shape ``[rows]``; at a row of weight zero any number, NaN too.
-        damping: above zero.
+        scores: the scores that `jaxfisher.scores` returns, held or in chunks, centred or not.
+        e: one number for each row, shape ``[rows]``; for a row of weight zero it may be anything, NaN included.
+        damping: a number above zero.
         rtol: the residual to reach, relative to ``v``: a Python number, 1e-3 for training, 0 for as far as rounding allows.
 
     Returns:
         ``(x, info)``: a pytree like the parameters, in the scores' dtype, and a `SolveInfo` whose residual is that of
         ``(F + damping I) x = v``. ``info.converged`` says that the damping is above eps times the largest ``omega_i |s_i|^2``,
-        and the residual at most ``rtol``, or the root of eps where that is more, measured in two roundings.
+        and that the residual, measured in two roundings, is at most the larger of ``rtol`` and the root of eps.
 
     Raises:
         TypeError: ``scores`` is not a `jaxfisher.Scores`, or ``rtol`` is no Python number.
-        ValueError: ``e`` is not one real number a row; the damping is negative, or zero: the minimum-norm fit without damping
-            is ``jf.solve(jf.fisher_from_scores(scores), v, 0.0)``.
+        ValueError: ``e`` is not one real number a row; the damping is negative or zero (the minimum-norm fit without damping is
+            ``jf.solve(jf.fisher_from_scores(scores), v, 0.0)``).
 
     Reference: Chen and Heyl, Empowering deep neural quantum states through efficient optimization (Nature Physics 2024),
     equation 6; Marquardt (SIAM Journal 1963), section 3.
@@ -88,7 +88,7 @@ def _fitted(form: FromScores, e: Float[Array, " rows"], damping: Scalar, rtol: S
     finite = all_finite(x)
     eps = float(jnp.finfo(e.dtype).eps)
     enough = max(rtol.value, eps**0.5)
-    # A smaller damping was replaced by one that the dtype can tell from zero, and was not felt.
+    # A smaller damping was replaced by one that the dtype can tell from zero, so it had no effect.
     felt = damping > eps * jnp.max(scores.weights * scores.squared_norms(), initial=0.0)
     converged = finite & felt & (residual <= enough) & (other <= 2 * enough)
     rank = jnp.asarray(scores.spec.size, jnp.int32)

@@ -1,4 +1,4 @@
-"""Models: pure functions of one example, what they predict, and the log-likelihood they define."""
+"""Models as pure functions of one example: their predictions, their log-likelihood, and errors inside them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Model(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LogLikelihood(Around):
-    """What `log_likelihood` returns: equal and hashable whenever the models are, so it never causes a second trace."""
+    """The function that `log_likelihood` returns: equal and hashable if the models are, so that it never causes a new trace."""
 
     model: Model
 
@@ -87,12 +87,12 @@ def log_likelihood(model: Model) -> LogLikelihood:
 
 
 def predict(model: Model, params: chex.ArrayTree, *inputs: Any) -> Distribution:
-    """The distribution the model predicts for one example, as one of the library's."""
+    """The distribution that the model predicts for one example, as one of the library's."""
     return as_prediction(model(joined(params), *inputs))
 
 
 def tangent(distribution: Distribution, values: list[Array]) -> Distribution:
-    """A distribution-shaped tangent with these real fields; integer leaves stay, they have no tangent."""
+    """A tangent shaped like the distribution, with these real fields; integer leaves stay, as they have no tangent."""
     leaves, treedef = jax.tree.flatten(distribution)
     rest = iter(values)
     return jax.tree.unflatten(treedef, [next(rest) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf for leaf in leaves])
@@ -116,7 +116,7 @@ def scalar(value: Any, name: str, may_be_complex: bool = False) -> Scalar:
 
 
 def check_real(value: Any, name: str) -> None:
-    """Raise `TypeError` unless what a log-density returned is real and floating."""
+    """Raise `TypeError` unless the value of a log-density is real and floating."""
     if jnp.issubdtype(jnp.result_type(value), jnp.floating):
         return
     message = f"`{name}` returned dtype {jnp.result_type(value)}; expected a real floating log-density."
@@ -129,13 +129,13 @@ def check_real(value: Any, name: str) -> None:
 
 
 def mean_loss(log_prob: LogProb, params: chex.ArrayTree, data: tuple[Any, ...], weights: Float[Array, " n"]) -> Scalar:
-    """``-sum w_i log p(x_i)``, the mean negative log-likelihood where the weights sum to one, in their dtype."""
+    """``-sum w_i log p(x_i)`` in the dtype of the weights: the mean negative log-likelihood if the weights sum to one."""
     values = map_examples(lambda p, *example: scalar(log_prob(joined(p), *example), "log_prob"), params, data)
     return -jnp.sum(weights * values.astype(weights.dtype))
 
 
 def batch_loss(log_prob: LogProb, params: chex.ArrayTree, batch: Batch) -> Scalar:
-    """`mean_loss` of a batch, in pieces where it has them."""
+    """`mean_loss` of a batch, in chunks if the batch has a ``batch_size``."""
 
     def piece(omega: Float[Array, " n"], *data: Any) -> Scalar:
         return mean_loss(log_prob, params, data, omega)
@@ -146,7 +146,7 @@ def batch_loss(log_prob: LogProb, params: chex.ArrayTree, batch: Batch) -> Scala
 
 @contextlib.contextmanager
 def of_one_example(function: Callable[..., Any], name: str, params: chex.ArrayTree, data: tuple[Any, ...]) -> Iterator[None]:
-    """Explain an error from a user's function of one example: was it written for a batch?"""
+    """Explain an error inside a user's function of one example: for instance, the function may be written for a batch."""
     try:
         yield
     except _CALL_ERRORS as error:
@@ -166,16 +166,16 @@ def of_one_example(function: Callable[..., Any], name: str, params: chex.ArrayTr
 
 
 _CALL_ERRORS = (TypeError, ValueError, LookupError, AttributeError)
-"""What a function raises that is called with other arguments than it was written for."""
+"""The errors of a function that is called with arguments that it was not written for."""
 
 
 def _mismatch(function: Callable[..., Any], name: str, data: tuple[Any, ...]) -> str | None:
-    """What is wrong where a function takes another number of arguments than the parameters and the data; None if nothing."""
+    """The message if a function does not take as many arguments as the parameters and the data; else None."""
     wants_target = isinstance(function, LogLikelihood)
     taken, given = (function.model, data[:-1]) if isinstance(function, LogLikelihood) else (function, data)
     try:
         signature = inspect.signature(taken)
-    except (TypeError, ValueError):  # of what is written in C there may be none
+    except (TypeError, ValueError):  # a function written in C may have no signature
         return None
     try:
         signature.bind(None, *given)
@@ -201,7 +201,7 @@ def _mismatch(function: Callable[..., Any], name: str, data: tuple[Any, ...]) ->
 
 
 def _takes_only_the_batch(function: Callable[..., Any], params: chex.ArrayTree, data: tuple[Any, ...]) -> bool:
-    """Whether the function of one example is in truth a scalar function of the whole batch."""
+    """Whether a function that should be of one example is really a scalar function of the whole batch."""
     return not _gives_scalar(function, params, shape_of_one(data)) and _gives_scalar(function, params, data)
 
 

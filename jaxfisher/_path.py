@@ -1,9 +1,9 @@
 r"""Systems that differ in their damping only, solved together from one eigendecomposition.
 
-``(F + damping_k I) x_k = v`` for many dampings. Of ``X X^T = V diag(s) V^T`` a solve at another damping is a division, so that
-what costs is products with X, and of these a solution takes as few as show that it is right: one that makes it of its
-coordinates in the rows, and two for its residual; two more for each correction. What does not depend on the damping is done
-once, and products for several dampings are products of matrices.
+The systems are ``(F + damping_k I) x_k = v``. With ``X X^T = V diag(s) V^T`` a solve at another damping is a division, so the
+cost is in products with X. A solution takes only as many as it needs to be checked: one to compute it from its coordinates in
+the rows, two for its residual, and two more for each correction. Everything that does not depend on the damping is computed
+once, and the products for several dampings are matrix products.
 
 Reference: Golub and Van Loan, Matrix Computations (2013), section 6.1.4; Higham, Accuracy and Stability of Numerical Algorithms
 (2002), chapter 12.
@@ -24,14 +24,14 @@ from jaxfisher._system import Factorise, Solved, System, length, scaled, with_de
 from jaxfisher._varying import linear_solve, while_loop
 
 CORRECTIONS = 8
-"""How often solutions are corrected at most."""
+"""The most corrections of a solution."""
 
 
 class ManyTimes(Factored, Protocol):
     """`Factored`, for one of several dampings."""
 
     def at_zero(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
-        """``matrix^+ b``, or near that; the less of it depends on the damping the better."""
+        """``matrix^+ b``, at least approximately; the less it depends on the damping, the better."""
         ...
 
     def size(self, c: Float[Array, " m"]) -> Scalar:
@@ -43,10 +43,10 @@ class Decomposed(NamedTuple):
     """`ManyTimes` by eigenvectors that do not depend on the damping.
 
     Attributes:
-        vectors: of the matrix in units.
-        inverted: the inverse of its eigenvalues with the damping.
-        undamped: that without one, zero where they are zero to rounding.
-        unit: what the matrix is multiplied by on both sides, one for all.
+        vectors: the eigenvectors of the matrix in units.
+        inverted: one over its eigenvalues plus the damping.
+        undamped: the same without damping; zero if the eigenvalue is zero to rounding.
+        unit: the factor that the matrix is multiplied by on both sides, the same for all rows.
         told: whether the damping could be told from zero.
     """
 
@@ -63,7 +63,7 @@ class Decomposed(NamedTuple):
 
     @property
     def clear(self) -> Bool[Array, ""]:
-        """See `Factored`: what counts as zero without a damping depends on the units here."""
+        """See `Factored`: only with a damping, since otherwise which eigenvalues count as zero depends on the units here."""
         return self.told
 
     @property
@@ -73,7 +73,7 @@ class Decomposed(NamedTuple):
 
     @property
     def left_out(self) -> Float[Array, " m"]:
-        """See `Factored`: with a damping that is told nothing is."""
+        """See `Factored`: nothing is left out with a damping that can be told from zero."""
         return jnp.zeros_like(self.unit)
 
     def in_units(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
@@ -85,7 +85,7 @@ class Decomposed(NamedTuple):
         return self.unit * self.in_units(self.unit * b)
 
     def at_zero(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
-        """See `ManyTimes`: it is the same for all dampings."""
+        """See `ManyTimes`: the result is the same for all dampings."""
         return self.unit * self._with(self.undamped, self.unit * b)
 
     def size(self, c: Float[Array, " m"]) -> Scalar:
@@ -94,7 +94,7 @@ class Decomposed(NamedTuple):
         return length(roots * matmul(self.vectors.T, inverse_power(self.unit) * c))
 
     def projected(self, product: Map) -> Decomposed:
-        """See `Factored`: with one unit for all, eigenvectors are orthogonal as they are."""
+        """See `Factored`: with the same unit for all rows, the eigenvectors are already orthogonal."""
         return self
 
     def astray(self, b: Float[Array, " m"], y: Float[Array, " m"]) -> Scalar:
@@ -113,7 +113,7 @@ def _by_eigenvectors(matrix: Float[Array, "m m"]) -> Callable[[Scalar], Decompos
 
     def inverted(damping: Scalar) -> tuple[Float[Array, " m"], Bool[Array, ""]]:
         values, kept, told = kept_of(found, damping)
-        # What is negative within rounding may outweigh a small damping: the inverse would have a wrong sign there.
+        # An eigenvalue that is negative within rounding may outweigh a small damping, and turn the sign of the inverse.
         values = jnp.where(values < 0, without_noise(values), values)
         return jnp.where(kept, 1 / jnp.where(kept, values + damping, 1), 0), told
 
@@ -130,15 +130,15 @@ class _Lifted(NamedTuple):
     """A system for one right-hand side, in the coordinates in which its matrix was factored.
 
     Attributes:
-        begin: what there is of the solution before any coordinates.
-        target: of ``into(y) + shift c``, where y is ``begin`` and ``out(c)``.
-        rest: what ``begin`` leaves of the target.
-        out: from coordinates to what they add to the solution.
-        into: back.
-        shift: what is added for the damping.
+        begin: the part of the solution that is known before any coordinates.
+        target: the value that ``into(y) + shift c`` must reach, with ``y = begin + out(c)``.
+        rest: the residual of ``begin`` in the target.
+        out: from coordinates to their part of the solution.
+        into: from a solution back to coordinates.
+        shift: the damping term in coordinates.
         solve: the inverse of ``into(out) + shift``.
-        size: about that of what is left of the right-hand side, from what is left of the target.
-        left: what is left of the right-hand side, from ``into(y)`` and y.
+        size: from a residual in coordinates to about the size of the residual of the system.
+        left: the residual of the system, from ``into(y)`` and y.
     """
 
     begin: Float[Array, " p"]
@@ -153,10 +153,10 @@ class _Lifted(NamedTuple):
 
 
 def _lifted(system: System, b: Float[Array, " p"]) -> _Lifted:
-    """Where F was factored, y itself. Where ``X X^T`` was, coordinates in the rows of what is in their span.
+    """The coordinates are y itself if F was factored, and those in the rows, of the part in their span, if ``X X^T`` was.
 
     ``b = X^T e + r`` gives ``y = X^T c + r / damping`` with ``(X X^T + damping I) c = e - X r / damping``, exactly, for any
-    ``e``. That one which leaves least is the same for all dampings.
+    ``e``. The ``e`` with the smallest ``r`` is the same for all dampings.
     """
     factored, rows, size = cast("ManyTimes", system.factored), system.rows, length(b)
     if rows is None:
@@ -181,16 +181,16 @@ def _lifted(system: System, b: Float[Array, " p"]) -> _Lifted:
 
 
 class _State(NamedTuple):
-    """Where the refinement stands.
+    """The state of the refinement.
 
     Attributes:
         c: the coordinates of the solution.
         y: the solution.
         image: ``into(y)``.
-        rest: what is left of the target.
-        size: of that, relative to the right-hand side.
+        rest: the residual in the target.
+        size: its size, relative to the right-hand side.
         before: the size before the last correction.
-        steps: how many there were.
+        steps: the number of corrections.
     """
 
     c: Float[Array, " m"]
@@ -203,13 +203,13 @@ class _State(NamedTuple):
 
 
 def _refined(system: System, settled: Map, b: Float[Array, " p"]) -> tuple[Array, tuple[Array, Scalar]]:
-    """The solution, what it leaves of the right-hand side, and the size of what it leaves in coordinates."""
+    """The solution, its residual, and the size of its residual in coordinates."""
     at, eps = _lifted(system, b), jnp.finfo(b.dtype).eps
 
     def step(state: _State) -> _State:
         more = at.solve(state.rest)
         c, y = state.c + more, state.y + at.out(more)
-        # By turns in two roundings: what a correction was made of is not what it is measured by.
+        # Alternate between two roundings, so that a correction is not measured by the residual that it was made from.
         times = jnp.where(state.steps % 2 == 0, OTHER, 1).astype(b.dtype)
         image = at.into(times * settled(y)) * (1 / times)
         rest = at.target - image - at.shift * c
@@ -226,15 +226,15 @@ def _refined(system: System, settled: Map, b: Float[Array, " p"]) -> tuple[Array
 
 
 def _solved(system: System, v: Float[Array, " p"]) -> Solved:
-    """The refined solution of a system, and what was measured of it."""
+    """The refined solution of a system, and its measurements."""
     b, _, to_x, to_rest, settled = scaled(system.units, v)
 
     def iterate(_: Map, b: Array) -> tuple[Array, Any]:
         return _refined(system, settled, b)
 
     y, (rest, size) = jax.lax.stop_gradient(_refined(system, settled, b))
-    # The matrix has a rounding of its own, by which the coordinates leave nothing: what they leave all the same is about what
-    # rounding does to them. What it does besides to what is left of the right-hand side is no more than both of their sizes.
+    # The residual in coordinates does not see the rounding of the matrix; what is left of it is about its rounding error. The
+    # rounding error of the residual of the system is at most of the order of both sizes.
     sound = length(rest) + 4 * (length(rest) + 2 * size * length(b)) <= jnp.finfo(b.dtype).eps ** 0.5 * length(b)
     same = jax.tree_util.Partial(lambda y: y)
     y = with_derivatives_of(y, same, linear_solve(system.product, b, iterate)[0])
@@ -242,4 +242,4 @@ def _solved(system: System, v: Float[Array, " p"]) -> Solved:
 
 
 PATH = Factorise(_by_eigenvectors, _solved)
-"""One eigendecomposition for all dampings. What it does not solve is not called sound, such as a damping of zero."""
+"""One eigendecomposition for all dampings. Solutions that it cannot find, as at a damping of zero, are not called sound."""

@@ -1,4 +1,4 @@
-"""Least squares on residuals of several kinds, each with points of its own: the loss, its Gauss-Newton matrix, how it bends."""
+"""Least squares on residuals of several kinds, each with its own points: loss, Gauss-Newton matrix and acceleration."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from jaxfisher._tree import check_function, described
 from jaxfisher._values import check_nonnegative
 
 RESIDUAL = "(params, *point) -> the residual at ONE point, a real floating array"
-"""The signature, as messages show it."""
+"""The signature of a residual, as messages show it."""
 
 Residual = Callable[..., Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Value(Around):
-    """A residual, checked."""
+    """A residual whose value is checked."""
 
     residual: Residual
 
@@ -55,7 +55,7 @@ class _Likelihood(Around):
 
 @dataclasses.dataclass(frozen=True)
 class _Model(Around):
-    """Least squares as a likelihood: a normal of scale one around the residual."""
+    """Least squares as a likelihood: a normal distribution of scale one around the residual."""
 
     value: _Value
 
@@ -66,11 +66,11 @@ class _Model(Around):
 
 @dataclasses.dataclass(frozen=True)
 class Residuals:
-    """What `jaxfisher.residuals` returns.
+    """A least-squares problem with residuals of several kinds, as `jaxfisher.residuals` makes it.
 
     Attributes:
-        kinds: the names of the kinds, and their functions of one point.
-        batch_size: the most points that a function is run on at a time, in the matrix and in the acceleration.
+        kinds: the functions of one point, by the names of their kinds.
+        batch_size: the most points that a function runs on at a time, in the matrix and in the acceleration.
     """
 
     kinds: Mapping[str, Residual]
@@ -94,9 +94,9 @@ class Residuals:
         return self._total(one, points, scales, weights)
 
     def gauss_newton(self, params: chex.ArrayTree, points: Any, scales: Any = None, *, weights: Any = None) -> Operator:
-        """``sum_k c_k mean_i J_ki^T J_ki`` with ``J_ki`` the Jacobian of a residual at a point: the sum of a Fisher a kind.
+        """``sum_k c_k mean_i J_ki^T J_ki``, with ``J_ki`` the Jacobian of a residual at a point: a sum of one Fisher a kind.
 
-        It is an operator like any other, exact as scores, and every view and solve takes it.
+        It is an operator like any other, exact as scores, and works with every view and solve.
 
         >>> import jax.numpy as jnp, jaxfisher as jf
         >>> problem = jf.residuals({"data": lambda w, x, y: w * x - y, "prior": lambda w: w})
@@ -116,7 +116,7 @@ class Residuals:
     def acceleration(
         self, params: chex.ArrayTree, direction: chex.ArrayTree, points: Any, scales: Any = None, *, weights: Any = None
     ) -> Any:
-        """``sum_k c_k mean_i J_ki^T r_ki''`` along a direction: what `jaxfisher.geodesic_acceleration` asks for.
+        """``sum_k c_k mean_i J_ki^T r_ki''`` along a direction, for `jaxfisher.geodesic_acceleration`.
 
         >>> import jax.numpy as jnp, jaxfisher as jf
         >>> print(jf.residuals({"data": lambda w, x: w**2 * x}).acceleration(3.0, 1.0, {"data": jnp.ones(2)}))  # 6 times 2
@@ -132,7 +132,7 @@ class Residuals:
     def kl(
         self, params: chex.ArrayTree, other: chex.ArrayTree, points: Any, scales: Any = None, *, weights: Any = None
     ) -> Scalar:
-        """``sum_k c_k / 2 mean_i |r_k(x_ki; params) - r_k(x_ki; other)|^2``, by which `jaxfisher.backtrack_kl` measures a step.
+        """``sum_k c_k / 2 mean_i |r_k(x_ki; params) - r_k(x_ki; other)|^2``, the measure of a step in `jaxfisher.backtrack_kl`.
 
         >>> import jax.numpy as jnp, jaxfisher as jf
         >>> print(jf.residuals({"data": lambda w, x: w * x}).kl(1.0, 3.0, {"data": jnp.ones(2)}))
@@ -146,7 +146,7 @@ class Residuals:
         return self._total(one, points, scales, weights)
 
     def _total(self, one: Callable[..., Any], points: Any, scales: Any, weights: Any) -> Any:
-        """The sum over the kinds of what one of them gives, of its function, scale, weights and inputs."""
+        """The sum over the kinds of ``one(function, scale, weights, inputs)``."""
         of_points = self._by_kind("points", points, all_of_them=True)
         of_weights = self._by_kind("weights", {} if weights is None else weights)
         of_scales = self._by_kind("scales", {} if scales is None else scales)
@@ -155,7 +155,7 @@ class Residuals:
             inputs, scale = of_points[name], of_scales.get(name, 1.0)
             check_nonnegative(f"scales[{name!r}]", scale)
             parts.append(one(kind, scale, of_weights.get(name), inputs if type(inputs) is tuple else (inputs,)))
-        # Operators are added as they are, and pytrees leaf by leaf.
+        # Operators are added as operators, and pytrees leaf by leaf.
         if isinstance(parts[0], Operator):
             return functools.reduce(lambda a, b: a + b, parts)
         return jax.tree.map(lambda *leaves: sum(leaves[1:], start=leaves[0]), *parts)
@@ -171,15 +171,15 @@ class Residuals:
 
 
 def residuals(kinds: Mapping[str, Residual], *, batch_size: int | None = None) -> Residuals:
-    r"""Least squares on residuals of several kinds, each with its own points, numbers of them, weights and scale.
+    r"""Least squares on residuals of several kinds, each with its own points, weights and scale.
 
     .. math:: L(\theta) = \sum_k \frac{c_k}{2} \sum_i \omega_{ki}\, |r_k(\theta, x_{ki})|^2, \qquad
         G = \sum_k c_k \sum_i \omega_{ki}\, J_{ki}^T J_{ki},
 
-    where ``omega_ki`` is ``1 / n_k``, or ``w_ki / sum_i w_ki``. The equation of a physics-informed network in the interior, its
-    boundary condition, initial values, measured points, a prior: the one thing that they share is the parameters. Derivatives
-    in the inputs are taken inside a residual, by `jax.jvp`, `jax.grad` or `jax.hessian`, and the factors of the weights hold
-    through them. It may stand in the place of a model in `jaxfisher.training_step`; the data are then the points, and the
+    where ``omega_ki`` is ``1 / n_k``, or ``w_ki / sum_i w_ki``. The kinds may be the equation of a physics-informed network in
+    the interior, its boundary condition, initial values, measured points, a prior: all they need to share is the parameters. A
+    residual may take derivatives in the inputs by `jax.jvp`, `jax.grad` or `jax.hessian`; the scores of weights stay factored
+    through them. In `jaxfisher.training_step` the problem takes the place of a model, and the data are the points, and the
     scales if there are any::
 
         problem = jf.residuals({"interior": interior, "boundary": boundary})
@@ -187,18 +187,19 @@ def residuals(kinds: Mapping[str, Residual], *, batch_size: int | None = None) -
         params, state, loss = step(params, state, {"interior": inside, "boundary": edges})
 
     Args:
-        kinds: by name, ``(params, *point) -> residual`` of ONE point, a real floating array of any shape.
+        kinds: a dict of functions by name, ``(params, *point) -> residual`` of ONE point, a real floating array of any shape.
         batch_size: run a residual on at most so many points at a time, in the matrix and in the acceleration.
 
     Returns:
         A `Residuals`, with the methods ``loss``, ``gauss_newton``, ``acceleration`` and ``kl``. ``points`` is a dict by kind:
-        an array, or a tuple of what the residual takes after the parameters; ``()`` where it takes nothing. ``weights`` is a
-        dict of arrays with one number a point, and ``scales`` one of ``c_k``, at least zero. What is left out is one.
+        an array, or a tuple of the arguments that the residual takes after the parameters; ``()`` if it takes none. ``weights``
+        is a dict of arrays with one number a point, and ``scales`` a dict of the ``c_k``, at least zero. Weights and scales
+        that are left out are one.
 
     Raises:
-        TypeError: ``kinds`` is no dict of functions; (when called) what is given by kind is no dict, a residual that is not
-            real and floating.
-        ValueError: there is no kind; (when called) a kind without points, one that is unknown, a negative scale.
+        TypeError: ``kinds`` is no dict of functions; (when called) points, weights or scales that are no dict, a residual that
+            is not real and floating.
+        ValueError: ``kinds`` is empty; (when called) a kind without points, an unknown kind, a negative scale.
 
     Reference: Raissi, Perdikaris and Karniadakis, Physics-informed neural networks (Journal of Computational Physics 2019),
     section 3; Mueller and Zeinhofer, Achieving high accuracy with PINNs via energy natural gradient descent (ICML 2023).

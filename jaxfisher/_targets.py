@@ -1,4 +1,4 @@
-"""Fishers of data that know whether they take the targets, so that they can be given where all of the data are at hand."""
+"""Fisher functions that know whether they take the targets, so that callers with all of the data can call them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class OfData(Generic[R]):
     """``(params, *inputs, target, weights=None) -> operator``, or the same without the target.
 
     Attributes:
-        function: what is called.
-        takes_target: whether the last entry of the data is the target.
+        function: the function that a call runs.
+        takes_target: whether the last entry of its data is the target.
     """
 
     function: Callable[..., R]
@@ -32,17 +32,17 @@ class OfData(Generic[R]):
 
 
 def taken_by(fisher: Any, data: tuple[Any, ...], usual: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What of ``data``, whose last entry is the target, a Fisher is called with; ``usual`` for a user's own function."""
+    """The part of ``data``, whose last entry is the target, that a Fisher takes; ``usual`` for a function of the user's own."""
     if not isinstance(fisher, OfData):
         return usual
     return data if fisher.takes_target else data[:-1]
 
 
 def given_with(taken: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
-    """The weights and counts that go by keyword with what is taken of the data.
+    """The weights and counts to pass by keyword along with ``taken``, the part of the data that a function takes.
 
-    Where no inputs are taken, as of an unconditional model, there is one prediction for all examples: their weights say nothing
-    of it, and the number of its terms is the mean of the counts.
+    If it takes no inputs, as for an unconditional model, there is one prediction for all examples: their weights do not matter,
+    and the number of its terms is the mean of the counts.
     """
     given = {name: value for name, value in given.items() if value is not None}
     if jax.tree.leaves(taken):

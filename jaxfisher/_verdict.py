@@ -1,4 +1,4 @@
-"""A verdict: things that must hold, each with the number that was found and how far off it may be, as a table."""
+"""Verdicts: properties that must hold, each with the number that was found and its tolerance, as a table."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import ClassVar, NamedTuple
 
 
 class Check(NamedTuple):
-    """One thing that must hold.
+    """One property that must hold.
 
     Attributes:
         name: what is measured.
-        value: the number that is furthest off, measured by its tolerance.
-        expected: what it should be.
-        tolerance: how far off it may be by rounding, by the remainder of a limit, or by chance.
-        passed: whether ``value`` is within its tolerance; None where the numbers do not decide.
+        value: the number that is furthest off, relative to its tolerance.
+        expected: the right number.
+        tolerance: how far off the number may be by rounding, by the remainder of a limit, or by chance.
+        passed: whether ``value`` is within its tolerance; None if the numbers do not decide.
     """
 
     name: str
@@ -26,15 +26,15 @@ class Check(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Verdict:
-    """Checks, and what they say together; ``print`` it for a table.
+    """Checks with a common verdict; ``print`` it for a table.
 
     Attributes:
-        checks: one entry for each thing that must hold.
+        checks: one entry for each property that must hold.
         notes: why a check could not be decided.
     """
 
     agreement: ClassVar[str] = "every law holds"
-    """What has been found where no check failed."""
+    """The finding if no check failed."""
 
     checks: tuple[Check, ...]
     notes: tuple[str, ...]

@@ -62,7 +62,7 @@ def test_the_laws_see_a_broken_family(name, key):
 
 def test_what_it_does_not_take(key):
     F = jf.scaled_identity(jnp.zeros(3), 2.0)
-    with pytest.raises(TypeError, match=r"got a .*function.*give what it returns"):
+    with pytest.raises(TypeError, match=r"got a .*function.*pass what it returns"):
         jf.check_laws(jf.dense, key=key)
     with pytest.raises(TypeError, match="`matrix`, `solver` and `rounding` are for operators"):
         jf.check_laws(poisson(), key=key, solver=jf.CG())
