@@ -6,12 +6,12 @@ one operation short of those products. The files, in the order in which a gradie
 - `program`: the jaxpr as a flat list of equations.
 - `terms`, `windows`: products that are not formed.
 - `rule`, `rules`: what a rule is, and what each primitive does to terms.
-- `machine`, `loops`: running a program by the rules; `reasons`: why a gradient was formed all the same.
+- `machine`, `loops`: run a program by the rules; `reasons`: why a gradient had to be formed.
 - `parts`, `layers`: from terms to the forms of a leaf; a bias joined to its weight.
 - `assembly`: all of this, over examples and rows.
-- `forms`: what a leaf's gradients are held in, one form a file, and every quantity from that.
+- `forms`: how a leaf's gradients are stored, one form per file, and every quantity computed from them.
 
-Nothing outside this folder imports a file inside it, only the names below. ``docs/engine.md`` tells the whole story.
+Code outside this folder imports only the names below, never a file inside it. ``docs/engine.md`` explains the whole engine.
 """
 
 from jaxfisher._engine.assembly import Traced, leaf_forms, trace

@@ -1,8 +1,8 @@
-r"""Loops: a ``scan`` whose body forms products, run again without forming them.
+r"""Loops: a ``scan`` whose body forms products is rewritten to return their factors, stacked over the steps.
 
-A gradient summed over the steps in the loop's carry, ``carry + product``, leaves the carry and is summed afterwards, which
-makes the steps positions. A gradient that is one of the loop's stacked outputs has the steps as an axis of its own. The factors
-come out of the loop stacked over the steps. ``while`` and ``cond`` stay as they are: gradients made in them are formed.
+A gradient that the loop sums in its carry, ``carry + product``, is taken out of the carry and summed after the loop: each step
+is then one position of the product. A gradient that is one of the loop's stacked outputs has the steps as an axis of its own.
+``while`` and ``cond`` are run as they are: gradients made in them are formed.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from jaxfisher._engine.terms import Axis, Factor, Term, Unformed, dim
 from jaxfisher._engine.windows import Windows
 
 Run = Callable[[Program, Sequence[Any], Sequence[int], Sequence[bool]], Sequence[Any]]
-"""How a program is run unformed: `machine.run`, which in turn runs the loops it meets here."""
+"""The type of `machine.run`, which comes as an argument because `machine` imports this file to run loops."""
 
 
 def spread(program: Program, flags: Sequence[int]) -> dict[int, int]:
-    """What every variable depends on, given what the inputs do."""
+    """The flags of every variable, from those of the inputs."""
     found = {**dict.fromkeys(program.constants, 0), **dict(zip(program.inputs, flags, strict=True))}
     for equation in program.equations:
         given = [found[atom] if isinstance(atom, int) else 0 for atom in equation.ins]
@@ -40,7 +40,7 @@ def spread(program: Program, flags: Sequence[int]) -> dict[int, int]:
 
 
 class _Flags(NamedTuple):
-    """What the inputs and the outputs of a loop's body depend on, once nothing changes any more around the loop."""
+    """The flags of the inputs and outputs of a loop's body, at the fixed point: another step would not change them."""
 
     ins: list[int]
     outs: list[int]
@@ -55,7 +55,7 @@ def _flags_around(equation: Equation, given: Sequence[int]) -> _Flags:
         outs = [found[atom] if isinstance(atom, int) else 0 for atom in body.outputs]
         grown = [a | b for a, b in zip(inner[consts : consts + carries], outs[:carries], strict=True)]
         if grown == inner[consts : consts + carries]:
-            # A carry that no step changes keeps what it started with.
+            # A loop of no steps returns the first carry, so the flags of a carry include those that it starts with.
             return _Flags(inner, [*grown, *outs[carries:]])
         inner[consts : consts + carries] = grown
 
@@ -63,9 +63,9 @@ def _flags_around(equation: Equation, given: Sequence[int]) -> _Flags:
 def run_loop(
     equation: Equation, operands: Sequence[Operand], wanted: Sequence[bool], run: Run
 ) -> tuple[Sequence[Value] | None, Sequence[str | None]]:
-    """The results of a scan, unformed where its body makes products; None for all of them where it makes none.
+    """The results of a scan, unformed where its body makes products, or None if it makes none.
 
-    Beside them, why a result had to be formed inside the body.
+    Also returned: for each result, the reason if it had to be formed inside the body.
     """
     body, (consts, carries) = equation.body, equation.loop
     assert body is not None
@@ -81,7 +81,7 @@ def run_loop(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Loop:
-    """A scan being run: ``sums`` are the carries that are only added to, ``asked`` the results worth leaving unformed."""
+    """A scan being run. ``sums`` are the carries that are only added to; ``asked`` are the results worth leaving unformed."""
 
     equation: Equation
     body: Program
@@ -91,19 +91,19 @@ class _Loop:
     run: Run
 
     def _given(self) -> tuple[list[Array], list[Array], list[Array]]:
-        """Constants, the first carry and what is scanned over."""
+        """The constants, the first carry and the arrays that are scanned over."""
         given = [operand.array() for operand in self.operands]
         consts, carries = self.equation.loop
         return given[:consts], given[consts : consts + carries], given[consts + carries :]
 
     def _once(self, carry: Sequence[Array], xs: Sequence[Array]) -> Sequence[Any]:
-        """One step, its products unformed. A sum starts anew: what the body adds to nothing is what it adds."""
+        """One step, with its products unformed. A sum starts at zero in each step, so the step returns only what it adds."""
         flags = _flags_around(self.equation, [operand.flags for operand in self.operands]).ins
         own = [_nothing(x) if k in self.sums else x for k, x in enumerate(carry)]
         return self.run(self.body, [*self._given()[0], *own, *xs], flags, self.asked)
 
     def shapes(self) -> Sequence[Any]:
-        """The results of a step without their numbers."""
+        """The results of a step, traced without computing numbers."""
         found: list[Any] = []
 
         def step(carry: Any, xs: Any) -> tuple[()]:
@@ -115,7 +115,7 @@ class _Loop:
         return found
 
     def run_all(self, lazy: Sequence[bool]) -> list[Value]:
-        """All steps; results that are ``lazy`` come as factors."""
+        """The results of all steps; those that are ``lazy`` stay factors."""
         skeletons: dict[int, Terms] = {}
 
         def step(carry: Sequence[Array], xs: Sequence[Array]) -> tuple[list[Array], list[Any]]:
@@ -147,7 +147,7 @@ class _Loop:
         return results
 
     def _formed(self, k: int) -> Array:
-        """One result of the scan as it stands in the program."""
+        """One result of the scan, run as it is written in the program."""
         formed: Array = self.equation.bind([operand.array() for operand in self.operands])[k]
         return formed
 
@@ -158,7 +158,7 @@ def _nothing(like: Array) -> Unformed:
 
 
 def _only_added_to(body: Program, carry: int, out: Atom) -> bool:
-    """Whether all that a body does with a carry is to add to it, as often as it likes, and to read neither it nor the sum."""
+    """Whether a body only adds to a carry, any number of times, and reads neither the carry nor the sum otherwise."""
     while carry != out:
         uses = [equation for equation in body.equations if carry in equation.ins]
         if len(uses) != 1 or uses[0].primitive.name not in ("add", "add_any") or uses[0].ins[0] == uses[0].ins[1]:
@@ -174,7 +174,7 @@ def _array_of(factor: Factor) -> Array:
 
 
 def _stacked(found: Terms, stacks: Any, length: int, *, summed: bool) -> Terms:
-    """The terms of all steps as one, the steps being an axis of every factor; of the value too, unless it is summed over."""
+    """The terms of all steps. The steps are an axis of every factor, and of the value too unless it is ``summed`` over them."""
     made = []
     for term, arrays in zip(found, stacks, strict=True):
         steps = Axis(length)

@@ -1,9 +1,9 @@
-r"""The machine: runs a gradient's program, cut one operation short of the gradients of the weights.
+r"""The machine: runs a gradient's program, stopped one operation short of the gradients of the weights.
 
 The gradient of a weight that enters a ``dot_general`` ends, in the gradient's own jaxpr, in an outer product ``a (x) g`` (a sum
-of T of them where the weight is shared over T positions). `run` runs the program up to there: it marks the values that do
-nothing but become some parameter's gradient, leaves those that are products unformed, and applies the rules to them. What no
-rule covers is formed as usual, and the machine notes why.
+of T of them if the weight is shared over T positions). `run` runs the program up to that operation: it marks the values from
+which operations with rules lead to some parameter's gradient, leaves those that are products unformed, and applies the rules to
+them. A value that no rule covers is formed as usual, and the machine records why.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jaxfisher._engine.terms import Unformed, whole
 
 
 class Output(NamedTuple):
-    """One output of a program: its value, what it depends on, and, if it is a gradient that had to be formed, why."""
+    """One output of a program: its value, its flags, and, if it is a gradient that had to be formed, the reason."""
 
     value: Value
     flags: int
@@ -32,15 +32,15 @@ class Output(NamedTuple):
 
 
 def run(program: Program, values: Sequence[Any], flags: Sequence[int], wanted: Sequence[bool] | None = None) -> list[Output]:
-    """Run a program, leaving its outputs unformed where rules allow; the inputs' flags are given.
+    """Run a program on inputs with these flags, leaving its outputs unformed where rules allow.
 
-    Outputs that are not ``wanted`` unformed are formed as they come.
+    Outputs that are not ``wanted`` unformed may be formed on the way.
     """
     return _Machine(program, values, flags, wanted or [True] * len(program.outputs)).outputs
 
 
 class _Machine:
-    """One run of a program: what each variable holds, what it depends on, and why it was formed."""
+    """One run of a program: the value of each variable, its flags, and the reason if it had to be formed."""
 
     def __init__(self, program: Program, values: Sequence[Any], flags: Sequence[int], wanted: Sequence[bool]) -> None:
         self.flags = spread(program, flags)
@@ -53,7 +53,7 @@ class _Machine:
         self.outputs = [self._output(atom) for atom in program.outputs]
 
     def _wanted(self, program: Program, wanted: Sequence[bool]) -> set[int]:
-        """The variables that become an output by operations with rules: those worth leaving unformed."""
+        """The variables worth leaving unformed: operations with rules lead from them to a wanted output."""
         found = {atom for atom, flag in zip(program.outputs, wanted, strict=True) if flag and isinstance(atom, int)}
         for equation in reversed(program.equations):
             if not found.isdisjoint(equation.outs):
@@ -61,14 +61,14 @@ class _Machine:
         return found
 
     def _taken(self, equation: Equation) -> Sequence[Atom]:
-        """The operands that are taken unformed."""
+        """The operands that the equation takes unformed."""
         if equation.body is not None:
             consts, carries = equation.loop
             return equation.ins[consts : consts + carries]
         if equation.primitive.name in RULES:
             rule = RULES[equation.primitive.name]
             return [equation.ins[k] for k in rule.takes(equation, [self._flag(atom) for atom in equation.ins])]
-        # There is no rule. The operand is left unformed nevertheless, so that forming it here is noticed and reported.
+        # Without a rule the operands are left unformed nevertheless, so that forming them here is noticed and reported.
         return as_large(equation)
 
     def _flag(self, atom: Atom) -> int:
@@ -96,7 +96,7 @@ class _Machine:
         self.environment.update(zip(equation.outs, results, strict=True))
 
     def _unformed(self, equation: Equation, operands: list[Operand], wanted: Sequence[bool]) -> Sequence[Value] | None:
-        """What the rules make of an equation; None where it has to be run."""
+        """The results of an equation by the rules; None if the equation has to be run."""
         if equation.body is not None:
             results, why = run_loop(equation, operands, wanted, run)
             self.reasons.update((out, said) for out, said in zip(equation.outs, why, strict=False) if said is not None)
@@ -114,20 +114,20 @@ class _Machine:
 
 
 class _Once:
-    """An equation run on formed operands when one of its results is first asked for."""
+    """An equation that runs on formed operands once, when one of its results is first needed."""
 
     def __init__(self, equation: Equation, operands: Sequence[Operand]) -> None:
         self._equation, self._operands, self._results = equation, operands, list[Any]()
 
     def result(self, k: int) -> Any:
-        """One of its results."""
+        """One of the equation's results."""
         if not self._results:
             self._results = self._equation.bind([operand.array() for operand in self._operands])
         return self._results[k]
 
 
 def _laid_open(operand: Operand) -> Operand:
-    """An ordinary array as a term of one factor, so that the factor is still known to be the array when it was arranged."""
+    """An ordinary array as a term of one factor, which remembers the array as its source when it is rearranged."""
     if operand.unformed is not None:
         return operand
     array = operand.array()
@@ -136,7 +136,7 @@ def _laid_open(operand: Operand) -> Operand:
 
 
 def _shown(program: Program) -> set[int]:
-    """The variables that are an output but for arrangements and sums."""
+    """The variables that become an output by rearrangements and sums alone."""
     found = {atom for atom in program.outputs if isinstance(atom, int)}
     for equation in reversed(program.equations):
         rule = RULES.get(equation.primitive.name)

@@ -1,8 +1,8 @@
-"""A jaxpr as a flat list of equations: calls inlined, dead code gone.
+"""A jaxpr as a flat list of equations, with calls inlined and dead code removed.
 
-`flatten` sees through ``jit``, ``checkpoint`` and the like, so that wrapping a model in them changes nothing that comes after.
-Variables are numbers, since one inner jaxpr may be called many times. Control flow stays one equation; the body of a ``scan``
-comes flattened with it.
+`flatten` inlines ``jit``, ``checkpoint`` and the like, so wrapping a model in them changes nothing for the rest of the engine.
+Variables are numbers, since one inner jaxpr may be called many times. Each control flow operation stays one equation; that of a
+``scan`` also has the flattened body.
 """
 
 from __future__ import annotations
@@ -73,9 +73,10 @@ class Equation:
 
     @property
     def loop(self) -> tuple[int, int]:
-        """Of a scan: how many operands are constants, and how many are carried.
+        """How many operands of a scan are constants, and how many are carried.
 
-        Read off the ranks, which is all that every version of JAX documents: what is scanned over has one axis more outside.
+        The counts are read off the ranks, which do not depend on the version of JAX: an array that is scanned over has one axis
+        more outside the body than inside.
         """
         assert self.body is not None
         ranks = [len(shape) for shape in self.body.shapes], [len(shape) for shape in self.body.result_shapes]
@@ -85,11 +86,11 @@ class Equation:
 
     @property
     def variables(self) -> list[int]:
-        """The variables it reads."""
+        """The variables that the equation reads."""
         return [atom for atom in self.ins if isinstance(atom, int)]
 
     def bind(self, values: Sequence[Any]) -> list[Any]:
-        """Run it on these operands."""
+        """Run the operation on these operands."""
         result = self.primitive.bind(*values, **self.primitive.get_bind_params(self.params))
         return list(result) if self.primitive.multiple_results else [result]
 
@@ -107,11 +108,11 @@ class Program:
 
     @property
     def size(self) -> int:
-        """How many numbers all results of the equations have together: what one run takes at most."""
+        """The number of entries in all results of the equations together: an upper bound on the memory of one run."""
         return sum(math.prod(_shape(var)) for equation in self.equations for var in equation.source.outvars)
 
     def needed(self) -> Program:
-        """The program without what its outputs do not need."""
+        """The program without the equations that its outputs do not need; those with side effects stay."""
         live = {atom for atom in self.outputs if isinstance(atom, int)}
         kept = []
         for equation in reversed(self.equations):
@@ -144,7 +145,7 @@ def flatten(closed: ClosedJaxpr) -> Program:
 def _inline(
     jaxpr: Jaxpr, given: Sequence[Atom], equations: list[Equation], constants: dict[int, Any], numbers: Iterator[int]
 ) -> list[Atom]:
-    """Append the equations of a jaxpr whose constants and inputs are ``given``; its outputs."""
+    """Append the equations of a jaxpr whose constants and inputs are ``given``, and return its outputs."""
     names: dict[Any, Atom] = dict(zip((*jaxpr.constvars, *jaxpr.invars), given, strict=True))
 
     def atom(var: Any) -> Atom:

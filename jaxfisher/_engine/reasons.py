@@ -1,4 +1,4 @@
-"""Why a gradient was formed: what `jaxfisher.explain` says of a leaf whose products no rule takes further."""
+"""Why a gradient was formed: the reasons that `jaxfisher.explain` shows."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _FILLS = frozenset({"scatter", "scatter-mul"})
 
 
 def as_large(equation: Equation) -> Sequence[Atom]:
-    """The operands as large as the result: what an operation without a rule may have made the result of."""
+    """The operands as large as the result: one of them may be the gradient that passes through."""
     size = math.prod(equation.shape)
     return [atom for atom, shape in zip(equation.ins, equation.shapes, strict=True) if math.prod(shape) == size]
 
 
 def why_formed(equation: Equation, operands: Sequence[Operand]) -> str | None:
-    """Why a gradient was formed here, if it takes more than what the program has anyway."""
+    """Why a gradient was formed here or before; None if forming it takes no more memory than the program does anyway."""
     size = math.prod(equation.shape)
-    # No reason is needed after a contraction, nor where the program has a gradient of this size anyway.
+    # A contraction ends an earlier reason, and so does a value of this size that the program has anyway.
     free = equation.primitive.name == "dot_general" or any(
         operand.flags and not operand.reason and operand.unformed is None and math.prod(shape) >= size
         for operand, shape in zip(operands, equation.shapes, strict=True)
@@ -36,7 +36,7 @@ def why_formed(equation: Equation, operands: Sequence[Operand]) -> str | None:
 
 
 def _costs(equation: Equation, operands: Sequence[Operand]) -> bool:
-    """Whether forming a gradient here makes something larger than what the program has anyway."""
+    """Whether forming a gradient here makes an array larger than any that the program has anyway."""
     name, size = equation.primitive.name, math.prod(equation.shape)
     if not any(operand.flags for operand in operands):
         return False
@@ -52,7 +52,10 @@ def _costs(equation: Equation, operands: Sequence[Operand]) -> bool:
 
 
 def _numbers(term: Term) -> int:
-    """How many numbers that vary a term is made of: those of its factors, or, where a sum was not taken yet, its own."""
+    """How many numbers that depend on the example or row a term is made of.
+
+    They are those of the factors, or those of the value where that is smaller because a sum has not been taken yet.
+    """
     factors = [factor for factor in term.factors if factor.flags]
     own = {axis for axes in term.dims for axis in axes} & {axis for factor in factors for axis in factor.axes}
     return min(sum(factor.size for factor in factors), math.prod(axis.size for axis in own))

@@ -1,9 +1,9 @@
 r"""What a rule of the engine is: one record for one primitive.
 
-A rule is linear over the reals in the operands that it takes unformed. `holds_everywhere` keeps out the dtypes for which no
-rule is. Whatever a rule does not know, it declines, and the value is formed in the ordinary way, which is always right. The law
-of every record, checked by ``tests/test_rules.py``: *the terms that a rule gives, formed, are the
-primitive of the formed operands.*
+A rule is linear over the reals in the operands that it takes unformed. `holds_everywhere` excludes the dtypes in which that
+fails for every primitive. A rule declines an equation that it does not cover, and the value is formed in the ordinary way,
+which is always right. Every rule satisfies one law, which ``tests/test_rules.py`` checks: *forming the terms that a rule
+returns gives the same value as applying the primitive to the formed operands.*
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxfisher._engine.program import Equation
 from jaxfisher._engine.terms import Term, Unformed, whole
 
 EXAMPLE, ROW = 1, 2
-"""Flags: a value depends on the example; on the row among the example's rows."""
+"""Flags: a value depends on the example; a value depends on the row among the example's rows."""
 
 Value = Array | Unformed
 Terms = tuple[Term, ...]
@@ -34,9 +34,9 @@ class Operand:
 
     Attributes:
         value: the array, or a sum of terms that stands for it.
-        flags: what it depends on.
-        reason: why a gradient in it had to be formed, where one had to.
-        is_zero: whether it is a zero written into the program.
+        flags: whether the value depends on the example, and on the row.
+        reason: why a gradient in the value had to be formed, if one had to be.
+        is_zero: whether the operand is a zero written into the program.
     """
 
     value: Value
@@ -46,7 +46,7 @@ class Operand:
 
     @property
     def unformed(self) -> Unformed | None:
-        """The value if it is not formed."""
+        """The value if it is not formed, else None."""
         return self.value if isinstance(self.value, Unformed) else None
 
     def array(self) -> Array:
@@ -60,7 +60,7 @@ class Operand:
 
 
 def as_array(value: Any) -> Any:
-    """The value as an array; one that is an array as the same object, by which a bias is known to have its layer's cotangent.
+    """The value as an array. An array is returned as the same object: the identity shows that a bias has its layer's cotangent.
 
     On a mesh, `jnp.asarray` of JAX 0.10.0 makes another object.
     """
@@ -68,7 +68,7 @@ def as_array(value: Any) -> Any:
 
 
 Apply = Callable[[Equation, Sequence[Operand]], Sequence[Terms] | None]
-"""From an equation and its operands to the terms of each result; None where it has to be formed."""
+"""From an equation and its operands to the terms of each result; None if the results have to be formed."""
 
 
 def _first(equation: Equation, flags: Sequence[int]) -> Sequence[int]:
@@ -92,13 +92,14 @@ class Rule:
     """What the engine knows of one primitive.
 
     Attributes:
-        primitive: its name.
-        apply: what it does to terms.
-        takes: the operands that it takes unformed, by their places; given what each operand depends on.
-        holds: for which equations, beyond what `holds_everywhere` asks of all: dtypes, ranks, axes, flags.
-        builds: whether it may build a value out of less than half as many numbers, so that forming the value costs memory.
-        arranges: whether it only arranges or adds up the entries of one operand. At the end of a program such a rule takes
-            ordinary arrays too, so that the gradient of a bias is seen to be the cotangent of its layer.
+        primitive: the primitive's name.
+        apply: what the primitive does to terms.
+        takes: from an equation and the flags of its operands to the positions of the operands that are taken unformed.
+        holds: whether the rule covers an equation (its dtypes, ranks, axes), beyond what `holds_everywhere` asks of all rules.
+        builds: whether the primitive may build a value out of less than half as many numbers, so that forming the value costs
+            memory.
+        arranges: whether the primitive only rearranges or adds up the entries of one operand. At the end of a program such a
+            rule takes ordinary arrays too, so that the gradient of a bias is recognised as the cotangent of its layer.
     """
 
     primitive: str
@@ -109,7 +110,7 @@ class Rule:
     arranges: bool = False
 
     def __call__(self, equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
-        """The terms of each result, or None where the equation has to be run on formed operands."""
+        """The terms of each result, or None if the equation has to be run on formed operands."""
         if not (holds_everywhere(equation) and self.holds(equation)):
             return None
         made = self.apply(equation, operands)
@@ -121,11 +122,13 @@ class Rule:
 NUMBERS = frozenset(
     np.dtype(name) for name in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64, jnp.complex64, jnp.complex128)
 )
-"""The dtypes between which a cast is linear, up to rounding. Casts to integers, booleans and the narrow floats are steps."""
+"""The dtypes between which a cast is linear, up to rounding.
+
+Casts to integers, booleans and the narrow floats are step functions."""
 
 
 def holds_everywhere(equation: Equation) -> bool:
-    """What every rule asks: numbers with a linear arithmetic, and no empty arrays, which have no products to leave unformed."""
+    """What every rule requires: dtypes with linear arithmetic, and no empty arrays, which have no products to keep unformed."""
     results = all(dtype in NUMBERS for dtype in equation.result_dtypes)
     return results and equation.dtypes[0] in NUMBERS and all(0 not in s for s in (*equation.shapes, *equation.result_shapes))
 
@@ -135,7 +138,7 @@ def _fits(made: Terms, shape: tuple[int, ...]) -> bool:
 
 
 def every(made: Any) -> Terms | None:
-    """The terms, or None if one could not be made."""
+    """The terms, or None if one of them is None."""
     found = tuple(made)
     return None if any(term is None for term in found) else found
 
@@ -145,7 +148,7 @@ def one_result(made: Terms | None) -> Sequence[Terms] | None:
 
 
 def each(change: Callable[[Term, Mapping[str, Any]], Term | None]) -> Apply:
-    """A rule that acts on each term of the first operand, where that is unformed: a linear map of it alone."""
+    """A rule for a linear map of the first operand alone. It acts on each term if that operand is unformed."""
 
     def apply(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
         value = operands[0].unformed

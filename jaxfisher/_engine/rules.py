@@ -1,7 +1,7 @@
 """The rules: what each primitive that a weight's gradient passes through does to products that are not formed.
 
-The table `RULES` at the end is all that the engine knows of primitives. Where a primitive has no rule, the value is formed in
-the ordinary way. Loops have a file of their own.
+The table `RULES` at the end is all that the engine knows of primitives, loops apart, which are in `loops`. The result of a
+primitive without a rule is formed in the ordinary way.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from jaxfisher._engine.windows import Windows
 
 
 def _cast(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
-    # Casts are put off: the factors are cast, once, when they are held.
+    # Casts are postponed: each factor is cast once, when it is stored. A cast to a real dtype takes the real part here.
     wide = np.issubdtype(equation.result_dtypes[0], np.complexfloating)
     return (operands[0].terms(),) if wide and operands[0].unformed is not None else _real(equation, operands)
 
@@ -70,7 +70,7 @@ def _add(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | N
     if not any(value is not None and (value.is_product or not value.terms) for value in values):
         return None
     if any(operand.unformed is None and operand.flags for operand in operands):
-        return None  # a gradient of this size is there anyway
+        return None  # the program has a gradient of this size anyway
     return ((*operands[0].terms(), *operands[1].terms()),)
 
 
@@ -78,7 +78,7 @@ def _same_shapes(equation: Equation) -> bool:
     return equation.shapes[0] == equation.shapes[1] == equation.shape
 
 
-# Products. Their operands have the same rank, and a dimension of length one meets any length; or one operand is a number.
+# Products. Either one operand is a number, or both have the same rank and a dimension of length one broadcasts.
 
 
 def _same_ranks(equation: Equation) -> bool:
@@ -95,7 +95,7 @@ def _multiply(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms
 
 
 def _smaller(made: Any) -> Terms | None:
-    """The terms, if all could be made and hold fewer numbers than the value."""
+    """The terms, if none of them is None and each holds fewer numbers than the value or is a product."""
     found = every(made)
     return found if found is not None and all(term.is_smaller for term in found) else None
 
@@ -108,7 +108,7 @@ def _divide(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] 
         return one_result(every(scale(term, 1 / by.array(), by.flags) for term in value.terms()))
     if not _same_ranks(equation):
         return None
-    # An inverse is not linear: of a divisor that is a sum, only the formed one has an inverse.
+    # Inversion is not linear: a divisor that is a sum of terms has to be formed before it is inverted.
     parts = by.terms()
     inverse = entrywise(parts[0], lambda x: 1 / x) if len(parts) == 1 else None
     if inverse is None:
@@ -117,7 +117,7 @@ def _divide(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] 
 
 
 def _varying(equation: Equation, flags: Sequence[int]) -> Sequence[int]:
-    # A map that is the same for every example, such as a second weight, keeps the other operand's outer product.
+    # If one operand is the same for every example, as a second weight is, the product keeps the other's outer product.
     varying = [k for k, flag in enumerate(flags) if flag & EXAMPLE]
     return varying if len(varying) == 1 else ()
 
@@ -129,7 +129,7 @@ def _dot(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | N
             return one_result(_dot_after(unformed.terms(), matrix, contracted, side))
     sizes = [math.prod(shape) for shape in (*equation.shapes, equation.shape)]
     if not (left.flags and right.flags) and (contracted[0] or sizes[2] <= max(sizes[:2])):
-        return None  # an ordinary linear map, nothing to leave unformed
+        return None  # an ordinary linear map: there is nothing to leave unformed
     arrays = left.array(), right.array()
     axes = [[Axis(size) for size in array.shape] for array in arrays]
     for i, j in zip((*contracted[0], *batch[0]), (*contracted[1], *batch[1]), strict=True):
@@ -147,7 +147,7 @@ def _dot(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | N
 
 
 def _origin(operand: Operand, array: Array, names: Sequence[Axis]) -> Origin | None:
-    """The value of the program whose entries an array holds in another arrangement; None if there is no such value."""
+    """The value of the program whose entries an array holds rearranged; None if there is no such value."""
     value = operand.unformed
     if value is None or len(value.terms) != 1 or len(value.terms[0].factors) != 1:
         return None
@@ -164,7 +164,7 @@ def _dot_after(found: Terms, matrix: Operand, contracted: Any, side: int) -> Ter
     array = matrix.array()
     made = [contract(term, contracted[side], array, contracted[1 - side], matrix.flags) for term in found]
     if side == 1:
-        # The matrix came first, and so do its dimensions.
+        # The matrix is the first operand, so its dimensions come first.
         rest = array.ndim - len(contracted[0])
         made = [t and transpose(t, (*range(len(t.dims) - rest, len(t.dims)), *range(len(t.dims) - rest))) for t in made]
     return every(made)
@@ -175,7 +175,7 @@ def _real_convolution(equation: Equation) -> bool:
 
 
 def _convolution(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
-    """A kernel's gradient is the input, seen through windows as wide as the output, times the output's cotangent."""
+    """A kernel's gradient: the product of the input, seen through windows as wide as the output, and the output's cotangent."""
     params = equation.params
     numbers = params["dimension_numbers"]
     left, right = (operand.array() for operand in operands)
@@ -208,13 +208,13 @@ def _convolution(equation: Equation, operands: Sequence[Operand]) -> Sequence[Te
 
 
 def _adds_whole_table_rows(equation: Equation) -> bool:
-    """The transpose of a lookup ``table[indices]`` along one axis."""
+    """Whether the equation is the transpose of a lookup ``table[indices]`` along one axis."""
     numbers, shape, updates = equation.params["dimension_numbers"], equation.shapes[0], equation.shapes[2]
     along, window = tuple(numbers.scatter_dims_to_operand_dims), tuple(numbers.update_window_dims)
     if len(along) != 1 or tuple(numbers.inserted_window_dims) != along or numbers.operand_batching_dims:
         return False
     rows = tuple(updates[i] for i in window) == tuple(size for i, size in enumerate(shape) if i != along[0])
-    # Of single numbers nothing is saved by keeping them apart.
+    # If the rows are single numbers, leaving them unformed saves nothing.
     return rows and any(updates[i] > 1 for i in window)
 
 
@@ -230,13 +230,13 @@ def _scatter_add(equation: Equation, operands: Sequence[Operand]) -> Sequence[Te
         inside = (indices >= 0) & (indices < size)
         updates = jnp.where(inside.reshape(*inside.shape, *(1 for _ in window)), updates, jnp.zeros((), updates.dtype))
         indices = jnp.where(inside, indices, jnp.zeros((), indices.dtype))
-    # An update whose index is out of range is dropped: updates depend on what the indices depend on.
+    # Updates whose index is out of range were set to zero above, so the updates depend on whatever the indices depend on.
     added = Operand(updates, operands[1].flags | operands[2].flags, operands[2].reason)
     return ((*operands[0].terms(), _table_rows(shape, along, Operand(indices, operands[1].flags), added)),)
 
 
 def _table_rows(shape: Sequence[int], along: int, indices: Operand, updates: Operand) -> Term:
-    """Positions along one axis of a table times what is added there, ``updates [*indices.shape, *rest]``."""
+    """A term for a table: positions along one of its axes, times ``updates [*indices.shape, *rest]``, which are added there."""
     positions, hot = tuple(Axis(size) for size in indices.array().shape), Axis(shape[along])
     rest = tuple(Axis(size) for i, size in enumerate(shape) if i != along)
     factors = (
@@ -284,14 +284,14 @@ def _pad(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | N
         return None
     if value.unformed is not None:
         return one_result(_padded(value.terms(), config))
-    # A few rows of a table, at positions known beforehand.
+    # An ordinary array is padded to a few rows of a table, at positions known at trace time.
     changed = [i for i, entry in enumerate(config) if entry != (0, 0, 0)]
     shape, whole = equation.shapes[0], equation.shape
     if len(changed) != 1 or 2 * math.prod(shape) > math.prod(whole) or any(config[changed[0]][k] < 0 for k in (0, 1)):
         return None
     (along,) = changed
     if shape[along] == math.prod(shape):
-        return None  # single numbers: nothing is saved by keeping them apart
+        return None  # the rows are single numbers: leaving them unformed saves nothing
     low, _, inside = config[along]
     indices = Operand(jnp.asarray(int(low) + (int(inside) + 1) * np.arange(shape[along]), jnp.int32), 0)
     rows = dataclasses.replace(value, value=jnp.moveaxis(value.array(), along, 0))
@@ -394,4 +394,4 @@ RULES: dict[str, Rule] = {
         Rule("sharding_constraint", each(lambda term, _: term)),
     )
 }
-"""The rules by the names of their primitives. Loops have a file of their own, `loops`."""
+"""The rules by the names of their primitives."""

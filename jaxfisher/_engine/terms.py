@@ -1,10 +1,10 @@
-"""Products that are not formed: what a weight's gradient is one operation before its outer product.
+"""Products that are not formed: a weight's gradient, stopped one operation before its outer product.
 
 A `Term` is a product of factors in index notation: each factor is an array whose axes are named by `Axis` objects, and the
 value is their product summed over every axis that is not in ``dims``. So ``dims = ((i,), (o,))`` with factors ``a`` over
 ``(t, i)`` and ``g`` over ``(t, o)`` is ``sum_t a_ti g_to``, an outer product summed over positions. Transposes, reshapes, pads
-and the like act on the axes and leave the product unformed. A function here returns None where that cannot be done, and
-the caller then forms the value in the ordinary way.
+and the like act on the axes and leave the product unformed. A function here returns None if it cannot do that, and the caller
+then forms the value in the ordinary way.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from jaxfisher._tree import HIGHEST
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Axis:
-    """One index of a product, known by its identity."""
+    """One index of a product. Axes are compared by identity, not by size."""
 
     size: int
 
 
 class Origin(NamedTuple):
-    """A value of the program that a factor's ``array`` holds in another arrangement, entry for entry.
+    """A value of the program whose entries a factor's ``array`` holds in another arrangement.
 
-    ``axes`` says which axis of the factor each dimension of the value is, or None for a dimension that was merged into another.
+    ``axes`` has, for each dimension of the value, the factor's axis that it became, or None if it was merged into another.
     """
 
     array: Array
@@ -48,12 +48,12 @@ class Factor:
     Attributes:
         array: the numbers; with ``hot``, positions along that axis.
         axes: the names of the array's axes.
-        flags: what the factor depends on.
+        flags: whether the factor depends on the example, and on the row.
         hot: an axis along which the factor is one at the positions that the array holds, and zero elsewhere.
-        reason: why this gradient had to be formed, where it had to.
-        place: the position along ``hot`` where it is known beforehand, because a leaf was cut into parts.
-        origin: the value of the program behind an array that was arranged anew. An operation that changes the
-            numbers makes a new array, without an origin.
+        reason: why this gradient had to be formed, if it had to be.
+        place: the position along ``hot``, if it is known at trace time because a leaf was cut into parts.
+        origin: the value of the program whose entries ``array`` holds rearranged. It counts only as long as ``array`` is the
+            same object: an operation that changes the numbers makes another array, and so drops the origin.
     """
 
     array: Array | Windows
@@ -66,7 +66,7 @@ class Factor:
 
     @property
     def source(self) -> tuple[Array | None, tuple[Axis | None, ...]]:
-        """The value of the program that the factor holds, and which of the factor's axes each of its dimensions is."""
+        """The value of the program that the factor holds, and for each of its dimensions the factor's axis."""
         if self.origin is not None and self.origin.array is self.array:
             return self.origin.value, self.origin.axes
         return self.plain, self.axes
@@ -101,7 +101,7 @@ class Term:
 
     @property
     def is_smaller(self) -> bool:
-        """Whether it holds fewer numbers than its value has, or is a product."""
+        """Whether the factors hold fewer numbers than the value has, or the term is a product."""
         return self.is_product or sum(f.size for f in self.factors) < math.prod(a.size for axes in self.dims for a in axes)
 
 
@@ -126,7 +126,7 @@ class Unformed:
 
     @property
     def is_large(self) -> bool:
-        """Whether it is larger formed than unformed."""
+        """Whether the formed value is larger than its factors."""
         size = max((math.prod(a.size for axes in term.dims for a in axes) for term in self.terms), default=0)
         return self.is_product and size > sum(factor.size for term in self.terms for factor in term.factors)
 
@@ -138,7 +138,7 @@ def whole(array: Array, flags: int, reason: str | None) -> Term:
 
 
 def dim(*axes: Axis) -> tuple[Axis, ...]:
-    """A dimension made of these axes. Axes of size one carry nothing: factors may have them, dimensions do not."""
+    """A dimension made of these axes. Axes of size one are dropped: factors may have them, dimensions do not."""
     return tuple(axis for axis in axes if axis.size != 1)
 
 
@@ -148,7 +148,7 @@ def transpose(term: Term, permutation: Sequence[int]) -> Term:
 
 
 def reshape(term: Term, shape: Sequence[int]) -> Term | None:
-    """Dimensions merged and split, axes being split where need be."""
+    """The term with its dimensions merged and split to ``shape``; axes are split if necessary."""
     axes = [axis for old in term.dims for axis in old]
     dims: list[tuple[Axis, ...]] = []
     for size in shape:
@@ -180,7 +180,7 @@ def _replaced(axes: Sequence[Axis], old: Axis, new: Sequence[Axis]) -> list[Axis
 
 
 def _split(term: Term, axis: Axis, parts: tuple[Axis, Axis]) -> Term | None:
-    """``axis`` replaced by two whose sizes multiply to its own."""
+    """The term with ``axis`` replaced by two axes whose sizes multiply to its own."""
     factors = []
     for factor in term.factors:
         if axis not in factor.over:
@@ -194,7 +194,7 @@ def _split(term: Term, axis: Axis, parts: tuple[Axis, Axis]) -> Term | None:
 
 
 def broadcast(term: Term, shape: Sequence[int], dimensions: Sequence[int]) -> Term:
-    """`jax.lax.broadcast_in_dim`: axes that no factor has."""
+    """`jax.lax.broadcast_in_dim`: a new dimension is an axis that no factor has."""
     dims = [dim(Axis(size)) for size in shape]
     for source, target in enumerate(dimensions):
         if math.prod(axis.size for axis in term.dims[source]) == shape[target]:
@@ -203,7 +203,7 @@ def broadcast(term: Term, shape: Sequence[int], dimensions: Sequence[int]) -> Te
 
 
 def reduce_sum(term: Term, axes: Sequence[int]) -> Term | None:
-    """The sum over dimensions: their axes are contracted."""
+    """The sum over dimensions. Their axes are contracted; one that no factor has multiplies the sum by its size."""
     gone = [axis for i in axes for axis in term.dims[i]]
     repeats = math.prod(axis.size for axis in gone if not any(axis in factor.over for factor in term.factors))
     kept = Term(term.factors, tuple(axes_ for i, axes_ in enumerate(term.dims) if i not in axes))
@@ -211,7 +211,7 @@ def reduce_sum(term: Term, axes: Sequence[int]) -> Term | None:
 
 
 def scale(term: Term, number: Array | complex, flags: int = 0) -> Term | None:
-    """The product with a scalar, taken into the smallest factor. A Python number takes the factor's precision."""
+    """The product with a scalar, multiplied into the smallest factor. A Python number takes the factor's precision."""
     sizes = [math.prod(a.size for a in f.axes) if f.plain is not None else math.inf for f in term.factors]
     if not sizes or min(sizes) == math.inf:
         return None
@@ -223,14 +223,14 @@ def scale(term: Term, number: Array | complex, flags: int = 0) -> Term | None:
 
 
 def _number(number: Array | complex, like: Any) -> Array:
-    """A number as an array; a Python number in the precision of ``like``, complex where the number is."""
+    """A number as an array. A Python number takes the precision of ``like``; a complex one stays complex."""
     if not isinstance(number, int | float | complex):
         return jnp.asarray(number)
     return jnp.asarray(number, _wider(like, jnp.complex64) if isinstance(number, complex) else like)
 
 
 def entrywise(term: Term, change: Callable[[Array], Array]) -> Term | None:
-    """A function of each entry of the value, linear or not: of one factor, with nothing summed, it is that of the factor."""
+    """A function of each entry of the value, linear or not; None unless the term is one factor with nothing summed."""
     if len(term.factors) != 1 or term.factors[0].plain is None or _contracted(term):
         return None
     (factor,) = term.factors
@@ -238,9 +238,10 @@ def entrywise(term: Term, change: Callable[[Array], Array]) -> Term | None:
 
 
 def along(term: Term, index: int, change: Callable[[Array, int], Array], size: int) -> Term | None:
-    """A linear map that acts on one dimension entry by entry (a pad, a slice, a flip), given on an array and its axis.
+    """A linear map that moves or drops the entries along one dimension (a pad, a slice, a flip).
 
-    It must send zero to zero and keep entries apart, so that it may act on each factor which has the axis.
+    ``change`` takes an array and the axis to act on. It must send zero to zero and must not mix entries, so that it can act on
+    each factor that has the axis.
     """
     if len(term.dims[index]) != 1:
         return None
@@ -260,41 +261,42 @@ def along(term: Term, index: int, change: Callable[[Array, int], Array], size: i
 
 
 def seen(factor: Factor) -> Factor:
-    """The factor with the windows of a convolution made."""
+    """The factor, with the windows of a convolution expanded into an ordinary array."""
     return dataclasses.replace(factor, array=factor.array.array()) if isinstance(factor.array, Windows) else factor
 
 
 def place(term: Term, index: int, position: int, size: int) -> Term:
-    """A dimension of length one put at a position among zeros."""
+    """The term with a dimension of length one put at a position of a longer one, with zeros elsewhere."""
     axis = Axis(size)
     at = Factor(jnp.asarray(position, jnp.int32), (), 0, hot=axis, place=position)
     return Term((*term.factors, at), (*term.dims[:index], (axis,), *term.dims[index + 1 :]))
 
 
 def multiply(left: Term, right: Term) -> Term | None:
-    """The elementwise product, where at most two factors are left after those over fewer axes are taken into others."""
+    """The elementwise product, if it has at most two factors once those over fewer axes are multiplied into others."""
     if left.is_product and right.is_product:
         return None
-    # Summing over a shared axis after multiplying is not multiplying after summing: both may not contract.
+    # A product of two sums is not the sum of the products over a shared axis: at most one side may contract.
     if _contracted(left) and _contracted(right):
         return None
     product = left.is_product or right.is_product
-    # The same value may come from both sides in different arrangements: only what the dimensions say makes axes one.
+    # The same value may come from both sides in different arrangements, so only the dimensions decide which axes are the same:
+    # the right term gets new axes first.
     matched = _matched(left, _renamed(right, {}))
     if matched is None:
         return None
     left, right = matched
     names = {r: axis for d, e in zip(left.dims, right.dims, strict=True) for axis, r in zip(d, e, strict=False)}
     right = _renamed(right, names)
-    # A dimension of length one meets any length.
+    # A dimension of length one broadcasts against any length.
     dims = tuple(d or e for d, e in zip(left.dims, right.dims, strict=True))
     folded = fold(Term((*left.factors, *right.factors), dims))
-    # One factor over everything is the product formed; three are more than an outer product.
+    # A single factor would be the formed product, and three factors are more than an outer product.
     return folded if len(folded.factors) == 2 or (len(folded.factors) == 1 and not product) else None
 
 
 def _renamed(term: Term, names: Mapping[Axis, Axis]) -> Term:
-    """The term with these names for its axes, and new ones for the others."""
+    """The term with these names for its axes, and new axes in place of the others."""
     new: dict[Axis, Axis] = dict(names)
 
     def name(axis: Axis) -> Axis:
@@ -315,7 +317,7 @@ def _contracted(term: Term) -> bool:
 
 
 def _matched(left: Term, right: Term) -> tuple[Term, Term] | None:
-    """Both with their dimensions made of axes of the same sizes, where neither has length one."""
+    """Both terms, with their axes split so that dimensions of the same length are made of axes of the same sizes."""
     fine = [_refined(a, b) for a, b in zip(_sizes(left), _sizes(right), strict=True)]
     made = []
     for term in (left, right):
@@ -335,7 +337,10 @@ def _sizes(term: Term) -> tuple[tuple[int, ...], ...]:
 
 
 def _refined(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The sizes of the common refinement of two factorisations of one dimension; of one, if the other has length one."""
+    """The sizes of the common refinement of two factorisations of one dimension.
+
+    If one of the two has length one, they are those of the other; None if there is no common refinement.
+    """
     if not a or not b:
         return a or b
     cuts = sorted({math.prod(a[:i]) for i in range(len(a) + 1)} | {math.prod(b[:i]) for i in range(len(b) + 1)})
@@ -345,7 +350,7 @@ def _refined(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...] | None:
 
 
 def fold(term: Term) -> Term:
-    """Factors over a subset of another's axes multiplied into it."""
+    """The term with every factor over a subset of another's axes multiplied into that one."""
     factors = list(term.factors)
     while (pair := _foldable(factors)) is not None:
         small, host = pair
@@ -368,7 +373,7 @@ def _foldable(factors: Sequence[Factor]) -> tuple[Factor, Factor] | None:
 
 
 def _product(a: Array, b: Array) -> Array:
-    """``a * b`` in the wider dtype: casts on the way to a gradient are put off, so factors may differ in theirs."""
+    """``a * b`` in the wider dtype. Factors may differ in dtype, because casts on the way to a gradient are postponed."""
     dtype = _wider(a.dtype, b.dtype)
     return a.astype(dtype) * b.astype(dtype)
 
@@ -386,7 +391,10 @@ def _aligned(array: Array, axes: tuple[Axis, ...], onto: tuple[Axis, ...]) -> Ar
 
 
 def contract(term: Term, dims: Sequence[int], matrix: Array, over: Sequence[int], flags: int) -> Term | None:
-    """`jax.lax.dot_general` with a matrix along ``dims``, all of them axes of one factor; the matrix's other axes come last."""
+    """`jax.lax.dot_general` with a matrix along ``dims``; the matrix's other axes come last.
+
+    None unless all of ``dims`` are axes of one factor.
+    """
     if any(len(term.dims[i]) != 1 for i in dims):
         return None
     gone = [term.dims[i][0] for i in dims]
@@ -399,7 +407,7 @@ def contract(term: Term, dims: Sequence[int], matrix: Array, over: Sequence[int]
     rest = tuple(axis for axis in host.axes if axis not in gone)
     new = tuple(Axis(size) for i, size in enumerate(matrix.shape) if i not in over)
     numbers: Any = (([host.axes.index(axis) for axis in gone], list(over)), ([], []))
-    # In the wider of both dtypes: cast to the factor's, a complex matrix would lose its imaginary part.
+    # Multiply in the wider of the two dtypes: cast to the factor's dtype, a complex matrix would lose its imaginary part.
     wide = _wider(plain.dtype, matrix.dtype)
     array = jax.lax.dot_general(plain.astype(wide), matrix.astype(wide), numbers, precision=HIGHEST)
     factor = dataclasses.replace(host, array=array, axes=(*rest, *new), flags=host.flags | flags)

@@ -1,4 +1,4 @@
-"""The windows of a convolution: the left factors of a kernel's gradient, held as the image that they are cut from."""
+"""The windows of a convolution: the left factors of a kernel's gradient, stored as the image that they are cut from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Windows:
     """An image seen through the window of a convolution; `array` makes the windows, which take many times the image's memory.
 
     ``image`` has axes ``[rows, depth, *spatial]`` and is already padded and dilated. Output ``p`` at offset ``k`` of the window
-    reads ``p * stride + k * dilation`` along each spatial axis. Groups cut the rows or the depth.
+    reads ``p * stride + k * dilation`` along each spatial axis. Groups split the rows or the depth.
     """
 
     image: Array
@@ -64,7 +64,7 @@ class Windows:
 
 
 def _window(x: Array, axis: int, outputs: int, offsets: int, stride: int, dilation: int) -> Array:
-    """Replace ``axis`` by two at the end, ``[outputs, offsets]``, with a slice for each entry of the shorter one."""
+    """Replace ``axis`` by two axes at the end, ``[outputs, offsets]``, with one slice for each entry of the shorter one."""
     if outputs <= offsets:
         starts, step, length = [p * stride for p in range(outputs)], dilation, offsets
     else:
