@@ -1,7 +1,7 @@
-"""Statistics of estimates on Fisher information: fits, standard errors, sandwiches, intervals, criteria.
+"""Statistics of estimates from Fisher information: fits, standard errors, sandwiches, intervals, criteria.
 
-``jf.fit``, ``jf.covariance``, ``jf.standard_errors`` and ``jf.sandwich`` are here and at the top; for the others write
-``from jaxfisher import statistics``. Weights say how often an observation occurs, in all of them.
+``jf.fit``, ``jf.covariance``, ``jf.standard_errors`` and ``jf.sandwich`` are also names of the package; for the others write
+``from jaxfisher import statistics``. In all of them weights say how often an observation occurs.
 """
 
 from jaxfisher.statistics._covariance import covariance as covariance

@@ -1,4 +1,4 @@
-"""Covariances of estimates: the inverse of the information, the sandwich, and what a function of the parameters inherits."""
+"""Covariances of estimates: the inverse information, the sandwich, and the delta method for functions of the parameters."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from jaxfisher._values import described
 
 @array_fields("finite", "null", "unit", repr=False)
 class Covariance(Form):
-    """``lim (A + eps U^2)^-1``: infinite along what A does not see, and a matrix beside it. ``U`` is a diagonal of units.
+    """``lim (A + eps U^2)^-1``: infinite along the null space of A, and a finite matrix elsewhere. ``U`` is diagonal: units.
 
-    The columns of ``null`` are zero but for an orthonormal basis of the null space of ``U^-1 A U^-1``; its rows are zero for
-    the parameters that A determines.
+    The columns of ``null`` are an orthonormal basis of the null space of ``U^-1 A U^-1``, and zeros. Its rows are zero for the
+    parameters that A determines.
     """
 
     finite: Float[Array, "p p"]
@@ -59,7 +59,7 @@ class Covariance(Form):
         return _beside(matmul(unseen, unseen.T), matmul(rows, matmul(self.finite, rows.T)))
 
     def _unseen(self, flat: Float[Array, " p"]) -> Float[Array, " p"]:
-        """The part of a direction that A does not see, as coefficients, zero where the part is nothing but rounding."""
+        """The coefficients of a direction's part in the null space of A; zero if that part is only rounding error."""
         scaled = flat / self.unit
         found = matmul(self.null.T, scaled)
         return jnp.where(jnp.vdot(found, found) > _rounding(found) * jnp.vdot(scaled, scaled), found, 0)
@@ -78,7 +78,7 @@ class Covariance(Form):
 
 
 def _beside(unseen: Array, finite: Array) -> Array:
-    """Infinite where something is not seen, with its sign, and finite elsewhere."""
+    """Infinity with the sign of ``unseen`` where it is not zero to rounding, and ``finite`` elsewhere."""
     least = _rounding(unseen)
     return jnp.where(unseen > least, jnp.inf, jnp.where(unseen < -least, -jnp.inf, finite))
 
@@ -88,7 +88,7 @@ def _rounding(values: Array) -> float:
 
 
 def inverse_and_null(fisher: Operator) -> tuple[Float[Array, "p p"], Float[Array, "p p"], Float[Array, " p"]]:
-    """An inverse of F, a basis of its null space in units in which F has a unit diagonal, and these units."""
+    """The pseudo-inverse of F, a basis of its null space in units in which F has a unit diagonal, and these units."""
     matrix = dense(fisher).as_matrix()
     diagonal = jnp.abs(jnp.diagonal(matrix))
     unit = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
@@ -97,7 +97,7 @@ def inverse_and_null(fisher: Operator) -> tuple[Float[Array, "p p"], Float[Array
     columns, info = jax.vmap(lambda row: solve(equal, fisher.spec.unravel(row), 0.0))(eye)
     inverse = jax.vmap(lambda x: fisher.spec.ravel(x, "x"))(columns)
     inverse = 0.5 * (inverse + inverse.T)
-    # Of parameters that F determines, an eigenvector has entries that are zero to rounding over the smallest eigenvalue kept.
+    # For parameters that F determines, a null vector has entries that are zero to rounding over the smallest kept eigenvalue.
     _, vectors = jnp.linalg.eigh(equal.as_matrix())
     vectors = jnp.where(jnp.arange(fisher.size, dtype=jnp.int32) < fisher.size - info.rank[0], vectors, 0)
     null = jnp.where(jnp.sum(vectors**2, axis=1, keepdims=True) > _rounding(vectors), vectors, 0)
@@ -109,22 +109,23 @@ def covariance(fisher: Operator, n: chex.Numeric | None = None) -> Operator:
 
     .. math:: C = (n F)^{-1}.
 
-    With the exact Fisher at the maximum of the likelihood it is the asymptotic covariance of that maximum, and that of
-    statsmodels' generalised linear models; with `jaxfisher.observed_information` it is that of statsmodels' discrete models.
+    With the exact Fisher at the maximum of the likelihood it is the asymptotic covariance of the estimate, which statsmodels
+    uses for generalised linear models; with `jaxfisher.observed_information` it is that of statsmodels' discrete models.
 
-    **When it is the wrong tool.** It holds if the model is right. If it may not be, use `jaxfisher.sandwich`. A dispersion
-    that was estimated multiplies it: ``phi * jf.covariance(F)``.
+    **When it is the wrong tool.** It is right only if the model is right. If the model may be wrong, use `jaxfisher.sandwich`.
+    Multiply it by a dispersion that was estimated: ``phi * jf.covariance(F)``.
 
-    Where F is singular, this is the limit of ``(n F + eps diag F)^-1``: infinite for parameters, and in products for
-    directions, that the data do not determine, and finite for the others, such as the difference of two logits.
+    If F is singular, the result is the limit of ``(n F + eps diag F)^-1``. It is infinite for parameters that the data do not
+    determine, and in products for such directions. It is finite for the others, such as the difference of two logits.
 
     Args:
         fisher: an operator, a mean over examples; it is made dense, at ``p^2`` memory and ``p^3`` flops.
         n: the number of observations. None takes that of the operator's own mean; with weights, which say how often an
-            observation occurs, it is their sum. A sum of several means needs it: it is 1 of ``n_1 F_1 + n_2 F_2``.
+            observation occurs, it is their sum. A sum of several means needs ``n``: it is 1 for ``n_1 F_1 + n_2 F_2``.
 
     Returns:
-        An operator: ``diagonal()`` are variances, ``quadratic(v)`` is the variance of ``v . theta``, ``as_matrix()`` is all.
+        An operator: ``diagonal()`` has the variances, ``quadratic(v)`` is the variance of ``v . theta``, and ``as_matrix()``
+        the whole covariance.
 
     Raises:
         TypeError: ``fisher`` is not an operator.
@@ -147,16 +148,16 @@ def standard_errors(fisher: Operator, n: chex.Numeric | None = None) -> Any:
     r"""Standard errors of the parameters, ``sqrt diag (n F)^-1``, a pytree like the parameters.
 
     Args:
-        fisher: as in `jaxfisher.covariance`; or a covariance, as that function and `jaxfisher.sandwich` return it.
-        n: as in `jaxfisher.covariance`; of a covariance, None.
+        fisher: as in `jaxfisher.covariance`; or a covariance that `jaxfisher.covariance` or `jaxfisher.sandwich` returned.
+        n: as in `jaxfisher.covariance`; None for a covariance.
 
     Returns:
         Standard errors in the units of the parameters and the statistics dtype, infinite for a parameter that the data do not
-        determine. Of a complex parameter it is ``a + i b``, with the errors of its real and of its imaginary part.
+        determine. For a complex parameter it is ``a + i b``, with the errors of its real and of its imaginary part.
 
     Raises:
         TypeError: ``fisher`` is not an operator.
-        ValueError: ``n`` is not given, and the operator is no mean; or it is given beside a covariance.
+        ValueError: ``n`` is not given, and the operator is no mean; or ``n`` is given with a covariance.
 
     Reference: van der Vaart, Asymptotic Statistics (1998), theorem 5.39.
 
@@ -170,30 +171,30 @@ def standard_errors(fisher: Operator, n: chex.Numeric | None = None) -> Any:
     if isinstance(fisher.form, Covariance):
         if n is not None:
             raise ValueError(
-                "standard_errors: `n` is given beside a covariance, which is that of n observations. Leave `n` out."
+                "standard_errors: `n` is given with a covariance, which already is that of n observations. Leave `n` out."
             )
         return _roots(fisher)
     return _roots(covariance(fisher, n))
 
 
 def _roots(covariance: Operator) -> Any:
-    """The roots of the variances; of a complex leaf, of its real and of its imaginary part."""
+    """The roots of the variances; for a complex leaf, those of its real and of its imaginary part."""
     spec = covariance.spec
     return joined(spec.unravel(jnp.sqrt(spec.ravel(covariance.diagonal(), "variances"))))
 
 
 def sandwich(bread: Operator, meat: Operator, n: chex.Numeric | None = None) -> Operator:
-    r"""The covariance of estimates that holds if the model is wrong: ``B^-1 M B^-1 / n``.
+    r"""The covariance of estimates that is valid even if the model is wrong: ``B^-1 M B^-1 / n``.
 
     .. math:: C = \frac1n B^{-1} M B^{-1}, \qquad B = -\frac1n \sum_i \nabla^2 \log p(x_i), \qquad
         M = \frac1n \sum_i s_i s_i^T.
 
-    With `jaxfisher.observed_information` for bread and `jaxfisher.empirical_fisher` for meat it is White's, HC0 of
+    With `jaxfisher.observed_information` as bread and `jaxfisher.empirical_fisher` as meat it is White's estimator, HC0 of
     statsmodels. `jaxfisher.statistics.meat` makes the meats of HC1, HC2 and HC3 and of clusters.
 
-    **When it is the wrong tool.** If the model is right it is noisier than `jaxfisher.covariance`; with few observations or few
-    clusters it is too small, which HC3 mends in part. It says how far the estimate is from the best fit of a wrong model; that
-    fit may still be of no use.
+    **When it is the wrong tool.** If the model is right it is noisier than `jaxfisher.covariance`. With few observations or few
+    clusters it is too small, which HC3 corrects in part. It says how far the estimate is from the best fit of a wrong model;
+    that fit may still be useless.
 
     Args:
         bread: minus the mean Hessian of the log-likelihood, or the exact Fisher; made dense.
@@ -201,11 +202,11 @@ def sandwich(bread: Operator, meat: Operator, n: chex.Numeric | None = None) -> 
         n: the number of observations; None takes that of the bread, as in `jaxfisher.covariance`.
 
     Returns:
-        An operator as `jaxfisher.covariance` returns it, infinite along what the bread does not see.
+        An operator as `jaxfisher.covariance` returns it, infinite along the null space of the bread.
 
     Raises:
         TypeError: ``bread`` or ``meat`` is not an operator.
-        ValueError: they are over other parameters; ``n`` is not given, and the bread is no mean.
+        ValueError: the two are over different parameters; ``n`` is not given, and the bread is no mean.
 
     Reference: White, Maximum likelihood estimation of misspecified models (Econometrica 1982), theorem 3.2; Huber (1967).
 
@@ -228,7 +229,7 @@ def delta_method(function: Callable[[Any], Any]) -> Callable[[chex.ArrayTree, Op
 
     .. math:: \mathrm{cov}(f(\hat\theta)) \approx J C J^T, \qquad J = \partial f / \partial \theta \text{ at } \hat\theta.
 
-    **When it is the wrong tool.** It is the linear part only. Where f bends within a standard error, such as a ratio whose
+    **When it is the wrong tool.** It is only the linear part. If f is nonlinear within a standard error, such as a ratio whose
     denominator is near zero, use `jaxfisher.statistics.likelihood_interval`.
 
     Args:
@@ -236,11 +237,11 @@ def delta_method(function: Callable[[Any], Any]) -> Callable[[chex.ArrayTree, Op
 
     Returns:
         A function ``(params, covariance) -> (value, matrix)``: the value of f, and its covariance, shape ``[k, k]``, in the
-        order of `jax.flatten_util.ravel_pytree`. It is infinite for what the data do not determine.
+        order of `jax.flatten_util.ravel_pytree`, infinite for numbers that the data do not determine.
 
     Raises:
-        TypeError: ``function`` is not a function; (when called) ``covariance`` is not an operator, or what the function returns
-            is no real floating numbers.
+        TypeError: ``function`` is not a function; (when called) ``covariance`` is not an operator, or the function does not
+            return real floating numbers.
         ValueError: (when called) parameters of another structure.
 
     Reference: van der Vaart, Asymptotic Statistics (1998), theorem 3.1.
@@ -271,12 +272,12 @@ def delta_method(function: Callable[[Any], Any]) -> Callable[[chex.ArrayTree, Op
 
 
 def check_real(caller: str, value: Any) -> None:
-    """Raise `TypeError` unless what a function of the parameters returns is real floating numbers, which have derivatives."""
+    """Raise `TypeError` unless a function of the parameters returned real floating numbers, which have derivatives."""
     for leaf in jax.tree.leaves(value) or [value]:
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
             seen = f"dtype {leaf.dtype}" if hasattr(leaf, "dtype") else described(leaf)
             raise TypeError(
-                f"{caller}: `function` returned {seen}; expected real floating numbers. Of complex ones ask for .real or .imag."
+                f"{caller}: `function` returned {seen}; expected real floating numbers. Of complex ones return .real or .imag."
             )
 
 
@@ -287,14 +288,14 @@ def cramer_rao_bound(
 
     .. math:: \mathrm{cov}(\hat f) \succeq J (n F)^{-1} J^T.
 
-    **When it is the wrong tool.** A biased estimate may be below it, and for few observations none may reach it.
+    **When it is the wrong tool.** A biased estimate may be below the bound, and for few observations no estimate may reach it.
 
     Args:
         function: ``params -> array or pytree of arrays``, of k numbers in all.
 
     Returns:
-        A function ``(params, fisher, n=None) -> matrix [k, k]``, of the exact Fisher at the parameters. With
-        ``n=None`` it is for the number of observations that the Fisher is over.
+        A function ``(params, fisher, n=None) -> matrix [k, k]``, of the exact Fisher at the parameters. With ``n=None`` the
+        bound is for the number of observations in the mean of the Fisher.
 
     Raises:
         TypeError: ``function`` is not a function; (when called) ``fisher`` is not an operator.

@@ -1,4 +1,4 @@
-"""Criteria that weigh a fit against its number of parameters."""
+"""Information criteria, which weigh a fit against its number of parameters."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from jaxfisher.statistics._observations import of_observations
 
 
 def aic(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[..., Scalar]:
-    r"""Akaike's information criterion, ``2 p - 2 log-likelihood``: of two fits the smaller one is expected to predict better.
+    r"""Akaike's information criterion, ``2 p - 2 log-likelihood``: the fit with the smaller one is expected to predict better.
 
-    **When it is the wrong tool.** It holds for a model that is right and has full rank; for one that may be wrong see
-    `jaxfisher.statistics.tic`. For a network, whose Fisher is singular, neither holds.
+    **When it is the wrong tool.** It is right for a model that is correct and has full rank; for one that may be wrong see
+    `jaxfisher.statistics.tic`. For a network, whose Fisher is singular, neither is right.
 
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
-        batch_size: work on pieces of at most so many observations, which bounds memory.
+        batch_size: work on chunks of at most so many observations, which bounds memory.
 
     Returns:
-        A function ``(params, *data, weights=None)``, of the maximum of the likelihood: a scalar in nats. Weights say how often
-        an observation occurs.
+        A function ``(params, *data, weights=None)``, to be called at the maximum of the likelihood, that returns a scalar in
+        nats. Weights say how often an observation occurs.
 
     Raises:
         ValueError: (when called) arrays of different lengths.
@@ -56,21 +56,22 @@ def aic(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[..., Sc
 
 
 def tic(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[..., Scalar]:
-    r"""Takeuchi's information criterion: Akaike's, with the number of parameters that a wrong model really has.
+    r"""Takeuchi's information criterion: Akaike's, with the effective number of parameters of a model that may be wrong.
 
     .. math:: -2 \log L + 2\, \mathrm{tr}(B^{-1} M),
 
-    with B the observed information and M the empirical Fisher, as in `jaxfisher.sandwich`. In a model that is right the trace
-    is about p.
+    with B the observed information and M the empirical Fisher, as in `jaxfisher.sandwich`. If the model is right the trace is
+    about p.
 
-    **When it is the wrong tool.** The trace is noisy where observations are few.
+    **When it is the wrong tool.** With few observations the trace is noisy.
 
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
-        batch_size: work on pieces of at most so many observations, which bounds memory.
+        batch_size: work on chunks of at most so many observations, which bounds memory.
 
     Returns:
-        A function ``(params, *data, weights=None)``, of the maximum of the likelihood: a scalar in nats.
+        A function ``(params, *data, weights=None)``, to be called at the maximum of the likelihood, that returns a scalar in
+        nats.
 
     Raises:
         ValueError: (when called) arrays of different lengths.

@@ -1,4 +1,4 @@
-"""Maximum likelihood by Fisher scoring, with a report that says what was reached and what runs away."""
+"""Maximum likelihood by Fisher scoring, with a report on convergence and on separated parameters."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from jaxfisher.statistics._scoring import FLOOR, Likelihood, Penalty, Problem, n
     repr=False,
 )
 class Fit:
-    """What a fit reached.
+    """The result of a fit.
 
     Attributes:
-        params: the estimates, a pytree like the parameters that were given.
+        params: the estimates, a pytree like the start.
         fisher: the exact Fisher there, an operator: ``jf.covariance(fit.fisher)``, ``jf.standard_errors(fit.fisher)``.
         log_likelihood: the sum over observations, in nats, without the penalty.
-        iterations: how many times the Fisher and the gradient were computed.
+        iterations: the number of times that the Fisher and the gradient were computed.
         offset: how far the next step would go, in standard errors; those are from the scatter of the scores, so that a scale
             which is known only up to a factor does not matter. Where the scores are nothing but rounding, since the model meets
             every observation, it is in roundings of the parameters, in units of the tolerance.
@@ -45,9 +45,9 @@ class Fit:
         rank: the rank of the Fisher, at most p.
         converged: whether ``offset`` is at most the tolerance, or as small as rounding lets it be and at most 32 times that,
             and nothing is separated.
-        separated: a pytree like the parameters, of booleans: which entries still move by long steps although the likelihood no
-            longer changes, or were determined by the data before and are no longer. The likelihood has no maximum along
-            these, as where a class is separated from the others. Of a complex entry, whether its real or imaginary part is one.
+        separated: a pytree of booleans like the parameters. It marks entries that still move by long steps although the
+            likelihood no longer changes, or that the data determined before and no longer do. The likelihood has no maximum
+            along these, as when a class is separated from the others. A complex entry is marked if either of its parts is.
     """
 
     params: Any
@@ -74,7 +74,7 @@ class Fit:
 
 
 def _named(flags: Any) -> list[str]:
-    """The paths of the entries that are set."""
+    """The paths of the entries that are true."""
     named = []
     for path, leaf in zip(path_names(flags), jax.tree.leaves(flags), strict=True):
         for index in zip(*np.nonzero(np.atleast_1d(np.asarray(leaf))), strict=True):
@@ -95,25 +95,26 @@ def fit(
     .. math:: \theta \leftarrow \theta - (F + \lambda U)^{-1} g, \qquad
         g = -\frac1n \sum_i s_i.
 
-    The step at ``lambda = 0`` is that of iteratively reweighted least squares for a generalised linear model, and Gauss and
-    Newton's for a normal of fixed scale. It is taken as it is where the quadratic model of the negative log-likelihood holds so
-    far. Where it does not, lambda keeps the step within a radius that follows how well the model held before, and the step is
-    bent as predictions bend along it (`jaxfisher.acceleration`); U is the information on each parameter that was met lately.
+    The step at ``lambda = 0`` is that of iteratively reweighted least squares for a generalised linear model, and the
+    Gauss-Newton step for a normal of fixed scale. It is taken unchanged if the quadratic model of the negative log-likelihood
+    is good that far. If not, lambda keeps the step within a radius, which adapts to how good the model was before, and the step
+    is bent as predictions bend along it (`jaxfisher.acceleration`). U is the recent information on each parameter.
 
-    **When it is the wrong tool.** It makes p x p matrices and decomposes them at each step, and goes through all data for
-    each: for a network of more than about a thousand parameters see `jaxfisher.kfac`. It finds one maximum, that of its start.
+    **When it is the wrong tool.** It makes and decomposes p x p matrices at each step, and goes through all data for each: for
+    a network of more than about a thousand parameters see `jaxfisher.kfac`. It finds one maximum, near its start.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
         penalty: ``(params, *inputs, weights) -> scalar`` in nats, added to the negative log-likelihood of all observations,
-            such as `jaxfisher.statistics.firth`; inputs are those of all examples, and weights have the sum one.
-        rtol: how far the next step may go at the end, in standard errors; None is the root of the dtype's eps.
+            such as `jaxfisher.statistics.firth`; the inputs are those of all examples, and the weights sum to one.
+        rtol: the longest next step at convergence, in standard errors; None for the root of the dtype's eps.
         max_steps: the most steps.
-        batch_size: work on pieces of at most so many observations, which bounds memory. A penalty is of all at once.
+        batch_size: work on chunks of at most so many observations, which bounds memory. A penalty sees all at once.
 
     Returns:
-        A function ``(params, *inputs, target, weights=None)`` that returns a `jaxfisher.statistics.Fit`, from a start. Weights
-        say how often an observation occurs. It computes in float64 where a parameter is float64.
+        A function ``(params, *inputs, target, weights=None)``, where ``params`` is the start, that returns a
+        `jaxfisher.statistics.Fit`. Weights say how often an observation occurs. It computes in float64 if a parameter is
+        float64.
 
     Raises:
         ValueError: a number of steps or a ``batch_size`` below one, a negative tolerance; (when called) arrays of different
@@ -186,15 +187,15 @@ class Firth(Around):
 
 
 def firth(model: Model) -> Firth:
-    r"""Firth's penalty, Jeffreys' prior as a penalty of `jaxfisher.fit`: estimates that stay finite where data are separated.
+    r"""Firth's penalty for `jaxfisher.fit`, which is Jeffreys' prior: estimates stay finite if the data are separated.
 
     .. math:: -\tfrac12 \log\det F(\theta).
 
-    It takes away the first-order bias of the maximum of the likelihood of an exponential family in its natural parameters.
-    Its gradient goes through the log-determinant.
+    It removes the first-order bias of the maximum-likelihood estimate for an exponential family in its natural parameters. Its
+    gradient goes through the log-determinant.
 
-    **When it is the wrong tool.** F must have full rank. With other links than the canonical one it does not
-    take the bias away. Predicted probabilities are drawn to one half.
+    **When it is the wrong tool.** F must have full rank. With other links than the canonical one it does not remove the bias.
+    Predicted probabilities are pulled towards one half.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.

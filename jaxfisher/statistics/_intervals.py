@@ -1,4 +1,4 @@
-"""Intervals for a function of the parameters: Wald's, those of the likelihood ratio, and those of the score."""
+"""Intervals for a function of the parameters: Wald's, by the likelihood ratio, and by the score."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from jaxfisher.statistics._covariance import check_real, delta_method
 from jaxfisher.statistics._observations import fisher_at, of_observations
 
 STAGES, STEPS = 12, 30
-"""In how many parts the way from the estimate to an end is gone, and the most of Newton's steps for each."""
+"""The number of parts of the path from the estimate to an end, and the most Newton steps for each part."""
 
 
 class Interval(NamedTuple):
     """An interval for a number.
 
     Attributes:
-        lower: its lower end.
-        upper: its upper end.
-        converged: whether both ends were found. Where the likelihood is flat on one side there is none.
+        lower: the lower end.
+        upper: the upper end.
+        converged: whether both ends were found. If the likelihood is flat on one side, there is no end there.
     """
 
     lower: Scalar
@@ -44,19 +44,19 @@ class Interval(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Question(Around):
-    """A model, and the function of its parameters that is asked for."""
+    """A model, and the function of its parameters that the interval is for."""
 
     model: Model
     function: Callable[[Any], Scalar]
 
 
 def wald_interval(function: Callable[[Any], Any], level: chex.Numeric = 0.95) -> Callable[[chex.ArrayTree, Operator], Interval]:
-    r"""The symmetric interval, estimate plus and minus a multiple of its standard error.
+    r"""Wald's interval: the estimate plus and minus a multiple of its standard error.
 
     .. math:: f(\hat\theta) \pm z\, \sqrt{J C J^T}, \qquad z = \Phi^{-1}((1 + \mathrm{level}) / 2).
 
-    **When it is the wrong tool.** It depends on the coordinates: that of a rate is not that of its logarithm, and it may go
-    outside what is possible. With few observations take `jaxfisher.statistics.likelihood_interval`.
+    **When it is the wrong tool.** It depends on the coordinates: the interval of a rate does not agree with that of its
+    logarithm, and may contain impossible values. With few observations use `jaxfisher.statistics.likelihood_interval`.
 
     Args:
         function: ``params -> scalar``, such as ``lambda p: p["slope"]``.
@@ -94,26 +94,27 @@ def wald_interval(function: Callable[[Any], Any], level: chex.Numeric = 0.95) ->
 def likelihood_interval(
     model: Model, function: Callable[[Any], Any], level: chex.Numeric = 0.95, *, batch_size: int | None = None
 ) -> Callable[..., Interval]:
-    r"""The interval of the likelihood ratio, with all else fitted: the profile-likelihood interval of a number.
+    r"""The profile-likelihood interval of a number: the values that the likelihood-ratio test accepts, with all else fitted.
 
     .. math:: \{f(\theta) : 2 \log L(\hat\theta) - 2 \log L(\theta) \le z^2\}.
 
     Its ends are the largest and the smallest value of f on that set, found by Newton's method from those of Wald's interval.
-    In any coordinates it is the same interval.
+    It is the same interval in any coordinates.
 
-    **When it is the wrong tool.** It holds if the model is right. At the edge of what the parameters may be, it has no other
-    end.
+    **When it is the wrong tool.** It is valid if the model is right. If the estimate is at the edge of the possible parameters,
+    the interval has no end on that side.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
         function: ``params -> scalar``; with one parameter and the identity it is the plain likelihood-ratio interval.
         level: the coverage, between zero and one.
-        batch_size: work on pieces of at most so many observations, which bounds memory.
+        batch_size: work on chunks of at most so many observations, which bounds memory.
 
     Returns:
-        A function ``(params, *inputs, target, weights=None) -> Interval``, of the maximum of the likelihood. The Fisher
-        there must have full rank: where it has not, as of a design with redundant columns, the ends are NaN and ``converged``
-        is false, also for what the data determine. Take redundant parameters out, or `jaxfisher.statistics.wald_interval`.
+        A function ``(params, *inputs, target, weights=None) -> Interval``, to be called at the maximum of the likelihood. The
+        Fisher there must have full rank. If it has not, as with redundant columns of a design, the ends are NaN and
+        ``converged`` is false, even for numbers that the data determine. Remove redundant parameters, or use
+        `jaxfisher.statistics.wald_interval`.
 
     Raises:
         ValueError: a level that is not between zero and one; (when called) a function of several numbers, arrays of different
@@ -135,24 +136,25 @@ def likelihood_interval(
 def score_interval(
     model: Model, function: Callable[[Any], Any], level: chex.Numeric = 0.95, *, batch_size: int | None = None
 ) -> Callable[..., Interval]:
-    r"""The interval of the score: the values that the score test, with all else fitted, does not refuse.
+    r"""The score interval of a number: the values that the score test accepts, with all else fitted.
 
     .. math:: \{f(\theta) : n\, g^T F^{-1} g \le z^2\}, \qquad g = \tfrac1n \nabla \log L \text{ along } \nabla f.
 
-    The information is that of the value which is tested, and not that of the estimate. Of a proportion it is Wilson's interval.
+    The information is taken at the value that is tested, not at the estimate. For a proportion it is Wilson's interval.
 
-    **When it is the wrong tool.** It holds if the model is right.
+    **When it is the wrong tool.** It is valid if the model is right.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
         function: ``params -> scalar``.
         level: the coverage, between zero and one.
-        batch_size: work on pieces of at most so many observations, which bounds memory.
+        batch_size: work on chunks of at most so many observations, which bounds memory.
 
     Returns:
-        A function ``(params, *inputs, target, weights=None) -> Interval``, of the maximum of the likelihood. The Fisher
-        there must have full rank: where it has not, as of a design with redundant columns, the ends are NaN and ``converged``
-        is false, also for what the data determine. Take redundant parameters out, or `jaxfisher.statistics.wald_interval`.
+        A function ``(params, *inputs, target, weights=None) -> Interval``, to be called at the maximum of the likelihood. The
+        Fisher there must have full rank. If it has not, as with redundant columns of a design, the ends are NaN and
+        ``converged`` is false, even for numbers that the data determine. Remove redundant parameters, or use
+        `jaxfisher.statistics.wald_interval`.
 
     Raises:
         ValueError: a level that is not between zero and one; (when called) a function of several numbers, arrays of different
@@ -193,30 +195,30 @@ def _interval(
 
 
 def _deviations(name: str, level: Any) -> Scalar:
-    """How many standard deviations of a normal cover so much of it."""
+    """The number of standard deviations whose interval covers this share of a normal distribution."""
     check_number("level", level)
     if not isinstance(level, jax.Array) and not 0 < float(level) < 1:
         raise ValueError(f"{name}: `level` is {level}; expected a coverage between zero and one, such as 0.95.")
     share = jnp.asarray(level, jnp.result_type(float))
-    # What turns out to be no coverage has no interval.
+    # A level that turns out at run time to be no coverage gives NaN.
     return jax.scipy.special.ndtri(0.5 * (1 + jnp.where((share > 0) & (share < 1), share, jnp.nan)))
 
 
 def _check_scalar(name: str, value: Any) -> None:
     check_real(name, value)
     if jnp.shape(value) != ():
-        raise ValueError(f"{name}: `function` returned shape {jnp.shape(value)}; expected one number. Ask for one at a time.")
+        raise ValueError(f"{name}: `function` returned shape {jnp.shape(value)}; expected one number. Return one at a time.")
 
 
 class _Local(NamedTuple):
     """The problem in units of standard errors: ``theta = estimate + root u``."""
 
     loss: Callable[[Array], Scalar]
-    """The negative log-likelihood of all observations, less that of the estimate."""
+    """The negative log-likelihood of all observations, minus that at the estimate."""
     asked: Callable[[Array], Scalar]
-    """The function, less its value at the estimate, in its standard errors."""
+    """The function minus its value at the estimate, in units of its standard error."""
     information: Callable[[Array], Float[Array, "p p"]]
-    """The exact Fisher of all observations: the identity at the estimate."""
+    """The exact Fisher of all observations, which is the identity at the estimate."""
     origin: Float[Array, " p"]
     value: Scalar
     error: Scalar
@@ -252,7 +254,7 @@ def _local(question: _Question, params: Any, batch: Batch) -> _Local:
 
 @once_for
 def _likelihood_ends(question: _Question, params: Any, batch: Batch, z: Scalar) -> tuple[Array, Array]:
-    """Where ``grad asked = mu grad loss`` and ``loss = z^2 / 2``."""
+    """The ends: the points where ``grad asked = mu grad loss`` and ``loss = z^2 / 2``."""
     local = _local(question, params, batch)
 
     def residual(unknown: Array, z: Scalar) -> Array:
@@ -265,7 +267,7 @@ def _likelihood_ends(question: _Question, params: Any, batch: Batch, z: Scalar) 
 
 @once_for
 def _score_ends(question: _Question, params: Any, batch: Batch, z: Scalar) -> tuple[Array, Array]:
-    """Where ``grad asked = mu grad loss`` and the score statistic is ``z^2``."""
+    """The ends: the points where ``grad asked = mu grad loss`` and the score statistic is ``z^2``."""
     local = _local(question, params, batch)
 
     def residual(unknown: Array, z: Scalar) -> Array:
@@ -278,14 +280,14 @@ def _score_ends(question: _Question, params: Any, batch: Batch, z: Scalar) -> tu
 
 
 def _ends(local: _Local, residual: Callable[[Array, Scalar], Array], z: Scalar) -> tuple[Array, Array]:
-    """Both ends, and whether they were found: near the estimate they are Wald's, and from there each leads to the next."""
+    """Both ends, and whether they were found. For a low level they are Wald's; each level starts from the one below."""
     direction = jax.grad(local.asked)(local.origin)
     levels = z * jnp.arange(1, STAGES + 1, dtype=z.dtype) / STAGES
 
     def end(sign: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
         def part(state: tuple[Array, Scalar, Any], level: Scalar) -> tuple[Any, None]:
             unknown, last, _ = state
-            # In a parabola u grows with the level, and the multiplier falls.
+            # For a parabola u is proportional to the level, and the multiplier inversely proportional.
             start = jnp.append(unknown[:-1] * level / last, unknown[-1] * last / level)
             found, good = _newton(lambda unknown: residual(unknown, level), start)
             return (found, level, good), None
@@ -293,7 +295,7 @@ def _ends(local: _Local, residual: Callable[[Array, Scalar], Array], z: Scalar) 
         begin = jnp.append(sign * levels[0] * direction, sign / levels[0]), levels[0], jnp.ones((), bool)
         (found, _, good), _ = jax.lax.scan(part, begin, levels)
         asked = local.asked(found[:-1])
-        # The other solution of the same equations is the other end.
+        # The equations also have the other end as a solution: check the side.
         return local.value + local.error * asked, good & (asked * sign > 0)
 
     values, good = jax.vmap(end)(jnp.asarray([-1.0, 1.0], z.dtype))
@@ -301,7 +303,7 @@ def _ends(local: _Local, residual: Callable[[Array, Scalar], Array], z: Scalar) 
 
 
 def _newton(residual: Callable[[Array], Array], start: Array) -> tuple[Array, Bool[Array, ""]]:
-    """A root by Newton's method, with steps halved until the residual falls; and whether it is one."""
+    """A root by Newton's method, with steps halved until the residual falls, and whether it is a root."""
     eps = float(jnp.finfo(start.dtype).eps)
 
     def step(state: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the files of this room ask of all observations together."""
+"""Helpers of this folder that concern all observations together: counts, weights, and the Fisher of all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxfisher._readings import Around
 
 
 def of_observations(function: str) -> Refusing:
-    """A function of this room: sums over observations, which do not depend on what a mean is divided by."""
+    """A decorator for functions of sums over observations: ``counts`` and ``batch_size`` raise errors that say what to do."""
     counts = (
         "none: estimates and their errors do not depend on what a mean is divided by. How often an observation occurs, pass as "
         "weights=."
@@ -28,7 +28,7 @@ def of_observations(function: str) -> Refusing:
 
 
 def occurrences(weights: Any, n: int) -> Float[Array, " n"]:
-    """How often each of n observations occurs: once unless weights say otherwise, and NaN where these are no weights."""
+    """How often each of n observations occurs: its weight, or once without weights; NaN for a negative weight."""
     if weights is None:
         return jnp.ones(n)
     often = checked_weights(weights, n)
@@ -37,7 +37,7 @@ def occurrences(weights: Any, n: int) -> Float[Array, " n"]:
 
 @dataclasses.dataclass(frozen=True)
 class _Repeated(Around):
-    """A model without inputs, once for each target."""
+    """A model without inputs, as a model that is evaluated once for each target."""
 
     model: Model
 
@@ -46,7 +46,7 @@ class _Repeated(Around):
 
 
 def fisher_at(model: Model, params: chex.ArrayTree, data: tuple[Any, ...], weights: Any, batch_size: int | None) -> Operator:
-    """The exact Fisher over all observations; of a model without inputs too its n is the number of targets."""
+    """The exact Fisher over all observations; its n is the number of targets also for a model without inputs."""
     if jax.tree.leaves(data[:-1]):
         return exact_fisher(model, batch_size=batch_size)(params, *data[:-1], weights=weights)
     return exact_fisher(_Repeated(model), batch_size=batch_size)(params, data[-1], weights=weights)

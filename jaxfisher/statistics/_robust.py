@@ -1,4 +1,4 @@
-"""The meat of a sandwich: scores corrected for leverage, summed over clusters; and the dispersion."""
+"""The meat of a sandwich (scores corrected for leverage, summed over clusters), and the dispersion."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from jaxfisher.statistics._observations import occurrences, of_observations
 
 
 def meat(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[..., Operator]:
-    r"""The meat of `jaxfisher.sandwich`: the mean outer product of scores, each times a factor, summed over clusters first.
+    r"""The meat of `jaxfisher.sandwich`: the mean outer product of scores, times factors and summed over clusters first.
 
     .. math:: M = \frac1n \sum_g t_g t_g^T, \qquad t_g = \sum_{i \in g} f_i s_i.
 
-    Without groups each observation is its own, and without factors the meat is `jaxfisher.empirical_fisher`. Factors are those
-    of `jaxfisher.statistics.hc1`, `hc2` and `hc3`.
+    Without groups each observation is its own group, and without factors the meat is then `jaxfisher.empirical_fisher`. Factors
+    come from `jaxfisher.statistics.hc1`, `hc2` and `hc3`.
 
     **When it is the wrong tool.** The number of clusters, not of observations, must be large: with fewer than about forty,
     standard errors are too small.
@@ -47,9 +47,9 @@ def meat(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[..., O
         batch_size: run the model on at most so many observations at a time, which bounds its activations.
 
     Returns:
-        A function ``(params, *data, groups=None, factors=None, weights=None)`` that returns a dense operator, by way of the
-        n x p scores. ``groups`` has a label for each example, ``factors`` a number for each. Labels are any numbers or,
-        outside ``jit``, strings. ``weights`` say how often an observation occurs.
+        A function ``(params, *data, groups=None, factors=None, weights=None)`` that returns a dense operator, which it makes
+        from the n x p scores. ``groups`` has a label for each example, and ``factors`` a number for each. Labels are any
+        numbers or, outside ``jit``, strings. ``weights`` say how often an observation occurs.
 
     Raises:
         ValueError: (when called) arrays of different lengths, groups or factors of another length than the data.
@@ -101,7 +101,7 @@ def _other_length(name: str, shape: tuple[int, ...], n: int) -> ValueError:
 
 
 def _real(name: str, values: Any) -> Array:
-    """Real numbers as an array, floating ones if they are not."""
+    """Real numbers as a floating array."""
     held = np.asarray(values) if isinstance(values, list | tuple) else values
     if not is_array(held) or not any(jnp.issubdtype(dtype_of(held), kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
         raise TypeError(f"{name} is {described(held)}; expected real numbers.")
@@ -110,7 +110,7 @@ def _real(name: str, values: Any) -> Array:
 
 
 def _places(groups: Any, n: int) -> Array:
-    """For each example the number of its group, from zero on."""
+    """The number of its group for each example, counted from zero."""
     if isinstance(groups, jax.core.Tracer):
         if not jnp.issubdtype(groups.dtype, jnp.number) and groups.dtype != bool:
             raise TypeError(f"meat: `groups` has dtype {groups.dtype} inside jit; expected numbers, a label for each example.")
@@ -125,19 +125,19 @@ def _places(groups: Any, n: int) -> Array:
 
 
 def cluster_factor(groups: Any, p: int, weights: Float[Array, " n"] | None = None) -> Scalar:
-    r"""What a covariance from few clusters is multiplied by: ``G / (G - 1) (n - 1) / (n - p)``.
+    r"""The small-sample factor of a covariance from few clusters: ``G / (G - 1) (n - 1) / (n - p)``.
 
-    It is what Stata and statsmodels apply unless told otherwise: ``cluster_factor(groups, p) * jf.sandwich(bread, meat)``.
+    Stata and statsmodels apply it by default: ``cluster_factor(groups, p) * jf.sandwich(bread, meat)``.
 
     Args:
-        groups: the labels, shape ``[n]``, of G different values.
+        groups: the labels, shape ``[n]``, with G different values.
         p: the number of parameters.
         weights: how often each observation occurs, shape ``[n]``. Then n is their sum, and G the number of groups that occur;
-            the factor is NaN where that is one, or where n is not above p.
+            the factor is NaN if that number is one, or if n is not above p.
 
     Raises:
-        ValueError: one group only, labels that are no vector, no more observations than parameters, or weights of another
-            length, or known to be negative or all zero.
+        ValueError: only one group; labels that are no vector; no more observations than parameters; weights of another length,
+            or known to be negative or all zero.
         TypeError: weights that are no numbers.
 
     Reference: Cameron and Miller, A practitioner's guide to cluster-robust inference (2015), equation 12.
@@ -164,20 +164,20 @@ def cluster_factor(groups: Any, p: int, weights: Float[Array, " n"] | None = Non
 
 
 def leverages(model: Model, *, batch_size: int | None = None) -> Callable[..., Float[Array, " n"]]:
-    r"""How much each observation determines its own prediction: the diagonal of the hat matrix of a generalised linear model.
+    r"""The leverage of each observation on its own prediction: the diagonal of a generalised linear model's hat matrix.
 
     .. math:: h_i = r_i^T (n F)^{-1} r_i, \qquad F = \frac1n \sum_i r_i r_i^T, \qquad \sum_i h_i = \mathrm{rank}\, F.
 
     Args:
-        model: ``(params, *inputs) -> distribution`` of ONE example, of which one number moves with the parameters.
+        model: ``(params, *inputs) -> distribution`` of ONE example, with one field that moves with the parameters.
         batch_size: run the model on at most so many observations at a time, which bounds its activations.
 
     Returns:
-        A function ``(params, *inputs, weights=None)``: numbers between 0 and 1, shape ``[n]``. With weights, which say how
-        often an observation occurs, it is the leverage of one occurrence, and ``sum w_i h_i`` is the rank.
+        A function ``(params, *inputs, weights=None)`` that returns numbers between 0 and 1, shape ``[n]``. With weights, which
+        say how often an observation occurs, they are the leverages of one occurrence, and ``sum w_i h_i`` is the rank.
 
     Raises:
-        ValueError: (when called) a prediction of which more than one number moves: no one hat matrix belongs to it.
+        ValueError: (when called) more than one number of a prediction moves, so that there is no single hat matrix.
         TypeError: (when called) a model that returns no distribution.
 
     Reference: Pregibon, Logistic regression diagnostics (Annals of Statistics 1981), section 3.
@@ -207,15 +207,16 @@ def leverages(model: Model, *, batch_size: int | None = None) -> Callable[..., F
 
 
 def hc1(leverages: Float[Array, " n"], weights: Float[Array, " n"] | None = None) -> Float[Array, " n"]:
-    r"""The factors of HC1, ``sqrt(n / (n - p))`` for all, with ``p`` the sum of the leverages.
+    r"""The factors of HC1, ``sqrt(n / (n - p))`` for every observation, with ``p`` the sum of the leverages.
 
     Args:
-        leverages: what `jaxfisher.statistics.leverages` gives.
-        weights: how often each observation occurs, shape ``[n]``, those that the leverages were made with. Then n is their
-            sum, and ``p = sum w_i h_i``.
+        leverages: the leverages from `jaxfisher.statistics.leverages`.
+        weights: how often each observation occurs, shape ``[n]``; the weights that the leverages were made with. Then n is
+            their sum, and ``p = sum w_i h_i``.
 
     Raises:
-        ValueError: weights of another length, or known to be negative or all zero. Of those known late the factors are NaN.
+        ValueError: weights of another length, or known to be negative or all zero (if only known at run time, the factors are
+            NaN).
         TypeError: weights or leverages that are no numbers.
 
     Reference: MacKinnon and White, Some heteroskedasticity-consistent covariance matrix estimators (1985), equation 9.
@@ -232,12 +233,12 @@ def hc1(leverages: Float[Array, " n"], weights: Float[Array, " n"] | None = None
 
 
 def hc2(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
-    r"""The factors of HC2, ``1 / sqrt(1 - h_i)``: unbiased where the model is a linear one of equal variances.
+    r"""The factors of HC2, ``1 / sqrt(1 - h_i)``: unbiased for a linear model with equal variances.
 
-    At a leverage of one there is no such factor, as for `jaxfisher.statistics.hc3`.
+    At a leverage of one the factor is infinite, as for `jaxfisher.statistics.hc3`.
 
     Args:
-        leverages: what `jaxfisher.statistics.leverages` gives.
+        leverages: the leverages from `jaxfisher.statistics.leverages`.
 
     Raises:
         TypeError: leverages that are no real numbers.
@@ -253,15 +254,15 @@ def hc2(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
 
 
 def hc3(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
-    r"""The factors of HC3, ``1 / (1 - h_i)``: about what leaving one observation out would give.
+    r"""The factors of HC3, ``1 / (1 - h_i)``: close to leaving one observation out.
 
     An observation of leverage one, such as the only one with its dummy variable, determines a parameter alone: its score is
-    zero, nothing can be said of its variance, and its factor is infinite. Their product and the meat are NaN or, where
-    rounding leaves one of the two a little off, infinite or a number without meaning, as in statsmodels. Leave such an
-    observation out, and its parameter with it.
+    zero, its variance cannot be estimated, and its factor is infinite. The product of the two, and the meat, are NaN or, if
+    rounding changes one of the two a little, infinite or meaningless, as in statsmodels. Leave such an observation out,
+    together with its parameter.
 
     Args:
-        leverages: what `jaxfisher.statistics.leverages` gives.
+        leverages: the leverages from `jaxfisher.statistics.leverages`.
 
     Raises:
         TypeError: leverages that are no real numbers.
@@ -277,27 +278,27 @@ def hc3(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
 
 
 def dispersion(model: Model, *, batch_size: int | None = None) -> Callable[..., Scalar]:
-    r"""Pearson's estimate of the dispersion: how much larger the variance is than the model says.
+    r"""Pearson's estimate of the dispersion: the ratio of the variance to the one that the model states.
 
     .. math:: \hat\phi = \frac1{n k - p} \sum_i \sum_{j=1}^k \frac{(y_{ij} - \mu_{ij})^2}{v_{ij}},
 
-    with ``mu`` and ``v`` the mean and the variance of the k independent numbers that the model predicts for an example,
-    mostly one. Of ``Normal(f, 1)`` it is the residual variance:
-    ``phi * jf.covariance(F)`` is then the covariance of least squares.
+    with ``mu`` and ``v`` the mean and the variance of the k independent numbers (mostly one) that the model predicts for an
+    example. For ``Normal(f, 1)`` it is the residual variance, and ``phi * jf.covariance(F)`` is the covariance of least
+    squares.
 
-    **When it is the wrong tool.** Of counts that are nearly all zero or one it is biased. A variance that has another form
-    than the model says is no matter of a factor: see `jaxfisher.sandwich`.
+    **When it is the wrong tool.** For counts that are nearly all zero or one it is biased. A factor cannot correct a variance
+    of another form than the model's: see `jaxfisher.sandwich`.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example, with a ``mean`` and a ``variance``.
-        batch_size: work on pieces of at most so many observations, which bounds memory.
+        batch_size: work on chunks of at most so many observations, which bounds memory.
 
     Returns:
-        A function ``(params, *inputs, target, weights=None)``: a scalar. n is the sum of the weights, where there are any.
+        A function ``(params, *inputs, target, weights=None)`` that returns a scalar. With weights, n is their sum.
 
     Raises:
         TypeError: (when called) a model that returns no distribution, or one that is not of independent numbers with a
-            variance: classes, vectors, a `jaxfisher.Joint` or `jaxfisher.Masked`, what another library alone has.
+            variance: classes, vectors, a `jaxfisher.Joint` or `jaxfisher.Masked`, a foreign distribution without a counterpart.
         ValueError: (when called) a target of another shape than a draw.
 
     Reference: McCullagh and Nelder, Generalized Linear Models (1989), section 4.5.2.
@@ -330,10 +331,10 @@ def dispersion(model: Model, *, batch_size: int | None = None) -> Callable[..., 
 
 
 def _check_numbers(predicted: Distribution) -> None:
-    """Raise `TypeError` unless a draw is independent numbers, each with a mean and a variance that have a meaning."""
+    """Raise `TypeError` unless a draw consists of independent numbers, each with a meaningful mean and variance."""
     if isinstance(predicted, Categorical | Joint | Masked | Foreign) or predicted.event_ndim:
         raise TypeError(
             f"dispersion: the model returns {predicted}; expected independent numbers whose variance is known, such as "
-            "jf.Poisson, jf.Normal or jf.Bernoulli. Classes and vectors have no one dispersion; give an example that is to be "
-            "left out the weight zero."
+            "jf.Poisson, jf.Normal or jf.Bernoulli. Classes and vectors have no single dispersion. To leave an example out, "
+            "give it the weight zero."
         )

@@ -1,7 +1,7 @@
-"""Fisher scoring: steps within a radius that follows how well the quadratic model held, to where nothing goes down any more.
+"""Fisher scoring within a trust radius, which adapts to how good the quadratic model was, until no step goes down any more.
 
-A step that had to be shortened is bent as predictions bend along it. Where a long valley is curved, steps along its tangent
-leave it after a short way: the bent ones are longer.
+A step that had to be shortened is bent as predictions bend along it. In a long curved valley, steps along the tangent leave the
+valley after a short way; bent steps can be longer.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from jaxfisher._varying import cond, while_loop
 from jaxfisher.statistics._observations import fisher_at
 
 VISIBLE = 1e-3
-"""A step that is so long where the information was largest, in standard deviations of one observation, is not a small one."""
+"""The length above which a step is not small, in standard deviations of one observation at the largest information so far."""
 SLOW = 0.25
-"""A step of more than so many of the last ones does not get shorter: towards a maximum each is far shorter than the last."""
+"""The share of the last step above which a step counts as not shrinking; near a maximum each is far shorter than the last."""
 BLUR = 8
-"""So many roundings of the parameters are rounding."""
+"""The number of roundings of the parameters that count as rounding error."""
 FORGET = 0.9
-"""What is left, at the next step, of the information that was met before."""
+"""The share of earlier information that is left at the next step."""
 HALVINGS = 60
-"""How often the bracket of a damping is halved, in its logarithm."""
+"""The number of times that the bracket of a damping is halved, in its logarithm."""
 TRIALS = 40
 """The most damped steps that are tried from one point."""
 REACH = 10.0
-"""How far the first step may go, in the units of `_Equations.length`, or in lengths of the parameters that it starts from."""
+"""The longest first step, in the units of `_Equations.length`, or in lengths of the start parameters."""
 PULL = 100
-"""A slope of so many roundings, along what the information does not tell from zero, is a slope."""
+"""The number of roundings above which a slope counts, along directions in which the information is zero to rounding."""
 FLOOR = 32
-"""An offset within so many tolerances is as good as it gets, where rounding does not let it fall any more."""
+"""The number of tolerances within which an offset is accepted if rounding keeps it from falling further."""
 BENT = 0.75
-"""The longest bend of a step, in its own lengths: where it is longer, the step is too long for a parabola."""
+"""The longest bend of a step, in lengths of the step: with a longer bend the step is too long for a parabola."""
 ENOUGH, WELL = 1e-4, 0.75
-"""The share of what the quadratic model says that a step must go down, to be taken; and to be followed by a longer one."""
+"""The share of the predicted decrease that a step must reach to be taken, and to be followed by a longer one."""
 
 
 Penalty = Callable[..., Scalar]
@@ -65,7 +65,7 @@ class Problem(Around):
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
-    """What is fitted, as functions of flat parameters."""
+    """The problem of a fit, as functions of flat parameters."""
 
     problem: Problem
     params: Any
@@ -75,7 +75,7 @@ class Likelihood:
         return cast_like(self.batch.spec.unravel(flat), self.params)
 
     def loss(self, flat: Float[Array, " p"]) -> Scalar:
-        """The mean negative log-likelihood, and the penalty."""
+        """The mean negative log-likelihood plus the penalty."""
         batch, at = self.batch, self.at(flat)
         penalty = self.problem.penalty(at, *batch.data[:-1], weights=batch.weights)
         loss = batch_loss(log_likelihood(self.problem.model), at, batch)
@@ -86,7 +86,7 @@ class Likelihood:
         return fisher_at(self.problem.model, self.at(flat), batch.data, batch.uneven, batch.batch_size).as_matrix()
 
     def bending(self, flat: Float[Array, " p"], step: Float[Array, " p"]) -> Float[Array, " p"]:
-        """How predictions bend along a step, as the gradient that would undo it."""
+        """The bending of predictions along a step, as the gradient that would undo it."""
         spec, at = self.batch.spec, self.at(flat)
         *inputs, _ = self.batch.data
         given = given_with(tuple(inputs), {"weights": self.batch.uneven})
@@ -103,7 +103,7 @@ class Likelihood:
 
 
 class State(NamedTuple):
-    """Where a fit is."""
+    """The state of a fit."""
 
     flat: Float[Array, " p"]
     value: Scalar
@@ -111,18 +111,18 @@ class State(NamedTuple):
     steps: Int[Array, ""]
     gradient: Float[Array, " p"]
     largest: Float[Array, " p"]
-    """The largest information on each parameter that was met."""
+    """The largest information on each parameter so far."""
     recent: Float[Array, " p"]
-    """The same, slowly forgotten."""
+    """The same with slow forgetting."""
     offset: Scalar
     rank: Int[Array, ""]
     most: Int[Array, ""]
-    """The largest rank that was met."""
+    """The largest rank so far."""
     strides: Float[Array, " p"]
-    """How far the last step went, in standard deviations of one observation where the information was largest."""
+    """The length of the last step, in standard deviations of one observation at the largest information so far."""
     separated: Bool[Array, " p"]
     pulled: Bool[Array, ""]
-    """Whether the loss falls along what the information does not tell from zero."""
+    """Whether the loss falls along directions in which the information is zero to rounding."""
     moved: Bool[Array, ""]
     """Whether the last step was taken."""
 
@@ -133,23 +133,23 @@ class _Equations(NamedTuple):
     matrix: Float[Array, "p p"]
     gradient: Float[Array, " p"]
     newton: Float[Array, " p"]
-    """The step as it is, of the directions that the data determine."""
+    """The undamped step along the directions that the data determine."""
     rank: Int[Array, ""]
     unseen: Float[Array, " p"]
     """The share of each parameter in the directions that the data do not determine."""
     hidden: Scalar
     """The slope along these directions, in the units of the information."""
     unit: Float[Array, " p"]
-    """The root of the information on each parameter that was met lately: in these units a damping lets none run away."""
+    """The root of the recent information on each parameter; in these units a damping keeps all of them from running away."""
     values: Float[Array, " p"]
     vectors: Float[Array, "p p"]
 
     def length(self, step: Float[Array, " p"]) -> Scalar:
-        """The length of a step in standard deviations of one observation, of one that tells as much as any that was met."""
+        """The length of a step, in standard deviations of one observation at the recent information."""
         return jnp.linalg.norm(self.unit * step)
 
     def fall(self, step: Float[Array, " p"]) -> Scalar:
-        """By how much the quadratic model of the loss says that it goes down."""
+        """The decrease of the loss that the quadratic model predicts for a step."""
         return -jnp.vdot(self.gradient, step) - 0.5 * jnp.vdot(step, matmul(self.matrix, step))
 
     def damped(self, gradient: Float[Array, " p"], damping: Scalar) -> Float[Array, " p"]:
@@ -158,9 +158,9 @@ class _Equations(NamedTuple):
         return -matmul(self.vectors, along / (self.values + damping)) / self.unit
 
     def within(self, radius: Scalar, pulled: Bool[Array, ""]) -> tuple[Float[Array, " p"], Scalar]:
-        """The lowest point of the quadratic model within a radius, `damped` or the step as it is; and its damping, or zero.
+        """The minimum of the quadratic model within a radius, and its damping: the undamped step with zero, or a `damped` one.
 
-        Where the loss falls along what the step as it is does not see, it is the first of the two in any case.
+        If the loss falls along directions that the undamped step leaves out (``pulled``), the step is always damped.
         """
         along = matmul(self.vectors.T, self.gradient / self.unit)
         eps = jnp.finfo(radius.dtype).eps
@@ -185,7 +185,7 @@ def _equations(matrix: Float[Array, "p p"], gradient: Float[Array, " p"], recent
         unit = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
         return unit, *jnp.linalg.eigh(matrix / unit[:, None] / unit[None, :])
 
-    # The step as it is has its own units, so that no information that was once there takes digits from it.
+    # The undamped step uses the units of the present information, so that larger past information costs it no digits.
     own, values, vectors = scaled(jnp.diagonal(matrix))
     seen = values > values.shape[0] * jnp.finfo(values.dtype).eps * jnp.max(values)
     slopes = matmul(vectors.T, gradient / own)
@@ -234,13 +234,13 @@ def scoring(likelihood: Likelihood, tolerance: Scalar, steps: int) -> State:
             flat=jnp.where(moved, flat, state.flat), value=jnp.where(moved, value, state.value), radius=radius, moved=moved
         )
 
-    # What is reported is of the place where it ends: the last step looks and stays.
+    # The report is of the final point: the last pass measures there and does not move.
     ended: State = while_loop(lambda state: state.moved & (state.steps <= steps), step, begin)
     return ended
 
 
 def _looked(likelihood: Likelihood, state: State, tolerance: Scalar) -> tuple[State, _Equations, Bool[Array, ""]]:
-    """The state with what is to be known of the place where it is, the equations there, and whether to stay."""
+    """The state with the measurements at its point, the equations there, and whether to stay."""
     matrix, gradient = likelihood.information(state.flat), jax.grad(likelihood.loss)(state.flat)
     told = jnp.diagonal(matrix)
     largest, recent = jnp.maximum(state.largest, told), jnp.maximum(FORGET * state.recent, told)
@@ -251,17 +251,17 @@ def _looked(likelihood: Likelihood, state: State, tolerance: Scalar) -> tuple[St
     blur = BLUR * float(jnp.finfo(gradient.dtype).eps) * jnp.linalg.norm(jnp.sqrt(told) * state.flat)
     met = scatter <= blur**2
     offset = decrement / jnp.where(met, blur / tolerance, jnp.sqrt(scatter))
-    # Long steps that change nothing any more and do not get shorter, and information that was there and has gone.
+    # Separated parameters: long steps that no longer change the loss and do not shrink, or information that has vanished.
     strides = jnp.sqrt(largest) * jnp.abs(equations.newton)
     running = (strides > jnp.maximum(VISIBLE, SLOW * state.strides)) & (decrement < tolerance)
     gone = (equations.unseen > VISIBLE) & (equations.rank < state.most) & (largest > 0)
     small = offset <= FLOOR * tolerance
-    # A square of scores keeps half of their digits, and a slope keeps all of them.
+    # A square of scores keeps half of their digits; a slope keeps all of them.
     digits = PULL * float(jnp.finfo(gradient.dtype).eps) * jnp.sqrt(scatter)
     rounding = told.size * jnp.maximum(digits, jnp.where(met, blur, 0))
     pulled = small & (equations.hidden > rounding)
     arrived = (offset <= tolerance) | (small & (offset >= state.offset))
-    # The first step goes no farther than so many lengths of where it starts.
+    # Limit the first step to so many lengths of the start parameters.
     first = REACH * jnp.maximum(1, equations.length(state.flat))
     looked = state._replace(
         radius=jnp.where(state.steps == 0, first, state.radius),
@@ -280,7 +280,7 @@ def _looked(likelihood: Likelihood, state: State, tolerance: Scalar) -> tuple[St
 
 
 def _tried(likelihood: Likelihood, state: State, equations: _Equations) -> tuple[Array, Scalar, Scalar, Bool[Array, ""]]:
-    """The first step that goes down, of radii from the state's on, and the radius to go on with."""
+    """The first step that goes down enough, trying radii from the state's on downwards, and the next radius."""
     eps = float(jnp.finfo(state.flat.dtype).eps)
 
     def trial(carry: Any) -> Any:
@@ -289,7 +289,7 @@ def _tried(likelihood: Likelihood, state: State, equations: _Equations) -> tuple
         flat = state.flat + step + _bend(likelihood, state, equations, step, damping)
         value = likelihood.loss(flat)
         fall, length = equations.fall(step), equations.length(step)
-        # Rounding of the loss must not stop a step that is too short for it to be seen.
+        # The rounding error of the loss must not stop a step too short to change the loss visibly.
         gain = (state.value - value + 8 * eps * jnp.abs(state.value)) / jnp.where(fall > 0, fall, 1)
         farther = jnp.where(gain >= WELL, jnp.maximum(2 * length, radius), radius)
         onwards = jnp.where(gain >= 0.25, farther, 0.25 * jnp.minimum(length, radius))
@@ -303,7 +303,7 @@ def _tried(likelihood: Likelihood, state: State, equations: _Equations) -> tuple
 def _bend(
     likelihood: Likelihood, state: State, equations: _Equations, step: Float[Array, " p"], damping: Scalar
 ) -> Float[Array, " p"]:
-    """What a shortened step is bent by: half of the acceleration of the geodesic that starts with it, if that is short."""
+    """The bend of a shortened step: half of the acceleration of the geodesic that starts with it, if that is short."""
 
     def bent() -> Float[Array, " p"]:
         acceleration = equations.damped(likelihood.bending(state.flat, step), damping)
