@@ -375,6 +375,11 @@ def example_keys(key: PRNGKeyArray, count: int) -> PRNGKeyArray:
 
 
 def map_examples(function: Any, params: chex.ArrayTree, data: tuple[Any, ...]) -> Any:
-    """``function(params, *example)`` of every example, results stacked along a leading axis."""
+    """``function(params, *example)`` of every example, results stacked along a leading axis.
+
+    It is written for one example, and cannot say where its results are on a mesh whose axes are explicit: they are automatic.
+    """
     axes = (None, *(0 for _ in data))
-    return jax.vmap(function, in_axes=axes, axis_size=num_examples(data, "data"))(params, *data)
+    count = num_examples(data, "data")
+    mapped = lambda params, data: jax.vmap(function, in_axes=axes, axis_size=count)(params, *data)  # noqa: E731
+    return automatic(mapped, lambda params, data: data)(params, data)

@@ -156,7 +156,7 @@ def explain(function: Callable[..., Any]) -> ExplainFunction:
 
     def explained(params: chex.ArrayTree, /, *data: Any) -> Explanation:
         leaves, treedef = jax.tree.flatten((params, data))
-        shapes = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
+        shapes = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))}
         found = []
 
         def run(arrays: dict[int, Any]) -> tuple[()]:

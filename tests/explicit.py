@@ -36,7 +36,10 @@ def trained(params, keys, x, y):
         "noisy": in_pieces(params, exact.init(params), x, y, key=keys[0], counts=y + 1)[0],
         "descent": jax.tree.map(lambda p, d: p - 0.1 * d, params, jf.natural_grad(LOG_PROB, damping=0.1)(params, x, y)),
     }
-    return {name: jax.flatten_util.ravel_pytree(found)[0] for name, found in steps.items()}
+    forms = [float(len(leaf.form)) for leaf in jf.explain(model)(params, x).leaves]
+    return {"explained": jax.numpy.array(forms)} | {
+        name: jax.flatten_util.ravel_pytree(found)[0] for name, found in steps.items()
+    }
 
 
 def jobs(params, keys, x, y):

@@ -19,7 +19,9 @@ EXAMPLES, DEVICES = 6, 2
 
 
 def model(params, x):
-    return jf.Categorical(logits=jnp.tanh(x @ params["a"] + params["b"]) @ params["c"])
+    """With a row that is looked up: where a batch of these is, JAX does not know by itself."""
+    row = params["table"][(x[0] > 0).astype(int)]
+    return jf.Categorical(logits=jnp.tanh(x @ params["a"] + params["b"] + row) @ params["c"])
 
 
 LOG_PROB = jf.log_likelihood(model)
@@ -66,6 +68,7 @@ def problem(examples):
         "a": jax.random.normal(keys[0], (3, 4)),
         "b": jnp.zeros(4),
         "c": jax.random.normal(keys[1], (4, 3)),
+        "table": 0.3 * jnp.arange(-4.0, 4.0).reshape(2, 4),
     }
     x, y = jax.random.normal(keys[2], (examples, 3)), jax.random.randint(keys[3], (examples,), 0, 3)
     return params, x, y, keys[4]
