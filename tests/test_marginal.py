@@ -44,6 +44,32 @@ def test_nuisance_parameters_that_the_data_do_not_determine_take_nothing_away():
     np.testing.assert_allclose(made.as_matrix(), X.T @ X / len(X), rtol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_some_parameters_are_known_to_does_not_change_where_the_others_are_dropped(dtype):
+    """Of any rank and in any units, against the pseudo-inverse of the design in NumPy; what is no row of it is not known."""
+    rng = np.random.default_rng(2)
+    errors_of = jax.jit(
+        lambda matrix, like: jf.standard_errors(jf.marginal(jf.from_matrix(matrix, like), lambda p: "a" in p), n=1)
+    )
+    infinite = 0
+    for size, count, rank in [(p, k, r) for p in (2, 3, 5) for k in (1, p - 1) for r in range(1, p + 1) for _ in range(2)]:
+        rows = rng.integers(-3, 4, size=(rank, size)).astype(float)
+        rows[:, 0] += 1
+        units = 10.0 ** rng.integers(-4, 5, size=size)
+        inverse, seen = np.linalg.pinv(rows), np.linalg.pinv(rows) @ rows
+        if np.linalg.cond(rows) > 30 or not np.all(np.any(rows, axis=0)):
+            continue
+        known = np.isclose(np.diag(seen), 1)
+        expected = np.where(known, np.sqrt(np.sum(inverse**2, axis=1)) / units, np.inf)[:count]
+        matrix = np.zeros((size, size), dtype)
+        for row in (rows * units).astype(dtype):
+            matrix += np.outer(row, row)
+        found = errors_of(jnp.asarray(matrix), {"a": jnp.zeros(count, dtype), "b": jnp.zeros(size - count, dtype)})["a"]
+        np.testing.assert_allclose(found, expected, rtol=1e5 * np.finfo(dtype).eps, err_msg=str((size, count, rank)))
+        infinite += np.sum(np.isinf(expected))
+    assert infinite > 10
+
+
 def test_what_cannot_be_marginalised_is_named():
     F = jf.exact_fisher(model)(PARAMS, X)
     for keep, said in ((lambda path: True, "keeps every leaf"), (lambda path: False, "keeps no leaf")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from jaxfisher._linalg import matmul
 from jaxfisher._operators.damping import damped_inverse
@@ -14,13 +15,37 @@ from jaxfisher._tree import subtree
 
 
 def schur_complement(form: Form, stays: tuple[bool, ...]) -> Dense:
-    """``F_kk - F_kr F_rr^+ F_rk`` over the leaves that stay, where the other leaves are r."""
-    whole = Dense(form.as_matrix(), form.spec)
+    """``F_kk - F_kr F_rr^+ F_rk`` over the leaves that stay, where the other leaves are r.
+
+    In units in which F has a unit diagonal: any inverse of ``F_rr`` will do, and one in other units may have no digits left.
+    """
+    matrix = form.as_matrix()
+    diagonal = jax.lax.stop_gradient(jnp.diagonal(matrix))
+    unit = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
+    whole = Dense(matrix / unit[:, None] / unit[None, :], form.spec)
     goes = tuple(not flag for flag in stays)
     kept, rest = (whole.restrict(flags, subtree(form.spec.treedef, flags)) for flags in (stays, goes))
     of_entries = np.repeat(stays, form.spec.sizes)
-    cross = whole.matrix[np.ix_(np.flatnonzero(of_entries), np.flatnonzero(~of_entries))]
+    own, others = np.flatnonzero(of_entries), np.flatnonzero(~of_entries)
+    cross = whole.matrix[np.ix_(own, others)]
     inverse = damped_inverse(rest, jnp.zeros((), form.spec.dtype))
     explained = jax.vmap(lambda row: rest.spec.ravel(inverse(rest.spec.unravel(row)).x, "x"))(cross)
-    matrix = kept.matrix - matmul(cross, explained.T)
-    return Dense(0.5 * (matrix + matrix.T), kept.spec)
+    seen = _determined(jax.lax.stop_gradient(whole.matrix), own)
+    left = matmul(seen, matmul(kept.matrix - matmul(cross, explained.T), seen))
+    return Dense(0.5 * (left + left.T) * unit[own, None] * unit[None, own], kept.spec)
+
+
+def _determined(matrix: Float[Array, "p p"], own: np.ndarray) -> Float[Array, "k k"]:
+    """The projector, of some of the parameters, onto what is left of them beside the null space of the whole matrix.
+
+    There the others explain all, and what subtracting leaves is rounding, of any size where ``F_rr`` is nearly singular.
+    """
+    eps = float(jnp.finfo(matrix.dtype).eps)
+    values, vectors = jnp.linalg.eigh(matrix)
+    null = jnp.where(values <= values.size * eps * values[-1], vectors, 0)[own]
+    # A null vector is known to rounding over the smallest eigenvalue that is none of zero.
+    shares, basis = jnp.linalg.eigh(matmul(null, null.T))
+    basis = jnp.where(shares > eps**0.5, basis, 0)
+    seen = jnp.eye(own.size, dtype=matrix.dtype) - matmul(basis, basis.T)
+    there = jnp.diagonal(seen) > eps**0.5
+    return jnp.where(there[:, None] & there[None, :], seen, 0)
