@@ -1,7 +1,7 @@
-r"""Assembly: from a row function to leaf forms. Trace it on one example, run its program unformed on all examples and rows.
+r"""Assembly: from a row function to leaf forms. Trace it on one example, then run its program on all examples and rows.
 
-Nothing here is done twice: what does not depend on the row of an example (the forward pass, the input factors) is computed
-once for the example, and what depends on neither once for all.
+Nothing is computed twice: values that do not depend on the row of an example (the forward pass, the input factors) are computed
+once per example, and values that depend on neither once for all.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _DEPENDENCES = (0, ROW, EXAMPLE, EXAMPLE | ROW)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Traced:
-    """The programs of a row and of the seeds that tell rows of an example apart, how many, and what seeds depend on."""
+    """The programs of a row and of the seeds that tell the rows of an example apart, the number of rows, the flags of seeds."""
 
     function: Rows
     program: Program
@@ -59,7 +59,7 @@ def trace(rows: Rows, params: chex.ArrayTree, data: tuple[Any, ...]) -> Traced:
 
 
 def _example_flag(program: Program, params: chex.ArrayTree) -> int:
-    """Whether seeds ``(params, *example) -> seeds`` depend on the example, as the draws of each example's own key do."""
+    """`EXAMPLE` if the seeds ``(params, *example) -> seeds`` depend on the example, as random targets do; else zero."""
     count = len(jax.tree.leaves(params))
     found = spread(program, [0 if i < count else EXAMPLE for i in range(len(program.inputs))])
     return reduce(or_, (found[atom] for atom in program.outputs if isinstance(atom, int)), 0)
@@ -67,7 +67,7 @@ def _example_flag(program: Program, params: chex.ArrayTree) -> int:
 
 @array_fields()
 class _Skeleton:
-    """What is known of the factors without their numbers: it comes out of ``vmap`` beside them."""
+    """The structure of the factors, without their numbers: static, so that it comes out of ``vmap`` beside them."""
 
     treedef: Any
     flags: tuple[int, ...]
@@ -86,7 +86,7 @@ def leaf_forms(
         return _one_row(traced, params, seed, example, spec)
 
     def one_example(*example: Any) -> Any:
-        # Of the program, since what only gives the seeds their number, such as a model, is no longer in it.
+        # Run the flattened program, not `rows.seeds`: what only determines the number of seeds, such as a model, is dead code.
         known = jax.tree.leaves((params, example))
         (seeds,) = (output.value for output in run(traced.seeds, known, [0] * len(known), [False]))
         axes = {flag: 0 if flag & ROW else None for flag in _DEPENDENCES}
@@ -103,13 +103,13 @@ def leaf_forms(
 
 
 def _with_axes(array: Array, flag: int) -> Array:
-    """With leading axes (examples, rows), of length one where the array does not depend on them."""
+    """The array with leading axes (examples, rows), of length one if the array does not depend on them."""
     missing = [axis for axis, bit in ((0, EXAMPLE), (1, ROW)) if not flag & bit]
     return jnp.expand_dims(array, missing)
 
 
 def _one_row(traced: Traced, params: chex.ArrayTree, seed: Any, example: tuple[Any, ...], spec: ParamSpec) -> Any:
-    """The factors of one row by what they depend on, their skeleton, and the auxiliary output."""
+    """The factors of one row, grouped by their flags, with their skeleton and the auxiliary output."""
     dependences = ((params, 0), (seed, traced.seed_flags), (example, EXAMPLE))
     given = [(jnp.asarray(leaf), flag) for tree, flag in dependences for leaf in jax.tree.leaves(tree)]
     outputs = run(traced.program, [leaf for leaf, _ in given], [flag for _, flag in given])

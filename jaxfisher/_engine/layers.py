@@ -1,9 +1,9 @@
 """Layers: a bias joined to its weight.
 
 The gradient of a bias is the cotangent of its layer, summed over positions, and the cotangent is the right factor of the
-weight's gradient: the bias is the weight of an input that is always one. A bias is joined only where that is proven. The proof
-is that both are arrangements, entry for entry, of one value of the program, with the same axes kept and all others summed over.
-A scale, a repetition or another sum in between makes another value.
+weight's gradient: the bias is the weight of an input that is always one. A bias is joined to a weight only if this is proven.
+The proof is that the bias's gradient and the right factor hold the entries of one value of the program, rearranged, with the
+same axes kept and all others summed over. A scale, a repetition or another sum in between makes another value.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from jaxfisher._engine.parts import Part
 
 
 class Layers(NamedTuple):
-    """The parts of all leaves, and for every leaf that is a bias the place of its weight among the leaves."""
+    """The parts of all leaves, and for each leaf that is a bias the index of its weight among the leaves (None for others)."""
 
     leaves: tuple[tuple[Part, ...], ...]
     weights: tuple[int | None, ...]
 
 
 def with_layers(leaves: Sequence[tuple[Part, ...]]) -> Layers:
-    """Find the weight of every bias; weights are turned so that their right factors are those of the outputs."""
+    """Find the weight of every bias. A weight whose left factors are those of the outputs has its factors swapped."""
     known = _weights(leaves)
     turned = list(leaves)
     weights: list[int | None] = [None] * len(leaves)
@@ -32,7 +32,7 @@ def with_layers(leaves: Sequence[tuple[Part, ...]]) -> Layers:
         if source is None or source.key not in known:
             continue
         k, is_right = known.pop(source.key)
-        # One bias for each weight: a second one is held for itself.
+        # A weight has at most one bias; a second one is stored by itself.
         if k not in weights:
             weights[b] = k
             turned[k] = leaves[k] if is_right else (_turned(leaves[k][0]),)
@@ -40,7 +40,7 @@ def with_layers(leaves: Sequence[tuple[Part, ...]]) -> Layers:
 
 
 def _weights(leaves: Sequence[tuple[Part, ...]]) -> dict[object, tuple[int, bool]]:
-    """Values that are a factor of one weight, its place among the leaves, and whether the value is its right factor."""
+    """From each value that is a factor of a weight to the weight's index, and whether the value is its right factor."""
     found: dict[object, tuple[int, bool]] = {}
     for k, parts in enumerate(leaves):
         layout = parts[0].form.layout if len(parts) == 1 else None
@@ -53,7 +53,7 @@ def _weights(leaves: Sequence[tuple[Part, ...]]) -> dict[object, tuple[int, bool
 
 
 def _turned(part: Part) -> Part:
-    """A product with its factors the other way round."""
+    """A product with its factors swapped."""
     form = part.form
     assert isinstance(form, Product)
     turned = Product(form.right, form.left, form.layout.turned())

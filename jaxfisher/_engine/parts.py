@@ -1,7 +1,7 @@
-"""Parts: from the terms of one leaf's gradient to the forms that it is held in.
+"""Parts: from the terms of one leaf's gradient to the forms that store it.
 
-A term of two factors becomes a `Product`, a `Lookup` or a `Convolution`, and every other term a `Formed`
-gradient. Everything here is about one row of one example: the leading axes come from ``vmap``.
+A term of two factors becomes a `Product`, a `Lookup` or a `Convolution`, and every other term a `Formed` gradient. Everything
+here is about one row of one example: the leading axes come from ``vmap``.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from jaxfisher._tree import HIGHEST
 
 
 class Source(NamedTuple):
-    """A value of the program, and which of its axes stay where the others are summed over. Axes of length one do not count.
+    """A value of the program, and which of its axes stay while the others are summed over. Axes of length one do not count.
 
-    The value is held so that its identity stays its own.
+    The reference to the value keeps Python from giving its `id` to another object.
     """
 
     value: Array
@@ -33,20 +33,21 @@ class Source(NamedTuple):
 
     @property
     def key(self) -> tuple[int, tuple[int, ...]]:
-        """What two sources are compared by."""
+        """The key by which two sources are compared."""
         return id(self.value), self.axes
 
 
 class Part(NamedTuple):
-    """One form of a leaf, of one row, without its leading axes.
+    """One form of a leaf, for one row, without the leading axes.
 
     Attributes:
         form: the form.
-        flags: what each of its arrays depends on.
-        place: where it is among the parts of a leaf that is used in parts.
-        left: the value that the left factors are, entry for entry, at every position its own.
+        flags: the flags of each of the form's arrays.
+        place: its positions in a leaf that is used part by part; empty for a form of the whole leaf.
+        left: the value of the program that the left factors are, entry for entry, with nothing summed over; None if there is
+            no such value.
         right: likewise for the right factors.
-        gradient: the value that a formed gradient is the sum of.
+        gradient: the value of the program that a formed gradient is a sum over; None if there is no such value.
     """
 
     form: Form
@@ -58,14 +59,14 @@ class Part(NamedTuple):
 
 
 class LeafParts(NamedTuple):
-    """The parts of one leaf, and why some of its gradient had to be formed."""
+    """The parts of one leaf, and the reason if some of its gradient had to be formed."""
 
     parts: tuple[Part, ...]
     why: str | None
 
 
 def leaf_parts(output: Output, shape: tuple[int, ...], dtype: Any) -> LeafParts:
-    """The forms of one leaf's gradient, in the dtype of statistics; none of a leaf without entries."""
+    """The forms of one leaf's gradient, in the statistics dtype. A leaf without entries has none."""
     if 0 in shape:
         return LeafParts((), None)
     value, why = output.value, output.reason
@@ -79,7 +80,7 @@ def leaf_parts(output: Output, shape: tuple[int, ...], dtype: Any) -> LeafParts:
             continue
         part = _product(term, shape)
         if part is None:
-            # The whole value is formed in the ordinary way: what remains of the terms is a product of three, say.
+            # The term is a product of three factors, say: form the whole value in the ordinary way.
             array = value.formed() if isinstance(value, Unformed) else value
             plain = Part(Formed(array.astype(dtype)), (output.flags,))
             return LeafParts((plain,), "it is not a sum of products of two factors")
@@ -89,7 +90,7 @@ def leaf_parts(output: Output, shape: tuple[int, ...], dtype: Any) -> LeafParts:
 
 
 def _is_column(term: Term) -> bool:
-    """Whether one of two factors has all of the leaf's axes and the other none: the weight of a single output."""
+    """Whether one of two factors has all of the leaf's axes and the other none, as for the weight of a single output."""
     if len(term.factors) != 2 or any(factor.plain is None or factor.place is not None for factor in term.factors):
         return False
     leaf = {axis for axes in term.dims for axis in axes}
@@ -97,12 +98,12 @@ def _is_column(term: Term) -> bool:
 
 
 def _cast(array: Array, dtype: Any) -> Array:
-    """An array of numbers in the dtype of statistics; positions stay integers."""
+    """An array of numbers in the statistics dtype; positions stay integers."""
     return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
 
 def _formed(term: Term, shape: tuple[int, ...]) -> Part:
-    """A term of one factor."""
+    """A term of one factor as a formed gradient."""
     (factor,) = term.factors
     order = [axis for axes in term.dims for axis in axes]
     gone = [i for i, axis in enumerate(factor.axes) if axis not in order]
@@ -116,12 +117,12 @@ def _formed(term: Term, shape: tuple[int, ...]) -> Part:
 
 
 def _summed(array: Array, axes: Sequence[int]) -> Array:
-    """The sum over some axes. A sum over none would be an operation all the same."""
+    """The sum over some axes. Without axes the array is returned as it is, since `jnp.sum` would still add an operation."""
     return jnp.sum(array, axes) if axes else array
 
 
 def _source(factor: Factor, kept: Sequence[Axis]) -> Source | None:
-    """The source of a factor of which these axes are kept; None if the value does not have one of them to itself."""
+    """The source of a factor of which these axes are kept; None unless each of them is a dimension of the source value."""
     value, axes = factor.source
     wanted = [axis for axis in kept if axis.size > 1]
     if value is None or any(axis not in axes for axis in wanted):
@@ -132,10 +133,10 @@ def _source(factor: Factor, kept: Sequence[Axis]) -> Source | None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Pair:
-    """A product of two factors, its axes sorted by what they are in the leaf.
+    """A product of two factors, with its axes sorted by their role in the leaf.
 
-    ``places`` are the axes along which the leaf is used in parts, at ``positions`` known beforehand; ``groups`` are axes of the
-    leaf that both factors have, ``shared`` the positions that are summed over.
+    ``places`` are the axes along which the leaf is used part by part, at ``positions`` known at trace time; ``groups`` are axes
+    of the leaf that both factors have; ``shared`` are the axes of both that are summed over.
     """
 
     left: Factor
@@ -162,7 +163,7 @@ class _Pair:
 
     @property
     def flags(self) -> tuple[int, int]:
-        """What the factors depend on."""
+        """The flags of both factors."""
         return self.left.flags, self.right.flags
 
     def left_array(self) -> Array:
@@ -174,13 +175,13 @@ class _Pair:
         return _arranged(self.right, self.groups, self.shared, self.outputs)
 
     def source(self, factor: Factor, kept: Sequence[Axis]) -> Source | None:
-        """The source of one factor, if the factor has every position of the product, and sums over nothing else."""
+        """The source of one factor, if the factor has all the shared axes of the product and no other axis to sum over."""
         own = {axis for axis in factor.axes if axis.size > 1}
         return _source(factor, kept) if own == {axis for axis in (*kept, *self.shared) if axis.size > 1} else None
 
 
 def _product(term: Term, shape: tuple[int, ...]) -> Part | None:
-    """A term of two factors, and perhaps places, as a part; None if it is anything else."""
+    """A term of two factors, and perhaps places, as a part; None for any other term."""
     pair = _sorted(term, shape)
     if pair is None:
         return None
@@ -194,7 +195,7 @@ def _product(term: Term, shape: tuple[int, ...]) -> Part | None:
 
 
 def _sorted(term: Term, shape: tuple[int, ...]) -> _Pair | None:
-    """The term as a pair of factors; None if it has another number of them, or two that hold no ordinary array."""
+    """The term as a pair of factors; None if it does not have two factors, or if neither holds an ordinary array."""
     placed = [factor for factor in term.factors if factor.place is not None]
     rest = [factor for factor in term.factors if factor.place is None]
     if len(rest) != 2:
@@ -206,13 +207,14 @@ def _sorted(term: Term, shape: tuple[int, ...]) -> _Pair | None:
     put = tuple(factor.hot for factor in placed if factor.hot is not None)
     loose = tuple(axis for axis in order if not any(axis in factor.over for factor in rest) and axis not in put)
     shared = tuple(axis for axis in first.over if axis in second.over and axis not in order)
-    # The left factor is the one with the leaf's first dimension, so that uses of a leaf agree on it; a lookup is always left.
+    # The left factor is the one with the leaf's first dimension, so that all uses of a leaf agree; a lookup is always left.
     swap = second.plain is None or (first.plain is not None and _before(own[1], own[0], order))
     left, right, inputs, outputs = (second, first, own[1], own[0]) if swap else (first, second, own[0], own[1])
     if right.plain is None or any(axis not in order for axis in put):
         return None
     if isinstance(left.array, Windows):
-        inputs = tuple(axis for axis in left.axes if axis in inputs)  # as the windows have them, which spares making them
+        # In the order of the windows, so that the windows need not be made.
+        inputs = tuple(axis for axis in left.axes if axis in inputs)
     places = tuple(factor.place or 0 for factor in placed)
     return _Pair(left, right, put, places, groups, shared, inputs, (*outputs, *loose), shape, order)
 
@@ -222,7 +224,7 @@ def _before(a: Sequence[Axis], b: Sequence[Axis], order: Sequence[Axis]) -> bool
 
 
 def _arranged(factor: Factor, *groups: Sequence[Axis]) -> Array:
-    """The factor's array with its axes in three groups, each merged; axes in none of them are summed over."""
+    """The factor's array with its axes in groups, each merged into one axis; axes in no group are summed over."""
     kept = [axis for group in groups for axis in group]
     array = _summed(jnp.asarray(factor.plain), [i for i, axis in enumerate(factor.axes) if axis not in kept])
     axes = [axis for axis in factor.axes if axis in kept]
@@ -232,7 +234,7 @@ def _arranged(factor: Factor, *groups: Sequence[Axis]) -> Array:
 
 
 def _outer(pair: _Pair, left: Array, right: Array, place: tuple[int, ...] = ()) -> Part:
-    """An outer product. If one side has length one, the sum over positions becomes one side of a single product."""
+    """A sum of outer products. If one side has length one, the sum over positions is taken: a vector, or a formed gradient."""
     layout = pair.layout
     column = _is_vector(layout)
     if layout.inputs > 1 < layout.outputs or (column and left.shape[-2] == 1):
@@ -251,7 +253,7 @@ def _is_vector(layout: Layout) -> bool:
 
 
 def _column(formed: Array, layout: Layout, flags: int, place: tuple[int, ...]) -> Part:
-    """A gradient ``[1, inputs, outputs]`` of which one side has length one, as a product of itself and the number one."""
+    """A gradient ``[1, inputs, outputs]`` with one side of length one, as the product of that vector and the number one."""
     one = jnp.ones((1, 1, 1), formed.dtype)
     if layout.outputs == 1:
         return Part(Product(formed.swapaxes(-1, -2), one, layout), (flags, 0), place)
@@ -259,7 +261,7 @@ def _column(formed: Array, layout: Layout, flags: int, place: tuple[int, ...]) -
 
 
 def _placed(pair: _Pair) -> Part | None:
-    """A product that is one part of a leaf, such as one layer's weight in a stack of them: a group among empty ones."""
+    """A product for one part of a leaf, such as one layer's weight in a stack of weights: a group among empty groups."""
     if pair.left.hot is not None:
         return None
     index, empty = 0, math.prod(axis.size for axis in pair.places)
@@ -270,14 +272,14 @@ def _placed(pair: _Pair) -> Part | None:
 
 
 def _among_zeros(array: Array, index: int, count: int) -> Array:
-    """The array's groups as one of so many blocks of groups, the others being zero."""
+    """The array's groups as block ``index`` of ``count`` blocks of groups; the other blocks are zero."""
     size = array.shape[0]
     zeros = jnp.zeros((count * size, *array.shape[1:]), array.dtype)
     return zeros.at[index * size : (index + 1) * size].set(array)
 
 
 def _lookup(pair: _Pair) -> Part | None:
-    """Rows of a table. A row looked up twice is made one, so that squares need no cross terms."""
+    """Rows of a table. Lookups of the same row are merged into the first one, so that squares need no cross terms."""
     left, right = pair.left, pair.right_array()
     assert not isinstance(left.array, Windows)
     if pair.groups or pair.inputs != (left.hot,) or any(axis not in pair.shared for axis in left.axes if axis.size > 1):
@@ -288,14 +290,14 @@ def _lookup(pair: _Pair) -> Part | None:
     same = indices[:, None] == indices[None, :]
     first = ~jnp.any(jnp.tril(same, -1), axis=1)
     summed = jnp.einsum("st,gto->gso", same.astype(right.dtype), right, precision=HIGHEST)
-    # A later occurrence of a row has nothing to add.
+    # The first lookup of a row has the sum; later lookups of it get zero.
     merged = jnp.where(first[:, None], summed, jnp.zeros((), right.dtype))
     flags = (left.flags, left.flags | pair.right.flags)
     return Part(Lookup(indices, merged, pair.layout), flags)
 
 
 def _convolution(pair: _Pair, windows: Windows) -> Part:
-    """An image seen through windows, as long as the axes are where windows give them; else the windows themselves."""
+    """A convolution, which stores the image, if the axes are in the order of the windows; else a product of the windows."""
     wanted = [axis for axis in (*pair.groups, *pair.shared, *pair.inputs) if axis.size > 1]
     if wanted != [axis for axis in pair.left.axes if axis.size > 1]:
         return _outer(pair, pair.left_array(), pair.right_array())
@@ -304,7 +306,7 @@ def _convolution(pair: _Pair, windows: Windows) -> Part:
 
 
 def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """Parts of one leaf put together where they can be: uses with one layout are positions, formed gradients add up."""
+    """The parts of one leaf, merged where possible: products with one layout become positions of one, formed ones add up."""
     made: list[Part] = []
     for part in parts:
         for i, other in enumerate(made):
@@ -320,7 +322,7 @@ def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
 def _together(a: Part, b: Part) -> Part | None:
     one, two = a.form, b.form
     if isinstance(one, Product) and isinstance(two, Product) and one.layout == two.layout and _is_vector(one.layout):
-        # Products of a vector and a number add up to one vector.
+        # Both are products of a vector and a number, which add up to one vector.
         whole = jnp.add(*(x.left.swapaxes(-1, -2) * x.right for x in (one, two)))
         return _column(whole, one.layout, a.flags[0] | a.flags[1] | b.flags[0] | b.flags[1], (*a.place, *b.place))
     if a.flags != b.flags:

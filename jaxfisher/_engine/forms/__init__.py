@@ -1,12 +1,12 @@
-r"""Leaf forms: how the gradients of one parameter leaf are held for all rows, and what can be computed from that.
+r"""Leaf forms: how the gradients of one parameter leaf are stored for all rows, and what is computed from them.
 
-With ``D`` the gradient of a leaf, a row has
+The gradient ``D`` of a leaf is, for one row,
 
 .. math:: D_{bio} = \sum_t a_{bti}\, g_{bto}
 
-(b are groups, t the T positions that share the weight) as a `Product`; a `Lookup` is one whose ``a`` are rows of the identity,
-a `Convolution` one whose ``a`` are an image seen through windows, and a `Formed` gradient is held as it is. A `Leaf` is the sum
-of its forms.
+with groups b, and the T positions t that share the weight. This is a `Product`. In a `Lookup` the ``a`` are rows of the
+identity, in a `Convolution` they are an image seen through windows, and a `Formed` gradient is stored as it is. A `Leaf` is the
+sum of its forms.
 """
 
 from jaxfisher._engine.forms.arrays import Seal, sealed, unsealed

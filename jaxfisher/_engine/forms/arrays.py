@@ -1,7 +1,7 @@
 """Sums and products of arrays that have leading axes for examples and for the rows of an example.
 
-Factors have axes ``[n, rows, groups, T, size]``. An axis of length one among the first two says that the array does not depend
-on the example, or on its row, and is used once.
+Factors have axes ``[n, rows, groups, T, size]``. The first or second axis has length one if the array does not depend on the
+example, or on its row; the array is then stored once.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from jaxfisher._linalg import matmul
 from jaxfisher._tree import HIGHEST
 
 TILE = 2**22
-"""How many numbers a temporary may hold before work is done in pieces (16 MiB of float32)."""
+"""How many numbers a temporary may hold before the work is done in chunks (16 MiB of float32)."""
 
 
 def room() -> int:
-    """The value of `TILE` at the time of the call."""
+    """The value of `TILE` at the time of the call, since tests change it."""
     return TILE
 
 
 def few(size: float) -> int:
-    """How many things of this size to work on at a time, at least one."""
+    """How many items of this size to work on at a time, at least one."""
     return max(1, int(room() // size))
 
 
 Seal = Callable[[Array], Array]
-"""What a product with a vector goes through before it is summed: `sealed`, or `unsealed` where that cannot matter."""
+"""A function applied to a product with a vector before it is summed: `sealed`, or `unsealed` if the vector is no constant."""
 
 
 def sealed(x: Array) -> Array:
-    """The same numbers, as something that XLA does not fuse with the product they come from.
+    """The same numbers, in a form that XLA does not fuse with the product they come from.
 
     On CPU (jax 0.10 to 0.12) a product with a vector of equal constants, fused with the sum that follows, reads memory that
-    was never written. A barrier does not keep them apart.
+    was never written. An optimisation barrier does not prevent the fusion.
     """
     return jnp.where(x == x, x, jnp.nan)  # noqa: PLR0124
 
 
 def unsealed(x: Array) -> Array:
-    """The same numbers: those of a vector that was computed, which is no constant of the program."""
+    """The same numbers, unchanged, for a vector that was computed and is no constant of the program."""
     return x
 
 
@@ -56,11 +56,11 @@ def total(parts: Sequence[Any]) -> Any:
 def magnitude(x: Array, axes: int | Sequence[int], least: float = 0.0) -> Array:
     """The largest entry in absolute value along some axes, which stay with length one; no less than ``least``.
 
-    It is only divided by and multiplied back, so no derivative goes through it.
+    Callers only divide by the result and multiply it back, so no derivative goes through it.
     """
     sizes = jnp.abs(jax.lax.stop_gradient(x))
     if least > 0:
-        # The bound is taken before the maximum: what comes after, XLA makes again wherever the maximum is used.
+        # Apply the bound before the maximum: XLA would recompute an operation after it wherever the result is used.
         sizes = jnp.maximum(sizes, least)
     return jnp.max(sizes, axes, keepdims=True, initial=None if x.size else least)
 
@@ -84,7 +84,7 @@ def sum_to(x: Array, shape: Sequence[int]) -> Array:
 def weighted(w: Float[Array, "n r"], x: Float[Array, "n r b t o"], shape: Sequence[int]) -> Array:
     """The sum of ``w x`` over leading (n, rows) axes along which ``shape`` has length one."""
     if shape[1] == 1 and shape[0] == x.shape[0] == w.shape[0] and x.shape[1] == w.shape[1] > 1:
-        # As a product of matrices: XLA's CPU backend takes a hundred times as long for a sum along a middle axis.
+        # Use a matrix product: XLA's CPU backend takes a hundred times as long for a sum along a middle axis.
         return jnp.einsum("nr,nrbto->nbto", w, x, precision=HIGHEST)[:, None]
     return sum_to(w[:, :, None, None, None] * x, shape)
 
@@ -92,7 +92,7 @@ def weighted(w: Float[Array, "n r"], x: Float[Array, "n r b t o"], shape: Sequen
 def mean(array: Array, w: Float[Array, "n r"], by_row: bool = False) -> Array:
     """The weighted mean over examples and rows, with axes of length one for them; zero if no weight is positive.
 
-    With ``by_row`` it is over examples, and each row of an example has its own.
+    With ``by_row`` the mean is over examples only, separately for each row of an example.
     """
     weight = sum_to(w, array.shape[:2])
     whole = jnp.sum(weight, 0 if by_row else None, keepdims=True)
@@ -103,14 +103,14 @@ def mean(array: Array, w: Float[Array, "n r"], by_row: bool = False) -> Array:
 
 
 def extent(x: Float[Array, "n r b t o"]) -> Float[Array, "n r"]:
-    """The largest entry of each row in absolute value, over the largest of all; one if all are zero."""
+    """The largest entry of each row in absolute value, divided by the largest of all rows; one if all are zero."""
     largest = jnp.max(jnp.abs(x), (2, 3, 4), initial=0.0)
     whole = jnp.max(largest)
     return jnp.where(whole > 0, largest / jnp.where(whole > 0, whole, 1), 1)
 
 
 def masked(array: Array, live: Bool[Array, " n"]) -> Array:
-    """An array, zero for the examples that are not live."""
+    """The array, with zeros for the examples that are not live."""
     return jnp.where(live.reshape(-1, *(1,) * (array.ndim - 1)), array, 0)
 
 
@@ -122,7 +122,10 @@ def times(x: Float[Array, "n r b t i"], matrix: Float[Array, "b i o"]) -> Float[
 
 
 def contracted(left: Float[Array, "n r b t i"], right: Float[Array, "n r b t o"]) -> Float[Array, "b i o"]:
-    """``sum left (x) right`` over rows and positions; one of two factors with axes of length one has been summed already."""
+    """``sum left (x) right`` over rows and positions.
+
+    Where both factors have a leading axis of length one, the caller has already summed over it.
+    """
     shape = jnp.broadcast_shapes(left.shape[:4], right.shape[:4])
     left, right = (jnp.broadcast_to(x, (*shape, x.shape[-1])) for x in (left, right))
     if shape[2] == 1:

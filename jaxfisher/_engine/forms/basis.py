@@ -29,9 +29,9 @@ from jaxfisher._tree import HIGHEST
 
 @array_fields("inputs", "outputs")
 class Basis:
-    """Vectors ``q_a (x) q_g`` of a layer, for what is over its weight, its bias, or both: the leaves at these places.
+    """Vectors ``q_a (x) q_g`` of a layer: of its weight, its bias, or both, which are the leaves at these indices.
 
-    What is over one of the two only is zero at the other.
+    Vectors over only one of the two count as zero at the other, whose index is then None.
     """
 
     inputs: Float[Array, "groups inputs inputs"]
@@ -52,13 +52,13 @@ class Basis:
 
     @property
     def by_all(self) -> Float[Array, "groups rows inputs"]:
-        """The entries that meet what there is."""
+        """The entries that meet the leaves that there are: the weight, the bias or both."""
         parts = [self.by_weight] * (self.weight is not None) + [self.by_bias] * (self.bias is not None)
         return jnp.concatenate(parts, 1)
 
     @property
     def turned_layout(self) -> Layout:
-        """That of what is turned into the basis."""
+        """The layout of vectors in the basis."""
         return matrix_layout(self.layout.groups, self.inputs.shape[2], self.layout.outputs)
 
     def turned(self, v: Any) -> Float[Array, "groups inputs outputs"]:
@@ -80,7 +80,7 @@ class Basis:
 def squares_along(
     basis: Basis, leaves: Sequence[Leaf], w: Float[Array, "examples rows"]
 ) -> Float[Array, "groups inputs outputs"]:
-    """``sum_rows w (q^T D)^2`` for each vector q of a basis, D being the gradient of the leaves: the eigenvalues of EKFAC.
+    """``sum_rows w (q^T D)^2`` for each vector q of a basis, with D the gradient of the leaves: the eigenvalues of EKFAC.
 
     Reference: George et al., Fast approximate natural gradient descent in a Kronecker-factored eigenbasis (NeurIPS 2018).
     """
@@ -91,7 +91,7 @@ def squares_along(
         squares = jnp.einsum("nr,nro->o", w, jnp.square(along), precision=HIGHEST)
         return jnp.square(basis.by_bias).swapaxes(1, 2) * squares[None, None, :]
     weight = leaves[basis.weight]
-    # Where the bias is known as the weight of a last input of these factors, that input comes with them.
+    # If the bias is joined to this weight and the layouts agree, the bias's input of one is appended to the left factors.
     joined = bias is not None and bias.layer == basis.weight and has_moments(weight) and weight.layout == basis.layout
     given = () if bias is None or joined else (bias.gradient(),)
 
@@ -107,14 +107,14 @@ def squares_along(
 
 
 def _with_one(product: Product) -> Product:
-    """With the input of one that a bias is the weight of, as the last."""
+    """The product with a last input of one, whose weight is the bias."""
     one = jnp.ones((*product.left.shape[:-1], 1), product.left.dtype)
     return dataclasses.replace(product, left=jnp.concatenate([product.left, one], -1))
 
 
 def _turned(form: Form, basis: Basis, inputs: Float[Array, "groups rows inputs"]) -> Form:
     if isinstance(form, Product) and form.layout == basis.layout:
-        # An input so huge that it overflows when it is turned may have a cotangent of zero.
+        # An input that would overflow in the product with the basis may have a cotangent of zero: it must not become a NaN.
         missing = tuple(axis for axis in (0, 1) if form.left.shape[axis] == 1)
         left = jnp.where(jnp.any(form.right != 0, (*missing, 4), keepdims=True), form.left, 0)
         return Product(times(left, inputs), times(form.right, basis.outputs), basis.turned_layout)

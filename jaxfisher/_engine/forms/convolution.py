@@ -1,4 +1,4 @@
-"""Kernels of convolutions: products whose left factors are made when they are needed, a few examples at a time."""
+"""Kernels of convolutions: products whose left factors are computed on demand, for a few examples at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxfisher._pytree import array_fields
 
 @array_fields("windows", "right")
 class Convolution:
-    """A product whose left factors are an image seen through windows; the image is held, which takes less memory by far."""
+    """A product whose left factors are an image seen through windows. Only the image is stored, which takes far less memory."""
 
     windows: Windows
     right: Float[Array, "n rows groups T outputs"]
@@ -38,27 +38,27 @@ class Convolution:
         return self.windows.size * int(self.right.shape[1])
 
     def made(self) -> Product:
-        """The product, with the windows made."""
+        """The product, with the windows computed."""
         left = jax.vmap(jax.vmap(Windows.array))(self.windows)
         return Product(left.reshape(*left.shape[:4], -1), self.right, self.layout)
 
     def sizes(self, *, bias: bool) -> Float[Array, "n rows"]:
-        """As those of a product."""
+        """The products of the largest entries of both factors, summed over positions."""
         left = jax.vmap(jax.vmap(Windows.largest))(self.windows)
         right = jnp.max(jnp.abs(self.right), -1, initial=0.0)
         return jnp.max(jnp.sum((jnp.maximum(left, 1) if bias else left) * right, 3), 2)
 
     def means(self, w: Float[Array, "n rows"], by_row: bool) -> tuple[Array, ...]:
-        """Those of the images and of the right factors."""
+        """The means of the images and of the right factors."""
         return mean(self.windows.image, w * extent(self.right), by_row), mean(self.right, w, by_row)
 
     def shifted(self, means: tuple[Array, ...]) -> tuple[Convolution, ...]:
-        """Two convolutions: of deviations of images, and of right factors with a constant image."""
+        """Two convolutions: deviations of images with right factors, and a constant image with deviations of right factors."""
         image, right = means
         moving = dataclasses.replace(self.windows, image=self.windows.image - image)
         constant = dataclasses.replace(self.windows, image=image)
         return Convolution(moving, self.right, self.layout), Convolution(constant, self.right - right, self.layout)
 
     def changed(self, change: Callable[[Array], Array]) -> Convolution:
-        """With other right factors."""
+        """The convolution with other right factors."""
         return dataclasses.replace(self, right=change(self.right))

@@ -1,6 +1,6 @@
-"""The rule of cost: whether inner products of gradients are taken from those of their factors, and what that costs.
+"""The rule of cost: whether inner products of gradients are computed from those of their factors, and what that costs.
 
-They are taken from factors where ``T^2 (I + O) <= I O``; elsewhere gradients are formed tile by tile.
+They are computed from factors if ``T^2 (I + O) <= I O``; otherwise gradients are formed tile by tile.
 
 Reference: Bu, Mao and Xu, Scalable and efficient training of large convolutional neural networks with differential privacy
 (NeurIPS 2022), section 4.
@@ -24,8 +24,8 @@ def factors(leaf: Leaf) -> tuple[Factored, ...] | None:
 
 
 def inner_cost(leaf: Leaf) -> int:
-    """Products in one inner product by the factors, ``T^2 (I + O)``; formed gradients take ``I O``."""
-    # Inner products of rows of a table are comparisons, which cost next to nothing; those of single numbers, nothing.
+    """The multiplications of one inner product by the factors, ``T^2 (I + O)``; one of formed gradients takes ``I O``."""
+    # Inner products of one-hot rows are comparisons, which cost next to nothing. A side of length one costs nothing.
     lookups = all(isinstance(form, Lookup) for form in leaf.forms)
     sides = (leaf.layout.outputs,) if lookups else (leaf.layout.outputs, leaf.layout.inputs)
     return leaf.positions**2 * sum(side for side in sides if side > 1)
@@ -37,18 +37,18 @@ def by_factors(leaf: Leaf) -> bool:
 
 
 def forms_gradients(leaf: Leaf) -> bool:
-    """Whether inner products are taken of gradients that have to be formed for it."""
+    """Whether gradients have to be formed for inner products."""
     return not by_factors(leaf) and leaf.positions > 0
 
 
 def working(leaf: Leaf) -> int:
-    """How many numbers working with a leaf takes beside what is held: gradients that are formed, windows that are made."""
+    """How many numbers working with a leaf takes beside those that it stores: formed gradients and windows."""
     formed = leaf.examples * leaf.rows * leaf.size if forms_gradients(leaf) else 0
     return 2 * formed + leaf.examples * sum(form.making for form in leaf.forms)
 
 
 def gram_flops(leaf: Leaf) -> int:
-    """What a leaf's part of the Gram matrix takes, a multiplication and an addition counted as two."""
+    """The floating point operations of a leaf's part of the Gram matrix; a multiplication and an addition count as two."""
     if not leaf.forms:
         return 0
     if by_factors(leaf):

@@ -1,4 +1,4 @@
-"""What a form of a leaf's gradients is: the few questions that every one of them answers."""
+"""The protocols of a form of a leaf's gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxfisher._engine.forms.layout import Layout
 class Form(Protocol):
     """The gradients of a parameter leaf, or some of the terms that add up to them, for all rows.
 
-    Rows are indexed by (example, row of the example); an array that does not depend on one of these has length one there.
+    Rows are indexed by (example, row of the example); an array that does not depend on one of these has length one along it.
     """
 
     @property
@@ -35,33 +35,34 @@ class Form(Protocol):
 
     @property
     def making(self) -> int:
-        """How many numbers `made` takes for one example, beside those that are held."""
+        """How many numbers `made` computes for one example, beside those that the form stores."""
 
     def made(self) -> Made:
-        """The form that products are taken with."""
+        """The form with its factors computed: the one that products are taken with."""
 
     def sizes(self, *, bias: bool) -> Float[Array, "n rows"]:
-        """A bound on the entries of each row, of their order of magnitude; with those of the bias of the layer."""
+        """A bound on the entries of each row, of their order of magnitude; with ``bias`` also on those of the layer's bias."""
 
     def means(self, w: Float[Array, "n rows"], by_row: bool) -> tuple[Array, ...]:
-        """Means of what is held, for `shifted`; of left factors by how much they count, which is the size of the right ones.
+        """Weighted means of the arrays of the form, for `shifted`.
 
-        They are over examples and rows, or ``by_row`` over examples only.
+        Left factors are also weighted by the size of the right ones. The means are over examples and rows, or with ``by_row``
+        over examples only.
         """
 
     def shifted(self, means: tuple[Array, ...]) -> tuple[Form, ...]:
-        r"""Terms that add up to the gradients less a constant, which is near their mean if ``means`` are near those held.
+        r"""Forms that add up to the gradients less a constant, which is near their mean if ``means`` are those of `means`.
 
         With ``a = a' + A`` and ``g = g' + G`` the gradient ``a (x) g`` is ``a' (x) g + A (x) g'`` and the constant ``A (x) G``,
-        which is left out. What is held is then as small as the deviations are.
+        which is left out. The arrays of the result are then as small as the deviations.
         """
 
     def changed(self, change: Callable[[Array], Array]) -> Form:
-        """With the gradients changed by a linear map from each of their entries to itself, made on the right factors."""
+        """The form with a linear map applied to the right factors that multiplies each entry of the gradients by a number."""
 
 
 class Made(Form, Protocol):
-    """A form with nothing left to make: leaves have any shape ``*shape``."""
+    """A form whose factors are all computed. The leaf has any shape ``*shape``."""
 
     def mv(self, v: Float[Array, "*shape"], seal: Seal) -> Float[Array, "n rows"]:
         """``D . V`` for every row."""
@@ -73,14 +74,14 @@ class Made(Form, Protocol):
         """The gradients themselves."""
 
     def matrices(self, layout: Layout) -> Float[Array, "n rows groups inputs outputs"]:
-        """The gradients as matrices of a layout, which is its own if it has one."""
+        """The gradients as matrices of a layout, which must be the form's own if it has one."""
 
     def columns(self, layout: Layout, start: Array, size: int) -> Float[Array, "n rows groups size outputs"]:
-        """Some of the inputs of `matrices`."""
+        """The inputs ``start`` to ``start + size`` of `matrices`."""
 
 
 class Factored(Made, Protocol):
-    """A form whose inner products come from those of its factors, right ones and any left ones, one pair a position."""
+    """A form whose inner products can be computed from those of its left and right factors, one pair per position."""
 
     @property
     def right(self) -> Float[Array, "n rows groups T outputs"]:
@@ -93,4 +94,4 @@ class Factored(Made, Protocol):
         """``|D|^2`` of every row, group by group."""
 
     def squares(self) -> Made:
-        """The form whose gradients are the entrywise squares; exact if no entry has terms of two positions."""
+        """The form whose gradients are the entrywise squares; exact if no entry is a sum over two positions."""

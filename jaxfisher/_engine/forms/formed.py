@@ -1,4 +1,4 @@
-"""Gradients held as they are."""
+"""Gradients stored as they are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxfisher._pytree import array_fields
 
 @array_fields("value")
 class Formed:
-    """Gradients that are no larger than what they are made of, or could not be cut."""
+    """Gradients that are no larger than their factors, or that the engine could not factor."""
 
     value: Float[Array, "n rows *shape"]
 
@@ -58,7 +58,7 @@ class Formed:
         return jnp.max(jnp.abs(self.value), range(2, self.value.ndim), initial=0.0)
 
     def means(self, w: Float[Array, "n rows"], by_row: bool) -> tuple[Array, ...]:
-        """That of the gradients."""
+        """The mean of the gradients."""
         return (mean(self.value, w, by_row),)
 
     def shifted(self, means: tuple[Array, ...]) -> tuple[Formed, ...]:
@@ -66,5 +66,5 @@ class Formed:
         return (Formed(self.value - means[0]),)
 
     def changed(self, change: Callable[[Array], Array]) -> Formed:
-        """With other gradients."""
+        """The form with other gradients."""
         return Formed(change(self.value))

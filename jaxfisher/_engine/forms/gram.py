@@ -23,16 +23,16 @@ from jaxfisher._pieces import map_batches
 
 
 class Sizes(NamedTuple):
-    """The largest entries of the factors of one form, which are divided by these on the way."""
+    """The largest entries of the factors of one form. The factors are divided by them during the computation."""
 
     left: Float[Array, "n rows groups T 1"]
     right: Float[Array, "n rows groups T 1"]
 
 
 class Pair(NamedTuple):
-    """One leaf of two blocks of rows. With a ``bias``, that of its layer comes along: it is left out for itself.
+    """One leaf of two blocks of rows. With ``bias`` the pair includes the bias of its layer, which has no pair of its own.
 
-    ``sizes`` are those of the forms of ``mine`` if inner products come from those of factors, else None.
+    ``sizes`` are those of the forms of ``mine`` if inner products are computed from factors, else None.
     """
 
     mine: Leaf
@@ -60,7 +60,7 @@ def cross_gram(mine: Sequence[Leaf], theirs: Sequence[Leaf], factor: Scalar) -> 
 
 
 def _paired(mine: Sequence[Leaf], theirs: Sequence[Leaf]) -> list[Pair]:
-    """The leaves of two blocks of rows, side by side, without the biases that come along with their weights."""
+    """The leaves of two blocks of rows in pairs, without the biases that the pairs of their weights include."""
     agree = [
         bool(a.forms and b.forms) and by_factors(a) and by_factors(b) and a.layout == b.layout
         for a, b in zip(mine, theirs, strict=True)
@@ -95,7 +95,7 @@ def _strips(pairs: Sequence[Pair], factor: Scalar) -> Float[Array, "rows rows"]:
 
 
 def _own_gram(leaf: Leaf, factor: Scalar) -> Float[Array, "rows rows"]:
-    """Inner products of all pairs of gradients, each gradient being formed once."""
+    """Inner products of all pairs of gradients. Each gradient is formed only once."""
     blocks = jnp.sum(by_columns(lambda d: _inner_formed(d, d, factor), leaf), 0)
     return _flat(jnp.broadcast_to(blocks, (leaf.examples, leaf.rows, leaf.examples, leaf.rows)))
 
@@ -108,7 +108,7 @@ def _gram(pair: Pair, factor: Scalar) -> Float[Array, "n rows m rows2"]:
         return jnp.zeros(shape, mine.dtype)
     if pair.sizes is not None:
         return jnp.broadcast_to(_by_factors(pair, factor), shape)
-    # What is held as it is has no layout of its own, and is cut as the other side is.
+    # Formed gradients have no layout of their own and take that of the other side.
     if mine.layout != theirs.layout and any(form.layout is not None for form in theirs.forms):
         mine, theirs = mine.formed(), theirs.formed()
     products = partial(_inner_formed, factor=factor)
@@ -121,7 +121,7 @@ def _inner_formed(mine: Array, theirs: Array, factor: Scalar) -> Float[Array, "n
 
 
 def _by_factors(pair: Pair, factor: Scalar) -> Float[Array, "n rows m rows2"]:
-    """From the factors; for some examples at a time where the positions of all would take too much memory."""
+    """Inner products from the factors, for some examples at a time if those of all would take too much memory."""
     mine = pair.mine
     counts = [max(math.prod(x.right.shape[k] for k in (0, 1, 3)) for x in factors(leaf) or ()) for leaf in pair[:2]]
     size = counts[0] * counts[1] * mine.layout.groups
@@ -141,9 +141,9 @@ def _by_factors(pair: Pair, factor: Scalar) -> Float[Array, "n rows m rows2"]:
 def _all_pairs(pair: Pair, factor: Scalar) -> Float[Array, "n rows m rows2"]:
     """The sum over pairs of forms; with a bias, the layer has a last input that is one.
 
-    The factors of ``mine`` are brought near one, multiplied with those of ``theirs``, and given their sizes back afterwards: no
-    product in between is larger than a gradient, and rows that are small beside others keep their digits. Nothing of
-    ``theirs`` is copied.
+    The factors of ``mine`` are scaled near one, multiplied with those of ``theirs``, and scaled back afterwards: no product in
+    between is larger than a gradient, and rows that are small beside others keep their digits. No array of ``theirs`` is
+    copied.
     """
     if pair.sizes is not None and _is_shifted(pair.mine) and _is_shifted(pair.theirs):
         return jnp.sum(_shifted_pairs(pair.mine.forms, pair.theirs.forms, pair.sizes, factor), (0, 3, 6))
@@ -160,15 +160,15 @@ def _all_pairs(pair: Pair, factor: Scalar) -> Float[Array, "n rows m rows2"]:
 
 
 def _is_shifted(leaf: Leaf) -> bool:
-    """Whether its forms are the two of `Product.shifted`."""
+    """Whether the leaf's forms are the two that `Product.shifted` returns."""
     return len(leaf.forms) == 2 and type(leaf.forms[0]) is Product and isinstance(leaf.forms[1], Deviation)
 
 
 def _shifted_pairs(mine: Any, theirs: Any, sizes: tuple[Sizes, ...], factor: Scalar) -> Float[Array, "b n r t m q s"]:
     """Inner products of gradients ``a (x) (g + G) + A (x) g``, with capitals for constants.
 
-    Only ``a.b`` and ``g.h`` are products of matrices: ``(a.b) (g+G).(h+H) + (a.B) (g+G).h + (A.b) g.(h+H) + (A.B) g.h`` is
-    multiplied out.
+    The sum ``(a.b) (g+G).(h+H) + (a.B) (g+G).h + (A.b) g.(h+H) + (A.B) g.h`` is multiplied out, so that only ``a.b`` and
+    ``g.h`` are products of matrices.
     """
     (moving, still), (others, rest) = mine, theirs
     largest = magnitude(still.mean, -1)
@@ -187,12 +187,12 @@ def _shifted_pairs(mine: Any, theirs: Any, sizes: tuple[Sizes, ...], factor: Sca
 
 
 def _beside(size: Float[Array, "n rows groups T 1"]) -> Float[Array, "groups n rows T 1 1 1"]:
-    """Numbers for the factors of one block of rows, beside all pairs with those of another."""
+    """Numbers for the factors of one block of rows, with axes to broadcast against all pairs with those of another block."""
     return jnp.moveaxis(size, 2, 0)[..., None, None]
 
 
 def _inner_left(one: Factored, two: Factored, size: Array) -> Float[Array, "b n r t m q s"]:
-    """Inner products of left factors, the first ones brought near one; left factors of a table are ones and zeros."""
+    """Inner products of left factors, the first ones scaled near one; the left factors of a table are ones and zeros."""
     match one, two:
         case Lookup(), Lookup():
             return one.same(two).astype(one.right.dtype)

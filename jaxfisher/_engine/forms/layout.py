@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 class Layout:
     """How a leaf's dimensions are grouped: its entries in the order ``[groups, inputs, outputs]``.
 
-    The leaf of this ``shape`` is reshaped to ``axes``, and these are put in this ``order``.
+    The leaf of this ``shape`` is reshaped to ``axes``, and these are transposed to this ``order``.
     """
 
     shape: tuple[int, ...]
@@ -40,17 +40,17 @@ class Layout:
         return fine.reshape(*lead, *self.shape)
 
     def turned(self) -> Layout:
-        """With inputs and outputs the other way round; of one group."""
+        """The layout with inputs and outputs swapped; there must be one group."""
         split = next(k for k in range(len(self.order) + 1) if math.prod(self.axes[i] for i in self.order[:k]) == self.inputs)
         return Layout(self.shape, self.axes, (*self.order[split:], *self.order[:split]), 1, self.outputs, self.inputs)
 
 
 def plain_layout(shape: tuple[int, ...]) -> Layout:
-    """A leaf as a column: nothing is known of its structure."""
+    """The layout of a leaf of unknown structure, as a column."""
     return Layout(shape, shape, tuple(range(len(shape))), 1, math.prod(shape), 1)
 
 
 def matrix_layout(groups: int, inputs: int, outputs: int) -> Layout:
-    """Of a leaf that is matrices already."""
+    """The layout of a leaf that has the axes ``[groups, inputs, outputs]`` already."""
     shape = (groups, inputs, outputs)
     return Layout(shape, shape, (0, 1, 2), *shape)

@@ -26,8 +26,8 @@ class Leaf:
 
     ``why`` says why a gradient was formed although that takes more memory than its factors would. A bias whose gradient is the
     right factor of a weight, summed over positions, is the weight of an input that is always one: ``layer`` of the bias is the
-    weight's place among the leaves, and the weight has a ``bias``. Inner products of both then come from those of the weight's
-    factors, and the layer's Kronecker moments are those of the inputs with a last entry of one.
+    weight's index among the leaves, and ``bias`` of the weight is true. Inner products of both are then computed from the
+    weight's factors, and the layer's Kronecker moments are those of the inputs with a last entry of one.
     """
 
     forms: tuple[Form, ...]
@@ -41,18 +41,18 @@ class Leaf:
 
     @property
     def layout(self) -> Layout:
-        """The one layout of all forms that have one; if they differ in theirs, that of a column."""
+        """The layout that all forms with a layout share; the layout of a column if they differ, or if none has one."""
         layouts = {form.layout for form in self.forms if form.layout is not None}
         return layouts.pop() if len(layouts) == 1 else plain_layout(self.shape)
 
     @property
     def positions(self) -> int:
-        """The number T of outer products an example contributes."""
+        """The number T of outer products whose sum a row is."""
         return sum(form.positions for form in self.forms)
 
     @property
     def made(self) -> tuple[Made, ...]:
-        """The forms that products are taken with."""
+        """The forms with their factors computed."""
         return tuple(form.made() for form in self.forms)
 
     def mv(self, v: Float[Array, "*shape"], seal: Seal, bias: Array | None = None) -> Float[Array, "examples rows"]:
@@ -86,10 +86,10 @@ class Leaf:
         return self.in_pieces(formed, map_batches)
 
     def in_pieces(self, function: Callable[..., Any], gather: Callable[..., Any], *given: Array) -> Any:
-        """``function`` of the leaf with its forms made, and of what is given for each example.
+        """Call ``function`` on the leaf with its factors computed, and on the ``given`` arrays, which have a row per example.
 
-        It is called on all examples at once, or on as many at a time as the windows of convolutions allow; ``gather`` then puts
-        the results together.
+        It is called on all examples at once, or on as many at a time as the windows of convolutions allow; ``gather`` then
+        combines the results.
         """
         flat, treedef = jax.tree.flatten(self.forms)
         varying = [array.shape[0] == self.examples for array in flat]
@@ -106,9 +106,9 @@ class Leaf:
         return gather(piece, data, few(making) if making else None)
 
     def sliceable(self) -> Leaf:
-        """With forms whose columns can be taken in the one layout: others are formed.
+        """The leaf with forms that can give columns in its layout. Other forms are replaced by formed gradients.
 
-        A kernel's gradients are smaller than the windows: those are made for some examples at a time only.
+        The gradients of a convolution's kernel are smaller than its windows, which are computed for some examples at a time.
         """
         if any(form.making for form in self.forms):
             return self.formed()
@@ -116,13 +116,13 @@ class Leaf:
         return dataclasses.replace(self, forms=forms)
 
     def formed(self) -> Leaf:
-        """With the gradients formed."""
+        """The leaf with its gradients formed."""
         return dataclasses.replace(self, forms=(Formed(self.gradient()),))
 
     def beside(self, weight: Leaf) -> Leaf:
-        """The bias of a layer, of the right factors of its weight where these are its gradients.
+        """The bias of a layer, made of the right factors of its weight if these are its gradients; else the leaf itself.
 
-        A program that is given one array twice, in two shapes, copies it on its way into a loop.
+        Otherwise a program would hold one array twice, in two shapes, and copy it on its way into a loop.
         """
         (form,) = weight.forms
         if weight.positions > 1 or not isinstance(form, Product):
@@ -130,9 +130,9 @@ class Leaf:
         return dataclasses.replace(self, forms=(Formed(form.right.reshape(*form.right.shape[:2], *self.shape)),))
 
     def sizes(self) -> Float[Array, "n rows"]:
-        """A bound on the entries of ``D`` of each row, of their order of magnitude; with those of the bias of the layer.
+        """A bound on the entries of ``D`` of each row and of the layer's bias, of their order of magnitude.
 
-        Axes of length one are there where the rows do not differ.
+        An axis has length one if the rows do not differ along it.
         """
         if not self.forms:
             return jnp.zeros((1, 1), self.dtype)
@@ -140,21 +140,24 @@ class Leaf:
         return whole
 
     def means(self, w: Float[Array, "examples rows"], kinds: int = 1) -> tuple[tuple[Array, ...], ...]:
-        """The weighted means of what every form holds, for `shifted`: of all rows, or of each where each is of its own kind."""
+        """The weighted means of the arrays of every form, for `shifted`.
+
+        They are over all rows, or, if the rows of an example are of several ``kinds``, over examples for each row.
+        """
         return tuple(form.means(w, kinds > 1) for form in self.forms)
 
     def shifted(self, means: tuple[tuple[Array, ...], ...]) -> Leaf:
-        """The gradients less a constant, which is near their mean if the means are near those of what is held."""
+        """The gradients less a constant, which is near their mean if ``means`` are those of `means`."""
         forms = [part for form, mean in zip(self.forms, means, strict=True) for part in form.shifted(mean)]
         return dataclasses.replace(self, forms=tuple(forms), layer=None, bias=False)
 
     def times(self, factor: Scalar) -> Leaf:
-        """The gradients times a number, no longer those of one layer with a bias."""
+        """The gradients times a number, without the link between a weight and its bias."""
         forms = tuple(form.changed(lambda array: array * factor) for form in self.forms)
         return dataclasses.replace(self, forms=forms, layer=None, bias=False)
 
     def rows_times(self, factors: Float[Array, "n rows"]) -> Leaf:
-        """The gradients of each row times a number of its own; an axis of length one is of rows that have the same."""
+        """The gradients of each row times that row's factor; rows along an axis of length one share theirs."""
 
         def scaled(array: Array) -> Array:
             return array * factors.reshape(*factors.shape, *(1,) * (array.ndim - 2))
@@ -163,7 +166,7 @@ class Leaf:
 
     def masked(self, live: Bool[Array, " examples"]) -> Leaf:
         """The same gradients, exactly zero for the examples that are not live."""
-        # Those of right factors, since that of a layer's weight is the gradient of its bias as well.
+        # The right factors are set to zero, since the right factor of a layer's weight is the gradient of its bias as well.
         return dataclasses.replace(self, forms=tuple(form.changed(lambda array: masked(array, live)) for form in self.forms))
 
     def take(self, examples: slice) -> Leaf:
@@ -173,7 +176,7 @@ class Leaf:
 
     @property
     def bytes(self) -> int:
-        """What is held."""
+        """The bytes of the arrays that the forms store."""
         return int(sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(self.forms)))
 
     @property
@@ -183,5 +186,5 @@ class Leaf:
 
 
 def leaf_of(values: Float[Array, "examples *shape"]) -> Leaf:
-    """Vectors as the gradients of a leaf, one row each."""
+    """A leaf whose gradients are these vectors, one row per example."""
     return Leaf((Formed(values[:, None]),), values.shape[1:], values.dtype, values.shape[0], 1)

@@ -17,10 +17,10 @@ from jaxfisher._pytree import array_fields
 
 @array_fields("indices", "right")
 class Lookup:
-    """Gradients of a table whose rows are looked up: ``right_t`` in the row ``indices [n, rows, T]``, of one group.
+    """Gradients of a table whose rows are looked up: ``right_t`` in the table's row ``indices[n, row, t]``. There is one group.
 
-    The row of an index is one of the layout's inputs. Where an index occurs twice in one row of scores, its first occurrence
-    has the sum, and the others have a ``right`` of zero.
+    The rows of the table are the layout's inputs. If an index occurs twice in one row of scores, its first occurrence has the
+    sum, and the others have a ``right`` of zero.
     """
 
     indices: Int[Array, "n rows T"]
@@ -45,7 +45,7 @@ class Lookup:
         return jnp.sum(self.layout.matrix(v)[0][self.indices] * self.right[:, :, 0], (-2, -1))
 
     def rmv(self, w: Float[Array, "n rows"]) -> Float[Array, "*shape"]:
-        """The table to whose rows ``w right_t`` is added."""
+        """``sum_rows w D``: a table of zeros to whose rows ``w right_t`` is added."""
         updates = weighted(w, self.right, self.indices.shape)[:, :, 0]
         updates = jnp.broadcast_to(updates, (*self.indices.shape, updates.shape[-1]))
         table = jnp.zeros((self.layout.inputs, self.layout.outputs), updates.dtype)
@@ -56,22 +56,22 @@ class Lookup:
         return self.layout.leaf(self.matrices(self.layout))
 
     def matrices(self, layout: Layout) -> Float[Array, "n rows 1 inputs outputs"]:
-        """The gradients as matrices of its layout."""
+        """The gradients as matrices of the form's layout."""
         return _tables(self.indices, self.right, self.layout.inputs)
 
     def columns(self, layout: Layout, start: Array, size: int) -> Float[Array, "n rows 1 size outputs"]:
-        """Some rows of the table only."""
+        """Only some rows of the table."""
         local = self.indices - start.astype(self.indices.dtype)
         inside = (local >= 0) & (local < size)
         right = jnp.where(inside[:, :, None, :, None], self.right, 0)
         return _tables(jnp.where(inside, local, 0), right, size)
 
     def left_size(self, *, bias: bool) -> Float[Array, "1 1 1 1 1"]:
-        """The size is one, since left factors are ones and zeros."""
+        """One, since left factors are ones and zeros."""
         return jnp.ones((1,) * 5, self.right.dtype)
 
     def squared(self) -> Float[Array, "n rows 1"]:
-        """``|D|^2`` of every row: no row of the table has two terms."""
+        """``|D|^2`` of every row, which needs no cross terms: no row of the table has two terms."""
         return jnp.sum(jnp.square(self.right), (-2, -1))
 
     def squares(self) -> Lookup:
@@ -79,7 +79,7 @@ class Lookup:
         return dataclasses.replace(self, right=jnp.square(self.right))
 
     def same(self, other: Lookup) -> Bool[Array, "1 n rows T m rows2 T2"]:
-        """Where the indices of two blocks of rows are the same: the inner products of their left factors."""
+        """Whether the indices of two blocks of rows are equal: the inner products of their left factors."""
         return (self.indices[:, :, :, None, None, None] == other.indices[None, None, None])[None]
 
     def picked(self, left: Float[Array, "m rows2 1 T2 inputs"]) -> Float[Array, "1 m rows2 T2 n rows T"]:
@@ -87,23 +87,23 @@ class Lookup:
         return left[:, :, 0][..., self.indices][None]
 
     def sizes(self, *, bias: bool) -> Float[Array, "n rows"]:
-        """The largest entries in absolute value, summed over positions."""
+        """The largest entries of right factors in absolute value, summed over positions."""
         return jnp.sum(jnp.max(jnp.abs(self.right), (2, 4), initial=0.0), 2)
 
     def means(self, w: Float[Array, "n rows"], by_row: bool) -> tuple[Array, ...]:
-        """None: no index is near the mean of others."""
+        """No means: indices have none."""
         return ()
 
     def shifted(self, means: tuple[Array, ...]) -> tuple[Lookup, ...]:
-        """Itself: tables are sparse, and their mean does not dominate."""
+        """The lookup itself: its gradients are sparse, and their mean does not dominate."""
         return (self,)
 
     def changed(self, change: Callable[[Array], Array]) -> Lookup:
-        """With other right factors."""
+        """The lookup with other right factors."""
         return dataclasses.replace(self, right=change(self.right))
 
 
 def _tables(indices: Array, right: Array, size: int) -> Float[Array, "n rows 1 size outputs"]:
-    """Tables of this size that have right factors in the rows of their indices."""
+    """Tables of ``size`` rows, with the right factors in the rows of their indices."""
     hot = jax.nn.one_hot(indices, size, dtype=right.dtype, axis=-1)
     return matmul(hot[:, :, None].swapaxes(-1, -2), right)

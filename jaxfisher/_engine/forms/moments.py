@@ -1,12 +1,11 @@
-r"""Second moments of the factors of a leaf: what its Kronecker approximations are made of.
+r"""Second moments of the factors of a leaf, from which its Kronecker approximations are computed.
 
-A row is ``sum_t a_t (x) g_t``. Positions t at which every row of an example has a ``g`` of zero carry no gradient: they are
-padding, or a mask takes them out of the loss. They add nothing to a row, and the moments do not count them, whatever inputs
-they have.
+A row is ``sum_t a_t (x) g_t``. A position t at which every row of an example has a ``g`` of zero carries no gradient: it is
+padding, or a mask removes it from the loss. It adds nothing to a row, and the moments do not count it, whatever its input.
 
 Reference: Eschenhagen et al., Kronecker-factored approximate curvature for modern neural network architectures (NeurIPS 2023),
-sections 3.2 (expand) and 3.3 (reduce). Where every position carries a gradient their factors and ours are the same up to a
-number: the trace of their product is that of the block only where ``|a|`` and ``|g|`` are independent, of ours it always is.
+sections 3.2 (expand) and 3.3 (reduce). If every position carries a gradient, their factors and ours agree up to a scalar: the
+product of ours always has the trace of the block, and theirs does only if ``|a|`` and ``|g|`` are independent.
 """
 
 from __future__ import annotations
@@ -34,10 +33,11 @@ from jaxfisher._tree import HIGHEST
 class Moments:
     """Weighted sums over the rows of a leaf, for its Kronecker approximation; those of several blocks of rows add up.
 
-    Where the leaf has a bias, the last input is the one it is the weight of, held apart, and the block is that of the layer.
+    If the leaf has a bias, the last input is the constant one whose weight the bias is. Its row is stored separately, and the
+    block is that of the whole layer.
 
     Attributes:
-        inputs: ``sum omega a a^T`` over what is counted: positions of examples, or examples.
+        inputs: ``sum omega a a^T`` over what is counted: positions of examples (expand), or examples (reduce).
         outputs: ``sum omega g g^T`` over the same, and over the rows of an example.
         count: ``sum omega`` over what is counted.
         trace: ``sum omega |D|^2``, the trace of the block of ``S^T diag(omega) S``.
@@ -63,17 +63,17 @@ class Moments:
 
 
 def _or_one(x: Float[Array, " groups"]) -> Float[Array, " groups"]:
-    """One where it is zero, to divide what is zero there too."""
+    """``x`` with ones in place of zeros, as a divisor of numbers that are zero there too."""
     return jnp.where(x == 0, 1, x)
 
 
 def has_moments(leaf: Leaf) -> bool:
-    """Whether a leaf is a sum of products in one layout, whose factors' second moments are a Kronecker approximation."""
+    """Whether a leaf is a sum of products in one layout, so that its factors' second moments give a Kronecker approximation."""
     return bool(leaf.forms) and all(not form.unfactored and form.layout == leaf.layout for form in leaf.forms)
 
 
 class _Factors(NamedTuple):
-    """The factors of a leaf's rows, and where one of the rows of an example has a gradient."""
+    """The factors of a leaf's rows, and the positions at which some row of an example has a gradient."""
 
     left: Float[Array, "n rows groups T inputs"]
     right: Float[Array, "n rows groups T outputs"]
@@ -81,17 +81,14 @@ class _Factors(NamedTuple):
 
 
 def expanded_moments(leaf: Leaf, w: Float[Array, "examples rows"]) -> Moments | None:
-    """Kronecker moments with the positions that carry a gradient as if they were examples.
-
-    None for a leaf that is no dense outer product.
-    """
+    """Kronecker moments that treat each position that carries a gradient as an example; None unless `has_moments`."""
     return _moments(leaf, w, lambda factors: factors)
 
 
 def reduced_moments(leaf: Leaf, w: Float[Array, "examples rows"]) -> Moments | None:
     """Kronecker moments of ``a``, the mean over the positions of an example that carry a gradient, and ``g``, the sum.
 
-    Examples without such a position are not counted. None for a leaf that is no dense outer product.
+    Examples without such a position are not counted. None unless `has_moments`.
     """
 
     def reduced(factors: _Factors) -> _Factors:
@@ -122,7 +119,7 @@ def _moments(leaf: Leaf, w: Float[Array, "examples rows"], counted: Callable[[_F
         inputs, sums = _second_moment(factors.left, weight)
         outputs, _ = _second_moment(factors.right, w[:, :, None, None])
         count = jnp.sum(weight, (0, 1, 3))
-        # A bias is the weight of an input that is one wherever it is counted.
+        # The bias's input is one at every position that counts, so its moments are the sums of the inputs and the count.
         border = (sums, count) if leaf.bias else ()
         return Bordered(inputs, *(part.reshape(len(count), -1, 1) for part in border)), outputs, count, trace
 
@@ -146,10 +143,10 @@ def _second_moment(
 ) -> tuple[Float[Array, "b i i"], Float[Array, "b i"]]:
     """``sum w x x^T`` over rows and positions, and ``sum w x``.
 
-    The first is symmetric up to rounding: to mirror it would take as long as to make it.
+    The first is symmetric only up to rounding: mirroring it would take as long as computing it.
     """
     if x.shape[2] == 1:
-        # As matrices, so that XLA makes what both sums are of once.
+        # As matrices, so that XLA computes the weighted rows of both sums once.
         rows = x.reshape(-1, x.shape[-1])
         weighted = jnp.broadcast_to(sum_to(w, x.shape[:2]), x.shape[:-1]).reshape(-1, 1) * rows
         return matmul(weighted.T, rows)[None], jnp.sum(weighted, 0)[None]
@@ -158,7 +155,7 @@ def _second_moment(
 
 
 def _trace_of_sums(right: Float[Array, "n rows b t o"], squares: Float[Array, "n rows b t"], w: Array) -> Float[Array, " b"]:
-    """``sum w |sum_t g_t|^2`` over rows, group by group: of the part that is the bias's; `_trace` has the weight's."""
+    """``sum w |sum_t g_t|^2`` over rows, group by group: the trace of the bias's part; `_trace` is that of the weight's."""
     if right.shape[3] > 1:
         squares = jnp.sum(w[:, :, None, None, None] * jnp.square(jnp.sum(right, 3, keepdims=True)), 4)
     return jnp.sum(squares, (0, 1, 3))
@@ -167,16 +164,16 @@ def _trace_of_sums(right: Float[Array, "n rows b t o"], squares: Float[Array, "n
 def _trace(factors: _Factors, squares: Float[Array, "n rows b t"], w: Float[Array, "n rows"]) -> Float[Array, " b"]:
     """``sum w |sum_t a_t g_t^T|^2`` over rows, group by group; ``squares`` are ``w |g_t|^2``.
 
-    From inner products of factors, or of gradients that are formed, whichever takes less.
+    It is computed from inner products of factors or from formed gradients, whichever takes fewer operations.
     """
     left, right, carrying = factors
     positions, inputs, outputs = left.shape[3], left.shape[4], right.shape[4]
     if positions == 1:
-        # An input so huge that its square overflows may have a gradient of zero.
+        # An input whose square overflows may have a gradient of zero: it must not become a NaN.
         lefts = jnp.where(carrying, jnp.sum(jnp.square(left), 4), 0)
         return jnp.sum(lefts * sum_to(squares, lefts.shape), (0, 1, 3))
     left = jnp.where(carrying[..., None], left, 0)
-    # A left factor that all rows of an example share meets all of their right ones at once.
+    # If all rows of an example share the left factors, the inner products of right factors are summed over the rows first.
     shared = left.shape[1] == 1
     rows = right.shape[1] if shared else 1
     if positions * (inputs + rows * outputs) > rows * inputs * outputs:
@@ -190,7 +187,7 @@ def _trace(factors: _Factors, squares: Float[Array, "n rows b t"], w: Float[Arra
 
 
 def _trace_of_formed(left: Array, right: Array, w: Array) -> Float[Array, " b"]:
-    """The same, a few inputs of the gradients at a time."""
+    """`_trace` from gradients, formed for a few of their inputs at a time."""
     layout = matrix_layout(left.shape[2], left.shape[4], right.shape[4])
     examples, rows = w.shape
     leaf = Leaf((Product(left, right, layout),), layout.shape, right.dtype, examples, rows)

@@ -1,4 +1,4 @@
-"""The dense second moment of leaves that have one left factor an example and one right factor a row."""
+"""The dense second moment of leaves that have one left factor per example and one right factor per row."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Outer(NamedTuple):
 
 
 def outer(leaf: Leaf) -> Outer | None:
-    """The leaf as one left factor an example and one right factor a row; None if it is not of that kind.
+    """The leaf as one left factor per example and one right factor per row; None if it is not of that kind.
 
-    A gradient that is formed counts as a right factor; its left factor is the number one.
+    A formed gradient counts as a right factor, with the number one as its left factor.
     """
     (form,) = leaf.forms if len(leaf.forms) == 1 else (None,)
     lead = (leaf.examples, leaf.rows)
@@ -48,7 +48,8 @@ def outer(leaf: Leaf) -> Outer | None:
 def outer_moment(leaves: Sequence[Outer], w: Float[Array, "n rows"], factor: Scalar) -> Float[Array, "p p"]:
     """``factor^2 sum_rows w D D^T`` over all leaves.
 
-    The rows of an example are summed first, ``M = sum_rows w g g^T``, so that they cost nothing in ``sum_n (a a^T) (x) M``.
+    The rows of an example are summed first, ``M = sum_rows w g g^T``, so that the cost of ``sum_n (a a^T) (x) M`` does not
+    depend on their number.
     """
     leaves = [_balanced(leaf, factor) for leaf in leaves]
     blocks: list[list[Array]] = [[jnp.zeros(())] * len(leaves) for _ in leaves]
@@ -61,13 +62,13 @@ def outer_moment(leaves: Sequence[Outer], w: Float[Array, "n rows"], factor: Sca
 
 
 def _balanced(leaf: Outer, factor: Scalar) -> Outer:
-    """The gradients times a number, with left factors near one and their sizes in the right ones."""
+    """The gradients times a number, with left factors scaled near one and their sizes moved to the right factors."""
     size = magnitude(leaf.left, -1)
     return Outer(near_one(leaf.left, size), leaf.right * size[:, None] * factor, leaf.layout)
 
 
 def _own_block(leaf: Outer, w: Array) -> Float[Array, "size size"]:
-    """One leaf's block: pairs of inputs by pairs of outputs, each pair once."""
+    """One leaf's block: pairs of inputs by pairs of outputs. Each unordered pair is computed once."""
     inputs, outputs = _Pairs(leaf.layout.inputs), _Pairs(leaf.layout.outputs)
 
     def some(left: Array, right: Array, w: Array) -> Array:
@@ -81,7 +82,7 @@ def _own_block(leaf: Outer, w: Array) -> Float[Array, "size size"]:
 
 
 def _cross_block(one: Outer, two: Outer, w: Array) -> Float[Array, "size size2"]:
-    """The block of two leaves."""
+    """The block of two different leaves."""
     rows, columns = one.layout, two.layout
 
     def some(a: Array, g: Array, b: Array, h: Array, w: Array) -> Array:
@@ -102,7 +103,7 @@ def _in_leaf_order(block: Float[Array, "i o j q"], rows: Layout, columns: Layout
 
 
 class _Pairs:
-    """Pairs of indices below a size, each once; ``index[i, j]`` is where the pair of i and j is."""
+    """Unordered pairs of indices below ``size``; ``index[i, j]`` is the position of the pair of i and j."""
 
     def __init__(self, size: int) -> None:
         self.first, self.second = np.triu_indices(size)

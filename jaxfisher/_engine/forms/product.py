@@ -1,4 +1,4 @@
-"""Sums of outer products: what the gradient of a weight is that meets its inputs in a product of matrices."""
+"""Sums of outer products: the gradients of a weight that is multiplied with its inputs as a matrix."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Product:
 
     @property
     def name(self) -> str:
-        """An outer product, or how many."""
+        """The name that `jaxfisher.explain` shows."""
         return "outer product" if self.positions == 1 else f"sum of {self.positions} outer products"
 
     @property
@@ -43,9 +43,9 @@ class Product:
     def mv(
         self, v: Float[Array, "*shape"], seal: Seal, bias: Float[Array, "1 1 1 1 outputs"] | None = None
     ) -> Float[Array, "n rows"]:
-        """``sum_t left_t^T V right_t`` for every row; with a vector for the ``bias`` of the layer, ``right_t`` times it too."""
+        """``sum_t left_t^T V right_t`` for every row; with a vector for the layer's ``bias``, plus ``sum_t bias . right_t``."""
         matrix, left, right = self.layout.matrix(v), self.left, self.right
-        # The factor with fewer rows meets the matrix; the other takes only a sum.
+        # Multiply the matrix with the factor that has fewer rows; the other one takes only a sum.
         if left.shape[0] * left.shape[1] > right.shape[0] * right.shape[1]:
             found = _met(times(right, matrix.swapaxes(1, 2)), left, seal)
             return found if bias is None else found + jnp.sum(seal(bias * right), (-3, -2, -1))
@@ -66,11 +66,11 @@ class Product:
         return self.layout.leaf(self.matrices(self.layout))
 
     def matrices(self, layout: Layout) -> Float[Array, "n rows groups inputs outputs"]:
-        """The gradients as matrices of its layout."""
+        """The gradients as matrices of the form's layout."""
         return matmul(self.left.swapaxes(-1, -2), self.right)
 
     def columns(self, layout: Layout, start: Array, size: int) -> Float[Array, "n rows groups size outputs"]:
-        """Some inputs of the gradients, of these inputs' factors."""
+        """Some inputs of the gradients, computed from these inputs' factors only."""
         left = jax.lax.dynamic_slice_in_dim(self.left, start, size, 4)
         return matmul(left.swapaxes(-1, -2), self.right)
 
@@ -79,7 +79,7 @@ class Product:
         return magnitude(self.left, -1, least=float(bias))
 
     def squared(self) -> Float[Array, "n rows groups"]:
-        """``|D|^2`` of every row and group, from inner products of its own factors."""
+        """``|D|^2`` of every row and group, from inner products of the factors of each row."""
         left, right = magnitude(self.left, -1), magnitude(self.right, -1)
         lefts = matmul(near_one(self.left, left), self.left.swapaxes(-1, -2))
         rights = matmul(near_one(self.right, right), self.right.swapaxes(-1, -2))
@@ -87,7 +87,8 @@ class Product:
 
     def squares(self) -> Product:
         """The product whose gradients are the entrywise squares; exact where T is one."""
-        # Left factors are brought near one. Right factors take over their sizes, as far as they have an axis for them.
+        # Left factors are scaled near one. Right factors take over their sizes, which therefore must not vary along an axis
+        # where the right factors have length one.
         missing = (axis for axis in (0, 1) if self.right.shape[axis] == 1)
         size = magnitude(self.left, (-1, *missing))
         return dataclasses.replace(self, left=squared(near_one(self.left, size)), right=squared(self.right * size))
@@ -97,36 +98,37 @@ class Product:
         return jnp.max(jnp.sum(self.left_size(bias=bias) * magnitude(self.right, -1), (3, 4)), 2)
 
     def means(self, w: Float[Array, "n rows"], by_row: bool) -> tuple[Array, ...]:
-        """Those of both factors."""
+        """The means of both factors."""
         return mean(self.left, w * extent(self.right), by_row), mean(self.right, w, by_row)
 
     def shifted(self, means: tuple[Array, ...]) -> tuple[Product, ...]:
-        """Two products: of deviations of left factors, and of right ones with a constant."""
+        """Two products: deviations of left factors with right factors, and a constant with deviations of right factors."""
         left, right = means
         moving = dataclasses.replace(self, left=self.left - left)
         return moving, Deviation(left, self.right - right, self.layout, right)
 
     def changed(self, change: Callable[[Array], Array]) -> Product:
-        """With other right factors."""
+        """The product with other right factors."""
         return dataclasses.replace(self, right=change(self.right))
 
 
 @array_fields("left", "right", "mean")
 class Deviation(Product):
-    """A product of a constant left factor and what right factors deviate from their ``mean`` by.
+    """A product of a constant left factor and the deviations of right factors from their ``mean``.
 
-    The gradients less a constant are the sum of such a product and one of the whole right factors (`Product.shifted`). As it is
-    known by how much these differ, inner products of the sum take no more products of matrices than those of one of them.
+    The gradients less a constant are the sum of such a product and one with the whole right factors (`Product.shifted`). The
+    right factors of both differ by ``mean``, so inner products of the sum take no more products of matrices than those of a
+    single product.
     """
 
     mean: Float[Array, "n rows groups T outputs"]
 
     def changed(self, change: Callable[[Array], Array]) -> Deviation:
-        """With other right factors, and so with another mean of them."""
+        """The product with other right factors, and so with another mean of them."""
         return dataclasses.replace(self, right=change(self.right), mean=change(self.mean))
 
 
 def _met(along: Array, other: Float[Array, "n rows groups T m"], seal: Seal) -> Float[Array, "n rows"]:
-    """The sum of the products of all entries for each row."""
-    # An input so huge that its product overflows may have a cotangent of zero.
+    """The sum of the products of all entries, for each row."""
+    # An input whose product overflows may have a cotangent of zero: it must not become a NaN.
     return jnp.sum(jnp.where(other == 0, 0, seal(along) * other), (-3, -2, -1))

@@ -44,5 +44,5 @@ def diagonal(leaf: Leaf, w: Float[Array, "examples rows"]) -> Float[Array, "*sha
     tiles = jnp.moveaxis(by_columns(tile, leaf), 0, 1)
     size, tail = tiles.shape[2], layout.inputs - (tiles.shape[1] - 1) * tiles.shape[2]
     full = tiles[:, :-1].reshape(layout.groups, -1, layout.outputs)
-    # The last tile begins with zeros, where it repeats the one before.
+    # The last tile begins with zeros where it overlaps the one before: only its tail is new.
     return layout.leaf(jnp.concatenate([full, tiles[:, -1, size - tail :]], axis=1))

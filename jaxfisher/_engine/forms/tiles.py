@@ -1,4 +1,4 @@
-"""Work on gradients that are formed for it, a few of their inputs at a time."""
+"""Functions of gradients, which are formed for a few of their inputs at a time."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from jaxfisher._engine.forms.leaf import Leaf
 
 
 def by_columns(function: Callable[..., Any], *leaves: Leaf) -> Any:
-    """``function`` of the gradients of leaves in their one layout, for a few of the inputs at a time; results stacked.
+    """``function`` of the gradients of leaves in their shared layout, for a few of the inputs at a time, with results stacked.
 
-    Inputs are cut so that a tile takes no more than the factors do, or than `TILE` numbers. Zeros fill the last tile.
+    The inputs are split so that a tile takes no more memory than the factors do, or than `TILE` numbers. Zeros fill the last
+    tile.
     """
     leaves = tuple(leaf.sliceable() for leaf in leaves)
     layout = leaves[0].layout
@@ -31,7 +32,7 @@ def by_columns(function: Callable[..., Any], *leaves: Leaf) -> Any:
 
     def tile(k: Array) -> Any:
         start = k * size
-        # The last tile would reach past the end, where a slice is moved back: what it then repeats is masked.
+        # The last tile would reach past the end, so it starts earlier, and the inputs that it repeats are masked.
         first = jnp.minimum(start, layout.inputs - size)
         fresh = first + jnp.arange(size) >= start
         parts = [total([form.columns(layout, first, size) for form in leaf.made]) for leaf in leaves]
