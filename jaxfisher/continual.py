@@ -1,4 +1,4 @@
-"""Continual learning and merging: what a Fisher at one optimum says to training that goes on from it, and to other optima."""
+"""Continual learning and merging: the Fisher at one optimum as a penalty in later training, and as a weight in averages."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from jaxfisher._values import described, nonnegative
 
 
 def ewc_penalty(fisher: Operator, anchor: chex.ArrayTree, strength: chex.Numeric = 1.0) -> Callable[[Any], Scalar]:
-    r"""Elastic weight consolidation: the penalty for leaving the parameters of an earlier task, as a function of parameters.
+    r"""Elastic weight consolidation: the penalty for moving away from the parameters of an earlier task.
 
     .. math:: \theta \mapsto \frac{c}{2} (\theta - \theta^*)^T F (\theta - \theta^*).
 
-    ``c`` times the KL divergence, in nats for an example of the earlier task, by which predictions move, to second order. Of n
-    examples whose mean is F, the log-posterior is ``-n/2 (theta - theta*)^T F (theta - theta*)`` (Laplace); beside the *mean*
-    loss of m new examples the strength of that posterior is therefore ``n / m``. In practice it is tuned.
+    To second order it is ``c`` times the KL divergence by which predictions move, in nats per example of the earlier task. For
+    n examples whose mean is F, the log-posterior is ``-n/2 (theta - theta*)^T F (theta - theta*)`` (Laplace). So beside the
+    *mean* loss of m new examples, that posterior has strength ``n / m``. In practice the strength is tuned.
 
-    Any form of F will do: `jaxfisher.diagonal` is EWC as it was published, `jaxfisher.kronecker` keeps what a layer's weights
-    do together. For a sequence of tasks add the penalties of all; or keep one Fisher, whose anchor is the last optimum: ``F =
+    F may have any form: `jaxfisher.diagonal` is EWC as published, and `jaxfisher.kronecker` keeps correlations within a layer.
+    For a sequence of tasks add the penalties of all tasks. Or keep one Fisher, with the last optimum as its anchor: ``F =
     view(decay * F + F_new)`` (online EWC), or `jaxfisher.merge` of views for the mean over the examples of all tasks. For a
-    diagonal or a matrix the sum has the form of its terms; of Kronecker views ``jf.kronecker(F + F_new)`` is one again.
+    diagonal or a matrix the sum has the form of its terms; for Kronecker views ``jf.kronecker(F + F_new)`` is one again.
 
-    **When it is the wrong one.** It is a quadratic about an optimum: far from it, or where training had not converged, it
-    holds what need not be held. F is a mean of squares over *examples*: the square of a batch's mean gradient is another
+    **When it is the wrong one.** It is a quadratic about an optimum: far from it, or if training had not converged, it holds
+    parameters that need not be held. F is a mean of squares over *examples*: the square of a batch's mean gradient is another
     matrix, smaller by about the size of the batch, and near an optimum it is noise.
 
     Args:
-        fisher: of the earlier task, at ``anchor``.
+        fisher: the Fisher of the earlier task, at ``anchor``.
         anchor: the parameters theta* at the end of the earlier task.
-        strength: c ``>= 0``; the penalty is NaN where c is only known at run time to be negative.
+        strength: c ``>= 0``; if c is only known at run time to be negative, the penalty is NaN.
 
     Returns:
-        A function of parameters that gives a scalar, to be added to a mean loss. Its gradient costs a product with F.
+        A function of parameters that returns a scalar, to be added to a mean loss. Its gradient costs a product with F.
 
     Raises:
         TypeError: ``fisher`` is no operator.
@@ -77,31 +77,30 @@ def fisher_average(
     view: View | None = None,
     solver: Solver | None = None,
 ) -> tuple[Any, SolveInfo]:
-    r"""Merge models: the parameters nearest to all of them, each direction weighted by what the models' data say of it.
+    r"""Merge models: the parameters nearest to all of them, with each direction weighted by the models' Fishers.
 
     .. math:: \hat\theta = \arg\min_\theta \sum_k \tfrac12 (\theta - \theta_k)^T F_k (\theta - \theta_k) + \tfrac\lambda2
         |\theta - \bar\theta|^2 = \bar\theta + \Big(\sum_k F_k + \lambda I\Big)^{-1} \sum_k F_k (\theta_k - \bar\theta),
 
-    with the plain mean :math:`\bar\theta` of the models. At damping zero it is ``(sum F_k)^-1 sum F_k theta_k``; directions
-    that no model's data determine stay at the mean. It is the mode of the product of the models' Laplace posteriors; for
-    models that are linear in their parameters, with Gaussian noise, it is the fit to the data of all. The Fishers are means:
-    where the models saw different numbers of examples, give ``n_k * F_k``.
+    where :math:`\bar\theta` is the plain mean of the models. At damping zero it is ``(sum F_k)^-1 sum F_k theta_k``; directions
+    that no model's data determine stay at the mean. It is the mode of the product of the models' Laplace posteriors; for models
+    that are linear in their parameters, with Gaussian noise, it is the fit to all of the data. The Fishers are means: if the
+    models saw different numbers of examples, give ``n_k * F_k``.
 
-    Diagonal views merge entry by entry, which is Fisher-weighted averaging as it was published. Scores, matrices and blocks
-    are merged by an exact solve. A sum of Kronecker products is no Kronecker product: ``view=jf.kronecker`` solves with the one
-    product nearest to the sum, at the cost of its factors. Of two models ``solver=jf.factored_solve`` solves with the sum
-    itself, by the factors as well: exactly at damping zero, else with KFAC's own damping. ``solver=
-    jf.CG(preconditioner=jf.kronecker)`` solves exactly for any number of models, and without any of these the matrix of each
-    layer is made.
+    Diagonal views merge entry by entry, which is Fisher-weighted averaging as published. Scores, matrices and blocks are merged
+    by an exact solve. A sum of Kronecker products is no Kronecker product: ``view=jf.kronecker`` solves with the one product
+    nearest to the sum, at the cost of its factors. For two models ``solver=jf.factored_solve`` solves with the sum itself,
+    also from the factors: exactly at damping zero, else with KFAC's own damping. For any number of models ``solver=
+    jf.CG(preconditioner=jf.kronecker)`` solves exactly. Without any of these the matrix of each layer is made.
 
-    **When it is the wrong one.** It joins quadratics about each model: models of different initialisations, whose units are
+    **When it is the wrong one.** It adds up quadratics about each model: models from different initialisations, whose units are
     permuted, have no useful mean. Fine-tune from one start, or align the units first.
 
     Args:
         models: the parameters theta_k, one pytree a model.
         fishers: F_k, one a model, at its parameters.
-        damping: lambda, as in `jaxfisher.solve`; it draws towards the plain mean.
-        view: of the sum of the Fishers, taken for the solve; None for the sum itself.
+        damping: lambda, as in `jaxfisher.solve`; it pulls towards the plain mean.
+        view: a view of the sum of the Fishers, for the solve; None for the sum itself.
         solver: as in `jaxfisher.solve`.
 
     Returns:

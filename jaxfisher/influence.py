@@ -1,4 +1,4 @@
-"""Influence: which training examples a prediction rests on, from the factors of scores and any Fisher."""
+"""Influence of training examples on predictions, from the factors of scores and any Fisher."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Answers = tuple[Float[Array, "..."], SolveInfo]
 
 
 def _of_examples(function: str) -> Refusing:
-    """A function of this room: what it says of an example does not depend on how often others count."""
+    """A decorator for functions of single examples: ``weights``, ``counts`` and ``batch_size`` raise with advice."""
     weights = (
         "none: an influence is that of counting an example once more. Weights belong to the Fisher, as in "
         "jf.exact_fisher(model)(params, x, weights=w); leave out what is padding."
@@ -49,37 +49,38 @@ def influence(
     .. math:: I_{ti} = \frac1n\, s_t^T (F + \lambda I)^{-1} s_i, \qquad s = \nabla_\theta \log p_\theta.
 
     For parameters at a minimum of ``-1/n sum_i log p(x_i) + lambda/2 |theta|^2`` it is the first-order change of the test
-    example's log-density when training example i is counted once more, and minus the change when it is left out. A positive
-    number says that i helps t. The loss of t changes by the same number with the other sign.
+    example's log-density if training example i is counted once more, and minus the change if it is left out. A positive number
+    means that i helps t. The loss of t changes by the same number with the opposite sign.
 
-    The solves are of the test examples, whose vectors are formed: m test examples take m p numbers. No gradient of a training
-    example is held; each is formed some columns at a time, beside the solved vectors. The matrix is symmetric in its two data
-    sets, so give the smaller set as ``test``. Where m p is too much, take some test examples at a time.
+    The solves are for the test examples, whose gradients are formed: m test examples take m p numbers. No gradient of a
+    training example is held; each is formed a few columns at a time, to be multiplied with the solved vectors. The matrix is
+    symmetric in the two data sets, so pass the smaller set as ``test``. If m p numbers are too many, take a few test examples
+    at a time.
 
-    **When it is the wrong one.** It is a derivative. Leaving out half of the data, or an example of a leverage near one, is no
-    small change. Networks are seldom at a minimum, and F stands for a Hessian: there the numbers rank examples, and do not
-    predict retraining. At a damping near zero the directions that the data do not determine decide.
+    **When it is the wrong one.** It is a derivative. Leaving out half of the data, or an example of leverage near one, is no
+    small change. Networks are seldom at a minimum, and F only approximates a Hessian: then the numbers rank examples, but do
+    not predict retraining. At a damping near zero, directions that the data do not determine dominate.
 
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
         fisher: the curvature at ``params``, a mean over examples: `jaxfisher.exact_fisher` or any view of it, such as
             `jaxfisher.eigen_kronecker` for a network.
-        n: how many examples the parameters were fitted to; None for those that F is a mean over, with weights their sum. A sum
-            of several means needs it.
-        solver: as in `jaxfisher.solve`: such as ``jf.CG(preconditioner=jf.eigen_kronecker)`` for an implicit Fisher.
-        batch_size: make the scores of training examples in pieces of at most so many, which bounds memory.
+        n: the number of examples that the parameters were fitted to; None for those in the mean of F (with weights, their sum).
+            A sum of several means needs it.
+        solver: as in `jaxfisher.solve`, such as ``jf.CG(preconditioner=jf.eigen_kronecker)`` for an implicit Fisher.
+        batch_size: compute the scores of training examples in chunks of at most so many, which bounds memory.
 
     Returns:
-        A function ``(params, train, test, damping)``. ``test`` is a tuple of arrays with a leading axis of m examples, and so
-        is ``train``; or ``train`` is any other iterable of such tuples, which are in memory one at a time: ``tqdm(batches)``
-        shows progress. ``damping`` is that of `jaxfisher.solve`. It returns the matrix, shape ``[m, train examples]``, and a
-        `SolveInfo` with an entry for each test example.
+        A function ``(params, train, test, damping)``. ``test`` is a tuple of arrays with a leading axis of m examples. So is
+        ``train``, or it is another iterable of such tuples, which are in memory one at a time: ``tqdm(batches)`` shows
+        progress. ``damping`` is that of `jaxfisher.solve`. The function returns the matrix, shape ``[m, train examples]``, and
+        a `SolveInfo` with an entry for each test example.
 
     Raises:
-        TypeError: ``log_prob`` is no function, ``fisher`` no operator, ``n`` no number; (when called) ``train`` or ``test`` is
-            no data, ``log_prob`` is complex.
+        TypeError: ``log_prob`` is no function, ``fisher`` no operator, or ``n`` no number; (when called) ``train`` or ``test``
+            is no data, or ``log_prob`` is complex.
         ValueError: ``n`` is not given, and ``fisher`` is no mean, or a sum of several; (when called) ``params`` of another
-            structure than those of ``fisher``, no batch; as in `jaxfisher.scores` and `jaxfisher.solve`.
+            structure than those of ``fisher``; no batch; as in `jaxfisher.scores` and `jaxfisher.solve`.
 
     Reference: Koh and Liang, Understanding black-box predictions via influence functions (ICML 2017), equation 2; Grosse et
     al., Studying large language model generalization with influence functions (2023), section 2, for EKFAC in the place of F.
@@ -117,22 +118,22 @@ def self_influence(
 
     .. math:: I_{ii} = \frac1n\, s_i^T (F + \lambda I)^{-1} s_i \ge 0.
 
-    Of a linear regression it is the squared residual times the leverage. What the model could only learn from the example
-    itself stands out. That is how wrong labels are looked for: sort, and read from the top.
+    For a linear regression it is the squared residual times the leverage. Examples that the model could only learn from
+    themselves stand out. To find wrong labels, sort the examples, and read from the top.
 
     Gradients of ``batch_size`` examples are formed and solved at a time, so that memory holds a few times ``batch_size p``
-    numbers. What a solve factors is factored for every batch; a view held by eigenvectors (`jaxfisher.eigen_kronecker`,
-    `jaxfisher.diagonal`) has nothing to factor.
+    numbers. A solve that needs a factorisation repeats it for every batch; a view held by eigenvectors
+    (`jaxfisher.eigen_kronecker`, `jaxfisher.diagonal`) has nothing to factor.
 
-    **When it is the wrong one.** A rare example is as conspicuous as a wrong one: the list is for a reader to judge. Where the
-    model fits every label, wrong ones included, scores vanish: take parameters from before that.
+    **When it is the wrong one.** A rare example is as conspicuous as a wrong one, so a reader must judge the list. If the model
+    fits every label, wrong ones included, scores vanish: use earlier parameters.
 
     Args:
-        log_prob: as in `influence`, and so are ``fisher``, ``n`` and ``solver``.
-        fisher: see ``log_prob``.
-        n: see ``log_prob``.
-        solver: see ``log_prob``.
-        batch_size: how many examples to solve for at a time; None for all of a batch.
+        log_prob: as in `influence`.
+        fisher: as in `influence`.
+        n: as in `influence`.
+        solver: as in `influence`.
+        batch_size: the number of examples to solve for at a time; None for all of a batch.
 
     Returns:
         A function ``(params, train, damping)`` of the data or of batches, as in `influence`. It returns an array with a number
@@ -169,26 +170,26 @@ def self_influence(
 
 
 def tracin(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[..., Float[Array, "test train"]]:
-    r"""TracIn: the influence that training examples had on the way, summed over checkpoints, without any Fisher.
+    r"""TracIn: the influence that training examples had during training, summed over checkpoints, without any Fisher.
 
     .. math:: I_{ti} = \sum_c \eta_c\, s_t(\theta_c)^T s_i(\theta_c).
 
-    It is the change of the test log-density by plain gradient steps on example i alone, one at each checkpoint. It comes from
-    the factors of both data sets: of a weight of ``d_in x d_out`` each pair costs ``d_in + d_out`` products, and no gradient
-    is formed.
+    It is the change of the test log-density by plain gradient steps on example i alone, one at each checkpoint. It is computed
+    from the factors of both data sets: for a weight of ``d_in x d_out`` each pair costs ``d_in + d_out`` multiplications, and
+    no gradient is formed.
 
-    **When it is the wrong one.** It asks what the steps of plain gradient descent did. Of Adam's or natural gradients' steps
-    it knows nothing, and large gradients count for much.
+    **When it is the wrong one.** It describes the steps of plain gradient descent. It does not know the steps of Adam or of
+    natural gradients, and gives large gradients much weight.
 
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example.
-        batch_size: make scores in pieces of at most so many examples, which bounds memory.
+        batch_size: compute scores in chunks of at most so many examples, which bounds memory.
 
     Returns:
         A function ``(checkpoints, train, test, rates=1.0)``. ``checkpoints`` is an iterable of parameters, which are in memory
-        one at a time (``tqdm(checkpoints)`` shows progress), ``train`` and ``test`` are tuples of arrays, ``rates`` the
-        learning rates ``eta_c``: one number, or one for each checkpoint. It returns an array ``[test examples, training
-        examples]``.
+        one at a time (``tqdm(checkpoints)`` shows progress). ``train`` and ``test`` are tuples of arrays. ``rates`` are the
+        learning rates ``eta_c``: one number, or one for each checkpoint. The function returns an array ``[test examples,
+        training examples]``.
 
     Raises:
         TypeError: ``log_prob`` is no function; (when called) ``checkpoints`` cannot be iterated over, ``rates`` no numbers,
@@ -233,7 +234,7 @@ def tracin(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[...,
 
 
 def _one_row_each(caller: str, log_prob: LogProb, batch_size: int | None = None) -> Callable[..., Scores]:
-    """The scores of a real log-density: of a complex one an example has two rows, and no one number says what it changes."""
+    """The scores of a real log-density. A complex one has two rows an example, and no single number for its influence."""
     scores_of = scores(log_prob, batch_size=batch_size)
 
     def checked(params: chex.ArrayTree, /, *data: Any) -> Scores:
@@ -257,7 +258,7 @@ def _rate(rates: Any, place: int) -> Array:
 
 
 def _checked(caller: str, log_prob: Any, fisher: Any, n: Any, solver: Any) -> tuple[Operator, chex.Numeric]:
-    """The operator, and how many examples the parameters were fitted to."""
+    """The operator, and the number of examples that the parameters were fitted to."""
     check_function("log_prob", log_prob, LOG_PROB)
     fisher = as_operator(fisher, f"{caller}: `fisher`")
     check_solver(solver)
@@ -277,7 +278,7 @@ def _solutions(fisher: Operator, vectors: Any, damping: Damping, solver: Solver 
 
 
 def _data(data: Any, name: str) -> tuple[Any, ...]:
-    """The arrays of one data set; a lone array is a data set of one."""
+    """The arrays of one data set, as a tuple; a single array is a data set of one."""
     if isinstance(data, tuple):
         return data
     if is_array(data):
@@ -286,7 +287,7 @@ def _data(data: Any, name: str) -> tuple[Any, ...]:
 
 
 def _batches(train: Any, caller: str) -> Iterable[tuple[Any, ...]]:
-    """The batches of an iterable; data in a tuple are one batch."""
+    """The batches of an iterable; a tuple of data is one batch."""
     if isinstance(train, tuple) or is_array(train):
         return [_data(train, "train")]
     return _at_least_one(batches_of(train, f"{caller}: `train`"), caller)
@@ -302,7 +303,7 @@ def _at_least_one(batches: Iterable[tuple[Any, ...]], caller: str) -> Iterable[t
 
 
 def _cut(data: tuple[Any, ...], size: int | None) -> Iterable[tuple[Any, ...]]:
-    """Some examples at a time."""
+    """The data in chunks of at most ``size`` examples."""
     n = num_examples(data, "train")
     step = n if size is None else size
     for start in range(0, n, step):

@@ -1,6 +1,6 @@
-"""The design of experiments: where to measure, so that the information is largest.
+"""The design of experiments: where to measure so that the information is largest.
 
-Import it by name: ``from jaxfisher import design``. The gradient by the places themselves needs nothing from here: it is
+Import it by name: ``from jaxfisher import design``. The gradient in the points of measurement needs nothing from here: it is
 ``jax.grad(lambda x: jf.exact_fisher(model)(params, x).logdet(0.0))(x)``.
 """
 

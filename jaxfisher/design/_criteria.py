@@ -1,4 +1,4 @@
-"""The information of each candidate, and what is to be large of that of a design."""
+"""The information of each candidate, and the criteria by which a design's information is judged."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from jaxfisher._tree import check_function
 def informations(model: Model) -> Callable[..., Float[Array, "m p p"]]:
     r"""The Fisher information of one measurement at each of m candidates.
 
-    The information of a design with weights w, which sum to one, is ``jnp.tensordot(w, M, 1)``, and so is that of many of them:
-    weights of shape ``[designs, m]`` give ``[designs, p, p]``.
+    The information of a design with weights w, which sum to one, is ``jnp.tensordot(w, M, 1)``. The same holds for many
+    designs: weights of shape ``[designs, m]`` give ``[designs, p, p]``.
 
-    **When it is the wrong tool.** A nonlinear model has another information at other parameters: a design is as good
+    **When it is the wrong tool.** The information of a nonlinear model depends on the parameters, so a design is only as good
     as the guess of them. Average the criterion over several guesses.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE measurement.
 
     Returns:
-        A function ``(params, *candidates)``: matrices of shape ``[m, p, p]``, in the order of `jax.flatten_util.ravel_pytree`.
+        A function ``(params, *candidates)`` that returns matrices of shape ``[m, p, p]``, in the order of
+        `jax.flatten_util.ravel_pytree`.
 
     Raises:
         ValueError: (when called) arrays of different lengths.
@@ -67,25 +68,25 @@ def informations(model: Model) -> Callable[..., Float[Array, "m p p"]]:
 
 
 def _root(information: Float[Array, "*designs p p"]) -> Float[Array, "*designs p p"]:
-    """Its Cholesky factor, not a number where there is none.
+    """The Cholesky factor of an information matrix; NaN if the matrix is singular to rounding.
 
-    That is where an eigenvalue is rounding, in units in which the diagonal is one. A pivot does not tell: rounding may
-    have made it as large as one of a design that determines all parameters.
+    It is singular if an eigenvalue is rounding error in units in which the diagonal is one. Pivots do not decide this: rounding
+    may make a pivot as large as one of a design that determines all parameters.
     """
     held = jax.lax.stop_gradient(information)
     diagonal = jnp.diagonal(held, axis1=-2, axis2=-1)
     unit = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
     values = jnp.linalg.eigvalsh(held / unit[..., :, None] / unit[..., None, :])
     there = values[..., 0] > unit.shape[-1] * float(jnp.finfo(values.dtype).eps) * values[..., -1]
-    # As a factor, so that there is no gradient either.
+    # Multiply by the NaN, so that the gradient is NaN too.
     return jnp.linalg.cholesky(information) * jnp.where(there, 1, jnp.nan)[..., None, None]
 
 
 def d_criterion(information: Float[Array, "*designs p p"]) -> Float[Array, "*designs"]:
-    r"""``log det I``: the larger, the smaller the ellipsoid in which the parameters are.
+    r"""``log det I``: the larger it is, the smaller is the confidence ellipsoid of the parameters.
 
     Args:
-        information: of one design or of many, shape ``[..., p, p]``.
+        information: the information of one design or of many, shape ``[..., p, p]``.
 
     Returns:
         Shape ``[...]``; minus infinity for a design that does not determine all parameters.
@@ -103,10 +104,10 @@ def d_criterion(information: Float[Array, "*designs p p"]) -> Float[Array, "*des
 
 
 def a_criterion(information: Float[Array, "*designs p p"]) -> Float[Array, "*designs"]:
-    r"""``-tr I^-1``: the larger, the smaller the sum of the variances of the parameters. It depends on their units.
+    r"""``-tr I^-1``: the larger it is, the smaller is the sum of the parameters' variances. It depends on their units.
 
     Args:
-        information: of one design or of many, shape ``[..., p, p]``.
+        information: the information of one design or of many, shape ``[..., p, p]``.
 
     Returns:
         Shape ``[...]``; minus infinity for a design that does not determine all parameters.
@@ -126,12 +127,12 @@ def a_criterion(information: Float[Array, "*designs p p"]) -> Float[Array, "*des
 
 
 def e_criterion(information: Float[Array, "*designs p p"]) -> Float[Array, "*designs"]:
-    r"""The smallest eigenvalue of I: the larger, the better the combination of parameters that is known least.
+    r"""The smallest eigenvalue of I: the larger it is, the better known is the worst-known combination of parameters.
 
-    Where that eigenvalue is a double one there is no gradient, and what climbs along it may stop short.
+    If that eigenvalue is a double one, it has no gradient, and a search along the gradient may stop short.
 
     Args:
-        information: of one design or of many, shape ``[..., p, p]``.
+        information: the information of one design or of many, shape ``[..., p, p]``.
 
     Returns:
         Shape ``[...]``.

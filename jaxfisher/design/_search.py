@@ -1,4 +1,4 @@
-"""Designs with the largest criterion: weights by moving mass between candidates, runs by exchange."""
+"""Searching designs with the largest criterion: weights by moving mass between candidates, runs by exchange."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from jaxfisher._varying import while_loop
 Criterion = Callable[[Array], Scalar]
 CRITERION = "information [p, p] -> scalar, such as jf.design.d_criterion"
 HALVINGS = 50
-"""How often the part of a weight that moves is halved."""
+"""The number of bisections for the part of a weight that moves."""
 
 
 class Design(NamedTuple):
-    """A design as weights.
+    """A design as weights of candidates.
 
     Attributes:
-        weights: of the candidates, shape ``[m]``, with the sum one.
-        value: the criterion of its information.
-        gap: no design has a criterion above ``value + gap``: the bound of the equivalence theorem.
+        weights: the weights of the candidates, shape ``[m]``, which sum to one.
+        value: the criterion of the design's information.
+        gap: the bound of the equivalence theorem: no design has a criterion above ``value + gap``.
         converged: whether the gap is at most the tolerance.
     """
 
@@ -39,12 +39,12 @@ class Design(NamedTuple):
 
 
 class Exchanged(NamedTuple):
-    """A design as runs.
+    """A design as a list of runs.
 
     Attributes:
         runs: the candidate of each run, shape ``[k]``.
         value: the criterion of the sum of their informations.
-        converged: whether no exchange of one run makes it larger, and it is finite.
+        converged: whether the value is finite, and no exchange of one run makes it larger.
     """
 
     runs: Int[Array, " k"]
@@ -55,21 +55,22 @@ class Exchanged(NamedTuple):
 def optimal_weights(
     informations: Float[Array, "m p p"], criterion: Criterion, *, atol: chex.Numeric | None = None, max_steps: int = 2000
 ) -> Design:
-    r"""The weights of candidates with the largest criterion: the approximate optimal design.
+    r"""The weights of candidates that maximise a criterion: the approximate optimal design.
 
     .. math:: \max_w \Phi\Big(\sum_k w_k M_k\Big), \qquad
         \Phi^* - \Phi \le \max_k \frac{\partial \Phi}{\partial w_k} - \sum_k w_k \frac{\partial \Phi}{\partial w_k}.
 
-    Each step moves weight from the candidate with the smallest derivative of those in use to that with the largest, as far as
-    the criterion rises. The right-hand side is the gap.
+    Each step moves weight from the candidate in use with the smallest derivative to the one with the largest, as far as the
+    criterion rises. The right-hand side is the gap.
 
-    **When it is the wrong tool.** Weights are shares of many runs. For a few of them, use `jaxfisher.design.exchange`.
+    **When it is the wrong tool.** Weights are shares of many runs. For a few runs, use `jaxfisher.design.exchange`.
 
     Args:
-        informations: of one measurement at each of m candidates, shape ``[m, p, p]``, as `jaxfisher.design.informations` gives.
-        criterion: a concave function of the information that rises with it.
-        atol: the gap at which it stops, in the units of the criterion. None is a millionth of ``|sum_k w_k dPhi / dw_k|``:
-            of p for `d_criterion`, of the value for `a_criterion` and `e_criterion`.
+        informations: the information of one measurement at each of m candidates, shape ``[m, p, p]``, as
+            `jaxfisher.design.informations` returns it.
+        criterion: a concave function of the information that increases with it.
+        atol: the gap at which the search stops, in the units of the criterion. None stands for a millionth of
+            ``|sum_k w_k dPhi / dw_k|``: of p for `d_criterion`, of the value for `a_criterion` and `e_criterion`.
         max_steps: the most steps.
 
     Returns:
@@ -101,7 +102,7 @@ def optimal_weights(
 
 @once_for
 def _weighted(criterion: Criterion, matrices: Array, atol: Scalar, rtol: Scalar, steps: Static[int]) -> Design:
-    """The search of `optimal_weights`, to a gap of ``atol``, and ``rtol`` of what all weights together are worth."""
+    """The search of `optimal_weights`, to a gap of ``atol`` plus ``rtol`` times the worth of all weights together."""
 
     def of(weights: Float[Array, " m"]) -> Scalar:
         return criterion(jnp.tensordot(weights, matrices, 1, precision="highest"))
@@ -144,27 +145,26 @@ def _weighted(criterion: Criterion, matrices: Array, atol: Scalar, rtol: Scalar,
 def exchange(
     informations: Float[Array, "m p p"], criterion: Criterion, start: Int[Array, " k"], *, max_steps: int = 200
 ) -> Exchanged:
-    r"""A design of k runs, by exchanging one run for one candidate at a time as long as that makes the criterion larger.
+    r"""A design of k runs, found by exchanging one run for one candidate at a time while that makes the criterion larger.
 
-    All k m exchanges are looked at in one call, and the best is made. A candidate may be measured several times.
+    Each step evaluates all k m exchanges in one call, and makes the best. A candidate may be measured several times.
 
-    **When it is the wrong tool.** It ends where no one exchange helps, which need not be the best design: start it from several
-    places, under `jax.vmap`. With k m above a hundred thousand it takes long.
+    **When it is the wrong tool.** It ends when no single exchange helps, and that need not be the best design: start it from
+    several designs, under `jax.vmap`. With k m above a hundred thousand it takes long.
 
     Args:
-        informations: of one measurement at each of m candidates, shape ``[m, p, p]``.
+        informations: the information of one measurement at each of m candidates, shape ``[m, p, p]``.
         criterion: a function of the information of one design.
-        start: the candidates that it starts from, k whole numbers from 0 to m - 1; inside ``jit``, with one that is none of
-            these, the value is NaN. Together they should determine all parameters, or all but
-            what one exchange adds.
+        start: the candidates of the first design, k whole numbers from 0 to m - 1. Inside ``jit`` any other number makes the
+            value NaN. Together the candidates should determine all parameters, or all but those that one exchange adds.
         max_steps: the most exchanges.
 
     Returns:
         A `jaxfisher.design.Exchanged`.
 
     Raises:
-        ValueError: informations of another shape, a number of steps below one, a start that holds what is no candidate.
-        TypeError: ``criterion`` is not a function, a start that holds no whole numbers.
+        ValueError: informations of another shape; a number of steps below one; a start with a number that is no candidate.
+        TypeError: ``criterion`` is not a function; a start that is not of whole numbers.
 
     Reference: Fedorov, Theory of Optimal Experiments (1972), section 3.2; Cook and Nachtsheim (1980).
 
@@ -196,11 +196,11 @@ def _exchanged(criterion: Criterion, matrices: Array, runs: Array, steps: Static
 
     def step(state: Any) -> Any:
         count, runs, value, _ = state
-        # Summed without a run, and not less that run: what it alone determines would be left as rounding.
+        # Sum the other runs instead of subtracting one: the information that only that run has would be left as rounding.
         less = jnp.tensordot(1 - jnp.eye(runs.size, dtype=matrices.dtype), matrices[runs], 1, precision="highest")
         values = jax.vmap(lambda one: jax.vmap(lambda other: criterion(one + other))(matrices))(less)
         out, into = jnp.unravel_index(jnp.argmax(values), values.shape)
-        # A run that is exchanged for itself shows what rounding does, whatever the criterion and its units.
+        # A run exchanged for itself shows the rounding error, whatever the criterion and its units.
         same = jnp.abs(values[jnp.arange(runs.size), runs] - value)
         least = jnp.where(jnp.isfinite(value), 10 * jnp.max(same) + 10 * eps * jnp.abs(value), 0)
         better = values[out, into] > value + least
@@ -211,7 +211,7 @@ def _exchanged(criterion: Criterion, matrices: Array, runs: Array, steps: Static
             better,
         )
 
-    # A run that is no candidate, which inside `jit` is known too late to be refused, does not pass for one: nothing is better.
+    # Inside `jit` a run that is no candidate is known too late to raise: make the value NaN, so that no exchange is better.
     there = jnp.all((runs >= 0) & (runs < len(matrices)))
     first = jnp.where(there, criterion(jnp.sum(matrices[runs], axis=0)), jnp.nan)
     begin = jnp.zeros((), jnp.int32), runs, first, jnp.ones((), bool)
@@ -220,7 +220,7 @@ def _exchanged(criterion: Criterion, matrices: Array, runs: Array, steps: Static
 
 
 def _check_places(start: Any, candidates: int) -> None:
-    """Raise where a run that is known is none of the candidates."""
+    """Raise if a run that is known at trace time is none of the candidates."""
     if isinstance(start, jax.core.Tracer):
         return
     known = np.asarray(start)

@@ -1,7 +1,7 @@
-"""Forecasts: what data that are not there yet will tell, from a simulator of their mean and covariance.
+"""Forecasts: the information of data that do not exist yet, from a simulator of their mean and covariance.
 
-Import it by name: ``from jaxfisher import forecasts``. Marginal errors are `jaxfisher.standard_errors`, and nuisance parameters
-are taken for unknown by `jaxfisher.marginal`.
+Import it by name: ``from jaxfisher import forecasts``. Marginal errors come from `jaxfisher.standard_errors`, and
+`jaxfisher.marginal` treats nuisance parameters as unknown.
 """
 
 from jaxfisher.forecasts._gaussian import bias as bias

@@ -50,13 +50,13 @@ def _whitened(caller: str, mean: Simulator, covariance: Spread, params: Any, spe
     if len(size) != 1 or jnp.shape(shapes[1]) != size * 2:
         raise ValueError(
             f"{caller}: `mean` gives shape {size} and `covariance` {jnp.shape(shapes[1])}; expected one vector of data, "
-            "(d,), and its covariance, (d, d). Flatten the data; of independent data give a diagonal matrix."
+            "(d,), and its covariance, (d, d). Flatten the data; for independent data give a diagonal matrix."
         )
 
     for name, shape in zip(("mean", "covariance"), shapes, strict=True):
         if jnp.issubdtype(shape.dtype, jnp.complexfloating):
             raise TypeError(
-                f"{caller}: `{name}` gives numbers of dtype {shape.dtype}; expected real ones. Of complex data give real and "
+                f"{caller}: `{name}` gives numbers of dtype {shape.dtype}; expected real ones. For complex data give real and "
                 "imaginary parts, one after the other."
             )
 
@@ -70,14 +70,14 @@ def _whitened(caller: str, mean: Simulator, covariance: Spread, params: Any, spe
 
 
 def gaussian_fisher(mean: Simulator, covariance: Spread) -> Callable[[chex.ArrayTree], Operator]:
-    r"""The Fisher information of a vector of data that is normal with a mean and a covariance which a simulator gives.
+    r"""The Fisher information of a normal vector of data, whose mean and covariance a simulator gives.
 
     .. math:: F_{ij} = \mu_{,i}^T C^{-1} \mu_{,j} + \tfrac12 \mathrm{tr}(C^{-1} C_{,i} C^{-1} C_{,j}).
 
-    Derivatives are taken forward, p at a time, so that the simulator runs a few times whatever the number of data.
+    It takes p forward derivatives together, so that the simulator runs only a few times, whatever the number of data.
 
-    **When it is the wrong tool.** Errors from it are the least that are possible, and those of a long or bent posterior are
-    larger: look at the likelihood itself where errors are not small. Of data that are counts or classes, write a model and take
+    **When it is the wrong tool.** Its errors are the smallest possible ones, and those of a long or bent posterior are larger:
+    if errors are not small, look at the likelihood itself. For counts or classes write a model and use
     `jaxfisher.exact_fisher`.
 
     Args:
@@ -85,11 +85,11 @@ def gaussian_fisher(mean: Simulator, covariance: Spread) -> Callable[[chex.Array
         covariance: ``params -> [d, d]``, or one array that does not depend on the parameters.
 
     Returns:
-        A function ``params -> operator``, the information of one such vector (n is one): add those of independent data, and
-        priors. `jaxfisher.standard_errors` are errors with all else fitted.
+        A function ``params -> operator``, the information of one such vector (n is one). Add the operators of independent data
+        and of priors. `jaxfisher.standard_errors` gives the errors with all else fitted.
 
     Raises:
-        ValueError: (when called) shapes that are not those of one vector and its covariance.
+        ValueError: (when called) shapes that are not those of a vector and its covariance.
         TypeError: ``mean`` is not a function; (when called) a parameter that is not a real floating array, complex data.
 
     Reference: Tegmark, Taylor and Heavens, Karhunen-Loeve eigenvalue problems in cosmology (1997), equation 15.
@@ -119,11 +119,11 @@ def gaussian_prior(like: Operator | chex.ArrayTree, errors: chex.ArrayTree) -> O
 
     Args:
         like: an operator over the parameters, or the parameters.
-        errors: a pytree like the parameters, of standard deviations; infinite where there is no prior. One that turns out
-            negative at run time makes NaN.
+        errors: a pytree of standard deviations like the parameters; infinite for a parameter without a prior. One that turns
+            out negative at run time gives NaN.
 
     Returns:
-        An operator of the information of all the data. Beside a Fisher that is a mean over n examples it is
+        An operator, in the units of the information of all the data. Add it to a Fisher that is a mean over n examples as
         ``(1 / n) * prior``.
 
     Raises:
@@ -144,14 +144,14 @@ def gaussian_prior(like: Operator | chex.ArrayTree, errors: chex.ArrayTree) -> O
     for leaf in jax.tree.leaves(errors):
         if not isinstance(leaf, jax.Array) and np.any(np.minimum(np.real(leaf), np.imag(leaf)) < 0):
             raise ValueError(f"gaussian_prior: `errors` holds {np.min(leaf)}; expected standard deviations, none below zero.")
-    # What turns out to be no standard deviation is no prior.
+    # An error that turns out negative at run time gives NaN.
     return from_matrix(jnp.diag(1 / jnp.square(jnp.where(deviations >= 0, deviations, jnp.nan))), spec.zeros())
 
 
 def conditional_errors(fisher: Operator, n: chex.Numeric | None = None) -> Any:
-    r"""Errors of each parameter where all the others are known: ``1 / sqrt(n F_jj)``.
+    r"""The error of each parameter if all the others are known: ``1 / sqrt(n F_jj)``.
 
-    Errors with the others fitted too, `jaxfisher.standard_errors`, are never smaller.
+    The errors with the others fitted too, `jaxfisher.standard_errors`, are never smaller.
 
     Args:
         fisher: an operator, a mean over observations, or the information of all the data.
@@ -159,7 +159,7 @@ def conditional_errors(fisher: Operator, n: chex.Numeric | None = None) -> Any:
             the information of all the data.
 
     Returns:
-        A pytree like the parameters, infinite where the data tell nothing.
+        A pytree like the parameters, infinite where the data have no information.
 
     Raises:
         TypeError: ``fisher`` is not an operator.
@@ -180,23 +180,23 @@ def conditional_errors(fisher: Operator, n: chex.Numeric | None = None) -> Any:
 
 
 def bias(mean: Simulator, covariance: Spread) -> Callable[..., Any]:
-    r"""How far the estimates are moved by an effect that the simulator leaves out.
+    r"""The shift of the estimates by an effect that the simulator leaves out.
 
     .. math:: \delta\theta = F^{-1} b, \qquad b_i = \mu_{,i}^T C^{-1} \delta\mu
         + \tfrac12 \mathrm{tr}(C^{-1} C_{,i} C^{-1} \delta C).
 
-    It is the first step of a Newton iteration on data with the effect in them; compare it with the standard errors.
+    It is the first step of a Newton iteration on data that contain the effect; compare it with the standard errors.
 
-    **When it is the wrong tool.** It is linear in the effect. One that moves estimates by several errors needs a fit.
+    **When it is the wrong tool.** It is linear in the effect. An effect that moves estimates by several errors needs a fit.
 
     Args:
         mean: as in `jaxfisher.forecasts.gaussian_fisher`.
-        covariance: likewise.
+        covariance: as in `jaxfisher.forecasts.gaussian_fisher`.
 
     Returns:
-        A function ``(params, fisher, effect, covariance_effect=None)``: a pytree like the parameters. ``effect`` is what is
-        missing in the mean, shape ``[d]``, ``covariance_effect`` in the covariance, shape ``[d, d]``. ``fisher`` is that of
-        the analysis, with its priors.
+        A function ``(params, fisher, effect, covariance_effect=None)`` that returns a pytree like the parameters. ``effect`` is
+        the part that is missing in the mean, shape ``[d]``, and ``covariance_effect`` that in the covariance, shape ``[d, d]``.
+        ``fisher`` is the Fisher of the analysis, with its priors.
 
     Raises:
         ValueError: (when called) an effect of another shape than the data.
