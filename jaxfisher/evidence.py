@@ -1,4 +1,4 @@
-"""The evidence as a guide: the prior under which the data are most probable."""
+"""Tuning the prior by the evidence: the prior under which the data are most probable."""
 
 from __future__ import annotations
 
@@ -18,28 +18,27 @@ from jaxfisher.posterior import Posterior, is_one
 
 
 def tune_prior(posterior: Posterior, *, rtol: float = 1e-3, max_steps: int = 100) -> Posterior:
-    r"""The same posterior under the prior whose evidence is largest, with the mean and the Fisher as they are.
+    r"""The same posterior under the prior of largest evidence, with the mean and the Fisher unchanged.
 
-    The number, or each of the numbers, of the prior is iterated by MacKay's rule until it changes by less than ``rtol``,
+    The number, or each of the numbers, of the prior is iterated by MacKay's rule until it changes by less than ``rtol``:
 
     .. math:: \alpha \leftarrow \frac{\gamma}{|\theta|^2}, \qquad
         \gamma = \alpha |\theta|^2 + 2 \alpha \frac{\partial \log Z}{\partial \alpha},
 
-    with the parameters that the number is for; ``gamma`` says how many of them the data determine. Where the mean was fitted
-    under another prior, fit it again under the new one and repeat: both together have settled after a few rounds.
+    where theta are the parameters that the number is for, and ``gamma`` is the number of them that the data determine. If the
+    mean was fitted under another prior, fit it again under the new one and repeat: both settle after a few rounds.
 
     Args:
-        posterior: what `laplace` returns. With one number for a prior the eigenvalues of F are found once; otherwise each step
-            takes the derivative of a log-determinant.
+        posterior: a posterior from `laplace`. If its prior is one number, the eigenvalues of F are computed once; otherwise
+            each step takes the derivative of a log-determinant.
         rtol: the relative change at which the iteration stops.
-        max_steps: how many steps it takes at most.
+        max_steps: the most steps.
 
     Returns:
         A posterior with another ``prior``, of the same structure. ``jax.grad(posterior.log_evidence)(posterior.prior)``, zero
-        at a maximum, shows whether the steps were enough: the rule is slow for a number that the data drive to infinity, as
-        they do with many where each parameter has its own. What the data leave alone keeps the prior it had, and so
-        does a number whose parameters are all exactly zero, as of a mean of zero with one number for all: the rule divides by
-        their squares.
+        at a maximum, shows whether the steps were enough. The rule is slow for a number that the data drive to infinity, as
+        happens to many if each parameter has its own. A number keeps its value if the data do not determine its parameters,
+        or if these are all exactly zero, as for a mean of zero with one number for all: the rule divides by their squares.
 
     Raises:
         TypeError: ``posterior`` is no `Posterior`, or ``rtol`` no Python number.
@@ -91,7 +90,7 @@ def _tuned(posterior: Posterior, how: Static[tuple[float, int]]) -> Posterior:
 
 
 def _squared(posterior: Posterior) -> Any:
-    """The squared parameters that each number of the prior is for, summed."""
+    """The sum of squares of the parameters that each number of the prior is for."""
     mean = posterior.fisher.spec.vector(posterior.mean, "params")
     if is_one(posterior.prior):
         return dot(mean, mean)
@@ -100,7 +99,7 @@ def _squared(posterior: Posterior) -> Any:
 
 
 def _determined(posterior: Posterior) -> Callable[[Any], Any]:
-    """How many parameters the data determine, for each number of the prior, as a function of the prior."""
+    """The number of parameters that the data determine, for each number of the prior, as a function of the prior."""
     if is_one(posterior.prior):
         values = posterior.examples * jnp.maximum(posterior.fisher.eigvalsh(), 0)
         return lambda prior: jnp.sum(values / (values + prior))

@@ -1,6 +1,6 @@
 r"""Laplace's approximation: a Gaussian posterior over weights from a Fisher and a prior, its predictions and its evidence.
 
-Near the parameters of the largest posterior density the log-likelihood of n examples falls off like ``n F``. With a Gaussian
+Near the parameters of largest posterior density the log-likelihood of n examples has the curvature ``-n F``. With a Gaussian
 prior of mean zero and precision ``A``, one number or one for each leaf or parameter, the posterior is close to
 
 .. math:: N(\theta, P^{-1}), \qquad P = n F + A.
@@ -37,23 +37,23 @@ from jaxfisher._tree import as_key, check_function, joined, products, split, sub
 from jaxfisher._values import checked_shape, described, is_known_zero, whole
 
 NUMBERS_AT_ONCE = 2**24
-"""How many entries of the outputs' derivatives are held at a time when predictions are made."""
+"""The most entries of the outputs' derivatives that predictions hold at a time."""
 
 
 @array_fields("params", "fisher", "examples", "prior", "log_likelihood", repr=False, eq=False)
 class Posterior:
-    r"""The Gaussian ``N(params, P^-1)`` with ``P = n F + A``, over the weights of a model; what `laplace` returns.
+    r"""The Gaussian ``N(params, P^-1)`` with ``P = n F + A``, over the weights of a model, as `laplace` returns it.
 
-    It is a pytree and crosses ``jit``; what it is asked for is differentiable in its arrays.
+    It is a pytree and crosses ``jit``; the results of its methods are differentiable in its arrays.
 
     Attributes:
-        params: the mean, all of the model's parameters.
-        fisher: F, a mean over examples, over the parameters that are uncertain.
+        params: the mean, with all of the model's parameters.
+        fisher: F, a mean over examples, over the uncertain parameters.
         examples: n, the number of examples or the sum of their weights, a scalar.
         prior: A: one number, or a pytree like the uncertain parameters with a number or an array for each leaf.
-        log_likelihood: of all the data at ``params``, in nats, a scalar.
+        log_likelihood: the log-likelihood of all the data at ``params``, in nats, a scalar.
         model: ``(params, *inputs) -> distribution`` of ONE example.
-        uncertain: a flag for each leaf of the parameters; the others are known.
+        uncertain: a flag for each leaf of the parameters; leaves without it are known.
     """
 
     params: Any
@@ -66,11 +66,11 @@ class Posterior:
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """The axes that `jax.vmap` or `jax.lax.scan` has put before those of what is held; () of one posterior."""
+        """The leading axes that `jax.vmap` or `jax.lax.scan` added to the arrays; () for a single posterior."""
         return jnp.shape(self.examples)
 
     def precision(self) -> Operator:
-        """``P = n F + A`` as an operator over the uncertain parameters, in the form of F where the prior has one number."""
+        """``P = n F + A`` as an operator over the uncertain parameters; in the form of F if the prior is one number."""
         whole = self.examples * self.fisher
         if is_one(self.prior):
             return whole + scaled_identity(self.fisher, self.prior)
@@ -81,8 +81,8 @@ class Posterior:
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Any:
         """Independent draws of all parameters: a pytree like them with leading axes ``shape``, in their dtypes.
 
-        Parameters that are known are the same in each. The cost is that of one root of the precision, an eigendecomposition of
-        what a solve would factor, and one product with it for each draw.
+        Known parameters are the same in each draw. The cost is that of one root of the precision, an eigendecomposition of the
+        matrix that a solve would factor, and one product for each draw.
 
         Raises:
             TypeError: a ``key`` that is no random key, a ``shape`` that is no tuple of whole numbers.
@@ -96,12 +96,13 @@ class Posterior:
         return found
 
     def log_evidence(self, prior: Damping | None = None) -> Scalar:
-        r"""The log of the probability of the data with the weights integrated out, in nats, a scalar.
+        r"""The log-evidence: the log-probability of the data with the weights integrated out, in nats, a scalar.
 
         .. math:: \log Z = \log p(y \mid \theta) - \tfrac12 \theta^T A \theta + \tfrac12 \log\det A - \tfrac12 \log\det P.
 
-        With ``prior`` it is that of another prior of the same mean, differentiable in it: ``jax.grad(posterior.log_evidence)``.
-        It costs one factor of the precision. Reference: MacKay (Neural Computation 1992), equation 4.
+        With ``prior`` it is the evidence of another prior with the same mean, and differentiable in it:
+        ``jax.grad(posterior.log_evidence)``. It costs one factorisation of the precision. Reference: MacKay (Neural Computation
+        1992), equation 4.
 
         Raises:
             ValueError: a prior known to be zero or negative.
@@ -118,9 +119,9 @@ class Posterior:
     def output_covariance(self, *inputs: Any) -> Float[Array, "n outputs outputs"]:
         """``J P^-1 J^T`` for each example: the covariance of the model's outputs, linearised at the mean.
 
-        Outputs are the location of a normal distribution and the logits of a Bernoulli or categorical one. The derivatives of
-        some examples at a time are held, ``outputs x p`` numbers for each, by as many vjps as there are outputs; for a model
-        with very many see `sample_predictive`, which takes no derivative but jvps.
+        Outputs are the location of a normal distribution and the logits of a Bernoulli or categorical one. The derivatives of a
+        few examples at a time are held, ``outputs x p`` numbers for each, computed by as many vjps as there are outputs. For a
+        model with very many outputs see `sample_predictive`, which needs only jvps.
 
         Raises:
             ValueError: arrays of different lengths.
@@ -131,17 +132,17 @@ class Posterior:
     def predictive(self, *inputs: Any) -> Distribution:
         r"""The distribution of the target for each example, with the weights integrated out of the linearised model.
 
-        With ``S = J P^-1 J^T`` the covariance of outputs: a normal distribution gets the variance ``scale^2 + S``, which is
-        exact for a linear model; logits ``z`` of a Bernoulli or categorical one become
+        Let ``S = J P^-1 J^T`` be the covariance of the outputs. A normal distribution gets the variance ``scale^2 + S``, which
+        is exact for a linear model. The logits ``z`` of a Bernoulli or categorical one become
 
         .. math:: z \, (1 + \tfrac\pi8 \operatorname{diag} S)^{-1/2},
 
-        the probit approximation. The arrays of ``inputs`` have a leading axis of n examples, and so has the distribution.
-        Correlations between the outputs of one example are kept by a multivariate normal distribution only.
+        by the probit approximation. The arrays of ``inputs`` have a leading axis of n examples, and so has the distribution.
+        Only a multivariate normal distribution keeps correlations between the outputs of one example.
 
         Raises:
             ValueError: arrays of different lengths.
-            TypeError: a family other than these, for which `sample_predictive` is there.
+            TypeError: another family; use `sample_predictive` for it.
 
         Reference: MacKay, The evidence framework applied to classification networks (Neural Computation 1992), section 2;
         Immer, Korzepa and Bauer, Improving predictions of Bayesian neural nets via local linearization (AISTATS 2021).
@@ -150,11 +151,11 @@ class Posterior:
         return made
 
     def sample_predictive(self, key: PRNGKeyArray, *inputs: Any, num_samples: int = 100) -> Distribution:
-        """What the linearised model predicts for draws of the weights: distributions with batch axes ``[num_samples, n]``.
+        """Predictions of the linearised model for draws of the weights: distributions with batch axes ``[num_samples, n]``.
 
-        Averages over the first axis, such as ``jnp.mean(p.probs, 0)``, are those over the posterior. Each draw takes one jvp
+        Averages over the first axis, such as ``jnp.mean(p.probs, 0)``, are averages over the posterior. Each draw takes one jvp
         for all examples, so the cost does not depend on the number of outputs. Positive fields, such as a scale, are linearised
-        by their logarithm. To put draws into the model itself, map it over `sample`; far from the mean that is often too wide.
+        in their logarithm. To evaluate the model itself at draws, map it over `sample`; its predictions are often too wide.
 
         Raises:
             ValueError: arrays of different lengths, fewer than one draw.
@@ -168,7 +169,7 @@ class Posterior:
 
     @property
     def mean(self) -> Any:
-        """The mean of what is uncertain: a pytree like the vectors of ``fisher``, real and imaginary parts apart."""
+        """The mean of the uncertain parameters: a pytree like the vectors of ``fisher``, real and imaginary parts apart."""
         leaves = zip(jax.tree.leaves(split(self.params)), self.uncertain, strict=True)
         return self.fisher.spec.tree([leaf for leaf, flag in leaves if flag])
 
@@ -204,29 +205,29 @@ def laplace(
 
     .. math:: p(\theta \mid \text{data}) \approx N(\theta, P^{-1}), \qquad P = n F(\theta) + A, \qquad p(\theta) = N(0, A^{-1}).
 
-    The mean is what was given: parameters where the gradient of the log posterior is zero, that is, where the model was trained
-    to the end with ``A / n`` as its weight decay. For a linear model with known noise nothing is approximated.
+    The mean is taken as given. It should be a point where the gradient of the log posterior is zero, as after training to the
+    end with ``A / n`` as weight decay. For a linear model with known noise the result is exact.
 
-    **When it is the wrong one.** A posterior with several maxima, or a mean that is no maximum; a model whose predictions far
-    from the data matter more than its error bars there.
+    **When it is the wrong one.** If the posterior has several maxima, or the mean is no maximum; or if the model's predictions
+    far from the data matter more than its error bars there.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
         params: the mean.
         *data: the inputs and, last, the targets; every array has a leading axis of n examples.
-        prior: A, above zero: one number, or a pytree like the parameters, or one with None for those that ``keep`` leaves out,
-            with one number for each leaf, or an array of its shape with one for each parameter.
-        view: a form of F: `jaxfisher.dense`, `jaxfisher.kronecker`, `jaxfisher.eigen_kronecker`, `jaxfisher.diagonal`,
+        prior: A, above zero: one number; or a pytree like the parameters, possibly with None for those that ``keep`` leaves
+            out, with one number for each leaf, or an array of the leaf's shape with one for each parameter.
+        view: a view of F: `jaxfisher.dense`, `jaxfisher.kronecker`, `jaxfisher.eigen_kronecker`, `jaxfisher.diagonal`,
             ``lambda F: jf.low_rank(F, 20)``; None for F itself, exact as scores.
-        fisher: in place of `jaxfisher.exact_fisher` of the model, which is also its generalised Gauss-Newton matrix: a function
-            as in `jaxfisher.natural_grad`.
-        keep: which parameter leaves are uncertain, a function from the path of a leaf, such as ``"['last']['w']"``, to a bool;
-            the others are known. Under ``jit`` what they alone need is not computed.
+        fisher: a Fisher function as in `jaxfisher.natural_grad`; None for `jaxfisher.exact_fisher` of the model, which is also
+            its generalised Gauss-Newton matrix.
+        keep: which parameter leaves are uncertain: a function from the path of a leaf, such as ``"['last']['w']"``, to a bool.
+            The others are known. Under ``jit``, computations that only they need are dropped.
         weights: how often each example counts, shape ``[n]``; then n is their sum. Zero marks padding.
-        batch_size: work on pieces of at most so many examples, which bounds memory.
+        batch_size: work on chunks of at most so many examples, which bounds memory.
 
     Returns:
-        A `Posterior`: draws, predictions, the evidence.
+        A `Posterior`, with draws, predictions and the evidence.
 
     Raises:
         ValueError: arrays of different lengths, a prior known to be zero or negative, a ``keep`` that keeps no leaf or all.
@@ -301,7 +302,7 @@ def is_one(prior: Any) -> bool:
 
 
 def _over(prior: Any, posterior: Posterior) -> Any:
-    """The damping ``A / n`` with which F has the shape of the precision."""
+    """The damping ``A / n``, with which the damped F is the precision over n."""
     return jax.tree.map(lambda alpha: alpha / posterior.examples, prior)
 
 
@@ -326,7 +327,7 @@ def _checked(posterior: Posterior, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def _covariances(posterior: Posterior, data: tuple[Any, ...], result: Callable[[Any, Array], Any]) -> Any:
     """``result`` of each example's prediction and the covariance of its outputs, stacked."""
     fisher, model = posterior.fisher, posterior.model
-    # Once for all examples: the factor of F. A prior is above zero. A variance is to be right to what a standard error needs.
+    # Factor F once for all examples; the prior is above zero. The accuracy is what a standard error needs.
     rtol = 100 * float(jnp.finfo(fisher.spec.dtype).eps)
     damping = checked_damping(_over(posterior.prior, posterior), fisher.spec)
     inverse = damped_inverse(fisher.form, damping, None if isinstance(damping, tuple) else by_cholesky(rtol))
@@ -350,7 +351,7 @@ def _covariances(posterior: Posterior, data: tuple[Any, ...], result: Callable[[
 
 
 def _output_size(posterior: Posterior, data: tuple[Any, ...]) -> int:
-    """How many outputs one example has."""
+    """The number of outputs of one example."""
     first = jax.tree.map(lambda leaf: leaf[0], data)
     shape: Any = jax.eval_shape(
         lambda params, *example: output_of(predict(posterior.model, params, *example)), posterior.params, *first

@@ -1,4 +1,4 @@
-"""The geometry of models: distances, geodesics and divergences whose metric is the Fisher information.
+"""The geometry of models: distances, geodesics and divergences in the metric of the Fisher information.
 
 Import it by name: ``from jaxfisher import geometry``.
 """

@@ -1,4 +1,4 @@
-"""The Fisher-Rao distance, of families where it has a closed form."""
+"""The Fisher-Rao distance, for families in which it has a closed form."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxfisher.geometry._families import matched
 
 
 def _half_plane(across: Array, up: Array, other: Array) -> Array:
-    """The distance in the hyperbolic plane of two points at these heights, ``arccosh(1 + (dx^2 + dy^2) / 2yy')`` made safe."""
+    """The hyperbolic distance of two points at these heights: ``arccosh(1 + (dx^2 + dy^2) / 2yy')``, in a stable form."""
     return 2 * jnp.arcsinh(jnp.hypot(across, up - other) / (2 * jnp.sqrt(up) * jnp.sqrt(other)))
 
 
@@ -33,7 +33,7 @@ def _laplace(p: Laplace, q: Laplace) -> Array:
 
 
 def _bernoulli(p: Bernoulli, q: Bernoulli) -> Array:
-    """``2 |arctan e^(a/2) - arctan e^(b/2)|``, as one arc tangent: no logit is too large."""
+    """``2 |arctan e^(a/2) - arctan e^(b/2)|``, as one arc tangent that is right for any logit."""
     low, high = jnp.minimum(p.logits, q.logits), jnp.maximum(p.logits, q.logits)
     flip = low + high > 0
     low, high = jnp.where(flip, -high, low), jnp.where(flip, -low, high)
@@ -43,7 +43,7 @@ def _bernoulli(p: Bernoulli, q: Bernoulli) -> Array:
 
 
 def _categorical(p: Categorical, q: Categorical) -> Array:
-    """The angle of ``sqrt p`` and ``sqrt q`` on a sphere of radius two, by the chord: no digits cancel for near ones."""
+    """The arc between ``sqrt p`` and ``sqrt q`` on a sphere of radius two, by the chord, without cancellation for near ones."""
     roots = [jnp.exp(0.5 * jax.nn.log_softmax(d.logits)) for d in (p, q)]
     return 4 * jnp.arcsin(jnp.minimum(0.5 * jnp.linalg.norm(roots[0] - roots[1], axis=-1), 2**-0.5))
 
@@ -67,25 +67,26 @@ DISTANCES: dict[type, Callable[[Any, Any], Array]] = {
 
 
 def distance(p: Any, q: Any) -> Float[Array, "*batch"]:
-    r"""The Fisher-Rao distance of two distributions of a family: the length of the shortest path in the metric of the Fisher.
+    r"""The Fisher-Rao distance of two distributions of a family: the length of the shortest path in the Fisher metric.
 
     .. math:: d(p, q) = \min_\gamma \int \sqrt{\dot\gamma^T F(\gamma)\, \dot\gamma}\, dt.
 
-    It is a distance, with the triangle inequality, and no coordinates matter to it. For near distributions it is
-    ``sqrt(2 KL)``. Of a normal the plane of mean and scale is hyperbolic; a categorical is on a sphere of radius two.
+    It is a true distance, with the triangle inequality, and does not depend on coordinates. For nearby distributions it is
+    ``sqrt(2 KL)``. The plane of mean and scale of a normal is hyperbolic; categorical distributions lie on a sphere of radius
+    two.
 
-    **When it is the wrong tool.** It is no bound on errors: for that take the KL divergence. It has no derivative where p is q.
+    **When it is the wrong tool.** It bounds no errors; use the KL divergence for that. It has no derivative where p equals q.
 
     Args:
         p: a distribution: Normal, Laplace, Bernoulli, Categorical, Poisson or Exponential.
         q: a distribution of the same family.
 
     Returns:
-        One number for each distribution of the batch, shape ``[*batch]``. Of independent ones together it is the root of the
-        sum of their squares.
+        One number for each distribution of the batch, shape ``[*batch]``. The distance of independent distributions together is
+        the root of the sum of squares.
 
     Raises:
-        TypeError: the families differ, or this one has no closed form.
+        TypeError: the families differ, or the family has no closed form.
         ValueError: the two have different numbers of classes.
 
     Reference: Atkinson and Mitchell, Rao's distance measure (Sankhya 1981), section 4; Miyamoto et al., On closed-form
@@ -107,7 +108,7 @@ def covariance_distance(p: MultivariateNormal, q: MultivariateNormal) -> Float[A
 
     .. math:: d = \sqrt{\tfrac12 \sum_k \log^2 \lambda_k}, \qquad \lambda_k \text{ the eigenvalues of } \Sigma_p^{-1} \Sigma_q.
 
-    **When it is the wrong tool.** The means are not looked at. Of different means and covariances there is no closed form.
+    **When it is the wrong tool.** It ignores the means. If both means and covariances differ, there is no closed form.
 
     Args:
         p: a `jaxfisher.MultivariateNormal`.
@@ -135,11 +136,12 @@ def covariance_distance(p: MultivariateNormal, q: MultivariateNormal) -> Float[A
 
 
 def mahalanobis_distance(p: MultivariateNormal, q: MultivariateNormal) -> Float[Array, "*batch"]:
-    r"""The Fisher-Rao distance of two normal vectors within the family of p's covariance: Mahalanobis'.
+    r"""Mahalanobis' distance: the Fisher-Rao distance of two normal vectors within the family with p's covariance.
 
     .. math:: d = \sqrt{(\mu_p - \mu_q)^T \Sigma_p^{-1} (\mu_p - \mu_q)}.
 
-    **When it is the wrong tool.** The covariance of q is not looked at. Where the covariance may move, there is a shorter path.
+    **When it is the wrong tool.** It ignores the covariance of q. If the covariance may change along the path, there is a
+    shorter one.
 
     Args:
         p: a `jaxfisher.MultivariateNormal`.

@@ -1,4 +1,4 @@
-"""Divergences beside Kullback and Leibler's: Renyi's and Amari's, of families where they have a closed form."""
+"""Divergences other than Kullback and Leibler's: Renyi's and Amari's, for families in which they have a closed form."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from jaxfisher._values import check_number, positive
 from jaxfisher.geometry._families import matched
 
 Affinity = Callable[[Any, Any, Array], Array]
-"""``(p, q, a) -> log of the integral of p^a q^(1 - a)``; infinite where there is none."""
+"""``(p, q, a) -> log of the integral of p^a q^(1 - a)``; infinite if the integral diverges."""
 
 
 def _log_positive(x: Array) -> Array:
-    """The logarithm, minus infinity where there is none: a mixture of precisions that is no precision."""
+    """The logarithm; minus infinity for numbers that are not positive, as when a mixture of precisions is no precision."""
     return jnp.where(x > 0, jnp.log(jnp.where(x > 0, x, 1)), -jnp.inf)
 
 
@@ -82,7 +82,7 @@ def _gamma(p: Gamma, q: Gamma, a: Array) -> Array:
 
 
 def _log_beta(concentration: Array) -> Array:
-    """Of the last axis; infinite where an entry is not positive."""
+    """The log of the multivariate beta function over the last axis; infinite if an entry is not positive."""
     there = jnp.all(concentration > 0, axis=-1)
     inside = jnp.where(there[..., None], concentration, 1)
     return jnp.where(there, jnp.sum(gammaln(inside), axis=-1) - gammaln(jnp.sum(inside, axis=-1)), jnp.inf)
@@ -115,25 +115,25 @@ AFFINITIES: dict[type, Affinity] = {
 
 
 def renyi_divergence(p: Any, q: Any, order: chex.Numeric) -> Float[Array, "*batch"]:
-    r"""Renyi's divergence of an order above 0; at 1 it is Kullback and Leibler's.
+    r"""Renyi's divergence of an order above 0; at order 1 it is the KL divergence.
 
     .. math:: D_a(p \,\|\, q) = \frac1{a - 1} \log \int p^a q^{1 - a}.
 
     Its Hessian in q at p is the order times the Fisher information.
 
-    **When it is the wrong tool.** Above order 1 it may be infinite for two normals of different scales. Near order 1, but not
-    at it, digits cancel: use 1.
+    **When it is the wrong tool.** Above order 1 it may be infinite for two normals of different scales. Close to order 1, but
+    not at it, digits cancel: use order 1.
 
     Args:
         p: a distribution: Normal, MultivariateNormal, Bernoulli, Categorical, Poisson, Exponential, Gamma, Beta or Dirichlet.
         q: a distribution of the same family.
-        order: a positive number; of one that is known at run time to be none the divergence is NaN.
+        order: a positive number; if it is only known at run time not to be positive, the divergence is NaN.
 
     Returns:
         Nats, one number for each distribution of the batch, shape ``[*batch]``.
 
     Raises:
-        TypeError: the families differ, or this one has no closed form here.
+        TypeError: the families differ, or the family has no closed form here.
         ValueError: an order that is known not to be positive, or infinite; different numbers of classes or dimensions.
 
     Reference: van Erven and Harremoes, Renyi divergence and Kullback-Leibler divergence (2014), definition 2; Gil, Alajaji and
@@ -148,19 +148,19 @@ def renyi_divergence(p: Any, q: Any, order: chex.Numeric) -> Float[Array, "*batc
     a = positive("order", order, jnp.result_type(*jax.tree.leaves(p)))
     if not isinstance(order, jax.Array):
         return kl_divergence(p, q) if float(order) == 1 else affinity(p, q, a) / (a - 1)
-    # An order that is known late may be the one at which the quotient has no value.
+    # An order that is only known at run time may be 1, where the quotient has no value.
     apart = jnp.where(a == 1, 0.5, a)
     return jnp.where(a == 1, kl_divergence(p, q), affinity(p, q, apart) / (apart - 1))
 
 
 def alpha_divergence(p: Any, q: Any, alpha: chex.Numeric) -> Float[Array, "*batch"]:
-    r"""Amari's alpha-divergence: at -1 it is ``KL(p || q)``, at 1 ``KL(q || p)``, at 0 four times Hellinger's squared distance.
+    r"""Amari's alpha-divergence: ``KL(p || q)`` at -1, ``KL(q || p)`` at 1, four times Hellinger's squared distance at 0.
 
     .. math:: D^{(\alpha)}(p \,\|\, q) = \frac4{1 - \alpha^2} \Big( 1 - \int p^{(1 - \alpha) / 2} q^{(1 + \alpha) / 2} \Big).
 
-    Whatever the alpha, its Hessian in q at p is the Fisher information: the metric is one, and the connections differ.
+    For every alpha its Hessian in q at p is the Fisher information: the metric is the same, and the connections differ.
 
-    **When it is the wrong tool.** Beyond -1 and 1 it may be infinite. Near -1 or 1, but not at it, digits cancel.
+    **When it is the wrong tool.** Outside of [-1, 1] it may be infinite. Close to -1 or 1, but not there, digits cancel.
 
     Args:
         p: a distribution of a family that `jaxfisher.geometry.renyi_divergence` knows.
@@ -171,7 +171,7 @@ def alpha_divergence(p: Any, q: Any, alpha: chex.Numeric) -> Float[Array, "*batc
         One number for each distribution of the batch, shape ``[*batch]``.
 
     Raises:
-        TypeError: the families differ, or this one has no closed form here; an ``alpha`` that is no number.
+        TypeError: the families differ, or the family has no closed form here; an ``alpha`` that is no number.
         ValueError: an ``alpha`` that is known not to be finite; different numbers of classes or dimensions.
 
     Reference: Amari, Information Geometry and Its Applications (2016), section 3.5.
@@ -190,7 +190,7 @@ def alpha_divergence(p: Any, q: Any, alpha: chex.Numeric) -> Float[Array, "*batc
     if known and abs(float(alpha)) == 1:
         return kl_divergence(p, q) if float(alpha) < 0 else kl_divergence(q, p)
     number = jnp.asarray(alpha, jnp.result_type(*jax.tree.leaves(p)))
-    # An alpha that is known late may be one of the two at which the quotient has no value.
+    # An alpha that is only known at run time may be -1 or 1, where the quotient has no value.
     apart = number if known else jnp.where(jnp.abs(number) == 1, 0, number)
     value = -4 * jnp.expm1(affinity(p, q, 0.5 * (1 - apart))) / (1 - jnp.square(apart))
     if known:

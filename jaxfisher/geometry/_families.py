@@ -1,4 +1,4 @@
-"""Two distributions of one family, and what is known of that family in a table."""
+"""Matching two distributions of one family with the family's entry in a table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def matched(p: Any, q: Any, table: Mapping[type, T], caller: str, remedy: str) -> tuple[Any, Any, T]:
-    """Both as distributions of the library, and the entry of their family."""
+    """Both arguments as distributions of the library, and the entry of their family in ``table``."""
     first, second = as_distribution(p), as_distribution(q)
     kinds = [type(made).__name__ for made in (first, second)]
     if type(first) is not type(second):

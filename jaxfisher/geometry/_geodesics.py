@@ -1,4 +1,4 @@
-"""The Levi-Civita connection of the Fisher information, its geodesics, the flow of the natural gradient, Jeffreys' prior."""
+"""The Levi-Civita connection of the Fisher information and its geodesics, natural-gradient flow, Jeffreys' prior."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from jaxfisher._tree import cast_like, check_function
 from jaxfisher._values import check_nonnegative, described, nonnegative, whole
 
 STAGES, NEWTON = 8, 12
-"""Into how many parts the way to the other end is cut, and how many of Newton's steps a part takes at most."""
+"""The number of parts of the path to the other end, and the most Newton steps for each part."""
 COARSER, NEAR = 4, 0.1
-"""A place on the way only has to be hit nearly: by so many times fewer steps, to such a share of the velocity."""
+"""Intermediate points are only hit roughly: with so many times fewer integration steps, to this share of the velocity."""
 
 Field = Callable[[Array], Array]
 
@@ -46,14 +46,14 @@ class _Manifold(Around):
 
 
 def _of_inputs(function: str) -> Refusing:
-    """A function of this room: its metric is a mean over inputs, all of which it takes at once."""
+    """A decorator for functions whose metric is a mean over all inputs at once: ``counts`` and ``batch_size`` raise."""
     counts = "none: the metric is a mean over inputs. One over their terms is this, divided by the mean of the counts."
     batch_size = "none: all inputs are taken at once. Take fewer of them, with weights= where they stand for others."
     return refusing(function, counts=counts, batch_size=batch_size)
 
 
 def christoffel(model: Model) -> Callable[..., Float[Array, "p p p"]]:
-    r"""Christoffel's symbols of the Levi-Civita connection, where the metric is the exact Fisher.
+    r"""The Christoffel symbols of the Levi-Civita connection, with the exact Fisher as the metric.
 
     .. math:: \Gamma^k_{ij} = \tfrac12 \sum_l (F^{-1})_{kl}
         (\partial_i F_{lj} + \partial_j F_{li} - \partial_l F_{ij}).
@@ -62,8 +62,8 @@ def christoffel(model: Model) -> Callable[..., Float[Array, "p p p"]]:
         model: ``(params, *inputs) -> distribution`` of ONE example.
 
     Returns:
-        A function ``(params, *inputs, weights=None)``: shape ``[p, p, p]``, first the upper index k, in the order of
-        `jax.flatten_util.ravel_pytree`.
+        A function ``(params, *inputs, weights=None)`` that returns an array of shape ``[p, p, p]``, with the upper index k
+        first, in the order of `jax.flatten_util.ravel_pytree`.
 
     Raises:
         ValueError: (when called) arrays of different lengths.
@@ -99,10 +99,10 @@ def _symbols(manifold: _Manifold, params: Any, batch: Batch) -> Array:
 
 
 def _moved(metric: Callable[[Array], Array], start: Array, velocity: Array, steps: int) -> Array:
-    """Where a geodesic is after a unit of time, by Runge and Kutta's fourth-order steps.
+    """The point on a geodesic after a unit of time, by fourth-order Runge-Kutta steps.
 
-    In Hamilton's form, with the momentum ``m = F v``: ``theta' = F^-1 m`` and ``m' = 1/2 grad v^T F v`` at fixed v, which takes
-    the metric and one derivative of it in reverse.
+    It integrates Hamilton's equations with the momentum ``m = F v``: ``theta' = F^-1 m`` and ``m' = 1/2 grad v^T F v`` at fixed
+    v. They take the metric and one reverse-mode derivative of it.
     """
 
     def rate(state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -117,7 +117,7 @@ def _moved(metric: Callable[[Array], Array], start: Array, velocity: Array, step
 
 
 def _runge_kutta(rate: Callable[[Any], Any], state: Any, time: chex.Numeric) -> Any:
-    """A step: each slope is that where the one before it leads to, and the step goes along a mean of the four."""
+    """One step: each slope is taken at the point that the one before leads to, and the step follows a mean of the four."""
 
     def after(slope: Any, share: chex.Numeric) -> Any:
         return jax.tree.map(lambda x, dx: x + share * time * dx, state, slope)
@@ -135,21 +135,21 @@ def _runge_kutta(rate: Callable[[Any], Any], state: Any, time: chex.Numeric) -> 
 
 
 def exponential_map(model: Model, steps: int = 64) -> Callable[..., Any]:
-    r"""Where the geodesic that starts with a velocity is after a unit of time: the exponential map of the Fisher metric.
+    r"""The exponential map of the Fisher metric: the end, after a unit of time, of the geodesic with a start velocity.
 
     .. math:: \ddot\theta^k + \sum_{ij} \Gamma^k_{ij}\, \dot\theta^i \dot\theta^j = 0.
 
-    Of points along the geodesic, ask for shorter velocities: ``jax.vmap(lambda t: exp(params, t * v))(times)``.
+    For points along the geodesic use shorter velocities: ``jax.vmap(lambda t: exp(params, t * v))(times)``.
 
-    **When it is the wrong tool.** F must not be singular along the way. Its steps are of equal length: where the
-    metric changes by orders of magnitude on the way, take more of them.
+    **When it is the wrong tool.** F must not be singular along the path. The steps take equal times: if the metric changes by
+    orders of magnitude along the path, take more of them.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
-        steps: how many steps of Runge and Kutta's; the error falls as their fourth power.
+        steps: the number of Runge-Kutta steps; the error falls with its fourth power.
 
     Returns:
-        A function ``(params, velocity, *inputs, weights=None)``: parameters.
+        A function ``(params, velocity, *inputs, weights=None)`` that returns parameters.
 
     Raises:
         ValueError: a number of steps below one; (when called) a velocity of another structure.
@@ -192,12 +192,12 @@ def _exponential(manifold: _Manifold, params: Any, velocity: Any, batch: Batch, 
 
 
 class Geodesic(NamedTuple):
-    """A geodesic from one place to another.
+    """A geodesic from one point to another.
 
     Attributes:
-        velocity: with which it starts, a pytree like the parameters: the logarithmic map.
+        velocity: its start velocity, a pytree like the parameters: the logarithmic map.
         distance: its length, ``sqrt(v^T F v)``.
-        converged: whether it ends at the other place; where not, there is no such geodesic, or it was not found.
+        converged: whether it ends at the other point; if not, there is no such geodesic, or it was not found.
     """
 
     velocity: Any
@@ -206,13 +206,14 @@ class Geodesic(NamedTuple):
 
 
 def geodesic(model: Model, steps: int = 64) -> Callable[..., Geodesic]:
-    r"""The geodesic from one place to another by shooting, and its length: the Fisher-Rao distance where none is shorter.
+    r"""The geodesic from one point to another by shooting, with its length: the Fisher-Rao distance if none is shorter.
 
     .. math:: \mathrm{Exp}_\theta(v) = \theta', \qquad d = \sqrt{v^T F(\theta)\, v}.
 
-    **When it is the wrong tool.** Where a closed form is known take `jaxfisher.geometry.distance`. Geodesics of a curved family
-    may leave it, or there may be several; this one is found from the straight line, part by part. Each of some ten to twenty
-    steps of Newton's costs p times a geodesic, most of them one of a quarter of the steps: it is for few parameters.
+    **When it is the wrong tool.** If a closed form is known, use `jaxfisher.geometry.distance`. Geodesics of a curved family
+    may leave it, or there may be several; this one is found part by part, starting from the straight line. It takes some ten to
+    twenty Newton steps. Each costs p geodesics, most of them with a quarter of the integration steps, so it is for few
+    parameters.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
@@ -262,14 +263,14 @@ def _shot(manifold: _Manifold, params: Any, other: Any, batch: Batch, steps: Sta
     def aim(velocity: Array, stage: Array) -> tuple[Array, None]:
         share = (stage + 1) / STAGES
         nearly = functools.partial(miss, target=start + share * (end - start), count=max(steps.value // COARSER, 1))
-        # What hit the last target, made longer by as much as this one is farther.
+        # Start from the velocity that hit the last target, scaled by the ratio of the distances.
         return _newton(nearly, velocity * share * STAGES / jnp.maximum(stage, 1), length, NEAR), None
 
     def search(miss: Field, velocity: Array) -> Array:
         velocity, _ = jax.lax.scan(aim, velocity, jnp.arange(STAGES, dtype=spec.dtype))
         return _newton(miss, velocity, length, root)
 
-    # The search ends when it has arrived, which has no derivative in reverse: that of its result follows from the equation.
+    # The search is a while loop, which has no reverse-mode derivative: `custom_root` gets that of the result from the equation.
     velocity = jax.lax.custom_root(miss, (end - start) / STAGES, search, _solved)
     distance = length(velocity)
     arrived = length(miss(velocity)) <= root * distance + root**2
@@ -277,7 +278,7 @@ def _shot(manifold: _Manifold, params: Any, other: Any, batch: Batch, steps: Sta
 
 
 def _newton(function: Field, start: Array, length: Callable[[Array], Scalar], enough: chex.Numeric) -> Array:
-    """Newton's steps to a root, up to the first that is no longer than a share of where it leads."""
+    """A root by Newton's method, up to the first step that is no longer than a share of the point it leads to."""
 
     def short(state: tuple[Array, Array, Array]) -> Array:
         place, step, count = state
@@ -295,26 +296,26 @@ def _newton(function: Field, start: Array, length: Callable[[Array], Scalar], en
 
 
 def _solved(function: Field, value: Array) -> Array:
-    """What a linear function maps to a value."""
+    """The argument that a linear function maps to ``value``."""
     return jnp.linalg.solve(jax.jacfwd(function)(value), value)
 
 
 def natural_gradient_flow(model: Model, time: chex.Numeric, steps: int = 100) -> Callable[..., Any]:
-    r"""The path of the natural gradient with steps of no length: ``d theta / dt = -F^-1 grad L``, from a start.
+    r"""The flow of the natural gradient, its limit of small steps: ``d theta / dt = -F^-1 grad L``, from a start.
 
     It does not depend on the coordinates. In an exponential family the means go straight to those of the data,
     ``E_t = E_data + (E_0 - E_data) exp(-t)``.
 
-    **When it is the wrong tool.** It is for looking at and for tests: to train, take `jaxfisher.natural_gradient`.
+    **When it is the wrong tool.** It is for pictures and tests: to train, use `jaxfisher.natural_gradient`.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
-        time: how long it flows; in a unit of time, a distance to a minimum falls by about e.
-        steps: how many steps of Runge and Kutta's.
+        time: the duration of the flow; in a unit of time the distance to a minimum falls by a factor of about e.
+        steps: the number of Runge-Kutta steps.
 
     Returns:
-        A function ``(params, *inputs, target, weights=None)``: parameters with a leading axis of ``steps + 1``, the start
-        first.
+        A function ``(params, *inputs, target, weights=None)`` that returns parameters with a leading axis of ``steps + 1``, the
+        start first.
 
     Raises:
         ValueError: a number of steps below one, a negative time.
@@ -362,16 +363,16 @@ def _flowed(manifold: _Manifold, params: Any, data: Any, weights: Any, time: Sca
 def log_jeffreys(model: Model) -> Callable[..., Scalar]:
     r"""The logarithm of Jeffreys' prior density, not normalised: ``1/2 log det F``.
 
-    It is the same prior in any coordinates, and the volume of the Fisher metric. F is a mean over inputs; more of them
-    change it by a constant.
+    It is the same prior in any coordinates: the volume element of the Fisher metric. F is a mean over inputs; the information
+    of n inputs instead would change the logarithm only by a constant.
 
-    **When it is the wrong tool.** It may have no integral. Where F is singular it is minus infinity.
+    **When it is the wrong tool.** The prior may not be integrable. If F is singular it is minus infinity.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
 
     Returns:
-        A function ``(params, *inputs, weights=None)``: a scalar.
+        A function ``(params, *inputs, weights=None)`` that returns a scalar.
 
     Raises:
         ValueError: (when called) arrays of different lengths.
