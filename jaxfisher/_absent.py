@@ -9,12 +9,12 @@ _Names = Mapping[str, str]
 
 
 def absent(owner: str, instead: _Names) -> Callable[[Any, str], Any]:
-    """A ``__getattr__`` for a class, which says of each of these names what to write."""
+    """A ``__getattr__`` for a class, whose errors say what to write instead of each of these names."""
 
     def missing(self: Any, name: str) -> Any:
         if name in instead and not hasattr(type(self), name):
             raise AttributeError(f"{owner} has no `{name}`. {instead[name]}", name=name, obj=self)
-        # Once more, for what Python says of it, or for the error inside a property.
+        # Look the name up again, to raise Python's own error or the error inside a property.
         return object.__getattribute__(self, name)
 
     return missing
@@ -44,7 +44,7 @@ OF_OPERATOR = {
     "ndim": "It is a matrix, of shape `F.shape`.",
     **_each("damping damped", "Damping is an argument: `F.solve(v, damping)`, `F.logdet(damping)`."),
 }
-"""Of an operator ``F``."""
+"""Names that an operator ``F`` does not have."""
 
 OF_SCORES = {
     **_each("T H transpose", "Write `S.rmv(w)` for the transpose times a vector."),
@@ -59,7 +59,7 @@ OF_SCORES = {
     **_each("shape ndim", "It is a matrix, of shape `(S.num_rows, S.spec.size)`."),
     **_each("n size", "Write `S.num_rows` for the number of rows, and `S.spec.size` for that of parameters."),
 }
-"""Of scores ``S``."""
+"""Names that scores ``S`` do not have."""
 
 _ELSEWHERE = "Distributions of distrax, NumPyro and TFP have it, and are accepted as they are wherever a model returns one."
 
@@ -73,7 +73,7 @@ OF_DISTRIBUTION = {
     **_each("covariance cov", "Its diagonal is `d.variance`; a normal distribution of vectors has `d.scale_tril`."),
     **_each("cdf log_cdf quantile icdf ppf support", _ELSEWHERE),
 }
-"""Of a distribution ``d``."""
+"""Names that a distribution ``d`` does not have."""
 
 _FOREIGN = "Return one of distrax, NumPyro or TFP from the model: it is accepted as it is."
 
@@ -104,11 +104,11 @@ OF_PACKAGE = {
     **_each("MixtureSameFamily Mixture", _FOREIGN),
     "Independent": "A distribution with a batch shape is taken as independent: `jf.Normal(jnp.zeros(3), 1.0)`.",
 }
-"""Of the package ``jf``."""
+"""Names that the package ``jf`` does not have."""
 
 
 def from_package(name: str) -> NoReturn:
-    """The ``__getattr__`` of the package."""
+    """The ``__getattr__`` of the package: it raises, with what to write instead if the name is known."""
     if name in OF_PACKAGE:
         raise AttributeError(f"jaxfisher has no `{name}`. {OF_PACKAGE[name]}", name=name)
     raise AttributeError(f"module 'jaxfisher' has no attribute {name!r}", name=name)

@@ -1,8 +1,8 @@
-"""Arrays spread over explicit axes of a mesh, taken by programs that leave shardings to the compiler.
+"""Arrays spread over explicit axes of a mesh, as arguments of programs that leave shardings to the compiler.
 
-Axes are explicit where ``jax.make_mesh`` was not told otherwise: the sharding of every value is then a part of its type, and an
-operation with two possible ones is refused. Our programs run with such axes made automatic. What they return is on every
-device, unless it has a row for each example; then it is spread as the examples are.
+The axes of ``jax.make_mesh`` are explicit by default: the sharding of every value is then a part of its type, and JAX refuses
+an operation whose result could have two shardings. Our programs run with such axes made automatic. Their results are replicated
+on all devices, except those with a row for each example, which are spread as the examples are.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ R = TypeVar("R")
 
 
 def automatic(function: Callable[..., R], examples: Callable[..., Any] | None = None) -> Callable[..., R]:
-    """The same function, run with automatic axes where an argument is spread over explicit ones.
+    """The same function, run with automatic axes if an argument is spread over explicit ones.
 
-    ``examples`` takes the arguments and gives those with rows for each example, of a function whose results have such rows.
+    If the results have a row for each example, ``examples`` maps the arguments to those that have such rows.
     """
 
     @functools.wraps(function)

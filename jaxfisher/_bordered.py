@@ -1,7 +1,7 @@
-"""Symmetric matrices with their last row and column apart.
+"""Symmetric matrices whose last row and column are stored separately.
 
-Devices share the rows of an array evenly or not at all, and a layer's inputs with one more for its bias are one too many. So
-such a matrix is held in parts, which are joined only inside a program, and only where they must be.
+Devices share the rows of an array evenly or not at all. A layer's inputs may divide evenly, but with one more for the bias they
+do not. So such a matrix is stored in parts, which are joined only inside a program, and only if a computation needs the whole.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Matrices = Float[Array, "groups size size"]
 
 
 class Bordered(NamedTuple):
-    """Several symmetric matrices of one size, all with a border or none.
+    """Several symmetric matrices of one size, either all with a border or all without.
 
     Attributes:
-        core: without the last row and column, if they are apart.
-        border: the last column, without its last entry.
-        corner: that entry.
+        core: the matrices, without their last row and column if these are stored separately.
+        border: the last column without its last entry; None if there is no border.
+        corner: the last entry of that column; None if there is no border.
     """
 
     core: Matrices
@@ -44,22 +44,22 @@ class Bordered(NamedTuple):
         return jnp.concatenate([jnp.concatenate([self.core, self.border], 2), last], 1)
 
     def diagonals(self) -> Float[Array, "groups rows"]:
-        """Their diagonals."""
+        """The diagonals of the matrices."""
         entries = diagonals(self.core)
         return entries if self.corner is None else jnp.concatenate([entries, self.corner[:, 0]], 1)
 
     def traces(self) -> Float[Array, " groups"]:
-        """Their traces."""
+        """The traces of the matrices."""
         traces = jnp.sum(diagonals(self.core), 1)
         return traces if self.corner is None else traces + self.corner.reshape(-1)
 
     def shifted(self, shift: Float[Array, " groups"]) -> Bordered:
-        """With a number added to the diagonal of each."""
+        """The matrices with a number per group added to their diagonals."""
         corner = None if self.corner is None else self.corner + shift[:, None, None]
         return Bordered(_added(self.core, shift), self.border, corner)
 
     def widened(self) -> Bordered:
-        """With a border of zeros, if there is none."""
+        """The matrices with a border; one of zeros if they have none."""
         if self.border is not None:
             return self
         groups, size, _ = self.core.shape
@@ -67,14 +67,14 @@ class Bordered(NamedTuple):
         return Bordered(self.core, jnp.zeros((groups, size, 1), dtype), jnp.zeros((groups, 1, 1), dtype))
 
     def times(self, rows: Array, last: Array | None) -> tuple[Float[Array, "groups size k"], Float[Array, "groups 1 k"] | None]:
-        """Products with matrices whose last row is apart too."""
+        """Products with matrices whose last row is stored separately too."""
         product = batched(self.core, rows)
         if self.border is None or self.corner is None or last is None:
             return product, None
         return product + batched(self.border, last), row_times(self.border.swapaxes(1, 2), rows) + self.corner * last
 
     def inverses(self, inverses: Callable[[Matrices], Matrices]) -> Bordered:
-        """Their inverses, of the function that gives those of matrices without a border: the last row is eliminated first."""
+        """The inverses, with ``inverses`` for matrices without a border: the last row is eliminated first."""
         if self.border is None or self.corner is None:
             return Bordered(inverses(self.core))
         alone = 1 / self.corner
@@ -84,18 +84,18 @@ class Bordered(NamedTuple):
         return Bordered(core, last.swapaxes(1, 2), alone - row_times(last, shares))
 
 
-# Not inlined, so that the program has one body for each size.
+# Jitted and not inlined, so that the program has only one copy for each size.
 @jax.jit
 def _added(core: Matrices, shift: Float[Array, " groups"]) -> Matrices:
     return core + shift[:, None, None] * jnp.eye(core.shape[1], dtype=core.dtype)[None]
 
 
 class Rows(NamedTuple):
-    """Several matrices of one size, all with their last row apart or none: the eigenvectors of `Bordered` ones.
+    """Several matrices of one size, such as the eigenvectors of `Bordered` ones, with the last row stored separately or not.
 
     Attributes:
-        core: without the last row, if it is apart.
-        last: that row.
+        core: the matrices, without their last row if it is stored separately.
+        last: the last row, or None.
     """
 
     core: Float[Array, "groups size k"]
@@ -110,15 +110,15 @@ class Rows(NamedTuple):
         return Rows(jnp.square(self.core), None if self.last is None else jnp.square(self.last))
 
     def times(self, x: Float[Array, "groups k o"]) -> tuple[Float[Array, "groups size o"], Float[Array, "groups 1 o"] | None]:
-        """Products, whose last row is apart too."""
+        """Products with matrices. Their last row is stored separately too."""
         return batched(self.core, x), None if self.last is None else row_times(self.last, x)
 
     def transposed_times(self, rows: Float[Array, "groups size o"], last: Array | None) -> Float[Array, "groups k o"]:
-        """Products of the transposed matrices with ones whose last row is apart too."""
+        """Products of the transposed matrices with matrices whose last row is stored separately too."""
         product = batched(self.core, rows, (1, 1))
         return product if self.last is None or last is None else product + batched(self.last, last, (1, 1))
 
 
 def bordered(matrices: Float[Array, "groups rows rows"]) -> Bordered:
-    """Matrices with their last row and column apart."""
+    """Matrices with their last row and column stored separately."""
     return Bordered(matrices[:, :-1, :-1], matrices[:, :-1, -1:], matrices[:, -1:, -1:])

@@ -1,4 +1,4 @@
-"""Which results of a function move with which of its arguments, read off its jaxpr: nothing is computed."""
+"""Which results of a function depend on which of its arguments, read from its jaxpr without computing anything."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Places = frozenset[int]
 
 
 def moved_by(function: Callable[..., Any], *args: Any) -> tuple[Places, ...]:
-    """For each leaf of the result, the places of those leaves of the arguments that it may have a derivative by.
+    """For each leaf of the result, the indices of those leaves of the arguments by which its derivative may be nonzero.
 
-    It has none by a leaf that is not among them. Shapes do for arguments.
+    By all other leaves the derivative is zero. The arguments may be `jax.ShapeDtypeStruct` objects.
     """
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     return tuple(_through(jaxpr, [frozenset({place}) for place in range(len(jaxpr.invars))]))

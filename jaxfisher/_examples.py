@@ -1,4 +1,4 @@
-"""Examples: how a batch of data is checked, weighted, cut into pieces and fed to a function of one example."""
+"""Examples: a batch of data is checked and weighted, and passed to a function of one example."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ R = TypeVar("R")
 def num_examples(data: tuple[Any, ...], name: str) -> int:
     """The common length of the leading axis of every array in ``data``, which messages call ``name``.
 
-    No arrays at all means one example: an unconditional model has no inputs.
+    Data without arrays counts as one example: an unconditional model has no inputs.
     """
     leaves = jax.tree.leaves(data)
     if not leaves:
@@ -54,7 +54,7 @@ def num_examples(data: tuple[Any, ...], name: str) -> int:
 
 
 def batches_of(given: Any, name: str) -> Iterator[tuple[Any, ...]]:
-    """The batches of an iterable, one at a time, each as the tuple of its data; an only array of data needs no tuple."""
+    """The batches of an iterable, one at a time, each as a tuple of its data. A batch of a single array needs no tuple."""
     if not isinstance(given, Iterable) or isinstance(given, dict | str):
         raise TypeError(
             f"{name} is {described(given)}; expected an iterable of batches, each a tuple of arrays such as (x, y)."
@@ -67,7 +67,7 @@ def _data_paths(data: tuple[Any, ...], name: str) -> list[str]:
 
 
 def _as_arrays(data: tuple[Any, ...], name: str) -> tuple[Any, ...]:
-    """``data`` with JAX arrays for leaves, or a `TypeError` that names the leaf which is no array of numbers."""
+    """``data`` with JAX arrays for leaves, or a `TypeError` that names a leaf that is no array of numbers."""
     for i, entry in enumerate(data):
         if entry is None:
             raise TypeError(
@@ -82,7 +82,7 @@ def _as_arrays(data: tuple[Any, ...], name: str) -> tuple[Any, ...]:
 
 
 def check_numbers(name: str, leaf: Any) -> None:
-    """Raise `TypeError` unless JAX takes ``leaf`` as an array: of numbers, booleans or random keys."""
+    """Raise `TypeError` unless JAX accepts ``leaf`` as an array of numbers, booleans or random keys."""
     check_array(name, leaf)
     kinds = (jnp.number, jnp.bool_, jax.dtypes.prng_key)
     if not is_array(leaf) or not any(jnp.issubdtype(dtype_of(leaf), kind) for kind in kinds):
@@ -93,19 +93,20 @@ def check_numbers(name: str, leaf: Any) -> None:
 
 
 BATCH_SIZE = "it with the function and not with the data: {}."
-"""What is expected of a size of pieces that is given with the data."""
+"""The message, for `refusing`, about a batch size that is passed with the data; the gap is for a correct call."""
 
 
 class Refusing(typing.Protocol):
-    """What `refusing` returns: the same function of data, which refuses more."""
+    """The type of what `refusing` returns, a decorator."""
 
     def __call__(self, of_data: Callable[P, R], /) -> Callable[P, R]: ...
 
 
 def refusing(function: str, **reasons: str) -> Refusing:
-    """A function of data that takes none of the keywords which ``reasons`` names: a value for one raises, and says why.
+    """A decorator of a function of data that makes it refuse the keywords in ``reasons``, with a message.
 
-    A reason says what is expected instead, and what to do. None stands for an argument that is not given, as everywhere.
+    A reason is the part of the message that says what is expected and what to do instead. A keyword with the value None counts
+    as not given, as everywhere.
     """
 
     def decorate(of_data: Callable[P, R], /) -> Callable[P, R]:
@@ -123,7 +124,7 @@ def refusing(function: str, **reasons: str) -> Refusing:
 
 
 def needs_data(data: tuple[Any, ...], function: str, call: str = "(params, *data)") -> None:
-    """Raise where a function of examples was called with none: its ``log_prob`` would be a function of a whole batch."""
+    """Raise if a function of examples was called without data: its ``log_prob`` would then be a function of a whole batch."""
     if not jax.tree.leaves(data):
         raise TypeError(
             f"jaxfisher.{function}(log_prob) was called without data. Call it as {call}: `log_prob` takes the parameters and "
@@ -134,10 +135,10 @@ def needs_data(data: tuple[Any, ...], function: str, call: str = "(params, *data
 
 @array_fields("data", "weights", "live", "mass", "positive")
 class Batch:
-    """Checked examples: the parameters' spec, the data as arrays, their weights in a mean, and what bounds memory.
+    """Checked examples: the parameters' spec, the data as arrays, their weights in a mean, and the limits on memory.
 
-    The weights sum to one, and with counts their products with the counts do. ``live`` is true for examples and false for
-    padding; it is None where no weights were given, so that nothing is padding.
+    The weights sum to one; if counts were given, the products of weights and counts do. ``live`` is true for examples and false
+    for padding. It is None if no weights were given, since then nothing is padding.
     """
 
     spec: ParamSpec
@@ -148,9 +149,9 @@ class Batch:
     batch_size: int | None
     max_bytes: int | None
     mass: Scalar | None = None
-    """The sum of the weights that were given, with counts of their products with the counts."""
+    """The sum of the given weights, or with counts the sum of the products of both."""
     positive: Scalar | None = None
-    """How many of the weights that were given are not zero."""
+    """How many of the given weights are not zero."""
     counted: bool = False
     """Whether counts were given."""
 
@@ -161,7 +162,7 @@ class Batch:
 
     @property
     def uneven(self) -> Float[Array, " n"] | None:
-        """The weights if some were given, for functions that take weights: nothing needs to be filled in where none were."""
+        """The weights if some were given. Else None, so that functions that take weights do not replace padding."""
         return self.weights if self.weighted else None
 
     @property
@@ -171,7 +172,7 @@ class Batch:
 
     @property
     def total(self) -> Scalar:
-        """What the mean is over: the number of examples, or the `mass` where there is one."""
+        """The sum that the mean divides by: the `mass` if there is one, else the number of examples."""
         return jnp.asarray(self.size if self.mass is None else self.mass, self.spec.dtype)
 
 
@@ -183,12 +184,12 @@ def make_batch(
     max_bytes: int | None = None,
     counts: Any = None,
 ) -> Batch:
-    """Check what every function of a batch is given, and normalise the weights: ``w_i / sum w``, or ``1 / n`` each.
+    """Check the arguments of a function of a batch, and normalise the weights: ``w_i / sum w``, or ``1 / n`` each.
 
-    With counts, of the terms that each example is a sum of, they are ``w_i / sum w c``: means are over terms.
+    If each example is a sum of terms, as many as its count, the weights are ``w_i / sum w c``: means are over terms.
 
-    A weight of zero is padding: the example is replaced by a real one, so that no number made of it can leak. The caller
-    must set its rows of scores to zero.
+    An example of weight zero is padding. It is replaced by a real example, so that no number computed from it can leak into the
+    result. The caller must set its rows of scores to zero.
     """
     batch_size = checked_batch_size(batch_size)
     max_bytes = _checked_max_bytes(batch_size, max_bytes)
@@ -206,7 +207,7 @@ def make_batch(
 
 
 def _over_counts(batch: Batch, counts: Any) -> Batch:
-    """The batch with weights for means over the terms of its examples; NaN where these are known only now to be none."""
+    """The batch with weights for means over the terms of its examples. The weights are NaN if run-time counts are invalid."""
     check_numbers("`counts`", counts)
     _check_known("`counts`", counts, "say how many terms, such as the valid tokens of a sequence, an example is a sum of.")
     counts = jnp.asarray(counts)
@@ -220,7 +221,7 @@ def _over_counts(batch: Batch, counts: Any) -> Batch:
 
 
 def check_centred(center: bool, batch: Batch, of: str) -> None:
-    """Refuse counts of terms where the mean score is taken away."""
+    """Raise `ValueError` if scores that are to be centred have counts of terms."""
     if center and batch.counted:
         raise ValueError(
             f"{of}: `counts` are given with center=True; expected one of the two, since the covariance of the score is one "
@@ -229,7 +230,7 @@ def check_centred(center: bool, batch: Batch, of: str) -> None:
 
 
 def checked_weights(weights: Any, n: int) -> Float[Array, " n"]:
-    """The weights as an array of floating numbers, one for each example; refused where they are known to be no weights."""
+    """The weights as a floating array with one number per example; an error if they are known to be invalid."""
     if isinstance(weights, (list, tuple)):
         wrong = [i for i, weight in enumerate(weights) if not is_array(weight)]
         if wrong:
@@ -255,7 +256,7 @@ def checked_weights(weights: Any, n: int) -> Float[Array, " n"]:
 
 
 def _check_known(name: str, given: Any, meaning: str) -> None:
-    """Raise `ValueError` where weights or counts are none and their values are known; those of a trace are not."""
+    """Raise `ValueError` if weights or counts are invalid and their values are known, which they are not under a trace."""
     for leaf in jax.tree.leaves(given):
         if isinstance(leaf, jax.core.Tracer) or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
             return
@@ -273,13 +274,13 @@ def _check_known(name: str, given: Any, meaning: str) -> None:
 
 
 def _normalised(weights: Float[Array, " n"]) -> Float[Array, " n"]:
-    """``w_i / sum w``, to the last digits at any scale of the weights; NaN where they are no weights."""
+    """``w_i / sum w``, accurate at any scale of the weights; an entry that is no valid weight makes the result NaN."""
     info = jnp.finfo(weights.dtype)
     tiny = float(info.tiny)
-    # XLA's CPU takes numbers below `tiny` for zero. Their digits are read as an integer, in units of `2^-nmant tiny`.
+    # XLA flushes numbers below `tiny` to zero on a CPU. Read their digits as an integer, in units of `2^-nmant tiny`.
     bits = jax.lax.bitcast_convert_type(weights, jnp.uint32 if info.bits == 32 else jnp.uint64)
     digits = jnp.where(bits < (1 << info.nmant), bits, 0).astype(weights.dtype)
-    # A quotient of a quotient would be compiled to one by a product, which overflows. A product with a reciprocal is not.
+    # XLA compiles a quotient of a quotient to a quotient by a product, which overflows. It leaves products with a reciprocal.
     unit = 1 / jnp.clip(jnp.max(weights), tiny, 0.25 / tiny)
     near_one = jnp.where(digits > 0, digits * (tiny * unit) * float(info.eps), weights * unit)
     near_one = jnp.where((weights >= 0) & (weights < jnp.inf), near_one, jnp.nan)
@@ -287,7 +288,7 @@ def _normalised(weights: Float[Array, " n"]) -> Float[Array, " n"]:
 
 
 def _filled(data: tuple[Any, ...], weights: Float[Array, " n"], live: Bool[Array, " n"]) -> tuple[Any, ...]:
-    """The data with a real example, the one with the largest weight, in the place of padding."""
+    """The data with padding replaced by a real example, the one with the largest weight."""
     chosen = jnp.arange(weights.size) == jnp.argmax(weights)
 
     def among_examples(flags: Bool[Array, " n"], leaf: Array) -> Bool[Array, "n ..."]:
@@ -296,7 +297,7 @@ def _filled(data: tuple[Any, ...], weights: Float[Array, " n"], live: Bool[Array
     def filled(leaf: Array) -> Array:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(filled(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
-        # A sum over one: looking the example up would gather data that is spread over devices.
+        # Take the example as a sum in which the others are zero: indexing would gather data that is spread over devices.
         alone = jnp.where(among_examples(chosen, leaf), leaf, jnp.zeros((), leaf.dtype))
         real = jnp.any(alone, axis=0) if leaf.dtype == bool else jnp.sum(alone, axis=0, dtype=leaf.dtype)
         return jnp.where(among_examples(live, leaf), leaf, real[None])
@@ -308,21 +309,21 @@ def _filled(data: tuple[Any, ...], weights: Float[Array, " n"], live: Bool[Array
 def _weigh(
     data: tuple[Any, ...], weights: Float[Array, " n"], dtype: Static[jnp.dtype]
 ) -> tuple[Any, Array, Array, Scalar, Scalar]:
-    """The data without padding, the weights over their sum, which examples are live, that sum, and how many these are."""
+    """The data with padding replaced, the normalised weights, which examples are live, the weights' sum, and their count."""
     omega = _normalised(weights).astype(dtype.value)
     live, wide = omega != 0, max(weights.dtype, dtype.value, key=lambda dtype: jnp.finfo(dtype).bits)
-    # Both in one sum, for which devices that share the examples meet once. A batch of padding alone has weights of NaN.
+    # One sum for both numbers, so that devices that share the examples communicate once. All padding gives weights of NaN.
     each = jnp.stack([jnp.where(weights >= 0, weights, jnp.nan).astype(wide), (omega > 0).astype(wide)])
     mass, count = jnp.sum(each, 1)
     return _filled(data, omega, live), omega, live, mass.astype(weights.dtype), count.astype(dtype.value)
 
 
 _weighted = once(_weigh, lambda data, weights, dtype: (data, weights))
-"""`_weigh` as one program. Operation by operation it is some twenty-five, each compiled for each shape."""
+"""`_weigh` as one program. Run eagerly it is some twenty-five operations, each compiled for every shape."""
 
 
 def _weigh_over_counts(counts: Array, weights: Array, live: Array | None, total: Scalar) -> tuple[Array, Scalar]:
-    """Weights for means over terms, and the number of these."""
+    """Weights for means over terms, and the weighted number of terms."""
     counts = counts if live is None else jnp.where(live, counts, 0)
     mean = jnp.sum(weights * counts)
     mean = jnp.where((mean > 0) & jnp.all(counts >= 0), mean, jnp.nan)
@@ -333,7 +334,7 @@ _weighted_over_counts = once(_weigh_over_counts, lambda counts, *_: counts)
 
 
 def checked_batch_size(batch_size: int | None) -> int | None:
-    """``batch_size``, refused unless it is None or a positive whole number known at trace time."""
+    """``batch_size``; an error unless it is None or a positive whole number known at trace time."""
     if batch_size is None:
         return None
     size = whole(batch_size)
@@ -347,7 +348,7 @@ def checked_batch_size(batch_size: int | None) -> int | None:
 
 
 def _checked_max_bytes(batch_size: int | None, max_bytes: int | None) -> int | None:
-    """``max_bytes``, refused unless it is None or a positive whole number given instead of a ``batch_size``."""
+    """``max_bytes``; an error unless it is None or a positive whole number, given without a ``batch_size``."""
     if max_bytes is None:
         return None
     if batch_size is not None:
@@ -365,12 +366,12 @@ def _checked_max_bytes(batch_size: int | None, max_bytes: int | None) -> int | N
 
 
 def shape_of_one(data: Any) -> Any:
-    """Shapes and dtypes of one example of ``data``, and the axes of a mesh over which they vary under ``shard_map``."""
+    """The shapes and dtypes of one example of ``data``, with the axes of a mesh over which it varies under ``shard_map``."""
     return jax.eval_shape(automatic(lambda data: jax.tree.map(lambda leaf: leaf[0], data)), data)
 
 
 def example_keys(key: PRNGKeyArray, count: int) -> PRNGKeyArray:
-    """A key for each example, ``fold_in(key, i)``: it depends on the key and on the place in the whole batch alone."""
+    """A key for each example, ``fold_in(key, i)``: it depends only on the key and on the example's index in the whole batch."""
     return jax.vmap(partial(jax.random.fold_in, threefry_key(key)))(jnp.arange(count))
 
 

@@ -1,6 +1,6 @@
-"""Small dense linear algebra: products, norms that do not overflow, symmetric matrices by one triangle, their eigenvalues.
+"""Small dense linear algebra: products, norms that do not overflow, symmetric matrices from one triangle, their eigenvalues.
 
-What counts as zero is decided in one place for all: `resolved`.
+One function decides for all which eigenvalues count as zero: `resolved`.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ matmul = partial(jnp.matmul, precision=HIGHEST)
 
 
 def batched(x: Float[Array, "groups i j"], y: Float[Array, "groups j k"], along: tuple[int, int] = (2, 1)) -> Array:
-    """The products of several pairs of matrices, along an axis of each: one operation, where `matmul` reshapes."""
+    """The products of several pairs of matrices, contracted along one axis of each: one operation, where `matmul` reshapes."""
     contracted = ((along[0],), (along[1],)), ((0,), (0,))
     return jax.lax.dot_general(x, y, contracted, precision=HIGHEST)
 
 
 def row_times(row: Float[Array, "groups 1 j"], y: Float[Array, "groups j k"]) -> Float[Array, "groups 1 k"]:
-    """The products of rows and matrices. As sums, which compile in a twentieth of the time on a CPU and run as fast."""
+    """The products of rows and matrices, written as sums, which compile in a twentieth of the time on a CPU and run as fast."""
     return jnp.sum(row.swapaxes(1, 2) * y, 1, keepdims=True)
 
 
 def diagonals(x: Float[Array, "groups m m"]) -> Float[Array, "groups m"]:
     """The diagonals of several matrices."""
-    # As a slice with a stride, which compiles in half the time of a masked sum.
+    # A strided slice compiles in half the time of a masked sum.
     return x.reshape(x.shape[0], -1)[:, :: x.shape[-1] + 1]
 
 
 def without_noise(values: Float[Array, " m"]) -> Float[Array, " m"]:
-    """Eigenvalues, zero where the rounding error of the whole decomposition could have made them."""
+    """The eigenvalues, with those within the rounding error of the whole decomposition set to zero."""
     noise = values.shape[0] * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values), initial=0.0)
     return jnp.where(jnp.abs(values) <= noise, 0, values)
 
 
 def unit_diagonal(diagonal: Float[Array, " m"]) -> Float[Array, " m"]:
-    """The powers of two that scale a matrix with this diagonal to one between 1/2 and 2."""
+    """The powers of two that scale a matrix with this diagonal to a diagonal between 1/2 and 2."""
     there, tiny = diagonal > 0, jnp.finfo(diagonal.dtype).tiny
     unit = power_of_two(jax.lax.rsqrt(jnp.where(there, diagonal, 1)))
-    # Nothing is known of the units of what has no diagonal entry: it is not to stand out.
+    # The unit of a zero diagonal entry is unknown: take the smallest of the others, so that its row does not dominate.
     return jnp.where(there, unit, jnp.min(jnp.where(there, unit, jnp.max(unit, initial=0.0)), initial=1 / tiny))
 
 
@@ -61,15 +61,15 @@ def null_vectors(matrix: Float[Array, "m m"]) -> Float[Array, "m k"]:
     unit = unit_diagonal(jnp.diagonal(matrix))
     values, vectors = jnp.linalg.eigh(matrix * unit[:, None] * unit[None, :])
     _, kept, _ = kept_of(values, jnp.zeros((), matrix.dtype))
-    # The first columns of Q span the first columns of what was factored.
+    # The first columns of Q span the first columns of the factored matrix: the null vectors, sorted to the front.
     order = jnp.argsort(kept, stable=True)
     return jnp.linalg.qr(unit[:, None] * vectors[:, order])[0][:, : int(jnp.sum(~kept))]
 
 
 def mirrored(upper: Float[Array, "m m"]) -> Float[Array, "m m"]:
     """The symmetric matrix with this upper triangle."""
-    # Both entries of a pair are looked up at one place, so they agree to the last bit, whatever XLA fuses the lookup with. Sums
-    # of two triangles do not, nor do choices between them, which jax 0.10 takes minutes to compile.
+    # Both entries of a pair are read from the same place, so they agree to the last bit, whatever XLA fuses the lookup with. A
+    # sum of two triangles does not ensure that, nor does a `where` of them, which also takes jax 0.10 minutes to compile.
     rows, columns = jnp.indices(upper.shape)
     return upper.at[jnp.minimum(rows, columns), jnp.maximum(rows, columns)].get(mode="promise_in_bounds")
 
@@ -78,7 +78,7 @@ def mirrored(upper: Float[Array, "m m"]) -> Float[Array, "m m"]:
 def cholesky(upper: Float[Array, "m m"]) -> Float[Array, "m m"]:
     """The lower Cholesky factor of the symmetric matrix with this upper triangle.
 
-    LAPACK wants columns, and the lower triangle of the transpose is the upper one: no copy is made.
+    LAPACK stores matrices by columns, so the lower triangle of the transpose is this upper one: no copy is made.
     """
     return jax.lax.linalg.cholesky(upper.T, symmetrize_input=False)
 
@@ -92,7 +92,7 @@ def _cholesky_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array,
 
 
 def kept_of(values: Float[Array, " m"], damping: Scalar) -> tuple[Float[Array, " m"], Bool[Array, " m"], Bool[Array, ""]]:
-    """Eigenvalues, zero where inside rounding error; the directions to keep; whether the damping is above rounding error."""
+    """The eigenvalues, zero within rounding error; the directions to keep; whether the damping is above rounding error."""
     largest = jnp.max(jnp.abs(values), initial=0.0)
     values = resolved(values, damping, largest, values.shape[0])
     told = ~(jnp.abs(damping) <= jnp.finfo(values.dtype).eps * largest)
@@ -100,10 +100,10 @@ def kept_of(values: Float[Array, " m"], damping: Scalar) -> tuple[Float[Array, "
 
 
 def resolved(values: Float[Array, "..."], damping: Scalar, largest: Scalar, size: int) -> Float[Array, "..."]:
-    """Eigenvalues of a matrix of this size and largest eigenvalue, zero where inside rounding error.
+    """Eigenvalues of a matrix of this size and largest eigenvalue, with those within rounding error set to zero.
 
-    With damping that is the rounding error of one eigenvalue; without, a direction needs an eigenvalue above the error of the
-    whole decomposition, ``size eps largest``, the convention of `numpy.linalg.matrix_rank`.
+    With damping the rounding error is that of one eigenvalue, ``eps largest``. Without damping it is the error of the whole
+    decomposition, ``size eps largest``, the convention of `numpy.linalg.matrix_rank`.
     """
     eps = jnp.finfo(values.dtype).eps
     cut = jnp.where(jnp.abs(damping) > eps * largest, eps, size * eps) * largest
@@ -113,7 +113,7 @@ def resolved(values: Float[Array, "..."], damping: Scalar, largest: Scalar, size
 
 @jax.custom_jvp
 def spectrum(matrix: Float[Array, "m m"]) -> Float[Array, " m"]:
-    """Ascending eigenvalues of a symmetric matrix. Derivatives of symmetric functions of them hold where some are equal."""
+    """Ascending eigenvalues of a symmetric matrix. Symmetric functions of them have right derivatives at equal eigenvalues."""
     return jnp.linalg.eigvalsh(matrix, symmetrize_input=False)
 
 
@@ -125,9 +125,10 @@ def _spectrum_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array,
 
 @jax.custom_jvp
 def eigenpairs(matrix: Float[Array, "m m"]) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
-    """Ascending eigenvalues of a symmetric matrix, and eigenvectors, which no derivative turns among those of one value.
+    """Ascending eigenvalues of a symmetric matrix, and eigenvectors.
 
-    There they are any basis, and what is made of them has a derivative only if it does not depend on which.
+    The eigenvectors of equal eigenvalues are any basis of their space, and their derivative does not turn them within it. So a
+    function of them has a derivative only if it does not depend on the choice of basis.
     """
     values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
     return values, vectors
@@ -138,17 +139,18 @@ def _eigenpairs_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tupl
     values, vectors = eigenpairs(*primals)
     change = matmul(vectors.T, matmul(*tangents, vectors))
     gaps = values[None, :] - values[:, None]
-    # What comes of a gap at the rounding of the values is rounding.
+    # A gap at the rounding error of the eigenvalues counts as zero: dividing by it would give rounding errors.
     apart = jnp.abs(gaps) > jnp.finfo(values.dtype).eps ** 0.5 * jnp.max(jnp.abs(values), initial=0.0)
     turned = jnp.where(apart, change / jnp.where(apart, gaps, 1), 0)
     return (values, vectors), (jnp.diagonal(change), matmul(vectors, turned))
 
 
 def unit_root(matrix: Float[Array, "m m"], negative: float) -> Float[Array, "m m"]:
-    """``R`` with ``R R^T`` a positive semi-definite matrix. An eigenvalue that is negative beyond rounding has the root given.
+    """``R`` with ``R R^T`` equal to a positive semi-definite matrix.
 
-    The diagonal is scaled to one first: what is rounding is then the same for entries in any units. Derivatives hold where
-    eigenvalues are equal, and where some are zero and stay so.
+    The root of an eigenvalue that is negative beyond rounding is the number ``negative``. The diagonal is scaled to one first,
+    so that the threshold for rounding does not depend on the units of the entries. Derivatives are right at equal eigenvalues,
+    and at eigenvalues that are zero and stay zero.
     """
     eps = float(jnp.finfo(matrix.dtype).eps)
     wide = matrix.astype(at_least_float32(matrix.dtype))  # there is no eigh below float32
@@ -166,7 +168,7 @@ def _symmetric_root(matrix: Float[Array, "m m"], negative: float, eps: float) ->
 
 @_symmetric_root.defjvp
 def _symmetric_root_jvp(negative: float, eps: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """``R dR + dR R = dM`` in the basis of the eigenvectors. A root that is zero has no derivative of its own."""
+    """``R dR + dR R = dM`` in the basis of the eigenvectors. Between two roots that are zero the derivative is set to zero."""
     vectors, roots = _roots(*primals, negative, eps)
     sums = roots[:, None] + roots[None, :]
     change = matmul(vectors.T, matmul(*tangents, vectors))
@@ -175,7 +177,7 @@ def _symmetric_root_jvp(negative: float, eps: float, primals: tuple[Array], tang
 
 
 def _roots(matrix: Float[Array, "m m"], negative: float, eps: float) -> tuple[Float[Array, "m m"], Float[Array, " m"]]:
-    """Eigenvectors of a matrix, and the roots of its eigenvalues: zero of what is rounding."""
+    """Eigenvectors of a matrix, and the roots of its eigenvalues; the root is zero for an eigenvalue within rounding error."""
     values, vectors = eigenpairs(mirrored(matrix))
     rounding = values.size * eps * jnp.max(jnp.abs(values), initial=0)
     seen = values > rounding
@@ -184,10 +186,10 @@ def _roots(matrix: Float[Array, "m m"], negative: float, eps: float) -> tuple[Fl
 
 
 def eigenvalues(matrix: Float[Array, "m m"]) -> Float[Array, " m"]:
-    """Ascending eigenvalues of a symmetric matrix given by its upper triangle, those inside rounding error set to zero.
+    """Ascending eigenvalues of a symmetric matrix given by its upper triangle, those within rounding error set to zero.
 
-    A positive one counts from the rounding error of one eigenvalue on, since a damping may; a negative one, which a Fisher does
-    not have, from that of the whole decomposition on.
+    For positive eigenvalues that is the rounding error of one eigenvalue, as for a damping. For negative ones, which a Fisher
+    does not have, it is that of the whole decomposition.
     """
     values = spectrum(mirrored(matrix))
     largest = jnp.max(jnp.abs(values), initial=0.0)
@@ -204,63 +206,66 @@ def spectral_mv(matrix: Float[Array, "m m"], v: Float[Array, " m"], power: Scala
 
 
 def to_unit(*sizes: Scalar) -> Scalar:
-    """The power of two that brings the largest of these sizes near one, so that squares of what it multiplies are in the dtype.
+    """The power of two that brings the largest of these sizes near one, so that squares of scaled numbers do not overflow.
 
-    It is applied twice rather than squared, and as a product: XLA turns ``x / s / s`` into ``x / (s s)``, which may overflow.
-    What is divided out is multiplied back, so no result depends on the factor, and no derivative goes through it.
+    Apply the factor twice rather than squared, and as a product: XLA turns ``x / s / s`` into ``x / (s s)``, which may
+    overflow. Callers undo the scaling, so no result depends on the factor, and no derivative goes through it.
     """
     sizes_together = jax.lax.stop_gradient(jnp.stack(sizes))
-    # Of what is zero no multiple is near one.
+    # No multiple of zero is near one, so the factor is bounded.
     most = 2.0 ** (jnp.finfo(sizes_together.dtype).maxexp - 52)
-    # The minimum comes last, since XLA takes it once: it would make a quotient again wherever the factor is used. A NaN or an
-    # infinity is left to show itself in the result.
+    # The minimum comes last, since XLA computes it once, and would recompute a quotient wherever the factor is used. A NaN or
+    # an infinity is passed on, to appear in the result.
     return jnp.min(power_of_two(1 / jnp.maximum(sizes_together, 1 / most)))
 
 
 def power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The power of two nearest to each number: a product with it rounds nothing. No derivative goes through it."""
+    """The power of two nearest to each number. A product with it has no rounding error. No derivative goes through it."""
     return jax.lax.reduce_precision(jax.lax.stop_gradient(x), jnp.finfo(x.dtype).nexp, 0)
 
 
 def _as_it_is(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The same numbers, as something that XLA does not see as the product or quotient that they are."""
+    """The same numbers, in a form that XLA does not recognise as a product or quotient."""
     return jnp.where(x == x, x, jnp.nan)  # noqa: PLR0124
 
 
 def twice(x: Scalar, factor: Float[Array, "..."]) -> Float[Array, "..."]:
-    """``x * factor * factor``, from the left: XLA would square the factor of a constant, which may leave the dtype."""
+    """``x * factor * factor``, from left to right: for a constant x, XLA would square the factor, which may overflow."""
     return _as_it_is(x * factor) * factor
 
 
 def squared(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """``x^2`` of a product or a quotient: XLA would square the factors of a constant, which may leave the dtype."""
+    """``x^2`` of a product or quotient. If it has a constant, XLA would square the factors one by one, which may overflow."""
     return jnp.square(_as_it_is(x))
 
 
 def power_or_one(size: Scalar) -> Scalar:
-    """The `power_of_two` of a size; one where it is zero."""
+    """The `power_of_two` of a size, or one if the size is zero."""
     return power_of_two(jnp.where(size > 0, size, 1))
 
 
 def inverse_power(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """``1 / x`` of powers of two, as something that XLA does not see as a quotient.
+    """``1 / x`` for powers of two, in a form that XLA does not recognise as a quotient.
 
-    It would make quotients of products of them, with a product below that may leave the dtype.
+    XLA would turn products of such quotients into one quotient by a product, which may overflow or underflow.
     """
     return power_of_two(1 / x)
 
 
 def norm(x: Float[Array, " m"]) -> Scalar:
-    """Euclidean norm, without overflow or underflow on the way."""
+    """The Euclidean norm, without overflow or underflow of the squares."""
     largest = jnp.max(jnp.abs(x), initial=0.0)
     safe = jnp.where(largest > 0, largest, 1)
     return safe * jnp.sqrt(jnp.sum(jnp.square(x / safe)))
 
 
 OTHER = 1.375
-"""A number whose products round otherwise than those of powers of two."""
+"""A number that is no power of two, so that products with it round."""
 
 
 def in_another_rounding(product: Callable[[Any], Any], x: Any) -> Any:
-    """``product(x)`` by way of a multiple of ``x``: the two differ by rounding, as the true product does from either."""
+    """``product(x)`` computed from a multiple of ``x``.
+
+    It differs from ``product(x)`` by rounding errors of the size by which both differ from the true product.
+    """
     return jax.tree.map(lambda y: (1 / OTHER) * y, product(jax.tree.map(lambda leaf: OTHER * leaf, x)))

@@ -1,8 +1,8 @@
-"""Programs compiled once: a call outside ``jit`` costs a compilation the first time only, and keeps nothing afterwards.
+"""Programs compiled once: a call outside ``jit`` compiles only the first time, and keeps no user's function or data alive.
 
-JAX compiles control flow anew for every new function object, and a closure is a new one at each call. So what a public
-function computes goes through a function that is jitted once for all: `once` for functions of arrays and operators, `once_for`
-for what also takes a function of the user's. Inside ``jit`` nothing changes: such programs are traced inline.
+JAX recompiles control flow for every new function object, and a closure is a new one at each call. So public functions compute
+through functions that are jitted once for the whole process: `once` for functions of arrays and operators, `once_for` for those
+that also take a user's function. Inside ``jit`` such a program is traced inline, as if it were not jitted itself.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ T = TypeVar("T")
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Static(Generic[T]):
-    """An argument of a program that it is compiled for, such as a number of rows: one program for each value."""
+    """A static argument of a program, such as a number of rows: each value gets a program of its own."""
 
     value: T
 
 
 def once(function: Callable[P, R], examples: Callable[..., Any] | None = None) -> Callable[P, R]:
-    """A function of pytrees as one program for each structure and shape of its arguments, given by position.
+    """A function of pytrees, compiled once for each structure and shape of its arguments, which are positional.
 
-    Arguments that JAX cannot take are left to the function itself, which knows what to say of them. ``examples`` takes the
-    arguments and gives those with rows for each example, where the results have such rows too.
+    A call with keywords, or with arguments that JAX cannot take, runs the function itself, which raises its own error. If the
+    results have a row for each example, ``examples`` maps the arguments to those that have such rows.
     """
     program = jax.jit(automatic(function, examples), inline=True)
 
@@ -54,7 +54,7 @@ def once(function: Callable[P, R], examples: Callable[..., Any] | None = None) -
 
 
 def _can_cross(args: Sequence[Any]) -> bool:
-    """Whether arguments can go into a program: numbers for leaves, and structures that can be compared."""
+    """Whether arguments can be passed to a jitted program: all leaves are numbers, and the structure is hashable."""
     leaves, structure = jax.tree.flatten(args)
     return all(map(_is_number, leaves)) and hashable(structure)
 
@@ -66,17 +66,17 @@ def _is_number(leaf: Any) -> bool:
 
 
 _LONG_DOUBLES = np.dtype(np.longdouble).char + np.dtype(np.clongdouble).char
-"""NumPy's codes of what is wider than JAX has."""
+"""NumPy's codes of the dtypes that are wider than any of JAX."""
 
 
 def once_for(function: Callable[P, R], examples: Callable[..., Any] | None = None) -> Callable[P, R]:
-    """`once` for a function whose first argument is the user's, or is `Around` it: one program for each such function.
+    """`once` for a function whose first argument is a user's function, or an `Around` of one: one program for each of them.
 
-    ``examples`` is given the other arguments.
+    ``examples`` is called with the other arguments.
 
-    A program is found again by the user's function, and forgotten with it: neither it nor what it closes over is kept alive.
-    Where something that the function reads by name is bound to something else, as happens in notebooks and by setting an
-    attribute, the program is made again. Numbers that are changed inside an array of NumPy are not seen.
+    The cache is keyed by a weak reference to the user's function, and the entry is dropped with it: neither the function nor
+    what it closes over is kept alive. If a name or an attribute that the function reads is bound to another value, as happens
+    in notebooks, the program is made again. A change of numbers inside a NumPy array is not noticed.
     """
     programs: dict[Hashable, _Program] = {}
 
@@ -101,7 +101,7 @@ def once_for(function: Callable[P, R], examples: Callable[..., Any] | None = Non
 
 
 class _Program:
-    """A jitted function of which the first argument is there only during calls: tracing happens in them."""
+    """A jitted function that holds its first argument only during a call, which is when it may be traced."""
 
     def __init__(self, function: Callable[..., Any], examples: Callable[..., Any] | None, reads: tuple[Hashable, ...]) -> None:
         self.reads = reads
@@ -122,7 +122,10 @@ class _Program:
 
 
 def _reference(of: Any, owners: list[Any]) -> Hashable:
-    """What a function is found again by, without keeping it alive; None if that cannot be. Adds what must live for it."""
+    """A key for a user's function that does not keep it alive; None if there is none.
+
+    Appends to ``owners`` the objects with which the key becomes invalid.
+    """
     if isinstance(of, Around):
         parts = tuple(_reference(part, owners) for part in vars(of).values())
         return None if None in parts else (type(of), *parts)
@@ -145,9 +148,9 @@ def either(flag: bool | Bool[Array, ""], yes: Callable[[], R], no: Callable[[], 
 
 
 def renewed(flag: bool | Bool[Array, ""], make: Callable[[T], T], held: T) -> T:
-    """``make(held)`` where the flag is true, else what is held, which is passed on as it is.
+    """``make(held)`` if the flag is true, else ``held`` without a copy.
 
-    It is a loop of one turn at most, since a conditional copies what one of its branches passes on.
+    Inside ``jit`` this is a loop of at most one iteration, since a conditional copies what a branch returns unchanged.
     """
     if not isinstance(flag, jax.core.Tracer):
         return make(held) if flag else held
@@ -156,7 +159,7 @@ def renewed(flag: bool | Bool[Array, ""], make: Callable[[T], T], held: T) -> T:
 
 
 def repeat(going: Callable[[T], Bool[Array, ""]], step: Callable[[T], T], start: T) -> T:
-    """`while_loop`. Outside ``jit`` it is known when to stop: steps are taken one by one, and nothing is compiled."""
+    """`while_loop`. Outside ``jit`` the condition is known: steps are taken one by one, and nothing is compiled."""
     state = start
     while True:
         flag = going(state)

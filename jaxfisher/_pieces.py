@@ -1,4 +1,4 @@
-"""Pieces: how a batch is cut up so that one piece of it is in memory at a time, and how the results are put together."""
+"""Pieces: a batch is split into chunks, of which one is in memory at a time, and the results are put together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxfisher._varying import varying_like
 def map_batches(function: Callable[..., Any], data: tuple[Any, ...], batch_size: int | None) -> Any:
     """``function`` of each piece of ``data``, results joined in the order of the examples along their leading axis.
 
-    ``function`` takes a batch and gives as many rows for each of its examples; pieces have at most ``batch_size`` examples.
+    ``function`` takes a batch and returns equally many rows for each example; pieces have at most ``batch_size`` examples.
     """
     cut = pieces(data, batch_size)
     if cut is None:
@@ -30,11 +30,11 @@ def map_batches(function: Callable[..., Any], data: tuple[Any, ...], batch_size:
 
 
 def sum_batches(function: Callable[..., Any], data: tuple[Any, ...], batch_size: int | None) -> Any:
-    """The sum over pieces of ``function`` of each piece."""
+    """The sum of ``function(*piece)`` over the pieces of ``data``."""
     cut = pieces(data, batch_size)
     if cut is None:
         return function(*data)
-    # Asked for shapes, and then for numbers: traced once for both.
+    # Jitted, so that one trace serves both for the shapes and for the numbers.
     of_piece = jax.jit(lambda i: function(*cut.piece(i)), inline=True)
     numbers = jnp.arange(cut.count)
     shapes = jax.eval_shape(of_piece, jax.ShapeDtypeStruct((), numbers.dtype))
@@ -48,13 +48,13 @@ def sum_batches(function: Callable[..., Any], data: tuple[Any, ...], batch_size:
 
 
 def sum_again(function: Callable[..., Any], data: tuple[Any, ...], batch_size: int | None) -> Any:
-    """`sum_batches`, whose derivative computes again what a piece needs for its own: of one piece at a time it is held."""
+    """`sum_batches`, but a derivative recomputes the intermediate values of each piece and holds those of one at a time."""
     return sum_batches(function if batch_size is None else jax.checkpoint(function), data, batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pieces(abc.ABC):
-    """A batch in pieces of one size and what remains. A piece is taken when it is needed: the data is not copied.
+    """A batch in pieces of one size, and the rest. A piece is sliced from the data only when it is needed.
 
     Attributes:
         data: the arrays of the batch.
@@ -69,7 +69,7 @@ class Pieces(abc.ABC):
     @property
     @abc.abstractmethod
     def rest(self) -> tuple[Any, ...] | None:
-        """The examples that remain; None where there are none."""
+        """The examples that are in no piece; None if there are none."""
 
     @abc.abstractmethod
     def piece(self, i: Array) -> tuple[Any, ...]:
@@ -83,8 +83,8 @@ class Pieces(abc.ABC):
 class Interleaved(Pieces):
     """Pieces of every ``count``-th example.
 
-    Where examples are spread over devices, each device works on a part of its own share in every piece, and no example is
-    sent to another device: an axis of examples is split into (size, count), and the first of these stays spread.
+    If examples are spread over devices, each device works on a part of its own share in every piece, and no example is sent to
+    another device: the axis of examples is split into (size, count), and the first of the two stays spread.
     """
 
     @property
@@ -106,7 +106,7 @@ class Interleaved(Pieces):
 
 
 class Consecutive(Pieces):
-    """Pieces of neighbouring examples, whose number need not be a multiple of the size of a piece."""
+    """Pieces of neighbouring examples. The number of examples need not be a multiple of the size of a piece."""
 
     @property
     def rest(self) -> tuple[Any, ...] | None:
@@ -124,9 +124,10 @@ class Consecutive(Pieces):
 
 
 def pieces(data: tuple[Any, ...], batch_size: int | None) -> Pieces | None:
-    """``data`` in pieces of at most ``batch_size`` examples; None where one piece holds everything.
+    """``data`` in pieces of at most ``batch_size`` examples; None if one piece holds everything.
 
-    All pieces have one size where the number of examples has a divisor between half of ``batch_size`` and the whole.
+    If the number of examples has a divisor above half of ``batch_size`` and up to it, that is the size of all pieces, and there
+    is no rest.
     """
     leaves = jax.tree.leaves(data)
     n = leaves[0].shape[0] if leaves else 1

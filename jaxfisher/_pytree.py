@@ -17,8 +17,8 @@ T = TypeVar("T")
 def array_fields(*names: str, repr: bool = True, eq: bool = True) -> Callable[[type[T]], type[T]]:
     """Make a class a frozen dataclass and a pytree: the named fields hold arrays or pytrees of arrays, the others are static.
 
-    A static field is hashable and comparable, so that an object crosses ``jit`` with one trace for all values of its arrays. Of
-    a static function that is so until something that it reads by name is bound to something else.
+    Static fields must be hashable and comparable: ``jit`` then traces a function of such an object once for all values of its
+    arrays. If a static field is a function, ``jit`` traces again when a name that the function reads is bound to another value.
 
     Args:
         *names: the fields that hold arrays.
@@ -56,13 +56,13 @@ def array_fields(*names: str, repr: bool = True, eq: bool = True) -> Callable[[t
             return tuple(zip(map(jax.tree_util.GetAttrKey, names), arrays, strict=True)), others
 
         def unflatten(others: tuple[Any, ...], arrays: Iterable[Any]) -> T:
-            # Without `__init__`: inside JAX the arrays may be anything, such as None.
+            # `__init__` is not called, since JAX may pass anything in the place of the arrays, such as None.
             value = object.__new__(made)
             for name, held in zip((*names, *static), (*arrays, *others[:-1]), strict=True):
                 object.__setattr__(value, name, held)
             return value
 
-        # For `jax.tree_util.register_dataclass` two classes with equal static fields are one: programs would be mixed up.
+        # Not `jax.tree_util.register_dataclass`: it confuses two classes with equal static fields, and so their programs.
         jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
         return made
 

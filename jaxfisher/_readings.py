@@ -1,8 +1,8 @@
-"""What a function of the user's reads from outside by name, so that what was made of it is made again where that has changed.
+"""The globals and closed-over variables that a user's function reads, so that its programs are recompiled when they change.
 
-A program is traced once. A name that is bound to something else afterwards, as in a notebook or by ``agent.scale = 0.5``, would
-leave it with the numbers of the old one, without a word. So what a function reads is noted beside what is made of it, and
-compared. What is noted is not kept alive where that can be helped.
+A program is traced once. If a name is bound to another value afterwards, as in a notebook or by ``agent.scale = 0.5``, the
+program would silently go on with the old value. So a record of what the function reads is stored beside its program, and
+compared at each call. The record refers to objects weakly where it can.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import numpy as np
 
 
 class Around:
-    """A frozen dataclass around functions of the user's: two around the same ones are equal."""
+    """The base class of frozen dataclasses that wrap users' functions: two that wrap the same functions are equal."""
 
 
 def readings(of: Any) -> tuple[Hashable, ...]:
-    """What a function of the user's reads from outside by name: numbers and strings as they are, all else by identity.
+    """A record of the values that a user's function reads: numbers and strings by value, everything else by identity.
 
-    It reads its globals, what it closes over, its default arguments, and of the objects among these the attributes that its
-    code names. Functions that it reads are looked into as well, those of the libraries aside, and so are lists, tuples,
-    dictionaries and sets. A program is found again by the function and by these, and so is that of an object which holds it, by
-    `array_fields`.
+    These values are its globals, its closed-over variables, its default arguments, and those attributes of such objects that
+    its code names. Functions among them are searched too, except those of libraries, and so are lists, tuples, dictionaries and
+    sets. `once_for` compares the record with the one stored beside a program. Objects made by `array_fields` that hold the
+    function have it in their static part.
     """
     found: list[Hashable] = []
     known: dict[tuple[int, Names], Any] = {}
@@ -47,9 +47,9 @@ Names = tuple[str, ...]
 
 
 class _Same:
-    """Stands for an object without keeping it alive: equal to what stands for the same one, as long as that lives.
+    """A weak stand-in for an object: equal to another stand-in for the same object, as long as that object lives.
 
-    Its `id` alone would not do: what is made when it is gone may be given the same.
+    The object's `id` alone would not do, since Python may give it to a new object once the old one is gone.
     """
 
     __slots__ = ("_hash", "_of")
@@ -64,12 +64,12 @@ class _Same:
         return self._hash
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """In another process nothing is the same."""
+        """Pickled as a stand-in for an object that is gone, since no object of another process is the same."""
         return _Same, (type("Gone", (), {}),)
 
 
 class _Held:
-    """Stands for an object of a kind that can be referred to in no other way than by keeping it."""
+    """A stand-in for an object that has no weak references: it keeps the object alive."""
 
     __slots__ = ("_of",)
 
@@ -86,16 +86,16 @@ class _Held:
 _AROUND = (Around, functools.partial, types.MethodType)
 _CONTAINERS = (tuple, list, dict, set, frozenset)
 _WRITERS = frozenset({"append", "extend", "insert"})
-"""What of a list it is for: code that names one of these notes in it that it is traced, and does not read it."""
+"""Methods that fill a list. Code that names one is taken to note in the list that it is being traced, and not to read it."""
 
 MANY = 1000
-"""A container with more entries, such as a vocabulary, is told by identity and length: comparing all at each call is slow."""
+"""A container with more entries, such as a vocabulary, is compared by identity and length: comparing all entries is slow."""
 
 _ARRAYS = (jax.Array, np.ndarray)
 
 
 def _noted(value: Any) -> Hashable:
-    """What stands for a value that is read. Of what is only around others, another one around the same is as good."""
+    """The record of one value. A wrapper or container is recorded by its type only, since its parts are recorded as well."""
     if value is None or isinstance(value, (int, float, complex, str)):
         return type(value), value
     if _is_large(value):
@@ -124,7 +124,7 @@ def hashable(value: Any) -> bool:
 
 
 def _inside(value: Any, names: Names) -> Iterable[tuple[Any, Names]]:
-    """What is read of a value by code that names these attributes: each part of it with the names that matter there."""
+    """The parts of a value that code which names these attributes may read, each with the names to read of the part."""
     if isinstance(value, types.MethodType):
         return [(value.__func__, ()), (value.__self__, _attributes(value.__func__))]
     if isinstance(value, types.FunctionType):
@@ -138,7 +138,7 @@ def _inside(value: Any, names: Names) -> Iterable[tuple[Any, Names]]:
 
 
 def _parts(value: Any) -> Iterable[Any] | None:
-    """The parts of what is only around others; None of anything else."""
+    """The parts of a wrapper or container; None for any other value."""
     if isinstance(value, Around):
         return vars(value).values()
     if isinstance(value, functools.partial):
@@ -159,7 +159,7 @@ def _of_function(function: types.FunctionType) -> list[tuple[Any, Names]]:
 
 
 def _of_object(value: Any, names: Names) -> list[tuple[Any, Names]]:
-    """The leaves of a pytree, the function that one of JAX's decorators has wrapped, and what code reads of the user's own."""
+    """The leaves of a pytree, the function inside one of JAX's decorators, the attributes of an object of a user's class."""
     found = [(leaf, names) for leaf in _leaves(value)]
     wrapped = getattr(value, "__dict__", {}).get("__wrapped__")
     if isinstance(wrapped, types.FunctionType):
@@ -168,7 +168,7 @@ def _of_object(value: Any, names: Names) -> list[tuple[Any, Names]]:
 
 
 def _leaves(value: Any) -> list[Any]:
-    """The leaves of a pytree, and what it is beside them; nothing of a leaf."""
+    """The leaves of a pytree and its structure; nothing for a value that is a leaf itself."""
     if jax.tree_util.all_leaves([value]):
         return []
     try:
@@ -179,7 +179,7 @@ def _leaves(value: Any) -> list[Any]:
 
 
 def _of_names(value: Any, kind: Any, names: Names) -> list[tuple[Any, Names]]:
-    """What an object, a class or a module has under these names; a method reads more of the object that it is of."""
+    """The attributes of an object, a class or a module with these names. A method may read further attributes of its object."""
     own, found = getattr(value, "__dict__", {}), []
     for name in names:
         if name in own:
@@ -196,7 +196,7 @@ def _of_names(value: Any, kind: Any, names: Names) -> list[tuple[Any, Names]]:
 
 
 def _functions(member: Any) -> list[types.FunctionType]:
-    """The functions behind an attribute of a class: a method, a property, one of the class or of none."""
+    """The function behind an attribute of a class, if any: a method, a property, a class method or a static method."""
     inner = getattr(member, "fget", None) or getattr(member, "__func__", None) or getattr(member, "func", None) or member
     return [inner] if isinstance(inner, types.FunctionType) and not _of_library(inner) else []
 
@@ -205,7 +205,7 @@ _LIBRARIES = frozenset(
     "jax jaxlib jaxfisher numpy optax flax equinox haiku distrax numpyro lineax tensorflow_probability jaxtyping chex scipy "
     "builtins math functools itertools operator typing dataclasses collections abc contextlib enum".split()
 )
-"""Packages that are not looked into: no user binds their names anew."""
+"""Packages whose functions are not searched, since users do not rebind their names."""
 
 
 def _of_library(value: Any) -> bool:
@@ -215,18 +215,18 @@ def _of_library(value: Any) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _named(code: types.CodeType, operations: tuple[str, ...]) -> Names:
-    """The names that code and the functions in it look up by these operations, in order."""
+    """The names that these bytecode operations look up in code and in the functions inside it, in order and each once."""
     own = [step.argval for step in dis.get_instructions(code) if step.opname in operations]
     inner = [name for part in code.co_consts if isinstance(part, types.CodeType) for name in _named(part, operations)]
     return tuple(dict.fromkeys([*own, *inner]))
 
 
 def _globals(code: types.CodeType) -> Names:
-    """The globals that code reads; attributes of the same name are not among them."""
+    """The names of the globals that code reads. Attributes of the same name do not count."""
     return _named(code, ("LOAD_GLOBAL",))
 
 
 def _attributes(function: Any) -> Names:
-    """The attributes that a function reads of whatever it has."""
+    """The names of the attributes that a function reads, of whatever objects."""
     code = getattr(function, "__code__", None)
     return () if code is None or _of_library(function) else _named(code, ("LOAD_ATTR", "LOAD_METHOD"))

@@ -32,7 +32,7 @@ Residual = Callable[..., Array]
 
 @dataclasses.dataclass(frozen=True)
 class _Value(Around):
-    """A residual whose value is checked."""
+    """A residual function with a check of its value."""
 
     residual: Residual
 
@@ -94,7 +94,7 @@ class Residuals:
         return self._total(one, points, scales, weights)
 
     def gauss_newton(self, params: chex.ArrayTree, points: Any, scales: Any = None, *, weights: Any = None) -> Operator:
-        """``sum_k c_k mean_i J_ki^T J_ki``, with ``J_ki`` the Jacobian of a residual at a point: a sum of one Fisher a kind.
+        """``sum_k c_k mean_i J_ki^T J_ki``, with ``J_ki`` the Jacobian of a residual at a point: a sum of one Fisher per kind.
 
         It is an operator like any other, exact as scores, and works with every view and solve.
 
@@ -177,10 +177,10 @@ def residuals(kinds: Mapping[str, Residual], *, batch_size: int | None = None) -
         G = \sum_k c_k \sum_i \omega_{ki}\, J_{ki}^T J_{ki},
 
     where ``omega_ki`` is ``1 / n_k``, or ``w_ki / sum_i w_ki``. The kinds may be the equation of a physics-informed network in
-    the interior, its boundary condition, initial values, measured points, a prior: all they need to share is the parameters. A
+    the interior, its boundary condition, initial values, measured points, or a prior: they need to share only the parameters. A
     residual may take derivatives in the inputs by `jax.jvp`, `jax.grad` or `jax.hessian`; the scores of weights stay factored
-    through them. In `jaxfisher.training_step` the problem takes the place of a model, and the data are the points, and the
-    scales if there are any::
+    through them. In `jaxfisher.training_step` the problem takes the place of the model, and the data are the points, followed
+    by the scales if there are any::
 
         problem = jf.residuals({"interior": interior, "boundary": boundary})
         step = jf.training_step(problem, jf.levenberg_marquardt())
@@ -188,18 +188,18 @@ def residuals(kinds: Mapping[str, Residual], *, batch_size: int | None = None) -
 
     Args:
         kinds: a dict of functions by name, ``(params, *point) -> residual`` of ONE point, a real floating array of any shape.
-        batch_size: run a residual on at most so many points at a time, in the matrix and in the acceleration.
+        batch_size: run a residual on at most this many points at a time, in the matrix and in the acceleration.
 
     Returns:
         A `Residuals`, with the methods ``loss``, ``gauss_newton``, ``acceleration`` and ``kl``. ``points`` is a dict by kind:
         an array, or a tuple of the arguments that the residual takes after the parameters; ``()`` if it takes none. ``weights``
-        is a dict of arrays with one number a point, and ``scales`` a dict of the ``c_k``, at least zero. Weights and scales
-        that are left out are one.
+        is a dict of arrays with one number per point, and ``scales`` a dict of the ``c_k``, at least zero. Weights and scales
+        that are left out count as one.
 
     Raises:
-        TypeError: ``kinds`` is no dict of functions; (when called) points, weights or scales that are no dict, a residual that
-            is not real and floating.
-        ValueError: ``kinds`` is empty; (when called) a kind without points, an unknown kind, a negative scale.
+        TypeError: ``kinds`` is no dict of functions; (when called) points, weights or scales are no dict, or a residual is not
+            real and floating.
+        ValueError: ``kinds`` is empty; (when called) a kind has no points, a kind is unknown, or a scale is negative.
 
     Reference: Raissi, Perdikaris and Karniadakis, Physics-informed neural networks (Journal of Computational Physics 2019),
     section 3; Mueller and Zeinhofer, Achieving high accuracy with PINNs via energy natural gradient descent (ICML 2023).

@@ -1,9 +1,9 @@
 r"""Rows: what one example contributes to a score matrix.
 
-Each of three Fishers has its kind of rows, of one shape: an example has ``seeds``, one for each of its rows, and ``row`` maps
-the parameters, a seed and the example to a parameter-shaped gradient, such that the sum over an example's rows of
-``row row^T`` is what that example adds to the Fisher. The functions are frozen dataclasses, equal whenever the user's
-functions are, so that values that hold one cross ``jit`` once.
+Each of three Fishers has its kind of rows, behind one protocol: an example has ``seeds``, one for each of its rows, and ``row``
+maps the parameters, a seed and the example to a parameter-shaped gradient. The sum of ``row row^T`` over an example's rows is
+what that example adds to the Fisher. The row functions are frozen dataclasses, equal if the user's functions are, so that
+``jit`` traces functions of objects that hold one only once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jaxfisher._varying import alike
 
 
 class Rows(Protocol):
-    """A row function; ``function`` and ``name`` are the user's function in it, for messages."""
+    """A row function; ``function`` is the user's function, and ``name`` its name in messages."""
 
     @property
     def function(self) -> Callable[..., Any]: ...
@@ -37,27 +37,27 @@ class Rows(Protocol):
 
     @property
     def own(self) -> int:
-        """How many entries at the start of an example are the library's own, and not given to the user's function."""
+        """How many entries at the start of an example are the library's own and are not passed to the user's function."""
         ...
 
     def seeds(self, params: chex.ArrayTree, /, *example: Any) -> Array:
-        """What tells the rows of one example apart, stacked along a leading axis."""
+        """The seeds that distinguish the rows of one example, stacked along a leading axis."""
         ...
 
     def row(self, params: chex.ArrayTree, seed: Any, /, *example: Any) -> tuple[tuple[Array, ...], Any]:
-        """Numbers that come along with the row, and the row, a pytree like the parameters."""
+        """Auxiliary numbers, and the row, which is a pytree like the parameters."""
         ...
 
     def known(self, numbers: tuple[Any, ...], /) -> Rows:
-        """The row function to take, now that it is known of what shapes and dtypes those numbers are."""
+        """The row function to use, given the shapes and dtypes of the auxiliary numbers of a first trace."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreRows(Around):
-    """One row: the score ``grad log p`` at the datum; the log-density comes along.
+    """One row: the score ``grad log p`` at the datum, with the log-density as auxiliary number.
 
-    A complex log-amplitude has two: of its real part and of its imaginary part.
+    A complex log-amplitude has two rows, of its real part and of its imaginary part.
     """
 
     function: LogProb
@@ -76,7 +76,7 @@ class ScoreRows(Around):
             return scalar(self.function(joined(params), *example), self.name, may_be_complex=True)
 
         value, pull_back = jax.vjp(value_of, params)
-        # Of u + i v the cotangent a - i b gives a du + b dv.
+        # For u + i v the cotangent a - i b gives a du + b dv.
         cotangent = jnp.ones(()) if self.parts == 1 else jax.lax.complex(seed[0], -seed[1])
         # Inside `shard_map` values of the examples vary over devices, and so must their cotangents.
         _, cotangent = alike(value, cotangent.astype(value.dtype))
@@ -87,8 +87,8 @@ class ScoreRows(Around):
 class ExactRows(Around):
     r"""One row for each column of the output metric's square root: ``J^T B e_j``, so that the rows give ``J^T (B B^T) J``.
 
-    ``J`` is the Jacobian of the predicted distribution's fields, ``B B^T`` the distribution's own Fisher in those of them that
-    are ``moving`` with the parameters: see `prediction`.
+    ``J`` is the Jacobian of the predicted distribution's fields, and ``B B^T`` the distribution's own Fisher in those fields
+    that are ``moving`` with the parameters: see `prediction`.
     """
 
     function: Model
@@ -117,8 +117,8 @@ class Prediction(NamedTuple):
     """What is known of a model's predictions when it is traced.
 
     Attributes:
-        source: where their Fisher is from.
-        moving: which real fields move with the parameters.
+        source: where the Fisher of the predicted distribution comes from, in words.
+        moving: which real fields of the distribution depend on the parameters.
         takes_any_key: whether targets may be drawn with keys of any implementation.
     """
 
@@ -139,7 +139,7 @@ def prediction(model: Model, params: chex.ArrayTree, data: tuple[Any, ...]) -> P
 
     own = frozenset(range(len(jax.tree.leaves(params))))
     moving = tuple(not own.isdisjoint(places) for places in moved_by(fields, params, *shape_of_one(data)))
-    # Where no field moves the Fisher is zero, and rows of zeros represent it.
+    # If no field moves, the Fisher is zero, and rows of zeros represent it.
     source, takes_any_key = known[-1]
     return Prediction(source, moving if any(moving) else (True,) * len(moving), takes_any_key)
 
@@ -173,7 +173,7 @@ class SampledRows(Around):
 
 @dataclasses.dataclass(frozen=True)
 class DrawnRow(SampledRows):
-    """One of them, drawn with the example's own key itself: no other is derived."""
+    """One sampled row, drawn with the example's own key itself instead of keys split from it."""
 
     num_samples: int = 1
 

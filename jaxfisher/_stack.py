@@ -1,4 +1,4 @@
-"""Operators and scores that came out of `jax.vmap` or `jax.lax.scan`: one object whose arrays hold many of them."""
+"""Operators and scores that `jax.vmap` or `jax.lax.scan` returned: one object whose arrays hold many of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ R = TypeVar("R")
 
 
 def of_one(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a method, or a function whose first argument is the object, refuse a stack of objects."""
+    """A decorator of a method, or of a function whose first argument is the object, that makes it refuse a stack of objects."""
 
     def decorate(method: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(method)
@@ -25,10 +25,10 @@ def of_one(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def refuse_stack(stack: tuple[int, ...], kind: str, name: str) -> None:
-    """Raise `ValueError` where an object of this kind is a stack of many, with these axes before those of one."""
+    """Raise `ValueError` if an object is a stack of many, whose arrays have these axes before those of a single one."""
     if stack:
         raise ValueError(
             f"{name}: this {kind} came out of jax.vmap or jax.lax.scan and is a stack of shape {stack}; "
-            "expected a single one. Call the method inside of that function, or map the method over the stack, for instance "
+            "expected a single one. Call the method inside that function, or map the method over the stack, for instance "
             "jax.vmap(lambda one: one.trace())(stack)."
         )

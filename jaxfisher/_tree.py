@@ -3,8 +3,8 @@
 A vector of the library is a pytree shaped like the parameters. Flat arrays appear only inside, in the order of
 `jax.flatten_util.ravel_pytree`: leaves in pytree order, each raveled row by row.
 
-The vector space is real. A complex leaf is two real ones, and inside the library it is held as such, as `Parts`: `split` is
-applied to what comes in, `joined` to what a user's function is given, and `joined` or `cast_like` to what goes out.
+The vector space is real. Inside the library a complex leaf is stored as two real ones, `Parts`: `split` is applied to the
+user's trees, `joined` to the arguments of a user's function, and `joined` or `cast_like` to results.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from jaxfisher._values import described as described
 from jaxfisher._values import dtype_of as dtype_of
 
 HIGHEST = jax.lax.Precision.HIGHEST
-"""Of every product of ours: the usual precision is that of bfloat16 on some devices."""
+"""The precision of every product in the library: the default precision is that of bfloat16 on some devices."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """The static shape of a parameter pytree, which is all that an operator needs of it; hashable, so that it crosses ``jit``.
+    """The static structure of a parameter pytree, all that an operator needs of it. It is hashable, as ``jit`` requires.
 
-    ``dtype`` is the one statistics are held in: at least float32, wider where a parameter is wider.
+    ``dtype`` is that of statistics: float32, or float64 if a parameter is wider than float32.
     """
 
     treedef: Any
@@ -65,7 +65,7 @@ class ParamSpec:
         return self.tree(self.leaves(tree, name))
 
     def stacked(self, tree: chex.ArrayTree, name: str) -> list[Array]:
-        """The leaves of vectors stacked along a leading axis, in the statistics dtype, after checking what each vector is."""
+        """The leaves of vectors stacked along a leading axis, in the statistics dtype, after checking the shape of a vector."""
         leaves = jax.tree.leaves(tree)
         counts = {jnp.shape(leaf)[:1] for leaf in leaves}
         if len(counts) != 1 or counts == {()}:
@@ -103,7 +103,7 @@ class ParamSpec:
         paths, leaves = path_names(tree), jax.tree.leaves(tree)
         for path, leaf in zip(paths, leaves, strict=True):
             check_array(f"`{name}` at {path}", leaf)
-            # Integers are refused too: results take the dtypes of the vector, and would be cut to whole numbers.
+            # Integers are refused too: results take the dtypes of the vector, and would be truncated to integers.
             in_parts = f"{'' if path == BARE else path}.real" in self.paths
             if in_parts and is_array(leaf) and not is_complex(leaf):
                 raise TypeError(
@@ -123,7 +123,7 @@ class ParamSpec:
             )
 
     def check_same(self, other: ParamSpec, what: str) -> None:
-        """Raise `ValueError` unless another operator's parameters are these; ``what`` says what cannot be done if not."""
+        """Raise `ValueError` unless another operator has the same parameters; ``what`` begins the message."""
         if other != self:
             where = self.mismatch(other.treedef, other.paths, other.shapes)
             raise ValueError(
@@ -132,7 +132,7 @@ class ParamSpec:
             )
 
     def mismatch_of(self, tree: chex.ArrayTree) -> str | None:
-        """The first way in which a pytree differs from the parameters in its structure or shapes; None if in none."""
+        """The first way in which a pytree differs from the parameters in structure or shapes; None if it does not."""
         tree = split(tree)
         return self.mismatch(jax.tree.structure(tree), path_names(tree), tuple(map(jnp.shape, jax.tree.leaves(tree))))
 
@@ -152,7 +152,7 @@ class ParamSpec:
         return None
 
     def flags(self, keep: Callable[[str], bool], caller: str) -> tuple[bool, ...]:
-        """What a filter of paths says of each leaf; an error unless the filter keeps some and not all."""
+        """The value of a filter of paths for each leaf; an error unless the filter keeps some leaves and not all."""
         check_function("keep", keep, "path -> bool, of the path of a parameter leaf")
         kept_by = {path: keep(path) for path in given_paths(self)}
         for path, flag in kept_by.items():
@@ -164,19 +164,19 @@ class ParamSpec:
         return found
 
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> ParamSpec:
-        """The spec of the kept leaves, arranged as ``treedef`` has them."""
+        """The spec of the kept leaves, whose tree has the structure ``treedef``."""
         return ParamSpec(treedef, kept(self.paths, keep), kept(self.shapes, keep), kept(self.dtypes, keep))
 
 
 class Parts(NamedTuple):
-    """A complex leaf as the library holds it: two real leaves."""
+    """A complex leaf as the library stores it: two real leaves."""
 
     real: Any
     imag: Any
 
 
 def is_complex(leaf: Any) -> bool:
-    """Whether it is a complex number or an array of them."""
+    """Whether the leaf is a complex number or an array of them."""
     return isinstance(leaf, complex) or getattr(getattr(leaf, "dtype", None), "kind", None) == "c"
 
 
@@ -194,12 +194,12 @@ def _in_parts(leaf: Any) -> Any:
 
 
 def joined(tree: Any) -> Any:
-    """The tree with complex leaves for `Parts`: what `split` was given."""
+    """The tree with a complex leaf for each `Parts`: the inverse of `split`."""
     return jax.tree.map(lambda node: jax.lax.complex(*node) if _is_parts(node) else node, tree, is_leaf=_is_parts)
 
 
 def either_part(flags: Any) -> Any:
-    """A tree of booleans with one for each complex number: whether it holds of its real or of its imaginary part."""
+    """A tree of booleans with one for each complex leaf: whether the flag of its real or of its imaginary part is true."""
     return jax.tree.map(lambda node: node.real | node.imag if _is_parts(node) else node, flags, is_leaf=_is_parts)
 
 
@@ -212,27 +212,27 @@ def _counted(spec: ParamSpec) -> Any:
 
 
 def joined_structure(spec: ParamSpec) -> Any:
-    """The structure of the parameters as they are given, in which a complex leaf is one."""
+    """The structure of the user's parameters, in which a complex leaf is one leaf."""
     return jax.tree.structure(_counted(spec), is_leaf=_is_parts)
 
 
 def given_paths(spec: ParamSpec) -> list[str]:
-    """The paths of the parameters as they are given, in which a complex leaf has one."""
+    """The paths of the user's parameters, in which a complex leaf has one path."""
     flat = jax.tree_util.tree_leaves_with_path(_counted(spec), is_leaf=_is_parts)
     return [jax.tree_util.keystr(path) or BARE for path, _ in flat]
 
 
 def for_both_parts(tree: Any, spec: ParamSpec) -> list[Any]:
-    """One value for each leaf of ``spec`` from a tree of one value for each leaf of the parameters as they are given."""
+    """One value for each leaf of ``spec``, from a tree with one value for each leaf of the user's parameters."""
     nodes = jax.tree.leaves(_counted(spec), is_leaf=_is_parts)
     values = zip(nodes, jax.tree.leaves(tree), strict=True)
     return [value for node, value in values for _ in range(len(node) if _is_parts(node) else 1)]
 
 
 def uphill(tree: Any) -> Any:
-    r"""What `jax.grad` gives as a vector of steepest ascent.
+    r"""The result of `jax.grad` as a vector of steepest ascent.
 
-    Of a complex leaf `jax.grad` gives :math:`\partial_a L - i\, \partial_b L` at ``a + i b``, whose conjugate is the gradient.
+    For a complex leaf ``a + i b``, `jax.grad` gives :math:`\partial_a L - i\, \partial_b L`. The gradient is its conjugate.
     """
     return jax.tree.map(lambda leaf: jnp.conj(leaf) if is_complex(leaf) else leaf, tree)
 
@@ -243,7 +243,7 @@ def kept(values: Iterable[Any], keep: tuple[bool, ...]) -> tuple[Any, ...]:
 
 
 def narrowed(within: tuple[bool, ...], keep: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Flags over everything for those that ``keep`` keeps of the ones ``within`` had kept."""
+    """Flags over all leaves: of those that ``within`` keeps, the ones that ``keep``, which has flags for these only, keeps."""
     rest = iter(keep)
     return tuple(flag and next(rest) for flag in within)
 
@@ -263,14 +263,14 @@ BARE = "params"
 
 
 def refuse_sparse(tree: chex.ArrayTree, name: Callable[[str], str]) -> None:
-    """Raise `TypeError` where a part of the tree is a sparse array, whose own leaves would be taken for those of the tree."""
+    """Raise `TypeError` if a part of the tree is a sparse array, whose own leaves would be taken for leaves of the tree."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_sparse):
         if is_sparse(leaf):
             check_array(name(jax.tree_util.keystr(path) or BARE), leaf)
 
 
 def param_spec(params: chex.ArrayTree) -> ParamSpec:
-    """The spec of a parameter pytree, or a `TypeError` that names the leaf which is not a floating array."""
+    """The spec of a parameter pytree, or a `TypeError` that names a leaf that is not a floating array."""
     refuse_sparse(params, lambda path: f"the parameter at {path}")
     for path, leaf in zip(path_names(params), jax.tree.leaves(params), strict=True):
         _check_leaf(path, leaf)
@@ -305,7 +305,7 @@ def at_least_float32(dtype: Any) -> Any:
 
 
 def cast_like(tree: Any, like: chex.ArrayTree) -> Any:
-    """``tree`` with the leaf dtypes of ``like``, and its complex leaves where ``like`` has some."""
+    """``tree`` with the leaf dtypes of ``like``, and with `Parts` joined where ``like`` has complex leaves."""
 
     def cast(target: Any, leaf: Any) -> Array:
         whole: Array = joined(leaf)
@@ -320,14 +320,14 @@ def scaled(tree: chex.ArrayTree, factor: chex.Numeric) -> Any:
 
 
 def select(flag: Scalar, tree: chex.ArrayTree, other: chex.ArrayTree) -> Any:
-    """``tree`` if the flag is set, else ``other``; numbers of the tree that is not taken, such as NaN, have no effect."""
+    """``tree`` if the flag is set, else ``other``; numbers of the tree that is not selected, such as NaN, have no effect."""
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), tree, other)
 
 
 def dot(a: chex.ArrayTree, b: chex.ArrayTree) -> Scalar:
     """The inner product of two vectors of real leaves.
 
-    `between` has two of 382 kernels of a step of `jaxfisher.kfac` less, but takes four products where this takes one.
+    `between` would save two of the 382 kernels of a step of `jaxfisher.kfac`, but takes four products where this takes one.
     """
     products = jax.tree.map(lambda x, y: _inner(x, y, 0), a, b)
     return sum(jax.tree.leaves(products), start=jnp.zeros((), jnp.result_type(*jax.tree.leaves(a))))
@@ -340,14 +340,14 @@ def products(a: chex.ArrayTree, b: chex.ArrayTree) -> Float[Array, "k m"]:
 
 
 def between(*vectors: chex.ArrayTree) -> Callable[[int, int], Scalar]:
-    """The inner products of vectors of real leaves, by their places.
+    """A function that gives the inner product of two of the vectors, which have real leaves, by their indices.
 
-    Leaves with one axis go into one product of matrices: for each of them by itself XLA makes several kernels, which take
-    longer to compile than they ever run.
+    All leaves with at most one axis go into one product of matrices: XLA would make several kernels for each of them, which
+    take longer to compile than they ever run.
     """
     leaves = [jax.tree.leaves(vector) for vector in vectors]
     low, high = ([k for k, x in enumerate(leaves[0]) if (jnp.ndim(x) < 2) is flag] for flag in (True, False))
-    # In one piece and then cut: a stack of vectors would be a kernel where this is a copy.
+    # Concatenate everything and then reshape, which is one copy: stacking the vectors would be a kernel of its own.
     joined = [jnp.reshape(of[k], -1) for of in leaves for k in low]
     rows = jnp.concatenate(joined).reshape(len(leaves), -1) if joined else None
     small = None if rows is None else jax.lax.dot_general(rows, rows, (((1,), (1,)), ((), ())), precision=HIGHEST)
@@ -366,7 +366,10 @@ def unstacked(tree: chex.ArrayTree) -> list[Any]:
 
 
 def _inner(x: Array, y: Array, stacked: int) -> Array:
-    """The inner products over all but the first so many axes, which devices may share: raveled, a leaf is whole on each."""
+    """The inner products over all but the first ``stacked`` axes.
+
+    The leaves are not raveled: raveling would gather a leaf that is spread over devices.
+    """
     axes = tuple(range(stacked, jnp.ndim(x)))
     found: Array = jax.lax.dot_general(x, y, ((axes, axes), ((), ())), precision=HIGHEST)
     return found
@@ -378,7 +381,7 @@ def all_finite(tree: chex.ArrayTree) -> Scalar:
 
 
 def as_key(key: Any, caller: str) -> PRNGKeyArray:
-    """A random key of either kind as a typed one, or a `TypeError`."""
+    """A random key, typed or of the older untyped kind, as a typed one; a `TypeError` for anything else."""
     dtype = getattr(key, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == ():
         return key
@@ -389,7 +392,7 @@ def as_key(key: Any, caller: str) -> PRNGKeyArray:
 
 
 def threefry_key(key: PRNGKeyArray) -> PRNGKeyArray:
-    """A threefry key of the key's data: its draws are the same alone and under `jax.vmap`, as those of an rbg key are not."""
+    """A threefry key made from the key's data: its draws are the same with and without `jax.vmap`, unlike those of rbg keys."""
     if str(jax.random.key_impl(key)) == "threefry2x32":
         return key
     words = jax.random.key_data(key).reshape(-1)

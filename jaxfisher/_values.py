@@ -1,4 +1,4 @@
-"""What users pass for arrays and numbers: how a message shows it, and what keeps JAX from taking it."""
+"""Arrays and numbers as users pass them: how messages show them, and which of them JAX does not accept."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from jaxtyping import Array, Scalar
 
 
 def is_array(value: Any) -> bool:
-    """Whether it is an array or a number, of whatever kind."""
+    """Whether the value is an array or a number of any kind."""
     return isinstance(value, (jax.Array, jax.ShapeDtypeStruct, float, int, complex)) or hasattr(value, "__array__")
 
 
 def dtype_of(value: Any) -> Any:
-    """The dtype of an array or number, also one that JAX has no use for, such as NumPy's strings."""
+    """The dtype of an array or number, even if JAX does not support it, such as NumPy's strings."""
     return value.dtype if hasattr(value, "dtype") else jnp.result_type(value)
 
 
@@ -34,19 +34,19 @@ def described(value: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a real scalar: Python's, NumPy's, or an array without axes; a boolean does not count."""
+    """Whether the value is a real scalar: Python's, NumPy's, or an array without axes; a boolean does not count."""
     if isinstance(value, bool) or not (isinstance(value, numbers.Real) or hasattr(value, "dtype")) or np.shape(value) != ():
         return False
     return any(jnp.issubdtype(dtype_of(value), kind) for kind in (jnp.floating, jnp.integer))
 
 
 def is_sparse(value: Any) -> bool:
-    """Whether it is a sparse array of JAX, whose parts a pytree would show one by one, or a matrix of SciPy."""
+    """Whether the value is a sparse matrix of SciPy, or a sparse array of JAX, whose parts are leaves of a pytree."""
     return type(value).__module__.startswith(("jax.experimental.sparse", "scipy.sparse"))
 
 
 def whole(value: Any) -> int | None:
-    """A whole number, Python's or NumPy's, as Python's; None of anything else."""
+    """Python's or NumPy's whole number as a Python int; None for any other value."""
     return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
 
 
@@ -62,12 +62,12 @@ def checked_shape(caller: str, shape: Any) -> tuple[int, ...]:
 
 
 def is_table(value: Any) -> bool:
-    """Whether it is a frame or column of pandas or polars."""
+    """Whether the value is a frame or column of pandas or polars."""
     return type(value).__module__.split(".")[0] in ("pandas", "polars")
 
 
 def check_array(name: str, value: Any) -> None:
-    """Raise `TypeError` where JAX does not take a value that looks like an array, and say what to convert it to."""
+    """Raise `TypeError` if JAX does not accept a value that looks like an array, and say what to convert it to."""
     kind, dtype = type(value).__name__, getattr(value, "dtype", None)
     if is_sparse(value):
         dense = "toarray()" if type(value).__module__.startswith("scipy") else "todense()"
@@ -94,19 +94,19 @@ def check_array(name: str, value: Any) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Raise `TypeError` unless the argument is a boolean: any other value counts as true, the word "no" among them."""
+    """Raise `TypeError` unless the argument is a boolean. Most other values, such as the word "no", would count as true."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} is {described(value)}; expected True or False.")
 
 
 def nonnegative(name: str, value: chex.Numeric, dtype: Any) -> Scalar:
-    """The argument as a scalar of this dtype; refused as by `check_nonnegative`, and NaN where it turns out negative."""
+    """The argument as a scalar of this dtype, after `check_nonnegative`; NaN if it is negative at run time."""
     check_nonnegative(name, value)
     return _nan_below_zero(value, dtype)
 
 
 def positive(name: str, value: chex.Numeric, dtype: Any) -> Scalar:
-    """The argument as a scalar of this dtype; refused where it is known not to be above zero, and NaN where it turns out so."""
+    """The argument as a scalar of this dtype. A known value must be above zero; a run-time value that is not becomes NaN."""
     check_number(name, value, "one real number above zero")
     if is_known(value) and not 0 < float(value) < math.inf:
         raise ValueError(f"`{name}` is {value}; expected a finite number above zero.")
@@ -115,23 +115,23 @@ def positive(name: str, value: chex.Numeric, dtype: Any) -> Scalar:
 
 
 def fraction(name: str, value: chex.Numeric, dtype: Any) -> Scalar:
-    """The argument as a scalar of this dtype; refused as by `check_fraction`, and NaN where it turns out outside ``[0, 1)``."""
+    """The argument as a scalar of this dtype, after `check_fraction`; NaN if it is outside ``[0, 1)`` at run time."""
     check_fraction(name, value)
     array = jnp.asarray(value, dtype)
     return jnp.where((array >= 0) & (array < 1), array, jnp.nan) if isinstance(value, jax.Array) else array
 
 
 def check_fraction(name: str, value: chex.Numeric) -> None:
-    """Raise unless the argument is a real number, and where it is known to be outside ``[0, 1)``."""
+    """Raise unless the argument is a real number, or if it is known to be outside ``[0, 1)``."""
     check_number(name, value, "one real number in [0, 1), the weight of the past")
     if is_known(value) and not 0 <= float(value) < 1:
         raise ValueError(f"`{name}` is {value}; expected a number in [0, 1), the weight of the past.")
 
 
 def nonnegative_entries(name: str, values: Any, dtype: Any) -> Array:
-    """The same of an array, each of whose entries is such a number."""
+    """`nonnegative` for each entry of an array."""
     check_array(name, values)
-    # The values of a JAX array are run-time numbers: to look at them would wait for the device.
+    # The values of a JAX array are run-time numbers: reading them would wait for the device.
     known = values if isinstance(values, np.ndarray) else np.zeros(0)
     wrong = known[~((known >= 0) & (known < np.inf))]
     if wrong.size:
@@ -145,34 +145,34 @@ def _nan_below_zero(value: Any, dtype: Any) -> Array:
 
 
 def check_nonnegative(name: str, value: chex.Numeric) -> None:
-    """Raise unless the argument is a real number, and where it is known to be negative.
+    """Raise unless the argument is a real number, or if it is known to be negative.
 
-    Makes no array, so that no device is looked for: what is checked before there are data may be made before
+    The check makes no array, which would initialise the devices: objects that are made before there are data may be made before
     `jax.distributed.initialize` is called.
     """
     check_number(name, value, "one real number of at least zero")
-    # The value of a JAX array is a run-time number: to look at it would wait for the device.
+    # The value of a JAX array is a run-time number: reading it would wait for the device.
     if is_known(value) and not 0 <= float(value) < math.inf:
         raise ValueError(f"`{name}` is {value}; expected a finite number of at least zero.")
 
 
 def is_known(value: Any) -> bool:
-    """Whether a number can be looked at when a program is traced, without waiting for a device."""
+    """Whether a number can be read at trace time, without waiting for a device."""
     return isinstance(value, (numbers.Real, np.ndarray, np.generic))
 
 
 def is_known_zero(value: chex.Numeric, dtype: Any) -> bool:
-    """Whether an argument is known, when a program is traced, to be zero in this dtype, or below its normal numbers.
+    """Whether an argument is known at trace time to be zero in this dtype, or below its normal numbers.
 
-    Of an array one number is enough.
+    For an array it is enough that one entry is.
     """
     return is_known(value) and bool(np.any(np.abs(np.asarray(value, dtype)) < jnp.finfo(dtype).tiny))
 
 
 def is_known_positive(value: chex.Numeric, dtype: Any) -> bool:
-    """Whether an argument is known, when a program is traced, to be above zero in this dtype, and above what underflows.
+    """Whether an argument is known at trace time to be positive in this dtype, and a normal number of it.
 
-    Of an array all numbers must be.
+    For an array all entries must be.
     """
     return is_known(value) and bool(np.all(np.asarray(value, dtype) >= jnp.finfo(dtype).tiny))
 

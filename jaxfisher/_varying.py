@@ -1,4 +1,4 @@
-"""Values that vary over the devices inside ``shard_map``, and replicated ones: control flow must not mix them.
+"""Values that vary over the devices inside ``shard_map``, and replicated ones, which control flow must not mix.
 
 With its default ``check_vma=True``, ``shard_map`` knows of every value over which axes of the mesh it varies. A gradient with
 respect to parameters that do not vary is summed over the devices, and the two branches of a conditional, or the carry of a loop
@@ -36,10 +36,10 @@ def vary(tree: T, axes: frozenset[str]) -> T:
 
 
 def varying_like(tree: T, like: Any) -> T:
-    """The same values, varying over the axes over which other ones vary.
+    """The same values, varying over the axes over which ``like`` varies.
 
-    It is for parameters beside data: a gradient in parameters that do not vary would be summed over the devices, and a row
-    belongs to one example on one device.
+    This is for parameters beside data: the gradient with respect to parameters that do not vary would be summed over the
+    devices, but a row of scores belongs to one example on one device.
     """
     return vary(tree, varying_axes(like))
 
@@ -67,17 +67,17 @@ def while_loop(going: Callable[[T], Bool[Array, ""]], step: Callable[[T], T], st
 
 
 def varying_through(product: Map, b: Array) -> Array:
-    """The same vector, varying over the axes too over which its product varies."""
+    """The same vector, also varying over the axes over which its product varies."""
     return varying_like(b, jax.eval_shape(product, b)) if _inside_shard_map() else b
 
 
 def linear_solve(product: Map, b: Array, iterate: Callable[[Map, Array], tuple[Array, Any]]) -> tuple[Array, Any]:
     """`jax.lax.custom_linear_solve` of a symmetric product that may vary where the vector does not.
 
-    What the product and the iteration close over must be `alike`: JAX 0.10 to 0.12 cannot compile one in which it is not.
+    The arrays that the product and the iteration close over must be `alike`: JAX 0.10 to 0.12 cannot compile a solve otherwise.
     """
     b = varying_through(product, b)
-    # JAX traces what solves, and once more what solves with the transpose: the second time finds the first.
+    # JAX traces the solve twice, once for the transpose. Jitted, it is found in the cache the second time.
     found = jax.jit(functools.partial(iterate, product), inline=True)
     solved: tuple[Array, Any] = jax.lax.custom_linear_solve(product, b, lambda _, b: found(b), symmetric=True, has_aux=True)
     return solved
