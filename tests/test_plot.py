@@ -421,7 +421,7 @@ BAD = {
     "outside the family": (
         lambda: plot.metric_ellipses(lambda t: jf.Normal(t[0], t[1]), SMALL, 0.1),
         ValueError,
-        r"at the point \(0, 0\) is not finite.*parametrise",
+        r"at the point \(0, 0\) is not finite.*choose parameters",
     ),
     "no distribution": (lambda: plot.metric_ellipses(lambda t: t[0], SMALL, 0.1), TypeError, "Expected a distribution"),
     "no model": (lambda: plot.metric_ellipses(3.0, SMALL, 0.1), TypeError, "`model` is 3.0"),

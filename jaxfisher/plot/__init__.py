@@ -1,12 +1,13 @@
-"""Looking at a Fisher: KL balls, spectra, heat maps of blocks, and the paths and curves of training, drawn with matplotlib.
+"""Plots of a Fisher with matplotlib: KL balls, spectra, heat maps of blocks, confidence ellipses, and the progress of training.
 
-Import it by name, ``from jaxfisher import plot``; ``import jaxfisher`` alone does not import matplotlib, an optional extra:
-``pip install 'jaxfisher[plot]'``. Every function draws on one axes and returns it, and `triangle` on an array of them. Nothing
-global changes: no style, no settings, and no figure is shown or saved. Curves differ in colour (Okabe and Ito's), in dash and
-in marker. Numbers that have no place on an axis, such as a zero on a log axis, are counted in the legend.
+Import the module by name, ``from jaxfisher import plot``: ``import jaxfisher`` alone does not import matplotlib, which is an
+optional dependency (``pip install 'jaxfisher[plot]'``). `triangle` draws on an array of axes and returns it; every other
+function draws on one axes and returns that. No function changes matplotlib's style or settings, and none shows or saves a
+figure. Curves differ in colour (the palette of Okabe and Ito), in dash and in marker. The legend counts the numbers that cannot
+be drawn, such as a zero on a log axis.
 
 Args:
-    ax: of every other function, a matplotlib `Axes` to draw on; None makes a figure with one axes.
+    ax: in every function except `triangle`, the matplotlib `Axes` to draw on; None makes a figure with one axes.
 
 Reference: Okabe and Ito, Color Universal Design (2008), for the colours.
 

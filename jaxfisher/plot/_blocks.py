@@ -1,4 +1,4 @@
-"""A Fisher as a heat map of blocks, one for each pair of parameter leaves."""
+"""`blocks`: a Fisher as a heat map, with one block for each pair of parameter leaves."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher.plot._look import axes_or_new
 
 LARGEST = 2048
-"""Most parameters drawn: more than a screen has rows."""
+"""The largest number of parameters that is drawn. A screen has fewer rows of pixels than that."""
 DECADES = 6
-"""Of the colours, below the largest entry: rounding errors of zeros are left to the lowest of them."""
+"""How many decades below the largest entry the colours reach. Zeros with rounding errors get the lightest of them."""
 SHARE = 0.06
-"""Least part of the side that a leaf takes, before repeated rows take theirs."""
+"""The rows of a leaf with less than this share of the p rows are repeated until they reach it."""
 
 
 def blocks(fisher: Operator, ax: Axes | None = None) -> Axes:
-    r"""The sizes of the entries of F, in blocks of one parameter leaf by another.
+    r"""A heat map of the absolute values of the entries of F, in blocks of one parameter leaf by another.
 
     .. math:: |F_{ij}|, \qquad i, j = 1, \dots, p,
 
-    on a log scale of six decades under the largest; what is smaller has the lightest colour and zeros are white. A good look
-    before choosing a view: what `jaxfisher.block_diagonal` and `jaxfisher.diagonal` drop is what is dark off their blocks.
+    The colours have a log scale of six decades below the largest entry. Smaller entries have the lightest colour, and zeros are
+    white. The plot helps to choose a view: dark entries outside the diagonal blocks are those that `jaxfisher.block_diagonal`
+    drops, and dark entries off the diagonal those that `jaxfisher.diagonal` drops.
 
-    Every leaf takes about 6 % of the side or more (less where there are more than 16): the rows of a smaller one are repeated,
-    all of them equally often, so that a bias beside its weight is seen and named.
+    The rows of a small leaf are repeated, each of them equally often, until the leaf takes at least 3 % of the side (less if
+    there are more than 16 leaves), so that a bias can be seen and labelled beside its weight.
 
     Args:
-        fisher: an operator over at most 2048 parameters, with F in the units of nats per squared parameter.
-        ax: the axes to draw on; None makes a figure. A colour bar takes some of its room.
+        fisher: an operator over at most 2048 parameters. The colour bar gives its entries in nats per squared parameter.
+        ax: the axes to draw on; None makes a figure. The colour bar takes some of its space.
 
     Returns:
-        The axes, ticks at the leaves, lines between them.
+        The axes, with a tick at every leaf and lines between the leaves.
 
     Raises:
-        ValueError: more than 2048 parameters, an F that is not finite.
-        TypeError: ``fisher`` is no operator, an ``ax`` that is no Axes.
+        ValueError: there are more than 2048 parameters, or F is not finite.
+        TypeError: ``fisher`` is not an operator, or ``ax`` is not an Axes.
 
     Reference: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature (2015), figure 2.
 
@@ -62,8 +63,8 @@ def blocks(fisher: Operator, ax: Axes | None = None) -> Axes:
     p = operator.size
     if p > LARGEST:
         raise ValueError(
-            f"plot.blocks of {operator}: {p:,} parameters; expected at most {LARGEST:,}, since more cannot be told apart on a "
-            "screen. Close over some of the parameters in the model, and make the Fisher of the others."
+            f"plot.blocks: {operator} has {p:,} parameters; expected at most {LARGEST:,}, since more cannot be told apart on a "
+            "screen. Close over some of the parameters in the model, and plot the Fisher of the others."
         )
     sizes = np.abs(np.asarray(operator.as_matrix(), np.float64))
     if not np.all(np.isfinite(sizes)):
@@ -85,7 +86,7 @@ def blocks(fisher: Operator, ax: Axes | None = None) -> Axes:
 
 
 def _repeats(sizes: list[int], p: int) -> list[int]:
-    """How often the rows of each leaf are repeated; together they are at most 2 p + the number of leaves."""
+    """How often the rows of each leaf are repeated. There are at most 2 p rows plus one for each leaf in the end."""
     least = p * min(SHARE, 1 / len(sizes))
     return [max(1, math.ceil(least / size)) for size in sizes]
 
@@ -96,7 +97,7 @@ def _norm(sizes: Float[np.ndarray, "p p"]) -> LogNorm:
 
 
 def _separate(ax: Axes, where: Float[np.ndarray, " lines"]) -> None:
-    # Black on white: seen on light blocks and on dark ones.
+    # A black line with a white edge shows on light blocks and on dark ones.
     halo = [Stroke(linewidth=2.4, foreground="white"), Normal()]
     for line in where:
         ax.axhline(line, color="black", linewidth=0.8, path_effects=halo)
@@ -105,7 +106,7 @@ def _separate(ax: Axes, where: Float[np.ndarray, " lines"]) -> None:
 
 def _name(ax: Axes, edges: Float[np.ndarray, " leaves_and_one"], names: list[str]) -> None:
     centres, ends = (edges[1:] + edges[:-1]) / 2, (edges[0], edges[-1])
-    # On a side of about 250 points, names at an angle must not touch; below 4 points nobody reads them.
+    # The size at which slanted labels do not touch on a side of about 250 points. Below 4 points they are illegible.
     nearest = np.min(np.diff(centres), initial=np.inf) / (ends[1] - ends[0])
     size = float(np.clip(250 * nearest / 1.5, 4.0, 10.0))
     ax.set_xticks(centres, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=size)

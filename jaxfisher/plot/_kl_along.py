@@ -1,4 +1,4 @@
-"""The KL divergence along a direction, beside the quadratic that the Fisher makes of it."""
+"""`kl_along`: the KL divergence along a direction, and its quadratic approximation with the Fisher."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ def kl_along(
     weights: Float[Array, " n"] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    r"""The KL divergence a step makes, against the quadratic that trust regions and natural gradients take it for.
+    r"""The KL divergence of steps along a direction, and the quadratic that trust regions and natural gradients use for it.
 
     .. math:: KL(\theta \,\|\, \theta + t d) \quad\text{and}\quad \tfrac12 t^2\, d^T F(\theta)\, d,
 
-    where F is the exact Fisher; both are means over the examples, in nats. Where the curves part, a step is too long for the
-    metric at its start.
+    where F is the exact Fisher. Both are means over the examples, in nats. Where the curves separate, the step is too long for
+    the metric at its start.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
         params: the parameters at t = 0.
         direction: d, a pytree like the parameters.
-        steps: the values of t, shape ``[m]``, of either sign, in the order in which they are joined.
-        *inputs: what the model takes besides the parameters, with a leading axis of n examples; nothing where it takes none.
-        weights: of the examples, shape ``[n]``.
+        steps: the values of t, shape ``[m]``, positive or negative, in the order in which the curves connect them.
+        *inputs: the arguments of the model after the parameters, with a leading axis of n examples; none if it takes none.
+        weights: one weight for each example, shape ``[n]``.
         ax: the axes to draw on; None makes a figure.
 
     Returns:
-        The axes: the first line is the divergence, the second the quadratic.
+        The axes. Its first line is the divergence, its second the quadratic.
 
     Raises:
-        ValueError: a direction not shaped like the parameters, steps that are not finite or not an array with one axis, inputs
-            of different lengths.
-        TypeError: a model that returns no distribution, a direction or steps that are not real, an ``ax`` that is no Axes.
+        ValueError: the direction is not shaped like the parameters, the steps are not finite or not an array with one axis, or
+            the inputs have different lengths.
+        TypeError: the model returns no distribution, the direction or the steps are not real, or ``ax`` is not an Axes.
 
     Reference: Schulman et al., Trust region policy optimization (2015), appendix C, which checks the divergence after a step.
 
@@ -77,7 +77,7 @@ def kl_along(
             moved = jax.tree.map(lambda x, v: x + step * v, start, d)
             return kl(model)(params, cast_like(moved, params), *inputs, weights=weights)
 
-        # One step after another: all at once would hold the model's activations once for every step.
+        # One step after another, since a vmap would hold the model's activations once for every step.
         divergences = jax.lax.map(divergence_at, steps)
         return divergences, implicit_fisher(model)(params, *inputs, weights=weights).quadratic(d)
 

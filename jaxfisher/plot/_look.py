@@ -1,4 +1,4 @@
-"""What the figures share: the axes to draw on, how curves are told apart, and checks of what is drawn."""
+"""Helpers of all plots: the axes to draw on, the look of the curves, legends, and checks of the arguments."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from jaxfisher._tree import described
 BLACK, ORANGE, SKY, GREEN, VERMILION, BLUE, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7",
 )  # fmt: skip
-"""Okabe and Ito's colours, without the yellow, which is lost on white."""
+"""The palette of Okabe and Ito, without its yellow, which is hard to see on white."""
 
-# Neighbours in the list differ in lightness too, for prints in grey.
+# Neighbours in the list also differ in lightness, for prints in grey.
 _COLOURS = (BLACK, VERMILION, SKY, BLUE, ORANGE, GREEN, PURPLE)
 INSIDE = 4
-"""The most entries that a legend inside the axes may have."""
+"""A legend with more entries than this stands beside the axes."""
 COLUMN = 20
 """The most entries in one column of a legend."""
 
@@ -45,13 +45,13 @@ def axes_or_new(ax: Axes | None) -> Axes:
 
 
 def light_grid(ax: Axes) -> None:
-    """Grid lines under everything else."""
+    """Draw grid lines underneath everything else."""
     ax.grid(True, color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
 
 
 def legend(ax: Axes) -> None:
-    """A legend inside where there is room for it; beside the axes where many entries would cover the curves."""
+    """Draw the legend: inside the axes if it has few entries, and beside them if so many that it would cover the curves."""
     entries = len(ax.get_legend_handles_labels()[1])
     if entries <= INSIDE:
         ax.legend(handlelength=3)
@@ -63,7 +63,7 @@ def legend(ax: Axes) -> None:
 
 
 def numbers(name: str, value: Any, ndim: int) -> Float[np.ndarray, "..."]:
-    """``value`` as a float64 array with ``ndim`` axes and at least one number; numbers need not be finite."""
+    """``value`` as a float64 array, checked to have ``ndim`` axes and at least one number. The numbers need not be finite."""
     array = np.asarray(value)
     if array.dtype.kind not in "iuf" and not _is_wide_float(array):
         raise TypeError(f"`{name}` is {described(value)}; expected an array of real numbers with {ndim} axes.")
@@ -73,12 +73,12 @@ def numbers(name: str, value: Any, ndim: int) -> Float[np.ndarray, "..."]:
 
 
 def _is_wide_float(array: np.ndarray) -> bool:
-    # NumPy has no kind for bfloat16 and similar dtypes, but can cast them to float64.
+    # NumPy gives bfloat16 and similar dtypes the kind of raw bytes, but can cast them to float64.
     return array.dtype.kind == "V" and np.can_cast(array.dtype, np.float64)
 
 
 def named(name: str, value: Any, entry: str) -> Mapping[str, Any]:
-    """``value`` if it is a mapping with at least one entry."""
+    """``value``, checked to be a mapping with at least one entry."""
     if not isinstance(value, Mapping):
         raise TypeError(f"`{name}` is {described(value)}; expected a mapping from the name of each to {entry}.")
     if not value:
@@ -87,6 +87,6 @@ def named(name: str, value: Any, entry: str) -> Mapping[str, Any]:
 
 
 def counted(label: str, drawn: np.ndarray, why: str) -> str:
-    """The label; where numbers are not drawn, it says how many and why."""
+    """The label of a curve; if some of its numbers are not drawn, with how many and why."""
     lost = int(np.sum(~drawn))
     return f"{label} ({lost} of {drawn.size} not drawn:\n{why})" if lost else label

@@ -1,4 +1,4 @@
-"""The Fisher as a metric: small KL balls over the plane of a two-parameter family."""
+"""`metric_ellipses`: small KL balls of a family with two parameters, drawn in the plane of its parameters."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ def metric_ellipses(
     weights: Float[Array, " n"] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    r"""The KL balls of a two-parameter family, to second order: an ellipse at every point of the parameter plane.
+    r"""The KL balls of a family with two parameters, to second order: an ellipse at each of the given points of its plane.
 
     .. math:: \{\theta + d : \tfrac12 d^T F(\theta)\, d = c\}, \qquad KL(\theta \,\|\, \theta + d) = \tfrac12 d^T F(\theta)\, d
         + O(|d|^3),
 
-    with F the exact Fisher, a mean over the inputs. The half-axes are ``sqrt(2 c / lambda_k)`` along the eigenvectors of F:
-    where an ellipse is long, predictions change little with the parameters.
+    where F is the exact Fisher, a mean over the inputs. The semi-axes are ``sqrt(2 c / lambda_k)`` along the eigenvectors of F:
+    in a direction in which an ellipse is long, the predictions change little with the parameters.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
-        points: parameters with a leading axis of m points, such as an array ``[m, 2]`` or
-            ``{"loc": [m], "log_scale": [m]}``: two numbers a point. The first, in `jax.flatten_util.ravel_pytree` order, is on
-            the horizontal axis. A family of more parameters is cut to two by closing over the others.
+        points: parameters with a leading axis of m points and two numbers for each point, such as an array ``[m, 2]`` or
+            ``{"loc": [m], "log_scale": [m]}``. The first number, in the order of `jax.flatten_util.ravel_pytree`, is on the
+            horizontal axis. Of a family with more parameters, close over all but two in the model.
         radius: c, in nats.
-        *inputs: what the model takes besides the parameters, with a leading axis of n examples; nothing where it takes none.
-        weights: of the examples, shape ``[n]``.
+        *inputs: the arguments of the model after the parameters, with a leading axis of n examples; none if it takes none.
+        weights: one weight for each example, shape ``[n]``.
         ax: the axes to draw on; None makes a figure.
 
     Returns:
         The axes, with m `matplotlib.patches.Ellipse` in the order of the points.
 
     Raises:
-        ValueError: other than two numbers a point, leaves of different lengths, a radius that is not positive, a Fisher that is
-            singular or not finite at a point.
-        TypeError: a model that returns no distribution, points that are not real floating arrays, an ``ax`` that is no Axes.
+        ValueError: there are other than two numbers for each point, the leaves have different lengths, the radius is not
+            positive, or the Fisher is singular or not finite at a point.
+        TypeError: the model returns no distribution, the points are not real floating arrays, or ``ax`` is not an Axes.
 
     Reference: Amari, Information Geometry and Its Applications (2016), section 1.3.
 
@@ -94,7 +94,7 @@ def _check_radius(radius: Any) -> None:
 
 
 def _plane(points: chex.ArrayTree) -> ParamSpec:
-    """The spec of the points, which have a common leading axis and two numbers each."""
+    """The spec of the points, checked to have a common leading axis and two numbers for each point."""
     spec = param_spec(points)
     for path, shape in zip(spec.paths, spec.shapes, strict=True):
         if not shape or shape[0] != (spec.shapes[0] or (0,))[0] or not shape[0]:
@@ -106,13 +106,13 @@ def _plane(points: chex.ArrayTree) -> ParamSpec:
     if numbers != 2:
         raise ValueError(
             f"`points` has {numbers} numbers a point (shapes {dict(zip(spec.paths, spec.shapes, strict=True))}, points first); "
-            "expected two. Close over the other parameters in the model, and give points of the two that are left."
+            "expected two. Close over the other parameters in the model, and pass points of the remaining two."
         )
     return spec
 
 
 def _labels(spec: ParamSpec) -> list[str]:
-    """A name for each of the two numbers: the leaf's path, with an index where a leaf holds both."""
+    """A label for each of the two numbers: the path of its leaf, with an index if one leaf holds both."""
     if len(spec.paths) == 2:
         return list(spec.paths)
     both = [path for path, shape in zip(spec.paths, spec.shapes, strict=True) if math.prod(shape[1:]) == 2]
@@ -123,16 +123,16 @@ def _ellipse(centre: Float[np.ndarray, "2"], matrix: Float[np.ndarray, "2 2"], r
     where = f"at the point ({centre[0]:g}, {centre[1]:g})"
     if not np.all(np.isfinite(matrix)):
         raise ValueError(
-            f"the Fisher {where} is not finite: {matrix.tolist()}. Leave out of `points` what is outside the family's "
-            "parameter space, or parametrise it so that every number is allowed (the log of a scale)."
+            f"the Fisher {where} is not finite: {matrix.tolist()}. Leave points outside the family's parameter space out of "
+            "`points`, or choose parameters for which every number is allowed, such as the log of a scale."
         )
     eps, matrix = np.finfo(matrix.dtype).eps, matrix.astype(np.float64)
     scale = matrix[0, 0] * matrix[1, 1]
-    # The determinant against the product of the diagonal, so that the units of the parameters do not decide.
+    # The determinant relative to the product of the diagonal does not depend on the units of the parameters.
     if scale - matrix[0, 1] ** 2 <= 8 * eps * scale:
         raise ValueError(
-            f"the Fisher {where} is singular: {matrix.tolist()}. Its ellipse has no end. Leave the point out of `points`, or "
-            "give inputs that tell the two parameters apart."
+            f"the Fisher {where} is singular: {matrix.tolist()}. Its ellipse is infinitely long. Leave the point out of "
+            "`points`, or pass inputs that tell the two parameters apart."
         )
     values, vectors = np.linalg.eigh(matrix)
     width, height = 2 * np.sqrt(2 * radius / values)

@@ -1,4 +1,4 @@
-"""The paths of optimisers over the contours of a loss."""
+"""`paths`: the paths of optimisers over the contours of a loss."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from jaxfisher._tree import check_function
 from jaxfisher.plot._look import axes_or_new, counted, legend, look, named, numbers
 
 RESOLUTION = 120
-"""Points of the loss on each side of the plane."""
+"""How many points the grid of losses has along each axis."""
 MARGIN = 0.12
-"""Room around the paths, as a share of their extent."""
+"""The margin around the paths, as a share of their extent."""
 
 
 def paths(
     loss: Callable[[Float[Array, "2"]], Scalar], paths: Mapping[str, Float[Array, "steps 2"]], ax: Axes | None = None
 ) -> Axes:
-    r"""Paths over the contours of a loss of two parameters: Euclidean and natural gradients side by side.
+    r"""The paths of optimisers over the contours of a loss of two parameters, such as those of Euclidean and natural gradients.
 
     .. math:: \theta_{k+1} = \theta_k - \eta\, \nabla L(\theta_k) \quad\text{against}\quad
         \theta_{k+1} = \theta_k - \eta\, F(\theta_k)^{-1} \nabla L(\theta_k).
 
     Contours are at evenly spaced quantiles of the loss over the area shown, so that they show a long valley as well as a steep
-    wall; every second contour is labelled. The area holds the paths and some room around them.
+    wall. Every second contour is labelled. The area shown is that of the paths, with a margin around them.
 
     Args:
-        loss: a JAX function of one point, shape ``[2]``, to a scalar.
-        paths: from the name of each path to its points, shape ``[steps + 1, 2]``, the start included. A start has a ring, an
-            end a larger marker.
+        loss: a JAX function from one point, of shape ``[2]``, to a scalar.
+        paths: from the name of each path to its points, shape ``[steps + 1, 2]``, the start included. A ring marks the start,
+            a larger marker the end.
         ax: the axes to draw on; None makes a figure.
 
     Returns:
-        The axes, one line a path in their order.
+        The axes, with one line for each path in their order.
 
     Raises:
-        ValueError: no paths, one that is not of shape ``[steps + 1, 2]`` or nowhere finite, a loss that is not a scalar
+        ValueError: there are no paths, a path is not of shape ``[steps + 1, 2]`` or nowhere finite, or the loss is not a scalar
             or nowhere finite.
-        TypeError: a loss that is no function, ``paths`` that is no mapping, an ``ax`` that is no Axes.
+        TypeError: the loss is not a function, ``paths`` is not a mapping, or ``ax`` is not an Axes.
 
     Reference: Amari, Natural gradient works efficiently in learning (Neural Computation 1998), theorem 1.
 
@@ -82,7 +82,7 @@ def _path(name: str, path: Any) -> Float[np.ndarray, "steps 2"]:
 
 
 def _area(points: Float[np.ndarray, "m 2"]) -> tuple[np.ndarray, np.ndarray]:
-    """The corners of the points' box with room around it; of size one where they do not differ."""
+    """The two corners of the points' bounding box with its margin; an axis along which they are equal gets a length of one."""
     low, high = points.min(axis=0), points.max(axis=0)
     extent = high - low
     room = np.where(extent > 0, MARGIN * extent, 0.5)
@@ -118,11 +118,11 @@ def _draw(ax: Axes, name: str, path: Float[np.ndarray, "steps 2"], k: int, end_s
     kept = np.all(np.isfinite(path), axis=1)
     steps = len(path) - 1
     label = counted(f"{name}: {steps} step{'s' * (steps != 1)}", kept, "not finite")
-    # A white edge under each line keeps it apart from contours and from the paths it crosses.
+    # A white edge under each line sets it off from the contours and from the paths that it crosses.
     halo = [Stroke(linewidth=3.2, foreground="white"), Normal()]
     ax.plot(*path.T, **look(k), linewidth=1.6, markersize=3.5, label=label, zorder=3, path_effects=halo)
     start, end = path[kept][0], path[kept][-1]
-    # Ends that fall together stay visible: a later end is smaller.
+    # Later paths have smaller markers at their ends, so that coinciding ends all stay visible.
     colour, marker = look(k)["color"], look(k)["marker"]
     ax.scatter(end[0], end[1], s=end_size, color=colour, marker=marker, edgecolors="white", zorder=4)
     ax.scatter(start[0], start[1], s=130, facecolors="none", edgecolors="black", marker="o", zorder=4)

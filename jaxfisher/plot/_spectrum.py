@@ -1,4 +1,4 @@
-"""The eigenvalues of a Fisher."""
+"""`spectrum`: the eigenvalues of a Fisher."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def spectrum(fisher: Operator, damping: chex.Numeric | None = None, ax: Axes | N
 
     .. math:: \lambda_1 \ge \lambda_2 \ge \dots \ge \lambda_p.
 
-    Eigenvalues inside rounding error are exactly zero (`Operator.eigvalsh`). A log axis has no place for them: they stand as
-    triangles on its lower edge. Negative ones, which no Fisher has but an observed information may, are drawn by size as
-    crosses. The legend counts both. Along an eigenvector whose eigenvalue is below the damping, ``(F + damping I)^-1`` is about
-    ``1 / damping``, whatever F is.
+    `Operator.eigvalsh` makes eigenvalues within rounding error exactly zero. A log axis has no zero, so they are drawn as
+    triangles on its lower edge. Negative eigenvalues, which a Fisher cannot have but an observed information can, are drawn as
+    crosses at their absolute values. The legend counts both. Along an eigenvector whose eigenvalue is far below the damping,
+    ``(F + damping I)^-1`` is about ``1 / damping``, whatever F is.
 
     Args:
-        fisher: an operator over p parameters, with F in the units of nats per squared parameter.
-        damping: one positive number in the units of F, drawn as a line; None draws none.
+        fisher: an operator over p parameters. The axis gives its eigenvalues in nats per squared parameter.
+        damping: one positive number in the units of F, drawn as a line; None draws no line.
         ax: the axes to draw on; None makes a figure.
 
     Returns:
-        The axes, with index 1 to p across.
+        The axes, with the index of the eigenvalues, 1 to p, on the horizontal axis.
 
     Raises:
-        ValueError: a damping that is not positive, an F that is not finite, one too large for `Operator.eigvalsh`.
-        TypeError: ``fisher`` is no operator, a damping for each leaf, an ``ax`` that is no Axes.
+        ValueError: the damping is not positive, F is not finite, or F is too large for `Operator.eigvalsh`.
+        TypeError: ``fisher`` is not an operator, the damping is not one number, or ``ax`` is not an Axes.
 
     Reference: Sagun, Bottou and LeCun, Eigenvalues of the Hessian in deep learning: singularity and beyond (2016).
 

@@ -1,4 +1,4 @@
-"""Curves of training: a loss against steps, or against seconds."""
+"""`training`: a loss against the steps of training, or against seconds."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def training(curves: Mapping[str, Any], xlabel: str = "step", ylabel: str = "los
     .. math:: y_k = L(\theta_k), \qquad k = 0, 1, 2, \dots
 
     Args:
-        curves: from the name of each to its values y, an array ``[steps]``, drawn against 0, 1, 2, ...; or to a *tuple*
-            ``(x, y)`` of two such arrays. A value that has no place on a log axis (zero, negative, not finite) leaves a gap,
-            and the legend counts them.
-        xlabel: what x is, with its unit.
-        ylabel: what y is, with its unit.
+        curves: from the name of each curve to its values y, an array ``[steps]``, drawn against 0, 1, 2, ...; or to a *tuple*
+            ``(x, y)`` of two such arrays. A value that a log axis cannot show (zero, negative, not finite) leaves a gap, and
+            the legend counts such values.
+        xlabel: the label of the horizontal axis, with the unit of x.
+        ylabel: the label of the vertical axis, with the unit of y.
         ax: the axes to draw on; None makes a figure.
 
     Returns:
-        The axes, one line a curve in their order.
+        The axes, with one line for each curve in their order.
 
     Raises:
-        ValueError: no curves, an array that is empty or has not one axis, an x and a y of different lengths, an x that is not
-            finite.
-        TypeError: ``curves`` that is no mapping, values that are not real numbers, an ``ax`` that is no Axes.
+        ValueError: there are no curves, an array is empty or has other than one axis, x and y have different lengths, or x is
+            not finite.
+        TypeError: ``curves`` is not a mapping, values are not real numbers, or ``ax`` is not an Axes.
 
     Reference: Martens and Grosse (2015), section 13, which plots a loss against steps and against seconds.
 
@@ -49,7 +49,7 @@ def training(curves: Mapping[str, Any], xlabel: str = "step", ylabel: str = "los
     for k, (name, (x, y)) in enumerate(pairs.items()):
         drawn = np.isfinite(y) & (y > 0)
         label = counted(name, drawn, "not positive and finite")
-        # The markers of neighbouring curves do not fall on the same steps.
+        # Neighbouring curves have their markers at different steps, so that the markers do not hide each other.
         every = (0.03 * (k % 4), 0.12) if len(x) > 20 else None
         ax.plot(x, np.where(drawn, y, np.nan), **look(k), linewidth=1.5, markersize=5, markevery=every, label=label)
     ax.set(yscale="log", xlabel=xlabel, ylabel=ylabel)
@@ -67,7 +67,7 @@ def _curve(name: str, curve: Any) -> tuple[Float[np.ndarray, " steps"], Float[np
         raise ValueError(f"`{where}` is a tuple of {len(curve)}; expected {ENTRY}.")
     x, y = (numbers(f"{where}[{place}]", part, 1) for place, part in enumerate(curve))
     if x.shape != y.shape:
-        raise ValueError(f"`{where}` has {len(x)} values of x and {len(y)} of y; expected as many of one as of the other.")
+        raise ValueError(f"`{where}` has {len(x)} values of x and {len(y)} of y; expected as many of x as of y.")
     if not np.all(np.isfinite(x)):
         raise ValueError(f"`{where}[0]`, its x, holds {x[~np.isfinite(x)][0]}; expected finite numbers.")
     return x, y

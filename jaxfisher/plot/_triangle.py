@@ -1,4 +1,4 @@
-"""The ellipses of every pair of parameters, under the density of each."""
+"""`triangle`: the confidence ellipses of every pair of parameters, and the density of each parameter on the diagonal."""
 
 from __future__ import annotations
 
@@ -19,30 +19,33 @@ from jaxfisher._values import described
 from jaxfisher.plot._look import light_grid, look, named
 
 WIDTHS = 3.5
-"""How many standard deviations of the widest are shown to each side."""
+"""How many standard deviations of the widest covariance the axes show on each side of the centre."""
 MOST = 8
-"""The most numbers that are drawn."""
+"""The largest number of parameters that is drawn."""
 CURVE = np.linspace(-4, 4, 161)
+"""The points at which a density is drawn, in standard deviations from the centre."""
 
 
 def triangle(params: chex.ArrayTree, covariances: Mapping[str, Operator], axes: np.ndarray | None = None) -> np.ndarray:
-    r"""What is known of each parameter and of each pair: Gaussian densities, and ellipses that hold 68 and 95 per cent.
+    r"""The Gaussian density of each parameter, and the ellipses that hold 68 and 95 per cent of each pair of parameters.
 
     .. math:: (\theta - \hat\theta)^T C_{ij}^{-1} (\theta - \hat\theta) \le -2 \log(1 - P), \qquad P = 0.683,\; 0.954,
 
-    with the block of the covariance of both: the other parameters are fitted as well. Densities are scaled to a maximum of one.
+    where ``C_ij`` is the 2 x 2 block of the covariance for both parameters. The ellipses are therefore marginal: the other
+    parameters are unknown as well. Densities are scaled to a maximum of one.
 
     Args:
-        params: the centre, parameters with at most eight numbers in all.
-        covariances: from a name to a covariance, such as `jaxfisher.covariance` returns, over these parameters.
-        axes: a square array of Axes to draw on, one row and column for each number; None makes a figure.
+        params: the centre, parameters with at most eight numbers in total.
+        covariances: from a name to a covariance over these parameters, such as `jaxfisher.covariance` returns.
+        axes: a square array of Axes to draw on, with one row and one column for each number; None makes a figure.
 
     Returns:
         The array of Axes, shape ``[p, p]``. Those above the diagonal are switched off.
 
     Raises:
-        ValueError: no covariance, one that is not finite or not positive, more than eight numbers, axes of another shape.
-        TypeError: ``covariances`` is no mapping to operators.
+        ValueError: there is no covariance, one is not finite or has a variance that is not positive, there are more than eight
+            numbers, or ``axes`` has another shape.
+        TypeError: ``covariances`` is not a mapping to operators.
 
     Reference: Coe, Fisher matrices and confidence ellipses: a quick-start guide and software (2009), section 2.
 
@@ -78,7 +81,7 @@ def triangle(params: chex.ArrayTree, covariances: Mapping[str, Operator], axes: 
             ax.set_ylim(centre[row] - wide[row], centre[row] + wide[row])
             light_grid(ax)
         _label(ax, labels, row, column)
-    # In the corner that is empty, so that it takes no room from the others.
+    # The upper right axes are empty. The layout ignores the legend there, so that the other axes keep their size.
     grid[0, -1].legend(handles=grid[0, 0].lines, loc="upper right").set_in_layout(False)
     return grid
 
