@@ -28,7 +28,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def show_routes(digits: demo.Digits, seed: int) -> None:
     """Print the three routes to one Fisher, in float64."""
-    # Their differences are rounding, which only float64 makes small; the switch ends with the block.
+    # The routes differ by rounding, which is much smaller in float64. The switch ends with the block.
     with jax.enable_x64(True):
         x = jnp.asarray(digits.train_x, jnp.float64)
         params = demo.softmax_params(jax.random.key(seed), x.shape[1], x.dtype)
@@ -54,7 +54,7 @@ def show_training(digits: demo.Digits, seed: int) -> list[demo.Run]:
     """Train with every optimiser and print the table."""
     from threadpoolctl import threadpool_limits
 
-    # On a CPU JAX factorises with SciPy's BLAS, whose threads fight XLA's: with one thread a natural step takes half the time.
+    # On a CPU JAX factorises with SciPy's BLAS, whose threads compete with XLA's: with one thread a step takes half the time.
     with threadpool_limits(limits=1, user_api="blas"):
         runs = compared(digits, seed)
     print(demo.training_intro())

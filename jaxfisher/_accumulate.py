@@ -37,7 +37,7 @@ def merge(one: Operator, other: Operator) -> Operator:
 
     Raises:
         TypeError: an argument is no operator; its form has no mean of the same form, as scores have none; it is a sum, or no
-            mean over examples; it is a marginal or a covariance of the score, which are made of all examples together.
+            mean over examples; it is a marginal or a covariance of the score, computed from all examples together.
         ValueError: the operators are over other parameters, or of other kinds or forms.
 
     Reference: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances (1979),
@@ -102,7 +102,7 @@ def accumulate(fisher: FisherFunction, view: View) -> Accumulation:
 
     **When it is the wrong one.** `jaxfisher.scale_by_fisher` takes running means while parameters move. If all data fit in
     memory, a ``batch_size`` bounds memory as well. Low-rank views of batches have no exact mean of their rank;
-    `jaxfisher.sketch` has one with an error bound. A covariance of the score and a marginal are made of all examples together,
+    `jaxfisher.sketch` has one with an error bound. A covariance of the score and a marginal use all examples at once,
     and `merge` refuses them.
 
     Args:

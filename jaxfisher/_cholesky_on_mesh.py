@@ -1,8 +1,8 @@
-"""Cholesky's factorisation of a matrix whose rows are spread over the devices of a mesh, and solves with the factor.
+"""The Cholesky factorisation of a matrix whose rows are sharded over the devices of a mesh, and solves with the factor.
 
-Each device keeps its own strip of rows, n^2 / D numbers, and no device ever has the square. The factor is made block column by
-block column: every device divides its part of the column, sends it to the others, n numbers for each column of the block, and
-takes its product from its own strip.
+Each of the D devices keeps its own strip of rows, n^2 / D numbers, and none ever holds the whole matrix. The factor is computed
+one block of columns at a time: every device divides its rows of the block by the block's diagonal, sends them to the others (n
+numbers for each column of the block), and subtracts the product of its rows with all rows from its own strip.
 
 Reference: Blackford et al., ScaLAPACK Users' Guide (SIAM 1997), for right-looking factorisation of distributed matrices.
 """
@@ -21,7 +21,7 @@ from jaxfisher._linalg import matmul
 
 
 class Strips(NamedTuple):
-    """Where the rows of a square matrix are: spread over an axis of a mesh, and worked on in blocks of so many columns."""
+    """How the rows of a square matrix are sharded, over an axis of a mesh, and the number of columns in a block."""
 
     mesh: Mesh
     axis: str
@@ -29,16 +29,16 @@ class Strips(NamedTuple):
 
     @property
     def sharding(self) -> NamedSharding:
-        """That of the matrix."""
+        """The sharding of the matrix."""
         return NamedSharding(self.mesh, PartitionSpec(self.axis, None))
 
 
 class Lower(NamedTuple):
-    """A Cholesky factor, its rows spread.
+    """A Cholesky factor ``L`` with its rows sharded.
 
     Attributes:
         rows: ``L``.
-        corners: its diagonal blocks, the same on every device.
+        corners: the diagonal blocks of ``L``, replicated on every device.
     """
 
     rows: Float[Array, "n n"]
@@ -46,12 +46,12 @@ class Lower(NamedTuple):
 
 
 def block_size(n: int, most: int) -> int:
-    """The largest number of columns of a block, no more than ``most``, that divides n."""
+    """The number of columns in a block: the largest divisor of n that is at most ``most``."""
     return next(size for size in range(min(n, most), 0, -1) if n % size == 0)
 
 
 def factorised(matrix: Float[Array, "n n"], strips: Strips) -> Lower:
-    """``L L^T`` of a symmetric positive definite matrix; NaN where it is not."""
+    """The factor ``L`` with ``L L^T`` a symmetric positive definite matrix; NaN if the matrix is not positive definite."""
     run = jax.shard_map(
         partial(_factorised, axis=strips.axis, block=strips.block),
         mesh=strips.mesh,
@@ -64,7 +64,7 @@ def factorised(matrix: Float[Array, "n n"], strips: Strips) -> Lower:
 
 
 def solved_by(lower: Lower, b: Float[Array, " n"], strips: Strips) -> Float[Array, " n"]:
-    """``(L L^T)^-1 b``; b and the answer are the same on every device."""
+    """``(L L^T)^-1 b``, with b and the result replicated on every device."""
     run = jax.shard_map(
         partial(_solved, axis=strips.axis, block=strips.block),
         mesh=strips.mesh,
@@ -77,7 +77,7 @@ def solved_by(lower: Lower, b: Float[Array, " n"], strips: Strips) -> Float[Arra
 
 
 def _places(strips: Strips) -> Any:
-    """How a factor is spread."""
+    """The partition specs of a factor."""
     return Lower(rows=PartitionSpec(strips.axis, None), corners=PartitionSpec())  # type: ignore[arg-type]
 
 
@@ -131,7 +131,7 @@ def _own_rows(count: int, axis: str) -> Int[Array, " m"]:
 
 
 def _in_block(panel: Float[Array, "m b"], places: Int[Array, " m"], axis: str) -> Float[Array, "b b"]:
-    """The rows of a panel whose places are inside the block, from whatever devices have them."""
+    """The rows of a panel whose places are inside the block, gathered from the devices that hold them."""
     block = panel.shape[1]
     inside = (places >= 0) & (places < block)
     mine = jnp.zeros((block, block), panel.dtype).at[jnp.where(inside, places, block)].set(panel, mode="drop")

@@ -1,7 +1,6 @@
-"""The pieces of the demo: the digits, the three routes to one Fisher, training, the table, the figure.
+"""The parts of the demo ``python -m jaxfisher``: the digits, three routes to one Fisher, training, the tables, the figure.
 
-``python -m jaxfisher`` puts them together. scikit-learn, matplotlib and tqdm are imported inside the functions that use them,
-so the package itself never needs them.
+scikit-learn, matplotlib and tqdm are imported inside the functions that use them, so the package itself never needs them.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ BATCH = 256
 TARGET = 0.01
 MAX_STEPS = 300
 CHUNK = 5
-"""Steps in one compiled scan: what is timed, and how often progress is shown."""
+"""The number of steps in one compiled scan, which is timed as a whole and followed by one update of the progress bar."""
 
 ADAM_RATES = (0.01, 0.03, 0.1, 0.3)
 SGD_RATES = (0.5, 1.0, 2.0, 4.0)
@@ -40,7 +39,7 @@ DRAWS = 2
 
 
 def missing_extras() -> list[str]:
-    """The demo's optional packages that are not installed, by the names pip knows."""
+    """Those optional packages of the demo that are not installed, by their names on PyPI."""
     packages = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "threadpoolctl": "threadpoolctl", "tqdm": "tqdm"}
     return [name for module, name in packages.items() if importlib.util.find_spec(module) is None]
 
@@ -49,7 +48,7 @@ def missing_extras() -> list[str]:
 
 
 class Digits(NamedTuple):
-    """Images as rows of 64 pixels in [0, 1], float32, and their classes, int32."""
+    """Images as rows of 64 pixels in [0, 1] in float32, and their classes in int32."""
 
     train_x: Float[np.ndarray, "train 64"]
     train_y: Int[np.ndarray, " train"]
@@ -58,7 +57,7 @@ class Digits(NamedTuple):
 
 
 def load_digits() -> Digits:
-    """scikit-learn's 1797 handwritten digits, split 1437 to 360 by a permutation of fixed seed."""
+    """scikit-learn's 1797 handwritten digits, split into 1437 and 360 by a permutation with a fixed seed."""
     from sklearn.datasets import load_digits as load
 
     pixels, labels = load(return_X_y=True)
@@ -68,7 +67,7 @@ def load_digits() -> Digits:
     return Digits(x[:TRAIN], y[:TRAIN], x[TRAIN:], y[TRAIN:])
 
 
-# The models, each of ONE image.
+# The models: functions of ONE image.
 
 
 def softmax_regression(params: Any, x: Float[Array, " pixels"]) -> jf.Categorical:
@@ -77,7 +76,7 @@ def softmax_regression(params: Any, x: Float[Array, " pixels"]) -> jf.Categorica
 
 
 def softmax_params(key: PRNGKeyArray, pixels: int, dtype: Any) -> Any:
-    """Random parameters: the identities hold everywhere, not just at a fit."""
+    """Random parameters, since the three routes agree at any parameters, not only at a fit."""
     w, b = jax.random.split(key)
     return {"b": jax.random.normal(b, (CLASSES,), dtype), "w": jax.random.normal(w, (pixels, CLASSES), dtype)}
 
@@ -89,7 +88,7 @@ def mlp(params: Any, x: Float[Array, " 64"]) -> jf.Categorical:
 
 
 def mlp_params(key: PRNGKeyArray) -> Any:
-    """Weights of variance one over the number of inputs, biases zero; float32."""
+    """Random weights with variance one over the number of inputs, and zero biases, in float32."""
     first, second = jax.random.split(key)
     return {
         "b1": jnp.zeros(HIDDEN, jnp.float32),
@@ -110,7 +109,7 @@ def mean_loss(params: Any, x: Float[Array, "n 64"], y: Int[Array, " n"]) -> Scal
 
 @jax.jit
 def accuracy(params: Any, x: Float[Array, "n 64"], y: Int[Array, " n"]) -> Scalar:
-    """The share of images whose most probable class is theirs."""
+    """The share of images whose most probable class is the true one."""
     logits = jax.vmap(lambda image: mlp(params, image).logits)(x)
     return jnp.mean((jnp.argmax(logits, axis=-1).astype(y.dtype) == y).astype(jnp.float32))
 
@@ -119,7 +118,7 @@ def accuracy(params: Any, x: Float[Array, "n 64"], y: Int[Array, " n"]) -> Scala
 
 
 class Routes(NamedTuple):
-    """The same Fisher made in three ways, each a matrix ``[p, p]``."""
+    """The same Fisher computed in three ways, each a matrix ``[p, p]``."""
 
     kl_hessian: Float[np.ndarray, "p p"]
     score_covariance: Float[np.ndarray, "p p"]
@@ -127,10 +126,10 @@ class Routes(NamedTuple):
 
 
 def three_routes(params: Any, x: Float[Array, "n pixels"]) -> Routes:
-    """The Fisher of softmax regression on these images: from the KL, from the scores, from the log-density's Hessian.
+    """The Fisher of softmax regression on these images: from the KL, from the scores, and from the log-density's Hessian.
 
-    The third is a sum over the outcomes. The observed information at one outcome for all images is a mean whose weights are the
-    probabilities of that outcome; it counts with the outcome's share of the probability.
+    The third is a sum over the ten classes. The term of a class is the observed information with that class as the label of all
+    images, a mean weighted by the images' probabilities of the class, times the mean of these probabilities.
     """
     information = jax.jit(jf.observed_information(jf.log_likelihood(softmax_regression)))
     probabilities = jax.vmap(lambda image: softmax_regression(params, image).probs)(x)
@@ -144,7 +143,7 @@ def three_routes(params: Any, x: Float[Array, "n pixels"]) -> Routes:
 
 
 def routes_table(routes: Routes) -> str:
-    """Trace, Frobenius norm and smallest eigenvalue of each route, and the largest difference of each pair."""
+    """The trace and the Frobenius norm of each route, and the largest difference between the entries of each two."""
     names = ("Hessian of the KL", "covariance of the score", "minus expected Hessian")
     rows = [
         (name, f"{np.trace(matrix):.12f}", f"{np.linalg.norm(matrix):.12f}") for name, matrix in zip(names, routes, strict=True)
@@ -168,30 +167,30 @@ def routes_table(routes: Routes) -> str:
 # Training.
 
 Fisher = Callable[[PRNGKeyArray], Callable[..., jf.Operator] | None]
-"""From the key of a step to the ``fisher`` of `jf.training_step`; None where the optimiser takes none, or chooses its own."""
+"""From the key of a step to the ``fisher`` of `jf.training_step`: None if the optimiser needs no Fisher or chooses its own."""
 
 
 def unasked(key: PRNGKeyArray) -> None:
-    """No curvature is asked for: Adam and SGD take none, and `jf.kfac` knows what it needs."""
+    """No Fisher: Adam and SGD need none, and `jf.kfac` chooses its own."""
 
 
 def exact(key: PRNGKeyArray) -> Callable[..., jf.Operator]:
-    """The Fisher as the expectation over the model's own predictions."""
+    """The exact Fisher, an expectation over the model's own predictions."""
     return jf.exact_fisher(mlp)
 
 
 def sampled(key: PRNGKeyArray) -> Callable[..., jf.Operator]:
-    """The Fisher from labels drawn from the model."""
+    """The Fisher from labels that are drawn from the model."""
     return lambda params, x: jf.sampled_fisher(mlp, DRAWS)(params, key, x)
 
 
 def empirical(key: PRNGKeyArray) -> Callable[..., jf.Operator]:
-    """The Fisher at the data's labels, which is no expectation under the model."""
+    """The empirical Fisher, at the labels of the data: it is not an expectation under the model."""
     return jf.empirical_fisher(log_prob)
 
 
 class Recipe(NamedTuple):
-    """An optimiser, and the curvature that it is given."""
+    """An optimiser, and the Fisher that it is given."""
 
     name: str
     optimiser: optax.GradientTransformation
@@ -204,7 +203,7 @@ def first_order(name: str, make: Callable[[float], optax.GradientTransformation]
 
 
 def natural_recipes() -> list[Recipe]:
-    """`jf.kfac` as it comes; then one setting for all, which differ in the Fisher and in whether it is a running mean."""
+    """`jf.kfac` with its defaults, and natural gradients with the same settings but different Fishers and running means."""
     setting = partial(jf.natural_gradient, LEARNING_RATE, DAMPING, radius=RADIUS)
     running = setting(view=jf.dense, decay=DECAY)
     return [
@@ -218,7 +217,7 @@ def natural_recipes() -> list[Recipe]:
 
 
 class Run(NamedTuple):
-    """How a training went: the loss on all training images and the seconds of stepping after 0, 1, 2, ... steps."""
+    """The course of one training: the loss on all training images and the seconds spent stepping after 0, 1, 2, ... steps."""
 
     name: str
     losses: Float[np.ndarray, " steps_and_start"]
@@ -228,17 +227,17 @@ class Run(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Steps made."""
+        """The number of steps."""
         return len(self.losses) - 1
 
     @property
     def reached(self) -> bool:
-        """Whether the last step is at the target; training stops at the first such step."""
+        """Whether the loss after the last step is at the target. Training stops at the first such step."""
         return bool(self.losses[-1] <= TARGET)
 
 
 def batch_order(seed: int, steps: int) -> Int[Array, "steps batch"]:
-    """Indices of the training images in each batch: one permutation after another, cut into batches."""
+    """The indices of the training images in each batch: one permutation after another, split into batches."""
     rng = np.random.default_rng(seed)
     epochs = -(-steps * BATCH // TRAIN)
     indices = np.concatenate([rng.permutation(TRAIN) for _ in range(epochs)])
@@ -246,7 +245,7 @@ def batch_order(seed: int, steps: int) -> Int[Array, "steps batch"]:
 
 
 def stepper(recipe: Recipe, digits: Digits) -> Callable[..., tuple[Any, Any]]:
-    """``(carry, batches, keys) -> (carry, params after each step)``, a scan to be compiled."""
+    """The function ``(carry, batches, keys) -> (carry, params after each step)``: a scan that the caller compiles."""
     x, y = jnp.asarray(digits.train_x), jnp.asarray(digits.train_y)
 
     def step(carry: tuple[Any, Any], batch: tuple[Array, PRNGKeyArray]) -> tuple[tuple[Any, Any], Any]:
@@ -259,17 +258,17 @@ def stepper(recipe: Recipe, digits: Digits) -> Callable[..., tuple[Any, Any]]:
 
 
 def train(recipe: Recipe, digits: Digits, seed: int, show: Callable[[int, float], object], max_steps: int = MAX_STEPS) -> Run:
-    """Train until the loss on all training images is at the target, checked after every step, or ``max_steps`` are made.
+    """Train until the loss on all training images, evaluated after every step, is at the target, or for ``max_steps`` steps.
 
-    Initial parameters, batches and draws depend on the seed alone, so they are the same for every recipe. Only stepping is
-    timed: neither compilation nor the evaluation of the loss.
+    Initial parameters, batches and draws depend on the seed only, so they are the same for every recipe. The time is that of
+    the steps, without compilation and without the evaluations of the loss.
 
     Args:
-        recipe: what to train with.
+        recipe: the optimiser and its Fisher.
         digits: the data.
-        seed: the seed of everything random.
-        show: called after each chunk with its number of steps and the loss.
-        max_steps: a multiple of the chunk.
+        seed: the seed of the initial parameters, the batches and the draws.
+        show: called after each chunk of steps with their number and the loss.
+        max_steps: the limit, a multiple of `CHUNK`.
     """
     init_key, draw_key = jax.random.split(jax.random.key(seed))
     params = mlp_params(init_key)
@@ -288,7 +287,7 @@ def train(recipe: Recipe, digits: Digits, seed: int, show: Callable[[int, float]
         piece = slice(done, done + CHUNK)
         start = time.perf_counter()
         carry, path = jax.block_until_ready(chunk(carry, batches[piece], keys[piece]))
-        # The steps of a chunk do equal work, so each has an equal part of its time.
+        # The steps of a chunk do equal work, so each gets an equal share of the chunk's time.
         seconds.append(seconds[-1][-1] + (time.perf_counter() - start) * np.arange(1, CHUNK + 1) / CHUNK)
         losses.append(np.asarray(evaluate(path, x, y)))
         show(CHUNK, float(losses[-1][-1]))
@@ -303,17 +302,17 @@ def train(recipe: Recipe, digits: Digits, seed: int, show: Callable[[int, float]
 
 
 def best(runs: Sequence[Run]) -> Run:
-    """The run that reaches the target in the fewest steps; where no run does, the run with the lowest last loss."""
+    """The run that reaches the target in the fewest steps; if none does, the run with the lowest last loss."""
     return min(
         runs, key=lambda run: (not run.reached, run.steps if run.reached else 0, np.nan_to_num(run.losses[-1], nan=np.inf))
     )
 
 
-# What is printed.
+# The printed text.
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns are as wide as their widest entry: the first is aligned left, the others right."""
+    """A table whose columns are as wide as their widest entries: the first is left-aligned, the others are right-aligned."""
     lines = [tuple(header), *map(tuple, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
 
@@ -325,15 +324,15 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def training_intro() -> str:
-    """What was trained, and by which rule."""
+    """What was trained, and when a training stopped."""
     size = 64 * HIDDEN + HIDDEN + HIDDEN * CLASSES + CLASSES
     return f"""
 Training a 64-{HIDDEN}-{CLASSES} tanh network, p = {size}, float32, batches of {BATCH} of {TRAIN} digits.
 "steps": the first step after which the loss on all training digits is at most {TARGET} nats, checked after every step,
 at most {MAX_STEPS}. All start at the same parameters and see the same batches. Adam is the best of the rates
 {_listed(ADAM_RATES)}; SGD of {_listed(SGD_RATES)}.
-jf.kfac is as it comes. The other natural gradients share one setting: rate {LEARNING_RATE:g}, damping {DAMPING:g},
-trust region {RADIUS:g} nats, {DRAWS} draws where sampled, and the Fisher a running mean
+jf.kfac has its defaults. The other natural gradients share one setting: rate {LEARNING_RATE:g}, damping {DAMPING:g},
+trust region {RADIUS:g} nats, {DRAWS} draws for the sampled Fisher, and a running mean of the Fisher
 over batches (decay {DECAY:g}) except for "batch alone".
 """
 
@@ -343,7 +342,7 @@ def _listed(rates: Sequence[float]) -> str:
 
 
 def training_table(runs: Sequence[Run]) -> str:
-    """Steps, seconds, losses and accuracies, with a line for each run."""
+    """The table of steps, seconds, losses and accuracies, with a line for each run."""
     header = ("optimiser", "steps", "seconds", "compiling", "training loss", "test accuracy")
     rows = [
         (
@@ -360,7 +359,7 @@ def training_table(runs: Sequence[Run]) -> str:
 
 
 def remarks(adam: Run, natural: Sequence[Run]) -> str:
-    """What the table says: in steps, in seconds, and which Fishers did not train."""
+    """A summary of the table: who was first in steps and in seconds, and which runs did not reach the target."""
     arrived = [run for run in natural if run.reached]
     lines = [
         f"{run.name} did not reach {TARGET} in {run.steps} steps: its loss is {run.losses[-1]:.4f}."
@@ -402,11 +401,11 @@ _LOOKS = (
     ("#56B4E9", (0, (3, 1, 1, 1)), "X"),
     ("#999999", (0, (2, 2)), "*"),
 )
-"""Colours that colour-blind readers tell apart (Okabe and Ito), each with its own dash and marker for prints in grey."""
+"""Colours that colour-blind readers can tell apart (Okabe and Ito), each with its own dash and marker for prints in grey."""
 
 
 def draw_losses(runs: Sequence[Run], path: Path) -> None:
-    """Write the losses against steps and against seconds as one picture of two panels."""
+    """Write a picture with two panels: the losses against steps, and the losses against seconds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,13 +1,13 @@
-"""Random keys whose draws are a small program: for one target of each example, drawn at steps of training.
+"""Random keys for the targets that are drawn at every step of training, one for each example, with little code to compile.
 
-A threefry draw takes two hundred instructions of a compiled program, and on a CPU two to thirty times as long to compile as
-one by a hash, by what is drawn. Drawn targets need numbers that are uniform and know nothing of each other, and no adversary
-looks at them. Here each number is a hash of the key's two words and its place: rounds of xor, shift and product by odd numbers,
-each of which is one to one, and after which each bit of the result depends on each bit of what went in.
+A threefry draw takes two hundred instructions of a compiled program. On a CPU it takes 2 to 30 times as long to compile as a
+draw by a hash; the factor depends on what is drawn. Targets need uniform and independent numbers, and no adversary looks at
+them. Here each number is a hash of the key's two words and of its place: rounds of xor, shift and multiplication by odd
+constants. Each round is one to one, and after them each bit of the result depends on each bit of the input.
 
 Reference: Steele, Lea and Flood, Fast splittable pseudorandom number generators (OOPSLA 2014), for numbers as hashes of their
-places; Mulvey, Hash functions (2012), for the avalanche that the constants were searched for by; the two constants are those
-of Wellons, Prospecting for hash functions (2018), with a bias of 0.17 of what 32 bits allow at best.
+places; Mulvey, Hash functions (2012), for the avalanche criterion; Wellons, Prospecting for hash functions (2018), for the two
+constants, found by a search with that criterion: their bias is 0.17 of what 32 bits allow at best.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _mixed(h: Words) -> Words:
 
 
 def _hashes(key: UInt32[Array, "2"], purpose: np.uint32, count: int) -> UInt32[Array, " count"]:
-    """As many numbers of a key, others for each purpose."""
+    """``count`` numbers of a key; other ones for each purpose."""
     of_key = _mixed(_mixed(key[0] ^ purpose) + key[1])
     return _mixed(jnp.arange(count, dtype=jnp.uint32) * GOLDEN + of_key)
 
@@ -65,13 +65,13 @@ _IMPL: Any = define_prng_impl(
 
 
 def draw_keys(seed: Any, count: Array, examples: int, *, hashed: bool) -> PRNGKeyArray:
-    """A key for each example of a step: one word says which step of which seed it is, the other which example.
+    """A key for each example of a step: its first word says which step of which seed it is, its second which example.
 
-    They are threefry keys, or where they may be ``hashed`` those of this module. Either way what keys give that differ in any
-    bit knows nothing of each other, so that none has to be derived of another one.
+    They are keys of this module if ``hashed``, threefry keys otherwise. For both, keys that differ in any bit give independent
+    numbers, so no key has to be derived from another one.
     """
     high, low = jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
-    # Multiples of odd numbers, so that seeds that follow each other are not steps that do.
+    # Multiplied by odd constants, so that the steps of one seed are not those of the next seed.
     step = low * GOLDEN + high * SPLIT + count.astype(jnp.uint32)
     words = jnp.stack([jnp.broadcast_to(step, examples), jnp.arange(examples, dtype=jnp.uint32)], 1)
     return jax.random.wrap_key_data(words, impl=_IMPL if hashed else "threefry2x32")

@@ -1,10 +1,11 @@
-"""Jobs of different sizes, each done by one device of a mesh, whose results all devices have.
+"""Jobs of different sizes, shared out among the devices of a mesh, with results that all devices receive.
 
-A job goes to the device that has the least to do so far, the costliest first. Every device runs a branch of its own and sends
-what that gave: where the jobs are as many as the devices, or more, the results travel once.
+The jobs are assigned in order of their costs, the costliest first, each to the device with the least work so far. Every device
+runs its own branch of one program and sends its results to the others. If there are at least as many jobs as devices, that is
+one all-gather.
 
 Reference: Graham, Bounds on multiprocessing timing anomalies (SIAM J. Appl. Math. 1969), section 4: no device has more than
-4/3 of what the best assignment gives the busiest one.
+4/3 of the work that the best assignment gives to the busiest one.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ from jaxtyping import Array, Float
 
 
 class Devices(NamedTuple):
-    """The devices along an axis of a mesh; what its other axes are there for is done alike on all of them."""
+    """The devices along one axis of a mesh. Devices that differ only along its other axes do the same work."""
 
     mesh: Mesh
     axis: str
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """The number of devices along the axis."""
         return int(self.mesh.shape[self.axis])
 
 
 def shared_out(
     make: Callable[[Sequence[Any]], Sequence[Any]], given: Sequence[Any], costs: Sequence[float], devices: Devices
 ) -> list[Any]:
-    """``make(given)``, one result of arrays for each entry, the same on every device, where each device makes some of them.
+    """``make(given)``, replicated on every device, where each device computes the results of some of the entries.
 
-    ``make`` is called with some of the entries. What it closes over must be constants.
+    ``make`` takes a list of entries and returns one pytree of arrays for each. It may close over constants only.
     """
     if devices.size == 1 or not given:
         return list(make(given))
@@ -56,7 +57,7 @@ def shared_out(
         place, branches = jax.lax.axis_index(devices.axis), [branch(part) for part in parts]
         if len(parts) == devices.size:
             return jax.lax.all_gather(jax.lax.switch(place, branches, given), devices.axis)
-        # A gathered array would have a row for every device that has nothing to do.
+        # An all-gather would add a row for every device without a job, so the rows are summed instead.
         branches.append(lambda given: jnp.zeros(most, dtype))
         mine = jax.lax.switch(jnp.minimum(place, len(parts)), branches, given)
         return jax.lax.psum(jnp.zeros((len(parts), most), dtype).at[place].set(mine, mode="drop"), devices.axis)
@@ -75,7 +76,7 @@ def shared_out(
 
 
 def assigned(costs: Sequence[float], count: int) -> list[list[int]]:
-    """The places of the jobs of each device that has some, in order."""
+    """For each device that gets any jobs, the places of its jobs in ascending order."""
     parts: list[list[int]] = [[] for _ in range(min(count, len(costs)))]
     loads = [0.0] * len(parts)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):

@@ -1,9 +1,9 @@
-r"""The null space of a symmetric matrix, known in units in which it has a unit diagonal, and projected out in its own.
+r"""The null space of a symmetric matrix M: found in units in which M has a unit diagonal, projected out in M's own units.
 
-With ``M' = s M s`` the null space of M is ``s N'`` of that of M'. Any ``G`` with ``M G M = M``, such as ``s M'^+ s``, gives the
-pseudo-inverse ``M^+ = P G P``, with ``P`` the orthogonal projection off the null space: solutions of minimum norm in the own
-units of M. Null vectors that an eigendecomposition finds are off by rounding over the smallest eigenvalue that was kept; a
-product of M that is more precise than the matrix mends this, and shows what is left.
+With ``M' = s M s``, s diagonal, the null space of M is s times that of M'. Any ``G`` with ``M G M = M``, such as ``s M'^+ s``,
+gives the pseudo-inverse ``M^+ = P G P``, where ``P`` is the orthogonal projection off the null space. It gives the solutions of
+minimum norm in M's own units. The null vectors of an eigendecomposition have errors of the size of rounding divided by the
+smallest eigenvalue that was kept. Products with M that are more precise than the matrix correct them and measure what remains.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxfisher._varying import cond, while_loop
 
 
 def combined(vectors: Float[Array, "m m"], which: Bool[Array, " m"]) -> Float[Array, " m"]:
-    """A combination of some of the columns, with weights at which nothing cancels but by accident."""
+    """A linear combination of some of the columns, with weights at which they cancel only by accident."""
     weights = jnp.cos(jnp.square(jnp.arange(which.size, dtype=vectors.dtype)))
     return matmul(vectors, jnp.where(which, weights, 0))
 
@@ -30,9 +30,17 @@ def projected(
     unit: Float[Array, " m"],
     product: Callable[[Float[Array, " m"]], Float[Array, " m"]],
 ) -> tuple[Float[Array, "m m"], Float[Array, " m"]]:
-    """The eigenvectors that were kept, projected off the others in the own units of the matrix; a combination of the others.
+    """The kept eigenvectors, projected off the null vectors in the matrix's own units, and one combination of the null vectors.
 
-    All in units in which the matrix has a unit diagonal. In the place of a null vector stands how far off it still is.
+    Both are in units in which the matrix has a unit diagonal. The column of a null vector holds its last correction instead,
+    which measures its error.
+
+    Args:
+        vectors: the eigenvectors of the matrix in units in which it has a unit diagonal.
+        inverted: the inverse eigenvalues, zero for null vectors.
+        kept: which eigenvectors are not null vectors.
+        unit: the diagonal s that scales the matrix to a unit diagonal.
+        product: the product with the matrix, in units in which it has a unit diagonal.
     """
     size, down = kept.size, inverse_power(unit)
     places = jnp.arange(size, dtype=jnp.int32)
@@ -52,11 +60,11 @@ def projected(
         basis, off = cond(kept[place], lambda: (basis, off), mended)
         return step + 1, basis, off
 
-    # One after the other, and all of them twice: the second time shows how much the first one missed.
+    # One null vector after the other, and all of them twice: the second corrections show how large the errors were.
     begin = jnp.zeros((), jnp.int32), jnp.where(kept[None, :], 0, unit[:, None] * vectors), jnp.zeros_like(vectors)
     _, basis, off = while_loop(lambda state: state[0] < 2 * size, mend, begin)
     rest = unit[:, None] * vectors
-    # Mended vectors are orthonormal only as far as they were right before, and columns may be much longer than what is left.
+    # The corrected vectors are not exactly orthonormal, and a column may be much longer than what the projection leaves of it.
     for _ in range(4):
         rest = aside(basis, rest)
     rest = down[:, None] * rest
@@ -67,11 +75,11 @@ def projected(
 
 
 def aside(basis: Float[Array, "m m"], vectors: Array) -> Array:
-    """What is left of vectors beside orthonormal ones."""
+    """The vectors, projected onto the orthogonal complement of the orthonormal columns of ``basis``."""
     return vectors - matmul(basis, matmul(basis.T, vectors))
 
 
 def is_unseen(image: Float[Array, " p"], y: Float[Array, " p"], roots: Float[Array, " p"]) -> Bool[Array, ""]:
-    """Whether the image of ``y`` is nothing but rounding, entry by entry, of a matrix with these roots of its diagonal."""
+    """Whether the image of ``y`` under a matrix is rounding error in every entry; ``roots`` are those of its diagonal."""
     rounded = 10 * y.size * jnp.finfo(y.dtype).eps * jnp.vdot(roots, jnp.abs(y))
     return jnp.all(jnp.abs(image) <= rounded * roots)

@@ -85,7 +85,7 @@ class Provenance:
 
     @property
     def together(self) -> bool:
-        """Whether the operator, or a term of it, is made of all its examples together; see `Mean`."""
+        """Whether the operator, or a term of it, is computed from all its examples together; see `Mean`."""
         return self.mean.together or any(part.together for part in self.parts)
 
     def times(self) -> Provenance:
@@ -112,8 +112,8 @@ def check_terms(provenance: Provenance, fisher: Any, caller: str, fix: str) -> N
     """Raise `TypeError` if averaging such a Fisher with another does not give the Fisher of all examples of both."""
     if provenance.together:
         raise TypeError(
-            f"{caller}: {fisher} is made of all its examples together: a covariance of the score, or a marginal. The mean of "
-            f"two of these is not that of all examples. {fix}"
+            f"{caller}: {fisher} is computed from all its examples together, like a covariance of the score or a marginal, so "
+            f"the mean of two such operators is not that of all examples. {fix}"
         )
 
 

@@ -232,6 +232,6 @@ def test_what_is_of_all_examples_together_is_not_merged():
     for name, make in makers.items():
         made = make(*batch)
         for kind, mean in means.items():
-            with pytest.raises(TypeError, match=r"of all its examples together|is no mean over examples"):
+            with pytest.raises(TypeError, match=r"from all its examples together|is no mean over examples"):
                 mean(made)
                 pytest.fail(f"{kind} of a {name}")

@@ -50,7 +50,7 @@ class CenteredScores(Scores):
 
     @property
     def provenance(self) -> Provenance:  # type: ignore[override]
-        """The provenance of a mean with these weights; a covariance is made of all examples together."""
+        """The provenance of a mean with these weights; a covariance is computed from all examples together."""
         known = self.scores.provenance
         return dataclasses.replace(known, kind=f"{known.kind}, centred").as_a_whole()
 
