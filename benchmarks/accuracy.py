@@ -1,11 +1,11 @@
-"""How exact float32 is, against NumPy in float64: see README.md beside this file.
+"""How accurate float32 results are, against NumPy in float64: see README.md beside this file.
 
 python benchmarks/accuracy.py [--check] [workload ...]
 """
 
 from __future__ import annotations
 
-# The first import: it settles the threads of BLAS, which must be known before NumPy and JAX load it.
+# This import comes first: it sets the number of BLAS threads, which NumPy and JAX read when they load BLAS.
 from engine import CHECK, Sizes, dense_layers, digits, head_line, mlp_logits, quick_check, workload_parser
 
 # isort: split
@@ -24,9 +24,9 @@ from jaxtyping import Array, Float, Int, Scalar
 import jaxfisher as jf
 
 GOAL = 1e-4
-"""For the relative residual of a solve and the relative error of a log-determinant."""
+"""The goal for the relative residual of a solve and the relative error of a log-determinant."""
 GOAL_DAMPING = 1e-6
-"""Down to this share of the mean eigenvalue."""
+"""The goal holds for dampings down to this share of the mean eigenvalue."""
 
 Wide = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -35,7 +35,7 @@ Wide = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """``F = X^T X`` in float64, by the singular values of ``X``: they are exact to 1e-16 of the largest, without squaring."""
+    """``F = X^T X`` in float64, from the singular values of ``X``, which are accurate to 1e-16 of the largest."""
 
     x: Float[Wide, "rows p"]
 
@@ -46,7 +46,7 @@ class Reference:
 
     @property
     def mean_eigenvalue(self) -> float:
-        """The trace over p."""
+        """The trace divided by p."""
         return float(np.sum(np.square(self.x))) / self.x.shape[1]
 
     def solve(self, v: Float[Wide, " p"], damping: float) -> Float[Wide, " p"]:
@@ -79,7 +79,7 @@ def flat(tree: Any) -> Float[Wide, " p"]:
 
 
 def verdict(misses: list[str]) -> str:
-    """Whether the goal was reached, and by what it was not."""
+    """Whether the goal was reached, and which ways missed it."""
     return "NO: " + ", ".join(misses) if misses else "yes"
 
 
@@ -88,7 +88,7 @@ def verdict(misses: list[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Methods:
-    """A row of the table: relative error and relative residual of each way to solve."""
+    """A row of the table: the relative error and the relative residual of each way to solve."""
 
     case: str
     woodbury: str
@@ -109,7 +109,7 @@ def row_log_prob(w: Float[Array, " p"], row: Float[Array, " p"]) -> Scalar:
 
 
 def spread_rows(n: int, p: int) -> Float[np.ndarray, "n p"]:
-    """Float32 rows ``S`` such that ``S / sqrt(n)`` has singular values geometrically over [1e-2, 1]."""
+    """Float32 rows ``S`` such that the singular values of ``S / sqrt(n)`` are spaced geometrically over [1e-2, 1]."""
     rng = np.random.default_rng(0)
     rank = min(n, p)
     left, right = (np.linalg.qr(rng.standard_normal((size, rank)))[0] for size in (n, p))
@@ -160,7 +160,7 @@ WAYS: dict[str, Callable[[Array, Array, Scalar], Array]] = {
     "solve_path": lambda rows, v, damping: jf.solve_path(_fisher(rows), v, damping[None])[0][0],
 }
 BY_COORDINATES = ("dual", "natural_grad", "lsmr")
-"""These are given the right-hand side by its coordinates in the rows, exactly; the others as a vector rounded to float32."""
+"""These take the right-hand side exactly, by its coordinates in the rows; the others take a vector rounded to float32."""
 NOT_OURS = ("woodbury", "dual")
 
 
@@ -228,11 +228,11 @@ class Problem:
     y: Array
 
     def predicted(self, params: Any, x: Array) -> jf.Distribution:
-        """The model, as the library takes it."""
+        """The model in the library's form."""
         return self.family(self.output(params, x))
 
     def gradient(self) -> Any:
-        """Of the mean negative log-likelihood, by `jax.grad`."""
+        """The gradient of the mean negative log-likelihood, by `jax.grad`."""
 
         def loss(params: Any) -> Scalar:
             return -jnp.mean(jax.vmap(lambda x, y: self.predicted(params, x).log_prob(y))(self.x, self.y))
@@ -240,7 +240,7 @@ class Problem:
         return jax.jit(jax.grad(loss))(self.params)
 
     def reference(self) -> Reference:
-        """The same Fisher from JAX's own Jacobians in float64: no part of the library."""
+        """The same Fisher from JAX's own Jacobians in float64, without the library."""
         with jax.enable_x64(True):
             params, inputs = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), (self.params, self.x))
             vector, unravel = ravel_pytree(params)
@@ -266,7 +266,7 @@ def poisson_root(log_rate: Scalar) -> Float[Array, "1 1"]:
 
 
 def sweep(problem: Problem, sizes: Sizes) -> list[Swept]:
-    """A row for each damping."""
+    """The table of a problem: one row for each damping."""
     gradient, reference = problem.gradient(), problem.reference()
     v = flat(gradient)
     fisher = jax.jit(jf.exact_fisher(problem.predicted))(problem.params, problem.x)
@@ -301,7 +301,7 @@ def sweep(problem: Problem, sizes: Sizes) -> list[Swept]:
 
 
 def reported(name: str, info: jf.SolveInfo, size: int) -> str:
-    """What the library itself says of a solve that did not converge."""
+    """The library's own report of a solve that did not converge."""
     rank = "" if info.rank == size else f", rank {int(info.rank)} of {size}"
     return f"{name} says: residual {float(info.residual):.0e}{rank}"
 
@@ -331,7 +331,7 @@ def linear(params: Any, x: Float[Array, " p"]) -> Scalar:
 
 
 def diabetes() -> tuple[Float[np.ndarray, "442 10"], Int[np.ndarray, "442"]]:
-    """Scikit-learn's diabetes data in their own units, the target a count; random numbers of that kind without scikit-learn."""
+    """Scikit-learn's diabetes data in their own units, with a count as target; similar random numbers without scikit-learn."""
     try:
         from sklearn.datasets import load_diabetes
     except ImportError:
@@ -371,7 +371,7 @@ WORKLOADS: dict[str, Callable[[Sizes], list[Any]]] = {
 
 
 def main() -> None:
-    """Measure what was asked for, or everything."""
+    """Measure the workloads given on the command line, or all of them."""
     quick_check(workload_parser(__doc__, WORKLOADS), WORKLOADS, head_line)
 
 

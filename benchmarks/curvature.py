@@ -1,11 +1,11 @@
-"""What views of a Fisher and steps of solvers cost, in plain gradients of the same batch: see README.md beside this file.
+"""The costs of views of a Fisher and of steps of solvers, in plain gradients of the same batch: see README.md beside this file.
 
 python benchmarks/curvature.py [--check] [workload ...]
 """
 
 from __future__ import annotations
 
-# The first import: it settles the threads of BLAS, which must be known before NumPy and JAX load it.
+# This import comes first: it sets the number of BLAS threads, which NumPy and JAX read when they load BLAS.
 from engine import (
     CHECK,
     Case,
@@ -37,7 +37,7 @@ import jaxfisher as jf
 
 RANK = 20
 ITERATIONS = 10
-"""How many iterations of conjugate gradients the time of one is taken from."""
+"""The number of conjugate gradient iterations over which the time of one is averaged."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +55,17 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What is measured: a program, and what curvlinops publishes for the like of it, in gradients."""
+    """A measured program, and the figure that curvlinops publishes for a similar one, in gradients."""
 
     what: str
     case: Case
     published: str = ""
     base: Case | None = None
-    """Where given, the time is that of ``case`` less that of ``base``, over `ITERATIONS`."""
+    """If given, the time is that of ``case`` less that of ``base``, divided by `ITERATIONS`."""
 
 
 def table(name: str, gradient: Case, entries: Sequence[Entry], repeats: int) -> list[Cost]:
-    """Time everything in turn, and put it in gradients."""
+    """The rows of a table: all programs timed in turn, in units of the gradient."""
     cases = [gradient, *(case for entry in entries for case in (entry.case, entry.base) if case is not None)]
     times = iter(time_in_turn(cases, repeats))
     unit = next(times)
@@ -207,7 +207,7 @@ def iterations(sizes: Sizes) -> list[Cost]:
         damping = _damping(operators["held factors"])
 
         def case(operator: jf.Operator, steps: int) -> Case:
-            # A tolerance of zero: every step is taken.
+            # With a tolerance of zero the solver takes all of its steps.
             solver = jf.CG(rtol=0.0, max_steps=steps)
             return compiled(lambda fisher, v, damping: jf.solve(fisher, v, damping, solver)[0], operator, gradient, damping)
 
@@ -256,7 +256,7 @@ WORKLOADS: dict[str, Callable[[Sizes], list[Cost]]] = {
 
 
 def main() -> None:
-    """Measure what was asked for, or everything."""
+    """Measure the workloads given on the command line, or all of them."""
     quick_check(workload_parser(__doc__, WORKLOADS), WORKLOADS, timed_head)
 
 

@@ -1,10 +1,10 @@
-"""The CURVES autoencoder: images of smooth curves through three random points, through six numbers and back.
+"""The CURVES autoencoder: images of smooth curves through three random points, encoded in six numbers.
 
-Hinton and Salakhutdinov (Science 2006), of the data: images of curves that were generated from three randomly chosen points in
-two dimensions, 20,000 of them to train on; of the network: 784-400-200-100-50-25-6 and back, the six numbers linear. Martens
-(ICML 2010), of the start: fifteen connections into each unit, of variance one. Martens and Grosse (ICML 2015): tanh. Sutskever,
-Martens, Dahl and Hinton (ICML 2013), of the start of units that are tanh: the weights a quarter of that, the biases one half.
-What the description leaves open is chosen here: where points may lie, a curve of second degree, how wide its line is.
+The data and the network follow Hinton and Salakhutdinov (Science 2006): 20,000 training images of curves generated from three
+random points in two dimensions, and layers 784-400-200-100-50-25-6 and back, the six numbers linear. The initial weights follow
+Martens (ICML 2010): fifteen connections into each unit, of variance one. The units are tanh, as in Martens and Grosse (ICML
+2015), for which Sutskever, Martens, Dahl and Hinton (ICML 2013) take a quarter of these weights, and biases of one half. We
+chose what these papers leave open: where the points may lie, that a curve is of second degree, and the width of its line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIDE, TRAIN, TEST = 28, 20_000, 500
 WIDTHS = (784, 400, 200, 100, 50, 25, 6)
 CONNECTIONS = 15
 WIDTH = 0.9
-"""Standard deviation of the ink across a line, in pixels."""
+"""The standard deviation of the ink across a line, in pixels."""
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -41,20 +41,20 @@ def curves(key: jax.Array, count: int) -> jax.Array:
 
 
 def sparse(key: jax.Array, inputs: int, outputs: int) -> dict[str, jax.Array]:
-    """A layer in which so many inputs reach each output, as a mean."""
+    """A layer in which each output has `CONNECTIONS` inputs on average."""
     chosen, drawn = jax.random.split(key)
     kept = jax.random.bernoulli(chosen, min(1.0, CONNECTIONS / inputs), (inputs, outputs))
     return {"w": jnp.where(kept, 0.25 * jax.random.normal(drawn, (inputs, outputs)), 0.0), "b": jnp.full(outputs, 0.5)}
 
 
 def init(key: jax.Array) -> list[dict[str, jax.Array]]:
-    """Encoder and decoder."""
+    """The parameters of encoder and decoder."""
     pairs = list(itertools.pairwise(WIDTHS + WIDTHS[-2::-1]))
     return [sparse(k, *sizes) for k, sizes in zip(jax.random.split(key, len(pairs)), pairs, strict=True)]
 
 
 def reconstructed(layers: Sequence[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
-    """Logits of the pixels: tanh but at the six numbers and at the end."""
+    """Logits of the pixels, with tanh after every layer except at the six numbers and at the end."""
     for k, layer in enumerate(layers):
         x = x @ layer["w"] + layer["b"]
         if k not in (len(WIDTHS) - 2, len(layers) - 1):
@@ -63,12 +63,12 @@ def reconstructed(layers: Sequence[dict[str, jax.Array]], x: jax.Array) -> jax.A
 
 
 def cross_entropy(logits: jax.Array, ink: jax.Array) -> jax.Array:
-    """Minus that of each image: a Bernoulli's log-likelihood, continued to what lies between black and white."""
+    """Minus the cross-entropy of each image: a Bernoulli's log-likelihood, continued to pixels between black and white."""
     return jnp.sum(ink * logits - jax.nn.softplus(logits), -1)
 
 
 def curves_autoencoder() -> Task:
-    """Cross-entropy of the ink, in nats an image; that of the images themselves is the least there is."""
+    """The task. The loss is the cross-entropy of the ink in nats per image, whose minimum is the entropy of the images."""
     x = curves(jax.random.key(0), TRAIN + TEST)
     train, test = x[:TRAIN], x[TRAIN:]
     watched = (train[:512],) * 2

@@ -1,4 +1,4 @@
-"""What the engine costs, in ratios to plain gradients and to plain per-example gradients: see README.md beside this file.
+"""The costs of the engine, as ratios to plain gradients and to plain per-example gradients: see README.md beside this file.
 
 python benchmarks/engine.py [--check] [workload ...]
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 
-# One thread for SciPy's BLAS, which JAX borrows LAPACK from: its threads fight XLA's and slow every step with a Cholesky.
+# JAX uses the LAPACK of SciPy's BLAS. If it has several threads, they compete with XLA's and slow every Cholesky factor.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
-# Runs in a fresh process share the device with this one.
+# Some runs are in a fresh process, which shares the device with this one.
 os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 import argparse
@@ -43,7 +43,7 @@ MEGABYTE = 1e6
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is measured: the shapes of the goals, or shapes so small that a run only shows that every line works."""
+    """The sizes of what is measured: those of the goals, or tiny ones, with which a run only shows that every line works."""
 
     repeats: int = 11
     shrink: int = 1
@@ -124,7 +124,7 @@ class Transformer:
     vocabulary: int = 64
 
     def init(self) -> Any:
-        """Its parameters."""
+        """The parameters."""
         width = self.width
         block = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
         shapes = {
@@ -141,7 +141,7 @@ class Transformer:
         return params
 
     def data(self, n: int) -> tuple[Array, Array]:
-        """Random characters and the next ones."""
+        """Random characters, and the character that follows each."""
         text = jax.random.randint(jax.random.key(2), (n, self.length + 1), 0, self.vocabulary)
         return text[:, :-1], text[:, 1:]
 
@@ -178,12 +178,12 @@ def plain_loss(log_prob: LogProb) -> Callable[..., Scalar]:
 
 
 def plain_gradient(log_prob: LogProb) -> Callable[..., Any]:
-    """Its gradient: the unit of most ratios."""
+    """The gradient of that loss: the unit of most ratios."""
     return jax.grad(plain_loss(log_prob))
 
 
 def plain_scores(log_prob: LogProb) -> Callable[..., Float[Array, "n p"]]:
-    """Per-example gradients, every one formed and held."""
+    """Per-example gradients, all formed and in memory."""
 
     def matrix(params: Any, x: Array, y: Array) -> Array:
         rows = jax.vmap(jax.grad(log_prob), (None, 0, 0))(params, x, y)
@@ -193,7 +193,7 @@ def plain_scores(log_prob: LogProb) -> Callable[..., Float[Array, "n p"]]:
 
 
 def plain_gram(log_prob: LogProb) -> Callable[..., Array]:
-    """Inner products of per-example gradients that are held."""
+    """Inner products of per-example gradients in memory."""
 
     def gram(params: Any, x: Array, y: Array) -> Array:
         rows = plain_scores(log_prob)(params, x, y)
@@ -203,7 +203,7 @@ def plain_gram(log_prob: LogProb) -> Callable[..., Array]:
 
 
 def plain_step(log_prob: LogProb) -> Callable[..., Array]:
-    """The damped natural gradient through an n x n solve, from per-example gradients that are held; raveled."""
+    """The damped natural gradient by an n x n solve, from per-example gradients in memory; raveled."""
 
     def step(params: Any, x: Array, y: Array, damping: Scalar) -> Array:
         rows = plain_scores(log_prob)(params, x, y)
@@ -216,18 +216,18 @@ def plain_step(log_prob: LogProb) -> Callable[..., Array]:
 
 
 def natural_step(log_prob: LogProb) -> Callable[..., Any]:
-    """The same through the library; damping is an argument, so that one program serves every damping."""
+    """The same by the library; damping is an argument, so that one program serves every damping."""
     return lambda params, x, y, damping: jf.natural_grad(log_prob, damping=damping)(params, x, y)
 
 
 def largest_eigenvalue(log_prob: LogProb, params: Any, x: Array, y: Array) -> float:
-    """Of the empirical Fisher."""
+    """The largest eigenvalue of the empirical Fisher."""
     gram = jax.jit(lambda *args: jf.scores(log_prob)(*args).gram())(params, x, y)
     return float(jnp.max(jnp.linalg.eigvalsh(gram)) / x.shape[0])
 
 
 def residual(log_prob: LogProb, damping: float) -> Callable[..., Scalar]:
-    """``|(F + damping) d - g| / |g|`` by JAX's own products with the scores, no part of the library."""
+    """``|(F + damping) d - g| / |g|`` by JAX's own products with the scores, without the library."""
 
     def relative(params: Any, x: Array, y: Array, direction: Any) -> Scalar:
         def values(p: Any) -> Array:
@@ -246,8 +246,8 @@ def residual(log_prob: LogProb, damping: float) -> Callable[..., Scalar]:
 def difference(mine: Any, reference: Any) -> str:
     """The largest difference relative to the largest entry, as words.
 
-    Both sides are float32 and may share rounding where they form the same numbers: this shows that the same thing was
-    computed, not how exactly. The tests measure accuracy, in float64.
+    Both sides are float32 and may share rounding errors where they form the same numbers. So this shows that both computed the
+    same quantity, and not how accurately. The tests measure accuracy, in float64.
     """
     a, b = (np.asarray(ravel_pytree(x)[0], np.float64) for x in (mine, reference))
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
@@ -268,7 +268,7 @@ class Case:
     arguments: tuple[Any, ...]
 
     def __call__(self) -> Any:
-        """Run it to the end."""
+        """Run the program and wait for its results."""
         return jax.block_until_ready(self.program(*self.arguments))
 
     @property
@@ -300,7 +300,7 @@ class Times:
 
 
 def time_in_turn(cases: Sequence[Case], repeats: int) -> list[Times]:
-    """Times of several programs, run in turn so that a slow spell of the machine meets all of them; the first run warms up."""
+    """Times of several programs, run in turn so that a slow spell of the machine affects all; the first runs warm up."""
     for case in cases:
         case()
     seconds: list[list[float]] = [[] for _ in cases]
@@ -313,7 +313,7 @@ def time_in_turn(cases: Sequence[Case], repeats: int) -> list[Times]:
 
 
 def alone(what: str, sizes: Sizes) -> dict[str, Any]:
-    """What this script measures of itself in a fresh process."""
+    """The measurements of this script run in a fresh process, for one entry of `ALONE`."""
     command = [sys.executable, __file__, "--alone", what, *(["--check"] if sizes is CHECK else [])]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     measured: dict[str, Any] = json.loads(done.stdout)
@@ -321,13 +321,13 @@ def alone(what: str, sizes: Sizes) -> dict[str, Any]:
 
 
 def peak_bytes() -> int:
-    """The most memory in use so far: of the accelerator where there is one, else of this process."""
+    """The peak of memory so far: of the accelerator if there is one, else of this process."""
     stats = jax.devices()[0].memory_stats()
     if stats:
         return int(stats["peak_bytes_in_use"])
     status = Path("/proc/self/status")
     if status.exists():
-        # Linux hands a parent's ru_maxrss down to its children; this mark is the process's own.
+        # On Linux a child inherits its parent's ru_maxrss; VmHWM is the process's own peak.
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
@@ -354,14 +354,14 @@ def _verdict(reached: bool) -> str:
 
 
 def costs(case: str, plain: Times, ours: Times, goal: float | None, note: str = "") -> Row:
-    """Our time in units of the plain one; a goal is an upper limit."""
+    """A row with our time in units of the plain one; a goal is an upper limit."""
     ratio = ours.median / plain.median
     limit, reached = ("", "") if goal is None else (f"at most {goal:g}", _verdict(ratio <= goal))
     return Row(case, str(plain), str(ours), f"{ratio:.2f}", limit, reached, note)
 
 
 def gains(case: str, plain: Times, ours: Times, goal: float, note: str = "") -> Row:
-    """How many times faster we are; a goal is a lower limit."""
+    """A row with the number of times by which the library is faster; a goal is a lower limit."""
     ratio = plain.median / ours.median
     return Row(case, str(plain), str(ours), f"{ratio:.3g}", f"at least {goal:g}", _verdict(ratio >= goal), note)
 
@@ -372,7 +372,7 @@ def megabytes(size: float) -> str:
 
 
 def saves(case: str, plain: Case, ours: Case, goal: float) -> Row:
-    """How many times less temporary memory we ask for."""
+    """A row with the number of times by which the library takes less temporary memory."""
     ratio = plain.temporary / ours.temporary
     words = megabytes(plain.temporary), megabytes(ours.temporary)
     return Row(case, *words, f"{ratio:.2f}", f"at least {goal:g}", _verdict(ratio >= goal))
@@ -388,7 +388,7 @@ def stays_below(case: str, plain: Case, ours: Case, n: int) -> Row:
 
 
 def print_table(title: str, rows: Sequence[Any]) -> None:
-    """A heading and an aligned table; rows are dataclasses of words, its columns their fields."""
+    """Print a heading and an aligned table; rows are dataclasses of strings, whose fields are the columns."""
     names = [field.name for field in dataclasses.fields(rows[0])]
     lines = [names, *([getattr(row, name) for name in names] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
@@ -451,7 +451,7 @@ def _step(widths: tuple[int, ...], n: int, goal: float, sizes: Sizes) -> list[Ro
 
 
 def solve(sizes: Sizes) -> list[Row]:
-    """Solves for any vector, of held scores, against one whose damping is an array that may turn out to be zero."""
+    """Solves for any vector, from scores in memory, against a solve whose damping is an array that may be zero."""
     rows = []
     for n in (sizes.examples(256), sizes.examples(512)):
         arguments = mlp(sizes.small, n)
@@ -512,7 +512,7 @@ def _first_call_alone(kind: str, sizes: Sizes) -> dict[str, Any]:
 
 
 def _against_gradient(ours: Callable[..., Any], goal: float, sizes: Sizes, *shapes: tuple[tuple[int, ...], int]) -> list[Row]:
-    """Something made of ``(params, x, y)`` in plain gradients."""
+    """The time of a function of ``(params, x, y)``, in plain gradients."""
     rows = []
     for widths, n in shapes:
         arguments = mlp(widths, sizes.examples(n))
@@ -670,7 +670,7 @@ ALONE: dict[str, Callable[[Sizes], dict[str, Any]]] = {
 
 
 def head_line(sizes: Sizes, *more: str) -> str:
-    """Where and with what this runs."""
+    """The device, the load and the versions of this run."""
     device = jax.devices()[0]
     words = [
         f"{device.device_kind} ({device.platform})",
@@ -693,7 +693,7 @@ def workload_parser(description: str | None, workloads: Iterable[str]) -> argpar
 def measure(
     parser: argparse.ArgumentParser, workloads: Mapping[str, Callable[[Sizes], Sequence[Any]]], head: Callable[[Sizes], str]
 ) -> None:
-    """Measure what was asked for, or everything, and print the tables."""
+    """Measure the workloads given on the command line, or all of them, and print the tables."""
     given = parser.parse_args()
     sizes = CHECK if given.check else FULL
     unknown = [name for name in given.workload if name not in workloads]
@@ -711,19 +711,19 @@ def measure(
 def quick_check(
     parser: argparse.ArgumentParser, workloads: Mapping[str, Callable[[Sizes], Sequence[Any]]], head: Callable[[Sizes], str]
 ) -> None:
-    """`measure`, a check compiled without XLA's optimisations: of scripts with many small programs, that is most of it."""
+    """`measure`, but a check runs without XLA's optimisations, which take most of the time of many small programs."""
     if parser.parse_args().check:
         jax.config.update("jax_disable_most_optimizations", True)
     measure(parser, workloads, head)
 
 
 def timed_head(sizes: Sizes) -> str:
-    """Where this runs, and what a time is."""
+    """`head_line`, and what the times of the tables are."""
     return head_line(sizes, f"medians (and quartiles) of {sizes.repeats} repeats in turn")
 
 
 def main() -> None:
-    """Measure what was asked for, or everything."""
+    """Measure the workloads given on the command line, or all of them."""
     parser = workload_parser(__doc__, WORKLOADS)
     parser.add_argument("--alone", choices=list(ALONE), help=argparse.SUPPRESS)
     given = parser.parse_args()

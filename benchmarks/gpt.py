@@ -1,4 +1,4 @@
-"""The next byte of the source of Python's standard library, by a GPT: four blocks of width 128, 128 bytes, a tied embedding."""
+"""The next byte of the source of Python's standard library, by a GPT: four blocks of width 128, 128 bytes, tied embedding."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import jaxfisher as jf
 
 WIDTH, HEADS, DEPTH, CONTEXT, BYTES = 128, 4, 4, 128, 256
 ENOUGH = 2_000_000
-"""Bytes of text: the first of the modules of the standard library in the order of the alphabet."""
+"""The most bytes of text: the first modules of the standard library in alphabetical order."""
 
 
 def source(context: int = CONTEXT) -> np.ndarray:
-    """Windows of text, each with the byte after it; they change a little with Python."""
+    """Windows of text, each with the byte after it; they vary a little with the version of Python."""
     files = sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py"))
     sizes = itertools.accumulate(file.stat().st_size for file in files)
     enough = [file for file, size in zip(files, sizes, strict=True) if size < ENOUGH]
@@ -29,7 +29,7 @@ def source(context: int = CONTEXT) -> np.ndarray:
 
 
 def init(key: jax.Array, width: int = WIDTH, depth: int = DEPTH, context: int = CONTEXT) -> dict[str, Any]:
-    """Normal numbers of standard deviation 0.02 for what is embedded; what is added to the stream less, by the depth."""
+    """The parameters. Embeddings have standard deviation 0.02; layers that add to the residual stream shrink with the depth."""
 
     def norm() -> dict[str, jax.Array]:
         return {"scale": jnp.ones(width), "shift": jnp.zeros(width)}
@@ -55,7 +55,7 @@ def init(key: jax.Array, width: int = WIDTH, depth: int = DEPTH, context: int = 
 
 
 def gpt(params: dict[str, Any], x: jax.Array) -> jax.Array:
-    """Logits of the next byte at each place, from the bytes up to it."""
+    """Logits of the next byte at each position, from the bytes up to it."""
     h = params["symbols"][x] + params["places"][: x.shape[-1]]
     for block in params["blocks"]:
         h = h + attention(block, normalised(h, block["norms"][0]))
@@ -64,7 +64,7 @@ def gpt(params: dict[str, Any], x: jax.Array) -> jax.Array:
 
 
 def attention(block: dict[str, Any], h: jax.Array) -> jax.Array:
-    """Each place looks at those up to it."""
+    """Causal attention: each position attends to those up to it."""
     length, size = h.shape[-2], h.shape[-1] // HEADS
     heads = linear(block["qkv"][0], h).reshape(*h.shape[:-1], 3, HEADS, size)
     q, k, v = (heads[..., i, :, :] for i in range(3))
@@ -74,7 +74,7 @@ def attention(block: dict[str, Any], h: jax.Array) -> jax.Array:
 
 
 def linear(layer: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    """Weight and bias."""
+    """A layer with a weight and a bias."""
     return x @ layer["w"] + layer["b"]
 
 
@@ -85,7 +85,7 @@ def normalised(h: jax.Array, norm: dict[str, jax.Array]) -> jax.Array:
 
 
 def byte_gpt() -> Task:
-    """In nats a window: 128 times those of a byte."""
+    """The task. The loss is in nats per window, which is 128 times that per byte."""
     windows = source()
     train, test = split(windows[:, :-1], windows[:, 1:], 16)
     watched = (train[0][:8], train[1][:8])

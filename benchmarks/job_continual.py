@@ -31,7 +31,7 @@ import jaxfisher as jf
 
 
 def plain_diagonal(params: Any, x: jax.Array) -> Any:
-    """The expectation over labels of squared gradients, one class after the other, of every example."""
+    """The mean over examples of the expectation over labels of squared gradients, computed one class after the other."""
 
     def of_class(label: jax.Array) -> Any:
         gradients = jax.vmap(jax.grad(mlp_log_prob), (None, 0, None))(params, x, label)
@@ -46,19 +46,19 @@ BATCH, STEPS = 32, 100
 
 
 def batch_score(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The mean log-probability of a batch, whose gradient's square two libraries take for a Fisher's diagonal."""
+    """The mean log-probability of a batch. Two libraries take the square of its gradient for the diagonal of a Fisher."""
     return -plain_loss(mlp_log_prob)(params, x, y)
 
 
 def squared_batches(params: Any, x: jax.Array, y: jax.Array) -> Any:
-    """The mean over batches of the squared gradient of each, which is no Fisher."""
+    """The mean over batches of the squared gradient of each batch, which is no Fisher."""
     size = min(BATCH, len(y))
     cut = [array[: len(y) // size * size].reshape(-1, size, *array.shape[1:]) for array in (x, y)]
     return jf.empirical_fisher(batch_score)(params, *cut).diagonal()
 
 
 def trained(params: Any, x: jax.Array, y: jax.Array) -> Any:
-    """The end of a task: some steps of Adam on the batch."""
+    """The parameters at the end of a task: some steps of Adam on the batch."""
     opt = optax.adam(1e-3)
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
@@ -70,7 +70,7 @@ def trained(params: Any, x: jax.Array, y: jax.Array) -> Any:
 
 
 def flops(case: Case) -> float:
-    """Operations of a compiled program without loops, as XLA counts them."""
+    """The number of operations of a compiled program without loops, as XLA counts them."""
     assert " while(" not in case.program.as_text()
     counted = case.program.cost_analysis()
     return float((counted[0] if isinstance(counted, list) else counted)["flops"])

@@ -21,7 +21,7 @@ def model(params: Float[Array, " p"], x: Float[Array, ""]) -> jf.Normal:
 
 
 def by_hand(params: Array, x: Array, weights: Array) -> Array:
-    """The same in plain JAX: slopes of the mean, their weighted products, the log-determinant."""
+    """The criterion in plain JAX: slopes of the mean, their weighted products, the log-determinant."""
     slopes = jax.vmap(jax.grad(lambda params, x: model(params, x).loc), (None, 0))(params, x)
 
     def one(weights: Array) -> Array:
@@ -31,7 +31,7 @@ def by_hand(params: Array, x: Array, weights: Array) -> Array:
 
 
 def ours(params: Array, x: Array, weights: Array) -> Array:
-    """The information of each candidate, then of each design."""
+    """The criterion by the library: the information of each candidate, then of each design."""
     informations = design.informations(model)(params, x)
     return design.d_criterion(jnp.tensordot(weights, informations, 1, precision="highest"))
 

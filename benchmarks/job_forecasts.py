@@ -29,7 +29,7 @@ def covariance(params: Float[Array, " 4"], x: Float[Array, " d"]) -> Float[Array
 
 
 def by_hand(params: Float[Array, " 4"], x: Float[Array, " d"]) -> Float[Array, "4 4"]:
-    """The formula with the inverse of the covariance, in plain JAX."""
+    """The Fisher information in plain JAX, by the formula with the inverse of the covariance."""
     slopes = jax.jacfwd(mean)(params, x)
     changes = jnp.moveaxis(jax.jacfwd(covariance)(params, x), 2, 0)
     inverse = jnp.linalg.inv(covariance(params, x))
@@ -39,7 +39,7 @@ def by_hand(params: Float[Array, " 4"], x: Float[Array, " d"]) -> Float[Array, "
 
 
 def ours(params: Float[Array, " 4"], x: Float[Array, " d"]) -> Float[Array, "4 4"]:
-    """The same as an operator, and its matrix."""
+    """The Fisher information by the library, as the matrix of an operator."""
     return forecasts.gaussian_fisher(lambda p: mean(p, x), lambda p: covariance(p, x))(params).as_matrix()
 
 

@@ -1,4 +1,4 @@
-"""Forgetting: accuracy on all tasks after the last, of permuted and of split digits, by what is kept of a task; ten seeds."""
+"""Forgetting: accuracy on all tasks after the last one, with different penalties; permuted and split digits, ten seeds."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ CHOOSING, BATCH, STEPS, RATE = 2, 32, 100, 1e-2
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scenario:
-    """Tasks one after the other, and one network for all.
+    """A sequence of tasks, and one network for all of them.
 
     Attributes:
-        name: what it is called.
-        outputs: how many the network has.
-        model: from its outputs to a distribution.
+        name: the name in the table.
+        outputs: the number of outputs of the network.
+        model: from the network's outputs to a distribution.
         train: inputs and labels, with a leading axis of tasks.
-        test: the same, of other images.
+        test: inputs and labels of other images.
     """
 
     name: str
@@ -41,8 +41,8 @@ class Scenario:
 
 
 def scenarios(sizes: Sizes) -> list[Scenario]:
-    """All ten digits with the pixels in another order for each task; and odd or even, of two digits for each task."""
-    from sklearn.datasets import load_digits  # the only place that needs it
+    """Permuted: all ten digits, with another order of the pixels for each task. Split: odd or even, two digits per task."""
+    from sklearn.datasets import load_digits  # here, since no other job needs scikit-learn
 
     images, labels = load_digits(return_X_y=True)
     images, rng = images / 16, np.random.default_rng(0)
@@ -73,13 +73,13 @@ def predicted(scenario: Scenario, params: Any, x: jax.Array) -> Any:
 
 
 def loss(scenario: Scenario, params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The mean over the images of a task."""
+    """The mean negative log-likelihood of the images of a task."""
     log_prob = jf.log_likelihood(functools.partial(predicted, scenario))
     return -jnp.mean(jax.vmap(log_prob, (None, 0, 0))(params, x, y))
 
 
 def accuracies(scenario: Scenario, params: Any) -> jax.Array:
-    """On the test images of every task."""
+    """The accuracy on the test images of every task."""
 
     def right(x: jax.Array, y: jax.Array) -> jax.Array:
         logits = predicted(scenario, params, x).logits
@@ -94,18 +94,18 @@ def exact(scenario: Scenario, params: Any, x: jax.Array, y: jax.Array) -> jf.Ope
 
 
 def kronecker(scenario: Scenario, params: Any, x: jax.Array, y: jax.Array) -> jf.Operator:
-    """Its Kronecker factors."""
+    """The Kronecker factors of the exact Fisher."""
     return jf.kronecker(jf.exact_fisher(functools.partial(predicted, scenario))(params, x))
 
 
 def empirical(scenario: Scenario, params: Any, x: jax.Array, y: jax.Array) -> jf.Operator:
-    """The diagonal at the task's own labels."""
+    """The diagonal of the empirical Fisher, at the task's own labels."""
     log_prob = jf.log_likelihood(functools.partial(predicted, scenario))
     return jf.diagonal(jf.empirical_fisher(log_prob)(params, x, y))
 
 
 def squared_batches(scenario: Scenario, params: Any, x: jax.Array, y: jax.Array) -> jf.Operator:
-    """What two libraries take for it: squares of the mean gradients of batches."""
+    """Squares of the mean gradients of batches, which two libraries take for the diagonal of a Fisher."""
     count = max(1, len(x) // BATCH)
     cut = [array[: count * (len(x) // count)].reshape(count, -1, *array.shape[1:]) for array in (x, y)]
     mean_score = lambda params, x, y: -loss(scenario, params, x, y)  # noqa: E731
@@ -118,11 +118,11 @@ WAYS: dict[str, tuple[Callable[..., jf.Operator], list[float]]] = {
     "empirical, diagonal": (empirical, [30.0, 100.0, 1000.0]),
     "squared batch gradients": (squared_batches, [100.0, 1e3, 1e4]),
 }
-"""What is kept of a task, and the strengths that are tried: as many for each, so that programs are shared."""
+"""The curvature that is kept of a task, and the strengths to try: equally many for each, so that they share a program."""
 
 
 def learned(scenario: Scenario, params: Any, data: Any, whole: jf.Operator, strength: jax.Array) -> Any:
-    """One more task by Adam, with the penalty about the last optimum, and what is right after that."""
+    """Learn one more task by Adam, with the penalty around the last optimum; the parameters and the accuracies after it."""
     opt, penalty = optax.adam(RATE), jf.ewc_penalty(whole, params, strength)
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
@@ -137,12 +137,12 @@ def learned(scenario: Scenario, params: Any, data: Any, whole: jf.Operator, stre
 
 @functools.cache
 def program(scenario: Scenario) -> Callable[..., Any]:
-    """`learned` for all runs at once."""
+    """`learned` for all runs at once, as one program."""
     return jax.jit(jax.vmap(functools.partial(learned, scenario), (0, None, 0, 0)))
 
 
 def in_turn(scenario: Scenario, make: Callable[..., jf.Operator], strengths: list[float], keys: jax.Array) -> np.ndarray:
-    """Accuracies ``[strengths, seeds, after, on]``."""
+    """Learn the tasks one after the other. Accuracies ``[strengths, seeds, after, on]``: after one task, on another."""
     params = jax.vmap(functools.partial(first, scenario))(jnp.tile(keys, len(strengths)))
     grid = jnp.repeat(jnp.asarray(strengths), len(keys))
     view = jax.jit(jax.vmap(functools.partial(make, scenario), (0, None, None)))
@@ -159,7 +159,7 @@ def in_turn(scenario: Scenario, make: Callable[..., jf.Operator], strengths: lis
 
 
 def line(case: str, bare: np.ndarray, curve: np.ndarray, strength: float) -> Row:
-    """Accuracy on all tasks after the last, of every seed, against that without a penalty; and what was forgotten."""
+    """A row: the accuracy on all tasks after the last one, against that without a penalty, and the accuracy that was lost."""
     without, end = bare[:, -1].mean(1), curve[:, -1].mean(1)
     learned_at = np.stack([curve[:, k, k] for k in range(curve.shape[1] - 1)], 1)
     words = [f"{each.mean():.1%} (+- {each.std():.1%})" for each in (without, end)]
@@ -168,14 +168,14 @@ def line(case: str, bare: np.ndarray, curve: np.ndarray, strength: float) -> Row
 
 
 def rows(sizes: Sizes) -> list[Row]:
-    """What is right on five tasks after the last, without a penalty and with one, of ten seeds."""
+    """Accuracy on five tasks after the last one, without a penalty and with one; ten seeds."""
     lines, seeds = [], 10 if sizes.shrink == 1 else 2
     keys = jax.random.split(jax.random.key(1), seeds + CHOOSING)
     for scenario in scenarios(sizes):
         found = {name: in_turn(scenario, make, strengths, keys) for name, (make, strengths) in WAYS.items()}
         bare = found["exact, diagonal"][0, :seeds]
         for name, (_, strengths) in WAYS.items():
-            # The strength is chosen on seeds that are not reported.
+            # Choose the strength on seeds that are not reported.
             best = int(np.argmax(found[name][:, seeds:, -1].mean((1, 2))))
             lines.append(line(f"{scenario.name} digits, {name}", bare, found[name][best, :seeds], strengths[best]))
         at_100 = found["squared batch gradients"][0, :seeds]

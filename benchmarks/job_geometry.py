@@ -21,7 +21,7 @@ def gamma(params: Float[Array, "2"]) -> jf.Gamma:
 
 
 def by_scipy(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """A boundary-value problem for each pair, with the metric written out."""
+    """The distances by SciPy: one boundary-value problem for each pair, with the metric written out."""
     from scipy.integrate import solve_bvp
     from scipy.special import polygamma
 
@@ -29,7 +29,7 @@ def by_scipy(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """``theta'' = -Gamma(theta', theta')`` of the metric ``[[psi'(k), -1/r], [-1/r, k/r^2]]``."""
         k, r, dk, dr = state
         metric = np.array([[polygamma(1, k), -1 / r], [-1 / r, k / r**2]])
-        # Twice the symbols with all indices down, along the velocity.
+        # The Christoffel symbols with all indices lowered, contracted twice with the velocity.
         first = 0.5 * polygamma(2, k) * dk**2 + 0.5 * dr**2 / r**2
         second = dk * dr / r**2 - k * dr**2 / r**3
         pull = np.array([first, second])
@@ -49,7 +49,7 @@ def by_scipy(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 
 def ours(starts: Float[Array, "m 2"], ends: Float[Array, "m 2"]) -> Float[Array, " m"]:
-    """All pairs in one program."""
+    """The distances by the library, all pairs in one program."""
     return jax.vmap(lambda start, end: geometry.geodesic(gamma, steps=32)(start, end).distance)(starts, ends)
 
 

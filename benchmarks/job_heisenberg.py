@@ -23,11 +23,11 @@ import jaxfisher as jf
 
 SITES, FILTERS, SAMPLES = 22, 4, 1000
 EXACT, NEAR = -39.14752260706246, 1e-3
-"""The energy of the chain of 22, in units in which a bond is the product of Pauli matrices, and how near it has to be."""
+"""The energy of the chain of 22, with bonds that are products of Pauli matrices, and the error to reach."""
 SPREAD, DAMPING, RATES, RADIUS = 0.05, 1e-3, (0.03, 0.02), 1e-2
-"""Ours takes the first rate, NetKet the better; the radius is of the trust region, which NetKet does not have."""
+"""Our run takes the first rate, and NetKet's the better of both. The radius is that of our trust region; NetKet has none."""
 TOGETHER, MOST = 10, 300
-"""After how many steps the energy is judged, and after how many a run ends."""
+"""The number of steps between two evaluations of the energy, and the number after which a run ends."""
 SEEDS = 3
 
 
@@ -38,22 +38,22 @@ def even(angles: Float[Array, "*b dk"]) -> Float[Array, "*b"]:
 
 
 def log_psi(params: Float[Array, "d k"], spins: Float[Array, " d"]) -> Scalar:
-    """A restricted Boltzmann machine that is the same when the ring is turned or all spins are turned over.
+    """A restricted Boltzmann machine that is invariant under rotations of the ring and under flipping all spins.
 
-    The signs of the amplitudes are Marshall's, and have gone into the Hamiltonian.
+    The signs of the amplitudes follow Marshall's rule, and are absorbed into the Hamiltonian.
     """
     sites = jnp.arange(len(spins))
     return jnp.sum(even(spins[(sites[:, None] + sites) % len(spins)] @ params))
 
 
 def ring_of(params: Float[Array, "d k"]) -> Float[Array, "d dk"]:
-    """The weights of each site to all hidden units, every filter at every place: ``log_psi`` is ``even(spins @ weights)``."""
+    """The weights of each site to all hidden units, one per filter and place: ``log_psi`` is ``even(spins @ weights)``."""
     sites = jnp.arange(len(params))
     return params[(sites[:, None] - sites) % len(sites)].reshape(len(sites), -1)
 
 
 def local_energy(params: Array, spins: Float[Array, " d"]) -> Scalar:
-    """``(H psi)(s) / psi(s)``: opposite neighbours are exchanged, which moves the hidden units by their two weights."""
+    """``(H psi)(s) / psi(s)``. Exchanging opposite neighbours changes the hidden units by the weights of these two sites."""
     weights, signs = ring_of(params), spins * jnp.roll(spins, -1)
     here = spins @ weights
     there = here - 2 * spins[:, None] * (weights - jnp.roll(weights, -1, 0))
@@ -61,13 +61,13 @@ def local_energy(params: Array, spins: Float[Array, " d"]) -> Scalar:
 
 
 def exchanged(spins: Float[Array, " d"], site: Array) -> Float[Array, " d"]:
-    """With the next one."""
+    """The spins with that of a site and that of the next one exchanged."""
     pair = jnp.stack([site, (site + 1) % len(spins)])
     return spins.at[pair].set(spins[pair[::-1]])
 
 
 def sampled(params: Array, spins: Float[Array, "n d"], key: PRNGKeyArray) -> Float[Array, "n d"]:
-    """Metropolis' method with as many proposals as there are sites, of a chain a sample."""
+    """One sweep of Metropolis' method: as many proposals as there are sites, with one chain per sample."""
     weights = ring_of(params)
 
     def move(carry: tuple[Array, Array], key: PRNGKeyArray) -> tuple[tuple[Array, Array], None]:
@@ -90,7 +90,7 @@ def optimiser() -> optax.GradientTransformationExtraArgs:
 
 @jax.jit
 def advance(params: Array, state: Any, spins: Array, key: PRNGKeyArray) -> tuple[Array, Any, Array]:
-    """Some steps."""
+    """`TOGETHER` steps as one program."""
 
     def step(carry: tuple[Any, Any, Any], key: PRNGKeyArray) -> tuple[tuple[Any, Any, Any], None]:
         params, state, spins = carry
@@ -105,7 +105,7 @@ def advance(params: Array, state: Any, spins: Array, key: PRNGKeyArray) -> tuple
 
 
 def ours(seed: int, sites: int, samples: int) -> Iterator[Array]:
-    """The first parameters, when all is compiled, and those after every few steps."""
+    """The first parameters, once everything is compiled, and then those after every `TOGETHER` steps."""
     keys = jax.random.split(jax.random.key(seed), 2)
     params = SPREAD * jax.random.normal(keys[0], (sites, FILTERS))
     half = jnp.tile(jnp.array([1.0, -1.0]), sites // 2)
@@ -119,7 +119,7 @@ def ours(seed: int, sites: int, samples: int) -> Iterator[Array]:
 
 
 def theirs(rate: float, seed: int, sites: int, samples: int) -> Iterator[Array]:
-    """The same by NetKet: its driver, its sampler of exchanges, its symmetric machine."""
+    """`ours` by NetKet: its driver, its exchange sampler, its symmetric machine."""
     nk = netket()
     ring = nk.graph.Chain(sites)
     hilbert = nk.hilbert.Spin(0.5, sites, total_sz=0)
@@ -140,23 +140,23 @@ def theirs(rate: float, seed: int, sites: int, samples: int) -> Iterator[Array]:
         driver.run(TOGETHER, out=nk.logging.RuntimeLog(), show_progress=False)
         (kernel,) = jax.tree.leaves(jax.block_until_ready(state.parameters))
         yield jnp.reshape(kernel, (FILTERS, sites)).T
-        if k == 0:  # those steps compiled
+        if k == 0:  # the first steps were for compiling: start again
             state.parameters = first
             state.reset()
 
 
-# --- judged by a sum over all configurations, up to the symmetries of the ring ------------------------------------------------
+# --- the energy, by a sum over all configurations up to the symmetries of the ring --------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Configurations:
-    """Those with as many spins up as down, one of each orbit of rotations and of turning all spins over.
+    """The configurations with as many spins up as down, one for each orbit of rotations and of flipping all spins.
 
     Attributes:
-        spins: of each.
-        sizes: of its orbit.
-        leads_to: which one an exchange at each site leads to.
-        active: whether the neighbours there are opposite.
+        spins: the spins of each configuration.
+        sizes: the number of configurations in its orbit.
+        leads_to: for each site, the index of the configuration to which exchanging the spins there leads.
+        active: for each site, whether the spins there are opposite.
     """
 
     spins: Float[np.ndarray, "n d"]
@@ -166,7 +166,7 @@ class Configurations:
 
 
 def canonical(states: Int[np.ndarray, "..."], sites: int) -> Int[np.ndarray, "..."]:
-    """The least number of an orbit, a bit a spin."""
+    """The least number in the orbit of each state, which is a number with one bit per spin."""
     every = (1 << sites) - 1
     turned = [((states << k) | (states >> (sites - k))) & every for k in range(sites)]
     return functools.reduce(np.minimum, [either for t in turned for either in (t, every ^ t)])
@@ -174,7 +174,7 @@ def canonical(states: Int[np.ndarray, "..."], sites: int) -> Int[np.ndarray, "..
 
 @functools.cache
 def configurations(sites: int) -> Configurations:
-    """All of a ring."""
+    """The configurations of a ring."""
     numbers = np.arange(1 << sites)
     ups = sum((numbers >> k) & 1 for k in range(sites))
     states, sizes = np.unique(canonical(numbers[ups == sites // 2], sites), return_counts=True)
@@ -186,7 +186,7 @@ def configurations(sites: int) -> Configurations:
 
 
 def exact_energy(params: Array) -> float:
-    """Of the amplitude, without samples."""
+    """The energy of the amplitude, without sampling."""
     all_ = configurations(len(params))
     value = np.asarray(jax.jit(jax.vmap(log_psi, (None, 0)))(params, all_.spins))
     psi = np.exp(value - np.max(value))
@@ -196,7 +196,7 @@ def exact_energy(params: Array) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Arrival:
-    """How long a run took to be near the energy, and where it was then or at the end."""
+    """The time and the steps that a run took to come near the energy, or in all, and its last error."""
 
     seconds: float
     steps: int
@@ -204,7 +204,7 @@ class Arrival:
 
     @property
     def near(self) -> bool:
-        """Whether it arrived."""
+        """Whether the run arrived."""
         return abs(self.error) < NEAR
 
     def __str__(self) -> str:
@@ -212,7 +212,7 @@ class Arrival:
 
 
 def arrival(run: Callable[[], Iterator[Array]], target: float) -> Arrival:
-    """Seconds of processor time of all threads; what compiles, and what judges, does so outside of them."""
+    """Run until the energy is near. The seconds are processor time of all threads, without compiling and evaluating."""
     going = run()
     next(going)
     seconds, steps, error = 0.0, 0, np.inf
@@ -235,7 +235,7 @@ def rows(sizes: Sizes) -> list[Row]:
 
 
 def line(seed: int, sites: int, samples: int, target: float) -> Row:
-    """Both from one seed, NetKet at its better rate."""
+    """A row: both libraries from one seed, NetKet at its better rate."""
     case = f"{sites} sites, seed {seed}"
     mine = arrival(lambda: ours(seed, sites, samples), target)
     try:

@@ -1,4 +1,4 @@
-"""Influence: training examples against test predictions, beside per-example gradients of both that are formed and held."""
+"""Influence of training examples on test predictions, against per-example gradients of both that are formed in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DAMPING = 1e-3
 
 
 def plain_influence(fisher: jf.Operator, params: Any, train: Any, test: Any) -> jax.Array:
-    """The same solves, and a product with the n x p matrix of per-example gradients."""
+    """The influences by the same solves, and a product with the n x p matrix of per-example gradients."""
     rows, others = (plain_scores(mlp_log_prob)(params, *data) for data in (train, test))
 
     def solve(row: jax.Array) -> jax.Array:
@@ -28,23 +28,23 @@ def plain_influence(fisher: jf.Operator, params: Any, train: Any, test: Any) -> 
 
 
 def our_influence(fisher: jf.Operator, params: Any, train: Any, test: Any) -> jax.Array:
-    """From the factors of the training scores."""
+    """The influences by the library, from the factors of the training scores."""
     return jf.influence(mlp_log_prob, fisher, len(train[1]))(params, train, test, DAMPING)[0]
 
 
 def plain_tracin(params: Any, train: Any, test: Any) -> jax.Array:
-    """Inner products of per-example gradients."""
+    """TracIn by inner products of per-example gradients."""
     rows, others = (plain_scores(mlp_log_prob)(params, *data) for data in (train, test))
     return jnp.matmul(others, rows.T, precision="highest")
 
 
 def our_tracin(params: Any, train: Any, test: Any) -> jax.Array:
-    """From the factors of both."""
+    """TracIn by the library, from the factors of both."""
     return jf.tracin(mlp_log_prob)([params], train, test)
 
 
 def line(case: str, cases: Sequence[Case], goal: float, repeats: int) -> Row:
-    """Times, the relative difference, and temporary memory."""
+    """A row: times, the relative difference, and temporary memory."""
     plain, ours = cases
     difference = jnp.max(jnp.abs(ours() - plain())) / jnp.max(jnp.abs(plain()))
     saved = plain.temporary / max(ours.temporary, 1)

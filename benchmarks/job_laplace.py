@@ -1,4 +1,4 @@
-"""Laplace's approximation: evidence and predictions of a network held dense, against its Jacobian in plain JAX."""
+"""Laplace's approximation: evidence and predictions of a network with a dense posterior, against its Jacobian in plain JAX."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def mean(params: Any, x: Array) -> Array:
 
 
 def model(params: Any, x: Array) -> jf.Normal:
-    """Known noise."""
+    """A normal distribution with known noise."""
     return jf.Normal(mean(params, x), NOISE)
 
 

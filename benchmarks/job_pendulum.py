@@ -1,4 +1,4 @@
-"""A pendulum that is swung up: return against environment steps of trust regions, beside PPO in Optax; five seeds."""
+"""Swinging up a pendulum: return against environment steps, by trust regions and by PPO in Optax; five seeds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TORQUES = np.linspace(-2.0, 2.0, 5)
 
 
 class Policy(NamedTuple):
-    """A model, the shapes of what it adds to the hidden layer, the torque of an action, and the divergence by its formula."""
+    """A model, the shape of its outputs, the torque of an action, and the KL divergence by its formula."""
 
     name: str
     model: Callable[[Any, jax.Array], Any]
@@ -35,7 +35,7 @@ class Policy(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What was seen and done, how much better it was than expected, and the returns that were expected of it."""
+    """Observations, actions, their standardised advantages, and the returns to which the baseline is fitted."""
 
     seen: jax.Array
     action: jax.Array
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
 
 
 class Method(NamedTuple):
-    """The state of an optimiser at first, and new parameters and state from a batch and a key."""
+    """The initial state of an optimiser, and a function from parameters, state, a batch and a key to new ones."""
 
     init: Callable[[Any], Any]
     update: Callable[[Any, Any, Batch, jax.Array], tuple[Any, Any]]
@@ -54,40 +54,40 @@ class Method(NamedTuple):
 
 
 def network(params: Any, x: jax.Array) -> jax.Array:
-    """One hidden layer, of ONE state."""
+    """The outputs of one hidden layer, for ONE observation."""
     return jnp.tanh(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"]
 
 
 def first(key: jax.Array, outputs: tuple[int, ...] = ()) -> Any:
-    """Outputs are small at first."""
+    """Initial parameters, with which outputs are small."""
     keys = jax.random.split(key)
     w1, w2 = jax.random.normal(keys[0], (3, HIDDEN)), 0.01 * jax.random.normal(keys[1], (HIDDEN, *outputs))
     return {"w1": w1, "b1": jnp.zeros(HIDDEN), "w2": w2, "b2": jnp.zeros(outputs), "log_scale": jnp.zeros(())}
 
 
 def gaussian(params: Any, x: jax.Array) -> jf.Normal:
-    """One torque."""
+    """A policy over one torque."""
     return jf.Normal(network(params, x), jnp.exp(params["log_scale"]))
 
 
 def categorical(params: Any, x: jax.Array) -> jf.Categorical:
-    """One of five torques."""
+    """A policy that chooses one of five torques."""
     return jf.Categorical(logits=network(params, x))
 
 
 def value(params: Any, x: jax.Array) -> jf.Normal:
-    """The expected return, in hundreds."""
+    """The baseline: a model of the expected discounted return, in units of ten."""
     return jf.Normal(network(params, x), 1.0)
 
 
 def gaussian_kl(old: jf.Normal, new: jf.Normal) -> jax.Array:
-    """Of normal distributions, not by the library."""
+    """The KL divergence of normal distributions, written out without the library."""
     ratio = (old.scale / new.scale) ** 2
     return 0.5 * (ratio + ((old.loc - new.loc) / new.scale) ** 2 - 1 - jnp.log(ratio))
 
 
 def categorical_kl(old: jf.Categorical, new: jf.Categorical) -> jax.Array:
-    """Of choices, not by the library."""
+    """The KL divergence of categorical distributions, written out without the library."""
     logs = [jax.nn.log_softmax(each.logits) for each in (old, new)]
     return jnp.sum(jnp.exp(logs[0]) * (logs[0] - logs[1]), axis=-1)
 
@@ -111,13 +111,13 @@ def swung(state: jax.Array, torque: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def seen(state: jax.Array) -> jax.Array:
-    """What a policy is shown."""
+    """The observation of a state."""
     angle, speed = state
     return jnp.stack([jnp.cos(angle), jnp.sin(angle), speed / 8])
 
 
 def episode(policy: Policy, params: Any, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What was seen (also at the end), the actions, and the rewards."""
+    """The observations (with that of the last state), the actions, and the rewards."""
 
     def tick(state: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
         action = policy.model(params, seen(state)).sample(key)
@@ -151,7 +151,7 @@ def collected(policy: Policy, params: Any, baseline: Any, keys: jax.Array) -> tu
 
 
 def log_probs(policy: Policy, params: Any, batch: Batch) -> jax.Array:
-    """Of the actions that were taken."""
+    """The log-probabilities of the actions that were taken."""
     return jax.vmap(jf.log_likelihood(policy.model), (None, 0, 0))(params, batch.seen, batch.action)
 
 
@@ -175,7 +175,7 @@ def trpo(policy: Policy, radius: jax.Array) -> Method:
     step = jf.training_step(policy.model, opt, jf.implicit_fisher(policy.model), loss=surrogate)
 
     def update(params: Any, state: Any, batch: Batch, key: jax.Array) -> tuple[Any, Any]:
-        del key  # nothing is drawn
+        del key  # this method draws no random numbers
         return step(params, state, batch.seen, (batch, log_probs(policy, params, batch)))[:2]
 
     return Method(opt.init, update)
@@ -205,7 +205,7 @@ def ppo(policy: Policy, rate: jax.Array) -> Method:
 
 
 def trained(policy: Policy, method: Method, updates: int, episodes: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean returns of the batches, and how far each update moved the policy, in nats for a visited state."""
+    """The mean return of each batch, and how far each update moved the policy, in nats per visited state."""
     keys = jax.random.split(key, 3)
 
     def one(carry: Any, key: jax.Array) -> tuple[Any, Any]:
@@ -224,7 +224,7 @@ def trained(policy: Policy, method: Method, updates: int, episodes: int, key: ja
 
 
 class Found(NamedTuple):
-    """What came of the best of a method's numbers: the number, returns and divergences ``[seeds, updates]``."""
+    """The best setting of a method: its number, returns and divergences ``[seeds, updates]``, and ``held``, as `best` says."""
 
     number: float
     gains: np.ndarray
@@ -232,17 +232,17 @@ class Found(NamedTuple):
     held: bool
 
     def words(self, before: int) -> str:
-        """The mean over the seeds of the last three batches, and the worst seed."""
+        """The mean of `at` over the seeds, and the worst seed."""
         ends = self.at(before)
         return f"{ends.mean():.0f} (worst {ends.min():.0f})"
 
     def at(self, before: int) -> np.ndarray:
-        """The return of each seed, a mean of three batches."""
+        """The return of each seed at an update, as the mean of the three batches before it."""
         return self.gains[:, max(0, before - 3) : before].mean(1)
 
 
 def best(run: Callable[[float], tuple[jax.Array, jax.Array]], numbers: tuple[float, ...]) -> Found:
-    """By the return in the end; ``held`` says that no update moved a policy by more than the number, whichever it was."""
+    """The setting with the best final return. ``held``: no update moved a policy by more than the number, with any setting."""
     tried = [(number, *map(np.asarray, run(number))) for number in numbers]
     number, gains, moves = max(tried, key=lambda each: each[1][:, -3:].mean())
     return Found(number, gains, moves, all(np.max(moves) <= number for number, _, moves in tried))

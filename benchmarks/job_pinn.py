@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Scalar
 import jaxfisher as jf
 
 RATES = (1e-3, 3e-3, 1e-2)
-"""Of Adam, the best of which is shown."""
+"""Learning rates of Adam, of which the table shows the best."""
 
 Field = Callable[[Array], Array]
 
@@ -31,13 +31,13 @@ class Equation:
     """A boundary-value problem in a unit cube.
 
     Attributes:
-        name: what the table calls it.
-        axes: how many coordinates a point has.
-        solution: the exact one, of one point.
-        residual: ``(u, x)``, what of a function u the equation wants to be zero at a point x.
+        name: the name in the table.
+        axes: the number of coordinates of a point.
+        solution: the exact solution at one point.
+        residual: ``(u, x)`` to the residual of the equation for a function u at a point x.
         faces: the faces on which the solution is given, as pairs of an axis and an end.
-        counts: how many points there are inside, and on the faces.
-        goal: the error to be reached.
+        counts: the number of points inside, and on the faces.
+        goal: the error to reach.
     """
 
     name: str
@@ -81,7 +81,7 @@ def of_heat(u: Field, x: Array) -> Array:
 
 
 def of_poisson(u: Field, x: Array, source: Field) -> Array:
-    """The Laplacian, and what it should be the opposite of."""
+    """The Laplacian plus the source."""
     return sum((second(u, x, axis) for axis in range(len(x))), start=source(x))
 
 
@@ -110,20 +110,20 @@ EQUATIONS = (
 
 
 def network(params: Any, x: Float[Array, " d"]) -> Scalar:
-    """One hidden layer."""
+    """A network of one hidden layer."""
     value: Scalar = jnp.tanh(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"]
     return value
 
 
 def start(axes: int, hidden: int) -> dict[str, Array]:
-    """Parameters."""
+    """The initial parameters."""
     keys = jax.random.split(jax.random.key(0))
     params = {"w1": jax.random.normal(keys[0], (axes, hidden)) / axes**0.5, "b1": jnp.zeros(hidden)}
     return params | {"w2": jax.random.normal(keys[1], (hidden,)) / hidden**0.5, "b2": jnp.zeros(())}
 
 
 def spread(axes: int, count: int, seed: int) -> Float[np.ndarray, "n d"]:
-    """Points of a cube, spread more evenly than random ones."""
+    """Points of a cube by Halton's sequence, which are spread more evenly than random ones."""
     return scipy.stats.qmc.Halton(axes, rng=np.random.default_rng(seed)).random(count)
 
 
@@ -136,7 +136,7 @@ def points_of(equation: Equation, shrink: int) -> dict[str, Array]:
 
 
 def problem(equation: Equation) -> jf.Residuals:
-    """The equation inside, and what is known on the faces."""
+    """The residuals of the equation inside, and of the known solution on the faces."""
 
     def interior(params: Any, x: Array) -> Array:
         return equation.residual(lambda x: network(params, x), x)
@@ -146,7 +146,7 @@ def problem(equation: Equation) -> jf.Residuals:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What an optimiser came to: its first compiled run counts for nothing."""
+    """The processor time and the error of an optimiser, in its second run: the first one warms up."""
 
     seconds: float
     error: float
@@ -156,7 +156,7 @@ class Run:
 
 
 def run(equation: Equation, optimiser: optax.GradientTransformation, points: Any, params: Any, steps: int) -> Run:
-    """The root mean square error at points that were not fitted, after so many steps."""
+    """Train for ``steps`` steps, and measure the root mean square error at points that were not fitted."""
     step = jf.training_step(problem(equation), optimiser)
 
     def one(carry: tuple[Any, Any], _: None) -> tuple[tuple[Any, Any], Array]:
@@ -174,7 +174,7 @@ def run(equation: Equation, optimiser: optax.GradientTransformation, points: Any
 
 
 def row(equation: Equation, sizes: Sizes) -> Row:
-    """Of one equation."""
+    """The row of one equation."""
     params = start(equation.axes, sizes.widths(equation.axes, 64, 1)[1])
     points, steps = points_of(equation, sizes.shrink), sizes.examples(400)
     ours = run(equation, jf.levenberg_marquardt(), points, params, steps)

@@ -1,4 +1,4 @@
-"""Policies: an update of trust region policy optimisation, beside the usual one by conjugate gradients on the KL's Hessian."""
+"""Policies: a TRPO update, against the usual one by conjugate gradients on the Hessian of the KL divergence."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def policy(params: Any, seen: jax.Array) -> jf.Normal:
 
 
 def surrogate(params: Any, seen: jax.Array, target: Any) -> jax.Array:
-    """Minus the mean advantage, by the old policy's samples."""
+    """Minus the mean advantage, estimated from the old policy's samples."""
     acted, advantage, old = target
     new = jax.vmap(jf.log_likelihood(policy), (None, 0, 0))(params, seen, acted)
     return -jnp.mean(advantage * jnp.exp(new - old))
 
 
 def plain_update(params: Any, seen: jax.Array, target: Any) -> Any:
-    """As it is usually written: products with the Hessian of the KL by `jax.jvp` of its gradient, and a search by halves."""
+    """The update as usually written: products with the Hessian of the KL by `jax.jvp` of its gradient, and halving the step."""
     start, unravel = ravel_pytree(params)
 
     def divergence(flat: jax.Array) -> jax.Array:
@@ -58,7 +58,7 @@ def plain_update(params: Any, seen: jax.Array, target: Any) -> Any:
 
 
 def our_update(params: Any, seen: jax.Array, target: Any) -> Any:
-    """As many iterations on products with the Fisher, the same radii."""
+    """The update by the library: as many iterations, on products with the Fisher, with the same radii."""
     solver = jf.CG(rtol=1e-3, max_steps=ITERATIONS)
     opt = optax.chain(jf.natural_gradient(1e3, damping=DAMPING, radius=0.7 * RADIUS, solver=solver), jf.backtrack_kl(RADIUS))
     step = jf.training_step(policy, opt, jf.implicit_fisher(policy), loss=surrogate)

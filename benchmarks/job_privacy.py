@@ -18,14 +18,14 @@ MAX_NORM = 1.0
 
 
 def plain_clipped(params: Any, x: Array, y: Array) -> Any:
-    """What people write: per-example gradients, each clipped by Optax."""
+    """The usual way: per-example gradients, each clipped by Optax."""
     gradients = jax.vmap(jax.grad(lambda p, x, y: -mlp_log_prob(p, x, y)), (None, 0, 0))(params, x, y)
     leaves, treedef = jax.tree.flatten(gradients)
     return jax.tree.unflatten(treedef, optax.per_example_global_norm_clip(leaves, MAX_NORM)[0])
 
 
 def our_clipped(params: Any, x: Array, y: Array) -> Any:
-    """The same from the factors of the scores."""
+    """The clipped sum by the library, from the factors of the scores."""
     return jf.clipped_grad(mlp_log_prob, MAX_NORM)(params, x, y).sum
 
 

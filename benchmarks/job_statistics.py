@@ -16,7 +16,7 @@ from jaxfisher import statistics
 
 
 def poisson(beta: Float[Array, " p"], x: Float[Array, " p"]) -> jf.Poisson:
-    """A Poisson regression, of one example."""
+    """The Poisson regression of one example."""
     return jf.Poisson(x @ beta)
 
 
@@ -24,14 +24,14 @@ LOG_PROB = jf.log_likelihood(poisson)
 
 
 def our_fit(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The estimates, and the covariance of White."""
+    """The estimates, and their covariance by White's sandwich."""
     found = jf.fit(poisson)(jnp.zeros(x.shape[1]), x, y)
     bread = jf.observed_information(LOG_PROB)(found.params, x, y)
     return found.params, jf.sandwich(bread, statistics.meat(LOG_PROB)(found.params, x, y)).as_matrix()
 
 
 def white(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The same by statsmodels, which the other jobs do not need."""
+    """The same by statsmodels, imported here since no other job needs it."""
     import statsmodels.api as sm
 
     return np.asarray(sm.GLM(y, x, sm.families.Poisson()).fit(cov_type="HC0", tol=1e-12).cov_params())

@@ -33,7 +33,7 @@ def log_amplitude(params: Any, spins: Float[Array, " d"]) -> Array:
 
 
 def plain_step(params: Any, spins: Array, energies: Array) -> Array:
-    """Minimum-norm stochastic reconfiguration by hand, from the centred n x p matrix of derivatives."""
+    """Minimum-norm stochastic reconfiguration in plain JAX, from the centred n x p matrix of derivatives."""
     n = len(spins)
     _, unravel = ravel_pytree(params)
     flat = ravel_pytree(params)[0]
@@ -45,13 +45,13 @@ def plain_step(params: Any, spins: Array, energies: Array) -> Array:
 
 
 def our_step(params: Any, spins: Array, energies: Array) -> Array:
-    """The same from the centred scores, which are never formed."""
+    """The same step by the library, from the centred scores, which are never formed."""
     scores = jf.scores(log_amplitude, center=True)(params, spins)
     return ravel_pytree(jf.least_squares(scores, energies, DAMPING)[0])[0]
 
 
 def netket_steps() -> dict[str, Step]:
-    """The same by NetKet, with the n x p matrix and without; their vector is twice ours."""
+    """The same step by NetKet, with the n x p matrix and without; its vector is twice ours."""
     try:
         nk = netket()
         lazy = importlib.import_module("netket._src.ngd.srt_onthefly").srt_onthefly
@@ -64,7 +64,7 @@ def netket_steps() -> dict[str, Step]:
         return jax.vmap(log_amplitude, (None, 0))(variables["params"], spins)
 
     def dense(params: Any, spins: Array, energies: Array) -> Array:
-        """What its `srt` is made of, which as a whole is refused inside `jax.jit`."""
+        """The parts of NetKet's `srt`, which cannot run as a whole inside `jax.jit`."""
         made = nk.jax.jacobian(log_psi, params, spins, {}, mode="real", dense=True, center=True)
         rows, shifts = parts._prepare_input(made, energies, mode="real", scaling_factor=1 / len(spins))
         return parts._compute_srt_update(rows, shifts, params_structure=params, **given)[0] / 2
@@ -76,7 +76,7 @@ def netket_steps() -> dict[str, Step]:
 
 
 def clocked(case: Case) -> tuple[Array, float]:
-    """What a program gives, and seconds of processor time of all threads."""
+    """The result of a program, and its seconds of processor time of all threads."""
     begin = time.process_time()
     result = case()
     return result, time.process_time() - begin

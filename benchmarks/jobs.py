@@ -1,4 +1,4 @@
-"""What a job costs beside the library that people use for it, or beside plain JAX: see README.md beside this file.
+"""The cost of each job, against the library that people use for it or against plain JAX: see README.md beside this file.
 
 python benchmarks/jobs.py [--check] [job ...]
 
@@ -7,7 +7,7 @@ A job is a file ``job_NAME.py`` beside this one, with a function ``rows`` that t
 
 from __future__ import annotations
 
-# The first import: it settles the threads of BLAS, which must be known before NumPy and JAX load it.
+# This import comes first: it sets the number of BLAS threads, which NumPy and JAX read when they load BLAS.
 from engine import quick_check, timed_head, workload_parser
 
 # isort: split
@@ -22,7 +22,7 @@ JOBS = {
 
 
 def main() -> None:
-    """Measure what was asked for, or everything."""
+    """Measure the jobs given on the command line, or all of them."""
     quick_check(workload_parser(__doc__, JOBS), JOBS, timed_head)
 
 

@@ -1,4 +1,4 @@
-"""The optimisers that `training.py` compares: ours with one setting each, the others over what they leave to be tuned."""
+"""The optimisers that `training.py` compares: ours with one setting each, the others with several settings to choose from."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from task import Task
 import jaxfisher as jf
 
 DAMPINGS = (1.0, 1e-1, 1e-2)
-"""Three first dampings for other libraries' second-order methods."""
+"""Three initial dampings for other libraries' second-order methods."""
 MOST_ROWS = 64
-"""An exact Fisher takes a row for each field of the distribution; with more of them an example it is not tried."""
+"""The most rows per example, one for each number of the distribution's fields, with which an exact Fisher is tried."""
 
 Step = Callable[[Any, Any, jax.Array, tuple[jax.Array, ...]], tuple[Any, Any]]
 """``(params, state, key, batch) -> (params, state)``."""
@@ -46,7 +46,7 @@ class Trainer:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An optimiser under a name and a setting; of several of one name the best is shown."""
+    """An optimiser with a name and a setting; the table shows the best setting of each name."""
 
     name: str
     setting: str
@@ -54,7 +54,7 @@ class Entry:
 
 
 def scanned(init: Callable[..., Any], step: Step) -> Trainer:
-    """Of a step that JAX can trace: several of them are one program."""
+    """The trainer of a step that JAX can trace: several steps are one program."""
 
     def body(carry: tuple[Any, Any], given: tuple[jax.Array, Any]) -> tuple[tuple[Any, Any], Any]:
         params, state = step(*carry, *given)
@@ -69,20 +69,20 @@ def scanned(init: Callable[..., Any], step: Step) -> Trainer:
 
 
 def called(init: Callable[..., Any], step: Step) -> Trainer:
-    """Of a step that compiles itself: one call after another."""
+    """The trainer of a step that compiles itself: one call after another."""
 
     def advance(params: Any, state: Any, keys: jax.Array, batches: Any) -> tuple[Any, Any, Any]:
         made = []
         for k, key in enumerate(keys):
             params, state = step(params, state, key, tuple(leaf[k] for leaf in batches))
-            made.append(jax.tree.map(jnp.copy, params))  # the next step may take their memory
+            made.append(jax.tree.map(jnp.copy, params))  # the next step may reuse their memory
         return params, state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
 
     return Trainer(init, advance)
 
 
 def rows(task: Task) -> int:
-    """How many rows an example has in an exact Fisher: the numbers that `forward` gives."""
+    """How many rows an example has in an exact Fisher: as many as `forward` returns numbers."""
     params = jax.eval_shape(task.init, jax.random.key(0))
     return jax.eval_shape(task.forward, params, task.train[0][:1]).size
 
@@ -102,7 +102,7 @@ def exact(task: Task, key: jax.Array) -> Callable[..., jf.Operator]:
 
 
 def drawn(task: Task, key: jax.Array) -> Callable[..., jf.Operator]:
-    """Exact products, and views of targets drawn from the model, one an example, anew at every step."""
+    """Exact products, and views made of targets drawn from the model, one per example and new at every step."""
     products, sampled = jf.implicit_fisher(task.model), jf.sampled_fisher(task.model)
     return lambda params, *inputs: products(params, *inputs, views_of=sampled(params, key, *inputs))
 
@@ -110,7 +110,7 @@ def drawn(task: Task, key: jax.Array) -> Callable[..., jf.Operator]:
 def natural(
     make: Callable[[Callable[[], jf.Operator]], optax.GradientTransformation], fisher: Fisher
 ) -> Callable[[Task], Trainer]:
-    """An optimiser that is told the form of its Fisher before the first step."""
+    """The trainer of an optimiser that must know the form of its Fisher before the first step."""
 
     def trainer(task: Task) -> Trainer:
         params = task.init(jax.random.key(0))
@@ -122,7 +122,7 @@ def natural(
 
 
 def with_optax(optimiser: optax.GradientTransformation, fisher: Fisher | None = None) -> Callable[[Task], Trainer]:
-    """Steps of `jf.training_step`, the same for all."""
+    """The trainer of an Optax optimiser, by `jf.training_step`."""
 
     def trainer(task: Task) -> Trainer:
         if fisher is not None:
@@ -139,7 +139,7 @@ def with_optax(optimiser: optax.GradientTransformation, fisher: Fisher | None = 
 
 
 def as_it_comes(optimiser: optax.GradientTransformation) -> Callable[[Task], Trainer]:
-    """A training step that is told nothing of a Fisher."""
+    """The trainer of an optimiser with the default Fisher of `jf.training_step`."""
 
     def trainer(task: Task) -> Trainer:
         made = task.training_step(optimiser)
@@ -155,7 +155,7 @@ def as_it_comes(optimiser: optax.GradientTransformation) -> Callable[[Task], Tra
 
 
 def deterministic(trainer: Callable[[Task], Trainer]) -> Callable[[Task], Trainer]:
-    """For a method that takes the loss to be the same function at every step."""
+    """The trainer of a method that needs the same loss function at every step, and so steps on all of the data."""
 
     def made(task: Task) -> Trainer:
         if task.batch is not None:
@@ -169,9 +169,9 @@ def deterministic(trainer: Callable[[Task], Trainer]) -> Callable[[Task], Traine
 
 
 def library(name: str, package: str) -> Any:
-    """A module that may not be installed, or not import on this JAX."""
+    """A module that may not be installed, or may fail to import on this JAX."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they use what JAX has deprecated
+        warnings.simplefilter("ignore")  # these libraries use functions that JAX has deprecated
         try:
             return importlib.import_module(name)
         except (ImportError, AttributeError) as error:
@@ -179,19 +179,19 @@ def library(name: str, package: str) -> Any:
 
 
 def netket() -> Any:
-    """NetKet, which would switch float64 on for everything that is measured after it."""
+    """NetKet, kept from switching float64 on for everything that is measured after it."""
     os.environ.setdefault("NETKET_ENABLE_X64", "0")
     return library("netket", "netket")
 
 
 def mean_loss(task: Task, params: Any, batch: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    """The loss in one call on a batch, as other libraries have it, and the outputs."""
+    """The loss of a batch in one call, as other libraries expect it, and the outputs."""
     outputs = task.forward(params, batch[0])
     return -jnp.sum(task.distribution(outputs).log_prob(batch[-1])) / len(batch[-1]), outputs
 
 
 def kfac_jax(damping: float, task: Task) -> Trainer:
-    """Its adaptive optimiser: learning rate, momentum and damping from the quadratic model."""
+    """The adaptive optimiser of kfac-jax: learning rate, momentum and damping come from the quadratic model."""
     library_ = library("kfac_jax", "kfac-jax")
     register = {
         jf.Categorical: library_.register_softmax_cross_entropy_loss,
@@ -230,7 +230,7 @@ def kfac_jax(damping: float, task: Task) -> Trainer:
 
 
 def somax(damping: float, task: Task) -> Trainer:
-    """Its `sgn_ce`: conjugate gradients on the Gauss-Newton matrix of a softmax, learning rate one."""
+    """Somax's `sgn_ce`: conjugate gradients on the Gauss-Newton matrix of a softmax, learning rate one."""
     library_ = library("somax", "python-somax")
     outputs = jax.eval_shape(task.forward, jax.eval_shape(task.init, jax.random.key(0)), task.train[0][:1])
     if task.distribution is not jf.Categorical or outputs.ndim != 2 or task.statistics is not None:
@@ -248,7 +248,7 @@ def somax(damping: float, task: Task) -> Trainer:
 
 
 def entries(task: Task) -> Iterator[Entry]:
-    """Ours first."""
+    """All optimisers and settings for a task, ours first."""
     yield Entry("jf.kfac", "", as_it_comes(jf.kfac()))
     if not task.lean:
         yield from settings()
@@ -264,7 +264,7 @@ def entries(task: Task) -> Iterator[Entry]:
 
 
 def settings() -> Iterator[Entry]:
-    """Ours with other settings than the defaults."""
+    """Our optimisers with settings other than the defaults."""
     yield Entry("jf.kfac, all at every step", "", as_it_comes(jf.kfac(update_every=1)))
     whole = functools.partial(jf.kfac, solver=None, update_every=1)
     yield Entry("jf.kfac, exact", "", natural(whole, exact))
@@ -275,5 +275,5 @@ def settings() -> Iterator[Entry]:
 
 
 def newton() -> optax.GradientTransformation:
-    """Fisher scoring with Levenberg and Marquardt's damping, which falls fast where the data are all there."""
+    """Fisher scoring with Levenberg and Marquardt's damping, which falls fast when every step sees all of the data."""
     return jf.adapt_damping(jf.natural_gradient(learning_rate=1.0), damping=1e-2, factor=4.0)

@@ -1,4 +1,4 @@
-"""What a step of `jf.kfac` is made of, in forward passes and in steps of Adam: see README.md beside this file.
+"""The costs of the parts of a step of `jf.kfac`, in forward passes and in steps of Adam: see README.md beside this file.
 
 python benchmarks/price.py [--check] [--repeats N] [width or task ...]
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-# Read when NumPy and JAX load it: its threads fight XLA's.
+# NumPy and JAX read this when they load BLAS, whose threads would compete with XLA's.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
@@ -25,13 +25,13 @@ import jaxfisher as jf
 
 Problem = tuple[Any, Callable[..., jf.Distribution], jax.Array, jax.Array]
 FIRST, STEPS = 6, 60
-"""Steps that are made first, and those in one call after them, whose average has every period in it."""
+"""Steps made before timing, and timed steps in one call after them; their average includes every period of `jf.kfac`."""
 SHORT = 30
-"""Steps in one call from the first one on: about what a short training takes."""
+"""Steps in one call from the first step on: about the length of a short training."""
 
 
 def problem(width: int, examples: int) -> Problem:
-    """Parameters, model and a batch for 64-width-width-10."""
+    """Parameters, model and a batch of an MLP 64-width-width-10."""
     keys = jax.random.split(jax.random.key(0), 3)
     x, y = jax.random.normal(keys[1], (examples, 64)), jax.random.randint(keys[2], (examples,), 0, 10)
     return dense(keys[0], 64, width, width, 10), lambda params, x: jf.Categorical(network(params, x)), x, y
@@ -49,7 +49,7 @@ def of_task(name: str) -> Problem:
 
 
 def parts(given: Problem) -> dict[str, tuple[int, Callable[[], Any]]]:
-    """Each part of a step, many times in a program of its own: to hand a program over takes as long as a small part."""
+    """Each part of a step, repeated many times in one program, since calling a program takes as long as a small part."""
     params, model, x, y = given
     log_prob = jf.log_likelihood(model)
     loss = lambda x: lambda p: -jnp.mean(jax.vmap(log_prob, (None, 0, 0))(p, x, y))  # noqa: E731
@@ -68,12 +68,12 @@ def parts(given: Problem) -> dict[str, tuple[int, Callable[[], Any]]]:
 
 
 def again_and_again(part: Callable[[Any], Any], argument: Any) -> Callable[[], Any]:
-    """A program of many calls of a function, each of which needs all of the one before, so that none is left out."""
+    """A program of many calls of a function. Each call depends on all results of the one before, so XLA removes none."""
 
     def call(zero: jax.Array, _: None) -> tuple[jax.Array, None]:
         leaves, treedef = jax.tree.flatten(argument)
         given = [leaf + zero.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf for leaf in leaves]
-        # Of all that is found, and behind a barrier, through which nothing sees that one number of each array would do.
+        # The barrier hides from XLA that only one number of each result is used.
         found = jax.lax.optimization_barrier(jax.tree.leaves(part(jax.tree.unflatten(treedef, given))))
         return sum((0 * leaf.reshape(-1)[0].astype(zero.dtype) for leaf in found), start=zero), None
 
@@ -82,9 +82,9 @@ def again_and_again(part: Callable[[Any], Any], argument: Any) -> Callable[[], A
 
 
 def steps(given: Problem, optimiser: optax.GradientTransformation) -> tuple[dict[str, tuple[int, Callable[[], Any]]], float]:
-    """How many steps, and a program of all of them: of many after the first, and of some from the first on.
+    """Two numbers of steps with a program of each: many steps after the first ones, and a few from the first one on.
 
-    And the seconds of the first call of a step.
+    Also the seconds of the first call of a step.
     """
     params, model, x, y = given
     step = jf.training_step(model, optimiser)
@@ -103,7 +103,7 @@ def steps(given: Problem, optimiser: optax.GradientTransformation) -> tuple[dict
 
 
 def least(programs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """The least seconds of each, run in turn, so that a slow spell meets all of them."""
+    """The least seconds of each program, run in turn so that a slow spell of the machine affects all."""
     for run in programs.values():
         jax.block_until_ready(run())
     times: dict[str, list[float]] = {name: [] for name in programs}
@@ -116,7 +116,7 @@ def least(programs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, flo
 
 
 def table(title: str, given: Problem, repeats: int) -> None:
-    """Measure and print."""
+    """Measure a problem, and print the table."""
     optimisers = {"Adam": optax.adam(1e-3), "jf.kfac": jf.kfac(), "jf.kfac, all at every step": jf.kfac(update_every=1)}
     made = {name: steps(given, optimiser) for name, optimiser in optimisers.items()}
     counted = parts(given) | {f"{what} of {name}": each for name, (found, _) in made.items() for what, each in found.items()}
@@ -131,7 +131,7 @@ def table(title: str, given: Problem, repeats: int) -> None:
 
 
 def main() -> None:
-    """A table for each network."""
+    """Print a table for each network given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*", default=["128", "512", "1024"], help="a width, or a task of training.py")
     parser.add_argument("--examples", type=int, default=512, help="in the batch of a network that is given by its width")

@@ -13,15 +13,15 @@ from task import Metric, Task, dense, split
 import jaxfisher as jf
 
 CHANNELS = (8, 16)
-"""Of each stage: a stage is one block of two convolutions, and every stage but the first halves the image."""
+"""The channels of each stage. A stage is one block of two convolutions, and every stage but the first halves the image."""
 SMALLEST = 1e-3
-"""What is added to a variance."""
+"""The constant added to a variance."""
 
 Statistics = list[tuple[jax.Array, jax.Array]]
 
 
 def init(key: jax.Array) -> dict[str, Any]:
-    """He et al. (2015): variance two over the inputs. No biases: the normalisation has them."""
+    """Parameters by He et al. (2015): variance two over the inputs. The normalisation has the biases."""
 
     def layer(key: jax.Array, size: int, inputs: int, outputs: int) -> dict[str, jax.Array]:
         w = jax.random.normal(key, (size, size, inputs, outputs)) * (2 / (size * size * inputs)) ** 0.5
@@ -38,7 +38,7 @@ def init(key: jax.Array) -> dict[str, Any]:
 
 
 def run(params: dict[str, Any], x: jax.Array, given: Statistics | None) -> tuple[jax.Array, Statistics]:
-    """Logits and the statistics that normalised: those given, or the batch's own."""
+    """The logits, and the statistics used to normalise: those given, or those of the batch."""
     used: Statistics = []
 
     def normalised(layer: dict[str, jax.Array], h: jax.Array, stride: int = 1) -> jax.Array:
@@ -59,17 +59,17 @@ def run(params: dict[str, Any], x: jax.Array, given: Statistics | None) -> tuple
 
 
 def forward(params: dict[str, Any], x: jax.Array, given: Statistics | None = None) -> jax.Array:
-    """Logits."""
+    """The logits."""
     return run(params, x, given)[0]
 
 
 def statistics(params: dict[str, Any], x: jax.Array) -> Statistics:
-    """Of a batch."""
+    """The statistics of a batch."""
     return run(params, x, None)[1]
 
 
 def resnet() -> Task:
-    """Five convolutions and a dense layer; the held-out images are normalised by the statistics of all training images."""
+    """Five 3 x 3 convolutions and a dense layer. Held-out images are normalised by the statistics of all training images."""
     x, y = datasets.load_digits(return_X_y=True)
     train, test = split((x / 16).astype(np.float32), y.astype(np.int32), 360)
 

@@ -1,7 +1,7 @@
-"""MNIST-1D: forty numbers of a signal, ten classes; an MLP, a CNN and a GRU of the sizes that the data set's authors publish.
+"""MNIST-1D: signals of forty numbers in ten classes, by an MLP, a CNN and a GRU of the sizes that the authors publish.
 
-Greydanus and Kobak (ICML 2024, arXiv 2011.14439). Their table has a test accuracy of 68 %, 94 % and 91 %. The data are made by
-the generator of their package `mnist1d`, with its defaults, which needs no network.
+Greydanus and Kobak (ICML 2024, arXiv 2011.14439). Their table has test accuracies of 68 %, 94 % and 91 %. The data come from
+the generator of their package `mnist1d`, with its defaults, which needs no network connection.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CHANNELS, HIDDEN = 25, 6
 
 @functools.cache
 def data() -> tuple[Arrays, Arrays]:
-    """4000 signals to train on, 1000 held out."""
+    """4000 signals for training, and 1000 held out."""
     try:
         made = importlib.import_module("mnist1d.data").make_dataset()
     except ImportError as error:
@@ -37,7 +37,7 @@ def data() -> tuple[Arrays, Arrays]:
 
 
 def perceptron(layers: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
-    """ReLU between the layers."""
+    """The outputs of dense layers with ReLU in between."""
     *hidden, last = layers
     for layer in hidden:
         x = jax.nn.relu(x @ layer["w"] + layer["b"])
@@ -45,7 +45,7 @@ def perceptron(layers: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
 
 
 def convolution_params(key: jax.Array) -> dict[str, Any]:
-    """Three convolutions of 25 channels over 5, 3 and 3 places, with steps of two, and a dense layer."""
+    """Parameters of three convolutions of 25 channels, of widths 5, 3 and 3 and stride two, and of a dense layer."""
     *keys, last = jax.random.split(key, 4)
     shapes = [(5, 1, CHANNELS), (3, CHANNELS, CHANNELS), (3, CHANNELS, CHANNELS)]
     conv = [
@@ -56,7 +56,7 @@ def convolution_params(key: jax.Array) -> dict[str, Any]:
 
 
 def convolutions(params: dict[str, Any], x: jax.Array) -> jax.Array:
-    """ReLU after each, then the dense layer."""
+    """Convolutions with ReLU after each, then the dense layer."""
     h = x.reshape(-1, LENGTH, 1)
     for layer in params["conv"]:
         h = jax.lax.conv_general_dilated(h, layer["w"], (2,), ((1, 1),), dimension_numbers=("NWC", "WIO", "NWC"))
@@ -65,7 +65,7 @@ def convolutions(params: dict[str, Any], x: jax.Array) -> jax.Array:
 
 
 def recurrent_params(key: jax.Array) -> dict[str, Any]:
-    """A GRU of six units in each direction, and a dense layer on what both say at every place."""
+    """Parameters of a GRU of six units in each direction, and of a dense layer on the states of both at all positions."""
     *keys, last = jax.random.split(key, 5)
     uniform = lambda k, *shape: jax.random.uniform(k, shape, minval=-(HIDDEN**-0.5), maxval=HIDDEN**-0.5)  # noqa: E731
     unit = lambda a, b: {  # noqa: E731
@@ -76,13 +76,13 @@ def recurrent_params(key: jax.Array) -> dict[str, Any]:
 
 
 def recurrent(params: dict[str, Any], x: jax.Array) -> jax.Array:
-    """Cho et al. (2014), with the reset gate after the product with the state, as cuDNN has it."""
+    """The GRU of Cho et al. (2014), with the reset gate after the product with the state, as in cuDNN."""
     read = jnp.concatenate([along(unit, jnp.moveaxis(x, -1, 0), bool(k)) for k, unit in enumerate(params["units"])], axis=-1)
     return perceptron(params["out"], jnp.moveaxis(read, 0, -2).reshape(*x.shape[:-1], -1))
 
 
 def along(unit: dict[str, Any], signal: jax.Array, reverse: bool) -> jax.Array:
-    """The states at all places, in one direction."""
+    """The states at all positions, in one direction."""
 
     def step(h: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         given, kept = (
@@ -96,7 +96,7 @@ def along(unit: dict[str, Any], signal: jax.Array, reverse: bool) -> jax.Array:
 
 
 def task(name: str, forward: Callable[[Any, jax.Array], jax.Array], init: Callable[[jax.Array], Any], target: float) -> Task:
-    """One of the three."""
+    """One of the three tasks."""
     train, test = data()
     watched = (train[0][:1024], train[1][:1024])
     return Task(
@@ -106,15 +106,15 @@ def task(name: str, forward: Callable[[Any, jax.Array], jax.Array], init: Callab
 
 
 def mnist1d_mlp() -> Task:
-    """Two hidden layers of 100."""
+    """MNIST-1D by two hidden layers of 100 units."""
     return task("MLP", perceptron, lambda k: dense(k, LENGTH, 100, 100, CLASSES), 0.6)
 
 
 def mnist1d_cnn() -> Task:
-    """Three convolutions."""
+    """MNIST-1D by three convolutions."""
     return task("CNN", convolutions, convolution_params, 0.6)
 
 
 def mnist1d_gru() -> Task:
-    """A GRU in both directions."""
+    """MNIST-1D by a GRU in both directions."""
     return task("GRU", recurrent, recurrent_params, 1.2)

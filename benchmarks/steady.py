@@ -1,4 +1,4 @@
-"""Many steps of `jf.kfac` on a small GPT: whether memory grows and whether anything is compiled again: see README.md.
+"""Many steps of `jf.kfac` on a small GPT: whether memory grows, and whether anything is recompiled. See README.md.
 
 python benchmarks/steady.py [--steps N] [--check]
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-# Read when NumPy and JAX load it: its threads fight XLA's.
+# NumPy and JAX read this when they load BLAS, whose threads would compete with XLA's.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
@@ -22,23 +22,23 @@ import jaxfisher as jf
 
 WIDTH, DEPTH, CONTEXT, BATCH = 16, 2, 16, 8
 COMPILED: list[float] = []
-"""One entry for each program that XLA compiles."""
+"""The seconds of each compilation by XLA."""
 
 
 def listen(event: str, duration: float, **details: object) -> None:
-    """To JAX's own report."""
+    """A listener to JAX's own events that records compilations."""
     if event == "/jax/core/compile/backend_compile_duration":
         COMPILED.append(duration)
 
 
 def resident() -> float:
-    """The memory of this process now, in MB."""
+    """The resident memory of this process now, in MB."""
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def main() -> None:
-    """Ten lines, equally spaced, the first after a tenth of the steps."""
+    """Train, and print a line after each tenth of the steps."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--check", action="store_true", help="twenty steps: that the lines run")
@@ -61,7 +61,7 @@ def main() -> None:
         params, state, loss = run(params, state, windows[rows, :-1], windows[rows, 1:])
         losses.append(float(loss) / CONTEXT)
         if t % (steps // 10) == 0:
-            sizes = [array.nbytes for array in jax.live_arrays()]  # and not the arrays, which would live on for that
+            sizes = [array.nbytes for array in jax.live_arrays()]  # no reference to the arrays, which would keep them alive
             line = [f"{t:,}", f"{np.mean(losses):.3f}", run._cache_size(), len(COMPILED), len(sizes), f"{sum(sizes) / 1e6:.2f}"]
             print("| " + " | ".join(map(str, [*line, f"{resident():.0f}", f"{time.process_time():.0f}"])) + " |", flush=True)
             losses.clear()

@@ -1,4 +1,4 @@
-"""What a training task is, and what several of them are made of: layers, metrics, a split of the data."""
+"""The definition of a training task, and the parts that several tasks share: layers, metrics, a split of the data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """What a held-out set says of parameters: ``score(params, *test)``."""
+    """A measure of parameters on a held-out set: ``score(params, *test)``."""
 
     name: str
     score: Callable[..., jax.Array]
@@ -29,27 +29,27 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """A model, its data, and the training loss to reach in nats an example.
+    """A model, its data, and the training loss to reach in nats per example.
 
     Attributes:
-        name: as the table has it.
-        forward: ``(params, x)`` to the distribution's fields; x is one example, or many along leading axes. Where there are
-            ``statistics``, ``(params, x, statistics)``; without the last it takes those of the batch that x is.
-        distribution: of those fields.
+        name: the name in the table.
+        forward: ``(params, x)`` to the distribution's fields; x is one example, or many along leading axes. If there are
+            ``statistics``, it takes them as a third argument; without that argument it uses the statistics of x as a batch.
+        distribution: from those fields to the distribution.
         init: from a key to parameters.
         train: inputs and targets.
-        test: the same, held out.
-        watched: the training data on which the loss is looked at: all of them, where that is cheap.
-        metric: of the held-out data.
-        batch: examples a step; None trains on all of the data.
+        test: inputs and targets that are held out.
+        watched: the training data on which the loss is evaluated: all of them, if that is cheap.
+        metric: the measure on the held-out data.
+        batch: examples per step; None trains on all of the data.
         target: the loss to reach.
-        max_steps: when to give up.
-        statistics: ``(params, x) -> pytree`` of a whole batch, such as means and variances that a network normalises by.
-        log_likelihood: ``(fields, y)`` of many examples, where it is not the distribution's own ``log_prob``.
-        rates: what each optimiser with a learning rate is tried at.
-        seeds: how many runs.
-        lean: that a run is long, so the rates are compared on the first seed, each given up where the best before it had
-            arrived, and ours are measured with the defaults alone.
+        max_steps: the number of steps after which a run gives up.
+        statistics: ``(params, x) -> pytree`` of a whole batch, such as means and variances by which a network normalises.
+        log_likelihood: ``(fields, y)`` of many examples, if it is not the distribution's own ``log_prob``.
+        rates: the learning rates to try for each optimiser that has one.
+        seeds: the number of runs.
+        lean: whether a run is long. Then the rates are compared on the first seed only, each run ends at the number of steps
+            with which the best rate before it arrived, and our optimisers are measured with their defaults alone.
     """
 
     name: str
@@ -71,12 +71,12 @@ class Task:
 
     @property
     def model(self) -> Callable[..., jf.Distribution]:
-        """Of ONE example, and of the statistics of its batch, where there are some."""
+        """The model of ONE example, and of the statistics of its batch if there are some."""
         return lambda params, *inputs: self.distribution(self.forward(params, *inputs))
 
     @property
     def loss(self) -> Callable[..., jax.Array]:
-        """The mean negative log-likelihood, in nats an example, of ``(params, x, y)``."""
+        """The mean negative log-likelihood of ``(params, x, y)``, in nats per example."""
         if self.log_likelihood is not None:
             return lambda params, x, y: -jnp.mean(self.log_likelihood(self.forward(params, x), y))
         if self.statistics is not None:
@@ -87,13 +87,13 @@ class Task:
     def training_step(
         self, optimiser: optax.GradientTransformation, fisher: jf.FisherFunction | None = None
     ) -> jf.TrainingStep:
-        """The library's step, of what `data` gives; with statistics the loss is the batch's own, by docs/models.md."""
+        """The library's step on what `data` returns; with statistics the loss is that of the batch, as in docs/models.md."""
         own = self.statistics is not None or self.log_likelihood is not None
         loss = lambda params, x, *data: self.loss(params, x, data[-1])  # noqa: E731
         return jf.training_step(self.model, optimiser, fisher, loss=loss if own else None)
 
     def data(self, params: Any, batch: Arrays) -> tuple[Any, ...]:
-        """What a step is given of a batch."""
+        """The arguments of a step for a batch."""
         if self.statistics is None:
             return batch
         x, y = batch
@@ -102,7 +102,7 @@ class Task:
 
     @property
     def size(self) -> int:
-        """Examples a step."""
+        """Examples per step."""
         return self.batch or len(self.train[0])
 
     def batches(self, seed: int) -> jax.Array:
@@ -120,7 +120,7 @@ class Task:
 
 
 def dense(key: jax.Array, *widths: int) -> list[dict[str, jax.Array]]:
-    """Layers with weights of variance one over the inputs, biases zero."""
+    """Layers with weights of variance one over the number of inputs, and biases of zero."""
     pairs = list(itertools.pairwise(widths))
     return [
         {"w": jax.random.normal(k, (i, o)) * i**-0.5, "b": jnp.zeros(o)}
@@ -129,7 +129,7 @@ def dense(key: jax.Array, *widths: int) -> list[dict[str, jax.Array]]:
 
 
 def network(layers: Sequence[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
-    """Tanh between the layers."""
+    """The outputs of dense layers with tanh in between."""
     *hidden, last = layers
     for layer in hidden:
         x = jnp.tanh(x @ layer["w"] + layer["b"])
@@ -140,7 +140,7 @@ def network(layers: Sequence[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
 
 
 def accuracy(forward: Callable[[Any, jax.Array], jax.Array]) -> Metric:
-    """The share of examples whose most probable class is theirs."""
+    """The share of examples whose most probable class is the right one."""
     return Metric("test accuracy", lambda params, x, y: jnp.mean((jnp.argmax(forward(params, x), -1) == y).astype(float)))
 
 
@@ -154,12 +154,12 @@ def of_loss(name: str, scale: float, model: Callable[..., jf.Distribution]) -> M
 
 
 def split(x: np.ndarray, y: np.ndarray, test: int) -> tuple[Arrays, Arrays]:
-    """To train on, and so many held out, in an order that is always the same."""
+    """Training data, and ``test`` held-out examples, split in a fixed random order."""
     order = np.random.default_rng(0).permutation(len(x))
     x, y = jnp.asarray(x[order]), jnp.asarray(y[order])
     return (x[:-test], y[:-test]), (x[-test:], y[-test:])
 
 
 def standard(x: np.ndarray) -> np.ndarray:
-    """Each column of mean zero and variance one."""
+    """The data with each column scaled to mean zero and variance one."""
     return ((x - x.mean(0)) / x.std(0)).astype(np.float32)

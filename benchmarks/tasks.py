@@ -1,4 +1,4 @@
-"""The training tasks on data that a package ships, and the table of all of them."""
+"""The training tasks on data that comes with a package, and the table of all tasks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import jaxfisher as jf
 
 
 def conv_params(key: jax.Array) -> dict[str, Any]:
-    """Two 3 x 3 convolutions, of 16 and 32 channels, and a dense layer."""
+    """Parameters of two 3 x 3 convolutions, of 16 and 32 channels, and a dense layer."""
     keys = jax.random.split(key, 3)
     shapes = [(3, 3, 1, 16), (3, 3, 16, 32)]
     return {
@@ -36,7 +36,7 @@ def conv_params(key: jax.Array) -> dict[str, Any]:
 
 
 def convolutions(params: dict[str, Any], x: jax.Array) -> jax.Array:
-    """Stride two, tanh after each, then the dense layer."""
+    """Convolutions of stride two with tanh after each, then the dense layer."""
     images = x.reshape(-1, 8, 8, 1)
     for layer in params["conv"]:
         images = jax.lax.conv_general_dilated(images, layer["w"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -48,7 +48,7 @@ WIDTH, HEADS, DEPTH, CONTEXT, SYMBOLS = 32, 4, 2, 32, 48
 
 
 def transformer_params(key: jax.Array) -> dict[str, Any]:
-    """Pre-norm blocks of attention and a network of twice the width."""
+    """Parameters of pre-norm blocks of attention and a network of twice the width."""
 
     def block(key: jax.Array) -> dict[str, Any]:
         keys = jax.random.split(key, 3)
@@ -70,7 +70,7 @@ def transformer_params(key: jax.Array) -> dict[str, Any]:
 
 
 def transformer(params: dict[str, Any], x: jax.Array) -> jax.Array:
-    """Logits of the next character at each place, from the characters up to it."""
+    """Logits of the next character at each position, from the characters up to it."""
     h = params["symbols"][x] + params["places"]
     causal = jnp.tril(jnp.ones((CONTEXT, CONTEXT), bool))
     for block in params["blocks"]:
@@ -96,21 +96,21 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def mlp() -> Task:
-    """Handwritten digits, two hidden layers of 256."""
+    """Handwritten digits, by two hidden layers of 256 units."""
     train, test = split(*_digits(), 360)
     init = lambda k: dense(k, 64, 256, 256, 10)  # noqa: E731
     return Task("digits MLP", network, jf.Categorical, init, train, test, train, accuracy(network), 256, 0.01, 300)
 
 
 def cnn() -> Task:
-    """Handwritten digits, two convolutions and a dense layer."""
+    """Handwritten digits, by two convolutions and a dense layer."""
     train, test = split(*_digits(), 360)
     score = accuracy(convolutions)
     return Task("digits CNN", convolutions, jf.Categorical, conv_params, train, test, train, score, 256, 0.01, 300)
 
 
 def autoencoder() -> Task:
-    """Black and white digits through six numbers and back, Bernoulli pixels."""
+    """An autoencoder of black and white digits with a code of six numbers and Bernoulli pixels."""
     (x, _), (held, _) = split(*_digits(), 360)
     x, held = ((image > 0.5).astype(jnp.float32) for image in (x, held))
     init = lambda k: dense(k, 64, 64, 32, 6, 32, 64, 64)  # noqa: E731
@@ -140,7 +140,7 @@ def fair() -> Task:
 
 
 def poisson() -> Task:
-    """Poisson regression of visits to a doctor on nine numbers, their squares and products: statsmodels' `randhie`."""
+    """Poisson regression of visits to a doctor on nine variables, their squares and products: statsmodels' `randhie`."""
     from statsmodels import datasets as shipped
 
     table = shipped.randhie.load_pandas().data
@@ -161,7 +161,7 @@ def poisson() -> Task:
 
 
 def text() -> Task:
-    """The next character of Python's own help texts, by a transformer of two blocks; they change a little with Python."""
+    """The next character of Python's own help texts, by a transformer of two blocks; the texts vary a little with Python."""
     string = "".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)).lower()
     common = {symbol: k for k, (symbol, _) in enumerate(Counter(string).most_common(SYMBOLS - 1))}
     codes = np.array([common.get(symbol, SYMBOLS - 1) for symbol in string], np.int32)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-# Read when NumPy and JAX load it: its threads fight XLA's.
+# NumPy and JAX read this when they load BLAS, whose threads would compete with XLA's.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
@@ -24,14 +24,14 @@ from task import Task
 from tasks import TASKS
 
 CHUNK = 5
-"""Steps in one call, which is what is timed."""
+"""Steps in one call; calls are what is timed."""
 WARM = 2
-"""Chunks before the clock: in them everything is compiled."""
+"""Chunks before the timing starts, in which everything is compiled."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training: steps and seconds of stepping to the target, the held-out score there (else at the end), the last loss.
+    """One training: steps and seconds to the target, the held-out score at the target (else at the end), the last loss.
 
     ``cpu`` is the processor time of one step, which other programs on the machine do not change.
     """
@@ -57,26 +57,26 @@ class Result:
 @functools.cache
 def evaluation(task: Task) -> Callable[[Any], jax.Array]:
     """The watched losses along a path."""
-    # One set of parameters after the other: convolutions with many kernels at once are slow on a CPU.
+    # Map over the parameters one set after the other: convolutions with many kernels at once are slow on a CPU.
     along = jax.jit(lambda path, watched: jax.lax.map(lambda params: task.loss(params, *watched), path))
     return lambda path: along(path, task.watched)
 
 
 def chunks(task: Task, seed: int) -> list[tuple[jax.Array, tuple[jax.Array, ...]]]:
-    """Keys and batches of each call: they depend on the seed alone, so they are the same for every optimiser."""
+    """Keys and batches of each call. They depend on the seed only, so they are the same for every optimiser."""
     order, keys = task.batches(seed), jax.random.split(jax.random.key(seed + 1000), task.max_steps)
     pieces = [slice(k, k + CHUNK) for k in range(0, task.max_steps, CHUNK)]
     return [(keys[piece], tuple(leaf[order[piece]] for leaf in task.train)) for piece in pieces]
 
 
 def start(task: Task, trainer: Trainer, seed: int, keys: jax.Array, batches: tuple[jax.Array, ...]) -> tuple[Any, Any]:
-    """The first parameters, which depend on the seed alone, and the state for them."""
+    """The first parameters, which depend on the seed only, and the optimiser's state for them."""
     params = task.init(jax.random.key(seed))
     return params, trainer.init(params, keys[0], tuple(leaf[0] for leaf in batches))
 
 
 def warm_up(task: Task, trainer: Trainer) -> tuple[float, int]:
-    """The seconds of a first call and of the little it runs; the bytes of the state."""
+    """The seconds of the first calls, most of which is compiling, and the bytes of the state."""
     pieces = chunks(task, 0)[:WARM]
     begun = time.perf_counter()
     params, state = start(task, trainer, 0, *pieces[0])
@@ -87,7 +87,7 @@ def warm_up(task: Task, trainer: Trainer) -> tuple[float, int]:
 
 
 def train(task: Task, trainer: Trainer, seed: int, most: int | None = None) -> Run:
-    """Train to the target, looked at after every step, or until ``most`` steps are made; only stepping is timed."""
+    """Train until the loss after a step reaches the target, or for ``most`` steps; only stepping is timed."""
     pieces = chunks(task, seed)
     params, state = start(task, trainer, seed, *pieces[0])
     seconds, cpu, made, losses, last = 0.0, 0.0, 0, np.array([np.inf]), 0
@@ -110,16 +110,16 @@ def train(task: Task, trainer: Trainer, seed: int, most: int | None = None) -> R
 
 
 def measure(task: Task, entry: Entry, seeds: int) -> Result:
-    """All seeds of an entry."""
+    """The runs of an entry with all seeds."""
     trainer = entry.make(task)
     first, size = warm_up(task, trainer)
     return Result(entry, [train(task, trainer, seed) for seed in range(seeds)], first, size)
 
 
 def raced(task: Task, settings: Sequence[Entry], seeds: int) -> Result:
-    """The setting that arrives in the fewest steps on the first seed, and all seeds of it.
+    """The setting that arrives in the fewest steps on the first seed, with its runs on all seeds.
 
-    A setting is given up at the number of steps in which one before it has arrived: it cannot be the best any more.
+    A setting is stopped at the least number of steps with which an earlier one arrived: it can no longer be the best.
     """
     tried: list[Result] = []
     trainers: list[Trainer] = []
@@ -135,7 +135,7 @@ def raced(task: Task, settings: Sequence[Entry], seeds: int) -> Result:
 
 
 def best(results: Sequence[Result]) -> Result:
-    """The setting that arrives most often, then in the fewest steps; where none arrives, that of the lowest loss."""
+    """The setting that arrives most often, and among equals in the fewest steps; if none arrives, the one of lowest loss."""
 
     def order(result: Result) -> tuple[int, float, float]:
         steps = [run.steps for run in result.runs if run.steps is not None]
@@ -149,7 +149,7 @@ def best(results: Sequence[Result]) -> Result:
 
 
 def spread(values: Sequence[float]) -> str:
-    """The median, and the least and the largest."""
+    """The median, with the least and the largest value."""
     low, middle, high = (f"{value:.3g}" for value in (min(values), float(np.median(values)), max(values)))
     return middle if low == high else f"{middle} ({low} to {high})"
 
@@ -160,7 +160,7 @@ def cpu_of(result: Result) -> float:
 
 
 def row(result: Result, adam: Result | None) -> tuple[str, ...]:
-    """A line of the table; the processor time of a step is in those of Adam, where that was measured."""
+    """A line of the table; the processor time of a step is in units of Adam's, if Adam was measured."""
     entry, runs = result.entry, result.runs
     arrived = [run for run in runs if run.steps is not None]
     return (
@@ -177,12 +177,12 @@ def row(result: Result, adam: Result | None) -> tuple[str, ...]:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table as README.md has it."""
+    """A table in Markdown, as in README.md."""
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])
 
 
 def chosen(task: Task, only: Sequence[str], check: bool) -> dict[str, list[Entry]]:
-    """The settings of each entry asked for; to check that lines run, one of each is enough."""
+    """The settings of each entry that was asked for; one of each for a check that every line runs."""
     found: dict[str, list[Entry]] = {}
     for entry in entries(task):
         if not only or any(name.lower() in entry.name.lower() for name in only):
@@ -191,7 +191,7 @@ def chosen(task: Task, only: Sequence[str], check: bool) -> dict[str, list[Entry
 
 
 def table(task: Task, asked: dict[str, list[Entry]], seeds: int) -> None:
-    """Measure and print."""
+    """Measure the optimisers on a task, and print the table."""
     tried: dict[str, Result] = {}
     left_out: dict[str, str] = {}
     for name, settings in asked.items():
@@ -211,7 +211,7 @@ def table(task: Task, asked: dict[str, list[Entry]], seeds: int) -> None:
 
 
 def main() -> None:
-    """Every optimiser on every task asked for."""
+    """Measure the optimisers on the tasks given on the command line, or on all of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tasks", nargs="*", choices=[[], *TASKS], default=[])
     parser.add_argument("--seeds", type=int, help="runs of each setting; unless given, as many as the task says")
