@@ -23,14 +23,14 @@ from jaxfisher._distributions.student_t import StudentT as StudentT
 # Models: from a distribution to a log-density.
 from jaxfisher._model import log_likelihood as log_likelihood
 
-# Divergences, and the two Hessians.
+# Divergences, and two Hessians.
 from jaxfisher._divergence import kl as kl
 from jaxfisher._divergence import kl_divergence as kl_divergence
 from jaxfisher._divergence import kl_hessian as kl_hessian
 from jaxfisher._divergence import monte_carlo_kl as monte_carlo_kl
 from jaxfisher._divergence import observed_information as observed_information
 
-# Scores, and what the engine made of them.
+# Scores, and an explanation of how they are held.
 from jaxfisher._scores import ClippedSum as ClippedSum
 from jaxfisher._scores import Scores as Scores
 from jaxfisher._scores import scores as scores
@@ -46,7 +46,7 @@ from jaxfisher._gauss_newton import gauss_newton as gauss_newton
 from jaxfisher._accumulate import accumulate as accumulate
 from jaxfisher._accumulate import merge as merge
 
-# Operators, and their views.
+# Operators and their views.
 from jaxfisher._operators.operator import Operator as Operator
 from jaxfisher._operators.block import block_diagonal as block_diagonal
 from jaxfisher._operators.formed import dense as dense
@@ -101,16 +101,16 @@ from jaxfisher._transform.scale_by_fisher import scale_by_fisher as scale_by_fis
 from jaxfisher._transform.scale_to_kl import scale_to_kl as scale_to_kl
 from jaxfisher._transform.training_step import training_step as training_step
 
-# Influence: which training examples a prediction rests on.
+# Influence: the training examples on which a prediction depends most.
 from jaxfisher.influence import influence as influence
 from jaxfisher.influence import self_influence as self_influence
 from jaxfisher.influence import tracin as tracin
 
-# Continual learning: an earlier task's Fisher as a penalty, models merged by theirs.
+# Continual learning: penalties from the Fishers of earlier tasks, and models merged with their Fishers as weights.
 from jaxfisher.continual import ewc_penalty as ewc_penalty
 from jaxfisher.continual import fisher_average as fisher_average
 
-# Looking: a verdict on a model, a spectrum, estimates with an error.
+# Diagnostics: checks of a model, spectra, and estimates with standard errors.
 from jaxfisher._check_fisher import FisherCheck as FisherCheck
 from jaxfisher._check_fisher import check_fisher as check_fisher
 from jaxfisher._diagnostics import Spectrum as Spectrum
@@ -122,7 +122,7 @@ from jaxfisher._estimate import estimate_logdet as estimate_logdet
 from jaxfisher._estimate import estimate_trace as estimate_trace
 from jaxfisher._estimate import spectral_density as spectral_density
 
-# Jobs, a room each, made of the names above.
+# Jobs: complete tasks, each in a module of its own, built from the names above.
 from jaxfisher.evidence import tune_prior as tune_prior
 from jaxfisher.posterior import Posterior as Posterior
 from jaxfisher.posterior import laplace as laplace
@@ -132,7 +132,7 @@ from jaxfisher.statistics import fit as fit
 from jaxfisher.statistics import sandwich as sandwich
 from jaxfisher.statistics import standard_errors as standard_errors
 
-# Extending: what is to be filled in, and the laws that it is held to.
+# Extending: base classes and types for new distributions, forms, views and solvers, and a check of the laws they must satisfy.
 from jaxfisher._distributions.base import family as family
 from jaxfisher._model import LogProb as LogProb
 from jaxfisher._model import Model as Model
@@ -147,7 +147,7 @@ from jaxfisher._transform.update_arguments import fisher_for as fisher_for
 from jaxfisher._laws import LawCheck as LawCheck
 from jaxfisher._laws import check_laws as check_laws
 
-# Names that are not there: what to write instead. A type checker would take every name to be there.
+# Names that do not exist: the error says what to write instead. Type checkers would take every name to exist, so hide it.
 import typing as _typing
 
 if not _typing.TYPE_CHECKING:

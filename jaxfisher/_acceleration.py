@@ -42,7 +42,7 @@ def acceleration(model: Model, *, batch_size: int | None = None) -> Acceleration
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
-        batch_size: run the model on at most so many examples at a time.
+        batch_size: run the model on at most this many examples at a time.
 
     Returns:
         A function ``(params, direction, *inputs, weights=None, counts=None)``; ``direction`` and the result are pytrees like

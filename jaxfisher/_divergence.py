@@ -85,7 +85,7 @@ def kl(model: Model, *, batch_size: int | None = None) -> KLFunction:
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
-        batch_size: work on chunks of at most so many examples, which bounds memory.
+        batch_size: work on chunks of at most this many examples, which bounds memory.
 
     Returns:
         A function ``(params_p, params_q, *inputs, weights=None, counts=None)`` that returns a scalar in nats; with weights,
@@ -205,7 +205,7 @@ def kl_hessian(model: Model, *, batch_size: int | None = None) -> HessianFunctio
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
-        batch_size: work on chunks of at most so many examples, which bounds memory.
+        batch_size: work on chunks of at most this many examples, which bounds memory.
 
     Returns:
         A function ``(params, *inputs, weights=None, counts=None)`` that returns a dense operator.
@@ -247,7 +247,7 @@ def observed_information(log_prob: LogProb, *, batch_size: int | None = None) ->
 
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
-        batch_size: work on chunks of at most so many examples, which bounds memory.
+        batch_size: work on chunks of at most this many examples, which bounds memory.
 
     Returns:
         A function ``(params, *data, weights=None, counts=None)`` that returns a dense operator.

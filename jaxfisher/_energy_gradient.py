@@ -39,7 +39,7 @@ def energy_gradient(log_psi: LogProb, *, batch_size: int | None = None) -> Calla
 
     Args:
         log_psi: ``(params, *sample) -> scalar``, the log-amplitude of ONE sample, real or complex.
-        batch_size: run the model on at most so many samples at a time, which bounds its activations.
+        batch_size: run the model on at most this many samples at a time, which bounds its activations.
 
     Returns:
         A function ``(params, *samples, local_energies, weights=None)``: ``local_energies`` has shape ``[n]``, real or complex,

@@ -151,7 +151,7 @@ def estimate_logdet(
         rtol: stop when the standard error is at most ``rtol log det(I + M)``. The test is relative to what F adds to the known
             ``log det D``, a number that does not depend on units and is not negative.
         max_samples: the most probes, of ``num_matvecs`` products each; at least 2, and used in tens.
-        num_matvecs: the Lanczos steps of each probe, at most p. Probes run one after the other, and each holds so many vectors.
+        num_matvecs: the Lanczos steps of each probe, at most p. Probes run in sequence, and each holds that many vectors.
 
     Returns:
         An `Estimate`, in nats and the statistics dtype. ``converged`` says that three errors are each at most
@@ -232,7 +232,7 @@ def spectral_density(
         points: the points at which to evaluate the density, shape ``[x]``, in the units of F.
         width: the standard deviation of the Gaussian, above zero, in the units of F.
         num_samples: the number of probes, at least 2, of ``num_matvecs`` products each.
-        num_matvecs: the Lanczos steps of each probe, at most p. Probes run one after the other, and each holds so many vectors.
+        num_matvecs: the Lanczos steps of each probe, at most p. Probes run in sequence, and each holds that many vectors.
 
     Returns:
         An `Estimate` whose value and standard error have shape ``[x]``, in the statistics dtype and one over the units of F.

@@ -63,7 +63,7 @@ def empirical_fisher(
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
         center: subtract the (weighted) mean score from every score.
-        batch_size: recompute the scores in chunks of at most so many examples at each use, instead of holding their factors.
+        batch_size: recompute the scores in chunks of at most this many examples at each use, instead of holding their factors.
         max_bytes: as in `jaxfisher.scores`, instead of a ``batch_size``.
 
     Returns:
@@ -163,7 +163,7 @@ def exact_fisher(model: Model, *, batch_size: int | None = None, max_bytes: int 
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
-        batch_size: recompute the rows in chunks of at most so many examples at each use, instead of holding their factors.
+        batch_size: recompute the rows in chunks of at most this many examples at each use, instead of holding their factors.
         max_bytes: as in `jaxfisher.scores`, instead of a ``batch_size``.
 
     Returns:
@@ -218,7 +218,7 @@ def sampled_fisher(
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
         num_samples: draws for each example, m.
-        batch_size: recompute the rows in chunks of at most so many examples at each use, instead of holding their factors.
+        batch_size: recompute the rows in chunks of at most this many examples at each use, instead of holding their factors.
         max_bytes: as in `jaxfisher.scores`, instead of a ``batch_size``.
 
     Returns:
@@ -304,7 +304,7 @@ def implicit_fisher(model: Model, *, batch_size: int | None = None) -> ImplicitF
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
-        batch_size: run the model on chunks of at most so many examples, which bounds the activations held.
+        batch_size: run the model on chunks of at most this many examples, which bounds the activations held.
 
     Returns:
         A function ``(params, *inputs, weights=None, counts=None, views_of=None)`` that returns an operator. ``views_of`` is an

@@ -109,7 +109,7 @@ def gauss_newton(
     Args:
         model: ``(params, *inputs) -> outputs`` of ONE example, a floating array or a pytree of them.
         loss: ``(outputs, target) -> scalar`` of ONE example, twice differentiable and convex in the outputs.
-        batch_size: recompute the rows in chunks of at most so many examples at each use, instead of holding their factors.
+        batch_size: recompute the rows in chunks of at most this many examples at each use, instead of holding their factors.
         max_bytes: as in `jaxfisher.scores`, instead of a ``batch_size``.
 
     Returns:

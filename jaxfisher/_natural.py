@@ -86,7 +86,7 @@ def natural_grad(
         view: a view applied to the operator before it is inverted, such as `jaxfisher.diagonal`.
         solver: as in `jaxfisher.solve`, such as ``jf.CG(rtol=1e-2, preconditioner=jf.kronecker)``. None takes the exact route;
             a Fisher held as scores is then solved as accurately as training needs, by ``jf.Cholesky(rtol=1e-3)``.
-        batch_size: bound memory by running the model on chunks of at most so many examples.
+        batch_size: bound memory by running the model on chunks of at most this many examples.
         max_bytes: with ``fisher=None``, as in `jaxfisher.scores`, instead of a ``batch_size``.
         rtol: with ``fisher=None`` and a positive damping, the residual of the solve, relative to the gradient. None stands for
             ``1e-3``, which serves training (a standard error needs 1e-5). The solution is refined only if one factorisation

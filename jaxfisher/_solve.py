@@ -39,7 +39,7 @@ class CG:
     Attributes:
         rtol: stop when ``|v - (F + damping I) x| <= rtol |v|``. Before that is believed, the residual is recomputed from ``x``,
             and once more with different rounding.
-        max_steps: give up after so many products; None means ten times the number of parameters.
+        max_steps: give up after this many products; None means ten times the number of parameters.
         preconditioner: an operator near F that is cheap to solve with, such as ``jf.kronecker(F)`` or ``jf.nystrom(F, key,
             50)``, or a view that makes one from F, such as ``jf.kronecker``. It is inverted once, with the same damping.
         start: a first guess of ``x``, such as the last step's solution; None for zero.
@@ -233,7 +233,7 @@ class LSMR:
 
     Attributes:
         rtol: the tolerance of the tests of residual and gradient, relative to the sizes of X and of the right-hand side.
-        max_steps: give up after so many steps; None means ten times the smaller of rows and parameters.
+        max_steps: give up after this many steps; None means ten times the smaller of rows and parameters.
 
     ``info.converged`` says that one of the tests was met, and that the recomputed residual of the solution is at most
     ``100 rtol`` or the root of the dtype's eps. Both are relative to ``v``, which may be small beside its terms.

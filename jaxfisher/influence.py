@@ -68,7 +68,7 @@ def influence(
         n: the number of examples that the parameters were fitted to; None for those in the mean of F (with weights, their sum).
             A sum of several means needs it.
         solver: as in `jaxfisher.solve`, such as ``jf.CG(preconditioner=jf.eigen_kronecker)`` for an implicit Fisher.
-        batch_size: compute the scores of training examples in chunks of at most so many, which bounds memory.
+        batch_size: compute the scores of training examples in chunks of at most this many, which bounds memory.
 
     Returns:
         A function ``(params, train, test, damping)``. ``test`` is a tuple of arrays with a leading axis of m examples. So is
@@ -183,7 +183,7 @@ def tracin(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[...,
 
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example.
-        batch_size: compute scores in chunks of at most so many examples, which bounds memory.
+        batch_size: compute scores in chunks of at most this many examples, which bounds memory.
 
     Returns:
         A function ``(checkpoints, train, test, rates=1.0)``. ``checkpoints`` is an iterable of parameters, which are in memory

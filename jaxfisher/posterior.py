@@ -224,7 +224,7 @@ def laplace(
         keep: which parameter leaves are uncertain: a function from the path of a leaf, such as ``"['last']['w']"``, to a bool.
             The others are known. Under ``jit``, computations that only they need are dropped.
         weights: how often each example counts, shape ``[n]``; then n is their sum. Zero marks padding.
-        batch_size: work on chunks of at most so many examples, which bounds memory.
+        batch_size: work on chunks of at most this many examples, which bounds memory.
 
     Returns:
         A `Posterior`, with draws, predictions and the evidence.

@@ -43,7 +43,7 @@ def clipped_grad(log_prob: LogProb, max_norm: chex.Numeric, *, batch_size: int |
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats; or minus any loss of one example.
         max_norm: c, ``>= 0``, in the units of the gradient. It may be an array, as in a schedule.
-        batch_size: work on chunks of at most so many examples, which bounds memory.
+        batch_size: work on chunks of at most this many examples, which bounds memory.
 
     Returns:
         A function ``(params, *data, weights=None)`` that returns a `ClippedSum`. ``weights``, shape ``[n]``, are one for

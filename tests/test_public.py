@@ -101,10 +101,10 @@ ROOMS = {
     "Optax": "_transform",
     "Influence": "influence",
     "Continual learning": "continual",
-    "Looking": "_check_fisher _diagnostics _estimate",
+    "Diagnostics": "_check_fisher _diagnostics _estimate",
     "Jobs": "evidence posterior privacy statistics",
     "Extending": "_distributions _fisher _laws _model _operators _provenance _pytree _transform _tree",
-    "Names that are not there": "_absent",
+    "Names that do not exist": "_absent",
 }
 """The headings of the public names by their first words, in reading order, and the rooms whose names stand under each."""
 

@@ -17,7 +17,8 @@ from jaxfisher._tree import subtree
 def schur_complement(form: Form, stays: tuple[bool, ...]) -> Dense:
     """``F_kk - F_kr F_rr^+ F_rk`` over the leaves that stay, where the other leaves are r.
 
-    In units in which F has a unit diagonal: any inverse of ``F_rr`` will do, and one in other units may have no digits left.
+    It is computed in units in which F has a unit diagonal: any generalised inverse of ``F_rr`` will do, and one computed in
+    other units may have no accurate digits.
     """
     matrix = form.as_matrix()
     diagonal = jax.lax.stop_gradient(jnp.diagonal(matrix))
@@ -36,14 +37,15 @@ def schur_complement(form: Form, stays: tuple[bool, ...]) -> Dense:
 
 
 def _determined(matrix: Float[Array, "p p"], own: np.ndarray) -> Float[Array, "k k"]:
-    """The projector, of some of the parameters, onto what is left of them beside the null space of the whole matrix.
+    """The projection of the parameters ``own`` onto the complement of their part of the null space of the whole matrix.
 
-    There the others explain all, and what subtracting leaves is rounding, of any size where ``F_rr`` is nearly singular.
+    In that part the Schur complement is zero. The computed one has rounding errors there, large ones if ``F_rr`` is nearly
+    singular.
     """
     eps = float(jnp.finfo(matrix.dtype).eps)
     values, vectors = jnp.linalg.eigh(matrix)
     null = jnp.where(values <= values.size * eps * values[-1], vectors, 0)[own]
-    # A null vector is known to rounding over the smallest eigenvalue that is none of zero.
+    # The error of a null vector is the rounding error divided by the smallest nonzero eigenvalue.
     shares, basis = jnp.linalg.eigh(matmul(null, null.T))
     basis = jnp.where(shares > eps**0.5, basis, 0)
     seen = jnp.eye(own.size, dtype=matrix.dtype) - matmul(basis, basis.T)

@@ -115,7 +115,7 @@ def scores(
         log_prob: ``(params, *example) -> scalar``, the log-density of ONE example; the library maps it over the data.
         center: subtract the (weighted) mean score, with a mean of their own for real and for imaginary parts, so that
             ``S^T S / n`` is the covariance of the score.
-        batch_size: recompute the scores in chunks of at most so many examples whenever they are needed, instead of holding
+        batch_size: recompute the scores in chunks of at most this many examples whenever they are needed, instead of holding
             them.
         max_bytes: instead of a ``batch_size``: the memory that the scores of one chunk, and the computations on them, may take,
             not counting results. The library chooses the size of the chunks.

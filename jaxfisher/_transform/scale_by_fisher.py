@@ -99,7 +99,7 @@ def scale_by_fisher(
             With None a Fisher held as scores is solved as accurately as training needs, by ``jf.Cholesky(rtol=1e-3)``, unless
             the damping is known to be zero. Give a ``jf.Cholesky`` of smaller ``rtol`` for more accuracy.
         decay: ``beta`` in ``[0, 1)`` of a running mean of the view, whose shape must not depend on n.
-        update_every: make the operator (and add it to the mean) only once in so many updates; None for every update. Give
+        update_every: make the operator (and add it to the mean) only once in this many updates; None for every update. Give
             ``fisher`` as a function of no arguments, which is not run in between.
         momentum: ``mu`` in ``[0, 1)``; amplifies a constant gradient by at most ``1 / (1 - mu)``. With ``power=1`` only. A
             decay or momentum that is only known at run time to be outside ``[0, 1)`` makes the updates NaN.

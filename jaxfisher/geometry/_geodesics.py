@@ -24,7 +24,7 @@ from jaxfisher._values import check_nonnegative, described, nonnegative, whole
 STAGES, NEWTON = 8, 12
 """The number of parts of the path to the other end, and the most Newton steps for each part."""
 COARSER, NEAR = 4, 0.1
-"""Intermediate points are only hit roughly: with so many times fewer integration steps, to this share of the velocity."""
+"""Intermediate points are hit only roughly: with this factor fewer integration steps, and up to this share of the velocity."""
 
 Field = Callable[[Array], Array]
 

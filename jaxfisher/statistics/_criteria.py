@@ -27,7 +27,7 @@ def aic(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[..., Sc
 
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
-        batch_size: work on chunks of at most so many observations, which bounds memory.
+        batch_size: work on chunks of at most this many observations, which bounds memory.
 
     Returns:
         A function ``(params, *data, weights=None)``, to be called at the maximum of the likelihood, that returns a scalar in
@@ -67,7 +67,7 @@ def tic(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[..., Sc
 
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
-        batch_size: work on chunks of at most so many observations, which bounds memory.
+        batch_size: work on chunks of at most this many observations, which bounds memory.
 
     Returns:
         A function ``(params, *data, weights=None)``, to be called at the maximum of the likelihood, that returns a scalar in

@@ -109,7 +109,7 @@ def fit(
             such as `jaxfisher.statistics.firth`; the inputs are those of all examples, and the weights sum to one.
         rtol: the longest next step at convergence, in standard errors; None for the root of the dtype's eps.
         max_steps: the most steps.
-        batch_size: work on chunks of at most so many observations, which bounds memory. A penalty sees all at once.
+        batch_size: work on chunks of at most this many observations, which bounds memory. A penalty sees all at once.
 
     Returns:
         A function ``(params, *inputs, target, weights=None)``, where ``params`` is the start, that returns a

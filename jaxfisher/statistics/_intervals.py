@@ -108,7 +108,7 @@ def likelihood_interval(
         model: ``(params, *inputs) -> distribution`` of ONE example.
         function: ``params -> scalar``; with one parameter and the identity it is the plain likelihood-ratio interval.
         level: the coverage, between zero and one.
-        batch_size: work on chunks of at most so many observations, which bounds memory.
+        batch_size: work on chunks of at most this many observations, which bounds memory.
 
     Returns:
         A function ``(params, *inputs, target, weights=None) -> Interval``, to be called at the maximum of the likelihood. The
@@ -148,7 +148,7 @@ def score_interval(
         model: ``(params, *inputs) -> distribution`` of ONE example.
         function: ``params -> scalar``.
         level: the coverage, between zero and one.
-        batch_size: work on chunks of at most so many observations, which bounds memory.
+        batch_size: work on chunks of at most this many observations, which bounds memory.
 
     Returns:
         A function ``(params, *inputs, target, weights=None) -> Interval``, to be called at the maximum of the likelihood. The

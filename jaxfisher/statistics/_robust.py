@@ -44,7 +44,7 @@ def meat(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[..., O
 
     Args:
         log_prob: ``(params, *example) -> scalar`` of ONE example, in nats.
-        batch_size: run the model on at most so many observations at a time, which bounds its activations.
+        batch_size: run the model on at most this many observations at a time, which bounds its activations.
 
     Returns:
         A function ``(params, *data, groups=None, factors=None, weights=None)`` that returns a dense operator, which it makes
@@ -170,7 +170,7 @@ def leverages(model: Model, *, batch_size: int | None = None) -> Callable[..., F
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example, with one field that moves with the parameters.
-        batch_size: run the model on at most so many observations at a time, which bounds its activations.
+        batch_size: run the model on at most this many observations at a time, which bounds its activations.
 
     Returns:
         A function ``(params, *inputs, weights=None)`` that returns numbers between 0 and 1, shape ``[n]``. With weights, which
@@ -291,7 +291,7 @@ def dispersion(model: Model, *, batch_size: int | None = None) -> Callable[..., 
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example, with a ``mean`` and a ``variance``.
-        batch_size: work on chunks of at most so many observations, which bounds memory.
+        batch_size: work on chunks of at most this many observations, which bounds memory.
 
     Returns:
         A function ``(params, *inputs, target, weights=None)`` that returns a scalar. With weights, n is their sum.

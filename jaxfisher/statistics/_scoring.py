@@ -261,7 +261,7 @@ def _looked(likelihood: Likelihood, state: State, tolerance: Scalar) -> tuple[St
     rounding = told.size * jnp.maximum(digits, jnp.where(met, blur, 0))
     pulled = small & (equations.hidden > rounding)
     arrived = (offset <= tolerance) | (small & (offset >= state.offset))
-    # Limit the first step to so many lengths of the start parameters.
+    # Limit the first step to REACH lengths of the start parameters, where a length below one counts as one.
     first = REACH * jnp.maximum(1, equations.length(state.flat))
     looked = state._replace(
         radius=jnp.where(state.steps == 0, first, state.radius),
