@@ -9,6 +9,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Scalar
 
 from jaxfisher._examples import Batch
@@ -119,5 +120,7 @@ def check_terms(provenance: Provenance, fisher: Any, caller: str, fix: str) -> N
 
 def _shown(count: chex.Numeric) -> str:
     """The number as it is printed, or the letter n if it is unknown, as inside ``jit``."""
-    unknown = isinstance(count, jax.core.Tracer) or not isinstance(count, jax.Array) or count.ndim > 0
-    return "n" if unknown else f"{float(count):,.0f}"
+    known = (
+        isinstance(count, (jax.Array, np.ndarray, np.generic)) and not isinstance(count, jax.core.Tracer) and count.ndim == 0
+    )
+    return f"{float(count):,.0f}" if known else "n"

@@ -192,3 +192,24 @@ def test_what_is_no_scores_is_refused():
     for bad, match in ((jf.scores(log_psi), "a function: call it"), (3.0, "`scores` is 3.0"), (None, "`scores` is None")):
         with pytest.raises(TypeError, match=match):
             jf.fisher_from_scores(bad)
+
+
+def test_scores_of_a_fisher_know_the_examples_that_it_is_over():
+    """Whoever made them; the Fisher of the scores in a sum is over those of all terms."""
+    model = lambda mu, x: jf.Normal(mu * x, 1.0)  # noqa: E731
+    x, weights = jnp.array([1.0, -2.0, 0.5]), np.array([1.0, 0.0, 4.0])
+    log_prob, loss = jf.log_likelihood(model), lambda mean, x: (mean - x) ** 2
+    makers = {
+        "empirical": lambda **options: lambda w: jf.empirical_fisher(log_prob, **options)(1.0, x, x, weights=w),
+        "centred": lambda **options: lambda w: jf.empirical_fisher(log_prob, center=True, **options)(1.0, x, x, weights=w),
+        "exact": lambda **options: lambda w: jf.exact_fisher(model, **options)(1.0, x, weights=w),
+        "sampled": lambda **options: lambda w: jf.sampled_fisher(model, **options)(1.0, jax.random.key(0), x, weights=w),
+        "loss": lambda **options: lambda w: jf.gauss_newton(lambda p, x: p * x, loss, **options)(1.0, x, x, weights=w),
+    }
+    for name, maker in makers.items():
+        for options in ({}, {"batch_size": 2}):
+            for given, n in ((None, 3), (weights, 2)):
+                F = maker(**options)(given)
+                assert f"{jf.fisher_from_scores(F.form.scores).n:g}" == f"{F.n:g}" == str(n), (name, options)
+    F, G = makers["empirical"]()(None), makers["exact"]()(weights)
+    assert f"{jf.fisher_from_scores((F + G).form.scores).n:g}" == f"{(F + G).n:g}" == "5"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -48,12 +47,12 @@ def _values(log_prob: LogProb, params: chex.ArrayTree, batch: Batch, pieces: Sta
 
 def _values_and_scores(rows: Rows, params: chex.ArrayTree, batch: Batch) -> tuple[Any, Scores]:
     params = split(params)
-    made, weights = _run(rows, params, batch)
+    (made, weights), known = _run(rows, params, batch), mean_over("scores", batch)
     if not isinstance(made, Static):
         aux, leaves = made
-        return (aux[0] if aux else None), HeldScores(leaves, weights, batch.spec)
+        return (aux[0] if aux else None), HeldScores(leaves, weights, batch.spec, provenance=known)
     keep = (True,) * len(batch.spec.paths)
-    return None, StreamedScores(rows, params, batch.data, weights, batch.spec, made.value, keep, batch.live)
+    return None, StreamedScores(rows, params, batch.data, weights, batch.spec, made.value, keep, batch.live, provenance=known)
 
 
 @partial(once_for, examples=lambda params, batch: batch.data)
@@ -153,7 +152,7 @@ def scores(
         needs_data(data, "scores")
         batch = make_batch(params, data, weights, batch_size, max_bytes, counts)
         check_centred(center, batch, "scores")
-        made: Any = dataclasses.replace(make_scores(rows, params, batch), provenance=mean_over("scores", batch))  # type: ignore[type-var]
+        made = make_scores(rows, params, batch)
         return made.centered(made.num_rows // examples_of(made)) if center else made
 
     return scores_of

@@ -51,7 +51,7 @@ class Scores(abc.ABC):
     spec: ParamSpec
     weights: Float[Array, " rows"]
     provenance: Provenance = Provenance("scores")
-    """The provenance of a mean with these weights, for scores that `jaxfisher.scores` made."""
+    """The provenance of a mean with these weights."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Compile each method that a subclass overrides into one program."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -229,6 +230,11 @@ class JoinedScores(ScoresInPieces):
     @property
     def _way(self) -> str:
         return f"in {len(self.parts)} blocks"
+
+    @property
+    def provenance(self) -> Provenance:  # type: ignore[override]
+        """The provenance of the sum of the blocks' means."""
+        return functools.reduce(Provenance.plus, [part.provenance for part in self.parts])
 
     @property
     def spec(self) -> ParamSpec:  # type: ignore[override]
