@@ -24,7 +24,7 @@ from jaxfisher._operators.apart import factorised
 from jaxfisher._operators.turns import INVERSES
 
 WIDTHS, STEPS = (6, 8, 3), {8: 5, 4: 1, 2: 1}
-"""Two layers, whose four factors leave four devices of eight with none; and how many steps are on how many devices."""
+"""Two layers, whose four factors leave four of eight devices without one; and the number of steps by number of devices."""
 LAYERS, SIZE = 8, 256
 
 
@@ -55,7 +55,7 @@ def apart_on(mesh):
 
 
 def resumed(folder, params, data):
-    """Parameters and state after steps on fewer and fewer devices, each time from what was saved."""
+    """Parameters and state after steps on fewer and fewer devices, each time restored from a checkpoint."""
     kept = None
     for count, steps in STEPS.items():
         mesh = mesh_of(count)
@@ -111,7 +111,7 @@ def main():
         solution, info = jf.solve(K, v, 0.0)
         return solution, info.rank, info.converged
 
-    # One of them is asked for outside ``jit``, where each small operation is a program for eight devices.
+    # Only one of them is called outside ``jit``, where each small operation is a program for eight devices.
     solves = {
         "undamped": jax.jit(undamped),
         "factored": lambda K: jf.solve(K, v, 0.1, jf.factored_solve),

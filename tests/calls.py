@@ -89,7 +89,7 @@ def natural(*args, **options):
 
 
 def stepped(opt):
-    """The second update of an optimiser, as far as it goes."""
+    """The second update of an optimiser, with every keyword that one may need."""
     params = problem()[0]
     given = {"value_fn": loss, "kl_fn": lambda new: jf.kl(model)(params, new, problem()[1]), "grad": vector()}
     given["acceleration_fn"] = lambda d: jf.acceleration(model)(params, d, problem()[1])
@@ -284,11 +284,11 @@ DISTRIBUTIONS = {
     "Categorical": lambda: jf.Categorical(jnp.array([0.3, 0.1])),
     "Joint": lambda: jf.Joint({"label": jf.Categorical(jnp.array([0.3, 0.1])), "number": jf.Normal(0.3, 1.2)}),
 }
-"""The other families take long to compile, and are made of the same functions."""
+"""Families that compile fast; the others take long, and consist of the same functions."""
 
 
 def asked(make):
-    """What a distribution answers about one of its draws."""
+    """All that a distribution computes for one of its draws."""
     p = make()
     x = p.sample(key())
     entropy = () if isinstance(p, jf.Poisson) else (p.entropy(),)
@@ -316,7 +316,7 @@ OTHERS = {
 
 
 def everything(forms=("scores", "sum", "Kronecker")):
-    """All calls above, by name; what they share is made first and anew, so that a flag meets the calls only."""
+    """All calls above, by name. The objects that they share are made anew before, so that a flag affects only the calls."""
     for shared in (fisher, scores, problem, posterior, observed, information, covariance, candidates):
         shared.cache_clear()
     covariance(), candidates()

@@ -1,4 +1,4 @@
-"""What holds for every test: float64 available, no silent promotion, one fixed key, and compiling kept cheap."""
+"""The setting of every test: float64 is available, nothing is promoted silently, one key is fixed, and compiling is cheap."""
 
 import contextlib
 import importlib.metadata
@@ -9,18 +9,18 @@ import pathlib
 # optimised programs that users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 OPTIMISED = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "0"
-# A program takes the older code generator, which JAX had until 0.10, half the time that it takes the newer one.
+# The older code generator, which was JAX's default until 0.10, takes half the time of the newer one for a program.
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) <= (0, 10):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
-# No test reads where in the source an operation of a compiled program comes from.
+# No test needs the place in the source that an operation of a compiled program comes from.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 os.environ.setdefault("JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS", "0")
-# What was compiled once is kept for the next run on this machine; CI begins with nothing. `rm -r .jax_cache` forgets it.
+# Compiled programs are cached for the next run on this machine; CI starts without a cache. `rm -r .jax_cache` deletes it.
 if "CI" not in os.environ:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-    # XLA tells at length, for each program it loads, of two preferences that it compiled with and that are no features.
+    # For each program that it loads, XLA warns at length of two compile options that are not features of the machine.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
@@ -37,20 +37,20 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """Run each test with room on the stack."""
+    """Run each test with more room on the stack, see `stack.with_room`."""
     pyfuncitem.obj = stack.with_room(pyfuncitem.obj)
 
 
 @pytest.fixture(autouse=True)
 def one_place():
-    """Do not look where an operation is traced, see `stack.one_place`."""
+    """Do not record where an operation is traced, see `stack.one_place`."""
     with stack.one_place():
         yield
 
 
 @pytest.fixture(autouse=True)
 def strict(request):
-    """Every dtype and rank promotion in our code is written out; tests of other libraries' code opt out with `relaxed`."""
+    """Make JAX refuse implicit promotions of dtypes and ranks. Tests of other libraries' code opt out with `relaxed`."""
     if request.node.get_closest_marker("relaxed"):
         yield
         return
@@ -60,7 +60,7 @@ def strict(request):
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Let go of a module's compiled programs, which take gigabytes together."""
+    """Free a module's compiled programs, which take gigabytes together."""
     yield
     jax.clear_caches()
     stack.forget_context()
@@ -68,10 +68,10 @@ def forget_programs():
 
 @pytest.fixture
 def in_numpy(request):
-    """For tests of numbers, which are the same whoever computes them: nothing is compiled, see `programs.evaluate.in_numpy`.
+    """Run a test in NumPy without compiling, see `programs.evaluate.in_numpy`: for tests whose subject is a number.
 
-    Where a whole module asks for it, tests of what compiled programs do opt out with `compiled`. Where the optimised programs
-    are tested, those of such tests are too.
+    If a whole module uses the fixture, tests of the behaviour of compiled programs opt out with `compiled`. If the suite runs
+    optimised programs, the fixture does nothing.
     """
     from programs.evaluate import in_numpy
 

@@ -20,12 +20,12 @@ EXAMPLES, DEVICES = 8, 2
 
 
 def noisy(params, x, key):
-    """With a key of its own for each example."""
+    """The model with a random key for each example."""
     return model(params, x * jax.random.uniform(key, x.shape, x.dtype))
 
 
 def trained(params, keys, x, y):
-    """Steps of what users train with, in the ways they are called."""
+    """Steps of the optimisers that users train with, in the ways they are called."""
     exact, drawn = jf.natural_gradient(0.1, 0.1), jf.kfac(like=jf.exact_fisher(model)(params, x))
     by_factors, state, _ = jf.training_step(model, drawn)(params, drawn.init(params), x, y)
     in_pieces = jf.training_step(noisy, exact, jf.exact_fisher(noisy, batch_size=3))
@@ -43,7 +43,7 @@ def trained(params, keys, x, y):
 
 
 def jobs(params, keys, x, y):
-    """What the jobs beside training ask for."""
+    """The quantities that jobs other than training need."""
     F, E, n = jf.exact_fisher(model)(params, x), jf.empirical_fisher(LOG_PROB)(params, x, y), len(x)
     made = {
         "clipped": jf.clipped_grad(LOG_PROB, 0.5, batch_size=4)(params, x, y)[0],
@@ -76,7 +76,7 @@ def solves(params, keys, x, y):
 
 
 def in_a_loop(params, keys, x, y):
-    """Two batches a step, as a loop that is compiled once."""
+    """Two steps as a loop, so that the step is compiled once."""
     step = jf.training_step(model, optax.MultiSteps(jf.kfac(), 2).gradient_transformation())
     once = lambda kept, _: (step(*kept, x, y)[:2], None)  # noqa: E731
     found, _ = jax.lax.scan(once, (params, step.init(params, x, y)), length=2)[0]
@@ -89,7 +89,7 @@ def main():
     params, x, y, key = problem(EXAMPLES)
     mesh = jax.make_mesh((DEVICES,), ("examples",), axis_types=(AxisType.Explicit,))
     everywhere, apart = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("examples",)))
-    # Several programs: one of all of them takes longer to compile than they do together.
+    # Several programs, since a single one takes longer to compile than all of them together.
     for ask, run in ((answers, answers), *((inside, jax.jit(inside)) for inside in (trained, jobs, solves, in_a_loop))):
         expected = evaluated(ask, params, key[None], x, y)
         with jax.set_mesh(mesh):

@@ -46,15 +46,15 @@ class Case:
     outside: tuple[Any, ...] = ()
     """Values that are not in the support: log_prob is -inf there."""
     regular: bool = True
-    """log_prob is twice differentiable in the fields wherever the law puts mass: minus its expected Hessian is the Fisher."""
+    """log_prob is twice differentiable in the fields wherever there is mass: minus its expected Hessian is the Fisher."""
     second_moment: bool = True
     """Draws have a finite fourth moment, so that their second moment can be tested by its z-score."""
     extremes: tuple[tuple[tuple[Any, ...], tuple[Any, ...], Any], ...] = ()
-    """Triples (fields, fields of the other, x) at the ends of float32, all finite, to hold against float64."""
+    """Triples (fields, fields of the other, x) at the ends of float32, all finite, to compare with float64."""
     rtol32: float = 1e-5
-    """How far float32 may be from float64 at the extremes, relative: about 100 eps, more where a row says why."""
+    """The relative error of float32 allowed at the extremes: about 100 eps, more if a comment in the row says why."""
     self32: float = 0.0
-    """The divergence to itself in float32 is at most this squared, its change along the way to `other` to first order this."""
+    """In float32 the divergence to itself is at most the square of this, and its slope towards `other` at most this."""
 
     def make(self, dtype=jnp.float64, batch=()):
         """The distribution at `fields`, or a batch along the line from `fields` to `other`."""
@@ -89,7 +89,7 @@ def softmax(z):
 
 @family
 class Heads(Distribution):
-    """A `Joint` of a number and a flag as a family over pairs of numbers, so that it has the laws of families."""
+    """A `Joint` of a number and a flag as a family over pairs of numbers, so that the laws of families test it."""
 
     loc: Any
     scale: Any
@@ -213,7 +213,7 @@ CASES = [
             ((46.0,), (-46.0,), 1),
             ((math.log(1e6),), (math.log(1.001e6),), 1_000_500),
         ),
-        # The rate is the exponential of a field near 46, so it inherits 46 eps; the saddle point amplifies that at 1e6.
+        # The rate is the exponential of a field near 46, so its error is 46 eps, which the saddle point amplifies at 1e6.
         rtol32=1e-3,
     ),
     Case(
@@ -287,7 +287,7 @@ CASES = [
         outside=(-1.0, -1e-20),
         extremes=(
             ((1e8, 1e8), (1.0001e8, 1e8), 1.0001),
-            # Powers of two: the score in the concentration is the rounding of rate * x, unless that is exact.
+            # Powers of two make rate * x exact: otherwise its rounding error is the score in the concentration.
             ((2.0**27, 2.0**-13), (0.5, 1e-6), 2.0**40),
             ((1e-6, 1.0), (2e-6, 3.0), 1e-20),
             ((1e-6, 1e-15), (1e3, 1e-15), 1.0),

@@ -1,4 +1,4 @@
-"""What every member of a kind must satisfy, stated once. One call gives a new member every law."""
+"""The laws that every member of a kind must satisfy. One call tests a new member against all of them."""
 
 import itertools
 
@@ -24,7 +24,7 @@ def close(actual, expected, law, factor=1e5, eps=EPS):
 
 
 def check_family(case, key):
-    """Every law of a distribution; see `families.Case` for what a row states."""
+    """Check every law of a distribution; `families.Case` says what a row states."""
     check_information(case)
     check_transforms(case)
     check_narrow_dtype(case)
@@ -36,7 +36,7 @@ def check_family(case, key):
 
 
 def check_information(case):
-    """Against sums over the support in float64: normalisation, mean, KL, E[score] and the routes to the Fisher."""
+    """Check normalisation, mean, KL, E[score] and the routes to the Fisher against sums over the support in float64."""
     p, q, rule = case.make(), case.make_other(), case.rule()
     seen = evaluated(_views, p, q, rule.nodes, rule.weights)
     mass = rule.weights * np.exp(seen["log_p"])
@@ -100,7 +100,7 @@ def scores(p, nodes):
 
 
 def _subsets(p):
-    """Flags for the fields, of which some move and some do not."""
+    """All ways to flag the fields such that some move and some do not."""
     flags = itertools.product((False, True), repeat=len(jax.tree.leaves(p)))
     return [moving for moving in flags if any(moving) and not all(moving)]
 
@@ -117,7 +117,7 @@ def _narrowed(p, moving):
 
 
 def _check_narrowed(p, fisher, narrowed):
-    """Where some fields stand still: the Fisher in the others, from no more rows than they have numbers."""
+    """If only some fields move, the root gives the Fisher in these, with no more rows than they have numbers."""
     sizes = [field.size for field in jax.tree.leaves(p)]
     for moving, rows in narrowed.items():
         entries = np.flatnonzero(np.repeat(moving, sizes))
@@ -133,7 +133,7 @@ def _views(p, q, nodes, weights):
     root_mv = lambda noise: ravel_pytree(p.fisher_sqrt_mv(unravel_noise(noise)))[0]  # noqa: E731
 
     def slopes(flat):
-        """The expected score, with the density at ``p`` held; beside it all log-densities and scores."""
+        """The expected score, with the density of ``p`` held fixed, and as auxiliary output all log-densities and scores."""
         log_p, rows = jax.vmap(jax.value_and_grad(lambda flat, x: unravel(flat).log_prob(x)), (None, 0))(flat, nodes)
         mass = jax.lax.stop_gradient(weights * jnp.exp(log_p))
         return jnp.sum(mass[:, None] * rows, 0), (log_p, rows)
@@ -142,7 +142,7 @@ def _views(p, q, nodes, weights):
         kl, gradient = jax.value_and_grad(lambda flat: p.kl(unravel(flat)))(flat)
         return gradient, kl
 
-    # Each Hessian brings the values and the gradients on its way.
+    # The computation of each Hessian also returns the values and the gradients.
     expected_hessian, (log_p, rows) = jax.jacfwd(slopes, has_aux=True)(flat)
     kl_hessian, kl_self = jax.jacfwd(slope_of_kl, has_aux=True)(flat)
     return {
@@ -168,7 +168,7 @@ def _views(p, q, nodes, weights):
 
 
 def _check_reference(case, rule, log_p):
-    """log_prob against scipy.stats where the density is not vanishing (far out, scipy overflows)."""
+    """Check log_prob against scipy.stats where the density is not tiny (far out, scipy overflows)."""
     reference = case.scipy()
     log_density = reference.logpmf if hasattr(reference, "logpmf") else reference.logpdf
     there = log_p > -700
@@ -176,7 +176,7 @@ def _check_reference(case, rule, log_p):
     close(log_p[there], log_density(rule.nodes[there]), "log_prob is scipy's")
 
 
-# --- what is compared between batches and between dtypes --------------------------------------------------------------------
+# --- the quantities that are compared between batches and between dtypes ----------------------------------------------------
 
 
 def _ones(tree):
@@ -184,7 +184,7 @@ def _ones(tree):
 
 
 def _values(p, q, x):
-    """What a family computes at one point."""
+    """The quantities that a family computes at one point."""
     return {
         "log_prob": p.log_prob(x),
         "kl": p.kl(q),
@@ -210,7 +210,7 @@ def _values_and_gradients(p, q, x):
 
 by_numpy = traced(_values)
 compiled, exact = jax.jit(_values_and_gradients), traced(_values_and_gradients)
-"""In float32 as XLA computes them, one program for a family; in float64 by NumPy."""
+"""In float32 XLA computes these quantities, with one program per family; in float64 NumPy does."""
 
 
 # --- batches, pytrees and JAX's transformations ---------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def check_transforms(case):
         traces += 1
         return _values(p, q, x)
 
-    # Cut and stacked in numpy: JAX would compile each slice.
+    # NumPy slices and stacks, since JAX would compile each slice.
     held = jax.tree.map(np.asarray, batch)
     singles = [
         members(jax.tree.map(lambda leaf, i=i, j=j: leaf[i, j], held), other, x[i, j]) for i in range(2) for j in range(3)
@@ -255,7 +255,7 @@ def check_transforms(case):
 
 
 def check_narrow_dtype(case):
-    """Dtype in, dtype out, and in float32 and bfloat16 the numbers of float64 at the same (rounded) fields."""
+    """Results have the dtype of the fields, and float32 and bfloat16 agree with float64 at the same rounded fields."""
     x = case.rule().nodes[len(case.rule().nodes) // 3]
     whole = np.issubdtype(x.dtype, np.integer)
     for dtype, values in ((jnp.float32, lambda *at: compiled(*at)[0]), (jnp.bfloat16, by_numpy)):
@@ -271,7 +271,7 @@ def check_narrow_dtype(case):
             assert b.dtype == jnp.float64, f"float64 is kept, not {b.dtype}"
             close(a, b, f"{dtype.__name__} is float64 rounded", factor=50, eps=float(jnp.finfo(dtype).eps))
 
-    # Trust regions and line searches live on divergences of 1e-6: a plain arrangement has no digit left there in float32.
+    # Trust regions and line searches need divergences of 1e-6, of which a naive formula has no correct digit in float32.
     step = [a + 1e-3 * (b - a) for a, b in zip(*(jax.tree.leaves(v) for v in (case.make(), case.make_other())), strict=True)]
     near = [case.make(jnp.float32), case.family(*(leaf.astype(jnp.float32) for leaf in step))]
     kl32 = compiled(*near, x if whole else x.astype(np.float32))[0]["kl"]
@@ -284,7 +284,7 @@ def _doubled(tree):
 
 
 def check_extremes(case):
-    """At the ends of float32: what fits there comes out right, values and gradients, what does not is infinite, never NaN."""
+    """At the ends of float32, values and gradients that fit are right, and those that do not are infinite, never NaN."""
     for fields, other, x in case.extremes:
         p, q = (case.family(*(np.asarray(value, np.float32) for value in point)) for point in (fields, other))
         x = np.asarray(x) if np.issubdtype(np.asarray(x).dtype, np.integer) else np.asarray(x, np.float32)
@@ -307,13 +307,13 @@ def check_extremes(case):
 
 @traced
 def _root(p):
-    """``B``, a row for each number of the fields."""
+    """The root ``B``, with a row for each number of the fields."""
     noise, unravel = ravel_pytree(p.fisher_noise())
     return jax.vmap(lambda u: ravel_pytree(p.fisher_sqrt_mv(unravel(u)))[0])(jnp.eye(noise.size)).T
 
 
 def _check_product(narrow, exact, p, rtol, where):
-    """``B (B^T p)``, to what its two sums may round where they cancel; zeros in it come out as zeros."""
+    """Check ``B (B^T p)`` up to the rounding errors of its two sums, which may cancel; zeros must come out as zeros."""
     found, expected, root = problems.flat(narrow), problems.flat(exact), np.abs(_root(p))
     assert not np.any(np.isnan(found)), f"NaN from finite input: {where}: {found}"
     size = root @ (root.T @ np.abs(problems.flat(p)))
@@ -322,7 +322,7 @@ def _check_product(narrow, exact, p, rtol, where):
 
 
 def _check_range(narrow, exact, rtol, where):
-    """``exact`` is None where the value itself does not fit in float32: its gradient is only held to be no NaN."""
+    """If the value does not fit in float32, ``exact`` is None for its gradient, which then only must not be NaN."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(narrow):
         assert not np.any(np.isnan(leaf)), f"NaN from finite input: {where}{jax.tree_util.keystr(path)}: {leaf}"
     if exact is None:
@@ -332,7 +332,7 @@ def _check_range(narrow, exact, rtol, where):
         name = where + jax.tree_util.keystr(path)
         fits = np.abs(b) < MAX32 * (1 - rtol)
         np.testing.assert_array_equal(fits, np.isfinite(a), err_msg=f"{name}: {a} for {b}")
-        # Entries that cancel are held to the largest entry beside them that fits.
+        # The error of entries that cancel is relative to the largest entry beside them that fits.
         atol = max(rtol * np.max(np.abs(b[fits]), initial=0.0), float(jnp.finfo(jnp.float32).tiny))
         np.testing.assert_allclose(np.asarray(a, float)[fits], b[fits], rtol=rtol, atol=atol, err_msg=name)
 
@@ -348,7 +348,7 @@ def _draws(p, key):
 
 
 def check_samples(case, key):
-    """First and second moments of draws by their z-scores, and independence along the batch."""
+    """Check first and second moments of draws by their z-scores, and independence along the batch."""
     p, rule = case.make(batch=(2,)), case.rule()
     draws = np.asarray(_draws(p, key), float).reshape(DRAWS, 2, -1)
     first, second = draws[:, 0], draws[:, 1]

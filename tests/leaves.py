@@ -1,4 +1,4 @@
-"""Leaves made of random numbers, with no model behind them, and what they must give, from dense gradients in NumPy."""
+"""Leaves made of random numbers without a model, and the quantities expected of them, from dense gradients in NumPy."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from jaxfisher._tree import param_spec
 
 N, ROWS = 4, 3
 OWN, OF_EXAMPLE, OF_ROW, SHARED = (N, ROWS), (N, 1), (1, ROWS), (1, 1)
-"""The row axes of an array: examples by rows of an example, of length one where it does not depend on them."""
+"""The row axes of an array, examples and rows of an example; an axis has length one if the array does not depend on it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ def layout_of(rng, groups, inputs, outputs):
     """A layout of a leaf whose groups, inputs and outputs are in a random order, each of one axis or two."""
     sides = [[size] if rng.random() < 0.5 else _two(size) for size in (groups, inputs, outputs)]
     fine = [(side, k) for side, sizes in enumerate(sides) for k in range(len(sizes))]
-    # The axes of one side keep their order, those of different sides are mixed.
+    # The axes of one side keep their order, and those of different sides are interleaved.
     mixed = [fine[i] for i in rng.permutation(len(fine))]
     axes = tuple(sides[side][k] for side, k in mixed)
     order = tuple(mixed.index(name) for name in fine)
@@ -65,14 +65,14 @@ ORDINARY = 1.0, 1.0
 def extreme(rng, left, right, positions, biased=False):
     """Sizes of left and right factors ``[n, rows, 1, T, 1]`` from 1e-30 to 1e30, of products from 1e-8 to 1e8, and zeros.
 
-    What a left factor is larger, the right factors are smaller that it meets; but those of a layer with a bias are ordinary.
+    The larger a left factor is, the smaller are the right factors that it meets, but those of a layer with a bias are ordinary.
     """
     both = [a if a == b else 1 for a, b in zip(left, right, strict=True)]
     shapes = [(*rows, 1, positions, 1) for rows in (both, left, right)]
     powers = rng.integers(-26, 0 if biased else 27, shapes[0])
     own = [10.0 ** rng.integers(-4, 5, shape) for shape in shapes[1:]]
     sizes = [own[0] * 10.0**powers, own[1] if biased else own[1] * 10.0**-powers]
-    # A unit that is dead or saturated has a derivative of zero, however large its input; and so the other way round.
+    # A dead or saturated unit has a derivative of zero, however large its input. The reverse also occurs.
     fate = rng.random(shapes[0])
     dead = fate > 0.8, fate < 0 if biased else fate < 0.2
     huge = [np.where(other, 1e30, size) for size, other in zip(sizes, dead, strict=True)]
@@ -92,7 +92,7 @@ def summed(left, right):
 
 
 def of_factors(form, left, right, layout):
-    """A form whose gradients are those of factors."""
+    """A form made of these factors, with its gradients."""
     left, right = wide(left), wide(right)
     rows, sizes = summed(left, right), summed(np.abs(left), np.abs(right))
     return Made(form, in_leaf_order(layout, rows), in_leaf_order(layout, sizes))
@@ -106,7 +106,7 @@ def product(rng, dtype, layout, positions=1, left=OF_EXAMPLE, right=OWN, sizes=O
 
 
 def lookup(rng, dtype, layout, positions=1, left=OF_EXAMPLE, right=OWN):
-    """Rows of a table, none of which an example or a row has twice."""
+    """Rows of a table; no row of scores has a row of the table twice."""
     size = layout.inputs
     indices = np.stack([rng.permutation(size)[:positions] for _ in range(math.prod(left))]).reshape(*left, positions)
     rights = numbers(rng, *right, 1, positions, layout.outputs, dtype=dtype)
@@ -183,19 +183,19 @@ def beside(*cases):
 
 
 def scores_of(leaves, weights):
-    """Scores held in these leaves."""
+    """Scores in memory with these leaves."""
     spec = param_spec([jnp.zeros(made.shape, made.dtype) for made in leaves])
     return HeldScores(tuple(leaves), weights, spec)
 
 
 KINDS = (OWN, OF_EXAMPLE, OF_ROW, SHARED)
 USUAL = ((OWN, OF_ROW), (OF_EXAMPLE, OWN), (OF_EXAMPLE, OF_ROW))
-"""Row axes of left and right factors that differ in what depends on the row of an example, and on the example."""
+"""The usual row axes of left and right factors: they depend on the example, on its row, or on both."""
 
 
 @functools.cache
 def cases(dtype, seed=0):
-    """Leaves of every form, of every kind of row axes, of one position and more, alone, added, and with a bias."""
+    """Leaves of every form: all kinds of row axes, one position and more, single forms, sums of forms, and with a bias."""
     rng = np.random.default_rng(seed)
     wide_layout = layout_of(rng, 1, 6, 4)
     tall, many, column, row = (layout_of(rng, *sizes) for sizes in ((1, 40, 30), (3, 4, 2), (1, 6, 1), (1, 1, 4)))

@@ -32,7 +32,7 @@ def flat(tree):
 
 
 def answers(params, keys, x, y):
-    """One of every kind, along a leading axis."""
+    """One answer of every kind, with a leading axis."""
     F = jf.exact_fisher(model)(params, x)
     scores = jf.scores(LOG_PROB)(params, x, y)
     moved = jax.tree.map(lambda leaf: leaf + 0.1, params)
@@ -89,7 +89,7 @@ def main():
         expected = np.concatenate([np.asarray(single[name]) for single in each])
         off = np.abs(np.asarray(value) - expected).max() / np.abs(expected).max()
         print(json.dumps({"name": name, "off": float(off)}))
-    # Parameters that are the same everywhere are then not known to be.
+    # With ``check_vma=False`` JAX does not know that parameters are the same on all devices.
     alone = lambda params, x, y: flat(jf.natural_grad(LOG_PROB, damping=0.1)(params, x, y))[None]  # noqa: E731
     specs = (PartitionSpec(), apart, apart)
     unchecked = jax.shard_map(alone, mesh=mesh, in_specs=specs, out_specs=apart, check_vma=False)

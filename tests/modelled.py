@@ -1,4 +1,4 @@
-"""What `docs/scale.md` says that a device does and receives, against programs compiled for eight; run by `test_sharding`.
+"""The work and traffic of a device by `docs/scale.md`, against programs compiled for eight; run by `test_sharding`.
 
 Prints a line of JSON for each part of a step: its flops, and the numbers that are received, by the compiler and
 by the model, on eight devices, and on one that has as many examples as each of these; then what each of eight holds.
@@ -70,7 +70,7 @@ def main():
             expected = {"flops": flops / count, "received": received if count > 1 else 0}
             found = {"name": name, "devices": count, "compiled": compiled(run, n, count), "modelled": expected}
             print(json.dumps(found))
-    # What is held, which `jf.explain` says of each device.
+    # The memory of each device, as `jf.explain` states it.
     mesh = jax.make_mesh((DEVICES,), ("examples",), axis_types=(AxisType.Auto,))
     data = jax.device_put(2 * [jnp.ones((EXAMPLES, WIDTHS[0]))], NamedSharding(mesh, PartitionSpec("examples")))
     params = [jnp.ones(pair) for pair in PAIRS]

@@ -1,4 +1,4 @@
-"""Models for tests: one head a family, on three bodies. Heads say how raw real numbers become a distribution.
+"""Models for tests: one head per family, on three bodies. A head maps raw real numbers to a distribution.
 
 A body makes the raw numbers: linear and MLP from an input of two numbers, unconditional from the parameters alone. All three
 use the same map from raw numbers to fields, an exponential wherever a field must be positive: no parameter has a boundary,
@@ -77,13 +77,13 @@ HEADS = [
 
 @dataclasses.dataclass(frozen=True)
 class Body:
-    """What makes the raw numbers of a head: a function of the parameters and one example, and its parameters."""
+    """A function of parameters and one example that computes the raw numbers of a head, and its parameters."""
 
     name: str
     raw: Callable[..., Any]
     """``(params, *inputs) -> raw [k]``."""
     params: Callable[[tuple[float, ...]], Any]
-    """Parameters in float64 with outputs about the given centre."""
+    """From a centre to float64 parameters whose outputs are near it."""
     inputs: tuple[Any, ...] = (INPUTS,)
 
     def model(self, head):
@@ -101,7 +101,7 @@ def mlp_raw(params, x):
 
 
 def layer(rng, width_in, bias, spread):
-    """A layer with a random weight, and a bias that shakes a little about the given one."""
+    """A layer with a random weight, and the given bias with a little noise."""
     bias = np.asarray(bias, float)
     return {
         "weight": jnp.asarray(spread * rng.standard_normal((width_in, bias.size))),
@@ -126,7 +126,7 @@ BODIES = [
 
 
 def raw_rows(body, params):
-    """The raw numbers of each of three examples, shape ``[3, k]``; without inputs, three times the same."""
+    """The raw numbers of three examples, shape ``[3, k]``; three times the same if the body has no inputs."""
     return np.asarray(jax.vmap(body.raw, (None, *(0 for _ in body.inputs)), axis_size=len(INPUTS))(params, *body.inputs))
 
 
@@ -137,5 +137,5 @@ def flat_function(function, params):
 
 
 def compiled(function):
-    """`jax.jit` for functions that run once, where compiling is all that takes time."""
+    """`jax.jit` for functions that run once, so that compiling takes most of the time."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})

@@ -1,4 +1,4 @@
-"""The 27 certified nonlinear regressions of NIST, read from ``references/nist.txt``, which says where they are from."""
+"""The 27 certified nonlinear regressions of NIST, read from ``references/nist.txt``, which names its source."""
 
 import dataclasses
 import functools
@@ -68,7 +68,7 @@ MEANS = {
 
 @dataclasses.dataclass(frozen=True)
 class Certified:
-    """A data set, its mean function, and what is certified of it."""
+    """A data set, its mean function, and the certified results."""
 
     x: np.ndarray
     """Shape ``[n]``; of two predictors ``[2, n]``."""

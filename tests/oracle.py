@@ -48,7 +48,7 @@ def interval(start, end, step=STEP):
 
 
 def real_line(*breaks, scale):
-    """The real line in pieces that meet at ``breaks``."""
+    """The real line in intervals that meet at ``breaks``."""
     breaks = sorted(breaks)
     pieces = [half_line(breaks[0], scale, -1), half_line(breaks[-1], scale)]
     pieces += [interval(a, b) for a, b in itertools.pairwise(breaks)]
@@ -57,7 +57,7 @@ def real_line(*breaks, scale):
 
 def simplex3():
     """The triangle of three probabilities, as the measure ``dx_1 dx_2``."""
-    # A third of the nodes on each axis: densities of the families under test come out to 1e-14 with them.
+    # A third of the nodes on each axis is enough for 1e-14 with the densities of the families under test.
     u, weight = interval(0.0, 1.0, step=3 * STEP)
     first, rest = u[:, None], 1 - u[:, None]
     nodes = np.stack(np.broadcast_arrays(first, rest * u, rest * (1 - u)), axis=-1)

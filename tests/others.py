@@ -1,4 +1,4 @@
-"""Other libraries, where they can be had: distrax needs TFP, which not every JAX here can import."""
+"""Other libraries, if they can be imported: distrax needs TFP, which does not import on every version of JAX."""
 
 import concurrent.futures
 import importlib
@@ -10,7 +10,7 @@ import pytest
 
 
 def library(name):
-    """The module, or a visible skip."""
+    """The module; if it does not import, the test is skipped."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -20,9 +20,9 @@ def library(name):
 
 
 def from_a_process(name, results):
-    """What a function finds with a library in a process of its own, or a visible skip where it gives a string that says why.
+    """The results of a function that uses a library in a separate process. If it returns a string, the test is skipped with it.
 
-    NetKet's import sets a device mesh for all of JAX, which changes array types.
+    The process is separate because importing NetKet sets a device mesh for all of JAX, which changes array types.
     """
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"no module named {name}")

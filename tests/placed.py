@@ -32,7 +32,7 @@ EXAMPLES = 8
 
 
 class Way(NamedTuple):
-    """A mesh, the axes along which the inputs and the outputs of each layer's weight are split, and that of the examples."""
+    """A mesh, its axes that split the inputs and the outputs of each layer's weight, and its axis that splits the examples."""
 
     name: str
     mesh: Mesh
@@ -41,7 +41,7 @@ class Way(NamedTuple):
 
 
 def ways():
-    """Along the inputs, with the examples along the same axis or not, along the outputs, the hidden units, and along both."""
+    """Spread along the inputs (with the examples along the same axis, or not), the outputs, the hidden units, or along both."""
     two, four = (
         jax.make_mesh((count,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count]) for count in (2, 4)
     )
@@ -61,7 +61,7 @@ def model(params, x):
 
 
 def placed(params, way):
-    """The parameters where they belong; a bias is where its outputs are."""
+    """The parameters, spread as ``way`` says; a bias is spread as its outputs are."""
     place = lambda array, *axes: jax.device_put(array, NamedSharding(way.mesh, PartitionSpec(*axes)))  # noqa: E731
     made = []
     for layer, axes in zip(params, way.axes, strict=True):
@@ -70,7 +70,7 @@ def placed(params, way):
 
 
 def sides(blocks, way):
-    """The factors of layers, and over how many devices each is to be spread; the corner of a bias is one number."""
+    """The factors of layers, with the number of devices over which each should be spread. A bias's corner is one number."""
     for (inputs, outputs), axes in zip(blocks, way.axes, strict=True):
         counts = [1 if axis is None else way.mesh.shape[axis] for axis in axes]
         yield from ((part, counts[0]) for part in inputs[:2] if part is not None)
@@ -78,19 +78,19 @@ def sides(blocks, way):
 
 
 def shared(leaf):
-    """How many numbers of an array one device has."""
+    """The number of entries of an array on one device."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape))
 
 
 def difference(one, many):
-    """How far the results of several devices are from those of one."""
+    """The difference between the results of several devices and those of one."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True)
     pairs = [[np.float64(1) * np.asarray(leaf) for leaf in pair] for pair in pairs]
     return max(float(np.max(np.abs(a - b)) / max(np.max(np.abs(a)), 1e-300)) for a, b in pairs)
 
 
 def report(what, way, off, pieces, text):
-    """The line of one program."""
+    """Print the line of one program."""
     parts = [(leaf.shape, shared(leaf), math.prod(leaf.shape) // count) for leaf, count in pieces]
     shapes = re.findall(r" = \w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", text)
     gathered = [[int(size) for size in sizes.split(",")] for sizes in shapes]
@@ -99,10 +99,10 @@ def report(what, way, off, pieces, text):
 
 
 def steps(what, params, data, named, opt=lambda mesh: jf.kfac()):
-    """Two steps of kfac, at which everything is made: its state is where the parameters are from the start.
+    """Two steps of kfac, in which it makes everything; its state must be spread as the parameters are from the start.
 
-    One program takes both, the second from where the first began. The answers of one device are computed in NumPy. In half
-    precision only the first is compared: the second starts elsewhere by a rounding, which the ratios of its rates magnify.
+    One program takes both steps, with the same shardings. The results of one device are computed in NumPy. In half precision
+    only the first step is compared: the starts of the second differ by rounding, which the ratios in its rates magnify.
     """
 
     half = any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
@@ -110,10 +110,10 @@ def steps(what, params, data, named, opt=lambda mesh: jf.kfac()):
     def trained(step, given, data, again=lambda given: given):
         first = step(*given, *data)
         params, state, value = first if half else step(*again(first[:2]), *data)
-        # Eigenvectors have a sign, which is nobody's choice.
+        # The sign of an eigenvector is arbitrary, so states with eigenvectors are not compared.
         return first, (params, () if what == "by eigenvectors" else state, value)
 
-    runs = {}  # by mesh: what is traced for one way serves the others
+    runs = {}  # by mesh, so that ways with the same mesh share a trace
     run = jf.training_step(model, opt(None))
     _, alone = trained(traced(run), (params, run.init(params, *data)), data)
     for way in ways():
@@ -131,18 +131,18 @@ def steps(what, params, data, named, opt=lambda mesh: jf.kfac()):
         (kept, state, _), last = trained(program, given, batch, lambda found, places=places: jax.device_put(found, places))
         counts = [leaf.size // shared(leaf) for leaf in jax.tree.leaves(split(spread))]
         pieces = [(leaf, leaf.size // shared(own)) for leaf, own in zip(*map(jax.tree.leaves, (kept, spread)), strict=True)]
-        # Factors that are inverted by one device each are whole on all of them.
+        # Factors that are inverted by one device each are replicated on all devices.
         if isinstance(state, jf.AdaptDampingState):
             trees = state.inner[1].step, state.recent
             pieces += [pair for tree in trees for pair in zip(jax.tree.leaves(tree), counts, strict=True)]
-            # Also of the side of a layer that is not spread: all devices share the rows of what is a matrix a layer.
+            # All devices share the rows of every matrix, also for the side of a layer that is not spread.
             arrays = jax.tree.leaves((state.inner[0].mean, state.inner[0].in_use))
             pieces += [(part, way.mesh.size) for part in arrays if part.ndim > 2 and part.shape[1] > 1]
         report(what, way, difference(alone, last), pieces, program.as_text())
 
 
 def masked_and_apart(mesh):
-    """Without one bias and one weight, and with factors that are inverted by one device each."""
+    """An optimiser that leaves out one bias and one weight, and inverts each factor on one device."""
 
     def apart(fisher):
         view = jf.kronecker(fisher)
@@ -152,7 +152,7 @@ def masked_and_apart(mesh):
 
 
 def views(params, data):
-    """A running mean of views that a user carries from batch to batch stays where it was put."""
+    """A running mean of views that a user carries from batch to batch keeps its sharding."""
     merged = jax.jit(lambda mean, params, x: jf.merge(mean, jf.kronecker(jf.exact_fisher(model)(params, x))))
     first = jf.kronecker(jf.exact_fisher(model)(params, data[0]))
     one = traced(merged)(first, params, data[0][::-1])
@@ -160,7 +160,7 @@ def views(params, data):
         spread, place = placed(params, way)
         blocks = []
         for block, axes in zip(first.form.blocks, way.axes, strict=True):
-            # What has one row, the corner of a bias, is on every device.
+            # The corner of a bias has one row, which is on every device.
             put = lambda part, axes=axes, place=place: place(part, None, axes[0] if part.shape[1] > 1 else None)  # noqa: E731
             side = jax.tree.map(put, block.input_side)
             blocks.append(dataclasses.replace(block, input_side=side, outputs=place(block.outputs, None, axes[1])))
@@ -185,7 +185,7 @@ def main():
     one, others = ("inputs and examples",), ("inputs", "inputs and examples", "both")
     steps("by eigenvectors", params, data, others, opt=lambda mesh: jf.kfac(solver=None))
     steps("masked and apart", params, data, one, opt=masked_and_apart)
-    # Factors of more rows than 4 by halves, where it is 256.
+    # Invert factors of more than 4 rows by halves, instead of more than 256.
     factored.HALVED = 4
     steps("by halves", params, data, one)
     steps("bfloat16 by halves", jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params), data, one)

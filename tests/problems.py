@@ -13,7 +13,7 @@ N, INPUTS, HIDDEN, CLASSES = 7, 3, 4, 3
 
 
 def drawn_once(draw):
-    """A function of a key and shapes that draws the same numbers once a process: each module forgets its programs."""
+    """Cache the results of a function that draws numbers for the whole process, since each module frees its programs."""
     known = {}
 
     @functools.wraps(draw)
@@ -21,14 +21,14 @@ def drawn_once(draw):
         asked = (np.asarray(jax.random.key_data(key)).tobytes(), args, tuple(sorted(kwargs.items())))
         if asked not in known:
             known[asked] = draw(key, *args, **kwargs)
-        return jax.tree.map(lambda leaf: leaf, known[asked])  # containers of one's own, which a test may change
+        return jax.tree.map(lambda leaf: leaf, known[asked])  # new containers, which a test may change
 
     return call
 
 
 @drawn_once
 def mlp_params(key, dtype=jnp.float64):
-    """A two-layer network's parameters; leaf order (b before w) is the pytree's, not the reader's."""
+    """A two-layer network's parameters. In the pytree, b comes before w."""
     keys = jax.random.split(key, 2)
     return {
         "hidden": {
@@ -61,7 +61,7 @@ def data(key, n=N, dtype=jnp.float64):
 
 @functools.lru_cache(maxsize=8)
 def gradient_of(log_prob):
-    """The gradient of a log-density as one program for all who ask."""
+    """The gradient of a log-density, as one program that all tests share."""
     return traced(jax.grad(log_prob))
 
 
@@ -76,7 +76,7 @@ def loop_scores(log_prob, params, *examples):
 
 @functools.lru_cache(maxsize=8)
 def batched(log_prob):
-    """A log-density of each example, as one program for all who ask."""
+    """The log-density of each example, as one program that all tests share."""
     return traced(jax.vmap(log_prob, (None, 0, 0)))
 
 

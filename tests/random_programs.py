@@ -1,4 +1,4 @@
-"""Random programs for as long as one likes: ``python tests/random_programs.py --seconds 600 --seed 1000 --jobs 2``.
+"""Random programs for any length of time: ``python tests/random_programs.py --seconds 600 --seed 1000 --jobs 2``.
 
 Prints every failure with its seed, its faults and a reduced program, and at the end how many programs ran, were skipped (JAX
 does not differentiate them, or not to finite numbers), were wrong and crashed. The exit code is 1 if there was a failure.
@@ -22,22 +22,22 @@ from programs.compare import WAYS, Skipped, compare
 from programs.reduce import reduced
 
 FORGET = 100
-"""After so many programs JAX lets go of what it compiled and traced."""
+"""The number of programs after which JAX's caches are cleared."""
 
 
 def failure(seed, ways=None, program=None):
-    """``(program, faults)`` of this seed, where faults that other numbers do not show again are none. Raises `Skipped`."""
+    """``(program, faults)`` of this seed. A fault counts only if it also occurs with other numbers. Raises `Skipped`."""
     program = program or programs.write(seed)
     faults = compare(program, ways=ways)
     if faults:
-        # Numbers at a tie or at a kink may go either way.
+        # At a tie or a kink, rounding may decide either way.
         again = [compare(program, draw, ways) for draw in (1, 2)]
         faults = faults if all(again) else []
     return program, faults
 
 
 def run(seconds, seed, stride=1, ways=None, reduce_for=60.0):
-    """Programs of the seeds from this one on, every ``stride``-th, for so many seconds; at least one. Returns the counts."""
+    """Run the program of every ``stride``-th seed from ``seed`` on for ``seconds``, at least one. Returns counts."""
     counts, deadline = collections.Counter(), time.monotonic() + seconds
     while not counts or time.monotonic() < deadline:
         if sum(counts.values()) % FORGET == FORGET - 1:
@@ -65,7 +65,7 @@ def _report(program, faults, reduce_for):
 
 
 def _jobs(arguments):
-    """The same in several processes, which share out the seeds; their counts together."""
+    """`run` in several processes, which share the seeds. Returns the sum of their counts."""
     own = [*sys.argv[1:], "--jobs", "1", "--stride", str(arguments.jobs)]
     workers = [
         subprocess.Popen([sys.executable, __file__, *own, "--seed", str(arguments.seed + k)], stdout=subprocess.PIPE, text=True)

@@ -40,7 +40,7 @@ def batch(k):
 
 @in_numpy()
 def main():
-    """Of all this the step is compiled."""
+    """Train. NumPy runs everything except the step, which is compiled."""
     folder = pathlib.Path(sys.argv[1]).resolve()
     inner = jf.scale_by_fisher(0.1, view=jf.kronecker, decay=0.9, update_every=2, like=like)
     opt = jf.adapt_damping(optax.chain(inner, optax.scale_by_learning_rate(0.5)), 0.1)

@@ -1,4 +1,4 @@
-"""Every function of the rooms that are imported by name, and jobs of several parts, in a call on tiny data."""
+"""Every function of the rooms that users import by name, and jobs of several steps, each in a call on tiny data."""
 
 import functools
 
@@ -20,7 +20,7 @@ def slope(params):
 
 
 def rate(theta):
-    """The rate itself, whose metric is not constant."""
+    """A Poisson distribution in its rate, whose metric is not constant."""
     return jf.Poisson(jnp.log(theta))
 
 

@@ -49,7 +49,7 @@ OPTIMISERS = {
     "quadratic model": (modelled, ("one device of four", "both")),
     "levenberg_marquardt": (jf.levenberg_marquardt, ("both",)),
 }
-"""The optimisers, and the ways that are tried: all where the most is held."""
+"""The optimisers, and the placements to try for each: all of them for the optimiser with the largest state."""
 
 
 def model(params, x):
@@ -57,9 +57,9 @@ def model(params, x):
 
 
 def ways():
-    """On one device; parameters spread along the outputs or the inputs, examples spread, both; and a bias that is not spread.
+    """One device; parameters spread along the outputs or the inputs, examples spread, or both; and a bias that is not spread.
 
-    Where the weight is spread along its inputs XLA spreads a bias, unless the results are held to where the arguments are.
+    If the weight is spread along its inputs, XLA spreads the bias too, unless results must have the shardings of the arguments.
     """
     keys = jax.random.split(jax.random.key(0), 3)
     params = {"w": 0.3 * jax.random.normal(keys[0], (8, 4)), "b": jnp.zeros(4)}

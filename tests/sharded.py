@@ -36,7 +36,7 @@ def problem():
 
 
 def kinds():
-    """Least squares on the outputs, at points that are spread, and on some parameters, at none."""
+    """Least squares on the outputs, at points that are spread over devices, and on some parameters, without points."""
     outputs = lambda params, x, y: jnp.tanh(x @ params["a"] + params["b"]) @ params["c"] - jax.nn.one_hot(y, 3)  # noqa: E731
     return jf.residuals({"outputs": outputs, "parameters": lambda params: params["b"]})
 
@@ -81,7 +81,7 @@ def gathered(text):
 
 
 def difference(a, b):
-    """The largest, relative to the largest entry where that is above one: the inverses in a state are."""
+    """The largest difference, relative to the largest entry if that is above one, as in the inverses of a state."""
     return float(np.max(np.abs(a - b)) / max(1.0, np.max(np.abs(a))))
 
 

@@ -1,4 +1,4 @@
-"""What each of eight devices does and sends where the examples are spread over them; run by `test_sharding`.
+"""The work and the traffic of each of eight devices when examples are spread over them; run by `test_sharding`.
 
 Prints a line of JSON for each quantity and way of giving the data: the difference from one device, the share of one device's
 work, and what is sent.
@@ -69,7 +69,7 @@ def main():
     params, w, x, y = problem()
     mesh = jax.make_mesh((DEVICES,), ("examples",), axis_types=(AxisType.Auto,))
     everywhere, apart = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("examples",)))
-    # Of 128 examples, pieces of at most 40 have 32.
+    # A batch size of 40 splits 128 examples into pieces of 32.
     ways = {"weights": (w, {}), "in pieces": (w, {"batch_size": 40})}
     for way, (given, how) in ways.items():
         for name, quantity in QUANTITIES.items():

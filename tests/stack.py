@@ -1,4 +1,4 @@
-"""Room on the interpreter's stack, and one place for all operations: together they spare a trace a quarter of its time.
+"""Room on the interpreter's stack, and one source location for all operations: together they save a quarter of tracing time.
 
 And one context in which programs are lowered.
 """
@@ -26,34 +26,34 @@ def with_room(function):
 
 
 def one_place():
-    """Inside, all operations are said to be traced here: to find out where takes a tenth of a trace, and no test reads it."""
+    """A context that gives all operations one source location. Finding the real one takes a tenth of a trace."""
     return source_info_util.user_context(source_info_util.current().traceback)
 
 
 def look_for_garbage_seldom():
-    """And not among what was imported: otherwise looking takes a tenth of all the time."""
+    """Make Python's garbage collector run rarely, and ignore what was imported; otherwise it takes a tenth of all time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
 
 
 def lower_in_one_context():
-    """JAX 0.10 makes a new context of MLIR, with all dialects, for each program: for a small one that is half of lowering it.
+    """Share one MLIR context between programs. JAX 0.10 makes one for each, which is half of the lowering of a small program.
 
-    Later versions use one ten times, since it keeps the constants of what was lowered in it.
+    Later versions use a context ten times, since it keeps the constants of the programs that were lowered in it.
     """
     if not hasattr(mlir, "_create_ir_context"):
         mlir.make_ir_context = functools.lru_cache(maxsize=1)(mlir.make_ir_context)
 
 
 def forget_context():
-    """Let go of what the context keeps."""
+    """Free what the context keeps."""
     if hasattr(mlir.make_ir_context, "cache_clear"):
         mlir.make_ir_context.cache_clear()
 
 
 def run(script):
-    """A script's own function, in the same way as a test."""
+    """Run a script's main function in the same way as a test."""
     lower_in_one_context()
     look_for_garbage_seldom()
     with one_place():

@@ -1,4 +1,4 @@
-"""What no other script asks for where examples are spread over devices, against NumPy; run by `test_sharding`.
+"""The public functions that no other script calls on examples spread over devices, against NumPy; run by `test_sharding`.
 
 Examples are padded by three of weight zero, where they can have weights. Prints a line of JSON for each public name: the
 largest difference, relative to the largest number.
@@ -21,7 +21,7 @@ LOG_PROB = jf.log_likelihood(model)
 
 
 def of_one_fisher(params, x, y, weights, key):
-    """What is asked of a Fisher, by public name."""
+    """The quantities of a Fisher, by public name."""
     F = jf.exact_fisher(model)(params, x, weights=weights)
     few = {"num_matvecs": 5}
     return {
@@ -37,7 +37,7 @@ def of_one_fisher(params, x, y, weights, key):
 
 
 def of_pieces(params, x, y, weights, key):
-    """What is asked of a Fisher in pieces."""
+    """The quantities of a Fisher in pieces."""
     P = jf.exact_fisher(model, batch_size=8)(params, x, weights=weights)
     return {
         "dense": jf.dense(P).as_matrix(),
@@ -51,7 +51,7 @@ def of_pieces(params, x, y, weights, key):
 
 
 def of_data(params, x, y, weights, key):
-    """What takes the examples themselves, their scores, or several Fishers."""
+    """The functions that take the examples themselves, their scores, or several Fishers."""
     F = jf.exact_fisher(model)(params, x, weights=weights)
     E = jf.empirical_fisher(LOG_PROB)(params, x, y, weights=weights)
     ones, moved = jax.tree.map(jnp.ones_like, params), further(params)
@@ -109,7 +109,7 @@ def main():
     everywhere, apart = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("examples",)))
     places = everywhere, apart, apart, apart, everywhere
     spread = tuple(map(jax.device_put, given, places))
-    # Several programs: what compiling one of all of them takes is half as much again.
+    # Several programs, since compiling a single one takes half as long again.
     asked = of_one_fisher, of_pieces, of_data, *(functools.partial(trained, *each) for each in optimisers().items())
     for answers in asked:
         expected = evaluated(answers, *given)

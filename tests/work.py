@@ -1,4 +1,4 @@
-"""What each device does where the examples are spread over one, two, four or eight of them; run by `test_sharding`.
+"""The work of each device when examples are spread over one, two, four or eight of them; run by `test_sharding`.
 
 Compiles only. Prints a line of JSON for each quantity and way of giving the data: its work for every number of devices. The
 body of a loop over pieces is counted once.
@@ -37,7 +37,7 @@ def programs(way):
 
 
 def work(name, run, devices):
-    """By the results of products of the Gram matrix, with which each device does as much as one does; else by flops."""
+    """The work of a device: flops, or for the Gram matrix the number of results of its matrix products."""
     mesh = jax.make_mesh((devices,), ("examples",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     everywhere, apart = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("examples",)))
     d, h, k = WIDTHS
@@ -48,7 +48,7 @@ def work(name, run, devices):
 
 
 def main():
-    # What eight devices do in pieces is in `shares.py`.
+    # `shares.py` has the work of eight devices in pieces.
     for way, counts in {"whole": (1, 2, 4, 8), "in pieces": (1, 4)}.items():
         for name, run in programs(way).items():
             print(json.dumps({"way": way, "name": name, "work": {D: work(name, run, D) for D in counts}}))
