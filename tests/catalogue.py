@@ -1,11 +1,11 @@
-"""Models the engine must hold as factors: every way in which we have seen a parameter enter a log-density, at tiny shapes.
+"""Models the engine must store as factors: every way in which we have seen a parameter enter a log-density, at tiny shapes.
 
-A row is built when it is asked for, so that collecting tests traces and compiles nothing. It states how each parameter leaf
-must be held: the paths in `Row.factored` as factors of their per-example gradients (outer products and sums of them,
-convolutions, embeddings), those in `Row.plain` as plain per-example gradients, every other one elementwise (biases, scales) or
-as zero. A row that wraps another, in `jit` say, names it: both must be held in the same way.
+A row is built when a test uses it, so that collecting tests traces and compiles nothing. It states how each parameter leaf must
+be stored: the paths in `Row.factored` as factors of their per-example gradients (outer products and sums of them, convolutions,
+embeddings), those in `Row.plain` as plain per-example gradients, and every other leaf elementwise (biases, scales) or as zero.
+A row that wraps another, in `jit` say, names it: both must be stored in the same way.
 
-Most widths are 2 to 5, where compiling takes all the time. At such widths forming a leaf's gradient is cheaper than
+Most widths are 2 to 5, so that compiling takes nearly all of the time. At such widths forming a leaf's gradient is cheaper than
 contracting the factors of several positions; the rows called `wide` are those where contracting is cheaper.
 """
 
@@ -26,7 +26,7 @@ N = 5
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A log-density of one example, where to take its scores, and how its leaves must be held."""
+    """A log-density of one example, the parameters and data for its scores, and how its leaves must be stored."""
 
     name: str
     log_prob: Callable[..., Any]
@@ -86,7 +86,7 @@ def names() -> tuple[str, ...]:
 
 
 def row(name: str) -> Row:
-    """The row of this name, made the first time it is asked for."""
+    """The row of this name, which is made on first use."""
     return _BUILDERS[name]()
 
 
@@ -110,7 +110,7 @@ def _integers(high, *shape, seed=102):
 
 
 def _filled(shapes, seed=0):
-    """Random numbers for every shape of a tree: a library's initialiser, without compiling it."""
+    """Random numbers for every shape of a tree, in place of a library's initialiser, which would be compiled."""
     leaves, treedef = jax.tree.flatten(shapes)
     return jax.tree.unflatten(treedef, [_array((seed, i), *leaf.shape, dtype=leaf.dtype) for i, leaf in enumerate(leaves)])
 
@@ -269,7 +269,7 @@ def _dictionary_data():
     return log_prob, params, ({"x": _inputs(3), "y": _targets(2), "mask": mask},)
 
 
-# One leaf in several places, in odd places, or nowhere.
+# Leaves that are used several times, in unusual ways, or not at all.
 
 
 def _autoencoder(p, x):
@@ -650,7 +650,7 @@ def _rnn_log_prob(scan=jax.lax.scan, wrap=lambda step: step):
         def step(h, x):
             return jnp.tanh(x @ p["wx"] + h @ p["wh"] + p["b"]), None
 
-        # From a state of zero the first step would say nothing of the recurrent weight.
+        # From a state of zero, the first step would have no gradient in the recurrent weight.
         last, _ = scan(step, jnp.full(p["b"].shape, 0.5), xs)
         return _gaussian(last @ p["out"], y)
 
@@ -822,7 +822,7 @@ def _fori_loop():
 
 @_row("w")
 def _while_loop_on_the_data():
-    """As many steps as the example needs, before a parameter is met."""
+    """A while loop of as many steps as the example needs, before the example meets a parameter."""
 
     def log_prob(p, x, y):
         halved = jax.lax.while_loop(lambda z: jnp.max(jnp.abs(z)) > 0.5, lambda z: 0.5 * z, x)
@@ -954,7 +954,7 @@ def _transformer_data():
 
 
 TRANSFORMER = "q k v o embedding positions w1 w2"
-"""The table of positions too: only the rows that a sequence takes are held."""
+"""A table of positions too, of which only the rows that a sequence uses are stored."""
 
 
 @_row(TRANSFORMER)
@@ -999,7 +999,7 @@ def _embedding_wide():
     def log_prob(p, tokens, y):
         return _gaussian(jnp.tanh(p["table"][tokens]), y)
 
-    # Few of the tokens occur, so that examples share them.
+    # Only a few tokens occur, so that examples share them.
     return log_prob, _weights(table=(30, 8)), (_integers(3, 2), _targets(2, 8))
 
 
@@ -1130,7 +1130,7 @@ def _derivatives_in_the_density():
 
 @_row("w1 w2")
 def _forces():
-    """The gradient of an energy with respect to the input is what is compared with data."""
+    """The gradient of an energy with respect to the input is compared with data."""
 
     def log_prob(p, x, y):
         return _gaussian(jax.grad(lambda x: jnp.sum(jnp.tanh(x @ p["w1"]) @ p["w2"]))(x), y)
@@ -1196,7 +1196,7 @@ def _complex_input():
 
 @_row("re im")
 def _complex_weight():
-    """A spectral convolution: a complex matrix for each frequency, held as two real leaves."""
+    """A spectral convolution: a complex matrix for each frequency, stored as two real leaves."""
 
     def log_prob(p, x, y):
         spectrum = jnp.einsum("mi,mio->mo", jnp.fft.rfft(x, axis=0), jax.lax.complex(p["re"], p["im"]))
@@ -1213,7 +1213,7 @@ def _fourier_transform():
     return log_prob, _weights(w=(3, 4)), (_inputs(3), _targets(4))
 
 
-# Wrapped models: as the model inside.
+# Wrapped models, which must be stored as the model inside.
 
 
 @_row("w1 w2", like="mlp")
@@ -1296,7 +1296,7 @@ def _custom_vjp_activation():
     return _mlp_log_prob(activation=activation), _mlp_params(), _mlp_data()
 
 
-# What the engine may not see through.
+# Operations that the engine cannot see through.
 
 
 @_row("w1", plain="w2 w3")
@@ -1353,7 +1353,7 @@ def _invented_primitive_on_an_activation():
     return log_prob, _weights(w=(3, 4), out=(4, 2)), (_inputs(3), _targets(2))
 
 
-# Programs for which a rule does not hold, or on which one was once applied all the same.
+# Programs to which a rule does not apply, or to which one was once applied by mistake.
 
 
 @_row("w", eps=1.2e-7, relaxed=True)

@@ -1,19 +1,20 @@
-"""Random solves of every kind, each held against its exact solution: none may say that it converged and be wrong.
+"""Random solves of every kind, each compared with its exact solution: none may report convergence and be wrong.
 
     python tests/random_solves.py --count 2000 --seed 0
 
 A problem is a matrix of scores X with a condition number from 1 to 1e12 (of F = X^T W X, columns in equal units), columns in
 units from 1e-12 to 1e12, of full rank or not, a damping of zero or up to 1e6, and a right-hand side from 1e-30 to 1e30. The
-oracle takes the numbers that the operator holds, as they are, and solves in arithmetic of 1,000 bits, where nothing is
-ill-conditioned and a pivot is either large or an exact zero. What counts as wrong:
+oracle takes the numbers that the operator stores and solves in arithmetic of 1,000 bits, where nothing is ill-conditioned and a
+pivot is either large or exactly zero. These count as wrong:
 
-* a residual reported that is not the true one, up to the rounding of ``F x`` itself;
-* with a damping that the dtype can tell from zero, or by an iteration: converged, and the true residual above what is promised;
-* without: converged, and the solution off by more than 30 roots of eps: where the rank is full, in units in which F has a unit
-  diagonal; where it is not, in the parameters' own units, of which the solution is the one of minimum norm.
+* a reported residual that differs from the true one by more than the rounding of ``F x``;
+* with a damping that the dtype can tell from zero, or by an iteration: converged, and a true residual above the promised one;
+* otherwise: converged, and an error of the solution above 30 roots of eps. At full rank the error is measured in units in which
+  F has a unit diagonal, and else in the parameters' own units, in which the solution has minimum norm.
 
-A form that holds a matrix knows an eigenvalue only to the rounding of the largest (after scaling to a unit diagonal). Where a
-problem has a smaller one, which counts as zero then, the solution is not compared. Scores tell more: there is no such excuse.
+A form that stores a matrix knows an eigenvalue only up to the rounding of the largest (after scaling to a unit diagonal). If a
+problem has a smaller eigenvalue, which then counts as zero, the solution is not compared. Forms that store scores resolve such
+eigenvalues and are always compared.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ SHAPES = {"tall": (14, 6), "square": (6, 6), "short": (4, 9)}
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Scores, a right-hand side and a damping, as float64 arrays that the dtype holds exactly, and how they were made."""
+    """Scores, a right-hand side and a damping, as float64 arrays of numbers of the dtype, and how they were made."""
 
     scores: np.ndarray
     v: np.ndarray
@@ -51,7 +52,7 @@ class Problem:
 
 
 def problem(rng: np.random.Generator, n: int, p: int, dtype: type) -> Problem:
-    """One random problem; every number is one of the dtype."""
+    """One random problem, whose numbers the dtype represents exactly."""
     made = []
     condition = 10 ** rng.uniform(0, 12)
     rank = min(n, p)
@@ -69,7 +70,7 @@ def problem(rng: np.random.Generator, n: int, p: int, dtype: type) -> Problem:
     if kind == "dead columns":
         x[:, few] = 0
     if kind == "equal columns":
-        # Multiples by powers of two are exact, and units of their own.
+        # Multiples by powers of two are exact, and give each column a unit of its own.
         other = rng.choice(np.setdiff1d(np.arange(p), few), size=len(few))
         x[:, few] = x[:, other] * 2.0 ** rng.integers(-20, 20, len(few))
     if kind == "equal rows":
@@ -83,7 +84,7 @@ def problem(rng: np.random.Generator, n: int, p: int, dtype: type) -> Problem:
 
 
 def right_side(rng: np.random.Generator, x: np.ndarray, dtype: type, made: list[str]) -> np.ndarray:
-    """A vector that is a gradient, or that no gradient is, or one coordinate, of any size."""
+    """A right-hand side of any size: a gradient, a vector that no gradient is, or one coordinate."""
     kind = rng.choice(["in range", "in the units of gradients", "anything", "one coordinate"])
     made.append(kind)
     if kind == "in range":
@@ -96,11 +97,11 @@ def right_side(rng: np.random.Generator, x: np.ndarray, dtype: type, made: list[
         v = np.eye(x.shape[1])[rng.integers(x.shape[1])]
     size = np.max(np.abs(v)) or 1.0
     v = v / size * 10 ** (rng.uniform(-30, 30) if rng.random() < 0.5 else 0.0)
-    # XLA takes for zero what is below the normal numbers.
+    # XLA flushes numbers below the normal ones to zero.
     return np.where(np.abs(v) < np.finfo(dtype).tiny, 0, v)
 
 
-# --- what the library makes of it ------------------------------------------------------------------------------------------
+# --- the library's solution ------------------------------------------------------------------------------------------------
 
 
 def linear(w, x):
@@ -116,14 +117,14 @@ def empirical(x):
 
 
 def implicit(x):
-    """The same as products: a normal whose mean is linear."""
+    """The same Fisher by products alone: a normal whose mean is linear."""
     half = x.shape[1] // 2
     params = [jnp.zeros(half, x.dtype), jnp.zeros(x.shape[1] - half, x.dtype)]
     return jf.implicit_fisher(lambda w, x: jf.Normal(linear(w, x), jnp.ones((), x.dtype)))(params, x)
 
 
 def kronecker(x, view=jf.kronecker):
-    """A layer whose inputs are the first columns and whose output cotangents are the rest; a block for its weight."""
+    """The Kronecker view of a layer whose inputs are the first columns and whose output cotangents are the rest."""
     inputs = x.shape[1] // 2
     log_prob = lambda w, a, g: jnp.dot(jnp.dot(a, w, precision="highest"), g, precision="highest")  # noqa: E731
     params = jnp.zeros((inputs, x.shape[1] - inputs), x.dtype)
@@ -152,7 +153,7 @@ SOLVERS = {
     "cholesky, as training needs": None,
 }
 RTOL = {"cholesky": 0.0, "cholesky, as training needs": 1e-3}
-"""The accuracy asked for, of ways that need a damping above zero."""
+"""The accuracy asked of the solvers that need a damping above zero."""
 WAYS = [(form, "exact") for form in FORMS] + [
     ("scores", "path"),
     ("dense", "path"),
@@ -173,7 +174,7 @@ WAYS = [(form, "exact") for form in FORMS] + [
 
 @functools.cache
 def program(form: str, solver: str):
-    """One compiled program for all problems of a shape and dtype, each solved as if by itself."""
+    """One compiled program for all problems of a shape and dtype, which it solves one by one."""
 
     def one(problem):
         x, v, damping = problem
@@ -190,7 +191,7 @@ def program(form: str, solver: str):
 
 
 def held(form, x):
-    """The numbers that a form holds: pairs of rows and their weights, and a matrix that is added."""
+    """The numbers that a form stores: pairs of rows and their weights, and a matrix that is added."""
     match type(form).__name__:
         case "Dense":
             return (), form.matrix
@@ -219,12 +220,12 @@ def held(form, x):
 
 
 def numbers(x) -> np.ndarray:
-    """An array of floats as one of long numbers."""
+    """An array of floats as an array of `BITS`-bit numbers."""
     return np.frompyfunc(mpf, 1, 1)(np.asarray(x, float))
 
 
 def matrix_of(rows, matrix) -> np.ndarray:
-    """``F`` of what is held, exactly."""
+    """The exact ``F`` of the numbers that a form stores."""
     total = 0
     if isinstance(matrix, tuple):
         total = np.kron(*map(numbers, matrix[:2]))
@@ -240,7 +241,7 @@ def matrix_of(rows, matrix) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """The solution, the rank, the smallest pivot relative to the largest, and the units with which F has a unit diagonal."""
+    """The solution, the rank, the smallest pivot relative to the largest, and the units in which F has a unit diagonal."""
 
     x: np.ndarray
     rank: int
@@ -298,7 +299,7 @@ def ratio(a, b) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What is wrong with a solution, if anything, and the numbers that it was judged by."""
+    """What is wrong with a solution, if anything, and the numbers by which it was judged."""
 
     wrong: str
     converged: bool
@@ -313,7 +314,7 @@ def judged(problem: Problem, x, info, kept, dtype: type, form: str, solver: str)
     """The verdict on one solution."""
     eps = float(np.finfo(dtype).eps)
     if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(kept)):
-        # The matrix is beyond the dtype.
+        # The matrix has entries beyond the range of the dtype.
         nothing = Exact(numbers(np.zeros(len(problem.v))), 0, 1.0, numbers(np.ones(len(problem.v))))
         wrong = "converged, on what is not finite" if bool(info.converged) else ""
         return Verdict(wrong, bool(info.converged), float(info.residual), np.nan, np.nan, nothing, int(info.rank))
@@ -330,7 +331,7 @@ def judged(problem: Problem, x, info, kept, dtype: type, form: str, solver: str)
     damped = F + np.diag(numbers(np.full(len(v), problem.damping)))
     off = v - damped @ x
     residual = ratio(length(off), length(v))
-    # Of F x, by way of scores as large as the diagonal says, and of what underflows in x.
+    # The rounding error of F x, computed through scores as large as the diagonal says, and of entries of x that underflow.
     sizes = np.abs(x) * mpf(10 * len(v) * eps) + mpf(float(np.finfo(dtype).tiny))
     roots = np.array([mpmath.sqrt(abs(damped[i, i])) for i in range(len(v))])
     rounding = ratio(length(roots * (roots @ sizes)), length(v)) + 10 * eps
@@ -349,7 +350,7 @@ def judged(problem: Problem, x, info, kept, dtype: type, form: str, solver: str)
         full = exact.rank == len(v)
         in_units = exact.units if full else numbers(np.ones(len(v)))
         error = ratio(length((x - exact.x) / in_units), length(exact.x / in_units))
-        # A damping is no number that scores hold: it is seen to the rounding of F.
+        # A damping is not among the scores, so with one F is known only up to rounding.
         resolved = exact.smallest > 30 * len(v) * eps or (form in HOLDS_SCORES and not problem.damping)
         if converged and resolved and error > 30 * eps**0.5:
             wrong.append("converged to a wrong solution")
@@ -359,7 +360,7 @@ def judged(problem: Problem, x, info, kept, dtype: type, form: str, solver: str)
 
 
 DAMPED = ("lsmr", *RTOL)
-"""What takes any right-hand side with a damping only."""
+"""Solvers that take any right-hand side only if there is a damping."""
 HOLDS_SCORES = ("scores", "blocks", "a prior")
 LAYERS = ("kronecker", "eigen-Kronecker")
 
@@ -402,7 +403,7 @@ def verdicts(dtype: type, form: str, solver: str, problems: list[Problem]):
 
 
 def described(made: Problem, verdict: Verdict) -> str:
-    """Both in a line."""
+    """A problem and its verdict in one line."""
     return (
         f"{made.made}, damping {made.damping:.1e}, |v| {np.max(np.abs(made.v)):.0e}, reported {verdict.reported:.1e}, "
         f"true {verdict.residual:.1e}, error {verdict.error:.1e}, smallest pivot {verdict.exact.smallest:.0e}, "
@@ -411,7 +412,7 @@ def described(made: Problem, verdict: Verdict) -> str:
 
 
 def main() -> int:
-    """Solve and judge; the number of wrong ones is the exit status."""
+    """Solve and judge random problems. The exit status is the number of wrong solutions, at most 100."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)

@@ -18,7 +18,7 @@ from theirs.view import Softened, soften
 
 import jaxfisher as jf
 
-# It is not asked of a user's code that it writes out every promotion of ranks.
+# A user's code need not write out every promotion of ranks.
 pytestmark = [pytest.mark.relaxed, pytest.mark.usefixtures("in_numpy")]
 HERE = pathlib.Path(__file__).parent
 PARAMS = {"b": jnp.array(0.2), "w": jnp.array([0.5, -0.3, 0.1])}

@@ -29,7 +29,7 @@ def unary(w):
 
 @piece(5)
 def binary(w):
-    """Of two values whose shapes broadcast, perhaps after axes of length one were put in."""
+    """An operation on two values whose shapes broadcast, perhaps after axes of length one are inserted."""
     a = w.any()
     b = w.any(0, a.rank)
     missing = a.rank - b.rank
@@ -54,7 +54,7 @@ def outer_product_by_broadcasting(w):
 
 @piece(3)
 def scaled(w):
-    """An array times a number that is an entry, a sum or a parameter."""
+    """An array times a number, which is an entry, a sum or a parameter."""
     a, b = w.any(), w.any()
     number = w.one_of("jnp.sum({0})", "jnp.mean(jnp.square({0}))", "jnp.ravel({0})[0]", "jnp.max({0})", "jnp.float64(0.3)")
     w.say(w.one_of("{0} * {1}", "{1} * {0}", "{0} / (2.0 + jnp.square({1}))").format(a.name, number.format(b.name)))
@@ -341,7 +341,7 @@ def complex_product(w):
 
 @piece(3)
 def complex_matrix(w):
-    """A linear map over the complex numbers of something real, and a real number of what comes out."""
+    """A complex linear map of real values, and real values made of the result."""
     a = w.any(1, 2)
     rows, columns = a.shape[0], a.shape[-1]
     out = w.size()

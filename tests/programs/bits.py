@@ -39,7 +39,7 @@ def _hashed(first, second, a, b):
 
 
 def ends(dtype):
-    """The least and the largest number of a dtype, infinities among them: what is the largest of no numbers, and the least."""
+    """The least and the largest number of a dtype, including infinities: the maximum and the minimum of an empty array."""
     if dtype.kind == "b":
         return False, True
     if np.issubdtype(dtype, np.integer):

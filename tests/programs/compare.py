@@ -14,16 +14,16 @@ from programs.writer import EXAMPLES
 
 WEIGHTS = np.array([0.4, 1.0, 2.5, 0.7, 1.6])
 PADDING = 2
-"""Examples of NaN and of nonsense, with a weight of zero."""
+"""The number of padding examples, of NaN and of nonsense, with a weight of zero."""
 PIECE = 2
-"""Examples at a time where scores are streamed: it does not divide their number."""
+"""The batch size of streamed scores, which does not divide the number of examples."""
 DIGITS = {2.2e-16: 1e4, 1.2e-7: 300.0, 9.8e-4: 20.0, 7.8e-3: 10.0}
-"""How many eps of the least precise dtype two orders of rounding may differ by, beside what a rounding of the input does."""
+"""By how many eps of the least precise dtype two orders of rounding may differ, beside the effect of rounded inputs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What is wrong: ``crashed`` or ``wrong``, where, and how."""
+    """A fault: its kind (``crashed`` or ``wrong``), where it is, and how it shows."""
 
     kind: str
     where: str
@@ -34,15 +34,15 @@ class Fault:
 
 
 class Skipped(Exception):
-    """JAX itself does not differentiate the program, or not to finite numbers."""
+    """JAX itself cannot differentiate the program, or its gradients are not finite or are huge."""
 
 
 def compare(program, draw=0, ways=None):
-    """The faults of the library on this program: an empty list where there are none. Raises `Skipped`."""
+    """The faults of the library on this program, an empty list if there are none. Raises `Skipped`."""
     params, data = program.params(draw), program.examples(draw)
     exact = _Exact(program, params, data)
     rng = np.random.default_rng((program.seed, draw, 2))
-    # Every leaf is given a part in the products, however small its gradients are.
+    # Scale the vector so that every leaf matters in the products, however small its gradients are.
     v = {
         name: jnp.asarray(rng.standard_normal(leaf.shape) / (exact.size(name) or 1), exact.dtype)
         for name, leaf in params.items()
@@ -55,12 +55,12 @@ def compare(program, draw=0, ways=None):
 
 
 def ways_of(seed):
-    """One of the ways in turn: what is wrong with a program's factors shows in any of them."""
+    """One of the ways in turn, since a fault in a program's factors shows in any of them."""
     return (WAYS[seed % len(WAYS)],)
 
 
 class _Exact:
-    """Per-example gradients by ``vmap(grad)``, and how far they move where an input is rounded."""
+    """Per-example gradients by ``vmap(grad)``, and how far they move when the inputs are rounded."""
 
     def __init__(self, program, params, data):
         plain = jax.vmap(jax.grad(program.log_prob), (None, 0, 0, 0))
@@ -113,7 +113,7 @@ def _faults_of(way, log_prob, params, data, v, u, exact, seed):
         return _faults_of_factors(log_prob, params, data, exact)
     quantities = list(_QUANTITIES)
     if way.startswith("streamed"):
-        # Each quantity makes the scores again, which is most of the work: some of them for each program.
+        # Each quantity recomputes the scores, which is most of the work, so each program checks only some quantities.
         quantities = np.random.default_rng(seed).permutation(quantities)[:SOME]
 
     def run(params, data, v, u, keywords):
@@ -137,7 +137,7 @@ _QUANTITIES = {
     "second_moment": lambda scores, v, u: scores.second_moment(),
 }
 SOME = 3
-"""How many quantities a program's streamed scores are asked for."""
+"""The number of quantities that are checked for a program's streamed scores."""
 _MAKERS = {
     "held": jf.scores,
     "padded": jf.scores,
@@ -172,7 +172,7 @@ def _differences(way, made, exact, v, u, weights, centred):
     largest = np.concatenate([np.full(exact.rows[name].shape[1], exact.size(name)) for name in names])
     if centred:
         rows, column = rows - weights @ rows, 2 * column
-    # What is off by at most so much in each entry is off by at most so much in a product.
+    # The error of a product that the errors allowed in its entries can cause.
     pair = 2 * np.sum(column * largest) + np.sum(column**2)
     wanted = {
         "as_matrix": (rows, column),

@@ -1,7 +1,7 @@
 """A jaxpr run in NumPy, so that a program which runs once is never compiled.
 
 Compiling the quantities of one random program takes seconds; NumPy takes some 50 ms for their thousands of small operations.
-What few programs use (a decomposition, a pooling) is left to JAX, one operation at a time.
+JAX runs the operations that few programs use (a decomposition, a pooling), one at a time.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ def evaluate(closed, *arguments):
 
 
 def evaluated(function, *arguments):
-    """What a function of pytrees gives, traced as `jax.jit` does it and then run in NumPy."""
+    """The result of a function of pytrees, which is traced as by `jax.jit` and then run in NumPy."""
     return traced(function)(*arguments)
 
 
@@ -45,15 +45,15 @@ def traced(function):
 
 
 _HANDS_OVER = "_pjit_call_impl_python"
-"""JAX's own function that compiles a traced program and runs it. No public name is so near to it."""
+"""JAX's internal function that compiles a traced program and runs it. No public function does that."""
 
 
 @contextlib.contextmanager
 def in_numpy(evaluate=evaluate):
-    """Inside, what JAX would compile is traced as ever and run in NumPy: `jax.jit`, what the library jits, eager operations.
+    """A context in which NumPy runs the programs that JAX would compile: `jax.jit`, the library's own, and eager operations.
 
-    Programs over several devices are compiled as before, and so is everything under a JAX that hands programs to XLA elsewhere.
-    ``evaluate`` is given each program as it is handed over, and its arguments.
+    Programs over several devices are compiled as usual, and so is everything if this version of JAX lacks its function.
+    ``evaluate`` is called with each program and its arguments.
     """
     compiled = getattr(pjit, _HANDS_OVER, None)
 
@@ -61,7 +61,7 @@ def in_numpy(evaluate=evaluate):
         spread = any(isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 for x in arguments)
         if spread or _is_left_to_jax(jaxpr):
             return compiled(*arguments, jaxpr=jaxpr, **params)
-        # What is left to JAX in there is compiled, one operation at a time.
+        # Operations that are left to JAX inside the program are compiled, one at a time.
         setattr(pjit, _HANDS_OVER, compiled)
         try:
             made = evaluate(jaxpr, *(_as_traced(x, aval) for x, aval in zip(arguments, jaxpr.in_avals, strict=True)))
@@ -80,7 +80,7 @@ def in_numpy(evaluate=evaluate):
 
 
 def _is_left_to_jax(jaxpr):
-    """A program of the one operation that would be asked of JAX for it: one that is not known, or is on random keys."""
+    """Whether a program is a single operation that NumPy cannot run: an unknown one, or one on random keys."""
     operations = [equation.primitive.name for equation in jaxpr.eqns]
     return len(operations) == 1 and (operations[0] not in _KNOWN or any(map(_is_key, (*jaxpr.in_avals, *jaxpr.out_avals))))
 
@@ -94,7 +94,7 @@ def _as_traced(value, aval):
 
 
 def _as_jax(value, aval):
-    """As an array of JAX's; one that takes the dtype of what it meets still does."""
+    """The value as a JAX array, weakly typed if the program says so."""
     if isinstance(value, jax.Array):
         return value
     made = jax.device_put(value)
@@ -102,7 +102,7 @@ def _as_jax(value, aval):
 
 
 def _array(value):
-    """As NumPy's; a random key stays as it is."""
+    """The value as a NumPy array; a random key stays as it is."""
     return value if _is_key(value) else np.asarray(value)
 
 
@@ -117,7 +117,7 @@ _PLANS = weakref.WeakKeyDictionary()
 
 
 class _Plan:
-    """What a jaxpr does, with its values in numbered places: found out once, since what is in a loop runs often."""
+    """A jaxpr prepared for NumPy, with its values in numbered places. It is prepared once, since a loop runs its body often."""
 
     def __init__(self, jaxpr):
         self.start, places = [], {}  # the literals in their places
@@ -146,7 +146,7 @@ class _Plan:
 
 
 def _step(equation):
-    """What an equation does with a list of operands: a list of values, of the shapes and the dtypes that it says."""
+    """A function from the operands of an equation to its results, with the shapes and dtypes that the equation states."""
     name, params = equation.primitive.name, equation.params
     shapes = [variable.aval.shape for variable in equation.outvars]
     if name in _OPERATIONS and not any(_is_key(variable.aval) for variable in (*equation.invars, *equation.outvars)):
@@ -204,7 +204,7 @@ def _by_jax(equation, operands):
 
 
 _LOOPS = {"random_gamma"}
-"""Operations that JAX compiles anew at each call outside of `jit`."""
+"""Operations that JAX recompiles at each call outside `jit`."""
 
 
 @functools.cache
@@ -235,7 +235,7 @@ def _while(operands, *, cond_jaxpr, cond_nconsts, body_jaxpr, body_nconsts):
     (going,) = _call([*cond, *carry], jaxpr=cond_jaxpr)
     while np.any(going):
         made = _call([*body, *carry], jaxpr=body_jaxpr)
-        # Under `vmap` the examples that are done wait for the others.
+        # Under `vmap`, examples that are done wait for the others.
         carry = [_chosen(going, new, old) for new, old in zip(made, carry, strict=True)] if going.ndim else made
         (going,) = _call([*cond, *carry], jaxpr=cond_jaxpr)
     return carry
@@ -247,7 +247,7 @@ def _chosen(going, new, old):
 
 
 def _scan(equation, operands, *, jaxpr, length, reverse, **_):
-    # What is scanned over, and what is stacked, has one axis more outside: ranks are the same on every version of JAX.
+    # Arrays that are scanned over or stacked have one axis more outside. Ranks tell them apart on every version of JAX.
     num_xs = sum(operand.ndim > aval.ndim for operand, aval in zip(operands, jaxpr.in_avals, strict=True))
     num_carry = sum(out.aval.ndim == aval.ndim for out, aval in zip(equation.outvars, jaxpr.out_avals, strict=True))
     before, stacked = operands[: len(operands) - num_xs], operands[len(operands) - num_xs :]
@@ -308,7 +308,7 @@ def _dot_general(a, b, *, dimension_numbers, preferred_element_type=None, **_):
 
 
 def _wide(dtype):
-    """What a sum of numbers of this dtype is made in: XLA does not round between the terms of a narrow one."""
+    """The dtype in which a sum of this dtype is accumulated: XLA does not round a narrow sum between its terms."""
     return np.float32 if dtype.itemsize < 4 and jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
@@ -393,7 +393,7 @@ def _iota(*_, dtype, shape, dimension, sharding=None):
 
 def _convert(x, *, new_dtype, **_):
     if jnp.issubdtype(new_dtype, jnp.integer) and jnp.issubdtype(x.dtype, jnp.floating):
-        # Out of range NumPy wraps around, and XLA takes the nearest.
+        # Out of range, NumPy wraps around, and XLA takes the nearest number.
         info = jnp.iinfo(new_dtype)
         return np.clip(np.nan_to_num(x.astype(np.float64)), info.min, info.max)
     if jnp.issubdtype(x.dtype, jnp.complexfloating) and not jnp.issubdtype(new_dtype, jnp.complexfloating):
@@ -414,7 +414,7 @@ def _logistic(x, **_):
 
 
 def _plain(function):
-    """Without the flags that NumPy does not know, such as an accuracy."""
+    """The operation without the flags that NumPy does not know, such as an accuracy."""
 
     def apply(*operands, **_):
         return function(*operands)
@@ -424,7 +424,7 @@ def _plain(function):
 
 
 def _special(function):
-    """SciPy's has no loop for narrow dtypes."""
+    """The function in a wider dtype, since SciPy's has no narrow ones."""
     return lambda x, **_: function(x.astype(np.float64))
 
 
@@ -498,5 +498,5 @@ _OPERATIONS = {
     "cummin": _cumulative(np.minimum),
     "cumlogsumexp": _cumulative(np.logaddexp),
 }
-"""What NumPy does. Any other operation is JAX's, and only slower."""
+"""The operations that NumPy runs. JAX runs any other, which is only slower."""
 _KNOWN = frozenset({"scan", *_CALLS, *_TRACED_AGAIN, *_OPERATIONS})

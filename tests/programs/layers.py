@@ -26,7 +26,7 @@ def dense(w):
 
 @piece(5)
 def meeting(w):
-    """Something made of parameters meets an example: where factors arise, which then go back through what made it."""
+    """An example meets an array made of parameters. Factors arise here, and pass backwards through what made the array."""
     made = [value for value in w.own if value.bare and value.rank] or [value for value in w.leaves() if value.rank]
     loose = [value for value in w.unused() if value.bare and value.rank]
     met = [value for value in w.values if not value.bare]
@@ -55,7 +55,7 @@ def meeting(w):
 
 @piece(2)
 def adapted(w):
-    """A layer beside a product of two thin ones, as low-rank adapters have it."""
+    """A layer plus a product of two thin ones, as in low-rank adapters."""
     x = w.any(1, 2)
     inputs, outputs = _width(w, x)
     rank = w.one_of(1, 1, 2)
@@ -80,7 +80,7 @@ def tied(w):
 
 @piece(4)
 def einsum(w):
-    """Two or three operands with letters that are own, shared, contracted or repeated."""
+    """An einsum of one to three operands, with letters that are shared or not, contracted or repeated."""
     operands = [w.any(1, 3) for _ in range(w.one_of(1, 2, 2, 2, 3))]
     sizes, texts = {}, []
     for operand in operands:
@@ -121,7 +121,7 @@ def bilinear(w):
 
 @piece()
 def stacked_weights(w):
-    """Experts: a stack of weights, mixed by gates or one of them chosen."""
+    """Experts: a stack of weights, which gates mix or of which one is chosen."""
     x = w.any(1, 1)
     inputs, outputs = _width(w, x)
     count = w.one_of(1, 2, 3)
@@ -202,7 +202,7 @@ def pooling(w):
 
 @piece(3)
 def normalised(w):
-    """By layer, by batch of positions, by root mean square, with a scale and a shift."""
+    """Layer norm, norms over positions and root mean square norm, with a scale and a shift."""
     x = w.value(1, 3)
     axis = w.one_of(-1, -1, 0)
     mean = f"jnp.mean({x.name}, {axis}, keepdims=True)"
@@ -252,7 +252,7 @@ def attention(w):
 
 @piece(3)
 def recurrent(w):
-    """A plain, gated or long short-term cell over time, its state, its outputs or its last state used."""
+    """A plain, gated or long short-term memory cell over time, of which the outputs or the last state are used."""
     xs = w.value(2, 2)
     inputs, width = xs.shape[-1], w.one_of(1, 1, 2)
     kind = w.one_of("rnn", "rnn", "gru", "lstm")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from programs.pieces import grow, piece
 
 INSIDE = 2
-"""Functions in functions, at most."""
+"""The most functions inside one another."""
 SMOOTH = (
     "unary",
     "binary",
@@ -19,7 +19,7 @@ SMOOTH = (
     "tied",
     "divided_by_a_reduction",
 )
-"""What is differentiated once more than everything is: the rest takes long, or has no second derivative."""
+"""The pieces of functions that a piece differentiates: the others take long, or have no second derivative."""
 
 
 def _body(w, low=1, high=3, only=None):
@@ -83,7 +83,7 @@ def checkpoint(w):
 
 @nested(3)
 def scan(w):
-    """Over an example's positions, over a stack of weights, or a number of steps."""
+    """A scan over an example's positions, over a stack of weights, or of a number of steps."""
     state = w.value(0, 2)
     start = f"({state.name})"
     options = w.one_of("", "", ", reverse=True", ", unroll=2", ", unroll=True")
@@ -105,7 +105,7 @@ def scan(w):
 
 @nested(2)
 def fixed_steps(w):
-    """`fori_loop` with a number of steps that is known."""
+    """`fori_loop` with a known number of steps."""
     state = w.value(0, 2)
     function = _function(w, state, like=_like(state))
     if w.chance(0.3):
@@ -118,7 +118,7 @@ def fixed_steps(w):
 
 @piece(1)
 def loop_before_the_parameters(w):
-    """A while loop of unknown length, of what is not differentiated."""
+    """A while loop of unknown length, of values that are not differentiated."""
     a = w.value(0, 2)
     halved = f"lax.while_loop(lambda c: jnp.max(jnp.abs(c)) > 0.5, lambda c: 0.5 * c, lax.stop_gradient({a.name}))"
     w.say(f"{halved} + {w.of_shape(*a.shape)}")
@@ -126,7 +126,7 @@ def loop_before_the_parameters(w):
 
 @nested(3)
 def cond(w):
-    """A branch of the example, or one of the parameters, which is the same for all."""
+    """A branch chosen by the example, or by the parameters, which is then the same for all examples."""
     a = w.any()
     predicate = w.one_of("k[0] > 1", "x.sum() > 0.0", f"jnp.sum({w.any().name}) > 0.1", "k[1] > 0")
     dtype = "float64" if w.chance(0.8) or not w.book.dtype else w.book.dtype
@@ -152,7 +152,7 @@ def mapped(w):
 
 @nested(3)
 def vmap(w):
-    """One or two levels, over one axis or both operands, over an axis that is not the first."""
+    """`vmap` in one or two levels, over one operand or both, and over an axis that is not the first."""
     a = w.any(1, 3)
     axis = w.axis(a, signed=False)
     one = type(a)("", a.shape[:axis] + a.shape[axis + 1 :], a.dtype)
@@ -221,7 +221,7 @@ FORWARDS = ("a", "jnp.round(4.0 * a) / 4.0", "jnp.sign(a)", "(4.0 * a).astype(jn
 
 @piece(3)
 def custom_vjp(w):
-    """A backward pass of its own, such as straight-through or quantised gradients."""
+    """A function with its own backward pass, such as straight-through or quantised gradients."""
     a = w.value()
     name = w.name("f")
     forward, back = w.one_of(*FORWARDS), w.one_of(*COTANGENTS)
@@ -266,7 +266,7 @@ def custom_dense(w):
 
 @nested(3)
 def derivative(w):
-    """With respect to an input or a value, as physics-informed losses and forces have them."""
+    """A derivative with respect to an input or a value, as in physics-informed losses and forces."""
     a = w.value(0, 2)
     form = w.one_of(
         "jax.grad(lambda a: jnp.sum({f}(a)))({a})",

@@ -16,7 +16,7 @@ def piece(weight=1.0):
 
 
 def grow(writer, steps, only=None):
-    """Write so many pieces; one whose statements are refused is counted and another one is tried."""
+    """Write ``steps`` pieces. If the statements of a piece are refused, it is counted as refused and another one is tried."""
     names = list(only or PIECES)
     weights = [WEIGHTS[name] for name in names]
     book = writer.book

@@ -1,4 +1,4 @@
-"""Gathers, scatters, sorts and convolutions in NumPy, by loops over places: programs are small, and compiling is not."""
+"""Gathers, scatters, sorts and convolutions in NumPy, by loops over positions: programs are small, and compiling is dear."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def _windows(operand, indices, numbers, sizes, offset_dims):
-    """For each place in the batch: its index there, the window's corner as given, and its room to the end of the operand."""
+    """For each position in the batch: its index, the window's corner as given, and the largest corner at which it fits."""
     batch_axes = [axis for axis in range(len(offset_dims) + indices.ndim - 1) if axis not in offset_dims]
     own = numbers.operand_batching_dims
     if hasattr(numbers, "start_index_map"):
@@ -50,7 +50,7 @@ def gather(operand, indices, *, dimension_numbers, slice_sizes, mode, fill_value
 
 
 def _filling(dtype):
-    """What JAX fills with where it is not told: NaN, or the least integer that has a sign, else the largest."""
+    """JAX's default fill value: NaN for floats, the least signed integer, or the largest unsigned one."""
     if dtype.kind == "b":
         return True
     if not np.issubdtype(dtype, np.integer):
@@ -108,7 +108,7 @@ def convolution(
     batch_group_count,
     **_,
 ):
-    """A convolution with strides, padding, dilations and groups, a product at each place of the output."""
+    """A convolution with strides, padding, dilations and groups, as a product at each position of the output."""
     numbers = dimension_numbers
     image, kernel = image.transpose(numbers.lhs_spec), kernel.transpose(numbers.rhs_spec)
     image = _spread(image, lhs_dilation, padding)
@@ -131,7 +131,7 @@ def convolution(
 
 
 def _spread(array, dilations, padding):
-    """With zeros between the entries, and before and after them; negative padding cuts off."""
+    """The array with zeros between its entries, and before and after them; negative padding removes entries."""
     shape = [(n - 1) * step + 1 if n else 0 for n, step in zip(array.shape[2:], dilations, strict=True)]
     wide = np.zeros((*array.shape[:2], *shape), array.dtype)
     wide[(slice(None), slice(None), *(slice(None, None, step) for step in dilations))] = array

@@ -33,6 +33,6 @@ def ints(seed, high, *shape):
 
 
 def promoted(*arrays):
-    """Arrays in the dtype that they have in common."""
+    """Arrays cast to their common dtype."""
     dtype = jnp.result_type(*arrays)
     return [jnp.asarray(array, dtype) for array in arrays]

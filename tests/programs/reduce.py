@@ -1,4 +1,4 @@
-"""A smaller program with the same fault: statements are dropped, expressions give way to parts of them, while it fails."""
+"""A smaller program with the same fault: drop statements, and replace expressions by parts of them, while it still fails."""
 
 import ast
 import copy
@@ -10,13 +10,13 @@ from programs.compare import WAYS, Skipped, compare
 
 
 def reduced(program, faults, seconds=120.0):
-    """The smallest program found in so many seconds that fails in the same way; the way is that of the first fault."""
+    """The smallest program found in the given seconds that fails in the same way as the program's first fault."""
     signature = _signature(faults[0])
     return smallest(program, lambda candidate: _signature_of(candidate, signature[1]) == signature, seconds)
 
 
 def smallest(program, fails, seconds):
-    """The smallest program found in so many seconds of which ``fails`` is true."""
+    """The smallest program found in the given seconds for which ``fails`` is true."""
     smaller, deadline = True, time.monotonic() + seconds
     while smaller and time.monotonic() < deadline:
         smaller = False
@@ -30,7 +30,7 @@ def smallest(program, fails, seconds):
 
 
 def _signature(fault):
-    """The kind, the way, and of a crash what was raised and where."""
+    """A fault's kind and way, and for a crash the error and its place."""
     way = max((way for way in WAYS if fault.where.startswith(way)), key=len)
     return fault.kind, way, re.sub(r"\d+", "#", fault.detail)[-60:] if fault.kind == "crashed" else ""
 
@@ -44,7 +44,7 @@ def _signature_of(program, way):
 
 
 def _candidates(program):
-    """Smaller programs, those that lose most first."""
+    """Smaller programs; those that drop statements come first."""
     tree = ast.parse(program.source)
     seen = set()
     for position, change in _changes(tree):
@@ -61,7 +61,7 @@ def _candidates(program):
 
 
 def _changes(tree):
-    """Pairs of a node's place in the walk and a function that changes it: first what drops statements."""
+    """Pairs of a node's index in the walk and a function that changes it; those that drop statements come first."""
     nodes = list(ast.walk(tree))
     yield from _droppings(nodes)
     yield from _shortenings(nodes)
@@ -91,7 +91,7 @@ _ALIASES = ast.Name | ast.Subscript | ast.Attribute
 
 
 def _inlined(assignment, tree):
-    """Write what a name stands for in its place."""
+    """Replace a name by the expression that it stands for."""
     name, value = assignment.targets[0].id, assignment.value
 
     class Inline(ast.NodeTransformer):
@@ -103,7 +103,7 @@ def _inlined(assignment, tree):
 
 
 def _parts(node):
-    """Expressions in this one that may stand in its place; numbers and names last."""
+    """Parts of this expression that may replace it; numbers and names come last."""
     if isinstance(node, ast.BinOp):
         return [node.left, node.right]
     if isinstance(node, ast.Call):
@@ -131,7 +131,7 @@ def _replace(node, name, place, part):
 
 
 def _without_dead(tree):
-    """Without assignments and functions that nothing reads."""
+    """The program without assignments and functions that nothing reads."""
     while True:
         read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
         dropped = False

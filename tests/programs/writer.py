@@ -1,8 +1,8 @@
 """Writing a random program: statements that JAX accepts, one after the other.
 
-The writer works inside one abstract trace. A statement is run as soon as it is written, on shapes alone, so that its value's
-shape is known to the next one; what JAX refuses is not written down. Functions inside the program are written the same way,
-with a writer of their own inside a trace of their own.
+The writer works inside one abstract trace. Each statement runs as soon as it is written, on shapes alone, so that the next one
+knows the shape of its value; a statement that JAX refuses is left out. Functions inside the program are written in the same
+way, each with its own writer inside its own trace.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ from programs import prelude
 
 EXAMPLES = 5
 SIZES = ((1, 1, 2, 2, 2, 3, 3, 4), (1, 1, 1, 2, 3))
-"""Lengths of axes are drawn from one of these in a program: in the second, axes of length one meet each other."""
+"""A program draws the lengths of axes from one of these; with the second, axes of length one often meet each other."""
 LARGEST = 48
-"""Numbers in a value at most."""
+"""The most entries of a value."""
 MOST_PARAMETERS = 56
-"""Numbers in all leaves at most."""
+"""The most entries of all leaves together."""
 MOST_LEAVES = 6
 HIGH = 4
 """The integers of the data are below this."""
@@ -31,13 +31,13 @@ HIGH = 4
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """A value of the program: an expression and what it evaluates to."""
+    """A value of the program: its expression, shape and dtype."""
 
     name: str
     shape: tuple[int, ...]
     dtype: Any
     bare: bool = False
-    """Whether it is made of parameters and constants alone: what happens to a weight before it meets an example."""
+    """Whether it is made of parameters and constants alone, as a weight before it meets an example."""
 
     @property
     def rank(self):
@@ -54,7 +54,7 @@ class Value:
 
 @dataclasses.dataclass
 class Book:
-    """What all writers of one program share: the random numbers, the leaves, what was accepted and what refused."""
+    """The state that all writers of one program share: random numbers, leaves, and counts of accepted and refused pieces."""
 
     rng: random.Random
     dtype: str | None
@@ -68,7 +68,7 @@ class Book:
 
 
 class Leaves:
-    """The parameters inside the trace: made where they are read, since the program that is being written adds to them."""
+    """The parameters inside the trace. They are made when read, since the program that is being written adds to them."""
 
     def __init__(self, leaves):
         self.leaves = leaves
@@ -86,7 +86,7 @@ class Writer:
         self.own, self.used = [], set()
         self.of_data = {"x", "z", "k"}
         self.before_data = False
-        """Whether only values made of parameters alone are taken for operands."""
+        """Whether operands may only be values that are made of parameters alone."""
 
     # Names and numbers.
 
@@ -119,14 +119,14 @@ class Writer:
     # Statements.
 
     def say(self, expression, count=None):
-        """Write ``v = expression``; with ``count``, so many values. Returns them, or None if JAX or we refuse."""
+        """Write ``v = expression``, or an assignment to ``count`` values. Returns the values; None if JAX or we refuse."""
         names = [self.name("v") for _ in range(count or 1)]
         line = f"{', '.join(names)} = {expression}"
         try:
             exec(line, self.scope)
             made = [self.scope[name] for name in names]
         except Exception:
-            # A statement that does not fit its operands; tests/test_random_programs.py sees to it that every kind fits some.
+            # The statement does not fit its operands. tests/test_random_programs.py checks that every kind fits some.
             return None
         if not all(_fits(value) for value in made):
             return None
@@ -143,13 +143,13 @@ class Writer:
         self.used |= _words(expression)
 
     def _of_data(self, text, names):
-        """Note that these names depend on an example, if the text does that defines them."""
+        """Record that these names depend on an example, if the text that defines them does."""
         if depends := bool(_words(text) & self.of_data):
             self.of_data |= set(names)
         return depends
 
     def write(self, text):
-        """Write a function whose text is known."""
+        """Write a function that is given as lines of text."""
         exec("\n".join(text), self.scope)
         self.lines += text
         self._use("\n".join(text))
@@ -169,7 +169,7 @@ class Writer:
             inner.scope.update(zip(names, arrays, strict=True))
             given = [Value(n, a.shape, a.dtype, self.before_data) for n, a in zip(names, arrays, strict=True) if _fits(a)]
             inner.values += given
-            inner.own += given  # so that what a function is given is used first
+            inner.own += given  # so that the function uses its arguments first
             body(inner)
             result.append(inner.result(like))
             return eval(result[0], inner.scope)
@@ -183,7 +183,7 @@ class Writer:
     # Operands.
 
     def leaf(self, shape):
-        """A new parameter of this shape, or None where the program has enough."""
+        """A new parameter of this shape, or None if the program has enough."""
         leaves = self.book.leaves
         total = sum(math.prod(shape) for shape, _ in leaves.values())
         if len(leaves) >= MOST_LEAVES or total + math.prod(shape) > MOST_PARAMETERS:
@@ -201,11 +201,11 @@ class Writer:
         return [self._known(name) for name in self.book.leaves]
 
     def _pool(self, bare):
-        """What an operand may be taken from."""
+        """The values from which an operand may be chosen."""
         return [*self.leaves(), *(value for value in self.values if value.bare or not (bare or self.before_data))]
 
     def value(self, low=0, high=4, real=True):
-        """Some value of a rank in this range: often one that nothing uses yet, so that pieces follow each other."""
+        """Some value with a rank in this range: often one that nothing uses yet, so that pieces form chains."""
         pool = self._pool(False)
         loose = [value for value in self.unused()[-4:] if value.bare or not self.before_data]
         met = [value for value in pool if not value.bare]
@@ -228,7 +228,7 @@ class Writer:
         return Value(form.format(value.name), value.shape, jnp.zeros((), value.dtype).real.dtype, value.bare)
 
     def any(self, low=0, high=4):
-        """Some value, which may be complex: for what is linear, or makes sense of both."""
+        """Some value, real or complex: for operations that are linear, or are defined for both."""
         return self.value(low, high, real=False)
 
     def of_shape(self, *shape, weight=False, real=True):
@@ -252,7 +252,7 @@ class Writer:
         return self._const(shape)
 
     def fit(self, value, shape):
-        """An expression of this shape made of a value of any."""
+        """An expression of this shape, made of a value of any shape."""
         count, name = math.prod(shape), value.name
         if value.shape == tuple(shape):
             return name
@@ -267,7 +267,7 @@ class Writer:
         return f"jnp.resize({name}, {tuple(shape)})"
 
     def index(self, high, rank=None):
-        """An expression for integers below ``high``: of the example or fixed."""
+        """An expression for integers below ``high``, which belong to the example or are fixed."""
         rank = self.rng.randint(0, 1) if rank is None else rank
         if self.chance(0.5) and not self.before_data:
             return f"(k % {high})" if rank else f"(k[{self.rng.randrange(2)}] % {high})"
@@ -290,7 +290,7 @@ class Writer:
         return f"jnp.tanh({total}).astype(jnp.{dtype})" if self.chance(0.7) else f"({total}).astype(jnp.{dtype})"
 
     def density(self):
-        """The number that everything unused goes into."""
+        """An expression for a number to which all unused values contribute."""
         return "\n    + ".join(self._number(value) for value in self.unused()[-6:] or self.own[-1:])
 
     def _number(self, value):

@@ -10,24 +10,24 @@ from programs.pieces import PIECES, grow
 from programs.writer import SIZES, Book, Leaves, Program, Value, Writer, new_scope
 
 NARROW = (*(None,) * 14, "float32", "float32", "float32", "float32", "float16", "bfloat16")
-"""The dtype beside float64, which most programs have none of."""
+"""Choices for the second dtype of a program beside float64; most programs have none."""
 LINEAR = """
 scaled outer_product_by_broadcasting divided_by_a_reduction reduction cumulative reshape transpose axes_of_length_one repeated
 turned padded sliced dynamic_slice joined split gather scatter segments cast complex_product complex_matrix of_complex_values
 meeting fourier_transform dense adapted tied einsum general_product bilinear convolution embedding custom_vjp custom_dense
 vmap scan normalised_weight binary chosen
 """.split()
-"""What a product of factors can pass through as it is. Half of the programs are made of this alone, since factors are kept
-longest along a chain of such pieces."""
+"""Pieces that a product of factors can pass through unformed. Half of the programs consist of these alone, since factors
+survive longest along a chain of them."""
 
 
 def write(seed, only=None, steps=None):
-    """The program of this seed; of pieces with the names in ``only``, and so many of them."""
+    """The program of this seed, with ``steps`` pieces that have names in ``only``, if these are given."""
     return written(seed, only, steps)[0]
 
 
 def written(seed, only=None, steps=None):
-    """The program, and the book of what was accepted and refused."""
+    """The program of `write`, and its `Book`, which counts accepted and refused pieces."""
     rng = random.Random(seed)
     book = Book(rng, rng.choice(NARROW), rng.choice((SIZES[0], *SIZES)))
     if only is None and rng.random() < 0.5:
@@ -58,7 +58,7 @@ def written(seed, only=None, steps=None):
 
     jax.eval_shape(build, *(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in data))
     body = "\n".join(lines).replace("\n", "\n    ")
-    # Casts are linear up to the rounding of the narrowest dtype that the program names, also where only a gradient meets it.
+    # Casts are linear only up to the rounding of the narrowest dtype in the program, even if only gradients have it.
     named = [dtype for dtype in ("float32", "float16", "bfloat16") if re.search(rf"\b{dtype}\b", body)]
     eps = max(float(jnp.finfo(dtype).eps) for dtype in (book.dtype or "float64", *named))
     return Program(seed, f"def log_prob(p, x, z, k):\n    {body}\n", dict(book.leaves), data, eps, dict(book.shapes)), book

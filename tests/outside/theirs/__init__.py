@@ -1,1 +1,1 @@
-"""A package of a user's own: one of each thing that `jaxfisher` can be extended by, made with its public names alone."""
+"""A user's own package, with one extension of each kind that `jaxfisher` supports, made with public names alone."""

@@ -1,4 +1,4 @@
-"""A form: a way to hold a Fisher."""
+"""A form: a way to store a Fisher."""
 
 import dataclasses
 
@@ -41,5 +41,5 @@ class PlusRankOne(jf.Form):
 
 
 def plus_rank_one(like, level, direction):
-    """As an operator over the parameters of another."""
+    """The form as an operator over the parameters of another operator."""
     return jf.Operator(PlusRankOne(level, direction, like.spec), jf.Provenance("invented", like.n))

@@ -23,7 +23,7 @@ class Wind(jf.Model):
 
 @dataclasses.dataclass(frozen=True)
 class WindSpeed(jf.LogProb):
-    """Its log-density written out."""
+    """The log-density of that model, written out."""
 
     floor: float = -1.0
 
@@ -34,7 +34,7 @@ class WindSpeed(jf.LogProb):
 
 @dataclasses.dataclass(frozen=True)
 class Mixed(jf.FisherFunction):
-    """The mean of the exact and of the empirical Fisher, of all the data."""
+    """The mean of the exact and the empirical Fisher of all the data."""
 
     model: jf.Model
 

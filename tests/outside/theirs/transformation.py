@@ -1,4 +1,4 @@
-"""A transformation of Optax that is given the curvature."""
+"""An Optax transformation that takes the curvature."""
 
 import jax
 import optax
@@ -7,7 +7,7 @@ import jaxfisher as jf
 
 
 def scale_by_sharpness() -> optax.GradientTransformationExtraArgs:
-    """Divides by the mean eigenvalue of the Fisher over the parameters that the updates are for."""
+    """Divide the updates by the mean eigenvalue of the Fisher over their parameters."""
 
     def update(updates, state, params=None, *, fisher=None, **extra_args):
         F = jf.fisher_for(updates, fisher, "scale_by_sharpness")

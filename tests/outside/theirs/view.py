@@ -7,7 +7,7 @@ import jaxfisher as jf
 
 @dataclasses.dataclass(frozen=True)
 class Softened:
-    """A part of the Fisher, and for the rest its diagonal."""
+    """A share of the Fisher plus the other share of its diagonal."""
 
     part: float
 
