@@ -1,4 +1,4 @@
-"""The Optax side: against dense solves, against Optax's own diagonal family, and as a good citizen of every wrapper."""
+"""The transformations for Optax: against dense solves, against Optax's RMSProp, and inside each of Optax's wrappers."""
 
 import functools
 import inspect
@@ -82,9 +82,9 @@ def test_powers(problem, power):
 @pytest.mark.relaxed
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_batches_of_one_are_rmsprop(dtype):
-    """With one example a batch the diagonal empirical Fisher is the squared gradient, and this is `optax.scale_by_rms`.
+    """With one example per batch the diagonal of the empirical Fisher is the squared gradient, as in `optax.scale_by_rms`.
 
-    The convention: the running mean is debiased, and damping (their eps, inside the root) is added before the power.
+    In both the running mean is debiased, and the damping (Optax's eps, inside the root) is added before the power is taken.
     """
     params, x, y, _, _ = reference()
     params, x = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, x))
@@ -107,10 +107,10 @@ def test_batches_of_one_are_rmsprop(dtype):
 
 @pytest.mark.relaxed
 def test_larger_batches_are_not():
-    """The square of a mean is not the mean of squares.
+    """With larger batches the two differ, since the square of a mean is not the mean of squares.
 
-    With n independent scores of mean zero the mean of squares is n times the square of the mean in expectation; at these seven
-    examples the two second moments differ by the ratio stated here, computed from the loop's scores.
+    With n independent scores of mean zero, the expected mean of squares is n times the expected square of the mean. At these
+    seven examples the ratio of the updates must be the one computed from the scores of the loop.
     """
     params, x, y, _, rows = reference()
     of_squares, of_mean = np.mean(rows**2, axis=0), np.mean(rows, axis=0) ** 2
@@ -131,7 +131,7 @@ def test_larger_batches_are_not():
 @pytest.mark.parametrize("share", [1.5, 1.0, -0.5])
 @pytest.mark.parametrize("name", ["decay", "momentum"])
 def test_a_share_of_the_past_that_turns_out_to_be_none_is_nan(name, share, problem):
-    """The values of an array are not looked at: they may be on a device, or not be known before the program runs."""
+    """An array may be on a device, or unknown until the program runs, so its value is not checked: the updates are NaN."""
     params, gradient, fisher, _ = problem
     opt = jf.scale_by_fisher(0.1, view=jf.diagonal, **{name: jnp.asarray(share)})
     updates, _ = traced(lambda: opt.update(gradient, opt.init(params), params, fisher=fisher))()
@@ -153,7 +153,7 @@ def test_the_running_mean_is_a_debiased_average_of_views(problem, view):
 
 
 def test_the_running_mean_of_factors_is_the_kronecker_view_of_their_means(problem):
-    """KFAC's own average: of each factor, not of their product."""
+    """The average of KFAC: each factor is averaged, not their product."""
     params, gradient, fisher, _ = problem
     opt = jf.scale_by_fisher(0.1, view=jf.kronecker, decay=0.8, like=like)
     state = opt.init(params)
@@ -162,7 +162,7 @@ def test_the_running_mean_of_factors_is_the_kronecker_view_of_their_means(proble
     for t, scale in enumerate((1.0, 3.0), start=1):
         updates, state = step(state, scale * fisher)
         weights = np.array([0.2 * 0.8 ** (t - k) for k in range(1, t + 1)]) / (1 - 0.8**t)
-        # A multiple of a Fisher is held by the outputs' factor.
+        # The scale of a multiple of a Fisher is in the outputs' factor.
         mean = np.dot(weights, [1.0, 3.0][:t])
         expected = [np.linalg.inv(mean * np.asarray(block.as_matrix()) + 0.1 * np.eye(block.spec.size)) for block in blocks]
         parts = [flat([gradient["hidden"]["b"], gradient["hidden"]["w"]]), flat(gradient["out"])]
@@ -180,7 +180,7 @@ def test_in_between_refreshes_the_fisher_is_not_made(problem, view):
         return opt.update(gradient, state, params, fisher=lambda: jf.exact_fisher(classifier)(params, scale * x))
 
     def counted(jaxpr):
-        """Occurrences of the model's own tanh outside of branches, and in each branch."""
+        """How often the model's tanh occurs outside branches, and whether it occurs in each branch."""
         outside = str([eqn for eqn in jaxpr.eqns if eqn.primitive.name != "cond"]).count("tanh")
         branches = [eqn.params["branches"] for eqn in jaxpr.eqns if eqn.primitive.name == "cond"]
         return outside, [[str(branch).count("tanh") > 0 for branch in some] for some in branches]
@@ -204,7 +204,7 @@ def test_in_between_refreshes_the_fisher_is_not_made(problem, view):
 
 
 def test_in_between_refreshes_factors_can_be_damped(problem):
-    """They are held by their eigenvectors then; the factored damping is the same."""
+    """Between refreshes the factors are held as eigendecompositions, with which factored damping gives the same solution."""
     params, gradient, fisher, _ = problem
     opt = jf.scale_by_fisher(0.1, view=jf.kronecker, solver=jf.factored_solve, update_every=2, like=like)
     step = traced(lambda c, s: opt.update(gradient, s, params, fisher=c * fisher))
@@ -216,7 +216,7 @@ def test_in_between_refreshes_factors_can_be_damped(problem):
 
 
 def test_momentum_is_spring(problem):
-    """Against its formula in the space of examples, in numpy, from the loop's scores."""
+    """Momentum is SPRING: against its formula in the space of examples, in NumPy, from the scores of the loop."""
     params, _, _, _ = problem
     _, x, y, _, rows = reference()
     fisher = jf.empirical_fisher(LOG_PROB)(params, x, y)
@@ -289,7 +289,7 @@ def test_the_ready_made_chain(problem):
 
 
 def test_it_solves_a_linear_regression_in_one_step():
-    """Fisher scoring: with a linear Gaussian model one undamped step of rate one is the least-squares fit, by NumPy."""
+    """For a linear Gaussian model one undamped step of rate one (Fisher scoring) is the least-squares fit of NumPy."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(30, 4))
     y = x @ np.arange(4.0) + 0.1 * rng.normal(size=30)
@@ -304,7 +304,7 @@ def test_it_solves_a_linear_regression_in_one_step():
     assert_close(evaluated(step, jnp.zeros(4)), np.linalg.lstsq(x, y)[0], factor=1e4)
 
 
-# --- as a citizen ----------------------------------------------------------------------------------------------------------
+# --- with Optax's wrappers -------------------------------------------------------------------------------------------------
 
 
 def like():
@@ -368,7 +368,7 @@ OPTIMISERS = {
     "quadratic_model": (modelled, {}, {"damping": (0.1, 10.0)}),
     "kfac": (jf.kfac, {"like": like}, {"damping": (0.1, 0.2), "decay": (0.9, 0.5), "update_every": (2, 1)}),
 }
-"""The function, its arguments that are no numbers, and each number, with another that it may become."""
+"""For each optimiser: its function, the arguments that are not numbers, and two values for each number."""
 every = pytest.mark.parametrize("name", OPTIMISERS)
 
 
@@ -379,7 +379,7 @@ def built(name, which=0):
 
 
 def update_of(opt):
-    """Its update, given all that any of `OPTIMISERS` looks at: the others let it pass."""
+    """The update of an optimiser with every keyword that any of `OPTIMISERS` reads; the others must ignore it."""
     _, x, y, _, _ = reference()
 
     def step(g, s, p, f, mean):
@@ -393,12 +393,12 @@ def update_of(opt):
 
 @functools.cache
 def stepping(opt):
-    """The same, run in NumPy: what is compiled is held to that by `test_scan_equals_a_loop_and_traces_once`."""
+    """`update_of` run in NumPy. `test_scan_equals_a_loop_and_traces_once` compares the compiled update with it."""
     return traced(update_of(opt))
 
 
 def updated(opt, state, problem, mean=None, by=stepping):
-    """One update; ``mean`` is the gradient that is given by keyword, where that is another."""
+    """One update; ``mean`` is the gradient that is passed as ``grad=`` if it is not the problem's."""
     params, gradient, fisher, *_ = problem
     return by(opt)(gradient, state, params, fisher, gradient if mean is None else mean)
 
@@ -406,7 +406,7 @@ def updated(opt, state, problem, mean=None, by=stepping):
 @pytest.mark.compiled
 @every
 def test_the_protocol(name, problem):
-    """Extra arguments pass, structures and dtypes are stable, inputs live on, the same inputs give the same bits."""
+    """Extra arguments are ignored, structures and dtypes stay, inputs are not donated, and equal inputs give equal bits."""
     params, gradient, _, _ = problem
     opt = built(name)
     assert isinstance(opt, optax.GradientTransformationExtraArgs)
@@ -438,7 +438,7 @@ def test_scan_equals_a_loop_and_traces_once(name, problem):
     start = (params, opt.init(params))
     scanned, _ = evaluated(lambda start: jax.lax.scan(step, start, scales), start)
     traces.clear()
-    # Each array of the state is one of its own, so that it can be donated.
+    # No two leaves of the state may share an array, since both are donated.
     given = jax.tree.map(jnp.copy, params)
     jitted, carry = jax.jit(step, donate_argnums=0), (given, opt.init(given))
     for scale in scales:
@@ -464,7 +464,7 @@ def test_parameters_in_any_dtype(name, problem):
 
 @every
 def test_inject_hyperparams(name, problem):
-    """Every number becomes a traced array that can be changed between steps."""
+    """`optax.inject_hyperparams` makes every number a traced array, which can be changed between steps."""
     params, gradient, fisher, *rest = problem
     other = (params, gradient, 2.0 * fisher, *rest)
     make, kept, numbers = OPTIMISERS[name]
@@ -472,7 +472,7 @@ def test_inject_hyperparams(name, problem):
     injected = optax.inject_hyperparams(make, static_args=static)(**kept, **{k: v[0] for k, v in numbers.items()})
     state = injected.init(params)
     assert set(state.hyperparams) >= set(numbers)
-    # Hyperparameters are float32 numbers, and residuals are rounding.
+    # Hyperparameters have float32 precision, and residuals are rounding errors.
     close = lambda a, b: chex.assert_trees_all_close(a, b, rtol=1e-6, atol=1e-15)  # noqa: E731
     updates, state = updated(injected, state, problem)
     first, after = updated(built(name), built(name).init(params), problem)
@@ -488,11 +488,11 @@ def test_inject_hyperparams(name, problem):
 @pytest.mark.relaxed
 @every
 def test_multi_steps(name, problem):
-    """Two half-gradients accumulate to the mean; mini-steps that emit nothing leave the state alone."""
+    """Two gradients are accumulated to their mean; a mini-step without an update leaves the inner state unchanged."""
     params, gradient, fisher, _ = problem
     opt = optax.MultiSteps(built(name), every_k_schedule=2)
     start = opt.init(params)
-    # What `grad=` says is not accumulated: `quadratic_model` alone must be told the mean.
+    # Optax does not accumulate `grad=`. Only `quadratic_model` reads it, so it is given the mean.
     mean = gradient if name == "quadratic_model" else None
     updates, state = updated(opt, start, (params, jax.tree.map(lambda g: 2 * g, gradient), fisher), mean)
     assert np.all(flat(updates) == 0)
@@ -534,7 +534,7 @@ def test_masked_and_partition_solve_with_the_sub_fisher(form, problem):
 
 @every
 def test_a_part_is_stepped_as_if_the_rest_were_data(name):
-    """Each in a partition whose rest is frozen, against the same on a model of the part alone; the gradient is that by all."""
+    """An optimiser in a partition whose rest is frozen takes the steps that it takes on a model of that part alone."""
     make, kept, numbers = OPTIMISERS[name]
     opt = make(
         **{key: value for key, value in kept.items() if key != "like"}, **{key: pair[0] for key, pair in numbers.items()}
@@ -588,7 +588,7 @@ def test_in_a_chain_with_clipping_decay_and_schedules(problem):
 
 
 def test_apply_if_finite_keeps_the_parameters_safe(problem):
-    """Around the chain it stops a bad batch's gradient; behind `scale_by_fisher`, a Fisher that is not finite."""
+    """Around the chain it rejects the gradient of a bad batch; after `scale_by_fisher`, the result of a bad Fisher."""
     params, gradient, fisher, _ = problem
     _, x, y, _, _ = reference()
     bad_x = x.at[0].set(jnp.nan)
@@ -607,7 +607,7 @@ def test_apply_if_finite_keeps_the_parameters_safe(problem):
 
 
 def test_a_line_search_after_it(problem):
-    """Optax's own zoom search refuses keywords that its value function does not take, so it is given its own by a wrapper."""
+    """Optax's zoom search passes all keywords on to its value function, so a wrapper drops those that it does not take."""
     params, gradient, _, dense = problem
     _, x, y, _, _ = reference()
     search = optax.scale_by_zoom_linesearch(max_linesearch_steps=10)
@@ -640,7 +640,7 @@ def test_vmap_over_members_equals_each(problem):
 
 
 def test_a_meta_gradient_through_steps(problem):
-    """The loss after two steps as a function of the damping, differentiated, against central differences."""
+    """The derivative of the loss after two steps by the damping, against central differences."""
     params, *_ = problem
     _, x, y, _, _ = reference()
 

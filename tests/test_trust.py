@@ -1,4 +1,4 @@
-"""Steps that are held back: the actual divergence, Levenberg and Marquardt's damping, rates from the quadratic model."""
+"""Safeguards of steps: backtracking on the divergence, adaptive damping, and rates from the quadratic model."""
 
 import functools
 
@@ -155,10 +155,10 @@ def test_numbers_that_turn_out_to_be_out_of_order_adapt_nothing(wrong):
 
 
 def test_the_gradient_of_the_next_batch_judges_the_recent_steps(problem):
-    """The sum of three steps by hand, each worth a twentieth less for every one after it.
+    """The recent steps are a sum that decays by a twentieth with each new step; here of three steps, computed by hand.
 
-    Where that sum points uphill the damping rises, also if the last step points downhill; and it falls where the sum points
-    downhill, also if the last step does not.
+    If the sum points uphill the damping rises, even if the last step points downhill. If the sum points downhill the damping
+    falls, even if the last step points uphill.
     """
     opt = jf.adapt_damping(jf.natural_gradient(0.1, 0.5), 0.3)
     params, state, recent = problem[0], None, 0
@@ -176,7 +176,7 @@ def test_the_gradient_of_the_next_batch_judges_the_recent_steps(problem):
 
 
 def test_inside_it_a_transformation_needs_no_damping_of_its_own(problem):
-    """That of the state is given to each update: another one would never be used."""
+    """Each update of the inner transformation uses the damping of the state, so one of its own makes no difference."""
     makers = (
         lambda *own: jf.natural_gradient(1.0, *own),
         lambda *own: optax.chain(jf.scale_by_fisher(*own), jf.quadratic_model(*own)),
@@ -187,7 +187,7 @@ def test_inside_it_a_transformation_needs_no_damping_of_its_own(problem):
 
 
 def test_after_convergence_the_damping_stays():
-    """A loss that cannot fall any more promises less than its rounding, and says nothing of the damping."""
+    """At convergence the predicted decrease is below the rounding error of the loss, and the damping does not change."""
     opt = jf.adapt_damping(jf.natural_gradient(1.0, 1e-3), 1e-3)
     step = jax.jit(jf.training_step(lambda mu, x: jf.Normal(mu * x, 1.0), opt))
     mu, x = jnp.float32(0.0), jnp.ones(5, jnp.float32)
@@ -212,7 +212,7 @@ def test_a_damping_far_above_its_reach_finds_back_in_a_few_steps():
 
 
 def test_a_bad_step_leaves_everything_but_the_damping(problem):
-    """A rate of fifty climbs; a NaN gradient is nothing to follow. Inner states stay, the damping rises, and steps shorten."""
+    """A rate of fifty, or a NaN gradient: the parameters and inner states stay, the damping rises, and steps become shorter."""
     params, x, y, gradient, _, _ = problem
     inner = optax.chain(jf.natural_gradient(50.0, 0.1, view=jf.dense, decay=0.9), optax.trace(0.9))
     opt = jf.adapt_damping(inner, 0.1)
@@ -235,7 +235,7 @@ def test_a_bad_step_leaves_everything_but_the_damping(problem):
 
 
 def test_around_a_partition_the_ratio_is_of_all_that_moved(problem):
-    """One part by the dense solve with its own Fisher, the other by gradient descent; the model is of both."""
+    """One part takes a natural step with its own Fisher, the other a gradient step; the ratio is for both together."""
     params, x, y, gradient, fisher, dense = problem
     labels = {"hidden": "natural", "out": "sgd"}
     inner = optax.partition({"natural": jf.natural_gradient(1.0, 0.25), "sgd": optax.sgd(0.1)}, labels)
@@ -251,7 +251,7 @@ def test_around_a_partition_the_ratio_is_of_all_that_moved(problem):
 
 @pytest.mark.parametrize("out", [False, [False, False]])
 def test_inside_a_mask_the_loss_is_a_function_of_the_part(problem, out):
-    """The others keep their values, in the ratio as in the halvings; a mask may leave out a whole subtree by one flag."""
+    """Ratio and halvings keep the other parameters at their values. A mask may leave out a whole subtree with one flag."""
     params, x, y, gradient, fisher, dense = problem
     mask, k = {"hidden": True, "out": out}, 16  # the hidden layer comes first in ravel order
     whole = lambda hidden: {"hidden": hidden, "out": params["out"]}  # noqa: E731
@@ -318,7 +318,7 @@ def test_rates_minimise_the_quadratic_model(problem):
 
 
 def test_a_direction_along_the_last_step_is_taken_alone(problem):
-    """Two parallel directions have no unique rates; a direction of nothing but zeros has none at all."""
+    """Rates are not unique for two parallel directions, so only the first is used. A direction of zeros has the rate zero."""
     params, _, _, gradient, fisher, dense = problem
     opt = jf.quadratic_model(0.02)
     step = jax.jit(lambda d, s: opt.update(d, s, params, fisher=fisher, grad=gradient))
@@ -334,7 +334,7 @@ def test_a_direction_along_the_last_step_is_taken_alone(problem):
 
 
 def test_after_an_exact_direction_the_rate_is_one(problem):
-    """Where the view is F itself the direction is the minimum already, and the last step adds nothing."""
+    """If the view is F itself, the direction leads to the minimum of the model: the rate is one and the momentum zero."""
     params, _, _, gradient, fisher, _ = problem
     opt = optax.chain(jf.scale_by_fisher(0.1), jf.quadratic_model(0.1))
     step = jax.jit(lambda g, s: opt.update(g, s, params, fisher=fisher, grad=g))
@@ -349,7 +349,7 @@ def test_after_an_exact_direction_the_rate_is_one(problem):
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1.0, 1e20, 1e30])
 @pytest.mark.parametrize("apart", [1.0, 1e-3])
 def test_a_step_whose_model_is_not_due_has_the_length_of_the_last_one(size, apart):
-    """At any size in float32, and where the direction and the last step nearly cancel; a shorter one is taken as it is."""
+    """A step without a new model has at most the last one's length, at any size in float32 and if its parts nearly cancel."""
     eps, rng = np.finfo(np.float32).eps, np.random.default_rng(0)
     v = {name: np.float32(size * rng.normal(size=shape)) for name, shape in (("w", (5, 4)), ("b", (4,)))}
     d = {name: np.float32(leaf * (1 + apart * rng.normal(size=leaf.shape))) for name, leaf in v.items()}
@@ -365,7 +365,7 @@ def test_a_step_whose_model_is_not_due_has_the_length_of_the_last_one(size, apar
         assert after.length == state.length
 
 
-# --- what is missing or wrong ------------------------------------------------------------------------------------------------
+# --- missing and wrong arguments ---------------------------------------------------------------------------------------------
 
 
 def unit():

@@ -1,4 +1,4 @@
-"""What is due at a step of `kfac`, and what is not: each layer's inverse in its turn, the period by counted cost."""
+"""What a step of `kfac` recomputes: the inverses of one layer at a time, at a period that the counted costs decide."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ LAYERS = ("hidden", "out")
 
 
 def is_due(t, phase=0, every=4):
-    """The gap is one step, from the fourth on two, from the eighth four, from the sixteenth eight, and at most ``every``."""
+    """Whether step ``t`` refreshes: gaps are 1 step, 2 from step 4 on, 4 from 8 on, 8 from 16 on, and at most ``every``."""
     gap = min(2 ** sum(t >= start for start in (4, 8, 16)), every)
     return t % gap == phase * gap // every
 
@@ -39,10 +39,10 @@ def test_the_turns_before_a_step_are_those_that_were_due(every):
 
 
 def test_each_inverse_is_the_one_of_its_own_last_refresh():
-    """Thirteen steps by hand at a period of four: the two layers' turns are the first and the third of each period.
+    """Thirteen steps against a computation by hand, at a period of four: the layers have the first and the third turn of it.
 
-    One program makes them all: the state that `init` makes is what a step returns, to the last type. The factors are debiased
-    means of those of drawn targets, and a step whose model is not due is as long as the last at most.
+    One program runs all steps, since the state from `init` has exactly the types of the state that a step returns. The factors
+    are debiased running means over drawn targets. A step without a new quadratic model is at most as long as the last one.
     """
     params, x, y, *_ = reference()
     step = jf.training_step(classifier, jf.kfac(update_every=4, seed=5))
@@ -55,7 +55,7 @@ def test_each_inverse_is_the_one_of_its_own_last_refresh():
     held, seen, mean, last, length, clipped = {}, 0, None, np.zeros(31), 0.0, 0
     for t in range(13):
         if is_due(t):
-            # With targets that are drawn, each by its own key, the empirical Fisher is the sampled one.
+            # At targets drawn with each example's own key, the empirical Fisher is the sampled one.
             keys = draw_keys(5, jnp.asarray(t), 7, hashed=True)
             K, seen = drawn(params, draw(params, keys)), seen + 1
             share = 0.05 / (1 - 0.95**seen)
@@ -79,7 +79,10 @@ def test_each_inverse_is_the_one_of_its_own_last_refresh():
 
 
 def test_of_a_part_of_the_parameters_it_takes_the_steps_of_that_part_alone():
-    """Under `optax.masked`, as where the others are constants. Where the model is not due the direction's damping stays."""
+    """Under `optax.masked` the steps are those of a model in which the other parameters are constants.
+
+    At a step without a new quadratic model, the damping of the direction stays as it is.
+    """
     params, x, y, *_ = reference()
     opt, mask = jf.kfac(update_every=4, seed=7), {"hidden": True, "out": False}
     others = optax.masked(optax.set_to_zero(), jax.tree.map(lambda flag: not flag, mask))
@@ -103,7 +106,7 @@ def test_of_a_part_of_the_parameters_it_takes_the_steps_of_that_part_alone():
 
 @pytest.mark.parametrize(("size", "halved"), [(300, 256), (21, 4)])
 def test_inverses_of_large_factors_are_made_in_halves(size, halved, monkeypatch):
-    """Of an even size and of an odd one, once and again and again, with a border and without; against NumPy's in float64."""
+    """Inverses of even and odd sizes, halved once or repeatedly, with and without a border, against NumPy in float64."""
     monkeypatch.setattr(factored, "HALVED", halved)
     x = np.random.default_rng(size).normal(size=(2, size, size))
     matrices = x @ x.swapaxes(1, 2) / size + 0.1 * np.eye(size)
@@ -117,10 +120,10 @@ def test_inverses_of_large_factors_are_made_in_halves(size, halved, monkeypatch)
 
 @pytest.mark.parametrize("every", [None, 4])
 def test_what_is_not_due_is_not_run(every):
-    """Factors, draws, inverses, the quadratic model and the loss after a step are inside the branches of what is due.
+    """Factors, draws, inverses, the quadratic model and the loss after a step are computed only inside conditional branches.
 
-    Outside them is one forward pass, the gradient's: no random number, no Cholesky factor, and one tanh. The factors have one
-    branch, and the inverses of each of the two layers.
+    Outside the branches there is one forward pass, that of the gradient: no random number, no Cholesky factor, and one tanh.
+    The factors have one branch, and so have the inverses of each of the two layers.
     """
     params, x, y, *_ = reference()
     step = jf.training_step(classifier, jf.kfac(update_every=every))
@@ -132,7 +135,7 @@ def test_what_is_not_due_is_not_run(every):
 
 
 def outside_branches(jaxpr):
-    """The primitives of a program, but for what is inside `cond`."""
+    """The primitives of a program that are not inside a `cond` or a `while`."""
     for eqn in jaxpr.eqns:
         yield eqn.primitive.name
         if eqn.primitive.name in ("cond", "while"):
@@ -144,7 +147,7 @@ def outside_branches(jaxpr):
 
 
 def network(width):
-    """Parameters of 64-width-width-10, without values, and its model."""
+    """A network 64-width-width-10: the shapes of its parameters, its model, and the sizes of its Kronecker factors."""
     sizes = [(64, width), (width, width), (width, 10)]
     params = [{"w": jax.ShapeDtypeStruct(s, jnp.float32), "b": jax.ShapeDtypeStruct(s[1:], jnp.float32)} for s in sizes]
 
@@ -158,7 +161,7 @@ def network(width):
 
 @pytest.mark.parametrize(("width", "period"), [(16, 4), (128, 4), (512, 16), (1024, 16)])
 def test_the_period_is_the_least_power_of_two_that_keeps_the_average_step_at_three_adam_steps(width, period):
-    """At four and a half where the batch of 512 is narrower than the widest layer."""
+    """The limit is four and a half Adam steps if the widest layer has more units than the batch of 512 has examples."""
     params, model, sizes = network(width)
     x, n = jax.ShapeDtypeStruct((512, 64), jnp.float32), 512
     forward = forward_cost(lambda p, x: jax.vmap(lambda x: model(p, x))(x), params, x)
@@ -166,7 +169,7 @@ def test_the_period_is_the_least_power_of_two_that_keeps_the_average_step_at_thr
     view = jax.eval_shape(lambda p, x: jf.kronecker(jf.sampled_fisher(model)(p, jax.random.key(0), x)), params, x)
 
     def cost(every):
-        """In forward passes: gradient, moments, inverses, applying them, quadratic model and loss after the step."""
+        """The average cost of a step in forward passes: gradient, moments, inverses, their use, model, and loss after it."""
         moments = 2 + 2 * n * sum(i * i + o * o for i, o in sizes) / forward
         inverses = 7 * sum(i**3 + o**3 for i, o in sizes) / forward
         applied = 2 * sum(i * o * (i + o) for i, o in sizes) / forward

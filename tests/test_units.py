@@ -16,7 +16,7 @@ RNG = np.random.default_rng(3)
 
 @pytest.mark.parametrize("form", ["scores", "dense", "blocks", "sum of forms"])
 def test_full_rank_in_any_units(form):
-    """Columns of 1e12 and 1e-12 beside each other: the solution is that of equal units, and the rank is whole."""
+    """With columns of sizes 1e12 and 1e-12, the solution is the one in equal units, and the rank is full."""
     x, v = RNG.normal(size=(14, 6)), RNG.normal(size=6)
     x[:, 5] = x[:, 0] + 0.1 * x[:, 5]
 
@@ -41,7 +41,7 @@ def test_full_rank_in_any_units(form):
 
 @pytest.mark.parametrize(("form", "rows"), [("scores", 14), ("scores", 4), ("dense", 14)])
 def test_least_norm_in_own_units(form, rows):
-    """Where the rank is short, units are part of the question: the pseudo-inverse of NumPy, or not converged."""
+    """If the rank is deficient, the solution depends on the units: it is that of NumPy's pseudo-inverse in the given ones."""
     units = 10.0 ** np.array([2, -2, 1, 0, -1, 1])
     x, v = RNG.normal(size=(rows, 6)) * units, RNG.normal(size=6) * units
     x[:, 3] = 4 * x[:, 1]

@@ -1,4 +1,4 @@
-"""Views of a Fisher: where each must be exact, how near it is elsewhere, one meaning of damping, and what torture leaves."""
+"""Views of a Fisher: the models for which each is exact, its error for others, damping, null spaces, and hard cases."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ def layer_blocks(F):
 
 
 def matrices(model, params, x, *views):
-    """The matrices of views of the exact Fisher, after that of its layers' blocks."""
+    """The matrices of the exact Fisher's layer blocks and of its views."""
     made = lambda params, x: [view(jf.exact_fisher(model)(params, x)).as_matrix() for view in (layer_blocks, *views)]  # noqa: E731
     return evaluated(made, params, x)
 
@@ -68,13 +68,13 @@ def test_kfac_is_the_block_fisher_of_one_example():
 
 
 def per_position(params, x):
-    """Every position predicts: the setting in which *expand* is exact."""
+    """A model with a prediction for every position, for which *expand* is exact."""
     z = (x @ params["w"] + params["b"][None]) @ params["v"]
     return jf.Normal(z, jnp.ones(z.shape))
 
 
 def of_the_mean(params, x):
-    """Positions are averaged before the prediction: the setting in which *reduce* is exact."""
+    """A model that averages the positions before its prediction, for which *reduce* is exact."""
     z = jnp.mean(x @ params["w"], 0) @ params["v"]
     return jf.Normal(z, jnp.ones(z.shape))
 
@@ -98,7 +98,7 @@ def test_ekfac_is_nearer_than_kfac_and_than_its_neighbours():
     params, x, _, _, _ = reference()
 
     def moved(by):
-        """In the basis of other data, one eigenvalue moved."""
+        """An eigen-Kronecker view in the basis of other data, with one eigenvalue changed."""
 
         def view(F):
             stale = jf.eigen_kronecker(F, basis=jf.kronecker(jf.exact_fisher(classifier)(params, x[:3])))
@@ -115,7 +115,7 @@ def test_ekfac_is_nearer_than_kfac_and_than_its_neighbours():
     assert stale < above and stale < below, "of all diagonals in a basis it is the nearest"
 
 
-# One meaning of damping.
+# Damping means the same for every view.
 
 
 def test_all_structures_of_one_layer_and_one_datum_are_one_matrix_at_any_damping():
@@ -188,11 +188,11 @@ def test_relative_damping_is_a_share_of_the_mean_eigenvalue():
         jf.relative_damping(F, -1.0)
 
 
-# What the rest becomes, and what is said of it.
+# Leaves without Kronecker structure, and what the repr says of them.
 
 
 def normed(params, tokens):
-    """A table, a scale, a layer and a lone bias."""
+    """A model with a table, a scale, a layer without a bias, and a bias without a layer."""
     x = params["table"][tokens] * params["scale"]
     return jf.Normal(jnp.tanh(x @ params["w"]) + params["lone"][0], jnp.ones(3))
 
@@ -228,7 +228,7 @@ def test_leaves_without_kronecker_structure_are_an_exact_diagonal_or_exact_block
 
 
 def test_views_of_an_implicit_fisher_may_be_of_another(key):
-    """Products are the exact Fisher's, views the drawn one's: also of multiples and of a part."""
+    """Products are those of the exact Fisher and views those of the drawn one, also for multiples and for some parameters."""
     params, x, _, _, _ = reference()
     drawn = jf.sampled_fisher(classifier, num_samples=2)(params, key, x)
     F = jf.implicit_fisher(classifier)(params, x, views_of=drawn)
@@ -263,7 +263,7 @@ def test_views_of_what_holds_no_scores_are_refused():
         jf.kronecker(F, rest="diagonal")
 
 
-# Crossing jit, files and derivatives.
+# Jit, pickle, checkpoints and derivatives.
 
 
 @functools.cache
@@ -302,7 +302,7 @@ def test_round_trips_through_pickle_and_a_checkpoint(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["blocks", "kronecker", "eigen-kronecker", "low rank", "prior"])
 def test_derivatives_in_the_damping(name):
-    """Of ``v^T (F + d)^-1 v`` and of the log-determinant, against the closed forms."""
+    """The derivatives of ``v^T (F + d)^-1 v`` and of the log-determinant, against their closed forms."""
     F = held_forms()[name]
     v, dense = np.cos(np.arange(F.size)), np.asarray(jax.jit(lambda F: F.as_matrix())(F))
 
@@ -310,7 +310,7 @@ def test_derivatives_in_the_damping(name):
         return v @ jax.flatten_util.ravel_pytree(F.solve(F.spec.unravel(jnp.asarray(v)), d))[0], F.logdet(d)
 
     inverse = np.linalg.inv(dense + 0.3 * np.eye(F.size))
-    # One cotangent after the other: a solve for a batch of them takes longer to compile.
+    # One cotangent after the other, since a solve for a batch of cotangents takes longer to compile.
     slope = jax.jit(lambda d, *cotangents: jax.vjp(both, d)[1](cotangents)[0])
     slopes = slope(0.3, 1.0, 0.0), slope(0.3, 0.0, 1.0)
     np.testing.assert_allclose(slopes[0], -v @ inverse @ inverse @ v, rtol=1e-8)
@@ -329,7 +329,7 @@ def test_a_running_mean_of_kfac_is_one_of_its_factors():
 
 
 def test_rank_and_null_space_name_what_the_data_do_not_identify():
-    """A softmax over all classes, and a feature that repeats another: shifts of both kinds leave every prediction alone."""
+    """In a softmax over all classes with one feature a multiple of another, six directions leave all predictions unchanged."""
     x = numbers(0, 20, 3)
     x[:, 2] = 5 * x[:, 0]
     params = {"b": jnp.zeros(3), "w": jnp.zeros((3, 3))}
@@ -337,7 +337,7 @@ def test_rank_and_null_space_name_what_the_data_do_not_identify():
     F = jax.jit(lambda p, x: jf.dense(jf.exact_fisher(model)(p, x)))(params, jnp.asarray(x))
     basis = F.null_space()
     rows = np.hstack([np.asarray(basis["b"]), np.asarray(basis["w"]).reshape(-1, 9)])
-    # b: one shift of all classes; w: one for each of three features; and the repeated feature for two more classes.
+    # One shift of all classes in b, one for each feature in w, and two more for the repeated feature.
     assert int(F.rank()) == 6 and rows.shape == (6, 12)
     assert_close(rows @ rows.T, np.eye(6), factor=1e3)
     assert np.max(np.abs(rows @ np.asarray(F.as_matrix()))) < 1e3 * F64
@@ -383,7 +383,7 @@ CERTIFIED = [
     -0.511041056535807e-01,
     1829.15146461355,
 ]
-"""NIST StRD, Longley: certified values of the coefficients, constant first."""
+"""The certified values of the coefficients for Longley's data, from the NIST StRD, the constant first."""
 
 
 def test_longley_in_one_undamped_step():
@@ -397,7 +397,7 @@ def test_longley_in_one_undamped_step():
     assert int(jax.jit(lambda w, x: jf.exact_fisher(model)(w, x).rank())(w, jnp.asarray(x))) == 7
 
 
-# Torture.
+# Hard cases.
 
 
 def softmax(params, x):
@@ -427,7 +427,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_views_of_hard_cases_are_finite_and_right(name):
-    """In float32, against the same view's own matrix in float64; nothing is NaN, and what is left over is flagged."""
+    """Float32 against the view's own matrix in float64: nothing is NaN, and the report flags an inaccurate solution."""
 
     @jax.jit
     def run(params, x, v):
@@ -450,14 +450,14 @@ def test_views_of_hard_cases_are_finite_and_right(name):
             assert info.converged and info.rank == 16, case
             np.testing.assert_allclose(logdet, np.linalg.slogdet(damped)[1], rtol=1e-4, atol=1e-4, err_msg=case)
         elif np.linalg.norm(flat(solution) - expected) > 1e-3 * np.linalg.norm(expected):
-            # A damping that float32 cannot tell beside the matrix: directions are left out, and it says so.
+            # The damping is below the rounding error of the matrix in float32: the report must not claim success.
             assert info.rank < 16 or info.residual > 1e-3, (case, info)
         assert undamped.finite, case
 
 
 @functools.cache
 def spread_fisher(dtype):
-    """Scores with singular values over [1e-2, 1]."""
+    """An exact Fisher from scores with singular values from 1e-2 to 1, and these scores in float64."""
     n, p = 30, 80
     u, v = (np.linalg.qr(numbers(seed, size, n))[0] for seed, size in ((0, n), (1, p)))
     x = np.sqrt(n) * (u * np.geomspace(1e-2, 1, n)) @ v.T
@@ -475,12 +475,12 @@ def test_float32_log_determinants(relative):
         F, damping
     )
     np.testing.assert_allclose([scores, low_rank], expected, rtol=1e-4)
-    # A p x p matrix in float32 does not hold fifty zero eigenvalues to 1e-6 of the others.
+    # In a p x p matrix in float32, fifty zero eigenvalues have rounding errors of 1e-6 of the others.
     np.testing.assert_allclose(dense, expected, rtol=1e-4 if relative > 1e-5 else 5e-3)
 
 
 def test_a_weight_of_one_output_or_one_input_is_a_layer_of_its_own():
-    """The last layer of a regression has cotangents that do not depend on its inputs: there Kronecker is exact."""
+    """The cotangents of the last layer of a regression do not depend on its inputs, so that its Kronecker block is exact."""
 
     def model(p, x):
         hidden = jnp.tanh(x[None] @ p["in"] + p["b"])
@@ -512,7 +512,7 @@ def test_a_weight_of_one_output_or_one_input_is_a_layer_of_its_own():
 @pytest.mark.relaxed
 @pytest.mark.parametrize("sizes", [(3, 4), (1, 4), (4, 1)])
 def test_a_weight_stored_as_outputs_by_inputs_has_its_bias(sizes):
-    """Equinox holds a layer as ``weight @ x + bias``: the same Kronecker block in the other order."""
+    """A layer of Equinox is ``weight @ x + bias``: its Kronecker block is the same, with the parameters in another order."""
     import equinox as eqx
 
     layer = eqx.nn.Linear(*sizes, key=jax.random.key(0), dtype=jnp.float64)
@@ -538,7 +538,7 @@ def test_a_weight_stored_as_outputs_by_inputs_has_its_bias(sizes):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_factored_damping_of_singular_factors(dtype):
-    """Without damping it is refused; with one that is known at run time to be zero it is finite, and says what it is worth."""
+    """A zero damping is an error; one that turns out to be zero at run time gives a finite solution that has not converged."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4)), dtype)
     model = lambda w, x: jf.Normal(x @ w, jnp.ones(3, dtype) * jnp.array([1, 1, 0], dtype) + 1)  # noqa: E731
     K = jf.kronecker(jf.exact_fisher(model)(jnp.ones((4, 3), dtype), x))

@@ -16,7 +16,7 @@ import jaxfisher as jf
 
 SITES, HIDDEN, SHIFT, RATE, STEPS = 10, 4, 0.01, 0.05, 10
 TOLERANCE = 1e-6 / np.finfo(np.float64).eps
-"""In eps: what ten steps may differ by, each of which loses a condition number of about 1e4."""
+"""The difference allowed after ten steps, in eps: each step amplifies rounding by a condition number of about 1e4."""
 
 
 def ansatz(whole):
@@ -27,14 +27,14 @@ def ansatz(whole):
 
 
 def boltzmann(params, spins):
-    """A restricted Boltzmann machine, of one configuration or of many."""
+    """The log-amplitude of a restricted Boltzmann machine, for one configuration or many."""
     spins = spins.astype(params["w"].dtype)
     bias = jnp.expand_dims(params["bias"], tuple(range(spins.ndim - 1)))
     return spins @ params["visible"] + jnp.sum(jnp.log(jnp.cosh(spins @ params["w"] + bias)), -1)
 
 
 def phases(params, spins):
-    """A complex amplitude of real parameters."""
+    """A complex log-amplitude with real parameters."""
     spins = spins.astype(params["w"].dtype)
     bias = jnp.expand_dims(params["bias"], tuple(range(spins.ndim - 1)))
     angles = jnp.tanh(spins @ params["w"] + bias)
@@ -50,7 +50,7 @@ CASES = {
 
 
 def netket_results():
-    """NetKet's geometric tensor and the parameters after each of ten of its steps; a string if it does not import."""
+    """NetKet's geometric tensor and its parameters after each of ten steps, or a string if NetKet cannot be imported."""
     jax.config.update("jax_enable_x64", True)
     try:
         import netket as nk
@@ -80,7 +80,7 @@ def netket():
 
 
 def columns(like):
-    """Places of real and of imaginary parts among our columns: leaf by leaf here, all of them in turn in NetKet's matrix."""
+    """The indices of real and of imaginary parts among our columns. Ours alternate by leaf; NetKet's are real first."""
     real, imaginary, start = [], [], 0
     for leaf in jax.tree.leaves(like):
         real.extend(range(start, start + leaf.size))
@@ -119,14 +119,14 @@ def steps(log_psi, spins, hamiltonian, start):
 
 @pytest.mark.parametrize("name", CASES)
 def test_netket_geometric_tensor_and_ten_steps(netket, name):
-    """Real and imaginary parts as two rows an example are its complex mode, and for a holomorphic amplitude its other one."""
+    """Our two rows for each example, of the real and the imaginary part, reproduce NetKet's complex and holomorphic modes."""
     log_psi, whole, mode = CASES[name]
     start = ansatz(whole)
     hamiltonian = jnp.asarray(np.real(netket["hamiltonian"]))
     found, path = compiled(functools.partial(steps, log_psi))(jnp.asarray(netket["spins"]), hamiltonian, start)
     theirs, (real, imaginary) = netket[name, "tensor"], columns(start)
     if mode.get("holomorphic"):
-        # S = <O^* O>: the derivative in the imaginary part of a parameter is i times that in its real part.
+        # S = <O^* O>: the derivative by the imaginary part of a parameter is i times that by its real part.
         theirs = np.block([[theirs.real, -theirs.imag], [theirs.imag, theirs.real]])
     assert_close(np.asarray(found)[np.ix_(real + imaginary, real + imaginary)], theirs, factor=1e4)
     for part in (np.real, np.imag) if whole else (np.real,):
