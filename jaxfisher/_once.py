@@ -60,7 +60,7 @@ def _can_cross(args: Sequence[Any]) -> bool:
 
 
 def _is_number(leaf: Any) -> bool:
-    if isinstance(leaf, (np.ndarray, np.generic)):
+    if isinstance(leaf, (np.ndarray, np.generic)) and not isinstance(leaf, np.ma.MaskedArray):
         return leaf.dtype.kind in "biufc" and leaf.dtype.isnative and leaf.dtype.char not in _LONG_DOUBLES
     return isinstance(leaf, (jax.Array, bool, int, float, complex))
 

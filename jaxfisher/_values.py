@@ -79,6 +79,11 @@ def check_array(name: str, value: Any) -> None:
         raise TypeError(
             f"{name} is a {seen}; expected an array of numbers. Replace what is missing and pass x.to_numpy(float)."
         )
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array of shape {value.shape}; expected one without a mask. Pass x.filled(0), and give the "
+            "weight zero to examples in which something is missing."
+        )
     if not isinstance(dtype, np.dtype) or dtype.kind not in "iufc":
         return
     if not dtype.isnative:

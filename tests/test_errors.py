@@ -417,6 +417,7 @@ MISTAKES = [
             ),
             ("big-endian array", X.astype(">f4"), ["(5, 3)", ">f4", "other order", "newbyteorder('=')"]),
             ("long double", X.astype(np.longdouble), [str(np.dtype(np.longdouble)), "float64 or narrower", "x.astype('<f8')"]),
+            ("masked array", np.ma.masked_array(X, X > 0), ["masked array of shape (5, 3)", "without a mask", "weight zero"]),
             ("complex long double", X.astype(np.clongdouble), ["complex128 or narrower", "x.astype('<c16')"]),
         ]
     ],
@@ -430,6 +431,7 @@ MISTAKES = [
         for kind, bad, seen, remedy in [
             ("big-endian", np.ones(3, ">f8"), ">f8", "newbyteorder"),
             ("long double", np.ones(3, np.longdouble), "float64 or narrower", "astype"),
+            ("masked", np.ma.masked_array(np.ones(3)), "masked array of shape (3,)", "x.filled(0)"),
             ("sparse", SPARSE_W, "sparse BCOO of shape (3,)", "x.todense()"),
         ]
     ],
@@ -450,8 +452,11 @@ MISTAKES = [
         for kind, bad, words in [
             ("big-endian", np.ones(5, ">f8"), [">f8", "newbyteorder"]),
             ("long double", np.ones(5, np.longdouble), ["float64 or narrower"]),
+            ("masked", np.ma.masked_array(np.ones(5)), ["masked array of shape (5,)"]),
         ]
         for what, name, call in [
+            ("weights", "`weights` is", lambda w: exact(PARAMS, X, weights=w)),
+            ("factors", "meat: `factors` is", lambda f: statistics.meat(log_prob)(PARAMS, X, Y, factors=f)),
             ("row vector", "`w` is", lambda w: jf.scores(log_prob)(PARAMS, X, Y).rmv(w)),
             ("path", "solve_path: `dampings` is", lambda d: jf.solve_path(fisher(), GRADIENT, d)),
             ("field", "Normal: `loc` is", lambda loc: jf.Normal(loc, 1.0)),

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.optimize
 import scipy.stats
@@ -138,6 +139,36 @@ def test_clusters_inside_jit_have_any_numbers_for_labels():
     found = jax.jit(lambda groups: meat(groups=groups).as_matrix())
     np.testing.assert_allclose(found(labels), expected, rtol=1e-12)
     np.testing.assert_allclose(found(labels / 3), expected, rtol=1e-12)
+
+
+def test_the_factor_of_clusters_inside_jit_is_that_outside():
+    labels = np.array([7, 7, 10, 10, -5, -5])
+    inside = jax.jit(lambda groups, weights: statistics.cluster_factor(groups, 2, weights))
+    for weights in (None, np.array([1, 2, 0, 0, 3, 1])):
+        np.testing.assert_allclose(inside(labels, weights), statistics.cluster_factor(labels, 2, weights), rtol=1e-14)
+    assert np.isnan(inside(np.zeros(6), None)), "one group, which is known too late to be refused"
+
+
+MISSING = {
+    "NaN": np.array([0, 0, 1, np.nan, 2, np.nan]),
+    "None": np.array(["a", "b", None, "a", "b", "c"], object),
+    "NaN among words": np.array(["a", "b", "a", float("nan"), "b", "c"], object),
+    "no time": np.array(["2026-01-01", "2026-01-02", "NaT", "2026-01-01", "2026-01-02", "2026-01-02"], "datetime64[D]"),
+    "masked": np.ma.masked_array([0, 0, 1, 1, 2, 2], mask=[0, 0, 0, 1, 0, 0]),
+    "of pandas": pd.Series(["a", "b", None, "a", "b", "c"]),
+    "a number of pandas": pd.Series([0, 0, 1, None, 2, 2], dtype="Int64"),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_a_missing_label_is_no_group(name):
+    """NaN is not equal to itself, and NumPy makes one group of all that are."""
+    for asked in (
+        lambda groups: statistics.cluster_factor(groups, 1),
+        lambda groups: statistics.meat(jf.log_likelihood(linear))(jnp.zeros(3), X[:6], HEAVY[:6], groups=groups),
+    ):
+        with pytest.raises(ValueError, match=r"`groups` has no label at entry [23]; expected one for each example"):
+            asked(MISSING[name])
 
 
 def test_least_squares_with_hc0_to_hc3():

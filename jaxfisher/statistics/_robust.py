@@ -26,7 +26,7 @@ from jaxfisher._pieces import map_batches
 from jaxfisher._provenance import mean_over
 from jaxfisher._scores import check_one_row_each, scores
 from jaxfisher._tree import check_function
-from jaxfisher._values import described, dtype_of, is_array, whole
+from jaxfisher._values import check_array, described, dtype_of, is_array, whole
 from jaxfisher.statistics._covariance import inverse_and_null
 from jaxfisher.statistics._observations import occurrences, of_observations
 
@@ -52,7 +52,8 @@ def meat(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[..., O
         numbers or, outside ``jit``, strings. ``weights`` say how often an observation occurs.
 
     Raises:
-        ValueError: (when called) arrays of different lengths, groups or factors of another length than the data.
+        ValueError: (when called) arrays of different lengths, groups or factors of another length than the data, a group that
+            is missing, such as None or NaN.
         TypeError: (when called) groups inside ``jit`` that are no numbers, factors that are no real numbers.
 
     Reference: Liang and Zeger, Longitudinal data analysis using generalized linear models (Biometrika 1986), section 3;
@@ -81,7 +82,9 @@ def meat(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[..., O
         if groups is None:
             matrix = matmul(rows.T, made.weights[:, None] * rows)
         else:
-            places = _places(groups, batch.size)
+            if np.shape(groups) != (batch.size,):
+                raise _other_length("groups", np.shape(groups), batch.size)
+            places = _places("meat", groups)
             sums = jax.ops.segment_sum(made.weights[:, None] * rows, places, num_segments=batch.size)
             matrix = batch.total * matmul(sums.T, sums)
         return Operator(Dense(matrix, batch.spec), mean_over("meat", batch))
@@ -105,23 +108,35 @@ def _real(name: str, values: Any) -> Array:
     held = np.asarray(values) if isinstance(values, list | tuple) else values
     if not is_array(held) or not any(jnp.issubdtype(dtype_of(held), kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
         raise TypeError(f"{name} is {described(held)}; expected real numbers.")
+    check_array(name, held)
     array = jnp.asarray(held)
     return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.result_type(float))
 
 
-def _places(groups: Any, n: int) -> Array:
+def _places(caller: str, groups: Any) -> Array:
     """The number of its group for each example, counted from zero."""
     if isinstance(groups, jax.core.Tracer):
         if not jnp.issubdtype(groups.dtype, jnp.number) and groups.dtype != bool:
-            raise TypeError(f"meat: `groups` has dtype {groups.dtype} inside jit; expected numbers, a label for each example.")
-        if groups.shape != (n,):
-            raise _other_length("groups", groups.shape, n)
-        traced: Array = jnp.unique(groups, return_inverse=True, size=n)[1]
+            raise TypeError(
+                f"{caller}: `groups` has dtype {groups.dtype} inside jit; expected numbers, a label for each example."
+            )
+        traced: Array = jnp.unique(groups, return_inverse=True, size=groups.size)[1]
         return traced
     labels = np.asarray(groups)
-    if labels.shape != (n,):
-        raise _other_length("groups", labels.shape, n)
+    missing = np.ma.getmaskarray(groups) if isinstance(groups, np.ma.MaskedArray) else _is_missing(labels)
+    if np.any(missing):
+        raise ValueError(
+            f"{caller}: `groups` has no label at entry {np.flatnonzero(missing)[0]}; expected one for each example. Leave such "
+            "examples out, or give each a label of its own."
+        )
     return jnp.asarray(np.unique(labels, return_inverse=True)[1])
+
+
+def _is_missing(labels: np.ndarray) -> Any:
+    """Which labels are none: None, NaN, and what else is not equal to itself."""
+    if labels.dtype != object:
+        return labels != labels  # noqa: PLR0124
+    return np.array([label is None or bool(label != label) for label in labels.reshape(-1)])  # noqa: PLR0124
 
 
 def cluster_factor(groups: Any, p: int, weights: Float[Array, " n"] | None = None) -> Scalar:
@@ -136,8 +151,8 @@ def cluster_factor(groups: Any, p: int, weights: Float[Array, " n"] | None = Non
             the factor is NaN if that number is one, or if n is not above p.
 
     Raises:
-        ValueError: only one group; labels that are no vector; no more observations than parameters; weights of another length,
-            or known to be negative or all zero.
+        ValueError: only one group; a missing label, such as None or NaN; labels that are no vector; no more observations than
+            parameters; weights of another length, or known to be negative or all zero.
         TypeError: weights that are no numbers.
 
     Reference: Cameron and Miller, A practitioner's guide to cluster-robust inference (2015), equation 12.
@@ -146,18 +161,16 @@ def cluster_factor(groups: Any, p: int, weights: Float[Array, " n"] | None = Non
     >>> print(statistics.cluster_factor([0, 0, 1, 1, 2, 2], p=1))
     1.5
     """
-    labels, columns = np.asarray(groups), whole(p)
-    number = len(np.unique(labels))
-    if labels.ndim != 1 or number < 2:
-        raise ValueError(
-            f"cluster_factor: `groups` is {described(labels)} with {number} labels; expected a vector of two or more."
-        )
-    if columns is None or columns < 0 or (weights is None and columns >= labels.size):
-        raise ValueError(
-            f"cluster_factor: `p` is {described(p)}; expected a whole number below the {labels.size} observations."
-        )
-    often = occurrences(weights, labels.size)
-    occur = jnp.sum(jax.ops.segment_sum(often, _places(labels, labels.size), num_segments=number) > 0)
+    shape, columns = np.shape(groups), whole(p)
+    places = _places("cluster_factor", groups)
+    number = None if isinstance(groups, jax.core.Tracer) else len(np.unique(np.asarray(groups)))
+    if len(shape) != 1 or number in (0, 1):
+        seen = f"shape {shape}" + ("" if number is None else f", with {number} labels")
+        raise ValueError(f"cluster_factor: `groups` has {seen}; expected a vector of two or more.")
+    if columns is None or columns < 0 or (weights is None and columns >= shape[0]):
+        raise ValueError(f"cluster_factor: `p` is {described(p)}; expected a whole number below the {shape[0]} observations.")
+    often = occurrences(weights, shape[0])
+    occur = jnp.sum(jax.ops.segment_sum(often, places, num_segments=shape[0]) > 0)
     total = jnp.sum(often)
     factor = occur / (occur - 1) * (total - 1) / (total - columns)
     return jnp.where((occur > 1) & (total > columns), factor, jnp.nan)
