@@ -239,6 +239,35 @@ def test_divergences_are_their_integrals_and_their_hessian_is_the_fisher(name):
         np.testing.assert_allclose(hessian, scale * fisher, atol=1e-10 * np.max(np.abs(fisher)))
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_divergences_of_near_distributions_have_their_digits(name):
+    """In float32, where the closed forms cancel: towards each other, and near the orders at which they have no value."""
+    p, other = PAIRS[name]
+    q = jax.tree.map(lambda x, y: x + 0.01 * (y - x), p, other)
+    narrow = [jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), d) for d in (p, q)]
+    wide = [jax.tree.map(lambda x: np.asarray(x, np.float64), d) for d in narrow]
+    first, second = (SCIPY[name](d) for d in wide)
+
+    def excess(share):
+        """The integral of ``p (e^t - 1 - t)`` with ``t = share log(q / p)``: nothing cancels, and far away there is no p."""
+
+        def integrand(x):
+            t = min(share * (second(x) - first(x)), 50.0)
+            return np.exp(first(x)) * (np.expm1(t) - t)
+
+        return total(p, integrand)
+
+    def expected(a):
+        return np.log1p(excess(1 - a) - (1 - a) * excess(1))  # the integral of p log(p / q) is excess(1)
+
+    orders = (0.02, 0.5, 0.99, 1.2)
+    found = compiled(
+        lambda p, q: [geometry.renyi_divergence(p, q, a) for a in orders] + [geometry.alpha_divergence(p, q, 0.98)]
+    )(*narrow)
+    values = [expected(a) / (a - 1) for a in orders] + [-4 * np.expm1(expected(0.01)) / (1 - 0.98**2)]
+    np.testing.assert_allclose(found, values, rtol=2e-3)
+
+
 def test_divergences_of_normal_vectors_add_up_over_independent_entries():
     """A diagonal covariance; the limits are Kullback and Leibler's; infinite where the integral is."""
     scales, loc = np.array([[1.0, 0.6], [1.3, 0.9]]), np.array([[0.0, 0.3], [0.5, -0.2]])

@@ -24,6 +24,7 @@ from jaxfisher._distributions.poisson import Poisson
 from jaxfisher._divergence import kl_divergence
 from jaxfisher._values import check_number, positive
 from jaxfisher.geometry._families import matched
+from jaxfisher.geometry._middle import MIDDLES
 
 Affinity = Callable[[Any, Any, Array], Array]
 """``(p, q, a) -> log of the integral of p^a q^(1 - a)``; infinite if the integral diverges."""
@@ -114,6 +115,35 @@ AFFINITIES: dict[type, Affinity] = {
 }
 
 
+def _log_affinity(p: Any, q: Any, a: Array, affinity: Affinity) -> Array:
+    """The log of the integral of ``p^a q^(1 - a)``.
+
+    Where the two are near, it is small beside the terms of the closed form, and is taken from KL divergences (`_middle.py`).
+    Where these are large beside it, as of distributions with hardly any overlap, the closed form is exact.
+    """
+    to_middle, between, there = _by_divergences(*jax.lax.stop_gradient((p, q)), a)
+    near = there & (jnp.abs(to_middle) + jnp.abs(between) <= 8 * jnp.abs(to_middle - between))
+    # Where it is not taken, the derivative of what is must be finite.
+    safe = jax.tree.unflatten(
+        jax.tree.structure(q),
+        [
+            jnp.where(jnp.expand_dims(near, tuple(range(-k, 0))), y, x)
+            for x, y, k in zip(jax.tree.leaves(p), jax.tree.leaves(q), q.field_ndims, strict=True)
+        ],
+    )
+    to_middle, between, _ = _by_divergences(p, safe, a)
+    return jnp.where(near, to_middle - between, affinity(p, q, a))
+
+
+def _by_divergences(p: Any, q: Any, a: Array) -> tuple[Array, Array, Array]:
+    """Two numbers whose difference is the log of the affinity, and whether they are there; from the end that is nearer."""
+    swapped = a < 0.5
+    first, other = (jax.tree.map(lambda x, y: jnp.where(swapped, y, x), *pair) for pair in ((p, q), (q, p)))
+    b = jnp.where(swapped, a, 1 - a)
+    middle, there = MIDDLES[type(p)](first, other, b)
+    return first.kl(middle), b * first.kl(other), there
+
+
 def renyi_divergence(p: Any, q: Any, order: chex.Numeric) -> Float[Array, "*batch"]:
     r"""Renyi's divergence of an order above 0; at order 1 it is the KL divergence.
 
@@ -121,8 +151,7 @@ def renyi_divergence(p: Any, q: Any, order: chex.Numeric) -> Float[Array, "*batc
 
     Its Hessian in q at p is the order times the Fisher information.
 
-    **When it is the wrong tool.** Above order 1 it may be infinite for two normals of different scales. Close to order 1, but
-    not at it, digits cancel: use order 1.
+    **When it is the wrong tool.** Above order 1 it may be infinite for two normals of different scales.
 
     Args:
         p: a distribution: Normal, MultivariateNormal, Bernoulli, Categorical, Poisson, Exponential, Gamma, Beta or Dirichlet.
@@ -147,10 +176,10 @@ def renyi_divergence(p: Any, q: Any, order: chex.Numeric) -> Float[Array, "*batc
     p, q, affinity = matched(p, q, AFFINITIES, "renyi_divergence", "Estimate it from draws of p.")
     a = positive("order", order, jnp.result_type(*jax.tree.leaves(p)))
     if not isinstance(order, jax.Array):
-        return kl_divergence(p, q) if float(order) == 1 else affinity(p, q, a) / (a - 1)
+        return kl_divergence(p, q) if float(order) == 1 else _log_affinity(p, q, a, affinity) / (a - 1)
     # An order that is only known at run time may be 1, where the quotient has no value.
     apart = jnp.where(a == 1, 0.5, a)
-    return jnp.where(a == 1, kl_divergence(p, q), affinity(p, q, apart) / (apart - 1))
+    return jnp.where(a == 1, kl_divergence(p, q), _log_affinity(p, q, apart, affinity) / (apart - 1))
 
 
 def alpha_divergence(p: Any, q: Any, alpha: chex.Numeric) -> Float[Array, "*batch"]:
@@ -160,7 +189,7 @@ def alpha_divergence(p: Any, q: Any, alpha: chex.Numeric) -> Float[Array, "*batc
 
     For every alpha its Hessian in q at p is the Fisher information: the metric is the same, and the connections differ.
 
-    **When it is the wrong tool.** Outside of [-1, 1] it may be infinite. Close to -1 or 1, but not there, digits cancel.
+    **When it is the wrong tool.** Outside of [-1, 1] it may be infinite.
 
     Args:
         p: a distribution of a family that `jaxfisher.geometry.renyi_divergence` knows.
@@ -192,7 +221,7 @@ def alpha_divergence(p: Any, q: Any, alpha: chex.Numeric) -> Float[Array, "*batc
     number = jnp.asarray(alpha, jnp.result_type(*jax.tree.leaves(p)))
     # An alpha that is only known at run time may be -1 or 1, where the quotient has no value.
     apart = number if known else jnp.where(jnp.abs(number) == 1, 0, number)
-    value = -4 * jnp.expm1(affinity(p, q, 0.5 * (1 - apart))) / (1 - jnp.square(apart))
+    value = -4 * jnp.expm1(_log_affinity(p, q, 0.5 * (1 - apart), affinity)) / (1 - jnp.square(apart))
     if known:
         return value
     return jnp.where(number == -1, kl_divergence(p, q), jnp.where(number == 1, kl_divergence(q, p), value))
