@@ -20,7 +20,7 @@ class Doubled:
 
 @jf.array_fields("value")
 class Tripled:
-    """Thrice its value; of the same fields."""
+    """Three times its value; a class with the same fields."""
 
     value: jax.Array
     unit: str = "nats"
@@ -30,7 +30,7 @@ class Tripled:
 
 
 def test_classes_of_the_same_fields_are_different_structures():
-    """Else a program that was compiled for one of them would run for the other, as with `register_dataclass` of JAX 0.10."""
+    """Otherwise a program compiled for one class would run for the other, as with `register_dataclass` in JAX 0.10."""
     assert jax.tree.structure(Doubled(1.0)) != jax.tree.structure(Tripled(1.0))
     program = jax.jit(lambda held: held.number())
     assert [program(cls(jnp.float32(1))) for cls in (Doubled, Tripled)] == [2, 3]

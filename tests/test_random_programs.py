@@ -1,4 +1,4 @@
-"""Random programs, a fixed sixty: the library's scores are plain per-example gradients. `random_programs.py` runs more."""
+"""The library's scores of sixty fixed random programs are per-example gradients. `random_programs.py` runs more programs."""
 
 import ast
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.relaxed
 
 FIXED = range(60)
 NO_GRADIENT = frozenset({33})
-"""Seeds of programs that JAX itself does not differentiate, or not to finite numbers."""
+"""Seeds of programs that JAX cannot differentiate, or whose gradients are not finite."""
 
 
 @pytest.mark.parametrize("seed", FIXED)
@@ -32,7 +32,7 @@ def test_scores_of_a_random_program(seed):
 
 @pytest.mark.parametrize("name", PIECES)
 def test_every_kind_of_piece_is_written(name):
-    """Each kind makes statements that JAX takes, and they are not dropped."""
+    """Each kind of piece writes statements that JAX accepts and that are kept."""
     books = [written(seed, only=(name, "unary", "complex_product"), steps=5)[1] for seed in range(6)]
     assert sum(book.accepted.get(name, 0) for book in books) >= 2, books
 

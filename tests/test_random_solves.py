@@ -1,4 +1,4 @@
-"""A sample of the random solves of `random_solves.py`, in every form: none may say that it converged and be wrong."""
+"""A sample of the random solves in `random_solves.py`, in every form: no inaccurate solution may report convergence."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ SAMPLE = [
     ("short", "low rank", "float64"),
     ("short", "blocks", "float64"),
 ]
-"""Each is a program of its own, and programs are what takes time: `python tests/random_solves.py` runs all that there are."""
+"""Only some of the combinations, since each needs its own program. `python tests/random_solves.py` runs all of them."""
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=" ".join)
@@ -27,5 +27,5 @@ def test_no_solve_is_converged_and_wrong(case):
     verdicts = list(random_solves.verdicts(*found[1:]))
     wrong = [random_solves.described(*pair) for pair in verdicts if pair[1].wrong]
     assert not wrong, "\n".join(wrong)
-    # Half of the condition numbers are beyond the dtype.
+    # Half of the condition numbers are larger than one over the dtype's rounding error.
     assert np.mean([verdict.converged for _, verdict in verdicts]) > 0.25

@@ -1,4 +1,4 @@
-"""Float32 at the edges of its range: no example, however large, silences another, and nothing finite makes a NaN."""
+"""Float32 at the ends of its range: a huge example does not destroy the digits of others, and finite data give no NaN."""
 
 import functools
 import itertools
@@ -18,7 +18,7 @@ from jaxfisher._linalg import to_unit
 
 @functools.cache
 def extreme_cases():
-    """Leaves whose factors are from 1e-30 to 1e30, example by example and position by position."""
+    """Leaves with factors from 1e-30 to 1e30, of another size for every example and position."""
     rng = np.random.default_rng(4)
     small, tall, many = (leaves.layout_of(rng, *sizes) for sizes in ((1, 6, 4), (1, 40, 30), (3, 4, 2)))
     found = {}
@@ -68,11 +68,11 @@ def test_no_row_silences_another(name):
     unit = float(factor)
     check({"gram": np.triu(gram) + np.triu(gram, 1).T}, unit * case.rows, unit * case.sizes, f"{name}, in units of the bound")
     largest = np.max(case.sizes)
-    # An image has one size for all of its windows.
+    # The bound of a convolution is that of the whole image, not of its windows, so it may be larger.
     assert np.max(np.abs(case.rows)) * (1 - 1e-6) <= float(bound) <= 10 * largest, (bound, largest)
 
 
-# Models whose inputs are of any size.
+# Models with inputs of any size.
 
 N, INPUTS, OUTPUTS = 6, 5, 3
 SCALES = [1e-30, 3e-20, 6e-20, 1e-10, 1.0, 1e10, 1e16]
@@ -84,17 +84,17 @@ def layer(p, x, y):
 
 
 def dead(p, x, y):
-    """A layer that is dead for every example whose inputs are positive: its weights are negative."""
+    """A layer whose units are dead for every example with positive inputs, since its weights are negative."""
     return jnp.sum(y * (jax.nn.relu(x @ p["w"]) + p["b"]))
 
 
 def saturated(p, x, y):
-    """A layer that is saturated where its inputs are huge."""
+    """A layer that saturates at huge inputs."""
     return jnp.sum(y * (jnp.tanh(x @ p["w"]) + p["b"]))
 
 
 def data(seed, scale):
-    """Parameters and data, numbers that float32 holds; the inputs of the first example are of another scale."""
+    """Parameters and data in float32; the inputs of the first example have another scale."""
     rng = np.random.default_rng(seed)
     x, y = rng.uniform(0.5, 1.5, (N, INPUTS)), rng.standard_normal((N, OUTPUTS))
     x[0] *= scale
@@ -111,7 +111,7 @@ def wide(tree):
 
 
 def dense_rows(log_prob, params, x, y):
-    """Scores in float64, of the numbers that float32 holds: the bias and the weight, in the order of the parameters."""
+    """The scores at the same float32 numbers, computed in float64: the bias and then the weight, as in the parameters."""
     p, x, y = wide((params, x, y))
     z = x @ p["w"]
     slope = {layer: -(z + p["b"] - y), dead: y * (z > 0), saturated: y * (1 - np.tanh(z) ** 2)}[log_prob]
@@ -121,7 +121,7 @@ def dense_rows(log_prob, params, x, y):
 
 @functools.cache
 def program(log_prob):
-    """Everything at a damping, as one program."""
+    """One compiled program for all quantities at a damping."""
 
     def run(params, x, y, damping):
         fisher = jf.empirical_fisher(log_prob)(params, x, y)
@@ -143,7 +143,7 @@ def program(log_prob):
 
 
 def expected(rows, damping):
-    """The same in float64. The solution by the rows is right to the digits of each column."""
+    """The same quantities in float64. The solution in the space of examples is accurate for columns of any size."""
     fisher = rows.T @ rows / len(rows)
     step = -rows.T @ np.linalg.solve(rows @ rows.T / len(rows) + damping * np.eye(len(rows)), np.full(len(rows), 1 / len(rows)))
     return {
@@ -176,7 +176,7 @@ def test_an_example_of_any_scale_leaves_the_others_right(log_prob, scale):
     for name, value in expected(rows, damping).items():
         size = np.abs(value).max()
         np.testing.assert_allclose(made[name], value, rtol=0, atol=1e-4 * size, err_msg=name)
-    # What is small beside the large example is right for itself.
+    # Entries of small examples are accurate relative to their own sizes.
     for name in ("gram", "squared_norms"):
         value = expected(rows, damping)[name]
         lengths = np.linalg.norm(rows, axis=1)
@@ -187,7 +187,7 @@ def test_an_example_of_any_scale_leaves_the_others_right(log_prob, scale):
 
 @pytest.mark.parametrize("scale", [1e15, 1e20, 1e30])
 def test_a_saturated_example_is_none_for_the_others_in_any_form(scale):
-    """In pieces, centred, and as rows of an exact Fisher."""
+    """A huge, saturated example does not affect the others, in pieces, centred, and in an exact Fisher."""
 
     def model(p, x):
         return jf.Categorical(jnp.tanh(x @ p["w"]) + p["b"])
@@ -218,7 +218,7 @@ def test_a_saturated_example_is_none_for_the_others_in_any_form(scale):
     )
     for found, value in pairs:
         np.testing.assert_allclose(found, value, rtol=0, atol=1e-5 * np.abs(value).max())
-    # The rows of the exact Fisher, from their own definition: the input meets the slope of tanh, which is zero.
+    # In the weight's part of the exact Fisher's rows, the huge input is multiplied by the slope of tanh, which is zero.
     assert np.all(roots.reshape(N, OUTPUTS, -1)[0, :, OUTPUTS:] == 0) and np.all(np.isfinite(roots))
 
 
@@ -230,7 +230,7 @@ def test_inputs_of_any_scale_beside_a_bias(scale):
     for damping in (0.1, 0.1 * scale**2) if scale > 1 else (0.1,):
         made = program(layer)(params, x, y, jnp.asarray(damping, jnp.float32))
         for name, value in expected(rows, damping).items():
-            # The weight and its bias each to the digits of their own.
+            # The weight and its bias are each accurate relative to their own largest entries.
             parts = (slice(0, OUTPUTS), slice(OUTPUTS, None)) if value.shape == rows.shape[1:] else (...,)
             for part in parts:
                 atol = 1e-4 * np.abs(value[part]).max() + 1e-37
@@ -240,7 +240,7 @@ def test_inputs_of_any_scale_beside_a_bias(scale):
 
 
 def test_data_that_are_constants_of_a_program_are_taken_like_any():
-    """Of functions that close over their data. XLA squared the factors of a square of constants, so that 0 / 0 came out."""
+    """Functions that close over their data. XLA squares the factors of constants, which once underflowed and gave 0 / 0."""
     params, x, y = data(8, 1.0)
     scales = [scale for scale in SCALES if scale <= 1]  # larger ones have squares beyond float32
     inputs = [(x * jnp.float32(scale)).at[0].set(0) for scale in scales]

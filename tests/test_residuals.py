@@ -1,4 +1,4 @@
-"""Least squares on residuals: Nielsen's damping, geodesic acceleration, and residuals of derivatives of the inputs."""
+"""Least squares with `residuals`: Nielsen's damping, geodesic acceleration, and residuals of differential equations."""
 
 import functools
 
@@ -41,7 +41,7 @@ def test_the_damping_is_a_smooth_function_of_the_ratio(seen, change):
     assert nielsen(jnp.float32(1e30), known, F) == jnp.float32(6) / jnp.float32(eps)
 
 
-# --- The second derivative along a direction, and the step that it bends -----------------------------------------------------
+# --- geodesic acceleration ---------------------------------------------------------------------------------------------------
 
 TIMES = jnp.linspace(0.0, 2.0, 6)
 WEIGHTS = jnp.asarray([1.0, 0.5, 2.0, 0.0, 1.0, 1.5])
@@ -50,13 +50,13 @@ DAMPING = 0.01
 
 
 def decays(params, t):
-    """A sum of exponentials, and a probability: two fields in which the Fisher is not constant."""
+    """A model with two logits, of a sum of exponentials and its square: its Fisher in the fields is not constant."""
     value = jnp.sum(params["amplitude"] * jnp.exp(-params["rate"] * t))
     return jf.Bernoulli(logits=jnp.stack([value, jnp.square(value)]))
 
 
 def dense():
-    """For each example the Jacobian of the fields, their Fisher, and their second derivative along a direction."""
+    """A direction, the pulled-back second derivative of the fields along it, and the Fisher, from dense Jacobians."""
     direction = jax.tree.map(lambda leaf: 0.1 + 0.05 * leaf, RATES)
 
     def along(shift, t):
@@ -94,7 +94,7 @@ def test_acceleration_and_the_step_that_it_bends(batch_size):
 
 
 def test_a_bent_step_is_judged_by_the_model_of_the_straight_one():
-    """Along a circle: the model promises what the tangent would give, and the step stays on the circle."""
+    """Of a curved step the ratio compares the actual decrease with the quadratic model at the straight step."""
     circle = lambda theta: jf.Normal(jnp.stack([jnp.cos(theta), jnp.sin(theta)]), 1.0)  # noqa: E731
     target = jnp.asarray([np.cos(0.5), np.sin(0.5)])
     loss = lambda theta: 0.5 * jnp.sum(jnp.square(circle(theta).loc - target))  # noqa: E731
@@ -117,7 +117,7 @@ HIDDEN = 12
 
 @functools.cache
 def poisson():
-    """Parameters, interior points and boundary points."""
+    """The parameters of the network, the interior points, and the boundary points."""
     keys = jax.random.split(jax.random.key(1))
     params = {
         "inner": {"b": jnp.zeros(HIDDEN), "w": jax.random.normal(keys[0], (2, HIDDEN)) / 2**0.5},
@@ -135,7 +135,7 @@ def network(params, x):
 
 
 def laplacian(params, x):
-    """By forward mode in the inputs."""
+    """The Laplacian by forward-mode derivatives in the inputs."""
     slope = lambda x, e: jax.jvp(lambda x: network(params, x), (x,), (e,))[1]  # noqa: E731
     return sum(jax.jvp(lambda x, e=e: slope(x, e), (x,), (e,))[1] for e in jnp.eye(2))
 
@@ -163,14 +163,14 @@ def fisher(params):
 
 
 def residuals(params):
-    """Both kinds, such that half the sum of their squares is the loss."""
+    """The residuals of both kinds in one vector, scaled so that half the sum of squares is the loss."""
     _, grid, edges = poisson()
     kinds = ((interior, grid, 1.0), (network, edges, WEIGHT))
     return jnp.concatenate([(w / len(x)) ** 0.5 * jax.vmap(f, (None, 0))(params, x) for f, x, w in kinds])
 
 
 def test_residuals_of_two_kinds_are_one_gauss_newton():
-    """The sum with weights, and its views, against the dense Jacobian of all residuals, through derivatives of the inputs."""
+    """The scaled sum over kinds and its views, against the dense Jacobian of all residuals."""
     params, grid, _ = poisson()
     assert {"['inner']['w']", "['outer']['w']"} <= set(
         jf.explain(lambda p, x: jf.Normal(interior(p, x), 1.0))(params, grid).factored
@@ -198,19 +198,19 @@ def test_residuals_of_two_kinds_are_one_gauss_newton():
     ends = np.cumsum([leaf.size for leaf in jax.tree.leaves(params)])
     same = np.digitize(np.arange(len(matrix)), ends)
     assert_close(blocks, np.where(same[:, None] == same[None], J.T @ J, 0), factor=1e3)
-    # The second moments in the eigenbasis keep the trace. A product of two means does not, where there are positions.
+    # The second moments in an eigenbasis have the exact trace. A product of two means does not, if there are positions.
     assert_close(eigen, np.sum(J**2), factor=1e3)
     assert 0.05 < kronecker / np.sum(J**2) < 20
 
 
 def error(params):
-    """Of the network at points that it was not trained on."""
+    """The error of the network at points that it was not trained on."""
     x = jax.random.uniform(jax.random.key(2), (200, 2))
     return jnp.sqrt(jnp.mean(jnp.square(jax.vmap(network, (None, 0))(params, x) - jax.vmap(solution)(x))))
 
 
 def trained(opt, fisher, steps):
-    """Parameters, and the losses of the steps."""
+    """The parameters after training, and the losses of all steps."""
     step, (start, *_) = jf.training_step(PROBLEM, opt, fisher), poisson()
     state = step.init(start, points(), SCALES)
 
@@ -224,7 +224,7 @@ def trained(opt, fisher, steps):
 
 @pytest.mark.compiled
 def test_poisson_to_a_small_error_in_few_steps():
-    """A hundred accelerated steps reach what takes plain ones several times as many."""
+    """A hundred steps with acceleration reach an error for which steps without it need several times as many."""
     dense = lambda *given: jf.dense(PROBLEM.gauss_newton(*given))  # noqa: E731
     params, losses = trained(jf.levenberg_marquardt(), dense, 100)
     assert error(params) < 1e-3
@@ -237,7 +237,7 @@ def second(u, x, axis):
 
 
 EQUATIONS = {
-    # u_t = u_xx / 4: its solution, its residual, its faces as pairs of an axis and an end, and how small an error is asked for.
+    # u_t = u_xx / 4. Entries: the number of inputs, solution, residual, faces as (axis, end), and the largest relative error.
     "heat": (
         2,
         lambda x: jnp.exp(-(jnp.pi**2) * x[1] / 4) * jnp.sin(jnp.pi * x[0]),
@@ -258,7 +258,7 @@ EQUATIONS = {
 @pytest.mark.compiled
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_other_equations_to_a_small_error_by_what_is_there_by_default(name):
-    """Against the exact solution, at points that were not fitted."""
+    """The heat and the Poisson equation with default settings, against exact solutions at points that were not fitted."""
     axes, exact, residual, faces, bound = EQUATIONS[name]
     keys = jax.random.split(jax.random.key(3), 4)
     params = {
@@ -289,7 +289,7 @@ def test_other_equations_to_a_small_error_by_what_is_there_by_default(name):
 
 
 def test_points_that_come_as_a_stream_and_steps_over_several_batches():
-    """A kind at a time has an exact mean over a stream, a sum of kinds is refused. Optax's mean over batches is of both."""
+    """`accumulate` takes one kind of residual and refuses a sum of kinds; `optax.MultiSteps` averages gradients of both."""
     params, grid, edges = poisson()
     one = jf.residuals({"interior": interior})
     halves = [({"interior": part},) for part in (grid[:40], grid[40:])]
@@ -313,7 +313,7 @@ def test_points_that_come_as_a_stream_and_steps_over_several_batches():
 
 @pytest.mark.compiled
 def test_kronecker_factors_train_through_derivatives_of_the_inputs():
-    """KFAC of a sum of kinds, with factors of weights that pass through a Laplacian: no loss rises, and all of it goes."""
+    """KFAC for a sum of kinds, with factors of weights inside a Laplacian: the loss never rises and falls to almost zero."""
     params, losses = trained(jf.kfac(decay=None, update_every=1), None, 300)
     assert np.all(np.diff(losses) <= 0)
     assert losses[-1] < 2e-3 * losses[0]
@@ -321,7 +321,7 @@ def test_kronecker_factors_train_through_derivatives_of_the_inputs():
 
 
 def test_kinds_with_weights_in_pieces_and_without_points():
-    """A kind of several inputs, some of weight zero, and one of none, against the formula."""
+    """A kind with two inputs and a weight of zero, and a kind without inputs, against the formula."""
     kinds = {"data": lambda p, t, y: p["a"] * t + p["b"] - y, "prior": lambda p: jnp.stack([p["a"] - 1.0, 2.0 * p["b"]])}
     t, y, w = np.array([0.0, 1.0, 2.0, 5.0]), np.array([1.0, 2.0, 4.0, np.nan]), np.array([1.0, 3.0, 2.0, 0.0])
     params, given = {"a": jnp.asarray(0.5), "b": jnp.asarray(-0.25)}, {"data": (t, y), "prior": ()}

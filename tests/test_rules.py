@@ -1,8 +1,8 @@
-"""The law of every rule of the engine: the terms after the rule, formed, are the primitive of the formed operands.
+"""The law of every rule of the engine: the terms that it returns, once formed, are the primitive of the formed operands.
 
-Each record of the table has a generator of its equations here; a record without one fails. Operands are random sums of terms,
-formed by an einsum of NumPy in double precision that knows nothing of the engine. Their factors have own, shared, contracted,
-repeated and length-one axes, positions in a table and windows of a convolution, in every class of dtypes.
+Every rule needs a generator of equations here; a rule without one fails. The operands are random sums of terms, formed by
+NumPy's einsum in double precision, without the engine. Their factors have own, shared, contracted, repeated and length-one
+axes, positions in a table and windows of a convolution, in every class of dtypes.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ pytestmark = [
 ]
 
 EPS = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 2**-23, "complex64": 2**-23}
-"""Relative precision of dtypes; of all others that of float64."""
+"""The relative precision of dtypes; other dtypes have that of float64."""
 
 
 # --- random terms ------------------------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ EPS = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 2**-23, "complex64": 2**
 
 @dataclasses.dataclass
 class Draw:
-    """A source of random choices, numbers and terms; ``eps`` is the precision of the narrowest number it gave."""
+    """A source of random choices, numbers and terms; ``eps`` is the precision of the narrowest dtype that it has drawn."""
 
     rng: np.random.Generator
     eps: float = 2.0**-52
@@ -73,7 +73,7 @@ class Draw:
         return jnp.asarray(numbers, dtype)
 
     def value(self, shape, dtype, most=2):
-        """A value of this shape as a sum of terms, or as an ordinary array, as an operand."""
+        """An operand whose value has this shape: a sum of terms, or an ordinary array."""
         if self.maybe(0.2):
             return Operand(self.array(shape, dtype), self.one_of((0, EXAMPLE)))
         found = tuple(self.term(shape, dtype) for _ in range(self.rng.integers(1, most + 1)))
@@ -83,7 +83,7 @@ class Draw:
         return Operand(Unformed(found, lambda: formed), EXAMPLE)
 
     def outer(self, shape, dtype):
-        """A sum of outer products, as a weight's gradient is one; its factors are real where a complex matrix may meet them."""
+        """An operand that is a sum of outer products with real factors, like the gradient of a weight."""
         axes, shared = [Axis(size) for size in shape], (Axis(2),) * self.maybe()
         cut, own = self.rng.integers(len(shape) + 1), self.dtype(REAL)
         sides = ((*shared, *axes[:cut]), (*shared, *axes[cut:]))
@@ -92,11 +92,11 @@ class Draw:
         return Operand(Unformed((term,), lambda: as_dtype(dense((term,), shape), dtype)), EXAMPLE)
 
     def plain(self, shape, dtype):
-        """A term of one factor, some axes of which may be repeated or contracted."""
+        """A term with a single factor, some of whose axes may be repeated or contracted."""
         return self.term(shape, dtype, factors=1, hot=False)
 
     def term(self, shape, dtype, factors=None, hot=True):
-        """A product of up to three factors whose value has this shape; of an array with a real dtype all factors are real."""
+        """A term with up to three factors whose value has this shape. For a real dtype all factors are real."""
         dims = [self.split(size) for size in shape]
         kept = [axis for axes in dims for axis in axes]
         pool = [*kept, *(Axis(int(self.one_of((1, 2, 3)))) for _ in range(self.rng.integers(0, 3)))]
@@ -117,7 +117,7 @@ class Draw:
         return Term(tuple(made), tuple(map(tuple, dims)))
 
     def split(self, size):
-        """The axes of a dimension: none for length one, else one or two."""
+        """The axes of a dimension: none if its length is one, else one or two."""
         cuts = [d for d in range(2, size) if size % d == 0]
         if cuts and self.maybe(0.3):
             first = self.one_of(cuts)
@@ -126,7 +126,7 @@ class Draw:
 
 
 def as_dtype(array, dtype):
-    """A complex array in a dtype, which drops an imaginary part that is zero."""
+    """A complex array converted to a dtype; for a real dtype, without its imaginary part."""
     return jnp.asarray(array if np.issubdtype(dtype, np.complexfloating) else array.real, dtype)
 
 
@@ -146,7 +146,7 @@ def dense(found, shape):
                 array = np.eye(factor.hot.size)[array.real.astype(int)]
             operands.append(array)
             names.append("".join(letters[axis] for axis in factor.over))
-        # Repeated axes are in no factor but the ones: those that are summed over count once for each of their entries.
+        # The array of ones has all kept axes, for those that no factor has.
         total = total + np.einsum(",".join(names) + "->" + names[0], *operands).reshape(shape)
     return total
 
@@ -155,7 +155,7 @@ def dense(found, shape):
 
 
 def _one(draw, function, shape=None, dtypes=REAL + COMPLEX):
-    """An equation of one operand."""
+    """A function with one operand, and that operand."""
     return function, [draw.value(draw.shape() if shape is None else shape, draw.dtype(dtypes))]
 
 
@@ -363,11 +363,11 @@ EQUATIONS = {
     "rev": _reverse,
     "sharding_constraint": _sharding,
 }
-"""For every record a function from a `Draw` to a function that binds its primitive, and that function's operands."""
+"""For every rule a function from a `Draw` to a function that uses the rule's primitive, and to operands of that function."""
 
 
 def equation_of(name, function, operands):
-    """The one equation of this primitive that a function of arrays makes; None if the primitive does not take them."""
+    """The equation of this primitive in the traced function; None if there is none, or if JAX refuses the operands."""
     shapes = [jax.ShapeDtypeStruct(operand.array().shape, operand.array().dtype) for operand in operands]
     try:
         program = flatten(jax.make_jaxpr(function)(*shapes))
@@ -377,7 +377,7 @@ def equation_of(name, function, operands):
 
 
 def check(rule, name, seed):
-    """Whether the rule took an equation drawn with this seed; it must then be right."""
+    """Draw an equation with this seed. Return whether the rule accepts it; if it does, check the result."""
     draw = Draw(np.random.default_rng([seed, *name.encode()]))
     function, operands = EQUATIONS[name](draw)
     equation = equation_of(name, function, operands)
@@ -388,7 +388,7 @@ def check(rule, name, seed):
     for terms_made, right in zip(made, formed, strict=True):
         wrong = np.abs(dense(terms_made, right.shape) - np.asarray(right).astype(complex)).max(initial=0.0)
         size = max(1.0, *(np.abs(np.asarray(operand.array()).astype(complex)).max(initial=0.0) for operand in operands))
-        # Sums of products of rounded numbers: a factor covers how many there are.
+        # The factor of 2000 allows for the number of rounded products in a sum.
         assert wrong <= 2000 * draw.eps * size**2, f"{name}, seed {seed}: off by {wrong:.3g}\n{equation.source}"
     return True
 
@@ -403,11 +403,11 @@ def test_terms_after_the_rule_are_the_primitive_of_the_value(name):
     assert taken >= 4, f"{taken} of {CASES} equations were taken: the generator does not reach the rule"
 
 
-# --- the law is seen to fail -------------------------------------------------------------------------------------------------
+# --- the law fails for broken rules ------------------------------------------------------------------------------------------
 
 
 def _inverse_of_each_term(equation, operands):
-    """The fault of old: the inverse of a sum taken for the sum of inverses."""
+    """A former bug: division by a sum as the sum of divisions by its terms."""
     value, by = operands
     (divisor,) = by.terms()
     factors = tuple(dataclasses.replace(f, array=1 / f.array) for f in divisor.factors if f.plain is not None)
@@ -434,7 +434,7 @@ def test_the_law_sees_a_rule_applied_where_it_does_not_hold(name, broken):
 
 
 def test_the_law_sees_a_matrix_cast_to_the_dtype_of_a_factor(monkeypatch):
-    """The fault of old: a complex matrix loses its imaginary part."""
+    """A former bug: a complex matrix lost its imaginary part."""
     contract = terms.contract
 
     def broken(term, dims, matrix, over, flags):
@@ -449,7 +449,7 @@ def test_the_law_sees_a_matrix_cast_to_the_dtype_of_a_factor(monkeypatch):
 
 
 def test_a_product_of_one_value_in_two_arrangements_is_no_diagonal():
-    """Both sides of a product may be the same factor: only its dimensions say which axes are one."""
+    """A column times a row of the same factor is an outer product, since the axes are in different dimensions."""
     axis = Axis(3)
     factor = Factor(jnp.asarray([1.0, 2.0, 3.0]), (axis,), EXAMPLE)
     column, row = Term((factor,), ((axis,), ())), Term((factor,), ((), (axis,)))
@@ -461,7 +461,7 @@ def test_a_product_of_one_value_in_two_arrangements_is_no_diagonal():
 
 
 def test_the_forms_of_a_leaf_are_its_terms():
-    """Whatever the terms, the gradient of the forms is their value."""
+    """The gradient that the forms represent is the value of the terms, for any terms."""
     for seed in range(CASES):
         draw = Draw(np.random.default_rng(seed))
         shape = draw.shape(0, 3)
@@ -494,7 +494,7 @@ NOT_BIASES = {
     "weights over one position, biases over all": lambda p, x: _head(x[:1] @ p["w"] + p["b"]) + _head(x @ p["v"]),
     "columns and rows": lambda p, x: _head((x @ p["w"]).T + (x @ p["v"]).T[:, ::-1] + p["b"][:, None]),
 }
-"""Near-biases, at widths of three and at widths of one, where everything looks like everything."""
+"""Leaves that are almost, but not quite, the bias of a weight; at a width of one they are hardest to tell apart."""
 
 
 @pytest.mark.parametrize("width, inputs, positions", [(3, 2, 4), (1, 1, 1), (2, 1, 2), (1, 3, 2), (3, 3, 3)])
@@ -519,7 +519,7 @@ def test_a_leaf_joined_or_not_has_the_gram_of_its_matrix(width, inputs, position
 
 
 def test_terms_of_every_kind_are_drawn():
-    """The generator reaches what the law is about: contracted, repeated, shared and hot axes, products and sums."""
+    """The generator draws contracted, repeated, shared, length-one and hot axes, and one to three factors."""
     draw = Draw(np.random.default_rng(0))
     seen = set()
     for _ in range(300):
@@ -536,7 +536,7 @@ def test_terms_of_every_kind_are_drawn():
 
 
 def test_a_rule_of_your_own(monkeypatch):
-    """The catalogue's invented primitive doubles and reverses. With a rule for it the weight behind it is held as factors."""
+    """A primitive that doubles and reverses its input. With a rule for it the weight before it is held as factors."""
     row = catalogue.row("invented_primitive_on_a_weight")
     explained = lambda: jf.explain(row.log_prob)(row.params, *row.data)  # noqa: E731
     assert explained().plain == ("['w']",)

@@ -150,7 +150,7 @@ def test_weights_are_scale_free_in_float32():
 
 
 def test_columns_are_in_ravel_order(key):
-    """A direction that touches one leaf reads the columns `ravel_pytree` gives that leaf."""
+    """A direction in one leaf selects the columns that `ravel_pytree` gives to that leaf."""
     params, x, y, _, _ = reference()
     direction = jax.tree.map(jnp.zeros_like, params)
     direction["out"][0] = jax.random.normal(key, direction["out"][0].shape)
@@ -169,7 +169,7 @@ def test_bfloat16_parameters_have_float32_statistics():
 
 
 def test_streaming_bounds_every_buffer():
-    """With a batch size, the compiled diagonal and Gram hold no temporary of the size of all factors."""
+    """With a batch size, the compiled diagonal and Gram matrix have no temporary array as large as all factors."""
     n, length, width, classes = 128, 32, 64, 16
     params = {"w": jnp.ones((width, classes), jnp.float32)}
     x = jnp.ones((n, length, width), jnp.float32)
@@ -188,7 +188,7 @@ def test_streaming_bounds_every_buffer():
 
 
 def test_products_with_constant_vectors_inside_a_jit(key):
-    """Vectors that are compiled in give what the same vectors as arguments give: XLA's CPU fusions once read garbage here."""
+    """Vectors as constants of a program give the same as vectors as arguments. XLA's fusions once read wrong memory here."""
     keys = jax.random.split(key, 3)
     params = {"w": jax.random.normal(keys[0], (64, 256), jnp.float32), "v": jax.random.normal(keys[1], (256, 10), jnp.float32)}
     model = lambda p, x: jf.Categorical(logits=jnp.tanh(x @ p["w"]) @ p["v"])  # noqa: E731

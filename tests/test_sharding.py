@@ -1,4 +1,4 @@
-"""Data spread over devices: the same steps, and nothing of the size of all gradients is sent around."""
+"""Examples and parameters sharded over devices: the answers of one device, with bounded communication and memory."""
 
 import inspect
 import json
@@ -19,14 +19,14 @@ import jaxfisher as jf
 
 PARAMETERS = 6 * 8 + 8 + 8 * 3
 SHARED, NUMBERS = 128, 21**2 + 25**2 + 24**2 + 5**2
-"""The examples of `shares.py`, and the largest number of results that a sum over examples has there: Kronecker factors."""
+"""The number of examples in `shares.py`, and the size of the largest sum over examples there: that of Kronecker factors."""
 
 
 def said(script, devices):
-    """What a script says on so many virtual devices, a line of JSON each."""
+    """The lines of JSON that a script prints when it runs on this many virtual devices."""
     flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
-    # `NPROC` is the number of threads, one a device otherwise. One that waits for other devices is not free, and where devices
-    # come to several such operations in different orders all of them wait for ever.
+    # `NPROC` sets the number of threads, by default one per device. A thread that waits for other devices is blocked, and if
+    # devices reach several collective operations in different orders, all of them wait forever.
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": "64"}
     command = [sys.executable, str(pathlib.Path(__file__).with_name(script))]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
@@ -36,18 +36,18 @@ def said(script, devices):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_give_the_answers_of_one(count):
-    """Each has its own share of the examples, and what is drawn for an example does not depend on who has it."""
+    """Each process has its own share of the examples, and draws for an example do not depend on the process that holds it."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [sys.executable, str(pathlib.Path(__file__).with_name("processes.py"))]
-    # Without the cache of programs: processes of which some load one and others compile it were seen not to fit together.
+    # Without the compilation cache: a program that some processes load and others compile was seen to fail.
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     running = [subprocess.Popen([*command, str(k), str(count), str(port)], **pipes) for k in range(count)]
     said = [process.communicate(timeout=900) for process in running]
     assert all(process.returncode == 0 for process in running), [errors for _, errors in said]
-    # What sends numbers between processes says so on the same stream.
+    # The library that sends numbers between processes prints to the same stream.
     found = [json.loads(line) for line in said[0][0].splitlines() if line.startswith("{")]
     assert [each["name"] for each in found] == ["Kronecker", "in pieces", "natural gradient", "sampled", "step"]
     for each in found:
@@ -56,7 +56,7 @@ def test_several_processes_give_the_answers_of_one(count):
 
 
 def test_inside_shard_map_each_device_has_the_answers_for_its_own_examples():
-    """With the default ``check_vma=True``, on which parameters are the same everywhere and the data are not, and without."""
+    """With ``check_vma=True``, the default, where JAX knows that parameters are replicated and data vary, and without."""
     *found, refused = said("mapped.py", 2)
     assert len(found) == 21
     for each in found:
@@ -66,7 +66,7 @@ def test_inside_shard_map_each_device_has_the_answers_for_its_own_examples():
 
 
 def test_examples_spread_over_explicit_axes_give_the_answers_of_one_device():
-    """As ``jax.make_mesh`` makes them unless it is told otherwise."""
+    """Explicit axes are the default of ``jax.make_mesh``."""
     found = said("explicit.py", 2)
     assert len(found) == 40
     for each in found:
@@ -103,7 +103,7 @@ def test_a_solve_by_rows_that_are_spread_is_the_dense_one_and_no_device_has_the_
         bound = 10 / each["damping"] * 100 * eps
         assert each["rest"] <= bound and each["residual"] <= bound and each["converged"], each
     rows, block = 256, 32
-    # Factors of all rows, at most 18 wide, and of the Cholesky factor so many columns at a time; a sum has twice as many.
+    # The factors of all rows, at most 18 wide, and a block of columns of the Cholesky factor; a sum has twice as many.
     for each, size in ((whole, rows), (pieces, rows), (centred, rows), (joined, 2 * rows)):
         assert each["off"] <= 1e4 * np.finfo(np.float64).eps, each
         assert max(each["sent"]["all-gather"]) <= size * block, each
@@ -113,20 +113,20 @@ def test_a_solve_by_rows_that_are_spread_is_the_dense_one_and_no_device_has_the_
 
 
 OFTEN = {"Gram": (7, 5), "product": (2, 4), "moments": (2, 4), "implicit product": (2, 4), "loss": (4, 7)}
-"""The most all-gathers and all-reduces of a program, as the page on scale says; of the others 2 and 5."""
+"""The bounds for all-gathers and all-reduces in a program from the page on scale; other programs have 2 and 5."""
 
 
 def test_each_device_works_on_its_share_of_the_examples():
-    """With weights, and in pieces too: an eighth of the work, and no example is sent to another device.
+    """Each of eight devices does an eighth of the work, also with weights and in pieces, and sends no example to another.
 
-    The Gram matrix alone needs the factors of all examples everywhere, n T (d_in + d_out) numbers a layer.
+    Only the Gram matrix needs the factors of all examples on every device: n T (d_in + d_out) numbers for a layer.
     """
     found = said("shares.py", 8)
     assert len(found) == 14
     for each in found:
         assert each["off"] <= 64 * np.finfo(np.float64).eps, each
         gram = each["name"] == "Gram"
-        # What each device does with the matrix of n x n, or with a solution, is no smaller on more devices.
+        # The work with the n x n matrix, or with a solution, is done on every device, so it is not an eighth.
         share = each["products"] if gram else each["flops"]
         assert share <= (0.17 if each["name"] == "loss" else 1.2 / 8), each
         sent = each["sent"]
@@ -138,7 +138,7 @@ def test_each_device_works_on_its_share_of_the_examples():
 
 
 def test_work_falls_with_the_number_of_devices():
-    """As one over that, within a fifth, of every quantity and of a step of `jf.kfac`."""
+    """The work per device is inverse to the number of devices, within a fifth, for every quantity and a step of `jf.kfac`."""
     found = said("work.py", 8)
     assert len(found) == 10
     for each in found:
@@ -149,28 +149,28 @@ def test_work_falls_with_the_number_of_devices():
 
 
 def test_each_device_inverts_its_own_factors():
-    """The numbers are those of one device, also of a run that goes on from what it saved on half of the devices, and again.
+    """The numbers are those of one device, also for a run that resumes from a checkpoint on half of the devices, twice.
 
-    Sixteen factors of one size, the row of a bias aside, are two for each of eight devices. What is sent is the inverses, eight
-    of them with a row for the bias, and `jf.explain` says what each device holds.
+    Sixteen factors of one size, apart from the row of a bias, are two for each of eight devices. Only the inverses are sent,
+    eight of them with a row for the bias. `jf.explain` reports what each device holds.
     """
     *found, one, two, four, eight = said("apart.py", 8)
     assert [each["name"] for each in found] == ["kfac", "memory", "undamped", "factored", "by eigenvectors"]
     for each in found:
-        # The condition of a damped factor is below 1e4; in seven steps rounding has grown.
+        # The condition of a damped factor is below 1e4, and rounding errors grow over seven steps.
         assert each["off"] <= (1e5 if each["name"] == "kfac" else 1e4) * np.finfo(np.float64).eps, each
     numbers, work = 16 * 256**2 + 8 * 257, 16 * 256**3
     for each in (one, two, four, eight):
         share = 1 / each["devices"]
         assert share <= each["flops"] / one["flops"] <= 1.2 * share, each
-        # A branch of the program for each device.
+        # The program has a branch for each device.
         assert each["factored"] == each["devices"] * [work // each["devices"]], each
         assert each["devices"] == 1 or numbers <= sum(each["sent"].pop("all-gather")) <= 1.05 * numbers
         assert not each["sent"], each
 
 
 def test_what_the_page_on_scale_says_of_costs_is_what_is_compiled():
-    """Within a tenth, and what is received to the number, on eight devices and on one with as many examples as each has."""
+    """Operations agree within a tenth and received numbers almost exactly, on eight devices and on one with an equal share."""
     *found, memory = said("modelled.py", 8)
     assert memory["held"] == memory["explained"] == memory["on all"] / 8
     assert [each["name"] for each in found] == [name for name in ("gradient", "Gram", "moments") for _ in range(2)]
@@ -178,17 +178,17 @@ def test_what_the_page_on_scale_says_of_costs_is_what_is_compiled():
         for each in (many, one):
             assert abs(each["compiled"]["flops"] / each["modelled"]["flops"] - 1) <= 0.1, each
             assert abs(each["compiled"]["received"] - each["modelled"]["received"]) <= 8, each
-        # With more devices and as many examples on each, a device does as much, and the rows of the Gram matrix are longer.
+        # With as many examples on each device, the work per device is the same on more devices, but Gram rows are longer.
         longer = many["modelled"]["flops"] / one["modelled"]["flops"] if many["name"] == "Gram" else 1
         assert abs(many["compiled"]["flops"] / one["compiled"]["flops"] / longer - 1) <= 0.1, (many, one)
 
 
 OTHERS = {"array_fields", "as_lineax", "check_laws", "family", "fisher_for", "from_matrix", "kl_divergence", "layers", "merge"}
-"""Public functions that take no examples."""
+"""The public functions that do not take examples."""
 
 
 def test_every_public_function_has_the_answers_of_one_device():
-    """On eight devices, with three examples of weight zero, all that the scripts of the other tests here do not ask for."""
+    """The public functions that no other script here calls, on eight devices, with three examples of weight zero."""
     found = said("surveyed.py", 8)
     for each in found:
         # The condition of F + damping is below 1e3.
@@ -201,7 +201,7 @@ def test_every_public_function_has_the_answers_of_one_device():
 
 
 def test_one_process_that_dies_ends_the_other():
-    """In the time that it waits for signs of life, five seconds, and what ending takes; with an error that says so."""
+    """The other process ends, with an error that says why, soon after the five seconds in which it waits for heartbeats."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -222,14 +222,15 @@ def test_one_process_that_dies_ends_the_other():
 
 
 def test_what_a_step_holds_is_spread_as_the_parameters_are():
-    """Parameters, momentum and the change that is judged; of factors and their inverses, all devices share the rows.
+    """The momentum and the change that is judged are sharded as the parameters are; factors and inverses are shared by rows.
 
-    A layer's inputs with one more for its bias, 9 and 33, are never put together and sent, padded to be shared or not, but to
-    find eigenvectors, which are held with the row of the bias apart. No more is gathered at a time than the weights of one
-    layer along three directions, and no array that a device has is larger than that or its share of the inverses. A mean of
-    views that a user carries stays where it was put, and a device gathers no more for it than what all rows are for a layer.
-    The numbers are those of one device, computed in NumPy; also without some of the parameters, with factors inverted by a
-    device each, with factors inverted by halves, where the weights may be half precision too, and of complex weights.
+    A factor of a layer's inputs and its bias, with 9 or 33 rows, is never gathered as a whole, padded or not, except to
+    compute eigenvectors, which are stored with the row of the bias separate. No gather is larger than three directions of one
+    layer's weights, and no array on a device is larger than that or its share of the inverses. A running mean of views keeps
+    its sharding, and a device gathers for it no more than the factors of all rows for one layer.
+
+    The numbers are those of one device, computed in NumPy. They are checked with some parameters masked, with each factor
+    inverted by one device, with factors inverted by halves (also in half precision), and with complex weights.
     """
     found = said("placed.py", 4)
     ways = ("inputs over 2", "outputs over 2", "hidden over 2", "inputs over 4", "inputs and examples over 4", "both over 4")
@@ -253,7 +254,7 @@ def test_what_a_step_holds_is_spread_as_the_parameters_are():
 
 
 def test_a_step_is_compiled_once():
-    """Wherever parameters and examples are, from the state that `init` makes: each step leaves all where it found it."""
+    """From the state of `init` on, for every sharding of parameters and examples: each step keeps every array's sharding."""
     found = said("settled.py", 4)
     assert len(found) == 20
     for each in found:

@@ -51,9 +51,9 @@ def test_float32_residual(shape, relative_damping, key):
 @pytest.mark.parametrize("shape", [(100, 400), (400, 100)])
 @pytest.mark.parametrize("epsilons", [3.0, 10.0])
 def test_a_damping_at_the_rounding_of_the_matrix(shape, epsilons, key):
-    """A damping of a few eps of the largest eigenvalue, singular values over [1e-4, 1]: no factorisation in float32 solves it.
+    """A damping of a few eps of the largest eigenvalue, and singular values from 1e-4 to 1: no factor in float32 is accurate.
 
-    What it gives is near enough to be mended against the scores, which are not squared.
+    Its solution is near enough for refinement against the scores, which are not squared.
     """
     n, p = shape
     F, X = fisher_with(np.geomspace(1e-4, 1, min(shape)), n, p, key)
@@ -67,14 +67,14 @@ def test_a_damping_at_the_rounding_of_the_matrix(shape, epsilons, key):
     for x, info in jax.jit(both)(F, jnp.asarray(v), jnp.float32(damping)):
         x = np.asarray(x, np.float64)
         residual = np.linalg.norm(v - X.T @ (X @ x) - damping * x) / np.linalg.norm(v)
-        # At three eps the factors of the newest JAX are too far off to be mended, and the report says so.
+        # At three eps the factors of the newest JAX are too inaccurate for refinement, and the report says so.
         solved = residual < 1e-4
         assert info.converged == solved and info.rank == p, (residual, info)
         assert solved or epsilons < 10, (residual, info)
 
 
 def test_float32_natural_gradient_keeps_its_digits(key):
-    """Solved in the space of examples, nothing cancels: 1e-5 relative at a damping where the plain p-side loses everything."""
+    """A solve in the space of examples has no cancellation: 1e-5 at a damping where one in that of parameters has no digits."""
     n, p = 30, 80
     _, X = fisher_with(np.geomspace(1e-2, 1, n), n, p, key)
     damping = 1e-6
@@ -147,7 +147,7 @@ def test_duplicated_rows_one_row_and_one_parameter():
 
 
 def test_a_class_of_probability_zero():
-    """Softmax logits of 1e4: the Fisher underflows to zero, and the solve says rank 0 instead of NaN."""
+    """With softmax logits of 1e4 the Fisher underflows to zero, and the solve reports rank 0 instead of NaN."""
     F = jf.exact_fisher(lambda logits: jf.Categorical(logits))(jnp.array([1e4, -1e4, 0.0], jnp.float32))
     x, info = solve(F, jnp.ones(3, jnp.float32), 0.0)
     assert info.rank == 0 and np.all(np.asarray(x) == 0)
@@ -205,7 +205,7 @@ def test_cg_that_has_not_converged_says_so():
 
 
 def test_cg_runs_the_model_forward_once():
-    """The operator is linearised before the loop: the model's tanh stands once in the program, outside it."""
+    """The operator is linearised before the loop, so the program has a single tanh of the model, outside the loop."""
     params, x, _, _, _ = reference()
     F = jf.implicit_fisher(classifier)(params, x)
     v = jax.tree.map(jnp.ones_like, params)
@@ -215,7 +215,7 @@ def test_cg_runs_the_model_forward_once():
 
 @pytest.mark.parametrize("view", [jf.dense, jf.diagonal])
 def test_a_matrix_beyond_the_dtype_gives_no_number(view):
-    """Of a Fisher of 1e42 in float32 entries are infinite, and one over infinity would look like an answer."""
+    """A Fisher of 1e42 has infinite entries in float32. One over infinity would look like a solution, so it must be NaN."""
     F = jf.exact_fisher(linear)(jnp.zeros(2, jnp.float32), jnp.full((3, 2), 1e21, jnp.float32))
     solution, info = jf.solve(view(F), jnp.ones(2, jnp.float32), 0.0)
     assert np.all(np.isnan(solution)) and not info.finite and not info.converged
@@ -232,13 +232,13 @@ VIEWS = {
 
 
 COMPILED = "scores", "eigen-Kronecker"
-"""A view that is factored, and one that is held by eigenvectors: what XLA's Cholesky factors and NaNs do is seen in these."""
+"""Two compiled views, one solved by Cholesky factors and one by eigenvectors, to see how XLA's routines pass NaN on."""
 
 
 @pytest.mark.usefixtures("in_numpy")
 @pytest.mark.parametrize("view", [pytest.param(v, marks=[pytest.mark.compiled] if v in COMPILED else []) for v in VIEWS])
 def test_what_turns_out_negative_at_run_time_is_nan_and_does_not_converge(view):
-    """Of a negative damping, alone or along a path, of a multiple and of a penalty: none passes for a number."""
+    """A damping, a multiple or a penalty that is negative at run time gives NaN, and the report says not converged."""
     params, x, *_ = reference()
     F = VIEWS[view](jf.exact_fisher(classifier)(params, x))
 

@@ -1,6 +1,6 @@
-"""The gamma families where their formulas are hardest: against mpmath, in float64 and float32.
+"""Special functions and the families that use them at extreme arguments, against mpmath, in float64 and float32.
 
-Reference values are computed with 40 digits or more at exactly the numbers the library sees, so all errors are the library's.
+Reference values are computed with 40 digits or more, at exactly the numbers that the library gets, so all errors are ours.
 """
 
 import jax
@@ -23,13 +23,13 @@ POINTS = (1e-6, 1e-3, 0.1, 0.5, 0.9999, 1.0, 1.5, 2.0, 5.0, 9.999, 10.0, 20.0, 3
 
 
 def computed(function, dtype):
-    """A function as it is tested: in float64 by NumPy, in float32 as XLA computes it."""
+    """The function as it is tested: run by NumPy in float64, compiled by XLA in float32."""
     return traced(function) if dtype == jnp.float64 else jax.jit(function)
 
 
 @pytest.fixture(autouse=True)
 def digits():
-    """Enough digits for differences of terms of size 1e11 that leave 1e-10."""
+    """Set mpmath's precision for differences of 1e-10 between terms of 1e11."""
     with mpmath.workdps(60):
         yield
 
@@ -90,7 +90,7 @@ FACTORS = (1 + 1e-5, 1.1, 0.9, 2.0, 0.5001, 0.4999, 0.3, 1e-3, 1e-8, 1e3)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bregman_rest(dtype):
-    """Never more than 100 eps off, down to differences of one part in 1e5 and of eight orders of magnitude."""
+    """Within 100 eps, from differences of one part in 1e5 to differences of eight orders of magnitude."""
     a, factor = (v.ravel().astype(dtype) for v in np.meshgrid(POINTS[:-1], FACTORS))
     b = a * factor
 
@@ -172,7 +172,7 @@ def test_dirichlet(p, q):
     root = [float(mpmath.sqrt(expected[i][i])) for i in range(3)]
     scaled = np.asarray(fisher) / np.outer(root, root)
     correlation = [[float(expected[i][j]) / root[i] / root[j] for j in range(3)] for i in range(3)]
-    # The root's rows cancel down to the root of the share that is left (see test_beta_determinant).
+    # The rows of the root cancel, down to the square root of the remaining share (see test_beta_determinant).
     share = 1 - total * sum(1 / mpmath.polygamma(1, v) for v in a)
     absolute(scaled, correlation, 20 / float(mpmath.sqrt(share)))
 
@@ -188,14 +188,14 @@ def beta_root(p):
 
 @pytest.mark.parametrize("p", [(2.5, 1.7), (1e10, 1e10), (1e10, 1e-6), (1e-6, 2e-6), (1.0, 1e-12), (1.0, 1.0)])
 def test_beta_determinant(p):
-    """The determinant of the Fisher, whose two parts cancel to one part in the concentration."""
+    """The determinant of the Fisher: the difference of two terms that is smaller than them by the concentration."""
     t = [mpmath.polygamma(1, mpf(v)) for v in p]
     s = mpmath.polygamma(1, mpf(p[0]) + mpf(p[1]))
     share = 1 - s / t[0] - s / t[1]
     beta = Beta(*p)
     root = beta_root(beta)
     determinant = (root.a[0] * root.b[1] - root.a[1] * root.b[0]) / float(mpmath.sqrt(t[0] * t[1]))
-    # The determinant of the root loses what the root's entries cancel: eps, on a value of sqrt(share).
+    # The entries of the root cancel to errors of eps in its determinant, whose value is sqrt(share).
     absolute(determinant, mpmath.sqrt(share), 10)
 
 
@@ -249,7 +249,7 @@ def test_student_divergence(p, q):
 
 @pytest.mark.parametrize("df", [0.1, 1.0, 5.0, 1e8])
 def test_student_density(df):
-    """At the location itself, on both sides of ``z^2 = df`` where the form changes, and far out; with derivatives in df."""
+    """The density at the location, on both sides of ``z^2 = df``, where its formula changes, and far out; and its df slope."""
     z = np.array([0.0, 1e-30, 0.9, 1.1, -40.0, 1e9, 1e150])
 
     def log_density(v, z):
@@ -271,7 +271,7 @@ def student_density(z, df):
 
 
 def test_student_information():
-    """The information on the degrees of freedom, which falls like their fourth power, and the Hessian of the quadrature."""
+    """The information on the degrees of freedom, which falls with their fourth power, and the Hessian of the KL."""
     df = np.array([0.1, 1.0, 5.0, 100.0, 1e4, 1e8])
 
     @traced
@@ -302,7 +302,7 @@ NEGATIVE_BINOMIAL = [
 
 
 def negative_binomial_sums(p, q):
-    """KL and the dispersion information as sums over the counts, by the recurrence of the probabilities."""
+    """KL and the information on the dispersion as sums over the counts, with probabilities by their recurrence."""
     (m, r), (n, s) = ((mpmath.exp(log_mean), mpmath.exp(-log_alpha)) for log_mean, log_alpha in (p, q))
     log_p, log_q = r * mpmath.log(r / (r + m)), s * mpmath.log(s / (s + n))
     divergence, information, slope = mpf(0), mpf(0), mpmath.mpf(0)
@@ -322,7 +322,7 @@ def test_negative_binomial(p, q):
     divergence, information = negative_binomial_sums([mpf(v) for v in p], [mpf(v) for v in q])
     wide = wide_kl_and_fisher(NegativeBinomial(*p), NegativeBinomial(*q))
     narrow = narrow_kl_and_fisher(*(NegativeBinomial(*fields.astype(np.float32)) for fields in (p, q)))
-    # The fields are logarithms up to 25, rounded to float32: near equality that counts relative to their distance.
+    # The fields are logarithms up to 25 in float32. If two are nearly equal, their rounding is large relative to the distance.
     wide, narrow = ((kl, fisher[1, 1]) for kl, fisher in (wide, narrow))
     for value, value32, expected in zip(wide, narrow, (divergence, information), strict=True):
         assert abs(float(value) / float(expected) - 1) < 1e-14

@@ -1,4 +1,4 @@
-"""Statistics of estimates, against statsmodels and closed forms: fits, covariances, sandwiches, intervals, criteria."""
+"""Fits, covariances, sandwiches, intervals and information criteria, against statsmodels and closed forms."""
 
 import functools
 
@@ -40,7 +40,7 @@ def linear(beta, x):
 
 @functools.cache
 def fitted(model, weighted=False):
-    """Our fit of one of the two models, and the bread and the log-likelihood there."""
+    """Our fit of one of the two models with its observed information, the log-density, and the targets."""
     y = {poisson: COUNTS.astype(float), linear: HEAVY}[model]
     weights = REPEATS if weighted else None
     log_prob = jf.log_likelihood(model)
@@ -53,7 +53,7 @@ def fitted(model, weighted=False):
 
 
 def test_a_glm_and_every_covariance_of_it():
-    """Poisson counts that scatter more than the model says: to 1e-8 of statsmodels."""
+    """A fit to overdispersed Poisson counts, and all its covariances, within 1e-8 of statsmodels."""
     (found, bread), log_prob, y = fitted(poisson)
     assert bool(found.converged) and int(found.rank) == 3 and not np.any(found.separated)
     theirs = lambda **options: sm.GLM(y, X, sm.families.Poisson()).fit(tol=1e-14, maxiter=100, **options)  # noqa: E731
@@ -107,7 +107,7 @@ def test_factors_know_how_often_an_observation_occurs():
 
 
 def test_a_dispersion_counts_every_number_of_an_example():
-    """Of k outputs with a coefficient each, n k - p degrees of freedom are left: those of k regressions together."""
+    """With k outputs per example there are n k - p degrees of freedom, as many as k regressions have together."""
     y = np.column_stack([HEAVY, -2 * HEAVY + COUNTS])
     beta = np.linalg.lstsq(X, y, rcond=None)[0]
     of_both = statistics.dispersion(lambda b, x: jf.Normal(x @ b, 1.0))(beta, X, y)
@@ -172,7 +172,7 @@ def test_a_missing_label_is_no_group(name):
 
 
 def test_least_squares_with_hc0_to_hc3():
-    """Of a linear model statsmodels has all four; the scale of the model does not matter to them."""
+    """The four corrections for a linear model against statsmodels; they do not depend on the model's scale."""
     (found, bread), log_prob, y = fitted(linear)
     theirs = sm.OLS(y, X).fit()
     assert relative(found.params, theirs.params) < 1e-8
@@ -188,14 +188,14 @@ def test_least_squares_with_hc0_to_hc3():
     assert relative(jf.sandwich(bread, meat()).as_matrix(), theirs.cov_HC0) < 1e-8
     scale = statistics.dispersion(linear)(found.params, X, y)
     assert relative((scale * jf.covariance(found.fisher)).as_matrix(), theirs.cov_params()) < 1e-8
-    # Takeuchi's trace, written out.
+    # The trace in Takeuchi's criterion, by its definition.
     inverse, scores = np.linalg.inv(X.T @ X), X * (y - X @ np.asarray(found.params))[:, None]
     both = [criterion(log_prob)(found.params, X, y) for criterion in (statistics.tic, statistics.aic)]
     assert abs(float(both[0] - both[1]) - 2 * (np.trace(inverse @ scores.T @ scores) - 3)) < 1e-9
 
 
 def test_a_discrete_model_by_its_observed_information():
-    """statsmodels' Probit takes minus the Hessian, which differs from the exact Fisher in this link."""
+    """Probit in statsmodels uses minus the Hessian, which differs from the exact Fisher for this link."""
     y = (HEAVY > 0.3).astype(float)
 
     def probit(beta, x):
@@ -213,7 +213,7 @@ def test_a_discrete_model_by_its_observed_information():
 
 
 def test_what_the_data_do_not_determine_has_no_standard_error():
-    """All logits of a softmax may move together: each of them is unknown, and their differences are not."""
+    """A shift of all logits changes no softmax: each coefficient has an infinite error, and their differences have not."""
     labels = RNG.integers(0, 3, N)
 
     def softmax(p, x):
@@ -237,7 +237,7 @@ def test_what_the_data_do_not_determine_has_no_standard_error():
 
 
 def designs(rng):
-    """Designs whose maximum is known: as many rows as columns, more, fewer, and columns that are nearly parallel."""
+    """Design matrices with as many rows as columns, with more, with fewer, and with nearly parallel columns."""
     for count, columns, parallel in [(2, 2, 0.0), (6, 6, 0.0), (12, 3, 0.0), (20, 3, 0.999), (20, 3, 0.9999), (3, 5, 0.0)]:
         z = rng.normal(size=(count, columns))
         z[:, -1] = parallel * z[:, 0] + np.sqrt(1 - parallel**2) * z[:, -1]
@@ -247,9 +247,9 @@ def designs(rng):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("noise", [0.0, 1.0])
 def test_a_fit_that_has_a_maximum_says_so(noise, dtype):
-    """Also where the model meets every observation, whose scores are rounding, and where the data nearly determine too little.
+    """The fit converges, even if the model fits exactly, so that scores are rounding, and for nearly parallel columns.
 
-    Least squares and rates against NumPy's; without noise the predictions are the data.
+    Least squares and exponential rates are compared with NumPy. Without noise the predictions equal the data.
     """
     rng = np.random.default_rng(23)
     fits = {
@@ -267,7 +267,7 @@ def test_a_fit_that_has_a_maximum_says_so(noise, dtype):
             assert bool(found.converged) and not np.any(found.separated), (name, x.shape, noise, found)
             predicted = x @ np.linalg.lstsq(x, np.float64(y))[0] if name == "normal" else np.log(np.float64(y))
             error = np.abs(x @ np.float64(found.params) - predicted)
-            # In standard errors of a prediction where there is noise, else to rounding.
+            # The bound is in standard errors of a prediction with noise, and in rounding errors for an exact fit.
             assert np.max(error) < (1e3 * np.finfo(dtype).eps if met else np.finfo(dtype).eps ** 0.5 * 32), (
                 name,
                 x.shape,
@@ -276,7 +276,7 @@ def test_a_fit_that_has_a_maximum_says_so(noise, dtype):
 
 
 def test_separation_is_found_and_named_and_firth_mends_it():
-    """Heinze and Schemper's remedy, against Firth's score equations solved by SciPy."""
+    """The report names a separated parameter. With Firth's penalty the fit solves the modified score equations, as in SciPy."""
     x = np.linspace(-1, 1, 20)
     y = (x > 0).astype(float)
 
@@ -305,7 +305,7 @@ def test_separation_is_found_and_named_and_firth_mends_it():
 
 
 def test_intervals_of_one_parameter_in_closed_form():
-    """A proportion: Wald's, Wilson's, and the likelihood's by SciPy; asked for on another scale than the model's own."""
+    """Wald, Wilson and likelihood intervals of a proportion in a model of its logit, against closed forms and SciPy."""
     ones, n = 4, 17
     y = np.r_[np.ones(ones), np.zeros(n - ones)]
     bernoulli = lambda logit: jf.Bernoulli(logit)  # noqa: E731
@@ -335,7 +335,7 @@ def test_intervals_of_one_parameter_in_closed_form():
 
 @pytest.mark.compiled
 def test_a_profile_with_the_others_fitted_again():
-    """A slope of the Poisson regression: at each end, the best fit with that slope is as unlikely as it should be."""
+    """A profile interval for a slope: at each end the best fit with that slope has the likelihood ratio of the level."""
     (found, _), _, y = fitted(poisson)
 
     def make(params, x, y):
@@ -357,7 +357,7 @@ def test_a_profile_with_the_others_fitted_again():
 
 
 def test_an_interval_far_from_a_parabola():
-    """Where a logistic regression has even odds: the lower end is twice as far as Wald's, by SciPy's fits with it held."""
+    """The input with even odds in a logistic regression: its lower end is twice as far as Wald's, by constrained SciPy fits."""
     x = np.array([53, 57, 58, 63, 66, 67, 67, 67, 68, 69, 70, 70, 70, 70, 72, 73, 75, 75, 76, 76, 78, 79, 81.0]) - 70
     y = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0.0])
     logistic = lambda p, x: jf.Bernoulli(p[0] + p[1] * x)  # noqa: E731
@@ -381,7 +381,7 @@ def test_an_interval_far_from_a_parabola():
 
 
 def test_an_interval_without_an_end_says_so():
-    """No failures at all: the likelihood has no maximum, and what is called an interval there is none."""
+    """Without any failures the likelihood has no maximum, and the result says that it is no interval."""
     found = jf.fit(lambda logit: jf.Bernoulli(logit))(0.0, np.ones(5))
     assert not bool(found.converged) and bool(found.separated)
     wald = statistics.wald_interval(lambda p: p["idle"])
@@ -391,7 +391,7 @@ def test_an_interval_without_an_end_says_so():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_an_interval_of_narrow_parameters_has_the_digits_of_the_statistics(dtype):
-    """1 +- z s / sqrt(n), in float32."""
+    """The interval of a mean is 1 +- z s / sqrt(n), with the accuracy of float32 for parameters of narrower dtypes."""
     mean = jnp.asarray(1.0, dtype)
     F = jf.exact_fisher(lambda mean: jf.Normal(mean, jnp.asarray(2.0, dtype)))(mean)
     found = statistics.wald_interval(lambda mean: mean)(mean, jf.covariance(F, n=4))
@@ -400,7 +400,7 @@ def test_an_interval_of_narrow_parameters_has_the_digits_of_the_statistics(dtype
 
 
 def test_the_bound_of_cramer_and_rao():
-    """Mean and standard deviation over mean, of n draws of a normal."""
+    """The bound for the mean and for the ratio of standard deviation and mean, from n draws of a normal."""
     model = lambda p: jf.Normal(p["loc"], jnp.exp(p["log_scale"]))  # noqa: E731
     params = {"loc": 2.0, "log_scale": np.log(0.5)}
     bound = statistics.cramer_rao_bound(lambda p: (p["loc"], jnp.exp(p["log_scale"]) / p["loc"]))
@@ -423,7 +423,7 @@ def test_a_covariance_is_an_operator():
 
 
 def test_what_separates_a_complex_parameter_is_said_in_its_structure():
-    """Of two complex weights the second has a part along which two classes are apart."""
+    """Of two complex weights only the second has a part that separates the classes."""
 
     def model(w, x):
         return jf.Bernoulli(w[0].real + jnp.imag(w[1]) * x + 0 * jnp.real(w[1]) - 0.5 * w[0].imag)

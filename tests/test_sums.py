@@ -1,4 +1,4 @@
-"""What a view of a sum is, over sums of all forms: exact views are of the dense sum, and Kronecker views keep its traces."""
+"""Views of sums of all forms: exact views are those of the dense sum, and Kronecker views have its trace on every leaf."""
 
 import dataclasses
 import functools
@@ -16,10 +16,10 @@ import jaxfisher as jf
 
 pytestmark = pytest.mark.usefixtures("in_numpy")
 
-# Predictions are linear in what they depend on, so that every term's own Kronecker view is exact.
+# Predictions are linear in the parameters, so that the Kronecker view of every single term is exact.
 
 SHAPES = {"b": (2,), "c": (2,), "e": (2, 3), "s": (3,), "t": (4, 2), "u": (2, 2, 2), "v": (3, 2), "w": (3, 2)}
-"""Leaves, in the order of the pytree. Both ``w`` and ``e`` are layers with three inputs; ``e`` has its outputs first."""
+"""The leaves in the order of the pytree. Both ``w`` and ``e`` are weights of three inputs; ``e`` has its outputs first."""
 PLACES = {}
 for _name, _shape in SHAPES.items():
     _start = sum(part.size for part in PLACES.values())
@@ -28,7 +28,7 @@ SIZE = sum(part.size for part in PLACES.values())
 
 
 GROUPS = {"b": 0, "c": 1, "e": 1, "s": 2, "t": 2, "u": 2, "v": 3, "w": 0}
-"""Leaves with one label are a block."""
+"""The labels of a block-diagonal view: leaves with the same label form a block."""
 
 
 def numbers(seed, *shape):
@@ -44,22 +44,22 @@ def layered(p, x):
 
 
 def bare(p, x):
-    """The same weights without their biases, and another one."""
+    """The same weights without their biases, and a third weight."""
     return jnp.concatenate([2.0 * (x @ p["w"]), x @ p["v"], p["e"] @ x])
 
 
 def apart(p, x):
-    """A bias without its layer, a scale, a row of a table: no factors but those of the weight."""
+    """A weight, and leaves without factors: a bias that multiplies inputs, a scale, and a row of a table."""
     return jnp.concatenate([x @ p["w"], p["b"] * x[:2], p["s"] * x, p["t"][1]])
 
 
 def stacked(p, x):
-    """Two weights in a stack."""
+    """A stack of two weights, each used by itself."""
     return jnp.concatenate([x[:2] @ p["u"][0], x[1:] @ p["u"][1]])
 
 
 def whole(p, x):
-    """The stack as one matrix."""
+    """The same leaf, used as one matrix."""
     return jnp.einsum("gi,gio->o", jnp.stack([x[:2], x[1:]]), p["u"])
 
 
@@ -75,7 +75,7 @@ LAYERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """A dense matrix that a sum has for a term, the layers that have factors in it, and whether they are those of a stack."""
+    """A term of a sum: its dense matrix, the layers with factors in it, and whether these are those of a stack."""
 
     dense: np.ndarray
     layers: dict[str, str | None] = dataclasses.field(default_factory=dict)
@@ -86,7 +86,7 @@ class Term:
 
 
 def normal(mean, scale):
-    """A scale for each output, so that no eigenvalue occurs twice."""
+    """A normal model with another scale for each output, so that no eigenvalue occurs twice."""
 
     def model(p, x):
         made = mean(p, x)
@@ -109,7 +109,7 @@ CASES = {
     "other": (layered, 6, 6, 2.0),
     "bare": (bare, 7, 4, 0.7),
 }
-"""A model, the seed and number of its inputs, and the scale of its outputs."""
+"""For each Fisher: its model, the seed and number of its inputs, and the scale of its outputs."""
 
 
 def fisher_of(case, fisher=jf.exact_fisher, **options):
@@ -118,7 +118,7 @@ def fisher_of(case, fisher=jf.exact_fisher, **options):
 
 
 def term_of(case):
-    """The same by its definition, in NumPy, from Jacobians of the mean."""
+    """The Fisher of a case by its definition, in NumPy, from Jacobians of the mean."""
     mean, seed, n, scale = CASES[case]
     rows = rows_of(traced(jax.vmap(jax.jacfwd(mean), (None, 0)))(PARAMS, numbers(seed, n, 3)), 2)
     rows = rows / scales(rows.shape[1], scale)[None, :, None]
@@ -134,7 +134,7 @@ OBSERVED = numbers(20, 5, 3), numbers(21, 5, 4)
 
 
 def centred_term():
-    """The covariance of the scores of a layer."""
+    """The covariance of the scores of `layered` as a term, by its definition."""
     rows = rows_of(traced(jax.vmap(jax.grad(LOG_PROB), (None, 0, 0)))(PARAMS, *OBSERVED), 1)
     rows = rows - rows.mean(0)
     return Term(rows.T @ rows / 5)
@@ -155,7 +155,7 @@ def truncated(matrix, rank):
 
 @functools.cache
 def forms():
-    """One of every form, and of every way in which a leaf may have factors or none."""
+    """An operator of every form, and of every way in which a leaf can have factors or none."""
 
     def make():
         held, alone, other = (fisher_of(case) for case in ("held", "alone", "other"))
@@ -184,7 +184,7 @@ def forms():
 
 @functools.cache
 def terms():
-    """What each of them is the sum of."""
+    """The terms of which each of the `forms` is the sum."""
     held, streamed, alone, implicit, other = (term_of(case) for case in ("held", "streamed", "alone", "implicit", "other"))
 
     def only(term, *groups):
@@ -230,17 +230,17 @@ NAMES = [
 ]
 
 
-# Each form is in four of seven sums, and no two are in the same four: so each two of them are in one sum together, and each is
-# in one without the other.
+# Each form is in four of seven sums, and no two forms are in the same four. So any two forms are in one sum together, and each
+# of the two is in a sum without the other.
 _FOURS = list(itertools.combinations(range(7), 4))
 SUMS = [tuple(name for i, name in enumerate(NAMES) if row in _FOURS[i * len(_FOURS) // len(NAMES)]) for row in range(7)]
 EIGENPAIRS = 3
-"""How many are kept: those of every sum are distinct."""
+"""How many eigenpairs the low-rank view keeps. No sum has a repeated eigenvalue among them."""
 
 
 @functools.cache
 def views(names):
-    """Every view of a sum, as matrices; those by layers of what is not centred. One program."""
+    """The matrices of every view of a sum, by one program; the views by layers are of the sum without its centred term."""
 
     def make(operators):
         total, layered = (
@@ -265,12 +265,12 @@ def terms_of(names, without=()):
 
 
 def shift_of(terms):
-    """How much of the identity is in the terms: those that are a multiple of it."""
+    """The sum of the factors of those terms that are a multiple of the identity."""
     return sum(term.dense[0, 0] for term in terms if np.array_equal(term.dense, term.dense[0, 0] * np.eye(SIZE)))
 
 
 def product(matrix, places):
-    """The Kronecker product, group by group, that has the partial traces of a matrix: rows are inputs, columns outputs."""
+    """For each group, the Kronecker product with the partial traces of the matrix; rows of places are inputs."""
     full = np.zeros_like(matrix)
     for index, a, g in factors(matrix, places):
         full[index] = np.kron(a, g) / np.trace(a)
@@ -278,7 +278,7 @@ def product(matrix, places):
 
 
 def rotated(matrix, basis, places):
-    """A matrix less all that is off its diagonal in the eigenvectors of the product of another."""
+    """A matrix without its off-diagonal entries in the eigenvectors of another matrix's Kronecker product."""
     full = np.zeros_like(matrix)
     for index, a, g in factors(basis, places):
         turn = np.kron(np.linalg.eigh(a)[1], np.linalg.eigh(g)[1])
@@ -287,7 +287,7 @@ def rotated(matrix, basis, places):
 
 
 def factors(matrix, places):
-    """The partial traces of each group's block."""
+    """For each group: the index of its block and the block's two partial traces."""
     for group in places:
         index = np.ix_(group.ravel(), group.ravel())
         block = matrix[index].reshape(*group.shape, *group.shape)
@@ -295,11 +295,11 @@ def factors(matrix, places):
 
 
 MATRICES = {"w": PLACES["w"], "e": PLACES["e"].T, "v": PLACES["v"]}
-"""Weights as inputs by outputs."""
+"""The places of weights, with inputs as rows and outputs as columns."""
 
 
 def added(terms, weight, leaves):
-    """The sum over terms on some leaves: blocks where there are factors, else diagonals; what is the identity left out."""
+    """The sum of the terms on some leaves, by blocks of leaves with factors and diagonals of others, without the identity."""
     total = np.zeros((SIZE, SIZE))
     for term in terms:
         if shift_of([term]) == 0:
@@ -310,7 +310,7 @@ def added(terms, weight, leaves):
 
 
 def by_definition(terms):
-    """The Kronecker view of a sum, as `jaxfisher.kronecker` has it, and the eigen-Kronecker one, without the library."""
+    """The Kronecker and the eigen-Kronecker view of a sum, as `jaxfisher.kronecker` defines them, without the library."""
     identity = shift_of(terms) * np.eye(SIZE)
     dense = sum(term.dense for term in terms)
     kronecker, eigen, covered = identity.copy(), np.zeros_like(identity), set()
@@ -325,7 +325,7 @@ def by_definition(terms):
     uses = list({term.stack: None for term in terms if "u" in term.layers})
     layouts = {True: PLACES["u"], False: PLACES["u"].reshape(1, 4, 2)}
     if uses:
-        # Two layouts stay two terms; the eigenvectors are those of the first.
+        # Factors in two layouts remain two terms; the eigenvectors are those of the first.
         parts = {flag: [term for term in terms if "u" not in term.layers or term.stack == flag] for flag in uses}
         rest = added([term for term in terms if "u" not in term.layers], "u", "u")
         made = {flag: added(part, "u", "u") - (len(uses) - 1) * rest for flag, part in parts.items()}
@@ -341,13 +341,13 @@ def by_definition(terms):
 
 @pytest.mark.parametrize("names", SUMS, ids=" + ".join)
 def test_every_view_of_a_sum_is_what_its_definition_says(names):
-    """Exact views are those of the dense sum; Kronecker views merge factors, and have the trace of the sum on every leaf."""
+    """Exact views are those of the dense sum; Kronecker views merge factors and have the trace of the sum on every leaf."""
     made, parts = views(names), terms_of(names)
     dense = sum(term.dense for term in parts)
     assert_close(made["dense"], dense)
     assert_close(made["diagonal"], np.diag(np.diag(dense)))
     assert_close(made["blocks"], masked(dense, "bw", "ce", "stu", "v"))
-    # What is a multiple of the identity stays one: a prior is held in every direction.
+    # A multiple of the identity, such as a prior, is kept in every direction, beside the eigenpairs of the rest.
     prior = ("identity" in names) * 0.3 * np.eye(SIZE)
     assert_close(made["low rank"], truncated(dense - prior, EIGENPAIRS) + prior, factor=1e4)
     parts = terms_of(names, without=["centred"])
@@ -359,7 +359,7 @@ def test_every_view_of_a_sum_is_what_its_definition_says(names):
         assert abs(np.sum(traces[places])) < 1e-12 * np.trace(dense)
 
 
-# Sums that a Kronecker view is exact of.
+# Sums whose Kronecker views are exact.
 
 
 def exact(mean, x, scale=1.0):
@@ -367,7 +367,7 @@ def exact(mean, x, scale=1.0):
 
 
 def test_a_view_is_the_sum_where_that_has_factors():
-    """Of two heads; of one layer at other scales of its outputs or its inputs; with a prior."""
+    """The view is exact for the sum over two heads, over scales of one layer's outputs or inputs, and with a prior."""
     x = numbers(0, 6, 3)
     heads = [lambda p, x, name=name: x @ p[name] for name in ("w", "v")]
     wide = jnp.asarray([1.0, -2.0, 3.0])
@@ -407,7 +407,7 @@ def test_merging_does_not_depend_on_the_order():
 
 
 def test_the_basis_of_another_operator():
-    """Along given eigenvectors the values of any operator are its own, also those of a covariance."""
+    """In the eigenvectors of another operator any operator has its own second moments, even a covariance of scores."""
     operators = {name: forms()[name] for name in ("centred", "dense", "joined", "low rank", "sum")}
 
     def make(operators):
@@ -423,11 +423,11 @@ def test_the_basis_of_another_operator():
         assert_close(matrix, expected + np.diag(np.diag(others)), factor=1e4)
 
 
-# What such views are for: solves, running means, optimisers.
+# Uses of such views: solves, running means, optimisers.
 
 
 def interior(p, x):
-    """The second derivative of a network along its input: its weights are used several times, and not with their biases."""
+    """The second derivative of a network by its input, which uses the weights several times and without their biases."""
     return jax.grad(jax.grad(lambda z: network(p, jnp.atleast_1d(z))[0]))(x[0])[None]
 
 
@@ -485,7 +485,7 @@ def test_solves_running_means_and_factored_damping_of_a_shifted_view():
         assert_close(flat(made), flat(expected), factor=1e3), name
 
 
-# What is refused.
+# Errors.
 
 
 def test_views_by_layers_need_factors():

@@ -1,4 +1,4 @@
-"""Distributions that are sure of their outcome, at infinite fields: proper limits, where zero times infinity is no NaN."""
+"""Distributions with one certain outcome, at infinite fields: everything has its limit, and zero times infinity is no NaN."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import jaxfisher as jf
 
 INF = np.inf
 
-# (a distribution of one field, where it is sure, the outcome, others, an ordinary place)
+# (a distribution of one field, the field at which it is certain, the outcome, other outcomes, an ordinary field)
 SURE = {
     "Poisson": (jf.Poisson, -INF, 0, (1, 3, 40), 0.2),
     "NegativeBinomial": (lambda z: jf.NegativeBinomial(z, 0.3), -INF, 0, (1, 3, 40), 0.2),
@@ -29,7 +29,7 @@ def test_a_sure_outcome(name):
     def everything(z, other):
         p, q = make(z), make(other)
         places, outcomes = jnp.stack([z, other]), np.array([outcome, *others])
-        # Values and slopes by place and by outcome: each function is in the program once.
+        # Values and slopes for all fields and outcomes, mapped so that the program contains each function once.
         log_prob = jax.vmap(jax.vmap(jax.value_and_grad(lambda z, x: make(z).log_prob(x)), (None, 0)), (0, None))
         from_sure = jax.vmap(jax.value_and_grad(lambda z: p.kl(make(z))))
         return {
@@ -51,13 +51,13 @@ def test_a_sure_outcome(name):
     to, slope_to = seen["from sure"]
     assert (to[0], slope_to[0]) == (0, 0)
     assert seen["of another"] == INF
-    # Of a sure outcome the divergence is minus its log-probability under the other.
+    # The divergence from a certain distribution is minus the log-probability of its outcome under the other one.
     for found, expected in ((to[1], -values[1, 0]), (slope_to[1], -slopes[1, 0])):
         np.testing.assert_allclose(found, expected, rtol=20 * np.finfo(np.float32).eps)
 
 
 def test_rows_of_zero_exposure():
-    """Counts over times of which some are zero: such a row has nothing to tell, and spoils nothing."""
+    """Counts with exposures of which some are zero: such a row adds nothing to any mean, and makes no NaN."""
     x = jnp.array([[1.0, 0.3], [0.2, -1.0], [0.7, 0.1], [1.2, 0.4]])
     exposure, y = jnp.array([2.0, 0.0, 1.0, 0.0]), jnp.array([3, 0, 1, 0])
     model = lambda b, x, exposure: jf.Poisson(jnp.log(exposure) + x @ b)  # noqa: E731
@@ -77,7 +77,7 @@ def test_rows_of_zero_exposure():
 
     whole, part = everything(x, exposure, y), everything(x[::2], exposure[::2], y[::2])
     for name, value in whole.items():
-        # Means over four examples and over two; the step is the solution of two such means, but for the damping.
+        # Means over four examples, and over the two with an exposure. The step is a solution, which the damping changes.
         if name != "step":
             np.testing.assert_allclose(2 * value, part[name], rtol=1e-12, err_msg=name)
     assert np.all(np.isfinite(whole["step"]))

@@ -1,10 +1,10 @@
-"""The whole surface as a grid, by abstract evaluation: each cell works or raises an error of ours that a table names.
+"""The combinations of public features as a grid: each cell works, or raises an error of ours that a table lists.
 
-A cell is a Fisher (or scores, a natural gradient, an explanation) of a model of no, one or several inputs or of a pytree,
-that predicts some family, held or in pieces or weighted or centred, looked at through a view, plain or under `jit` or `vmap`.
-Nothing is compiled. For each Fisher every pair of inputs, mode and transformation is there, and every triple with
-``WHOLE_SURFACE=1`` in the environment (some three times as long); families and views rotate through them, and have grids of
-their own besides.
+A cell is a Fisher (or scores, a natural gradient, an explanation) for a model with no input, one, several or a pytree; a
+family; a mode (held, in pieces, weighted, centred); a view; and a transformation (none, `jit`, `vmap`). Cells are evaluated
+abstractly, so nothing is compiled. For each Fisher the grid has every pair of inputs, mode and transformation, and every triple
+with ``WHOLE_SURFACE=1`` in the environment, which takes some three times as long. Families and views rotate through these
+cells, and have grids of their own besides.
 """
 
 import inspect
@@ -43,13 +43,13 @@ TRANSFORMS = ("plain", "jit", "vmap over parameters", "vmap over data")
 
 
 def raw(params, *inputs):
-    """The numbers that a head turns into a distribution: linear in all inputs."""
+    """The numbers that a head turns into a distribution, linear in all inputs."""
     flat = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(inputs)]) if inputs else jnp.zeros(0)
     return flat @ params["weight"] + params["bias"] if inputs else params["bias"]
 
 
 class Given(NamedTuple):
-    """What a maker may be given, as shapes."""
+    """The shapes of all arguments that a maker may need."""
 
     params: object
     data: tuple
@@ -59,7 +59,7 @@ class Given(NamedTuple):
 
 
 def given(cell):
-    """The shapes of a cell's parameters and data, with an extra axis where one is mapped."""
+    """The shapes of a cell's parameters, data, target, key and weights."""
     head, inputs = FAMILIES[cell.family], INPUTS[cell.inputs]
     outputs = len(head.centre)
     is_shape = lambda leaf: isinstance(leaf, tuple) and all(isinstance(size, int) for size in leaf)  # noqa: E731
@@ -75,7 +75,7 @@ def given(cell):
 
 
 class Cell(NamedTuple):
-    """One place of the grid."""
+    """One cell of the grid."""
 
     kind: str
     inputs: str
@@ -121,7 +121,7 @@ FISHERS = {
 
 
 def explained(model, given, options):
-    """A plain value that is no pytree: what can be said of it is that its leaves are those of the parameters."""
+    """An explanation, which is no pytree of arrays: only the number of its leaves is checked."""
     made = jf.explain(jf.log_likelihood(model))(given.params, *given.data, given.target)
     assert len(made.leaves) == len(jax.tree.leaves(given.params))
     return ()
@@ -156,7 +156,7 @@ VIEWS = {
 
 
 class Refusal(NamedTuple):
-    """Cells that raise an error of ours: those whose entries match these patterns, and what the error says."""
+    """A pattern of cells that must raise an error of ours, and a pattern of its message."""
 
     message: str
     kind: str = ".*"
@@ -166,7 +166,7 @@ class Refusal(NamedTuple):
     view: str = ".*"
 
     def covers(self, cell):
-        """Whether it speaks of this cell."""
+        """Whether the pattern matches this cell."""
         return all(re.fullmatch(getattr(self, name), getattr(cell, name)) for name in self._fields[1:])
 
 
@@ -188,7 +188,7 @@ REFUSALS = (
 
 
 def there_is(cell):
-    """Whether the maker has what the cell asks of it."""
+    """Whether the cell exists: the maker has the options of its mode, and there is something to map over."""
     maker, _ = KINDS[cell.kind]
     known = inspect.signature(maker).parameters
     if not set(MODES[cell.mode]) <= set(known):
@@ -200,14 +200,14 @@ def there_is(cell):
 
 
 def looked_at(value):
-    """Numbers of what a maker or a view returned."""
+    """Some numbers of the value that a maker or a view returned."""
     if isinstance(value, jf.Scores):
         return value.squared_norms()
     return value.diagonal() if isinstance(value, jf.Operator) else value
 
 
 def outcomes(cell, views):
-    """What became of a cell without a view and of the same with each of these: an exception, or None."""
+    """For a cell without a view and with each of these views: the exception that it raised, or None."""
     _, make = KINDS[cell.kind]
     head, options = FAMILIES[cell.family], MODES[cell.mode]
     model = lambda params, *inputs: head.predict(raw(params, *inputs))  # noqa: E731
@@ -245,7 +245,7 @@ def outcomes(cell, views):
 
 
 def is_ours(error):
-    """Whether an error was raised by a line of the package, of a type that says what the matter is."""
+    """Whether an error is one of the three types that we raise on purpose, raised by a line of the package."""
     frames = traceback.extract_tb(error.__traceback__)
     return isinstance(error, ValueError | TypeError | NotImplementedError) and frames[-1].filename.startswith(PACKAGE)
 
@@ -267,23 +267,23 @@ def wrong(cell, error):
 
 WHOLE = os.environ.get("WHOLE_SURFACE") == "1"
 QUICK = ("Normal", "Bernoulli", "Categorical", "Exponential", "MultivariateNormal")
-"""Families that are traced quickly: the others bring special functions along."""
+"""Families that are traced quickly. The others use special functions."""
 
 
 def grid(kind):
-    """The cells of a kind, and the views that each is looked at through."""
+    """The cells of a kind, each with the views that are tried on it."""
     families, views = itertools.cycle(QUICK), itertools.cycle(VIEWS)
     triples = itertools.product(*map(enumerate, (INPUTS, MODES, TRANSFORMS)))
     cells = {
         Cell(kind, inputs, next(families), mode, transform): (next(views),)
-        # Each transformation meets each of the inputs and of the modes where the sum of their places is a multiple of four.
+        # Triples whose places add up to a multiple of four contain every pair.
         for (i, inputs), (j, mode), (k, transform) in triples
         if WHOLE or (i + j + k) % len(TRANSFORMS) == 0
     }
     cells |= {Cell(kind, inputs, next(families), "held", "plain"): tuple(VIEWS) for inputs in INPUTS}
     places = (("one", "held"), ("none", "held"), ("one", "in pieces"))
-    # A natural gradient meets a family only through scores and Fishers, which have cells of their own; the Hessian of each
-    # family's divergence is held to its Fisher by tests/test_identities.py, and to trace it again takes the longest of all.
+    # A natural gradient uses a family only through scores and Fishers, which have cells of their own. The Hessian of each
+    # family's divergence takes the longest to trace, and tests/test_identities.py compares it with the Fisher.
     elsewhere = "natural_grad" in kind or kind == "kl_hessian"
     for i, family in enumerate(() if elsewhere and not WHOLE else FAMILIES):
         cells |= {Cell(kind, inputs, family, mode, "plain"): () for inputs, mode in (places if WHOLE else places[i % 3 :][:1])}
