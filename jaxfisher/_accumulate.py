@@ -24,21 +24,24 @@ def merge(one: Operator, other: Operator) -> Operator:
 
     .. math:: \frac{W F + V G}{W + V}, \qquad W = \sum w_i \text{ over the examples of } F,
 
-    where W is the number of examples if no weights were given. The result is exact: the view of both batches together, whatever
-    their sizes. The factors of Kronecker views of scores are means of second moments over the positions that each view counted,
-    and are merged as such. Forms held by eigenvectors can be merged if both have the same eigenvectors.
+    where W is the number of examples if no weights were given; a mean with weights can be merged with one without. The result
+    is exact: the view of both batches together, whatever their sizes. The factors of Kronecker views of scores are means of
+    second moments over the positions that each view counted, and are merged as such. Forms held by eigenvectors can be merged
+    if both have the same eigenvectors.
 
     Args:
         one: a view of one batch, or the result of an earlier merge. Its form must not grow with the number of examples.
         other: the same view of another batch.
 
     Returns:
-        An operator of the same structure, so that a loop can carry it, also inside `jax.lax.scan`.
+        An operator of the same structure, so that a loop can carry it, also inside `jax.lax.scan`. If only one of the two has
+        weights, the result has.
 
     Raises:
         TypeError: an argument is no operator; its form has no mean of the same form, as scores have none; it is a sum, or no
             mean over examples; it is a marginal or a covariance of the score, computed from all examples together.
-        ValueError: the operators are over other parameters, or of other kinds or forms.
+        ValueError: the operators are over other parameters, or of other kinds or forms; only one of them was multiplied by a
+            number, or counts terms.
 
     Reference: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances (1979),
     section 2, for merging means.
@@ -55,12 +58,12 @@ def merge(one: Operator, other: Operator) -> Operator:
         if fisher.provenance.mass is None:
             raise TypeError(f"merge: {fisher} is no mean over examples; merge means, and add or multiply afterwards.")
         check_terms(fisher.provenance, fisher, "merge", _MERGE_FIRST)
+    if one.provenance.mean.weighted or other.provenance.mean.weighted:
+        # Without weights each example has weight one, so the two means differ in name only.
+        one, other = _weighted(one), _weighted(other)
     structures: list[Any] = [jax.tree.structure(fisher) for fisher in (one, other)]
     if structures[0] != structures[1]:
-        raise ValueError(
-            f"merge: {one} and {other} have different structures; expected the same view of Fishers of one kind, "
-            "in a form that does not grow with the examples, such as jf.diagonal or jf.kronecker."
-        )
+        raise ValueError(f"merge: cannot merge {one} and {other}: {_difference(one, other)}")
     return _merged(one, other)
 
 
@@ -68,6 +71,25 @@ _MERGE_FIRST = (
     "Merge dense Fishers, and take the marginal of the result; for a covariance, merge them without `center` and subtract the "
     "outer product of the mean score."
 )
+
+
+def _weighted(fisher: Operator) -> Operator:
+    """The same operator as a weighted mean."""
+    views_of = None if fisher.views_of is None else _weighted(fisher.views_of)
+    return Operator(fisher.form, fisher.provenance.weighted(), views_of)
+
+
+def _difference(one: Operator, other: Operator) -> str:
+    """In which respect two operators of different structures differ, and what to merge in their place."""
+    mine, theirs = one.provenance, other.provenance
+    if mine.kind != theirs.kind:
+        return f"one is {mine.kind}, the other {theirs.kind}; expected two Fishers of one kind."
+    if mine.mean != theirs.mean:
+        return f"one is a {mine.mean} its examples, the other a {theirs.mean} them; merge means, and multiply afterwards."
+    return (
+        "their forms have different structures; expected the same view of both, in a form that does not grow with the "
+        "examples, such as jf.diagonal or jf.kronecker."
+    )
 
 
 @once

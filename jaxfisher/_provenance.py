@@ -99,6 +99,10 @@ class Provenance:
         mean = dataclasses.replace(self.mean, together=True)
         return dataclasses.replace(self, mean=mean, parts=tuple(part.as_a_whole() for part in self.parts))
 
+    def weighted(self) -> Provenance:
+        """The provenance of the same mean with its weights written down, of which each may be one."""
+        return dataclasses.replace(self, mean=dataclasses.replace(self.mean, weighted=True))
+
     def plus(self, other: Provenance) -> Provenance:
         """The provenance of a sum."""
         return Provenance("sum", mean=Mean(scaled=True), parts=(self.parts or (self,)) + (other.parts or (other,)))

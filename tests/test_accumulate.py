@@ -76,6 +76,21 @@ def test_a_stream_gives_the_view_of_all_examples(name):
     assert_same(streamed, view(weighted(params, *data, w)))
 
 
+@pytest.mark.parametrize("padded", [(3,), (0, 2)], ids=str)
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_batch_with_weights_joins_batches_without(name, padded):
+    """As where only the last batch is padded. Without weights each example has weight one."""
+    params, data, w = problem()
+    for b in range(len(SIZES)):
+        if b not in padded:
+            w[BOUNDS[b] : BOUNDS[b + 1]] = 1
+    streamed = (batch if b in padded else batch[:-1] for b, batch in enumerate(batches(*data, w)))
+    fisher = lambda params, *batch: (  # noqa: E731
+        weighted(params, *batch) if len(batch) == 4 else jf.empirical_fisher(log_prob)(params, *batch)
+    )
+    assert_same(jf.accumulate(fisher, VIEWS[name])(params, streamed), VIEWS[name](weighted(params, *data, w)))
+
+
 def test_the_eigenvectors_of_a_first_pass_serve_a_second():
     params, data, _ = problem()
     fisher = jf.exact_fisher(model)
@@ -170,7 +185,17 @@ def test_a_sketch_of_a_stream_is_below_the_mean_by_no_more_than_it_says(rank):
 def test_what_has_no_mean_is_refused():
     params, data, _ = problem()
     fisher = jf.exact_fisher(model)(params, *data[:2])
+    dense = jf.dense(fisher)
+    counted = jf.dense(jf.exact_fisher(model)(params, *data[:2], counts=np.ones(len(data[0]))))
     for ask, kind, words in [
+        # The error says in which respect the two differ.
+        (lambda: jf.merge(2 * dense, dense), ValueError, "one is a scaled mean over its examples, the other a mean over them"),
+        (lambda: jf.merge(dense, counted), ValueError, "one is a mean over its .*the other a mean over the counts of them"),
+        (
+            lambda: jf.merge(dense, jf.dense(jf.empirical_fisher(log_prob)(params, *data))),
+            ValueError,
+            "one is exact, the other empirical; expected two Fishers of one kind",
+        ),
         (lambda: jf.merge(fisher, fisher), TypeError, "exact as scores has no mean in the same form.*jf.diagonal"),
         (lambda: jf.merge(*2 * [jf.block_diagonal(fisher)]), TypeError, "exact as scores has no mean in the same form"),
         (lambda: jf.merge(jf.low_rank(fisher, 2), jf.low_rank(fisher, 2)), TypeError, "has no mean in the same form"),
