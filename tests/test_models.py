@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import assert_close, class_sum_fisher, classifier, flat, reference
+from problems import assert_close, class_sum_fisher, classifier, flat, loop_scores, reference
 from problems import mean_loss as nll
 
 import jaxfisher as jf
@@ -196,3 +196,62 @@ def test_bfloat16_activations_have_float32_statistics():
         losses.append(float(loss))
     assert loss.dtype == jnp.float32 and all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     assert losses[-1] < 0.5 * losses[0]
+
+
+# --- inputs as they come ------------------------------------------------------------------------------------------------------
+
+PRODUCTS = {
+    "from the right": lambda x, w: x @ w,
+    "from the left": lambda x, w: w.T @ x.T,
+    "einsum": lambda x, w: jnp.einsum("...i,io->o...", x, w),
+    "sum": lambda x, w: jnp.sum(x[..., None] * w, -2),
+    "two layers": lambda x, w: jnp.tanh(0.01 * (x @ w)) @ w[:3],
+}
+KINDS = [np.bool_, np.uint8, np.int8, np.int32, np.float16, jnp.bfloat16]
+
+
+def pixels(kind, *shape):
+    """Numbers of which the squares are out of the range of a small dtype, and zeros and ones of booleans."""
+    made = np.random.default_rng(0).integers(-120 if kind == np.int8 else 0, 120 if kind == np.int8 else 250, shape)
+    return jnp.asarray(made > 100 if kind == np.bool_ else made, kind)
+
+
+@pytest.mark.relaxed  # JAX's products of matrices take operands of two dtypes
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("way", "dtype"), [("from the right", np.float64), *((way, np.float32) for way in PRODUCTS)])
+def test_inputs_of_any_dtype_meet_a_weight(way, kind, dtype):
+    """What is held of them is held in the statistics dtype: pixels of eight bits would overflow when they are squared.
+
+    With one position and with two.
+    """
+    rng = np.random.default_rng(1)
+    params = {"b": rng.standard_normal(3), "w": rng.standard_normal((6, 3))}
+
+    def model(params, x):
+        out = PRODUCTS[way](x, params["w"])
+        return jf.Normal(0.01 * out.reshape(3, -1) + params["b"][:, None], jnp.ones((), out.dtype))
+
+    def quantities(params, x, y, batch_size):
+        made = jf.scores(log_prob, batch_size=batch_size)(params, x, y)
+        fisher = jf.fisher_from_scores(made)
+        return {
+            "gram": (made.gram(), rows @ rows.T),
+            "norms": (made.squared_norms(), np.sum(rows**2, 1)),
+            "mv": (made.mv(params), rows @ flat(params)),
+            "rmv": (flat(made.rmv(jnp.ones(4, dtype))), np.sum(rows, 0)),
+            "diagonal": (flat(made.diagonal()), np.mean(rows**2, 0)),
+            "moment": (made.second_moment(), rows.T @ rows / 4),
+            "centred": (made.centered().squared_norms(), np.sum((rows - rows.mean(0)) ** 2, 1)),
+            "trace": (fisher.trace(), np.sum(rows**2) / 4),
+            "Kronecker": (jf.kronecker(fisher).trace(), np.sum(rows**2) / 4),
+            "eigenbasis": (jf.eigen_kronecker(fisher).trace(), np.sum(rows**2) / 4),
+        }
+
+    log_prob = jf.log_likelihood(model)
+    for positions in [()] if way == "two layers" else [(), (2,)]:
+        x = pixels(kind, 4, *positions, 6)
+        y = rng.standard_normal((4, 3, *(positions or (1,))))
+        rows = np.stack(loop_scores(log_prob, jax.tree.map(np.float64, params), x.astype(np.float64), y))
+        own = jax.tree.map(dtype, params)
+        for name, (found, expected) in quantities(own, x, y.astype(dtype), 3 if positions else None).items():
+            np.testing.assert_allclose(found, expected, atol=1e3 * np.finfo(dtype).eps * np.abs(expected).max(), err_msg=name)

@@ -85,7 +85,7 @@ def leaf_parts(output: Output, shape: tuple[int, ...], dtype: Any) -> LeafParts:
             plain = Part(Formed(array.astype(dtype)), (output.flags,))
             return LeafParts((plain,), "it is not a sum of products of two factors")
         products.append(part)
-    cast = [part._replace(form=jax.tree.map(lambda x: _cast(x, dtype), part.form)) for part in (*products, *formed)]
+    cast = [part._replace(form=_cast(part.form, dtype)) for part in (*products, *formed)]
     return LeafParts(_joined(cast), why)
 
 
@@ -97,9 +97,12 @@ def _is_column(term: Term) -> bool:
     return sorted(len(leaf & set(factor.axes)) for factor in term.factors) == [0, len(leaf)] != [0, 0]
 
 
-def _cast(array: Array, dtype: Any) -> Array:
-    """An array of numbers in the statistics dtype; positions stay integers."""
-    return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
+def _cast(form: Form, dtype: Any) -> Form:
+    """A form with its numbers in the statistics dtype, such as inputs that are whole numbers; places of lookups stay these."""
+    if isinstance(form, Lookup):
+        return dataclasses.replace(form, right=form.right.astype(dtype))
+    made: Form = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.complexfloating) else x.astype(dtype), form)
+    return made
 
 
 def _formed(term: Term, shape: tuple[int, ...]) -> Part:
