@@ -1,4 +1,4 @@
-"""Kronecker views have the trace of the Fisher, block by block, and do not see what carries no gradient."""
+"""Kronecker views have the trace of the Fisher in every block, and positions without a gradient do not change them."""
 
 import functools
 
@@ -15,7 +15,7 @@ from jaxfisher._engine import has_moments
 
 pytestmark = pytest.mark.usefixtures("in_numpy")
 
-# Sequences in longer and longer padding: the mask takes it out of the log-density.
+# Sequences with padding of different lengths, which a mask removes from the log-density.
 
 N, REAL, WIDTH = 3, 4, 2
 RNG = np.random.default_rng(0)
@@ -28,7 +28,7 @@ def mask(length):
 
 
 def dense(p, x, keep):
-    """A layer with a bias, on every position."""
+    """A layer with a bias, applied to every position."""
     return jnp.sum(keep[:, None] * jnp.tanh(x @ p["w"] + p["b"][None]))
 
 
@@ -40,7 +40,7 @@ def causal(p, x, keep):
 
 
 def recurrent(p, x, keep):
-    """A recurrence whose states count where the mask is one."""
+    """A recurrence; the states where the mask is one enter the log-density."""
 
     def step(h, given):
         x, keep = given
@@ -60,12 +60,12 @@ PADDING = {"zeros": 0.0, "thirty": 30.0, "largest": 1.7e308, "rubbish": 1e3}
 
 @functools.cache
 def padded(kind, padding, length):
-    """Parameters, sequences in padding of so many positions, and where they are."""
+    """Parameters, sequences padded to this length, and their mask."""
     rng = np.random.default_rng(1)
     params = {name: jnp.asarray(0.5 * rng.standard_normal(shape)) for name, shape in SHAPES[kind].items()}
     fill = np.full((N, length, 3), PADDING[padding])
     x = fill * rng.standard_normal(fill.shape) if padding == "rubbish" else fill
-    # What lies behind the end of a shorter sequence is padding too.
+    # Positions after the end of a shorter sequence are padding too.
     x = np.where(mask(length)[:, :, None] > 0, np.pad(X, ((0, 0), (0, length - REAL), (0, 0))), x)
     return params, jnp.asarray(x), jnp.asarray(mask(length))
 
@@ -100,7 +100,7 @@ def test_padding_changes_no_view(log_prob, padding):
 
 
 def masked(p, x, keep):
-    """A layer whose outputs are predictions where the mask is one."""
+    """A layer whose outputs are the predictions where the mask is one; elsewhere the prediction is zero."""
     return jf.Normal(keep[:, None] * jnp.tanh(x @ p["w"] + p["b"][None]), 1.0)
 
 
@@ -110,7 +110,7 @@ def test_padding_changes_no_step_of_kfac(fisher):
     y = jnp.asarray(np.random.default_rng(3).standard_normal((N, 6, WIDTH)))
     made = jf.training_step(masked, jf.kfac(), fisher)
     step, state = jax.jit(made), made.init(params, x, keep, y)
-    # The default has products by forward derivatives, which overflow on numbers as large as the dtype has.
+    # The default Fisher computes products by forward derivatives, which overflow at the largest numbers of the dtype.
     paddings = [padding for padding in PADDING if fisher is not None or padding != "largest"]
     first, *others = (step(params, state, padded(dense, padding, 6)[1], keep, y) for padding in paddings)
     for other in others:
@@ -118,12 +118,12 @@ def test_padding_changes_no_step_of_kfac(fisher):
             np.testing.assert_allclose(two, one, rtol=1e-11, atol=1e-12)
 
 
-# Leaves made of random factors.
+# Leaves with random factors.
 
 
 @functools.cache
 def factors():
-    """Of every case with moments: the first leaf's expanded and reduced Kronecker factors."""
+    """The expanded and reduced Kronecker factors of the first leaf, for every case that has moments; and the cases."""
     cases = {name: case for name, case in leaves.cases(np.float64).items() if has_moments(case.leaves[0])}
 
     @jax.jit
@@ -141,7 +141,7 @@ def test_every_block_has_the_trace_of_the_fishers_block():
     made, cases = factors()
     assert len(cases) > 30
     for name, case in cases.items():
-        # A bias is a part of its layer's block.
+        # The bias is part of its layer's block.
         trace = OMEGA @ np.sum(case.rows**2, 1)
         for inputs, outputs in made[name]:
             product = np.trace(inputs.whole(), axis1=1, axis2=2) @ np.trace(outputs, axis1=1, axis2=2)
@@ -149,7 +149,7 @@ def test_every_block_has_the_trace_of_the_fishers_block():
 
 
 def test_positions_without_a_gradient_are_not_there():
-    """Left factors of anything, at positions where no row has a right factor."""
+    """At positions where all right factors are zero, left factors have no effect."""
     rng = np.random.default_rng(5)
     layout = leaves.layout_of(rng, 1, 4, 3)
     whole = leaves.product(rng, np.float64, layout, 6)
@@ -201,7 +201,7 @@ def test_a_weight_of_one_output_has_its_exact_block(readout, column):
         return jf.kronecker(fisher).as_matrix(), fisher.as_matrix()
 
     view, fisher = evaluated(both, params, x)
-    # The bias comes first, then the hidden layer's 18 entries. With a single use of the weight it is in the block of that.
+    # The bias comes first, then the 18 entries of the hidden layer. If the weight is used once, its block includes the bias.
     bias = [0] if readout is once else []
     block = np.ix_(*[[*bias, *range(19, 25)]] * 2)
     np.testing.assert_allclose(view[block], fisher[block], rtol=0, atol=1e-13 * np.abs(fisher[block]).max())

@@ -1,4 +1,4 @@
-"""Natural gradients against dense float64 solves, and as drop-ins for `jax.grad`."""
+"""Natural gradients against dense float64 solves, and as replacements of `jax.grad`."""
 
 import itertools
 
@@ -73,7 +73,7 @@ def test_a_view():
 
 
 def test_it_descends_where_jax_grad_would(key):
-    """``theta - lr * d``: the sign and scale of `jax.grad`."""
+    """Steps ``theta - lr * d`` decrease the loss: the sign and scale are those of `jax.grad`."""
     params, *_ = reference()
     x, y = data(key, 50)
     step = traced(jf.value_and_natural_grad(LOG_PROB, exact, damping=1e-2))
@@ -113,7 +113,7 @@ def test_jit_vmap_scan_and_grad():
         looped, _ = jax.jit(descend)(looped, None)
     assert_close(flat(scanned), flat(looped), factor=1e5)
 
-    # The derivative of a step's length in the damping: -d^T (F + damping)^-1 d / |d|.
+    # The derivative of the length of d by the damping is -d^T (F + damping)^-1 d / |d|.
     length = lambda damping: jnp.linalg.norm(  # noqa: E731
         jax.flatten_util.ravel_pytree(jf.natural_grad(LOG_PROB, exact, damping=damping)(params, x, y))[0]
     )
@@ -153,7 +153,7 @@ MAKERS = {
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_what_makes_a_fisher_is_given_as_it_is(name, key):
-    """It knows whether it takes the targets; a function of the user's is called as it says."""
+    """A function such as `jf.exact_fisher(model)` can be passed as it is: it is known whether it takes the targets."""
     fisher, params, (x, y) = MAKERS[name], mlp_params(key), data(key)
     whole = name in ("empirical", "observed")
     solver = jf.CG(rtol=1e-10)
@@ -171,7 +171,7 @@ def test_what_makes_a_fisher_is_given_as_it_is(name, key):
 
 
 def test_a_model_without_inputs_takes_weights_and_counts():
-    """One prediction stands for all examples: of weights w and counts c, F is ``sum w F / sum w c``."""
+    """All examples have the same prediction, with Fisher F: with weights w and counts c the mean is ``sum w F / sum w c``."""
 
     def model(log_rate):
         return jf.Poisson(log_rate)

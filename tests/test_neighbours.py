@@ -1,7 +1,7 @@
-"""Fishers and views against other libraries: those in JAX run here, those in PyTorch by matrices stored from a run.
+"""Fishers and views against other libraries: JAX libraries run here, results of PyTorch libraries are stored.
 
-Libraries differ in scale, and silently. No scale is fitted or undone in passing: each is a constant that says where it is from.
-The stored matrices were written by `tests/references/make.py`, whose header names the versions.
+Libraries differ in scale without saying so. No scale is fitted here: each is a constant whose docstring says where it comes
+from. The stored matrices were written by `tests/references/make.py`, whose header names the versions.
 """
 
 import functools
@@ -26,22 +26,22 @@ import jaxfisher as jf
 REFERENCES = pathlib.Path(__file__).parent / "references"
 
 RTOL = 1000 * np.finfo(np.float64).eps
-"""Of a matrix's largest entry. EKFAC takes the most, tens of eps: its eigenvectors lose eps over the gaps of the spectrum."""
+"""The tolerance relative to the largest entry. EKFAC needs the most, tens of eps: its eigenvectors lose eps over the gaps."""
 
-# Scales: theirs = SCALE * ours, and ours is a mean over examples of the outer products of scores.
+# Scales: theirs = SCALE * ours, where ours is a mean over examples.
 
 EXAMPLES = 6
-"""`reduction="sum"` sums over the examples where we average: times n."""
+"""`reduction="sum"` sums over the examples, and we average: a factor of n."""
 
 SQUARE = 2.0
 """`MSELoss` and laplax's MSE are r^2, whose second derivative is 2; that of r^2 / 2, the unit Normal's -log p, is 1."""
 
 SQUARED_GRADIENT = SQUARE**2
-"""The gradient of r^2 is 2 r where the score of a unit Normal is r, and an empirical Fisher squares it."""
+"""The gradient of r^2 is 2 r and the score of a unit Normal is r; an empirical Fisher squares the factor."""
 
 PER_TARGET = 1 / 2
-"""`MSELoss(reduction="mean")` divides by n times the 2 targets of an example, and we by n: the targets of one example are one
-draw of a multivariate Normal, whose log-density sums over them."""
+"""`MSELoss(reduction="mean")` divides by n times the 2 targets of an example. We divide by n: the targets of one example are
+one draw of a multivariate Normal, whose log-density is a sum over them."""
 
 
 # ---------------------------------------------------------------------------------------------------------- PyTorch, stored
@@ -53,7 +53,7 @@ def mlp(params, x):
 
 
 def shared(params, x):
-    """The first layer on every position of ``x [positions, inputs]``, and their mean to the second."""
+    """The first layer applied to every position of ``x [positions, inputs]``, and the second to their mean."""
     hidden = jnp.tanh(x @ params["first"]["w"] + params["first"]["b"][None])
     return jnp.mean(hidden, 0) @ params["second"]["w"] + params["second"]["b"]
 
@@ -78,25 +78,25 @@ PARAMETERS = ("weight_1", "bias_1", "weight_2", "bias_2")
 
 @functools.cache
 def stored(problem):
-    """The arrays of a problem."""
+    """The stored arrays of a problem."""
     with np.load(REFERENCES / f"{problem}.npz") as arrays:
         return dict(arrays)
 
 
 def to_ours(weight_1, bias_1, weight_2, bias_2):
-    """Arrays in torch's layout as our parameters: torch has weights as ``[out, in]``, and multiplies by their transpose."""
+    """Our parameters from arrays in the layout of torch, where weights are ``[out, in]``."""
     return {"first": {"w": weight_1.T, "b": bias_1}, "second": {"w": weight_2.T, "b": bias_2}}
 
 
 def layer_places(problem):
-    """The places of each layer, its bias and its weight, among our flat parameters."""
+    """For each layer, the slice of our flat parameters with its bias and its weight."""
     sizes = [stored(problem)[f"weight_{k}"].size + stored(problem)[f"bias_{k}"].size for k in (1, 2)]
     return slice(0, sizes[0]), slice(sizes[0], sum(sizes))
 
 
 @functools.cache
 def order(problem):
-    """Where each entry of our flat parameters is in torch's ``weight_1, bias_1, weight_2, bias_2``, each row by row."""
+    """For each entry of our flat parameters, its index in torch's ``weight_1, bias_1, weight_2, bias_2``, raveled."""
     shapes = [stored(problem)[name].shape for name in PARAMETERS]
     ends = np.cumsum([np.prod(shape) for shape in shapes])
     places = np.split(np.arange(ends[-1]), ends[:-1])
@@ -104,7 +104,7 @@ def order(problem):
 
 
 def theirs(problem, name):
-    """A stored matrix in the order of our parameters; a vector of a diagonal as the diagonal matrix."""
+    """A stored matrix in the order of our parameters; a stored diagonal as a diagonal matrix."""
     matrix, places = stored(problem)[name], order(problem)
     return (np.diag(matrix) if matrix.ndim == 1 else matrix)[places][:, places]
 
@@ -148,26 +148,26 @@ NNGEOMETRY = {
 }
 NO_SCALE = {exact: 1.0, empirical: 1.0}
 SOURCES = [
-    # `CrossEntropyLoss` is -log p, and its default reduction the mean over examples.
+    # `CrossEntropyLoss` is -log p, and its default reduction is the mean over examples.
     ("softmax", "curvlinops", CURVLINOPS, NO_SCALE),
     ("shared", "curvlinops", CURVLINOPS, NO_SCALE),
     ("gaussian", "curvlinops_mean", CURVLINOPS, {exact: SQUARE * PER_TARGET, empirical: SQUARED_GRADIENT * PER_TARGET}),
     ("gaussian", "curvlinops_sum", CURVLINOPS, {exact: SQUARE * EXAMPLES, empirical: SQUARED_GRADIENT * EXAMPLES}),
-    # It is given distributions, "regression" being the unit Normal, and always averages over examples.
+    # nngeometry takes distributions, where "regression" is the unit Normal, and always averages over examples.
     ("softmax", "nngeometry", NNGEOMETRY, NO_SCALE),
     ("gaussian", "nngeometry", NNGEOMETRY, NO_SCALE),
 ]
-"""Problem, source, what its matrices are of ours, and the scale of each Fisher."""
+"""The problem, the source, our Fisher and view for each of its matrices, and the scale of each Fisher."""
 
 EXACT = {"kfac_expand": "ggn", "kfac_reduce": "ggn", "kfac_empirical": "empirical", "kfac": "fim"}
-"""Of each of their Kronecker views, their exact matrix of the same Fisher."""
+"""For each of their Kronecker views, their exact matrix of the same Fisher."""
 
 
 def with_the_trace_of(problem, exact, view):
     """A Kronecker view with each layer's block scaled to the trace of the layer in the exact matrix.
 
-    Theirs have the trace ``E|a|^2 E|g|^2``, which is that of the block, ``E |a|^2 |g|^2``, only where the two are independent;
-    ours always have the block's.
+    Theirs have the trace ``E|a|^2 E|g|^2``, which equals that of the block, ``E |a|^2 |g|^2``, only if the two are independent.
+    Ours always have the trace of the block.
     """
     made = view.copy()
     for part in layer_places(problem):
@@ -183,7 +183,7 @@ CASES = [
 
 
 def distance(a, b):
-    """The largest difference, relative to the largest entry of the second."""
+    """The largest difference of entries, relative to the largest entry of the second matrix."""
     return np.max(np.abs(a - b)) / np.max(np.abs(b))
 
 
@@ -212,7 +212,7 @@ def test_stored_matrices_are_all_compared():
 def test_stored_matrices_differ(problem, source, table, scales):
     """The comparison can fail: another view, or torch's own order of the parameters, is far outside the tolerance."""
     for first, second in itertools.combinations(table, 2):
-        # One position an example, and the ways of counting positions agree.
+        # With one position per example, expand and reduce are equal.
         if (first, second) != ("kfac_expand", "kfac_reduce") or problem == "shared":
             assert distance(theirs(problem, f"{source}_{first}"), theirs(problem, f"{source}_{second}")) > 1e-2, (first, second)
     for name, (fisher, view) in table.items():
@@ -225,7 +225,7 @@ def test_stored_matrices_differ(problem, source, table, scales):
 
 
 def neighbour(name, module=None):
-    """A library that may not be installed, or not import on this JAX."""
+    """Import a library. Skip the test if it is not installed, or cannot be imported with this JAX."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they use what JAX has deprecated
         try:
@@ -243,7 +243,7 @@ def logits(params, x):
 
 
 def one_vector(params):
-    """A pytree like the parameters with no pattern that a wrong order would keep."""
+    """A pytree like the parameters, with numbers that any wrong order would change."""
     leaves, treedef = jax.tree.flatten(params)
     rng = np.random.default_rng(5)
     return treedef.unflatten([jnp.asarray(rng.normal(size=leaf.shape)) for leaf in leaves])
@@ -255,11 +255,11 @@ KFAC_JAX = pytest.mark.filterwarnings("ignore::DeprecationWarning:kfac_jax")  # 
 @pytest.mark.relaxed
 @KFAC_JAX
 def test_kfac_jax_output_products():
-    """Its Fishers of output distributions, between our Jacobians: ``F v = 1/n J^T M J v``."""
+    """The Fishers of output distributions in kfac_jax, between our Jacobians: ``F v = 1/n J^T M J v``."""
     kfac_jax = neighbour("kfac_jax")
     params, x, *_ = reference()
     v = one_vector(params)
-    # Of the Normal it is told the variance of our model: its default is 1/2, a squared error without the half.
+    # The Normal needs the variance of our model: its default is 1/2, for a squared error without the factor 1/2.
     families = [
         (kfac_jax.CategoricalLogitsNegativeLogProbLoss, classifier),
         (kfac_jax.MultiBernoulliNegativeLogProbLoss, lambda params, x: jf.Bernoulli(logits(params, x))),
@@ -280,7 +280,7 @@ def test_kfac_jax_output_products():
 @pytest.mark.relaxed
 @KFAC_JAX
 def test_kfac_jax_implicit_curvature():
-    """Its products with the exact Fisher and the GGN, from a loss that registers its distribution."""
+    """Products with the exact Fisher and the GGN in kfac_jax, from a loss that registers its distribution."""
     kfac_jax = neighbour("kfac_jax")
     params, x, y, *_ = reference()
     v = one_vector(params)
@@ -309,13 +309,13 @@ AMPLITUDE = 4
 
 
 def log_psi(params, spins):
-    """A restricted Boltzmann machine with real weights, psi > 0, of one configuration or of many."""
+    """The log-amplitude of a restricted Boltzmann machine with real weights, psi > 0, for one configuration or many."""
     bias = jnp.expand_dims(params["hidden"], tuple(range(spins.ndim - 1)))
     return spins @ params["visible"] + jnp.sum(jnp.log(jnp.cosh(spins @ params["w"] + bias)), -1)
 
 
 def log_density(params, spins):
-    """``log |psi|^2``; what normalises it is the same for all spins, and centring takes its derivative away."""
+    """``log |psi|^2`` without its normalisation, which does not depend on the spins: centring removes its derivative."""
     return 2 * log_psi(params, spins)
 
 
@@ -323,14 +323,14 @@ SPINS, SHIFT = 3, 0.01
 
 
 def ansatz():
-    """A parameter point."""
+    """The parameters."""
     rng = np.random.default_rng(6)
     shapes = {"w": (SPINS, 2), "hidden": (2,), "visible": (SPINS,)}
     return {name: jnp.asarray(0.5 * rng.normal(size=shape)) for name, shape in shapes.items()}
 
 
 def netket_results():
-    """Over all configurations NetKet's S and a step, and S at samples with the samples; a string if it does not import."""
+    """NetKet's S and a step over all configurations, samples and S at these; a string if NetKet cannot be imported."""
     jax.config.update("jax_enable_x64", True)
     try:
         import netket as nk
@@ -357,7 +357,7 @@ RATE, STEPS = 0.05, 10
 
 
 def reconfigured(nk, state, hilbert):
-    """A transverse Ising chain, and the parameters after each of ten steps of NetKet's stochastic reconfiguration."""
+    """The Hamiltonian of an Ising chain, and the parameters after each of ten steps of NetKet on it."""
     chain = nk.operator.Ising(hilbert, nk.graph.Chain(SPINS), h=1.0)
     sr = nk.optimizer.SR(nk.optimizer.qgt.QGTJacobianDense(mode="real"), nk.optimizer.solver.cholesky, diag_shift=SHIFT)
     driver = nk.driver.VMC(chain, nk.optimizer.Sgd(RATE), variational_state=state, preconditioner=sr)
@@ -378,13 +378,13 @@ def covariance(params, spins, weights=None):
 
 
 def test_netket_all_configurations(netket):
-    """Over the whole space both the weighted covariance of scores and the Fisher of the normalised density are 4 S."""
+    """Over all configurations, the weighted covariance of scores and the Fisher of the normalised density are both 4 S."""
     params, spins, theirs = ansatz(), jnp.asarray(netket["spins"]), AMPLITUDE * netket["whole"]
     assert_close(covariance(params, spins, jnp.exp(log_density(params, spins))), theirs)
 
     def normalised(params):
         fisher = jf.exact_fisher(lambda params: jf.Categorical(log_density(params, spins)))(params)
-        # In their units: (S + shift)^-1 v = 4 (F + 4 shift)^-1 v.
+        # In the units of NetKet: (S + shift)^-1 v = 4 (F + 4 shift)^-1 v.
         return fisher.as_matrix(), fisher.solve(one_vector(params), AMPLITUDE * SHIFT)
 
     density, step = compiled(normalised)(params)
@@ -394,12 +394,12 @@ def test_netket_all_configurations(netket):
 
 
 def test_netket_samples(netket):
-    """On samples S is the covariance of the derivatives, and centred scores at the same samples have 4 S."""
+    """At samples, S is the covariance of the derivatives, and that of our centred scores is 4 S."""
     assert_close(covariance(ansatz(), jnp.asarray(netket["samples"])), AMPLITUDE * netket["sampled"])
 
 
 def test_netket_ten_steps_of_stochastic_reconfiguration(netket):
-    """The covariance of the score as an operator preconditions as their geometric tensor does, along their whole path."""
+    """Preconditioned with our covariance of the score, ten steps reproduce NetKet's with its geometric tensor."""
     spins, hamiltonian = jnp.asarray(netket["spins"]), jnp.asarray(netket["hamiltonian"])
     opt = optax.chain(jf.scale_by_fisher(SHIFT), optax.scale_by_learning_rate(RATE))
 
@@ -416,13 +416,13 @@ def test_netket_ten_steps_of_stochastic_reconfiguration(netket):
 
     start = ansatz()
     _, path = compiled(lambda start: jax.lax.scan(step, (start, opt.init(start)), length=STEPS))(start)
-    # A solve loses a condition number of about 1e3, and steps add up.
+    # A solve amplifies rounding by a condition number of about 1e3, and the errors of steps add up.
     assert_close(path, netket["path"], factor=1e5)
 
 
 @pytest.mark.relaxed
 def test_laplax_ggn():
-    """Its GGN products, which sum over the data."""
+    """The GGN products of laplax, which are sums over the data."""
     ggn = neighbour("laplax", "laplax.curv.ggn")
     params, x, y, *_ = reference()
     v = one_vector(params)

@@ -1,8 +1,8 @@
-"""NIST's certified nonlinear regressions: estimates from both starts, and standard errors in the units of their own parameters.
+"""NIST's certified nonlinear regressions: fits from both starting points, and standard errors in the parameters' own units.
 
-The sets without an entry in `WELL_CERTIFIED` were not fitted anew in arithmetic of 40 digits; those in it were, which gave all
-eleven digits of the certified estimates and standard errors. Estimates are refined before standard errors are compared: with
-eleven digits of them, standard errors have nine at the most.
+The data sets in `WELL_CERTIFIED` were also fitted with 40 digits, which confirmed all eleven digits of the certified estimates
+and standard errors. Estimates are refined before standard errors are compared, since from estimates with eleven digits a
+standard error has at most nine.
 """
 
 import functools
@@ -23,18 +23,18 @@ WELL_CERTIFIED = (
 SETS = {name: sets()[name] for name in WELL_CERTIFIED}
 
 OUT_OF_REACH = {np.float32: ("Rat43", "MGH09", "MGH10", "MGH17", "Lanczos3"), np.float64: ("Lanczos3",)}
-"""Sets of which not every standard error has to come out, so long as the report says so."""
+"""Data sets for which a standard error may fail to converge, as long as the report says so."""
 
 
 def slopes(known, b):
-    """The Jacobian of the means by complex steps, which round nothing."""
+    """The Jacobian of the means by complex steps, which have no cancellation."""
     steps = 1e-100 * np.abs(b)
     return np.stack([known.mean(b + 1j * h * np.eye(len(b))[k], known.x, np).imag / h for k, h in enumerate(steps)], 1)
 
 
 @functools.cache
 def refined(name):
-    """The estimates to all digits of float64, the Jacobian there, and the standard deviation of the noise."""
+    """The estimates refined to all digits of float64, the Jacobian there, and the standard deviation of the noise."""
     known, b = SETS[name], SETS[name].estimates
     for _ in range(3):
         columns = slopes(known, b)
@@ -46,7 +46,7 @@ def refined(name):
 
 @functools.cache
 def errors_of(count, dtype):
-    """One program for all sets of so many parameters: standard errors from undamped solves, and their reports."""
+    """A program for all data sets with this many parameters: standard errors from undamped solves, and the reports."""
 
     def one(rows):
         score = lambda b, row: jnp.dot(row, b, precision="highest")  # noqa: E731
@@ -61,7 +61,10 @@ def errors_of(count, dtype):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("count", sorted({len(known.errors) for known in SETS.values()}))
 def test_standard_errors_in_own_units(count, dtype):
-    """Right to nine digits in float64 and to four in float32, or not converged; without the equilibration most are neither."""
+    """Standard errors have nine digits in float64 and four in float32, or the report says not converged.
+
+    Without the equilibration most would satisfy neither.
+    """
     names = [name for name, known in SETS.items() if len(known.errors) == count]
     most = max(len(SETS[name].x) for name in names)
     rows = np.zeros((len(names), most, count))
@@ -76,12 +79,12 @@ def test_standard_errors_in_own_units(count, dtype):
 
 
 FEW = 250
-"""Steps enough from every start."""
+"""A number of steps that is enough from every starting point."""
 NO_DIGITS = {"Lanczos1"}
-"""Its residuals are 9e-14 where the data are up to 2.5, whose last bit is 4e-16: so float64 has three digits of their size.
+"""The residuals of this data set are 9e-14, and its data are up to 2.5, with a last bit of 4e-16.
 
-The certified size is found from the same data with 40 digits, and from no data in float64. Nothing else lacks digits: the
-estimates, and the errors for the certified size of the residuals, are right as everywhere.
+So float64 has only three digits of the size of the residuals; with 40 digits the same data give the certified size. Everything
+else is accurate: the estimates, and the standard errors for the certified size of the residuals.
 """
 
 
@@ -91,7 +94,7 @@ def padded(values, size):
 
 @functools.cache
 def fits():
-    """All fits from both starts as one program: the mean is one of 27 by a number, and what is missing is padded."""
+    """All fits from both starting points as one program, which selects one of 27 mean functions; the data are padded."""
     known = list(sets().values())
     means = [lambda b, x, s=s: s.mean(b, x if s.x.ndim == 2 else x[0], jnp) for s in known]
     most = max(len(s.y) for s in known)
@@ -117,7 +120,7 @@ def fits():
 
 @pytest.mark.parametrize("name", sorted(sets()))
 def test_fits_from_both_starts(name):
-    """Six digits of the estimates and of their standard errors; a parameter that pads has none."""
+    """Estimates and standard errors have six digits, and a padding parameter has an infinite standard error."""
     known = sets()[name]
     p, n = len(known.estimates), len(known.y)
     for k in (0, 1):

@@ -1,4 +1,4 @@
-"""A training step beyond a plain likelihood: a loss of one's own, auxiliary outputs, a key for each example."""
+"""Options of `training_step`: the user's own loss, auxiliary outputs, and a key for each example."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ LOG_PROB = jf.log_likelihood(classifier)
 
 
 def stepped(opt, *args, data, params=None, **options):
-    """The parameters after a step, and what it returned of the objective; traced, from the state that it makes."""
+    """The parameters after a first step, and the value that it returned."""
     given = {name: options.pop(name) for name in ("weights", "key") if name in options}
     params = reference()[0] if params is None else params
     step = jf.training_step(*args[:1], opt, *args[1:], **options)
@@ -28,13 +28,13 @@ def stepped(opt, *args, data, params=None, **options):
     return evaluated(run, params, data, given)
 
 
-# --- a loss of one's own ---------------------------------------------------------------------------------------------------
+# --- the user's own loss ---------------------------------------------------------------------------------------------------
 
 STRENGTH = 0.3
 
 
 def test_a_penalty_on_leaving_an_earlier_task():
-    """Elastic weight consolidation: the penalty in the loss, its curvature as an operator beside the Fisher."""
+    """Elastic weight consolidation: the penalty is part of the loss, and its curvature an operator added to the Fisher."""
     params, x, y, _, rows = reference()
     earlier = jax.tree.map(lambda leaf: 0.9 * np.asarray(leaf) + 0.1, params)
     old = evaluated(lambda params: jf.diagonal(jf.exact_fisher(classifier)(params, x[:3])), earlier)
@@ -58,7 +58,7 @@ def test_a_penalty_on_leaving_an_earlier_task():
 
 
 def test_a_surrogate_with_advantages_inside_a_kl_ball():
-    """The gradient is that of the surrogate, the curvature and the divergence are the policy's; weights are theirs alone."""
+    """The gradient is that of the surrogate; curvature and divergence are those of the policy, and only they use weights."""
     params, x, y, weights, rows = reference()
     advantage = np.cos(np.arange(7.0))
     old = evaluated(jax.vmap(LOG_PROB, (None, 0, 0)), params, x, y)
@@ -81,7 +81,7 @@ def test_a_surrogate_with_advantages_inside_a_kl_ball():
 
 
 def test_two_data_sets_of_different_lengths():
-    """The Fisher of one's own is given both; the model's would be of one, and is not asked for."""
+    """The user's own Fisher function gets both data sets. The model's Fisher, which could use only one, is not computed."""
     params, x, y, *_ = reference()
     inputs = (x[:4], x[4:])
 
@@ -109,7 +109,7 @@ def with_aux(params, x):
 
 
 def test_what_comes_along_is_stacked_and_costs_no_curvature():
-    """The step is the one without it, whatever the optimiser; the engine holds the same factors."""
+    """Auxiliary outputs are stacked and change no step, for any optimiser, nor the factors that the engine holds."""
     params, x, y, *_ = reference()
     for opt in (jf.kfac(), optax.chain(jf.natural_gradient(1.0, 0.1), jf.backtrack_kl(0.1))):
         plain, value = stepped(opt, classifier, data=(x, y))
@@ -136,14 +136,14 @@ def test_a_loss_of_one_s_own_has_its_own_aux():
 
 
 def dropout(params, x, key):
-    """The classifier with half of its hidden units kept."""
+    """The classifier with dropout: half of the hidden units are kept."""
     hidden = jnp.tanh(x @ params["hidden"]["w"] + params["hidden"]["b"])
     w, b = params["out"]
     return jf.Categorical(logits=(2 * hidden * jax.random.bernoulli(key, 0.5, hidden.shape).astype(hidden.dtype)) @ w + b)
 
 
 def by_hand(params, x, y, keys):
-    """The mean loss, its gradient and the Fisher: a loop over examples and classes."""
+    """The mean loss, its gradient and the Fisher, by a loop over examples and classes."""
     log_prob = lambda p, x, key, c: jax.nn.log_softmax(dropout(p, x, key).logits)[c]  # noqa: E731
     both = traced(jax.value_and_grad(log_prob))
     value, gradient, fisher = 0.0, 0.0, 0.0

@@ -1,4 +1,4 @@
-"""One law suite for every form of operator, seen to fail on broken ones; sums, multiples, restriction, lineax, one trace."""
+"""The laws of operators for every form, and their failure for broken ones; sums, restriction, lineax, and retracing."""
 
 import dataclasses
 import functools
@@ -22,9 +22,9 @@ MLP_DAMPING = {"hidden": {"b": 0.3, "w": 0.1}, "out": [0.05, 0.7]}
 
 
 def layer_factors(params, x, weights=None):
-    """Inputs (with a last one) and output cotangents of both layers by hand: ``[n, inputs]``, and ``[n, classes, outputs]``.
+    """Inputs (with a column of ones) and output cotangents of both layers: ``[n, inputs]``, and ``[n, classes, outputs]``.
 
-    One row for each class, weighted by the root of its probability, so that sums over classes are expectations.
+    There is one row for each class, times the root of its probability, so that sums over classes are expectations.
     """
     w1, b1 = (np.asarray(params["hidden"][k], np.float64) for k in ("w", "b"))
     w2, b2 = (np.asarray(leaf, np.float64) for leaf in params["out"])
@@ -39,7 +39,7 @@ def layer_factors(params, x, weights=None):
 
 
 def by_layer(*blocks):
-    """Blocks over (weight rows, bias row) of each layer as one matrix in the parameters' order, the first's bias first."""
+    """One matrix from a block for each layer, with a layer's weight before its bias, in the order of the parameters."""
     first, second = blocks
     turn = np.r_[12:16, 0:12]
     full = np.zeros((31, 31))
@@ -48,7 +48,7 @@ def by_layer(*blocks):
 
 
 def kronecker_reference(params, x):
-    """Of each layer the product of second moments, scaled to the trace of the layer's block."""
+    """The Kronecker product of second moments for each layer, scaled to the trace of the layer's block."""
     blocks = []
     for a, g in layer_factors(params, x):
         block = np.kron(a.T @ a, np.einsum("nco,ncq->oq", g, g))
@@ -79,13 +79,13 @@ def truncated(matrix, rank):
 
 
 def shrunk(matrix, rank):
-    """The largest eigenpairs, less the largest eigenvalue that is left out."""
+    """The largest eigenpairs, with eigenvalues reduced by the largest one that is left out."""
     values, vectors = np.linalg.eigh(matrix)
     return (vectors[:, -rank:] * (values[-rank:] - values[-rank - 1])) @ vectors[:, -rank:].T
 
 
 def masked(matrix, *groups):
-    """A matrix with the entries between groups of places dropped."""
+    """A matrix without its entries between different groups of places."""
     full = np.zeros_like(matrix)
     for group in groups:
         full[np.ix_(group, group)] = matrix[np.ix_(group, group)]
@@ -93,7 +93,7 @@ def masked(matrix, *groups):
 
 
 def made(function):
-    """What a function without arguments makes, its numbers from NumPy: a form is made once, by many small programs."""
+    """The result of a function without arguments, run in NumPy, since compiling its many small programs is slow."""
     return jax.tree.map(jnp.asarray, evaluated(function))
 
 
@@ -102,7 +102,7 @@ LAYERS = [np.r_[0:16], np.r_[16:31]]
 
 
 class Problem:
-    """What the forms are made of, in a dtype; and the dense matrices, which stay in float64."""
+    """The operators from which the forms are made, in some dtype, and the dense matrices, always in float64."""
 
     def __init__(self, dtype):
         params, x, self.y, weights, self.rows = reference()
@@ -188,27 +188,27 @@ FORMS = {
     "priors": lambda p: ((p.E + p.prior) + (p.F + p.prior) + p.prior, p.exact + p.empirical + 0.75 * p.identity),
     "diagonal prior": lambda p: (p.E + jf.diagonal(p.E) + p.prior, p.exact + np.diag(np.diag(p.exact)) + 0.25 * p.identity),
 }
-"""Every form, with the dense matrix it must equal, from loops over examples, classes and layers in float64."""
+"""Every form with the dense float64 matrix that it must equal, computed by loops over examples, classes and layers."""
 
 
 @functools.cache
 def form(name, dtype=jnp.float64):
-    """A form, and the dense matrix."""
+    """A form and its dense matrix."""
     p = problem(dtype)
     F, dense = made(lambda: FORMS[name](p))
     return F, np.asarray(dense)
 
 
 EIGEN_FORMS = ("eigen-kronecker", "low rank", "sketch", "nystrom", "partial cholesky")
-"""Forms that have other eigenvectors with their leaves scaled one by one."""
+"""Forms whose eigenvectors change if leaves are scaled one by one, so that they refuse a damping by leaf."""
 
 
 EPS_OF_A_SKETCH = 100 * float(np.finfo(float).eps)
-"""A sketch takes a shift away again, of ten times the rounding error."""
+"""The Nystrom sketch adds a shift of ten times the rounding error and subtracts it again."""
 
 
 def check_operator(F, dense, key, eps=None, by_leaf=True):
-    """Every law, against the dense float64 matrix. What is not told is only the damping by leaf of a form that refuses it."""
+    """Check all laws against the dense float64 matrix. Only the damping by leaf of a form that refuses it is undecided."""
     laws = jf.check_laws(F, key=key, matrix=dense, rounding=eps)
     assert laws.passed, laws
     assert laws.undecided == (() if by_leaf else ("(F + D)^-1 v",)), laws
@@ -253,7 +253,7 @@ def test_a_call_outside_jit_gives_what_one_inside_gives(name, key):
     inside = evaluated(asked, F, v)
     for what, value in asked(F, v).items():
         assert_close(flat(value), flat(inside[what]), factor=1e4)
-    # A batch of vectors is its members, from one factorisation.
+    # A batch of vectors gives the results of its members, from one factorisation.
     both = jax.tree.map(lambda leaf: np.stack([leaf, 1 - np.asarray(leaf)]), v)
     solved = evaluated(jax.vmap(lambda v: (F.mv(v), F.solve(v, 0.1))), both)
     for i in range(2):
@@ -278,10 +278,10 @@ ONE_OF_EACH = (
 @pytest.mark.compiled
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_every_law_in_float32(name, key):
-    """The same matrices from float32 parameters and data; the dense ones stay in float64."""
+    """The laws for parameters and data in float32; the dense matrices stay in float64."""
     F, dense = form(name, jnp.float32)
     assert F.spec.dtype == F.as_matrix().dtype == jnp.float32
-    # Their rounding and that of the arithmetic: networks lose a digit or two.
+    # The parameters, the data and the arithmetic are rounded, and networks lose a digit or two.
     check_operator(F, dense, key, eps=20 * float(np.finfo(np.float32).eps), by_leaf=leaf_damping(name))
 
 
@@ -296,7 +296,7 @@ BODIES = {
             (),
         ),
     ),
-    # Its scores are whole numbers, so what comes of them is exact to float32, in which statistics are kept.
+    # Its scores are whole numbers, so statistics are accurate to float32, in which they are kept.
     "bfloat16": (lambda w, x: x @ w, jnp.array([0.3, -0.2, 0.5], jnp.bfloat16)),
 }
 """Functions of parameters of every shape and of three numbers: the means of a normal whose scale is 1/2."""
@@ -336,25 +336,25 @@ def test_a_damping_for_each_leaf_is_refused_where_it_would_not_be_exact(name):
 
 @functools.cache
 def dense_form():
-    """The operator that the broken ones are made of."""
+    """The correct operator, from which the broken ones are made."""
     return form("dense")[0]
 
 
 def broken(**methods):
-    """It with methods of another kind."""
+    """`dense_form` with some methods replaced."""
     good = dense_form()
     cls = jf.array_fields("matrix", repr=False)(type("Broken", (type(good.form),), methods))
     return jf.Operator(cls(good.form.matrix, good.spec), good.provenance)
 
 
 def with_matrix(change):
-    """It with another matrix."""
+    """`dense_form` with another matrix."""
     good = dense_form()
     return dataclasses.replace(good, form=dataclasses.replace(good.form, matrix=change(good.form.matrix)))
 
 
 def usual(name, *arguments):
-    """What the method gives that is not broken."""
+    """The result of the correct method."""
     return getattr(type(dense_form().form), name)(*arguments)
 
 
@@ -376,7 +376,7 @@ BROKEN = {
     ),
     "inverse for root": lambda: broken(power_mv=lambda self, v, power, damping: usual("power_mv", self, v, 2 * power, damping)),
 }
-"""Dense operators, each wrong in one way."""
+"""Dense operators, each broken in one way."""
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -386,7 +386,7 @@ def test_the_laws_see_a_broken_operator(name, key):
 
 
 def test_inner_products_of_an_implicit_fisher_take_no_transposed_product():
-    """Two jvps where two products are four passes: XLA counts at most 0.7 of the operations, the forward pass included."""
+    """Inner products of two vectors take two jvps instead of four passes: at most 0.7 of the operations, as XLA counts."""
     params, x, *_ = reference()
     F = jf.implicit_fisher(classifier)(params, jnp.tile(x, (20, 1)))
     vectors = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
@@ -406,7 +406,7 @@ def test_restriction_is_the_principal_submatrix(name):
     v = jax.tree.unflatten(F.spec.treedef, [jnp.ones(s) if k else None for s, k in zip(F.spec.shapes, keep, strict=True)])
     close = functools.partial(assert_close, eps=EPS_OF_A_SKETCH if name.startswith("nystrom") else None)
     expected = dense[np.ix_(index, index)]
-    # Operators that are held alike are of one structure without it, and share a program, wherever they come from.
+    # With the same provenance, operators of one form have one structure and share a program.
     matrix, product, parts = numbers_of_parts(dataclasses.replace(F, provenance=dense_form().provenance), v)
     close(matrix, expected)
     close(flat(product), expected @ np.ones(16))
@@ -432,14 +432,14 @@ def test_crosses_jit_with_one_trace(name):
         return F.mv(v)
 
     v = F.spec.zeros()
-    # Tracing is all that is counted: nothing need be compiled.
+    # The test counts traces, so nothing is compiled.
     product.trace(F, v)
     product.trace(jax.tree.map(lambda leaf: leaf * 2 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, F), v)
     assert len(traces) == 1
 
 
 def test_operators_made_anew_cause_no_second_trace():
-    """Also streamed and implicit ones, which hold their functions: equal functions make equal static parts."""
+    """Equal functions give equal static parts, also in streamed and implicit operators, which hold their functions."""
     params, x, y, _, _ = reference()
     traces = []
 
@@ -474,7 +474,7 @@ def test_vmap_over_vectors_and_dampings(key):
 
 
 def test_gradient_through_a_solve_and_a_logdet():
-    """Derivatives in the damping against the closed form: -v^T (F + d)^-2 v and tr (F + d)^-1."""
+    """Derivatives by the damping against their closed forms, -v^T (F + d)^-2 v and tr (F + d)^-1."""
     for name in ("scores, fewer rows", "scores, more rows", "dense", "diagonal"):
         F, dense = form(name)
         v = np.cos(np.arange(F.size))

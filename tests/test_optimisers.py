@@ -1,4 +1,4 @@
-"""Every optimiser of Optax takes a training step, without a word about what it asks for."""
+"""`training_step` works with every optimiser of Optax and passes each the keywords that it needs."""
 
 import inspect
 
@@ -36,15 +36,15 @@ OTHERS = {
         jf.natural_gradient(1.0, 0.1), optax.scale_by_zoom_linesearch(max_linesearch_steps=5)
     ),
 }
-"""How those are made that take something else than a learning rate."""
+"""How to make the optimisers whose first argument is not a learning rate."""
 NEEDED = {"noisy_sgd": {"eta": 0.01, "gamma": 0.55, "key": 0}, "optimistic_adam": {"optimism": 0.1}}
-"""What some need beside it."""
+"""Further arguments that some optimisers require."""
 OF_EXAMPLES = {"dpsgd"}
-"""Those that take a gradient for each example."""
+"""The optimisers that take one gradient per example."""
 
 
 def with_a_rate():
-    """Every function of Optax that makes an optimiser from a learning rate."""
+    """The names of all functions of Optax that make an optimiser from a learning rate."""
     found = {}
     for module in (optax, optax.contrib):
         for name, make in inspect.getmembers(module, inspect.isfunction):
@@ -68,7 +68,7 @@ def test_the_optimisers_are_found():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Explicitly requested dtype")
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_every_optimiser_of_optax_runs(name):
-    """Abstractly, which is enough to meet a keyword that is missing or refused; shapes of the state stay as they are."""
+    """An abstract evaluation, which finds missing and unknown keywords; the shapes of the state must not change."""
     params, x, y, _, _ = reference()
     opt = OPTIMISERS[name]()
     state = jax.eval_shape(opt.init, params)

@@ -1,4 +1,4 @@
-"""A weight of zero is padding: rows of zeros whatever the data there is, in every way that scores are held."""
+"""Examples of weight zero are padding: their rows are zero for any data, in every form of scores."""
 
 import catalogue
 import jax
@@ -14,7 +14,7 @@ import jaxfisher as jf
 pytestmark = pytest.mark.usefixtures("in_numpy")
 
 WEIGHTS = np.array([0.0, 0.5, 1.0, 0.0, 3.0, 0.25, 0.0])
-"""Of four examples and three places of padding, the first and the last among them."""
+"""The weights of four examples, and of three entries of padding, one of them first and one last."""
 LIVE = WEIGHTS > 0
 OMEGA = WEIGHTS / WEIGHTS.sum()
 
@@ -27,7 +27,7 @@ CASES = [
 
 
 def padded(leaf):
-    """The examples among padding of NaN, or of a number that is no class and no place in a table."""
+    """The examples among padding: NaN for floating data, and an invalid class or index for integers."""
     leaf = np.asarray(leaf)
     rubbish = np.nan if np.issubdtype(leaf.dtype, np.floating) else 10**6
     whole = np.full((len(WEIGHTS), *leaf.shape[1:]), rubbish, leaf.dtype)
@@ -36,7 +36,7 @@ def padded(leaf):
 
 
 def quantities(made, v, w):
-    """Everything that scores give."""
+    """All quantities that are computed from scores."""
     return {
         "as_matrix": made.as_matrix(),
         "mv": made.mv(v),
@@ -49,7 +49,7 @@ def quantities(made, v, w):
 
 
 def expected_of(rows, v, w):
-    """The same in NumPy, from the rows."""
+    """The same quantities in NumPy, from the rows."""
     return {
         "as_matrix": rows,
         "mv": rows @ v,
@@ -62,7 +62,7 @@ def expected_of(rows, v, w):
 
 
 def check(function, params, data, rows):
-    """The quantities of scores are those of the rows, and what is padding is zero to the last bit."""
+    """Check that the quantities of the scores are those of the rows, and that the rows of padding are exactly zero."""
     w = np.linspace(-1.0, 2.0, len(WEIGHTS))
     v = jax.tree.map(lambda leaf: np.cos(np.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), params)
 
@@ -89,7 +89,7 @@ def test_padding_is_rows_of_zeros(name, batch_size, center):
 
 
 def classified():
-    """The classifier of `problems`, its parameters, and its data with padding."""
+    """The classifier of `problems`, with its parameters and its data in padding."""
     params = mlp_params(jax.random.key(3))
     x, y = data(jax.random.key(4))
     return params, x[: LIVE.sum()], y[: LIVE.sum()], padded(x), padded(y)
@@ -114,7 +114,7 @@ def test_padding_in_a_sum_of_fishers():
 
 
 def test_padding_in_an_exact_and_in_a_sampled_fisher():
-    """The Fisher is that of the examples alone, and the rows of padding, several for each of its places, are zero."""
+    """The Fisher is that of the examples without padding. Padding has several rows per entry, and all of them are zero."""
     params, x, _, padded_x, _ = classified()
 
     @jax.jit
@@ -131,7 +131,7 @@ def test_padding_in_an_exact_and_in_a_sampled_fisher():
 
 
 def test_a_clipped_sum_does_not_see_padding():
-    """What is made of rows without their weights, as clipping for privacy does, is that of the examples alone."""
+    """Clipping uses rows without their weights; its sum must still be that of the examples without padding."""
     params, x, y, padded_x, padded_y = classified()
     log_prob = jf.log_likelihood(classifier)
     rows = loop_scores(log_prob, params, x, y)
@@ -146,7 +146,7 @@ def test_a_clipped_sum_does_not_see_padding():
 
 
 def test_padding_of_random_keys():
-    """An example may hold a random key, for dropout say."""
+    """Random keys may be part of an example, for instance for dropout, and padding of keys is replaced too."""
     keys = jax.random.split(jax.random.key(0), 3)
     model = lambda p, x, key: jf.Normal(p * x * jax.random.uniform(key, (), x.dtype), 1.0)  # noqa: E731
     x = jnp.array([1.0, 2.0, jnp.nan])
@@ -158,7 +158,7 @@ def test_padding_of_random_keys():
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_weights_have_no_scale(dtype, compiled):
-    """Means to the last digits at any scale of the weights, down to numbers that XLA's CPU takes for zero."""
+    """Means are accurate at any scale of the weights, even for subnormal weights, which XLA flushes to zero on a CPU."""
     info = np.finfo(dtype)
     shape = np.random.default_rng(0).uniform(0.5, 1.0, 50)
     x = shape[::-1].astype(dtype)
@@ -182,7 +182,7 @@ def test_weights_that_are_none_give_nan_where_their_values_are_not_known():
 
 
 def makers():
-    """Each way to a mean over examples, as a function of parameters, data and weights."""
+    """Every function that computes a mean over examples, as a function of parameters, data and weights."""
     log_prob = jf.log_likelihood(classifier)
     key = jax.random.key(1)
     outputs, squares = lambda params, x: classifier(params, x).logits, lambda f, y: 0.5 * jnp.sum(jnp.square(f)) - f[y]
@@ -208,7 +208,7 @@ def makers():
 
 @pytest.mark.parametrize("name", makers())
 def test_padding_is_not_counted(name):
-    """Among the examples of a mean, whatever the weights of these are; of a batch of padding alone there are none."""
+    """The number of examples in a mean does not include padding, for any weights; it is zero for a batch of padding."""
     params, x, y, padded_x, padded_y = classified()
     made = makers()[name]
     alone, padded = (
@@ -216,7 +216,7 @@ def test_padding_is_not_counted(name):
         for data, given in (((x, y), WEIGHTS[LIVE]), ((padded_x, padded_y), WEIGHTS))
     )
     assert float(alone) == float(padded) == LIVE.sum()
-    # Zeros that are known at run time only are not refused.
+    # A batch of zeros is an error only if the weights are known at trace time.
     of_nothing = jax.jit(lambda weights, *data: made(params, *data, weights=weights).n)
     assert float(of_nothing(jnp.zeros(len(WEIGHTS)), padded_x, padded_y)) == 0
 
@@ -230,12 +230,12 @@ VIEWS = {
     "eigenbasis": jf.eigen_kronecker,
 }
 NOT_MERGED = {"blocks", "eigenbasis"}
-"""Views that are held as scores, or each in a basis of its own: `merge` refuses them."""
+"""Views that are held as scores, or in a basis of their own, so that `merge` refuses them."""
 
 
 @pytest.mark.parametrize("name", ["exact, in pieces", "of scores, False, None"])
 def test_padding_takes_no_part_in_a_view_and_in_what_is_merged(name):
-    """A view of a batch in padding, and what it is merged to with another one, is that of its examples, and of their number."""
+    """A view of a batch with padding, and its merger with another, are those of its examples, and so is their count."""
     params, x, y, padded_x, padded_y = classified()
     made = makers()[name]
     other, more = (x[:2] - 1.0, y[:2]), np.array([1.0, 2.0])
@@ -259,14 +259,14 @@ def test_padding_takes_no_part_in_a_view_and_in_what_is_merged(name):
 
 
 TINY = np.array([1.0, 1e-40, 0.0, 2.0, 1e-320, 0.0, 1.0])
-"""Weights of which some are no numbers of float32, or are below the least normal one of float64."""
+"""Weights of which some are below the smallest normal number of float32, or of float64."""
 
 
 @pytest.mark.parametrize("given", [{}, {"weights": WEIGHTS}, {"weights": TINY}, {"counts": np.arange(7.0)}])
 @pytest.mark.parametrize("batch_size", [None, 3])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_fisher_of_scores_is_a_mean_over_what_the_empirical_fisher_is(given, batch_size, dtype):
-    """Over as many examples, of the same mass, and it says so in the same words."""
+    """`fisher_from_scores` and `empirical_fisher` give means over the same examples and mass, with the same description."""
     log_prob = jf.log_likelihood(lambda mu, x: jf.Normal(mu * x, jnp.ones((), dtype)))
     data = np.linspace(1.0, 2.0, 7, dtype=dtype), np.ones(7, dtype)
     for center in [False] if "counts" in given else [False, True]:
@@ -280,7 +280,7 @@ def test_a_fisher_of_scores_is_a_mean_over_what_the_empirical_fisher_is(given, b
 
 @pytest.mark.parametrize("view", [jf.kronecker, jf.diagonal])
 def test_padding_takes_no_part_in_a_step_of_kfac(view):
-    """Its direction's damping is counted in examples: a batch in padding takes the step of its examples."""
+    """The damping of kfac's direction depends on the number of examples. A batch with padding takes its examples' step."""
     params, x, y, _, _ = classified()
     step = jf.training_step(classifier, jf.kfac(view=view, solver=None))
 
@@ -291,7 +291,7 @@ def test_padding_takes_no_part_in_a_step_of_kfac(view):
         return found, state.inner.direction_damping
 
     alone = evaluated(path, x, y, WEIGHTS[LIVE])
-    # Behind the examples, so that each of them keeps its place, by which targets are drawn.
+    # The padding comes last, so that each example keeps its place, from which its target's key is made.
     at_end = [jnp.concatenate([leaf, jnp.zeros((20, *leaf.shape[1:]), leaf.dtype)]) for leaf in (x, y)]
     padded = evaluated(path, *at_end, np.concatenate([WEIGHTS[LIVE], np.zeros(20)]))
     for found, expected in zip(padded, alone, strict=True):

@@ -1,4 +1,4 @@
-"""The sum of two Kronecker views inverted by common vectors, against dense float64 matrices in NumPy."""
+"""Inverses of the sum of two Kronecker views by common eigenvectors, against dense float64 matrices in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def numbers(seed, *shape):
 
 
 def model(p, x):
-    """Two layers; the second without much to say of its second input."""
+    """A model of two layers; the second depends little on its second input."""
     hidden = x @ p["w"] + p["b"]
     return jf.Normal(jnp.concatenate([hidden, hidden[:3] @ p["v"] + p["c"]]), jnp.array([0.5, 1.0, 2.0, 0.7, 1.5]))
 
@@ -57,7 +57,7 @@ def test_the_sum_of_two_is_solved_exactly_without_a_damping(scale):
     expected = np.linalg.solve(matrix, flat(v))
     np.testing.assert_allclose(flat(x), expected, rtol=0, atol=1e-15 * np.linalg.cond(matrix) * np.max(np.abs(expected)))
     assert info.converged and info.residual < 1e-9
-    # Where the damping is a number it may be zero as well.
+    # A damping that is a plain number may also be zero.
     again, _ = jf.solve(F + G, v, 0.0, jf.factored_solve)
     assert_close(flat(again), flat(x), factor=1e6)
 
@@ -90,13 +90,13 @@ def test_a_damping_is_in_the_factors_of_both():
     assert_close(flat(x), np.concatenate([expected[i] for i in range(4)]), factor=1e4)
     off = flat(v) - np.asarray((F + G).as_matrix()) @ flat(x) - damping * flat(x)
     np.testing.assert_allclose(info.residual, np.linalg.norm(off) / np.linalg.norm(flat(v)), rtol=1e-8)
-    # A prior is a damping that is always there.
+    # A prior acts as a damping that is always there.
     with_prior = jf.solve(F + G + jf.scaled_identity(F, 0.2), v, 0.1, jf.factored_solve)[0]
     assert_close(flat(with_prior), flat(x), factor=1e4)
 
 
 def test_models_merge_by_their_kronecker_views_of_layers_of_any_size():
-    """Of 8,192 parameters no matrix is made, and the merged model is where both quadratics pull alike."""
+    """For 8,192 parameters no full matrix is made. At the merged model the gradients of both quadratics cancel."""
     models = [0.1 * numbers(seed, 64, 128).astype(jnp.float32) for seed in (1, 2)]
     inputs = [numbers(seed, 300, 64).astype(jnp.float32) for seed in (3, 4)]
     outputs = jnp.linspace(0.5, 2.0, 128, dtype=jnp.float32)
@@ -106,7 +106,7 @@ def test_models_merge_by_their_kronecker_views_of_layers_of_any_size():
         jf.fisher_average(models, views)
     merged, info = jf.fisher_average(models, views, solver=jf.factored_solve)
     assert info.converged
-    # In float64: the outputs' factors are alike, so that only those of the inputs are merged.
+    # In float64, where the outputs' factors are equal, so that only those of the inputs differ.
     a, b = (np.asarray(x, float).T @ np.asarray(x, float) / len(x) for x in inputs)
     one, two = (np.asarray(w, float) for w in models)
     np.testing.assert_allclose(merged, np.linalg.solve(a + b, a @ one + b @ two), atol=1e-5)

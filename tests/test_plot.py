@@ -1,4 +1,4 @@
-"""The figures: what was drawn is read back and compared with closed forms and with numpy, and nothing global has changed."""
+"""The plots: what is drawn is read back and compared with closed forms and NumPy, and no global state changes."""
 
 import inspect
 import math
@@ -22,13 +22,13 @@ from jaxfisher import plot
 from jaxfisher.plot._look import look
 
 EPS = float(np.finfo(float).eps)
-# A Fisher made of 32-bit constants anywhere on its way would show.
+# A 32-bit constant anywhere in the computation of a Fisher would show in its digits.
 CLOSE = {"rtol": 100 * EPS, "atol": 100 * EPS}
 
 
 @pytest.fixture(autouse=True)
 def closed_and_unchanged():
-    """No figure outlives a test, and no test changes a setting of matplotlib."""
+    """Close all figures after each test, and check that no setting of matplotlib has changed."""
     before = dict(matplotlib.rcParams)
     yield
     plt.close("all")
@@ -65,7 +65,7 @@ def texts(legend):
 
 
 def drawn(figure_axes):
-    """The figure laid out and rendered, where a warning is an error."""
+    """Lay out and render the figure, with warnings as errors."""
     figure_axes.figure.canvas.draw()
 
 
@@ -73,7 +73,7 @@ def drawn(figure_axes):
 
 
 def test_only_the_plots_import_matplotlib():
-    # One process for both: what is there before the second import was not brought by the first.
+    # One process for both imports: matplotlib must be absent after the first, and present after the second.
     code = (
         "import sys, jaxfisher; print('matplotlib' in sys.modules); import jaxfisher.plot; print('matplotlib' in sys.modules)"
     )
@@ -95,7 +95,7 @@ def test_the_names_are_these_and_each_explains_itself():
 
 
 def test_ellipses_of_the_normal_family(ax):
-    """In (mu, log sigma), 1/2 d^T F d = c has half-axes sigma sqrt(2 c) and sqrt(c), along the axes."""
+    """In (mu, log sigma), the ellipse 1/2 d^T F d = c has the semi-axes sigma sqrt(2 c) and sqrt(c), along the axes."""
     points, radius = np.array([[0.0, 0.0], [1.0, 1.0], [-2.0, -1.0]]), 0.03
     assert plot.metric_ellipses(normal, jnp.asarray(points), radius, ax=ax) is ax
     assert len(ax.patches) == 3
@@ -112,7 +112,7 @@ def test_ellipses_of_the_normal_family(ax):
 
 
 def logistic_fisher(slope, bias, x, w):
-    """Over (bias, slope): mean of s (1 - s) (1, x)(1, x)^T."""
+    """The Fisher over (bias, slope): the mean of s (1 - s) (1, x)(1, x)^T."""
     s = 1 / (1 + np.exp(-(slope * x + bias)))
     features = np.stack([np.ones_like(x), x])
     return (features * (w / w.sum() * s * (1 - s))) @ features.T
@@ -124,7 +124,7 @@ def test_every_point_of_a_tilted_ellipse_has_the_same_quadratic(weights):
     points = {"slope": np.array([0.3, -1.0]), "bias": np.array([0.0, 1.5])}
     given = None if weights is None else jnp.asarray(weights)
     ax = plot.metric_ellipses(logistic, jax.tree.map(jnp.asarray, points), 0.2, jnp.asarray(x), weights=given)
-    # Dictionaries are in the order of their keys: the bias is across.
+    # JAX sorts dictionaries by key, so the bias is on the horizontal axis.
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("['bias']", "['slope']")
     circle = np.stack([np.cos(np.arange(12)), np.sin(np.arange(12))], axis=1)
     for slope, bias, ellipse in zip(points["slope"], points["bias"], ax.patches, strict=True):
@@ -156,7 +156,7 @@ def test_spectrum_is_that_of_numpy_and_zeros_stay(ax):
     np.testing.assert_array_equal(positive.get_xdata(), [1, 2])
     np.testing.assert_allclose(positive.get_ydata(), expected[:2], rtol=100 * EPS)
     np.testing.assert_array_equal(zero.get_xdata(), [3, 4])
-    # In the units of the axes' height: on its lower edge, whatever the scale.
+    # In units of the axes' height: the triangles are on the lower edge for any scale.
     np.testing.assert_array_equal(zero.get_ydata(), [0, 0])
     assert zero.get_transform() == ax.get_xaxis_transform() and not zero.get_clip_on()
     np.testing.assert_array_equal(level.get_ydata(), [0.25, 0.25])
@@ -220,7 +220,7 @@ def test_kl_along_is_a_mean_over_weighted_inputs_of_any_pytree():
 
 
 def test_kl_along_counts_what_is_outside_the_family():
-    """A scale of 1 + t is none at t = -2, and the divergence from it is no number."""
+    """At t = -2 the scale 1 + t is negative, so the divergence there is NaN and is counted in the legend."""
     ax = plot.kl_along(lambda scale: jf.Normal(0.0, scale), 1.0, 1.0, np.array([-2.0, 0.0, 1.0]))
     assert "(1 of 3 not drawn:\nnot finite)" in texts(ax.get_legend())[0]
     expected = [np.nan, 0.0, math.log(2) + 1 / 8 - 1 / 2]
@@ -254,7 +254,7 @@ def test_paths_are_drawn_over_contours_of_the_loss(ax):
     assert all(contours.get_zorder() < curve.get_zorder() for curve in ax.lines), "contours are behind"
     assert len(contours.levels) == 13
     for level, path in zip(contours.levels, contours.get_paths(), strict=True):
-        # Between points of the grid the loss is taken for linear: it is off by its second difference over eight.
+        # Contours are linear between grid points, with an error of the loss's second difference over eight.
         assert len(path.vertices) and np.all(
             np.abs(bowl(path.vertices.T) - level) < (2 * (3.72 / 119) ** 2 + 8 * (1.24 / 119) ** 2)
         )
@@ -287,7 +287,7 @@ def layered(params, x):
 
 
 def test_blocks_are_the_matrix_with_small_leaves_widened(ax):
-    """Beside 29 weights a bias is 1 of 30 rows, and 6 % of the side are 1.8: its row and column are there twice."""
+    """A bias beside 29 weights has 1 of 30 rows. As 6 % of 30 is 1.8, its row and column are drawn twice."""
     x = np.random.default_rng(0).standard_normal((4, 29))
     x[:, 3] = 0
     fisher = jf.exact_fisher(layered)({"b": 0.0, "w": jnp.zeros(29)}, jnp.asarray(x))
@@ -345,7 +345,7 @@ def test_forty_nine_curves_are_told_apart_and_their_legend_is_beside_them():
 
 
 def test_a_triangle_holds_what_it_says():
-    """Points on each ellipse are where Mahalanobis' distance is that of 68 and of 95 per cent; densities have their width."""
+    """Points on the ellipses have the Mahalanobis distances of 68 and 95 per cent, and densities have the right widths."""
     covariance = np.array([[1.0, 0.6, 0.0], [0.6, 2.0, -0.3], [0.0, -0.3, 0.5]])
     params = {"a": jnp.array(1.0), "b": jnp.array([2.0, 3.0])}
     made = jf.from_matrix(covariance, params)

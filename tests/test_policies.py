@@ -1,4 +1,4 @@
-"""Trust-region updates of policies: advantages of either sign in the loss, and a radius that every update keeps."""
+"""Trust-region updates of policies: losses with advantages of either sign, and a KL radius that holds at every update."""
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def test_every_update_stays_inside_the_radius_and_gains(policy, outputs, kl, key
 
 
 def test_a_step_of_known_length():
-    """Of the mean of a unit normal the Fisher is one: the longest step in the ball is the root of twice the radius."""
+    """The Fisher of a unit normal's mean is one, so the longest step within the radius is the root of twice the radius."""
     policy = lambda mean, seen: jf.Normal(mean + 0.0 * seen, 1.0)  # noqa: E731
     surrogate, log_probs = surrogate_of(policy)
     seen, acted, advantage = jnp.zeros(4), jnp.array([1.0, 2.0, -1.0, 0.5]), jnp.array([-2.0, 1.0, -1.0, 0.5])

@@ -1,4 +1,4 @@
-"""Private gradients: clipped sums against rows clipped one by one, and against Optax's clipping; what one may change."""
+"""Clipped sums of gradients, against rows clipped one by one and against Optax's clipping; what one example can change."""
 
 import functools
 
@@ -20,7 +20,7 @@ N, MAX_NORM = 7, 1.65
 
 @functools.cache
 def problem():
-    """Parameters, data, the scores row by row, and the same clipped: some rows are longer than the bound, some are not."""
+    """Parameters, data, the rows of scores, and these rows clipped; some rows are longer than the bound, some are not."""
     params, (x, y) = mlp_params(jax.random.key(7)), data(jax.random.key(8))
     rows = loop_scores(LOG_PROB, params, x, y)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -47,7 +47,7 @@ def test_rows_clipped_one_by_one(batch_size):
     found = program(batch_size)(params, x, y)
     assert_close(flat(found), -clipped.sum(0))
     assert int(found.num_clipped) == np.sum(np.linalg.norm(rows, axis=1) > MAX_NORM) and found.sensitivity == MAX_NORM
-    # Of the scores it is the gradient of the log-likelihood.
+    # The sum of scores is the gradient of the log-likelihood, not of the loss.
     assert_close(flat(jf.scores(LOG_PROB, batch_size=batch_size)(params, x, y).clipped_sum(MAX_NORM)), clipped.sum(0))
 
 
@@ -84,7 +84,7 @@ def test_one_example_changes_the_sum_by_no_more_than_the_sensitivity():
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e15, 1e25, 1e32])
 def test_rows_of_any_scale_in_float32(scale):
-    """One row of that size beside others near one, each clipped to its own digits."""
+    """One row of an extreme size among rows near one: each is clipped with its own relative accuracy."""
     x = np.float32([scale, 1.0, 0.5, 0.1])
     log_prob = lambda p, x: jnp.sum(p["w"] @ (x * jnp.ones(3, x.dtype)) + p["b"])  # noqa: E731
     params = {"w": jnp.zeros((2, 3), jnp.float32), "b": jnp.zeros(2, jnp.float32)}
@@ -99,7 +99,7 @@ def test_rows_of_any_scale_in_float32(scale):
 @pytest.mark.compiled
 @pytest.mark.parametrize("large", [1e25, 1e30, 1e38])
 def test_a_huge_row_keeps_no_other_from_being_clipped(large):
-    """The bound holds for every row by itself: what is small beside the largest row may be large beside the bound."""
+    """The bound holds for each row. A row that is tiny relative to the largest may still be longer than the bound."""
     x = np.float32([large, 1e-5, 1e-3, 1e-30])
     log_prob = lambda p, x: jnp.sum(p["w"] @ (x * jnp.ones(3, x.dtype)))  # noqa: E731
     params, max_norm = {"w": jnp.zeros((2, 3), jnp.float32)}, 1e-12
@@ -107,7 +107,7 @@ def test_a_huge_row_keeps_no_other_from_being_clipped(large):
     expected = rows * np.minimum(1, max_norm / np.linalg.norm(rows, axis=1, keepdims=True))
     for batch_size in (None, 2):
         found = jf.scores(log_prob, batch_size=batch_size)(params, x).clipped_sum(max_norm)
-        # What is 1e38 times as long as the bound has a share that float32 does not hold, and counts as nothing.
+        # The factor for a row 1e38 times as long as the bound underflows in float32, so the row counts as zero.
         held = expected[0 if max_norm / (6**0.5 * large) > np.finfo(np.float32).tiny else 1 :]
         assert_close(flat(found), held.sum(0), factor=20)
         assert int(found.num_clipped) == 3
@@ -140,7 +140,7 @@ def test_bad_input_is_named():
 
 
 def test_no_per_example_gradient_is_formed():
-    """No array of the program is as large as the gradients of all examples, although the network is wide."""
+    """For a wide network no array of the program is as large as the gradients of all examples."""
     wide = {"w1": jnp.zeros((30, 40)), "w2": jnp.zeros((40, 20))}
     log_prob = jf.log_likelihood(lambda p, x: jf.Categorical(logits=jnp.tanh(x @ p["w1"]) @ p["w2"]))
     x, y = jnp.zeros((16, 30)), jnp.zeros(16, int)

@@ -1,4 +1,4 @@
-"""The public face: what importing costs, what the names promise, and that the rooms stay in order."""
+"""The public names: import costs, docstrings, signatures, and the boundaries between modules."""
 
 import ast
 import importlib
@@ -35,7 +35,7 @@ def test_importing_takes_no_extra():
 
 
 def test_importing_and_making_look_for_no_device():
-    """So that `jax.distributed.initialize`, which refuses where a device was looked for, may come after."""
+    """Importing initialises no device, since `jax.distributed.initialize` fails after that."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -59,7 +59,7 @@ PACKAGES = sorted(path.parent.name for path in PACKAGE.glob("[a-z]*/__init__.py"
 
 @pytest.mark.parametrize("room", PACKAGES)
 def test_every_name_of_a_room_says_how_where_from_and_shows_it(room):
-    """Of a value the docstring names its parts."""
+    """Every public name has a docstring with its arguments, a reference and an example; that of a value names its parts."""
     module = importlib.import_module(f"jaxfisher.{room}")
     for name, value in vars(module).items():
         if not name.startswith("_") and callable(value):
@@ -128,7 +128,7 @@ def test_imports_have_no_cycle():
 
 
 def test_nothing_outside_a_room_imports_a_file_inside_the_engine():
-    """The engine is used by the few names that its folder gives."""
+    """Other modules import only what the engine's package exports."""
     for file, needs in imports().items():
         if not file.startswith("jaxfisher._engine"):
             inside = [name for name in needs if name.startswith("jaxfisher._engine.")]
@@ -147,18 +147,18 @@ def class_nodes():
 
 
 def public_methods(node):
-    """The methods and properties that a class has in its body."""
+    """The public methods and properties that a class defines itself."""
     return {part.name for part in node.body if isinstance(part, ast.FunctionDef) and not part.name.startswith("_")}
 
 
 def inherited(node, nodes):
-    """Those that it has from classes of the package."""
+    """The public methods and properties that a class inherits from other classes of the package."""
     bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
     return set().union(*(public_methods(other) | inherited(other, nodes) for other in nodes if other.name in bases))
 
 
 def test_no_file_is_long_and_no_class_is_wide():
-    """At most 450 lines a file; at most 20 public methods that a class brings, properties among them."""
+    """A file has at most 450 lines, and a class at most 20 public methods and properties."""
     for path in PACKAGE.rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 450, path
     nodes = class_nodes()
@@ -200,7 +200,7 @@ def test_a_number_of_draws_has_one_name():
 
 
 def test_every_function_of_a_model_is_a_maker():
-    """It takes the model and options, and returns a function of parameters and data."""
+    """A maker takes a model and options, and returns a function of parameters and data."""
     first = {
         name: parameters
         for name, parameters in signatures().items()
