@@ -1,4 +1,4 @@
-"""Names that people try and that are not there: what the error says to write instead runs, and nothing else has changed."""
+"""Names that people try and that do not exist: the code that the error suggests runs, and other errors are unchanged."""
 
 import copy
 import pickle
@@ -19,7 +19,7 @@ def model(w, x):
 
 
 def things():
-    """What the suggestions name."""
+    """The names that occur in the suggestions."""
     x, y, params, key = jnp.array([[2.0, 0.0], [2.0, 2.0]]), jnp.ones(2), jnp.zeros(2), jax.random.key(0)
     log_prob = jf.log_likelihood(model)
     loss = lambda mean, y: (mean - y) ** 2 / 2  # noqa: E731

@@ -13,7 +13,7 @@ import jaxfisher as jf
 pytestmark = pytest.mark.usefixtures("in_numpy")
 
 SIZES = (7, 3, 7, 1)
-"""Three sizes in four batches: each size is a compilation for each view."""
+"""Four batches of three sizes; each size is a compilation for each view."""
 BOUNDS = np.cumsum((0, *SIZES))
 EPS = np.finfo(np.float64).eps
 
@@ -70,7 +70,7 @@ def test_a_stream_gives_the_view_of_all_examples(name):
     params, data, w = problem()
     view, exact = VIEWS[name], jf.exact_fisher(model)
     assert_same(jf.accumulate(exact, view)(params, batches(*data[:2])), view(exact(params, *data[:2])))
-    # Weights do not sum to one in any batch, and the last one has only padding.
+    # The weights of no batch sum to one, and the last batch is padding only.
     w[-1] = 0
     streamed = jf.accumulate(weighted, view)(params, batches(*data, w))
     assert_same(streamed, view(weighted(params, *data, w)))
@@ -107,7 +107,7 @@ def test_a_stream_that_goes_on_has_the_same_bits():
     accumulated = jf.accumulate(jf.exact_fisher(model), jf.kronecker)
     whole = accumulated(params, batches(*data[:2]))
     first = accumulated(params, itertools.islice(batches(*data[:2]), 2))
-    # As a checkpoint has it: arrays out, and in again.
+    # As in a checkpoint: arrays are saved and restored.
     arrays, structure = jax.tree.flatten(first)
     kept = jax.tree.unflatten(structure, [jnp.asarray(np.array(array)) for array in arrays])
     again = accumulated(params, itertools.islice(batches(*data[:2]), 2, None), start=kept)
@@ -117,7 +117,7 @@ def test_a_stream_that_goes_on_has_the_same_bits():
 
 @pytest.mark.compiled
 def test_a_stream_of_a_hundred_batches_takes_the_memory_of_one_and_survives_a_kill(tmp_path):
-    """What was saved after fifty batches goes on, in the place of what died at the seventieth."""
+    """A mean that was saved after fifty batches goes on, after the process died at the seventieth."""
     size, count, lives, saved = 32, 100, [], tmp_path / "saved.npz"
     rng = np.random.default_rng(1)
     params = {"a": jnp.asarray(rng.normal(size=(6, 5))), "b": jnp.zeros(5)}
@@ -142,7 +142,7 @@ def test_a_stream_of_a_hundred_batches_takes_the_memory_of_one_and_survives_a_ki
         restored = jax.tree.unflatten(treedef, [jnp.asarray(archive[name]) for name in archive.files])
     found = run(params, stream(50, count), start=restored)
     assert len(lives) == 50 + 20 + 50
-    # A batch, the mean so far and the one to come.
+    # At most a batch, the mean so far and the next mean are alive.
     assert max(lives) < lives[0] + 3 * (x[:size].nbytes + y[:size].nbytes), (lives[0], max(lives))
     assert_same(found, jf.kronecker(jf.empirical_fisher(log_prob)(params, x, y)))
 
@@ -164,7 +164,7 @@ def test_a_loop_carries_a_mean():
 def test_a_sketch_of_a_stream_is_below_the_mean_by_no_more_than_it_says(rank):
     """Against the dense mean, of uneven and weighted batches: one of padding only, and some of fewer rows than the rank.
 
-    What it says is itself within the bound of Ghashami et al. (SIAM J. Comput. 2016), theorem 1.1.
+    The stated bound is itself within the one of Ghashami et al. (SIAM J. Comput. 2016), theorem 1.1.
     """
     params, data, w = problem()
     w[BOUNDS[1] : BOUNDS[2]] = 0
@@ -178,7 +178,7 @@ def test_a_sketch_of_a_stream_is_below_the_mean_by_no_more_than_it_says(rank):
     assert below[0] >= -rounding and below[-1] <= error + rounding
     assert error <= min(values[j:].sum() / (rank + 1 - j) for j in range(rank + 1)) + rounding
     assert found.form.vectors.shape == (len(mean), rank)
-    # Of 17 rows some must have been left out, and a sketch of all of them leaves out nothing.
+    # The sketch must have left out some of 17 rows; a sketch of rank 17 would leave out nothing.
     assert error > 0 if rank == 3 else error < values[rank - 1]
 
 
@@ -209,7 +209,7 @@ def test_what_has_no_mean_is_refused():
         (lambda: jf.merge(jf.dense(fisher) + jf.dense(fisher), jf.dense(fisher)), TypeError, "no mean over examples"),
         (lambda: jf.accumulate(jf.exact_fisher(model), jf.diagonal)(params, []), ValueError, "`batches` has no batch"),
         (lambda: jf.accumulate(jf.exact_fisher(model), jf.diagonal)(params, 3), TypeError, "`batches` is 3"),
-        # Its keys are no batches.
+        # Iterating over a dict would give its keys, which are no batches.
         (lambda: jf.accumulate(jf.exact_fisher(model), jf.diagonal)(params, {"x": data[0]}), TypeError, "`batches` is"),
         (lambda: jf.accumulate(fisher, jf.diagonal), TypeError, "`fisher`"),
     ]:
@@ -224,7 +224,7 @@ def test_weights_that_are_no_weights_are_not_lost_in_a_mean():
 
 
 def test_what_is_of_all_examples_together_is_not_merged():
-    """A covariance of two batches knows nothing of the distance of their means, a marginal nothing of the other's nuisance."""
+    """The mean of two covariances lacks the distance of the batches' means; that of two marginals, the other's nuisance."""
     params, data, _ = problem()
     whole = lambda params, x, length, y: jf.exact_fisher(model)(params, x, length)  # noqa: E731
     scores = jf.scores(log_prob, center=True)
@@ -241,7 +241,7 @@ def test_what_is_of_all_examples_together_is_not_merged():
 
     def updated(made):
         opt, v = jf.scale_by_fisher(0.1, view=as_it_is, decay=0.5, like=made), made.diagonal()
-        # Its state is that of a Fisher that has a mean.
+        # The state is that of a Fisher which can be averaged.
         return opt.update(v, jf.scale_by_fisher(0.1).init(v), v, fisher=made)
 
     def state(made):

@@ -1,4 +1,4 @@
-"""Matrices whose last row and column are apart, against the whole ones in NumPy."""
+"""Matrices whose last row and column are stored separately, against whole ones in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jaxfisher._bordered import Bordered, bordered
 
 
 def matrices(mean):
-    """Two second moments of inputs with this mean, the last input one, and a share of the identity added."""
+    """Two second moments of inputs with this mean and a last input of one, plus a multiple of the identity."""
     rng = np.random.default_rng(0)
     inputs = mean + rng.standard_normal((2, 40, 5))
     inputs[..., -1] = 1
@@ -35,7 +35,7 @@ def test_the_parts_are_those_of_the_whole():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("mean", [0.0, 1.0, 100.0])
 def test_inverses_by_the_core_are_those_of_the_whole(mean, dtype):
-    """Also where inputs have a mean a hundred times their deviation, of which the core keeps the deviations alone."""
+    """This also holds for inputs whose mean is a hundred times their deviation, where the core has only the deviations left."""
     given = matrices(mean).astype(dtype)
     found = bordered(jnp.asarray(given)).inverses(jax.vmap(jnp.linalg.inv))
     expected = np.linalg.inv(given.astype(np.float64))

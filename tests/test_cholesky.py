@@ -1,4 +1,4 @@
-"""The solve by one triangular factor: as accurate as asked for, honest about it, and without eigenvectors in its program."""
+"""The solve by one Cholesky factor: it reaches the requested accuracy or says so, and its program has no eigenvectors."""
 
 import itertools
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("in_numpy")
 
 
 def log_prob(w, x, y):
-    """A line with a Gaussian error, whose scores are the inputs times what it is off by."""
+    """A linear model with a Gaussian error, whose scores are the inputs times the residual."""
     return -0.5 * jnp.square(jnp.dot(x, w, precision="highest") - y)
 
 
@@ -23,7 +23,7 @@ SHAPES = {"more rows": (30, 7), "fewer rows": (7, 30)}
 
 
 def problem(shape, condition):
-    """Float32 scores of a condition number, and right-hand sides in the rows' span and outside it."""
+    """Float32 scores with a given condition number, and right-hand sides inside and outside the span of the rows."""
     rng = np.random.default_rng(0)
     n, p = SHAPES[shape]
     rank = min(n, p)
@@ -38,7 +38,7 @@ def problem(shape, condition):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("condition", [10.0, 1e6])
 def test_residuals_are_as_small_as_asked_for(shape, condition):
-    """Against the matrix in float64; what float32 cannot hold is left out, and not called converged."""
+    """Against the matrix in float64. Directions that float32 cannot resolve are left out, and do not count as converged."""
     F, matrix, vectors = problem(shape, condition)
     largest, eps = np.linalg.norm(matrix, 2), np.finfo(np.float32).eps
     for rtol, share, (name, v) in itertools.product((1e-3, 1e-5), (1.0, 1e-3, 1e-5), vectors.items()):
@@ -88,7 +88,7 @@ def with_prior(F):
     return F + jf.scaled_identity(F, 0.5)
 
 
-KEPT = {  # what is made, how many times the Fisher is in it, and the prior
+KEPT = {  # a function of the Fisher, how many times the result contains it, and the prior
     "a sum": (lambda F: spread(F) + F, 2, 0),
     "a sum, the other way round": (lambda F: F + spread(F), 2, 0),
     "of a sum": (lambda F: spread(F + F), 2, 0),
@@ -111,7 +111,7 @@ def test_rows_stay_spread_in_sums_multiples_and_blocks(made, times, prior):
 
 @pytest.mark.parametrize("view", [lambda F: F, jf.dense])
 def test_a_damping_that_cannot_be_told_divides_no_rounding(view):
-    """Along directions that F does not see, rounding over next to nothing would be all that there is of a solution."""
+    """In the null space of F, the solution would be rounding errors divided by a tiny damping."""
     F, matrix, vectors = problem("fewer rows", 10.0)
     g = vectors["gradient"]
     x, info = jf.solve(view(F), g, 1e-12)
@@ -150,7 +150,7 @@ def test_no_eigenvectors_are_compiled_where_a_damping_is_known_to_be_positive():
     for function in (named, update):
         assert "syevd" not in program(function, F, v, d)
     assert "syevd" in program(exact, F, v, d), "the control: an array may be zero"
-    # One for each leaf, and one for each parameter, over two leaves.
+    # A damping per leaf, and a damping per parameter, over two leaves.
     joined = lambda w, x, y: log_prob(jnp.concatenate(w), x, y)  # noqa: E731
     two = jf.empirical_fisher(joined)([v[:10], v[10:]], np.ones((4, 30), np.float32), np.ones(4, np.float32))
     parts = [jnp.float32(v[:10]), jnp.float32(v[10:])]
@@ -173,7 +173,7 @@ def test_a_hundred_right_hand_sides_take_one_factor(shape):
 
 @pytest.mark.parametrize("momentum", [None, 0.5])
 def test_the_optimisers_solve_as_accurately_as_training_needs_or_as_is_asked(momentum):
-    """One factor leaves 1e-3 at most; with a solver that asks for more, what that asks for."""
+    """One factor leaves a residual of at most 1e-3; a solver that asks for less gets less."""
     F, matrix, vectors = problem("fewer rows", 1e6)
     g, damping = vectors["gradient"], np.float32(1e-5 * np.linalg.norm(matrix, 2))
     for rtol, options in ((1e-3, {}), (1e-5, {"solver": jf.Cholesky(rtol=1e-5)})):

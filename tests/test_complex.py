@@ -40,14 +40,14 @@ def holomorphic(params, spins):
 
 
 def mixed(params, spins):
-    """It depends on the conjugates of its parameters too, and one of these is real."""
+    """An amplitude that also depends on the conjugates of its parameters, one of which is real."""
     angles = spins.astype(params["w"].dtype) @ params["w"] + params["bias"]
     rest = jax.lax.complex(jnp.sum(jnp.square(jnp.abs(angles))), spins @ params["visible"])
     return jnp.sum(jnp.log(jnp.cosh(angles))) + rest
 
 
 def phases(params, spins):
-    """Real parameters of a complex amplitude."""
+    """A complex amplitude of real parameters."""
     angles = jnp.tanh(spins @ params["w"] + params["bias"])
     return jax.lax.complex(spins @ params["visible"] + jnp.sum(angles), jnp.sum(jnp.square(angles)))
 
@@ -61,7 +61,7 @@ CASES = {"holomorphic": (holomorphic, WAVE), "mixed": (mixed, MIXED), "phases": 
 
 
 def parts(tree):
-    """The real numbers of a tree in the order of the library's columns, flat."""
+    """The real numbers of a tree as a flat vector, in the order of the library's columns."""
     pieces = [(leaf.real, leaf.imag) if np.iscomplexobj(leaf) else (leaf,) for leaf in map(np.asarray, jax.tree.leaves(tree))]
     return np.concatenate([part.reshape(-1) for pair in pieces for part in pair])
 
@@ -80,7 +80,7 @@ def whole(flat, like):
 
 @functools.cache
 def derivatives(name):
-    """The derivatives of every log-amplitude in the real numbers of the parameters, complex, [n, p]."""
+    """The complex derivatives of every log-amplitude by the real numbers of the parameters, [n, p]."""
     log_psi, params = CASES[name]
 
     def both(flat, spins):
@@ -116,7 +116,7 @@ def vector_like(params, seed=3):
 
 @pytest.mark.parametrize(("name", "batch_size"), [("mixed", None), ("mixed", 3), ("phases", None), ("modulus", None)])
 def test_scores_are_those_of_real_and_imaginary_parts(name, batch_size):
-    """Every number that scores give, centred with weights and padding, held and in pieces."""
+    """Every quantity of scores: centred, with weights and padding, in memory and in pieces."""
     log_psi, params = CASES[name]
     count = 2 if name != "modulus" else 1
     e, v = jnp.asarray(np.random.default_rng(2).normal(size=count * N)), vector_like(params)
@@ -151,7 +151,7 @@ def test_scores_are_those_of_real_and_imaginary_parts(name, batch_size):
 
 
 def test_an_operator_solves_for_complex_vectors():
-    """Products, solves by either matrix, and views; what comes back has the dtypes of what was given."""
+    """Products, solves by either matrix, and views; results have the dtypes of the parameters."""
     log_psi, params = CASES["mixed"]
     v, S, e = vector_like(params), tensor("mixed"), jnp.asarray(np.random.default_rng(5).normal(size=2 * N))
     flat, damped = parts(v), S + DAMPING * np.eye(len(S))
@@ -186,7 +186,7 @@ def energies_of(omega, name):
 
 @pytest.mark.parametrize("batch_size", [None, 3])
 def test_the_gradient_of_the_energy_is_the_dense_sum(batch_size):
-    """With and without weights, held and in pieces, in the dtypes of the parameters."""
+    """With and without weights, in memory and in pieces, in the dtypes of the parameters."""
 
     def found():
         gradient = {name: jf.energy_gradient(f, batch_size=batch_size)(p, SPINS, ENERGIES) for name, (f, p) in CASES.items()}
@@ -210,7 +210,7 @@ def hamiltonian():
 
 
 def test_over_all_configurations_it_is_the_gradient_of_the_energy_itself():
-    """Of ``<psi|H|psi> / <psi|psi>``, by `jax.grad` in the real numbers of parameters on which it depends in any way."""
+    """The gradient of ``<psi|H|psi> / <psi|psi>``, by `jax.grad` in the real numbers of the parameters."""
     H = hamiltonian()
 
     def energy(flat):
@@ -226,14 +226,14 @@ def test_over_all_configurations_it_is_the_gradient_of_the_energy_itself():
 
 
 def test_for_a_holomorphic_amplitude_it_is_the_complex_solve():
-    """``(S + damping I)^-1 f`` with the complex matrix ``<(O - <O>)^* (O - <O>)>`` of half the size; for no other."""
+    """``(S + damping I)^-1 f`` with the complex matrix ``<(O - <O>)^* (O - <O>)>`` of half the size, only if holomorphic."""
 
     def solved(log_psi, params):
         F = jf.empirical_fisher(log_psi, center=True)(params, SPINS, weights=WEIGHTS)
         return F.solve(jf.energy_gradient(log_psi)(params, SPINS, ENERGIES, weights=WEIGHTS), DAMPING)
 
     def by_half(log_psi, params):
-        """What takes the derivative in the real part of each parameter for all there is."""
+        """The complex solve, which takes the derivative by the real part of each parameter for the complex derivative."""
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
         tangents = jax.vmap(ravel_pytree(params)[1])(jnp.eye(count, dtype=complex))
         along = lambda t: jax.jvp(lambda p: jax.vmap(log_psi, (None, 0))(p, SPINS), (params,), (t,))[1]  # noqa: E731
@@ -283,7 +283,7 @@ def test_optimisers_take_complex_gradients():
 
 
 def test_models_of_complex_parameters():
-    """The exact Fisher in its forms and views, streams, natural gradients and training, against the same model of real ones."""
+    """The exact Fisher, its forms and views, streams, natural gradients and training, against the model in real numbers."""
     inputs, targets = SPINS, jnp.asarray(np.random.default_rng(4).normal(size=N))
 
     def model(params, x):
@@ -326,7 +326,7 @@ def test_streams_of_samples_have_one_mean():
 
 
 def test_what_the_engine_makes_of_it():
-    """Weights of a complex layer stay factors, with two rows an example and two real leaves."""
+    """Weights of a complex layer stay factors, with two rows per example and two real leaves."""
     table = jf.explain(holomorphic)(WAVE, SPINS)
     assert table.rows == 2 and not table.plain
     assert {"['w'].real", "['w'].imag"} <= set(table.factored)

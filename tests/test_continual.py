@@ -1,4 +1,4 @@
-"""Penalties and merged models against dense float64 algebra in NumPy, and against the fit to all data where that is known."""
+"""Penalties and merged models against dense float64 algebra in NumPy, and against the fit to all data if that is known."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ VIEWS = {
 
 
 def fishers(view):
-    """Two models with a Fisher each, and those as matrices."""
+    """Two models with a Fisher each, and the Fishers as matrices."""
     models = [mlp_params(jax.random.key(seed)) for seed in (1, 2)]
     made = [view(jf.exact_fisher(classifier)(theta, data(jax.random.key(9), 5)[0])) for theta in models]
     return models, made, [np.asarray(F.as_matrix()) for F in made]
@@ -53,7 +53,7 @@ def test_merging_solves_the_sum_of_quadratics(view, damping):
     mean = np.mean(thetas, axis=0)
     right = sum(matrix @ (theta - mean) for matrix, theta in zip(matrices, thetas, strict=True))
     whole = sum(matrices) + damping * np.eye(mean.size)
-    # Without damping the solution is judged by its residual, and is the one nearest to the mean.
+    # Without damping the residual is checked, and the solution is the one nearest to the mean.
     assert_close(whole @ (flat(merged) - mean), right, factor=1e6)
     if damping:
         assert_close(flat(merged), mean + np.linalg.solve(whole, right), factor=1e5)
@@ -68,7 +68,7 @@ def test_kronecker_views_merge_by_their_factors_alone():
     merged, _ = jf.fisher_average(models, [F, 3.0 * F], 0.0, view=jf.kronecker)
     middle = np.mean([flat(theta) for theta in models], axis=0)
     expected = 0.25 * flat(models[0]) + 0.75 * flat(models[1])
-    # Where F is zero the mean stays.
+    # Along directions where F is zero, the mean stays.
     matrix = np.asarray(F.as_matrix())
     assert_close(matrix @ (flat(merged) - middle), matrix @ (expected - middle), factor=1e6)
 
@@ -86,7 +86,7 @@ def test_linear_regressions_merge_to_the_fit_of_all_data():
 
 
 def test_the_square_of_a_batch_gradient_is_not_the_fisher():
-    """In expectation over batches of b scores of mean zero it is the diagonal over b, where the two libraries take it for F."""
+    """Its expectation over batches of b scores of mean zero is the diagonal over b. Two libraries take it for the diagonal."""
     scores = np.random.default_rng(0).normal(size=(400, 16, 3))  # batches, examples of each, parameters
     squared = np.mean(np.mean(scores, axis=1) ** 2, axis=0)
     log_prob = lambda theta, s: jnp.vdot(theta, s)  # noqa: E731

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md says of adding things, done once with a toy of each, by public names alone.
+"""Each addition that CONTRIBUTING.md describes, done once with a toy and with public names alone.
 
 A rule of the engine is added inside: tests/test_rules.py. What a user's own package may extend is in tests/outside.
 """
@@ -23,7 +23,7 @@ import jaxfisher as jf
 
 
 def exp_excess(x):
-    """``e^x - 1 - x``, by its series where the difference would leave no digits of it."""
+    """``e^x - 1 - x``, by its series where the difference would cancel."""
     small = jnp.abs(x) < 0.1
     near, far = jnp.where(small, x, 0), jnp.where(small, 1, x)
     series = jnp.zeros_like(x)
@@ -71,7 +71,7 @@ class HalfNormal(jf.Distribution):
 
 
 def test_a_distribution(key):
-    """A row gives it every law: density, divergence, Fisher by three routes, dtypes, draws."""
+    """A row tests the family against every law: density, divergence, Fisher by three routes, dtypes, draws."""
     rule = lambda: oracle.half_line(0.0, scale=math.exp(0.4))  # noqa: E731
     case = Case("HalfNormal", HalfNormal, (0.4,), (-0.3,), rule, lambda s: scipy.stats.halfnorm(scale=np.exp(s)), outside=(-1,))
     check_family(case, key)
@@ -86,7 +86,7 @@ def softened(fisher: jf.Operator) -> jf.Operator:
 
 
 def scale_by_sharpness() -> optax.GradientTransformationExtraArgs:
-    """Divides by the mean eigenvalue."""
+    """Divide the updates by the mean eigenvalue."""
 
     def update(updates, state, params=None, *, fisher=None, **extra_args):
         F = jf.fisher_for(updates, fisher, "scale_by_sharpness")
@@ -96,7 +96,7 @@ def scale_by_sharpness() -> optax.GradientTransformationExtraArgs:
 
 
 def test_a_view_and_a_transformation(key):
-    """A function from operator to operator is a view; what takes ``fisher=`` chains with the rest, and may be masked."""
+    """A function from operator to operator is a view; a transformation that takes ``fisher=`` can be chained and masked."""
     params, (x, y) = mlp_params(key), data(key)
     gradient = compiled(jax.grad(mean_loss))(params, x, y)
 

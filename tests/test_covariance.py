@@ -1,4 +1,4 @@
-"""The covariance of the score as an operator, as variational Monte Carlo has it, against dense float64 matrices in NumPy."""
+"""The covariance of the score as an operator, as in variational Monte Carlo, against dense float64 matrices in NumPy."""
 
 import functools
 
@@ -25,7 +25,7 @@ DAMPING = 0.03
 
 
 def log_psi(params, spins):
-    """The logarithm of an amplitude, which is not normalised: the mean of its score is not zero."""
+    """The logarithm of an amplitude that is not normalised, so that the mean of its score is not zero."""
     return spins @ params["visible"] + jnp.sum(jnp.log(jnp.cosh(spins @ params["w"] + params["bias"])))
 
 
@@ -43,7 +43,7 @@ def scores(params=PARAMS, **options):
 
 
 def test_an_operator_of_scores_is_the_one_that_its_function_makes():
-    """Held and in pieces, centred or not: the same numbers, and what it is of in its name."""
+    """In memory and in pieces, centred or not, the numbers are the same, and the name says what the operator is of."""
 
     def make():
         made = {"centred": [], "not": []}
@@ -66,7 +66,7 @@ def test_an_operator_of_scores_is_the_one_that_its_function_makes():
 
 
 def test_an_operator_of_weighted_scores_knows_how_many_observations_it_is_over():
-    """As the empirical Fisher does: the sum of the weights, and not the number of rows."""
+    """The mass is the sum of the weights, as for the empirical Fisher, and not the number of rows."""
     x, weights = np.array([1.0, -2.0, 0.5]), np.array([1.0, 0.0, 4.0])
     log_prob = jf.log_likelihood(lambda mu: jf.Normal(mu, 1.0))
     for given, total in ((weights, 5), (np.full(3, 2.0), 6), (None, 3)):
@@ -113,7 +113,7 @@ def test_spring_and_a_trust_region_on_centred_scores():
 
 
 def test_dampings_and_solvers():
-    """Whichever matrix is the smaller; one damping a leaf, by the diagonal, by least squares, as a natural gradient."""
+    """Solves by the smaller matrix, one damping per leaf, by the diagonal, by least squares, and as a natural gradient."""
     by_leaf = {"bias": 0.1, "visible": 0.02, "w": 0.3}
 
     def make(count):
@@ -151,7 +151,7 @@ def test_dampings_and_solvers():
 
 @pytest.mark.compiled
 def test_a_mean_that_dominates_costs_no_digits_in_float32():
-    """Scores of about 1 around a mean of 1e4: the solve is as good as that of the deviations."""
+    """Scores that deviate by 1 from a mean of 1e4: the solve is as accurate as one with the deviations."""
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), PARAMS)
     spins = (SPINS + 1e4).astype(jnp.float32)
 

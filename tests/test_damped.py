@@ -1,4 +1,4 @@
-"""The damped solve of a step is as accurate as asked for at any damping."""
+"""The damped solve of a training step reaches the requested accuracy at any damping."""
 
 import itertools
 
@@ -21,7 +21,7 @@ def log_prob(params, x, y):
 
 
 def problem(kind):
-    """Float32 parameters and data of a kind that makes the Gram matrix ill-conditioned, or the gradient small beside scores."""
+    """Float32 parameters and data with an ill-conditioned Gram matrix, or with a gradient that is small beside the scores."""
     rng = np.random.default_rng(0)
     n = 200 if kind == "more rows than parameters" else N
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
@@ -36,7 +36,7 @@ def problem(kind):
     if kind == "near the optimum":
         predict = jax.vmap(lambda x: jnp.tanh(x @ params["w1"] + params["b1"]) @ params["w2"])
         noise = draw(n, 3)
-        # Errors of opposite sign at neighbouring inputs: scores cancel to a thousandth of their size.
+        # With errors of opposite sign at neighbouring inputs, scores cancel to a thousandth of their size.
         x = jnp.repeat(x[: n // 2], 2, 0) + 1e-3 * draw(n, 5)
         y = predict(x) + jnp.stack([noise[: n // 2], -noise[: n // 2]], 1).reshape(n, 3)
     return params, x, y
@@ -46,7 +46,7 @@ KINDS = ("plain", "equal examples", "one large example", "tiny", "near the optim
 
 
 def scores64(params, x, y):
-    """The scores at the same float32 numbers, in float64, by plain gradients."""
+    """The float64 scores at the same float32 numbers, by plain gradients."""
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), (params, x, y))
         gradients = jax.vmap(jax.grad(log_prob), (None, 0, 0))(*exact)
@@ -78,10 +78,10 @@ def test_residuals_are_as_small_as_asked_for_at_any_damping(kind):
         damping = np.float32(share * largest)
         d = np.concatenate([np.ravel(leaf).astype(float) for leaf in jax.tree.leaves(run(damping))])
         if len(x) < scores.shape[1]:
-            # A smaller damping cannot be told from the rounding of the Gram matrix, and counts as this one.
+            # A smaller damping is below the rounding errors of the Gram matrix, and counts as this one.
             damping = max(damping, eps * np.max(np.sum(scores**2, 1)) / len(x))
         rest = gradient - scores.T @ (scores @ d) / len(x) - float(damping) * d
-        # What rounding the solution itself, and scores of which the gradient is the mean, leaves.
+        # The residual that rounding the solution leaves, and rounding the scores of which the gradient is the mean.
         floor = 20 * eps * (largest + damping) * np.linalg.norm(d) + 2 * eps * np.mean(np.linalg.norm(scores, axis=1))
         limit = 2 * rtol * np.linalg.norm(gradient) + floor
         assert np.linalg.norm(rest) <= limit, (kind, share, name, np.linalg.norm(rest) / np.linalg.norm(gradient))
@@ -95,7 +95,7 @@ def test_a_gradient_of_zero_has_a_direction_of_zero():
 
 @pytest.mark.parametrize("damping", [1e-3, jnp.float32(1e-3)])
 def test_derivatives_are_those_of_the_solution(damping):
-    """Of a direction by the parameters, forward and back, against those of a dense solve in float64."""
+    """Derivatives of a direction by the parameters, in forward and reverse mode, against a dense solve in float64."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(1)
         params, x, y = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), problem("plain"))
@@ -144,7 +144,7 @@ def test_an_rtol_beside_a_damping_by_leaf_is_refused():
 @pytest.mark.parametrize("shape", [(6, 9), (9, 4)])
 @pytest.mark.parametrize("scale", [1.0, 1e20, 1e-20])
 def test_rows_of_zeros_change_nothing_at_any_damping(shape, scale):
-    """Padded rows, and scores that are all zero, where a damping is zero or vanishes beside scores of 1e20."""
+    """Padded rows, and scores that are all zero, with a damping that is zero or negligible beside scores of 1e20."""
     rng = np.random.default_rng(0)
     x, y = (jnp.asarray(rng.standard_normal(size) * unit, jnp.float32) for size, unit in ((shape, scale), (shape[0], 1.0)))
     weights, w = jnp.ones(shape[0], jnp.float32).at[-2:].set(0), jnp.zeros(shape[1], jnp.float32)

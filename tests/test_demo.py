@@ -1,4 +1,4 @@
-"""The pieces of the demo: the three routes against a dense sum, the split, training in small, what is printed and drawn."""
+"""The parts of the demo: the three routes against a dense sum, the split, a small training, the output and the figure."""
 
 import sys
 
@@ -36,7 +36,7 @@ def test_the_three_routes_are_the_dense_sum(digits, key):
     routes = demo.three_routes(params, x)
     expected = dense_fisher(jax.tree.map(np.asarray, params), np.asarray(x))
     for matrix in routes:
-        # Sums of 20 images and 10 outcomes of numbers below one, each route some tens of operations deep.
+        # The routes sum numbers below one over 20 images and 10 outcomes, after some tens of operations.
         np.testing.assert_allclose(matrix, expected, rtol=0, atol=100 * np.finfo(np.float64).eps)
     table = demo.routes_table(routes)
     assert f"{np.trace(expected):.12f}" in table
@@ -76,7 +76,7 @@ def test_training_takes_the_optimisers_steps(digits):
         gradient = jax.grad(demo.mean_loss)(params, x[batch], y[batch])
         params = jax.tree.map(lambda p, g: p - g, params, gradient)
         expected.append(demo.mean_loss(params, x, y))
-    # float32: a few steps of sums over a batch, whose order XLA chooses.
+    # In float32, XLA chooses the order of the sums over a batch, and errors grow over a few steps.
     np.testing.assert_allclose(result.losses, np.asarray(expected), rtol=100 * np.finfo(np.float32).eps)
     params = jax.tree.map(np.asarray, params)
     logits = np.tanh(digits.test_x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"]

@@ -34,7 +34,7 @@ def dense(params, x):
 
 
 def kronecker(params, x):
-    """The Kronecker product of both leaves by hand, each with the trace of its block."""
+    """The Kronecker blocks of both leaves by hand, each with the trace of its block."""
     slopes = jnp.cos(x @ params["v"]), 1 - jnp.square(jnp.tanh(x @ params["w"]))
     made = [jnp.kron(x.T @ x / len(x), jnp.diag(jnp.mean(jnp.square(slope), 0))) for slope in slopes]
     traces = [jnp.mean(jnp.sum(jnp.square(x), 1) * jnp.sum(jnp.square(slope), 1)) for slope in slopes]
@@ -42,7 +42,7 @@ def kronecker(params, x):
 
 
 def eigen_kronecker(params, x):
-    """The eigenbasis of the inputs, with second moments along it, by hand: outputs are the basis of their own factor."""
+    """The eigen-Kronecker view by hand: the eigenbasis of the factors, with the second moments along it."""
     basis = jnp.linalg.eigh(x.T @ x / len(x))[1]
     slopes = jnp.cos(x @ params["v"]), 1 - jnp.square(jnp.tanh(x @ params["w"]))
     values = [jnp.square(x @ basis).T @ jnp.square(slope) / len(x) for slope in slopes]
@@ -51,7 +51,7 @@ def eigen_kronecker(params, x):
 
 
 def blocks(params, x):
-    """The Fisher without what is between the leaves."""
+    """The Fisher without the blocks between different leaves."""
     return dense(params, x) * jnp.kron(jnp.eye(2), jnp.ones((6, 6)))
 
 
@@ -62,7 +62,7 @@ def truncated(params, x):
 
 
 def sketched(params, x):
-    """Four eigenpairs, less the largest eigenvalue that is left out."""
+    """Four eigenpairs, less the largest eigenvalue that was left out."""
     values, vectors = jnp.linalg.eigh(dense(params, x))
     return vectors[:, -4:] @ jnp.diag(values[-4:] - values[-5]) @ vectors[:, -4:].T
 
@@ -100,7 +100,7 @@ def numbers(make, params, x, damping):
 
 
 def expected(make, params, x, damping):
-    """The same of the dense matrix, by JAX alone."""
+    """The same numbers of the dense matrix, by JAX alone."""
     matrix = make(params, x)
     damped = matrix + damping * jnp.eye(12)
     solution = jnp.linalg.solve(damped, U)
@@ -124,7 +124,7 @@ def both_ways(function, make):
 
 
 ORTHONORMAL = np.concatenate([np.eye(3), -np.eye(3), np.zeros((1, 3))])
-"""Inputs for which, at parameters of zero, many eigenvalues are equal and many are zero."""
+"""Inputs with which many eigenvalues are equal, and many zero, at parameters of zero."""
 
 
 CASES = [
@@ -148,7 +148,7 @@ CASES = [
 
 
 APART = {"low rank, some", "sketch", "eigen-Kronecker"}
-"""Eigenvectors are part of the view: those that are taken must stand apart from those that are not."""
+"""Views made of eigenvectors: the eigenvalues of those that are used must differ from those of the others."""
 
 
 @pytest.mark.parametrize(("form", "rows"), CASES)
@@ -165,7 +165,7 @@ def test_derivatives_against_a_dense_matrix(form, rows):
 
 @pytest.mark.parametrize("rows", [3, 7])
 def test_derivatives_of_a_path_of_dampings(rows):
-    """Its solutions are found together, and their derivatives are those of each."""
+    """The solutions of a path are computed together, and their derivatives are those of single solves."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(7, 3)))[:rows]
     shares = jnp.array([1.0, 20.0])
 
@@ -189,19 +189,19 @@ def test_derivatives_of_a_path_of_dampings(rows):
 
 
 def counts(make, params, x, damping):
-    """One number of the trace of the inverse, which is the derivative of the log-determinant, and the effective dimension."""
+    """A sum of the trace of the inverse, which is the derivative of the log-determinant, and the effective dimension."""
     F = make(params, x)
     return 0.9 * jax.grad(F.logdet)(damping) - 0.6 * jf.effective_dimension(F, damping)
 
 
 @functools.cache
 def slopes(function, make):
-    """The number and its gradient; forms of one matrix share the program of the dense one."""
+    """The number and its gradient. Forms that are one matrix share the program of the dense one."""
     return traced(jax.value_and_grad(functools.partial(function, make), (0, 1, 2)))
 
 
 def expected_counts(make, params, x, damping):
-    """The same of the dense matrix: ``tr (F + d I)^-1`` and ``tr F (F + d I)^-1``."""
+    """The same number for the dense matrix, from ``tr (F + d I)^-1`` and ``tr F (F + d I)^-1``."""
     matrix = make(params, x)
     inverse = jnp.linalg.inv(matrix + damping * jnp.eye(12))
     return 0.9 * jnp.trace(inverse) - 0.6 * jnp.sum(matrix * inverse)
@@ -209,7 +209,7 @@ def expected_counts(make, params, x, damping):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_trace_of_the_inverse_and_the_effective_dimension(form):
-    """By parameters, data and damping; where eigenvalues are equal or zero as well, but for a form that picks some of them."""
+    """By parameters, data and damping, also at equal or zero eigenvalues, except for forms that pick some of them."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3)))
     cases = {"apart": (PARAMS, x, 0.3), "equal": (jax.tree.map(jnp.zeros_like, PARAMS), ORTHONORMAL[:3], 0.3)}
     if form in APART:

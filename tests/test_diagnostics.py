@@ -40,7 +40,7 @@ VALUES = np.array([3.0, 1.0, 0.2, 0.01])
 
 @pytest.mark.parametrize("shape, dtype", [((6, 9), jnp.float32), ((9, 6), jnp.float64)], ids=["n < p", "p < n"])
 def test_effective_dimension_along_a_path(shape, dtype):
-    """Sums of lambda / (lambda + damping), as scores and dense; what rounding makes of the null space does not count.
+    """Sums of lambda / (lambda + damping), as scores and dense; rounding errors in the null space do not count.
 
     At the last damping but one the dtype cannot tell it from zero: the sum is within the smallest digits of the rank.
     """
@@ -131,7 +131,7 @@ def mlp(params, x):
 
 
 def heteroscedastic(params, x):
-    """Units of the location are a millionth of those of the log-scale."""
+    """A normal whose location is in units of a millionth, beside a log-scale in units of one."""
     return jf.Normal(1e-6 * jnp.dot(x, params["loc"]), 1e-6 * jnp.exp(jnp.dot(x, params["log_scale"])))
 
 
@@ -152,7 +152,7 @@ def test_models_that_are_right_pass(name, key):
     assert verdict.passed and not verdict.undecided and not verdict.notes, str(verdict)
     assert repr(verdict) == "FisherCheck(passed)"
     assert "passed: Fisher, KL, density and draws agree" in str(verdict)
-    # What passes is also known well: a few percent for a limit in float32, and less than a factor of two for the draws.
+    # The passing quotients are also accurate: to a few percent for a limit in float32, and to a factor of two for the draws.
     assert verdict.checks[QUOTIENT].tolerance < 5e-2 and verdict.checks[HESSIAN].tolerance < 1e-4
     assert verdict.checks[SQUARE].tolerance < 0.9
 
@@ -182,7 +182,7 @@ def test_the_draws_find_the_exact_moments(key):
 
 
 def test_outcomes_too_rare_to_be_drawn_are_no_failure(key):
-    """At a probability of 1e-6 the Fisher is that of an outcome which 16,384 draws do not hold: not told, and said so."""
+    """At a probability of 1e-6 the Fisher comes from an outcome that 16,384 draws do not contain. The verdict says so."""
     verdict = jf.check_fisher(lambda a: jf.Bernoulli(a))(np.log(1e-6), key)
     assert verdict.passed and verdict.checks[SQUARE].name in verdict.undecided
     assert "not told" in str(verdict) and "as far as could be told" in str(verdict)
@@ -196,7 +196,7 @@ BREAKS = {
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_broken_engine_is_named_with_the_leaf(name, key, monkeypatch):
-    """One leaf's scores are off by a thousandth, which the Fisher's own checks do not see."""
+    """One leaf's scores are off by a thousandth, which the checks of the Fisher do not notice."""
     params = {"a": jnp.array([0.5, -0.3]), "b": jnp.array([[0.2, 0.1], [-0.4, 0.6]])}
     model = lambda p, x: jf.Categorical(jnp.tanh(x * p["a"]) @ p["b"])  # noqa: E731
     held = type(jf.scores(jf.log_likelihood(model))(params, X, jnp.zeros(len(X), int)))
@@ -205,7 +205,7 @@ def test_a_broken_engine_is_named_with_the_leaf(name, key, monkeypatch):
     assert verdict.leaves == ("['b']",), str(verdict)
     assert "scores by ['b'] are not JAX's own" in verdict.reason
     monkeypatch.undo()
-    # Another function object, since programs are kept for the one above.
+    # Another function object, since programs are cached for the one above.
     again = jf.check_fisher(lambda p, x: model(p, x), num_samples=64)(params, key, X)
     assert again.passed and again.leaves == (), str(again)
 
@@ -227,7 +227,7 @@ def half_fisher(self, u):
 
 
 def blind_kl(self, other):
-    """Values as they should be, no derivatives."""
+    """A distribution with right values and without derivatives."""
     return jax.lax.stop_gradient(jf.Normal.kl(self, other))
 
 
@@ -263,7 +263,7 @@ def test_models_that_are_wrong_fail_where_they_are(name, key):
     model, expected, reason = WRONG[name]
     verdict = jf.check_fisher(model)(jnp.array([0.7, 0.3]), key)
     failed = {i for i, check in enumerate(verdict.checks) if check.passed is False}
-    # A model that changes from call to call, and one without a Fisher, may fail anywhere.
+    # A model that changes from call to call, or has no Fisher, may fail any check.
     exactly = name not in ("hidden state", "constant")
     assert failed == expected if exactly else expected <= failed, str(verdict)
     assert not verdict.passed and len(verdict.failed) == len(failed)

@@ -1,4 +1,4 @@
-"""Distributions: every law for every family, and what single families promise beyond them."""
+"""Distributions: every law for every family, and further promises of single families."""
 
 import dataclasses
 import math
@@ -189,7 +189,7 @@ def test_a_support_that_moves_has_no_fisher():
         "minus the Hessian is -1/width^2, the second moment +1/width^2",
         factor=10,
     )
-    # No quadratic form fits the divergence: it leaves zero with slope 1/width on one side and is infinite on the other.
+    # No quadratic form fits the divergence: it rises from zero with slope 1/width on one side and is infinite on the other.
     close(p.kl(Uniform(2.0 + 1e-6)) / 1e-6, 0.5, "slope", factor=1e10)
     assert p.kl(Uniform(2.0 - 1e-6)) == jnp.inf
 
@@ -238,7 +238,7 @@ def test_agrees_with_other_libraries(ours, name, theirs, has_kl):
         close(evaluated(p.kl, q), divergence, "kl", factor=1e3)
 
 
-# --- single promises --------------------------------------------------------------------------------------------------------
+# --- promises of single families --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("logits", [1e4, -1e4])
@@ -327,7 +327,7 @@ MISTAKES = [
 ]
 
 
-# (name of the field, how a value of it makes a distribution, a target)
+# (name of the field, the distribution with a value of it, a target)
 POSITIVE = [
     ("scale", lambda v: jf.Normal(0.0, v), 0.5),
     ("scale", lambda v: jf.Laplace(0.0, v), 0.5),
@@ -345,7 +345,7 @@ POSITIVE = [
 @pytest.mark.usefixtures("in_numpy")
 @pytest.mark.parametrize(("name", "make", "target"), POSITIVE)
 def test_what_must_be_positive_and_is_not(name, make, target):
-    """A value that is known is refused; one that is not gives NaN in all that is made of it, the Fisher among it."""
+    """A known value is refused; a run-time value gives NaN in all that is computed from it, such as the Fisher."""
     for bad in (-1.0, 0.0, np.float64(-2.0)):
         with pytest.raises(ValueError, match=rf"`{name}` holds -?\d.*above zero.*jnp.exp"):
             make(bad)
@@ -403,7 +403,7 @@ def test_fields_given_in_another_way_are_the_same_distribution(key):
 
 
 def test_a_field_that_does_not_move_has_no_rows():
-    """Known when the model is traced, through calls and where the parameters' values, but no derivatives, come in."""
+    """The fields that move are known at trace time, also through calls. One without a derivative by the parameters does not."""
 
     def rows(model, params):
         return jax.eval_shape(jf.exact_fisher(model), params, jnp.ones((3, 2))).form.scores.num_rows // 3

@@ -1,4 +1,4 @@
-"""Keys by hashing: their numbers are uniform, and know nothing of those of other places, examples, steps and seeds."""
+"""Keys by hashing: their numbers are uniform, and independent of those of other positions, examples, steps and seeds."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def words(keys):
 
 
 def all_keys():
-    """Keys of seeds, steps and examples that follow each other."""
+    """Keys of consecutive seeds, steps and examples."""
     made = [[draw_keys(seed, jnp.asarray(t), EXAMPLES, hashed=True) for t in range(STEPS)] for seed in range(SEEDS)]
     return jnp.stack([jnp.stack(row) for row in made])
 
@@ -75,7 +75,7 @@ def test_targets_are_drawn_from_the_prediction():
 
 
 def test_a_family_that_needs_threefry_has_it():
-    """`jax.random.poisson` takes no other keys: a step of three counts an example, whose factors are of drawn targets."""
+    """`jax.random.poisson` takes only threefry keys. With three counts per example, a step has factors of drawn targets."""
     model = lambda w, x: jf.Poisson(x @ w)  # noqa: E731
     x, y = jnp.ones((4, 2)), jnp.ones((4, 3), jnp.int32)
     step = jf.training_step(model, jf.kfac())
@@ -87,7 +87,7 @@ def test_a_family_that_needs_threefry_has_it():
 
 
 def test_bits_in_numpy_are_those_of_jax():
-    """Of numbers of every width, of one key and of several, on which other tests rely."""
+    """Other tests rely on these: bits of every width, from one key and from several."""
     keys = jax.random.split(jax.random.key(5), 6).reshape(2, 3)
     for dtype in (jnp.uint8, jnp.uint16, jnp.uint32, jnp.uint64):
         draw = lambda keys, dtype=dtype: (  # noqa: E731

@@ -1,10 +1,10 @@
-"""Called outside ``jit``, as a notebook does: a second call compiles nothing and keeps nothing.
+"""Calls outside ``jit``, as in a notebook: a second call compiles nothing and leaves nothing in memory.
 
-At finite data no number that a call computes is NaN, for "not computed", or infinite, for "more than any other": there
-`jax_debug_nans` and `jax_debug_infs` would stop.
+With finite data no call computes a NaN (as a mark for "not computed") or an infinity (for "more than any other"), since
+`jax_debug_nans` and `jax_debug_infs` would stop there.
 
-JAX compiles a program where it is asked to run one that it does not have: that is seen without compiling any, where most of
-this runs in NumPy. The methods of one form of operator, and jobs with long loops, are compiled.
+JAX compiles a program when it is about to run one that is not in its cache. Most tests run in NumPy, where such events are
+counted without compiling. The methods of one form of operator, and jobs with long loops, are compiled.
 """
 
 import contextlib
@@ -54,13 +54,13 @@ def listen(event, duration, **details):
 
 
 KNOWN = weakref.WeakKeyDictionary()
-"""What programs that run in NumPy made of which arguments, while they are there: JAX keeps what it compiled as long."""
+"""The results of programs that run in NumPy, by their arguments, for as long as JAX would keep a compiled program."""
 
 
 def watched(jaxpr, *arguments):
-    """Do for a program that runs in NumPy what JAX does for one that it compiles: count it, and stop as the flags say.
+    """Do for a program that runs in NumPy what JAX does for one that it compiles: count it, and stop if the flags say so.
 
-    A call is made several times: what a program makes of the same numbers is not computed again.
+    The tests repeat calls, so the results of a program are cached by its numbers.
     """
     if jaxpr not in KNOWN:
         KNOWN[jaxpr] = {}
@@ -77,14 +77,14 @@ def watched(jaxpr, *arguments):
 
 
 def digits(value):
-    """An argument of a program by its numbers, those of a random key too."""
+    """The bytes of an argument of a program, or of the data of a random key."""
     value = jax.random.key_data(value) if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else value
     return np.asarray(value).tobytes()
 
 
 @pytest.fixture
 def in_numpy(request):
-    """That of all tests, watched."""
+    """The fixture of `conftest` with `watched` in the place of `evaluate`."""
     compiled = OPTIMISED or request.node.get_closest_marker("compiled")
     with contextlib.nullcontext() if compiled else evaluate.in_numpy(watched):
         yield
@@ -94,17 +94,17 @@ pytestmark = pytest.mark.usefixtures("in_numpy")
 
 
 CALLS = 2
-"""How often what has been called twice is called again."""
+"""How often a call is repeated after it was made twice."""
 
 
 def found_in(calls):
-    """The names of calls that `jax_debug_nans` or `jax_debug_infs` stops, the names of those that compile something after the
+    """The names of calls that `jax_debug_nans` or `jax_debug_infs` stops, the names of those that compile something after their
     second time, and how many more arrays are alive after all calls.
 
     The flags are on during the first call only. They do not change programs, so nothing is compiled twice for them.
     """
     stopped, guilty = [], []
-    gc.freeze()  # what is there already is there before and after: only what the calls make is looked at for garbage
+    gc.freeze()  # the garbage collector need only look at objects that the calls make
     for name, call in calls.items():
         try:
             with jax.debug_nans(True), jax.debug_infs(True):
@@ -131,7 +131,7 @@ NOTHING = [], [], 0
 
 @pytest.fixture(autouse=True, scope="module")
 def apart():
-    """What is frozen here is looked at again by other modules."""
+    """Unfreeze the objects for the garbage collector after this module."""
     yield
     gc.unfreeze()
 
@@ -167,7 +167,7 @@ def test_scores_are_compiled_once():
 
 
 MAPPED = {"spread_solves"}
-"""What runs in `jax.shard_map`, which NumPy does not."""
+"""Calls that use `jax.shard_map`, which NumPy cannot run."""
 
 
 def test_fishers_and_views_are_compiled_once():
@@ -202,7 +202,7 @@ def test_jobs_are_compiled_once():
 
 @pytest.mark.compiled
 def test_nothing_is_compiled_for_a_test_in_numpy():
-    """Neither what is jitted, nor what is called eagerly or mapped; its numbers are JAX's arrays."""
+    """Neither jitted nor eager nor mapped functions compile, and their results are JAX arrays."""
     x = jnp.array([0.5, -1.0, 2.0])
     compiled = len(COMPILED)
     with evaluate.in_numpy():
@@ -216,13 +216,13 @@ def test_nothing_is_compiled_for_a_test_in_numpy():
 
 @pytest.mark.compiled
 def test_examples_are_weighted_in_one_program_and_counted_in_another():
-    """Operation by operation these are thirty programs for each shape of the data, and ten more with counts."""
+    """Run eagerly, this would be thirty programs for each shape of the data, and ten more with counts."""
     params, x, y = problem()
     weights, counts = jnp.array([2.0, 0.0, 1.0]), jnp.array([4.0, 5.0, 1.0])
     compiled = len(COMPILED)
     made = make_batch(params, (x, y), weights, counts=counts)
     assert len(COMPILED) - compiled <= 2
-    # 2/9 * 4 + 1/9 * 1 is one, and what is padding is the example of the largest weight.
+    # 2/9 * 4 + 1/9 * 1 is one, and padding is replaced by the example with the largest weight.
     assert jnp.allclose(made.weights, jnp.array([2.0, 0.0, 1.0]) / 9) and made.mass == 9
     assert jnp.array_equal(made.data[0], x[jnp.array([0, 0, 2])])
 
@@ -238,7 +238,7 @@ NET = Net()
 
 
 class Unhashable:
-    """A model that can be found again by nothing."""
+    """A model that cannot be a key of a cache."""
 
     __hash__ = None
 
@@ -281,12 +281,12 @@ SPREAD = 1.0
 
 
 def spread():
-    """Read by name from another function."""
+    """A function that other functions read by name."""
     return SPREAD
 
 
 def test_an_attribute_with_the_name_of_a_global_is_not_looked_up(monkeypatch):
-    """It would compile a program anew whenever that global is bound, as `loss` is at each step of a loop."""
+    """Otherwise a program would be recompiled whenever that global is bound, as `loss` is at each step of a loop."""
     model = lambda mu, x: jf.Normal(mu * x.ndim, 1.0)  # noqa: E731
     call = lambda: jf.implicit_fisher(model)(0.0, INPUTS).quadratic(1.0)  # noqa: E731
     assert call() == call() == 1
@@ -298,7 +298,7 @@ def test_an_attribute_with_the_name_of_a_global_is_not_looked_up(monkeypatch):
 
 
 def of_scores(batch_size):
-    """A number of scores, of a normal's mean."""
+    """A number computed from scores, as a function of a model of a normal's mean."""
     return lambda model: jf.scores(jf.log_likelihood(model), batch_size=batch_size)(0.0, INPUTS, TARGETS).squared_norms()[0]
 
 
@@ -336,9 +336,9 @@ WHAT_READS = {
 
 @pytest.mark.parametrize("name", WHAT_READS)
 def test_a_name_bound_anew_is_seen(name, monkeypatch):
-    """As in a notebook, where a cell is run again: a global, a function that the model calls, and a closed-over variable.
+    """A global, a function that the model calls, and a closed-over variable, as when a cell of a notebook is run again.
 
-    The numbers are those of a model that is written anew.
+    The results must be those of a new model with the changed value.
     """
     factor = 1.0
     models = {
@@ -364,7 +364,7 @@ def test_a_name_bound_anew_is_seen(name, monkeypatch):
 
 
 class Scaled:
-    """An object that a model has its scale from, in every way in which an object gives one."""
+    """An object from which a model reads its scale, in every way that an object offers."""
 
     shared = 1.0
 
@@ -411,7 +411,7 @@ def function_of(value):
 
 
 def of_an_object():
-    """Ways through one object: a model each, and the attribute that is set."""
+    """Ways to read a scale from an object that stays the same: for each a model, and a function that sets the scale."""
     thing, settings, others = Scaled(), types.ModuleType("settings"), types.SimpleNamespace(inner=Scaled())
     settings.scale = 1.0
     setting = lambda of, name="scale": lambda value: setattr(of, name, value)  # noqa: E731
@@ -427,7 +427,7 @@ def of_an_object():
 
 
 def of_what_is_made():
-    """Ways through what is bound to something else, of which nothing else keeps the old one."""
+    """Ways to read a scale from an object that is replaced, so that nothing keeps the old one alive."""
     cell, one, row, table = function_of(1.0), [1.0], [1.0], {"scale": function_of(1.0)}
     layer, notes = Layer(), []
 
@@ -440,7 +440,7 @@ def of_what_is_made():
         one = [value]
 
     def noting(mu, x):
-        """A model that notes in a list that it is traced is not another one for it."""
+        """A model that records in a list that it was traced; the growing list must not count as a change."""
         notes.append(x.shape)
         return jf.Normal(mu * x[0], cell())
 
@@ -464,9 +464,9 @@ def of_what_is_made():
 
 @pytest.mark.parametrize("way", [*of_an_object(), *of_what_is_made()])
 def test_what_a_model_reads_is_seen_when_it_changes(way, monkeypatch):
-    """Whatever way leads to it. It is bound twice, since what is made last may have the place in memory of what is gone.
+    """A change is noticed, whatever way leads to the value. If nothing has changed, a second call compiles nothing.
 
-    Where nothing has changed a second call compiles nothing.
+    The value is bound twice, since a new object may get the `id` of one that is gone.
     """
     monkeypatch.setattr(Scaled, "shared", 1.0)
     own, bind = (of_an_object() | of_what_is_made())[way]
@@ -485,7 +485,7 @@ def test_what_a_model_reads_is_seen_when_it_changes(way, monkeypatch):
     "kind", [list, tuple, set, lambda words: dict.fromkeys(words, 0)], ids=["list", "tuple", "set", "dict"]
 )
 def test_what_is_read_of_a_large_container_is_the_container(kind):
-    """To compare each word of a vocabulary would take a fifth of a second at each call."""
+    """Comparing each word of a vocabulary would take a fifth of a second at each call."""
     words = kind(map(str, range(100_000)))
 
     def model(mu, x):

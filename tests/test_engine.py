@@ -1,4 +1,4 @@
-"""Scores as factors against plain per-example gradients, on every model of the catalogue, and the forms they are held in."""
+"""Scores as factors against plain per-example gradients, on every model of the catalogue, and the forms that store them."""
 
 from functools import partial
 
@@ -32,9 +32,9 @@ ONE_OF_EACH_FORM = {
     "mixture_of_experts",
     "chosen_expert",
 }
-"""Rows of each form, also asked for everything in pieces and centred: neither knows what model the forms come from.
+"""Rows that together have every form. They are also tested in pieces and centred, which depends on the form only.
 
-These are compiled. What the others are traced to is run in NumPy, which takes a tenth of the time that compiling does.
+These rows are compiled. The others run in NumPy, which takes a tenth of the time of compiling.
 """
 WEIGHTS = np.array([0.4, 1.0, 2.5, 0.7, 1.6])
 TILTED = WEIGHTS / WEIGHTS.sum()
@@ -42,7 +42,7 @@ UNIFORM = np.full(catalogue.N, 1 / catalogue.N)
 
 
 def tolerance(row):
-    """Relative to the largest number of a quantity."""
+    """The tolerance relative to the largest number of a quantity."""
     return 1e-12 if row.eps < 1e-15 else 30 * row.eps
 
 
@@ -58,7 +58,7 @@ def flat_rows(tree):
 
 
 def quantities(scores, v, w):
-    """What both held and streamed scores are asked for."""
+    """The quantities that are compared for scores in memory and for streamed ones."""
     return {
         "mv": scores.mv(v),
         "rmv": ravel_pytree(scores.rmv(w))[0],
@@ -98,7 +98,7 @@ def everything(log_prob, row):
 
 
 def expected(rows, omega, v, w):
-    """Every quantity of scores given as dense rows."""
+    """Every quantity, computed from dense rows."""
     return {
         "mv": rows @ v,
         "rmv": rows.T @ w,
@@ -125,7 +125,7 @@ def check(row, log_prob):
             assert value.shape == dense[how][name].shape, (how, name)
             np.testing.assert_allclose(value, dense[how][name], rtol=0, atol=tolerance(row) * size, err_msg=f"{how} {name}")
         if row.eps < 1e-15:
-            # One triangle is the other's mirror image. In narrow dtypes XLA may make a product again for each of them.
+            # One triangle mirrors the other. In narrow dtypes XLA may recompute a product for each of them.
             assert np.array_equal(values["gram"], values["gram"].T), how
 
 
@@ -193,7 +193,7 @@ def rnn_regression(p, xs):
 
 
 def attention_classifier(p, x):
-    """A class at each position."""
+    """A categorical distribution at each position."""
     q, k, v = (jnp.einsum("td,dhk->thk", x, p[name]) for name in "qkv")
     mixed = jnp.einsum("hts,shk->thk", jax.nn.softmax(jnp.einsum("thk,shk->hts", q, k)), v)
     return jf.Categorical(jnp.einsum("thk,hkc->tc", mixed, p["o"]))
@@ -226,13 +226,13 @@ def class_scores(logits, jacobian):
 
 
 def field_scores(fields, jacobians):
-    """Of a Normal, whose Fisher in location and scale is ``diag(1, 2) / scale^2``."""
+    """The rows of a Normal, whose Fisher in location and scale is ``diag(1, 2) / scale^2``."""
     (_, scale), (location_rows, scale_rows) = fields, jacobians
     return jnp.concatenate([location_rows / scale[:, None], np.sqrt(2.0) * scale_rows / scale[:, None]])
 
 
 def dense_rows(model, params, x):
-    """What sums to one example's exact Fisher, from the Jacobian of the fields: ``[examples, rows, p]``."""
+    """Rows whose outer products add up to the exact Fisher, from the Jacobian of the fields: ``[examples, rows, p]``."""
     flat, unravel = ravel_pytree(params)
 
     def fields(flat, x):
@@ -247,7 +247,7 @@ def dense_rows(model, params, x):
 
 
 def drawn_rows(model, params, x, key, num_samples):
-    """The scores at targets drawn with the noise that belongs to each example, each over the root of their number."""
+    """The scores at targets drawn with each example's own key, divided by the root of the number of draws."""
     log_prob = jf.log_likelihood(model)
 
     def row(i, draw, x):
@@ -266,7 +266,7 @@ def test_fishers_of_models_equal_dense_sums(model, key):
     v = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape)), params)
 
     def asked(fisher):
-        """The rows themselves too: their Gram matrix has nothing to be compared with but them."""
+        """The quantities, and the rows themselves, from which the expected Gram matrix is computed."""
         scores = fisher.form.scores
         return {
             "as_matrix": fisher.as_matrix(),

@@ -1,4 +1,4 @@
-"""What bad input gets: an error at trace time that names the argument, what was seen, what was expected, and the fix."""
+"""Bad input raises an error at trace time that names the argument, what was seen, what was expected, and the fix."""
 
 import re
 
@@ -42,12 +42,12 @@ def adapting():
 
 
 def five(count):
-    """A schedule of five numbers at a time."""
+    """A schedule that returns five numbers at once."""
     return jnp.full(5, count.astype(float))
 
 
 def batch_mean(params, x, y):
-    """Only right for a whole batch: `x` must be a matrix."""
+    """A log-density of a whole batch, in which `x` must be a matrix."""
     return jnp.mean(jnp.square(jnp.einsum("ij,j->i", x, params["w"]) - y))
 
 
@@ -57,7 +57,7 @@ empirical = jf.empirical_fisher(log_prob)
 
 
 def traced(function, *args, **kwargs):
-    """Only trace: what is raised here is raised before any number exists."""
+    """Only trace, so that errors are raised before any number is computed."""
     return jax.eval_shape(lambda: function(*args, **kwargs))
 
 
@@ -77,7 +77,7 @@ def one_update(optimiser, updates=GRADIENT, params=PARAMS, **extra):
 
 
 def sparse_array(dense):
-    """It with each of its entries held; JAX's `fromdense` compiles tens of programs."""
+    """A sparse array that stores all of its entries, made without `fromdense`, which compiles tens of programs."""
     return sparse.BCOO((dense.reshape(-1), np.argwhere(np.ones(dense.shape))), shape=dense.shape)
 
 
@@ -91,7 +91,7 @@ def foreign_state(optimiser, **extra):
 
 
 def looked(optimiser, **extra):
-    """An update of what looks at the loss."""
+    """An update of a transformation that evaluates the loss."""
     return one_update(optimiser, **{"fisher": fisher(), "value_fn": lambda params: jnp.sum(params["w"]), **extra})
 
 
@@ -102,12 +102,12 @@ def trained(like):
 
 
 def large():
-    """An implicit Fisher over more parameters than a dense matrix is made for unasked, and a vector for it."""
+    """An implicit Fisher over more parameters than the library forms a dense matrix for by default, and a vector for it."""
     params = {"w": jnp.ones(4097)}
     return jf.implicit_fisher(lambda p, x: jf.Normal(jnp.sum(p["w"]) * x, 1.0))(params, Y), params
 
 
-# (id, the call, the error, words the message must hold, in any order). Traced, all of them.
+# (id, the call, the error, words that the message must contain, in any order). All calls are only traced.
 MISTAKES = [
     # Vectors.
     ("missing leaf", lambda: fisher().mv({"w": PARAMS["w"]}), ValueError, ["`v`", "no leaf at ['b']", "a gradient"]),
@@ -463,7 +463,7 @@ MISTAKES = [
             ("target", "Normal.log_prob: `x` is", lambda x: jf.Normal(0.0, 1.0).log_prob(x)),
         ]
     ],
-    # A wrong number of arguments: what was forgotten, or is in the wrong place.
+    # A wrong number of arguments: some are missing, or are in the wrong place.
     *[
         (f"{name} of {what}", lambda call=call, data=data: call(*data), TypeError, [*seen, *words])
         for what, data, words in [
@@ -714,7 +714,7 @@ MISTAKES = [
             ("scale_to_kl", "radius", lambda d: jf.scale_to_kl(d)),
             ("c * F", "c` in `c * F", lambda d: fisher() * d),
         ]
-        # A transformation without a damping takes that of each update.
+        # A transformation without a damping takes the damping of each update.
         if not (bad is None and where == "scale_by_fisher")
     ],
     *[
@@ -1078,7 +1078,7 @@ def test_under_jit_too(function, arguments, message):
         jax.jit(function)(*arguments)
 
 
-# --- what looks odd and is right ------------------------------------------------------------------------------------------
+# --- unusual input that is right ------------------------------------------------------------------------------------------
 
 
 def test_numpy_floats_and_scalars_are_parameters():
@@ -1111,7 +1111,7 @@ def test_any_real_scalar_is_a_damping(damping):
 
 
 def test_a_jax_array_is_a_run_time_number_and_is_not_clamped():
-    """Its value is not looked at: what a negative damping gives is NaN, whatever it is given to, and has not converged."""
+    """A run-time damping is not read: if it is negative, the result is NaN in every function, and has not converged."""
     operator = jf.exact_fisher(line)(np.ones(()), Y)
     for solve in (jf.solve, jax.jit(jf.solve)):
         solution, info = solve(operator, np.ones(()), jnp.array(-1.0))
@@ -1129,7 +1129,7 @@ def test_any_real_scalar_multiplies_from_either_side(factor):
         np.testing.assert_allclose(product.as_matrix(), [[2 * np.mean(Y**2)]], rtol=50 * np.finfo(np.float64).eps)
 
 
-# --- what came out of a vmap or a loop ----------------------------------------------------------------------------------------
+# --- stacks of objects from `vmap` or a loop ----------------------------------------------------------------------------------
 
 VIEWS = {
     "scores": lambda f: f,
@@ -1156,7 +1156,7 @@ ASKED = {
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_stack_of_operators_is_told_from_one(view):
-    """`jax.vmap` and `jax.lax.scan` return one object that holds many, whose numbers would be wrong without a word."""
+    """`jax.vmap` and `jax.lax.scan` return one object that holds many; its numbers would be silently wrong."""
     mapped = lambda: jax.vmap(lambda c: c * VIEWS[view](fisher()))(jnp.ones(2))  # noqa: E731
     looped = lambda: jax.lax.scan(lambda _, c: (None, c * VIEWS[view](fisher())), None, jnp.ones(2))[1]  # noqa: E731
     for stack in (mapped, looped):

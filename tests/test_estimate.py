@@ -95,7 +95,7 @@ def test_values_are_right_and_their_errors_are_honest(name, key):
         assert not np.any(seen.converged), "no error is at most zero"
 
 
-# Programs that several tests share: to compile them is most of the time.
+# Programs that several tests share, since compiling them takes most of the time.
 trace_of = jax.jit(jf.estimate_trace, static_argnames="max_samples")
 logdet_of = jax.jit(jf.estimate_logdet, static_argnames=("max_samples", "num_matvecs"))
 TRACED = []
@@ -125,10 +125,10 @@ def test_the_rule_stops_early_or_says_that_it_did_not(key):
         assert abs(estimate.value - np.trace(matrix)) < 5 * estimate.standard_error
         count = int(estimate.samples)
         counts.append(count)
-        # Not one batch more than it takes, as far as the error of fewer probes can be told from the last.
+        # It takes no more batches than needed, as far as the final error tells that of fewer probes.
         assert count == 10 or estimate.standard_error * np.sqrt(count / (count - 10)) > 0.9 * rtol * estimate.value
     assert counts[0] == 10 < counts[1] < counts[2] < 1000 and all(count % 10 == 0 for count in counts)
-    # Used up, in whole tens or all at once.
+    # All probes are used, in tens or all at once.
     for most, used in ((25, 20), (3, 3)):
         short = trace_of(F, key, rtol=0.0, max_samples=most)
         assert not short.converged and short.samples == used
@@ -186,7 +186,7 @@ def test_gauss_and_radau_bound_every_probe_and_meet(dtype, key):
         for steps in (1, 4, 12):
             upper, lower, jacobi = jax.tree.map(np.asarray, program(holding(matrix, dtype), steps))
             assert jacobi.exhausted == (steps >= len(set(values))), (name, steps)
-            # What follows an exhausted space may be of any size, and is none of the operator's.
+            # Numbers that follow an exhausted Krylov space may have any size and mean nothing.
             assert max(jacobi.largest, jacobi.image) < 1.001 * np.max(values) / damping + slack, (name, steps)
             if jacobi.exhausted:
                 assert abs(upper - exact) < slack, (name, steps, upper, exact)
@@ -198,7 +198,7 @@ def test_gauss_and_radau_bound_every_probe_and_meet(dtype, key):
 
 
 def test_too_few_steps_are_not_called_converged(key):
-    """The standard error is small, the answer is off by more than five of them, and the distance of the bounds tells."""
+    """The standard error is small, and the answer is off by more than five of it: the distance of the bounds shows that."""
     matrix = rotated(np.geomspace(1e-9, 1, 12), key)
     F, exact = holding(matrix), all_logs(matrix, 1e-6)
     few = logdet_of(F, key, 1e-6, rtol=0.01, max_samples=2000, num_matvecs=2)
@@ -270,7 +270,7 @@ def test_non_finite_products_stop_at_once_and_show(key):
 
 
 def test_a_negative_direction_is_not_hidden(key):
-    """As of the Hessian behind `observed_information`, where log det is NaN too."""
+    """As for the Hessian behind `observed_information`, whose log-determinant is NaN too."""
     _, _, estimate, _ = everything(holding(-np.eye(12), jnp.float32), key, *ORDINARY)
     assert np.isnan(estimate.value) and not estimate.converged
 

@@ -60,7 +60,7 @@ def test_sampled_fisher_is_unbiased(num_samples, key):
 
 @pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
 def test_draws_belong_to_examples_whatever_the_key(implementation):
-    """A key of another implementation draws other numbers under `jax.vmap` than alone; here as many at a time as one likes."""
+    """A key of another implementation draws other numbers under `jax.vmap` than alone; here the batch size does not matter."""
     key, x, loc = jax.random.key(5, impl=implementation), jnp.arange(5.0), jnp.ones(())
     drawn = lambda size: jf.sampled_fisher(lambda loc, x: jf.Normal(loc * x, 1.0), 2, batch_size=size)  # noqa: E731
     rows = {size: traced(lambda size=size: drawn(size)(loc, key, x).form.scores.as_matrix())() for size in (None, 2)}
@@ -71,7 +71,7 @@ def test_draws_belong_to_examples_whatever_the_key(implementation):
 
 
 def test_draws_belong_to_examples(key):
-    """Pieces, and what else is in the batch, do not change a draw; the key does."""
+    """A draw does not depend on pieces or on the rest of the batch; it depends on the key."""
     params, x, _, _, _ = reference()
 
     def rows(key, x=x, batch_size=None):
@@ -243,7 +243,7 @@ def test_float32_and_bfloat16_parameters(key):
 
 
 def test_more_rows_than_parameters_and_fewer(key):
-    """Both sides of n = p give one matrix and one solve."""
+    """The routes for n < p and for n > p give the same matrix and the same solve."""
     params, *_ = reference()
     v = jax.tree.map(np.ones_like, params)
 
@@ -258,7 +258,7 @@ def test_more_rows_than_parameters_and_fewer(key):
 
 
 def test_fishers_of_different_numbers_of_examples_have_one_structure():
-    """So that a last short batch, a loop's carry and a mean array by array take them; the counts are averaged with the rest."""
+    """So a last short batch, a loop's carry and an array-by-array mean accept them; the counts are averaged with the rest."""
     log_prob = jf.log_likelihood(lambda mu: jf.Normal(mu, 1.0))
     one, other = (jf.diagonal(jf.empirical_fisher(log_prob)(0.0, jnp.arange(n, dtype=float))) for n in (4, 12))
     assert jax.tree.structure(one) == jax.tree.structure(other)

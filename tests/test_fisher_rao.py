@@ -1,4 +1,4 @@
-"""The room of geometry: distances, geodesics and divergences, against closed forms that are written here in another way."""
+"""Geometry: distances, geodesics and divergences, against closed forms that are written here in another way."""
 
 import functools
 import pathlib
@@ -15,7 +15,7 @@ from models import compiled
 import jaxfisher as jf
 from jaxfisher import geometry
 
-pytestmark = pytest.mark.usefixtures("in_numpy")  # but for loops of hundreds of steps
+pytestmark = pytest.mark.usefixtures("in_numpy")  # except for loops of hundreds of steps
 
 EPS = float(np.finfo(float).eps)
 
@@ -25,7 +25,7 @@ def close(actual, expected, factor=100):
 
 
 def test_distances_in_closed_form():
-    """The usual forms, with inverse cosines, of pairs in a batch."""
+    """The usual formulas with inverse cosines, for pairs in a batch."""
     loc, other = np.array([0.3, -1.0]), np.array([1.1, 2.0])
     scale, wide = np.array([0.7, 2.0]), np.array([1.3, 0.5])
     cosh = 1 + ((loc - other) ** 2 / 2 + (scale - wide) ** 2) / (2 * scale * wide)
@@ -51,7 +51,7 @@ FAMILIES = {
 
 
 def test_distances_are_those_of_geomstats():
-    """Of five pairs of each family; its metric of covariances is twice the Fisher information of normal vectors."""
+    """Five pairs of each family; the metric of covariances is twice the Fisher information of normal vectors."""
     with np.load(pathlib.Path(__file__).parent / "references" / "geometry.npz") as stored:
         known = dict(stored)
     for name, family in FAMILIES.items():
@@ -74,7 +74,7 @@ def test_distances_of_normal_vectors():
 
 
 def test_distances_that_are_very_small_and_logits_that_are_very_large():
-    """No digits cancel between near ones: for these the distance is that of the metric."""
+    """No digits cancel between near distributions, for which the distance is that of the metric."""
     step = 1e-9
     close(geometry.distance(jf.Normal(0.5, 2.0), jf.Normal(0.5 + step, 2.0)), step / 2, factor=1e8)
     near = geometry.distance(jf.Categorical(np.zeros(2)), jf.Categorical(np.array([step, 0.0])))
@@ -95,7 +95,7 @@ CURVES = {
 
 @functools.cache
 def curve(name):
-    """A geodesic between two places, its other end shot again, and the closed form of its length."""
+    """A geodesic between two points, its end point by shooting along it, and the closed form of its length."""
     model, start, end = CURVES[name]
 
     def make(start, end):
@@ -109,7 +109,7 @@ def curve(name):
 @pytest.mark.compiled
 @pytest.mark.parametrize("name", CURVES)
 def test_a_geodesic_has_the_length_of_the_closed_form(name):
-    """In any coordinates; and its middle is half way by the closed form, to both ends."""
+    """In any coordinates; and by the closed form its middle is half way from both ends."""
     found, _, whole, before, after = curve(name)
     assert found.converged
     for length, part in ((whole, 1), (before, 0.5), (after, 0.5)):
@@ -118,7 +118,7 @@ def test_a_geodesic_has_the_length_of_the_closed_form(name):
 
 @pytest.mark.compiled
 def test_a_distance_by_shooting_has_the_derivatives_of_the_closed_form():
-    """In reverse and of second order, though the search for it is a loop that ends when it has arrived."""
+    """Reverse-mode and second derivatives, although the search is a loop that ends on arrival."""
     model, start, end = CURVES["normal"]
 
     def slopes(distance):
@@ -144,7 +144,7 @@ def test_a_geodesic_of_a_regression_and_one_that_is_not_there():
 
 
 def test_the_connection_is_that_of_the_metric():
-    """Christoffel's symbols of the normal in mean and scale, and that they carry the metric along: its covariant derivative."""
+    """Christoffel's symbols of the normal in mean and scale, and the covariant derivative of the metric, which is zero."""
     model, at = CURVES["normal"][0], jnp.array([0.2, 1.7])
 
     def make(at):
@@ -160,7 +160,7 @@ def test_the_connection_is_that_of_the_metric():
 
 @pytest.mark.compiled
 def test_the_flow_goes_straight_in_the_means():
-    """Of a normal in any coordinates: the expectations of x and of x^2 go to those of the data as exp(-t)."""
+    """For a normal in any coordinates, the expectations of x and of x^2 approach those of the data as exp(-t)."""
     data = np.array([0.5, 2.0, 3.5, 1.0])
     model = lambda p: jf.Normal(p["loc"], jnp.exp(p["log_scale"]))  # noqa: E731
     flow = geometry.natural_gradient_flow(model, time=1.5, steps=60)
@@ -172,7 +172,7 @@ def test_the_flow_goes_straight_in_the_means():
 
 
 def test_jeffreys_prior():
-    """Of a normal in mean and scale it is 1 / s^2; in other coordinates it changes as a density does."""
+    """For a normal in mean and scale it is 1 / s^2; in other coordinates it transforms as a density."""
     for model, at, jacobian in (
         (CURVES["normal"][0], [0.3, 1.7], 0.0),
         (CURVES["normal, log scale"][0], [0.3, np.log(1.7)], np.log(1.7)),
@@ -212,7 +212,7 @@ SCIPY = {
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_divergences_are_their_integrals_and_their_hessian_is_the_fisher(name):
-    """At orders below and above one; the Hessian of Renyi's is the order times the metric, that of Amari's the metric."""
+    """At orders below and above one. The Hessian of Renyi's divergence is the order times the metric, of Amari's the metric."""
     p, q = PAIRS[name]
     densities = [SCIPY[name](jax.tree.map(np.asarray, d)) for d in (p, q)]
 
@@ -269,7 +269,7 @@ def test_divergences_of_near_distributions_have_their_digits(name):
 
 
 def test_divergences_of_normal_vectors_add_up_over_independent_entries():
-    """A diagonal covariance; the limits are Kullback and Leibler's; infinite where the integral is."""
+    """With a diagonal covariance. The limits are the Kullback-Leibler divergences; it is infinite if the integral is."""
     scales, loc = np.array([[1.0, 0.6], [1.3, 0.9]]), np.array([[0.0, 0.3], [0.5, -0.2]])
     p, q = (jf.MultivariateNormal(loc[k], np.diag(scales[k])) for k in (0, 1))
     entries = [jf.Normal(loc[k], scales[k]) for k in (0, 1)]
@@ -289,7 +289,7 @@ def test_divergences_of_normal_vectors_add_up_over_independent_entries():
 
 
 def test_an_order_that_is_known_late_is_taken_as_one_that_is_known():
-    """Also where the closed form has no value; and what is no order gives no number."""
+    """Also where the closed form has no value. An invalid order gives NaN."""
     p, q = PAIRS["Bernoulli"]
     for function, orders in ((geometry.renyi_divergence, (0.3, 1, 2.5)), (geometry.alpha_divergence, (-1, 0.2, 1, 3.0))):
         late = jax.vmap(lambda order, function=function: function(p, q, order))(jnp.array(orders, float))

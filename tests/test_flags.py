@@ -1,6 +1,6 @@
-"""The public surface under the flags of JAX that people debug with; strict promotion of dtypes and ranks holds in all tests.
+"""The public surface under JAX's debugging flags; strict promotion of dtypes and ranks is on in all tests.
 
-`jax_debug_nans` and `jax_debug_infs` look at numbers: they are on in `test_eager.py`, which computes them.
+`jax_debug_nans` and `jax_debug_infs` examine numbers, so they are on in `test_eager.py`, which computes some.
 """
 
 import gc
@@ -19,8 +19,8 @@ def stumbles(calls, errors):
     """The names of calls that raise one of these errors, and what they say."""
     found = {}
     for name, call in calls.items():
-        # While JAX checks for leaks, some of its versions search all objects for those that hold a trace, again and again. A
-        # tracer that is left behind is made in this call, so what was there before need not be searched.
+        # While JAX checks for leaks, some of its versions search all objects for references to a trace, again and again. Any
+        # leaked tracer is made in this call, so objects that existed before need not be searched.
         gc.freeze()
         try:
             jax.block_until_ready(jax.tree.leaves(call()))
@@ -30,7 +30,7 @@ def stumbles(calls, errors):
 
 
 def abstractly(calls):
-    """The calls, traced and neither compiled nor run; without those that look at numbers, or return none."""
+    """The calls, which are traced and neither compiled nor run, without those that read numbers or return none."""
     concrete = {
         "check_fisher",
         "check_laws",
@@ -66,7 +66,7 @@ PARTS = {
         "squares_along",
     },
 }
-"""Methods for use inside a program: they check, choose among what is held, or return functions."""
+"""Methods for use inside other programs, which the table leaves out: they check, select parts, or return functions."""
 
 
 @pytest.mark.parametrize(("owner", "called"), [(jf.Operator, METHODS), (jf.Scores, SCORES)])
@@ -80,7 +80,7 @@ THEIRS = ("LSMR", "LSMR, least squares") if jax.__version_info__ >= (0, 11) else
 
 
 def test_no_tracer_is_left_behind_and_nothing_needs_float64():
-    """As most people run it. What is asked for in float64 would come with a warning, which pytest makes an error.
+    """JAX without float64, as most people run it. A request for float64 would warn, which pytest turns into an error.
 
     JAX keeps no trace while it checks for leaks: each call is traced anew.
     """
@@ -98,9 +98,9 @@ def test_no_tracer_is_left_behind_and_nothing_needs_float64():
 
 
 def test_without_jit():
-    """Nothing needs a program to be compiled: loops run as loops of Python."""
+    """No function needs a compiled program: loops run as Python loops."""
     calls = abstractly(everything(("scores",)))
-    # Newton's steps with their derivatives are loops in loops in loops: operation by operation they take a minute.
+    # Newton's steps with their derivatives are loops nested three deep, which take a minute when run eagerly.
     for name in ("geometry.geodesic", "statistics.likelihood_interval", "statistics.score_interval"):
         del calls[name]
     with jax.disable_jit():
@@ -108,7 +108,7 @@ def test_without_jit():
 
 
 def test_parameters_and_data_in_bfloat16(monkeypatch):
-    """Strict promotion of dtypes shows where a number of another dtype comes in."""
+    """Strict promotion of dtypes shows whether a number of another dtype enters."""
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), rooms.observed())
     monkeypatch.setattr(rooms, "observed", lambda: narrow)
     kept = (rooms.information, rooms.covariance, rooms.candidates)
@@ -116,14 +116,14 @@ def test_parameters_and_data_in_bfloat16(monkeypatch):
         made.cache_clear()
     try:
         assert stumbles(abstractly(rooms.ROOMS), Exception) == {}
-    finally:  # they are traced, and of these numbers
+    finally:  # the cached traces are of these numbers
         for made in kept:
             made.cache_clear()
 
 
 @pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
 def test_keys_of_any_implementation(implementation):
-    """What takes a key takes one of every kind, typed or not."""
+    """Functions that take a key take one of every kind, typed or not."""
     calls = {
         name: call
         for name, call in (FISHERS | NUMBERS | OTHERS).items()

@@ -28,7 +28,7 @@ def covariance(p):
 
 
 def derivatives():
-    """Of the mean and of the covariance, by hand."""
+    """The derivatives of the mean and of the covariance, by hand."""
     a, k, s = (float(PARAMS[name]) for name in ("amplitude", "decay", "noise"))
     falling = np.exp(-k * TIMES)
     of_mean = np.stack([falling, -a * TIMES * falling, np.zeros(9)])
@@ -159,7 +159,7 @@ def test_the_best_designs_for_a_quadratic(name):
 
 
 def test_an_exchange_leaves_a_start_that_determines_too_little_or_does_not_converge():
-    """Three candidates, each of one parameter: from two of them one exchange is enough, from one no single one is."""
+    """Three candidates that inform one parameter each: a single exchange suffices from two of them, but not from one."""
     M = jnp.eye(3)[:, :, None] * jnp.eye(3)[:, None, :]
     exchanged = compiled(lambda start: design.exchange(M, design.d_criterion, start))
     found = exchanged(jnp.array([0, 0, 1]))
@@ -172,7 +172,7 @@ def test_an_exchange_leaves_a_start_that_determines_too_little_or_does_not_conve
 
 
 def test_an_exchange_finds_the_runs_and_the_gradient_the_places():
-    """Six runs: two at each of three places. From elsewhere, the derivative by the places climbs to the same information."""
+    """Six runs, two at each of three points. From other points, the derivative by the points climbs to the same information."""
     start = jnp.array([3, 5, 8, 12, 15, 16], jnp.int32)
     found = compiled(lambda m: design.exchange(m, design.d_criterion, start))(candidates())
     assert bool(found.converged)
@@ -195,7 +195,7 @@ IN_NUMPY = {
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_design_that_determines_too_little_has_no_finite_criterion(dtype):
-    """The rank is known: fewer measurements than parameters, of polynomials, of columns far from zero, in any units."""
+    """Designs of known rank: fewer measurements than parameters, polynomials, columns far from zero, in any units."""
     rng, kinds = np.random.default_rng(4), ("normal", "polynomial", "far from zero")
     criteria = compiled(lambda m: (design.d_criterion(m), design.a_criterion(m)))
     wrong, seen = [], []
@@ -222,7 +222,7 @@ def test_a_design_that_determines_too_little_has_no_finite_criterion(dtype):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", OPTIMAL)
 def test_designs_do_not_depend_on_the_unit_of_the_information(name, dtype):
-    """One unit for all parameters multiplies the information, and no criterion's best design moves."""
+    """A common unit of all parameters multiplies the information, which changes no criterion's best design."""
     criterion, M = OPTIMAL[name][0], jnp.asarray(candidates(), dtype)
     start = jnp.array([3, 5, 12, 15], jnp.int32)
     weights = compiled(lambda m: design.optimal_weights(m, criterion, max_steps=300).weights)

@@ -28,7 +28,7 @@ from jaxfisher._distributions.normal import Normal
 pytestmark = [
     pytest.mark.relaxed,
     pytest.mark.usefixtures("in_numpy"),
-    # They use what JAX has deprecated; nothing of ours is silenced.
+    # These libraries use functions that JAX has deprecated; no warning of our code is silenced.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:(tensorflow_probability|distrax|numpyro)"),
     pytest.mark.filterwarnings("ignore::FutureWarning:(tensorflow_probability|distrax|numpyro)"),
 ]
@@ -37,7 +37,7 @@ MISSING = {}
 
 
 def load(name, module):
-    """A library, or why it cannot be had: TFP uses parts of JAX that the newest one no longer has, and distrax needs TFP."""
+    """A library, or why it does not import: TFP uses parts of JAX that the newest one no longer has, and distrax needs TFP."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -201,8 +201,8 @@ NUMPYRO = [
     Row("StudentT", lambda df, m, s: nd.StudentT(df, m, s), *STUDENT, line),
     Row("MultivariateNormal", lambda m, t: nd.MultivariateNormal(m, scale_tril=t), *VECTOR, plane),
     Row("MultivariateNormal covariance", lambda m, c: nd.MultivariateNormal(m, covariance_matrix=c), *COVARIANCE, plane),
-    # NumPyro's log_prob here goes through jax.scipy.special.betaln, which is wrong in the eighth digit: ours is held against
-    # scipy's in the tests of the family, and against this only as far as it goes.
+    # NumPyro's log_prob here uses jax.scipy.special.betaln, which is wrong in the eighth digit. The tests of the family compare
+    # ours with SciPy's; here it is compared only to that accuracy.
     Row("GammaPoisson", lambda r, m: nd.GammaPoisson(r, r / m), *COUNTS, long_counts, rtol=1e-6),
     Row("NegativeBinomial2", lambda r, m: nd.NegativeBinomial2(m, r), *COUNTS, long_counts, rtol=1e-6),
     Row("NegativeBinomialLogits", lambda r, m: nd.NegativeBinomialLogits(r, m - 1), *COUNTS, long_counts),
@@ -220,7 +220,7 @@ NUMPYRO = [
     ),
     Row("Binomial", lambda z: nd.Binomial(2, logits=z), *LOGIT, classes, THREE),
     Row("BetaBinomial", lambda a, b: nd.BetaBinomial(a, b, 2), *POSITIVE, classes, THREE, rtol=1e-6),
-    # Its own KL takes the probabilities, which it keeps beside its parameters, for parameters.
+    # The library's own KL takes the probabilities, which the object stores beside its parameters, for parameters.
     Row("OrderedLogistic", lambda c, f: nd.OrderedLogistic(f, c), *CUTS, four, FOUR),
     Row("Multinomial", lambda z: nd.Multinomial(2, logits=z), *LOGITS, pairs, SIX, rtol=1e-10),
     Row("DirichletMultinomial", lambda a: nd.DirichletMultinomial(a, 2), *SIMPLEX, pairs, SIX, rtol=1e-10),
@@ -326,7 +326,7 @@ def test_density_divergence_and_fisher(row, library):
     log_p, scores, log_q, their_kl = evaluated(theirs, params, other)
     values, kl, fisher = evaluated(ours, params, other)
 
-    # Far out in the tails the rules have nodes where a density is zero, and its score may not be a number.
+    # Far out in the tails the rules have nodes where a density is zero, and its score may be NaN.
     here = log_p > -600
     rule = oracle.Rule(rule.nodes[here], rule.weights[here])
     log_p, log_q, scores, values = log_p[here], log_q[here], scores[here], values[here]
@@ -346,12 +346,12 @@ def test_density_divergence_and_fisher(row, library):
     spread = rule.total(density[:, None, None] * np.square(products - expected))
     error = np.sqrt(spread / 1024)
     assert np.max(np.abs(fisher - expected) / error) < 5
-    # The band is narrow enough to tell: another scale of the scores, by 2 or by 1/2, is far outside.
+    # The band is narrow: scores that are scaled by 2 or by 1/2 are far outside.
     assert np.max(np.abs(0.5 * expected) / error) > 5
 
 
 def types_of(row):
-    """The library's class that a row makes. Nothing is computed."""
+    """The library's class that a row makes, without computing anything."""
     seen = []
     jax.eval_shape(lambda: seen.append(type(row.make(*as_arrays(row.params)))))
     return seen
@@ -407,7 +407,7 @@ def test_expand_keeps_the_event():
 def test_float64_numpy_logits_stay_float64():
     """TFP keeps these as float32, which 1 / 3 is not."""
     logits = np.array([1 / 3])
-    assert tfd.Bernoulli(logits).logits.dtype == np.float32  # the trap is there
+    assert tfd.Bernoulli(logits).logits.dtype == np.float32  # the library does round
     dist = as_distribution(tfd.Bernoulli(logits))
     assert dist.logits.dtype == np.float64
     np.testing.assert_array_equal(dist.logits, logits)
@@ -438,7 +438,7 @@ def test_exact_at_extreme_logits(library):
 @pytest.mark.compiled  # thousands of draws, each by a loop
 @needs("numpyro")
 def test_traced_counts():
-    """An integer leaf that is data: it is carried along, and has no tangent."""
+    """An integer leaf is data: it is passed on, and has no tangent."""
     counts = np.array([2, 5, 9])
     logits = np.array([0.3, -0.2, 0.9])
     probs = 1 / (1 + np.exp(-logits))
@@ -473,7 +473,7 @@ def test_traced_counts():
     ],
 )
 def test_transformations(make):
-    """vmap = a loop, jvp and vjp are transposes, B B^T = F = products, and two objects cost one trace."""
+    """`vmap` agrees with a loop, jvp and vjp are transposes, B B^T and products agree with F; two objects share a trace."""
     weights = np.array([0.7, -0.3])
     inputs = np.array([[0.2, 1.0], [1.5, -0.4], [-0.6, 0.8]])
 
@@ -585,7 +585,7 @@ def test_a_sum_over_outcomes_at_the_ends_of_the_range(dtype):
 
 @needs("numpyro")
 def test_independent_parts_of_a_wrapped_one_are_a_batch():
-    """Each part is summed over its own outcomes: three times four of them, and not four to the third."""
+    """Each part is summed over its own outcomes, three times four of them, and not four to the third."""
     predictions, cuts = jnp.array([0.3, -0.4, 1.0]), jnp.array([-0.7, 0.2, 1.1])
     joint = as_distribution(nd.OrderedLogistic(predictions, cuts).to_event(1))
     assert (joint.batch_shape, joint.fisher_source) == ((3,), FOUR)
@@ -636,7 +636,7 @@ def test_messages_of_what_a_library_lacks():
 
 
 class Sure(*([nd.Distribution] if "numpyro" not in MISSING else [object])):
-    """A user's class that has a leaf which is no array."""
+    """A user's class with a leaf that is no array."""
 
     def tree_flatten(self):
         return ("text",), ()
@@ -667,7 +667,7 @@ class Sure(*([nd.Distribution] if "numpyro" not in MISSING else [object])):
         pytest.param(
             lambda: distrax.Independent(tfd.Normal(jnp.zeros(2), 1.0), 1),
             r"distrax's Independent cannot be used: DistributionFromTFP in it has no leaves.*one library",
-            # TFP warns of how distrax derives from its classes.
+            # TFP warns about the way in which distrax derives from its classes.
             marks=[needs("distrax"), pytest.mark.filterwarnings("ignore::UserWarning:tensorflow_probability")],
         ),
         pytest.param(lambda: Sure(), r"NumPyro's Sure cannot be used: .*a leaf of type str", marks=needs("numpyro")),
@@ -698,7 +698,7 @@ def test_a_subclass_is_not_taken_for_its_base():
 
 
 def test_nothing_foreign_is_imported():
-    """In a process of its own; what is imported after ours is seen, so the check can fail."""
+    """In a separate process. A later import of a library is noticed, so the check can fail."""
     names = "('distrax', 'numpyro', 'tensorflow_probability')"
     look = f"print(sorted(name for name in {names} if name in sys.modules))"
     code = (

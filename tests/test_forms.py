@@ -74,7 +74,7 @@ def dense_factors(params, x, y):
 
 
 def tied(params, x, y):
-    """The weight in both directions."""
+    """A layer that uses its weight in both directions."""
     return jnp.sum(y * jnp.sin(jnp.tanh(x @ params["w"]) @ params["w"].T))
 
 
@@ -109,7 +109,7 @@ def convolution(groups, stride):
 
 
 def channels_first(params, x, y):
-    """A convolution whose kernel has the layout of its windows: the image is held instead of them."""
+    """A convolution whose kernel has the layout of its windows, so that the image is stored instead of them."""
     numbers = ("NCHW", "OIHW", "NCHW")
     z = jax.lax.conv_general_dilated(x[None], params["k"], (1, 1), ((1, 0), (0, 0)), dimension_numbers=numbers)
     return jnp.sum(y * jnp.sin(z[0]))
@@ -136,7 +136,7 @@ def convolution_factors(groups, stride, params, x, y):
 
 
 def biased_convolution(params, x, y):
-    """A convolution with a bias, which sums what the kernel shares over positions."""
+    """A convolution with a bias, whose gradient is the cotangent of the kernel summed over positions."""
     z = jax.lax.conv_general_dilated(
         x[None], params["k"], (1, 1), ((1, 0), (0, 0)), dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest"
     )
@@ -179,7 +179,7 @@ MOMENTS = {
 
 
 def order_of(layout):
-    """Where the leaf's entry at every ``[group, input, output]`` is, in the leaf raveled."""
+    """The index in the raveled leaf of the entry at every ``[group, input, output]``."""
     return np.asarray(layout.matrix(jnp.arange(np.prod(layout.shape)).reshape(layout.shape)))
 
 
@@ -194,7 +194,7 @@ def rotations(layout, biased):
 
 @functools.cache
 def moments_of(name):
-    """Held and streamed moments of a case, diagonals in random bases, and plain gradients of the weight and the bias."""
+    """Moments of a case from scores in memory and streamed ones, diagonals in random bases, and plain gradients."""
     log_prob, params, x, y, _ = MOMENTS[name]
     x, y = jnp.asarray(numbers(3, *x)), jnp.asarray(numbers(4, *y))
     weight = "k" if "k" in params else "w"
@@ -248,7 +248,7 @@ def test_moments_equal_dense_sums(name):
     _, params, _, _, factors = MOMENTS[name]
     made, layout, gradients, biases, x, y = moments_of(name)
     left, right = in_layout(layout, *factors(params, x, y), gradients.shape[1:])
-    # The factors of the loops are those of the gradients: the control of the reference itself.
+    # A control of the reference itself: its factors multiply to the gradients.
     formed = np.einsum("ntbi,ntbo->nbio", left, right).reshape(N, -1)
     close(formed, gradients.reshape(N, -1)[:, order_of(layout).ravel()])
     if biases is not None:
@@ -341,7 +341,7 @@ def test_leaves_that_are_no_dense_product_have_no_moments():
     jax.eval_shape(check, params, tokens, y)
 
 
-# Centring where the mean dominates.
+# Centring of scores whose mean dominates.
 
 
 def linear(params, x, y):
@@ -362,7 +362,7 @@ CENTRED = {
 def test_centring_is_safe_where_the_mean_dominates(name):
     log_prob, params, x, y = CENTRED[name]
     if "k" in params:
-        # The sine is only for the other tests: here the factors are those of a linear map.
+        # The sine is only for the other tests; here the factors are those of a linear map.
         params = jax.tree.map(lambda leaf: 1e-6 * leaf, params)
     x, y = narrow((numbers(3, 12, *x, mean=100, spread=0.1), numbers(4, 12, *y, mean=5, spread=0.005)))
     params = narrow(params)
@@ -381,7 +381,7 @@ def test_centring_is_safe_where_the_mean_dominates(name):
         close(gram, expected, 1e-4)
         values = np.linalg.eigvalsh(np.asarray(gram, np.float64))
         assert values[0] > -1e-6 * values[-1]
-    # The control: what is subtracted after the Gram matrix has been formed is lost.
+    # The control: subtracting the mean after the Gram matrix was formed loses all digits.
     raw = np.asarray(raw)
     naive = raw - raw.mean(0) - raw.mean(1, keepdims=True) + raw.mean(dtype=np.float32)
     assert np.abs(naive - expected).max() > 1e-2 * np.abs(expected).max()
@@ -675,7 +675,7 @@ def test_odd_cases_equal_plain_gradients(name):
     close(flat(step), np.linalg.solve(rows.T @ rows / n + 0.3 * np.eye(p), -rows.mean(0)), 1e-11)
 
 
-# Derivatives of what is made of scores, and batches of parameters.
+# Derivatives of functions of scores, and batches of parameters.
 
 DEEP = arrays(w=(6, 5), b=(5,), o=(5, 4))
 
@@ -727,7 +727,7 @@ def test_the_natural_gradient_is_differentiable(batch_size):
 
 
 def test_the_natural_gradient_of_many_rows_is_differentiable():
-    # More rows than one strip of the Gram matrix holds.
+    # More rows than one strip of the Gram matrix has.
     x, y, params = jnp.asarray(numbers(3, 300, 18)), jnp.asarray(numbers(4, 300, 18)), arrays(w=(18, 18))
 
     def step(params):
@@ -791,7 +791,7 @@ def test_explain_states_what_is_held():
         "['unused']": ("zero", 0),
         "['w']": ("outer product", 1),
     }
-    # 2 T^2 n^2 (I + O) for inner products of factors; nothing is computed, so nothing but shapes is needed.
+    # 2 T^2 n^2 (I + O) for inner products of factors. Nothing is computed, so shapes are enough.
     assert by_path["['w']"].flops == 2 * N * N * (4 + 6)
     assert by_path["['unused']"].why == "the function does not depend on it"
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (EXPLAINED, tokens, y))
@@ -823,7 +823,7 @@ def test_explain_takes_a_model():
     held = jf.exact_fisher(softmax)(params, x).form.scores
     assert (explanation.rows, explanation.examples) == (3, N)
     assert explanation.bytes == sum(array.nbytes for array in jax.tree.leaves(held.leaves))
-    # The input is held once for an example: n I + 2 n C O numbers, those of the weight and of the bias.
+    # The input is stored once per example: n I + 2 n C O numbers for the weight and the bias.
     assert explanation.bytes == 8 * (N * 4 + 2 * N * 3 * 3)
     assert "5 x 3 rows" in str(explanation)
 

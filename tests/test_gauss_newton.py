@@ -22,12 +22,12 @@ def network(params, x):
 
 
 def huber(z, y):
-    """Smooth, with a curvature that depends on the residual."""
+    """A smooth loss with a curvature that depends on the residual."""
     return jnp.sum(jnp.sqrt(1 + jnp.square(z - y)))
 
 
 def coupled(z, y):
-    """Outputs that the loss ties together."""
+    """A loss that couples the outputs."""
     return jnp.square(jnp.sum(z)) + jnp.sum(jnp.logaddexp(0.0, -y * z))
 
 
@@ -99,7 +99,7 @@ def tied(z, y):
 
 @pytest.mark.parametrize("equal", [False, True])
 def test_it_has_derivatives_where_the_curvature_of_the_loss_is_singular(equal):
-    """Of a softmax it is singular everywhere, and at equal outputs it has two equal eigenvalues."""
+    """The curvature of a softmax is singular everywhere, and at equal outputs it has two equal eigenvalues."""
     w = np.zeros((2, 3)) if equal else np.cos(np.arange(6.0)).reshape(2, 3)
     x, y, v = np.array([[1.0, 0.5], [-0.3, 2.0]]), np.array([0, 2]), np.sin(np.arange(6.0)).reshape(2, 3)
 
@@ -114,7 +114,7 @@ def test_it_has_derivatives_where_the_curvature_of_the_loss_is_singular(equal):
 
 
 def test_a_step_and_a_view():
-    """It goes where a Fisher goes: a Kronecker view has its trace, and Levenberg and Marquardt's steps lower the loss."""
+    """It can replace a Fisher: a Kronecker view has its trace, and Levenberg and Marquardt's steps lower the loss."""
     params, x, _, _, _ = reference()
     y = np.sin(3.0 * np.asarray(x))
     curvature = jf.gauss_newton(network, huber)

@@ -74,7 +74,7 @@ def test_the_step_that_descends_most_on_a_kl_ball(model, theta, y):
         expected = -np.sqrt(2 * radius / slope) * inverse
         found, pull = constrained_minimum(kl, np.asarray(theta), gradient, radius)
         errors.append(relative(found, expected))
-        # At the minimum g = -lambda grad KL.
+        # At the minimum, g = -lambda grad KL.
         multiplier = -(gradient @ pull) / (pull @ pull)
         assert relative(-multiplier * pull, gradient) < 1e-5, "SciPy found a stationary point"
         multipliers.append(abs(multiplier / np.sqrt(slope / (2 * radius)) - 1))

@@ -1,7 +1,7 @@
-"""What functions of examples take beside their data: each of `ASKED` is taken, or refused by an error that says what to do.
+"""Arguments of functions of examples beside the data: each of `ASKED` is accepted, or refused by an error that says what to do.
 
-A grid, by abstract evaluation: every public function of the rooms that maps a function of one example over data, whichever
-way the argument is given that its neighbours take.
+A grid, by abstract evaluation: every public function that maps a function of one example over data, with every argument that
+other such functions accept, in either of the two calls.
 """
 
 import importlib
@@ -48,16 +48,16 @@ MAPPED = {
     "privacy.clipped_grad": (lambda **o: jf.clipped_grad(LOG_PROB, 1.0, **o), (PARAMS, *DATA)),
     "energy_gradient": (lambda **o: jf.energy_gradient(lambda p, x: p["level"] * x + p["slope"] * x**2, **o), (PARAMS, *DATA)),
 }
-"""Functions that make a function of examples, and what that takes."""
+"""Functions that make a function of examples, and the arguments of that function."""
 OTHERS = {
-    # Of operators, matrices and distributions, which have been weighted when they were made.
+    # Functions of operators, matrices and distributions, which were weighted when they were made.
     *("statistics.covariance", "statistics.standard_errors", "statistics.sandwich", "statistics.delta_method"),
     *("statistics.cramer_rao_bound", "statistics.wald_interval", "statistics.hc1", "statistics.hc2", "statistics.hc3"),
     *("geometry.distance", "geometry.covariance_distance", "geometry.mahalanobis_distance", "geometry.renyi_divergence"),
     *("geometry.alpha_divergence", "design.d_criterion", "design.a_criterion", "design.e_criterion"),
     *("design.optimal_weights", "design.exchange", "evidence.tune_prior", "continual.ewc_penalty", "continual.fisher_average"),
     *("forecasts.gaussian_fisher", "forecasts.gaussian_prior", "forecasts.conditional_errors", "forecasts.bias"),
-    # Takes weights of its own; a penalty, which `fit` gives them to; takes weights and a size of pieces at once.
+    # Has weights of its own; a penalty, to which `fit` passes them; takes weights and a batch size in one call.
     *("statistics.cluster_factor", "statistics.firth", "posterior.laplace"),
 }
 ROOMS = ("continual", "design", "evidence", "forecasts", "geometry", "influence", "posterior", "privacy", "statistics")
@@ -70,7 +70,7 @@ TAKEN = {
     "batch_size": lambda name: False,
     "batch_size, of the maker": lambda name: not re.match(r"design|geometry", name),
 }
-"""Which functions take an argument; of the size of pieces, whichever of the two calls it is given to."""
+"""The functions that accept each argument; a batch size may be passed in either of the two calls."""
 
 
 def test_every_function_of_the_rooms_is_in_the_grid():
@@ -85,7 +85,7 @@ def test_every_function_of_the_rooms_is_in_the_grid():
 
 
 def evaluated(function, args, keywords):
-    """Shapes only; what is iterated over and what is given by keyword is known."""
+    """Evaluate a call on shapes only, except for iterables and keywords, whose values are known."""
 
     def run(params):
         return function([params] if isinstance(args[0], list) else params, *args[1:], **keywords)
@@ -110,7 +110,7 @@ def test_what_is_not_taken_is_refused_by_name(given):
         with pytest.raises(TypeError) as raised:
             evaluated(make(**asked), args, {}) if of_maker else evaluated(make(), args, asked)
         maker, said = name.split(".")[-1], str(raised.value)
-        if of_maker:  # Python's own: an option that a function does not have
+        if of_maker:  # Python's own error about an option that a function does not have
             assert f"{maker}() got an unexpected keyword argument '{argument}'" in said
         else:
             expected = rf"{maker}: `{argument}` is .*; expected (none: .*\.|it with the function and not with the data: .*\.)"
@@ -123,7 +123,7 @@ def test_none_is_not_given():
 
 
 def test_pieces_change_no_number():
-    """Of four observations, three at a time; the intervals have the loss and the Fisher of a fit."""
+    """Four observations, three at a time; the intervals use the loss and the Fisher of a fit."""
     weights = np.array([1.0, 0.5, 2.0, 0.0])
     moved = {"level": 0.5, "slope": 0.1}
 
@@ -147,13 +147,13 @@ def test_pieces_change_no_number():
 
 
 def unseen(p, x):
-    """At negative places derivatives do not see what the parameter does."""
+    """A model whose derivatives miss the effect of the parameter at negative inputs."""
     return jf.Normal(p * jnp.maximum(x, 0) + jax.lax.stop_gradient(p) * jnp.minimum(x, 0), 1.0)
 
 
 @pytest.mark.parametrize("given", [{}, {"weights": [1.0, 2.0, 0.0]}, {"weights": np.array([1, 0, 3]), "counts": [2, 1, 4]}])
 def test_a_verdict_is_of_the_examples_that_count(given):
-    """What is wrong with one example fails the check where that has a weight, and is no matter where it is padding."""
+    """A fault at one example fails the check if the example has a weight, and does not matter if it is padding."""
     check = jf.check_fisher(unseen, num_directions=1, num_samples=3072)
     places, padding = np.array([1.0, 0.5, 2.0]), np.asarray(given.get("weights", [1, 1, 1])) == 0
     given = {name: jnp.asarray(value) for name, value in given.items()}
@@ -180,7 +180,7 @@ def test_a_fit_in_pieces():
 
 @pytest.mark.parametrize("name", ["statistics.fit", "geometry.christoffel"])
 def test_nothing_is_filled_in_where_no_weights_are(name):
-    """An example is looked up that stands for padding: of weights that are all equal XLA would do so when it compiles."""
+    """An example is looked up to replace padding; if the weights are constants, XLA would do that while compiling."""
     make, args = MAPPED[name]
 
     def program(**keywords):

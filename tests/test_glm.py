@@ -37,12 +37,12 @@ class Regression:
 
     name: str
     load: Callable[[], Any]
-    """Gives ``(design with a constant, targets, weights or None)``."""
+    """A function that returns ``(design with a constant, targets, weights or None)``."""
     family: Any
     predict: Callable[[Any, float], Any]
     """``(linear predictor, dispersion) -> distribution``."""
     start: Callable[[Any], float]
-    """The mean of the targets to the constant's first value; other coefficients start at zero."""
+    """From the mean of the targets to the initial value of the constant; other coefficients start at zero."""
     dispersion: float = 1.0
 
 
@@ -157,7 +157,7 @@ class Fit:
 
     @property
     def total(self):
-        """The number of observations: what turns our means into the sums of statsmodels."""
+        """The number of observations, by which our means become the sums of statsmodels."""
         design, _, weights = self.data
         return len(design) if weights is None else np.sum(weights)
 
@@ -175,7 +175,7 @@ class Fit:
 
     @functools.cached_property
     def fitted(self):
-        """Their fit from our start, iterated until the deviance is still to rounding."""
+        """The fit of statsmodels from our start, iterated until the deviance changes only by rounding."""
         return self.theirs.fit(start_params=self.start, tol=1e-13, maxiter=100)
 
     @functools.cached_property
@@ -228,14 +228,14 @@ def test_expected_and_observed_information_are_those_of_statsmodels(fit):
 
 
 def test_the_sign_of_their_information():
-    """What the test above works around; it fails on the day that statsmodels changes it."""
+    """The behaviour that the test above works around. This test fails when statsmodels changes it."""
     fit = Fit(REGRESSIONS[0])
     their_information = fit.theirs.information(fit.start, scale=1.0)
     assert relative(-their_information, fit.total * fit.ours(fit.start, 1.0)[0]) < 1e-12
 
 
 def test_natural_gradient_steps_are_the_iterates_of_irls(fit):
-    """Ours with learning rate one, iteratively reweighted least squares written out, and the history of their fit."""
+    """Our steps with learning rate one, iteratively reweighted least squares written out, and statsmodels' iterates."""
     history = fit.fitted.fit_history["params"]  # an infinity, the start, and the iterates
     count = min(STEPS, len(history) - 2)
     assert count >= 4, "enough iterates to compare"
@@ -261,11 +261,11 @@ def irls(fit, beta):
 
 
 def test_standard_errors_are_those_of_their_fit(fit):
-    """``sqrt(diag((n F)^-1))`` at the fit, with their estimate of the dispersion."""
+    """``sqrt(diag((n F)^-1))`` at the fit, with statsmodels' estimate of the dispersion."""
     beta, phi = np.asarray(fit.fitted.params), float(fit.fitted.scale)
     exact = fit.ours(beta, phi)[0]
     errors = np.sqrt(np.diag(np.linalg.inv(fit.total * exact)))
-    # Their weights are those of the iterate before the last.
+    # The weights of statsmodels are those of the last iterate but one.
     assert relative(errors, np.asarray(fit.fitted.bse)) < 1e-7
 
 

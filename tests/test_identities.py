@@ -5,9 +5,9 @@ r"""The identities of information geometry, for every family on a linear model, 
 .. math:: F = E[s s^T] = \nabla^2_q KL(\theta \| q)|_\theta = -E[\nabla^2 \log p], \qquad
     KL(\theta \| \theta + d) = \tfrac12 d^T F d + O(|d|^3).
 
-The library's side is the whole model, differentiated through, traced as `jax.jit` does it and run in NumPy. The other side are
+The library's side differentiates through the whole model, traced as by `jax.jit` and run in NumPy. The other side consists of
 sums over outcomes or quadrature nodes of `oracle`: moments of derivatives of the log-density in the head's raw numbers, pulled
-back by the chain rule in numpy. The log-density itself is held against SciPy in `test_distributions`.
+back by the chain rule in NumPy. `test_distributions` compares the log-density itself with SciPy.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from programs.evaluate import evaluated, traced
 import jaxfisher as jf
 
 HALVINGS = 0.04 * 0.5 ** np.arange(4)
-"""Lengths of the displacements whose remainders give the order: each half the one before."""
+"""Lengths of the displacements, each half of the one before, whose remainders show the order."""
 
 
 def directions(size):
@@ -36,7 +36,7 @@ def directions(size):
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A model at its parameters: what the library says, and what the oracle says, each computed once."""
+    """A model at its parameters: the results of the library and of the oracle, each computed once."""
 
     head: Head
     body: Body
@@ -68,7 +68,7 @@ class Point:
 
     @property
     def has_hessian(self):
-        """Where KL is a long formula or a quadrature its Hessian takes long to trace: it is made on one body, not three."""
+        """Whether to take the Hessian of KL. If KL is a long formula or a quadrature, tracing is slow: only one body does."""
         return self.body.name == "MLP" or self.head.name not in ("Gamma", "Beta", "Dirichlet", "StudentT", "NegativeBinomial")
 
     @functools.cached_property
@@ -81,7 +81,7 @@ class Point:
             """The raw numbers of an example, their first and their second derivatives."""
             return raw(theta, *x), jax.jacobian(raw)(theta, *x), jax.hessian(raw)(theta, *x)
 
-        # Three examples, also where there are no inputs.
+        # Three examples, even if there are no inputs.
         raws, slopes, bends = evaluated(jax.vmap(derivatives, axes, axis_size=3), theta, *self.body.inputs)
         predicted = evaluated(jax.vmap(self.head.predict), raws)
         rules = [self.head.rule(jax.tree.map(lambda leaf, i=i: leaf[i], predicted)) for i in range(3)]
@@ -113,7 +113,7 @@ def raw_moments(head):
     def of_one(raw, nodes, weights):
         log_density, rows = jax.vmap(jax.value_and_grad(log_p), (None, 0))(raw, nodes)
         mass = weights * jnp.exp(log_density)
-        # A node with no mass may lie so far out that its score overflows.
+        # A node without mass may lie so far out that its score overflows.
         rows = jnp.where(mass[:, None] > 0, rows, 0)
         hessian = jax.hessian(lambda raw: jnp.sum(mass * jax.vmap(log_p, (None, 0))(raw, nodes)))(raw)
         return jnp.sum(mass), mass @ rows, rows.T @ (mass[:, None] * rows), hessian
@@ -124,8 +124,8 @@ def raw_moments(head):
 POINTS = [Point(head, body) for head in HEADS for body in BODIES]
 
 
-# Module scope: pytest then runs all tests of one point together, and a worker compiles it once. It does so inside the first
-# test that asks, under the strict promotion of `conftest`.
+# With module scope, pytest runs all tests of one point together, and a worker compiles it once, inside the first test that
+# needs it, under the strict promotion of `conftest`.
 @pytest.fixture(scope="module", params=POINTS, ids=str)
 def point(request):
     return request.param
@@ -184,7 +184,7 @@ def test_half_the_quadratic_form_is_kl_to_third_order(point):
 
 
 def measured_orders(remainders):
-    """``log2`` of the ratio of each remainder to the next, a row a halving."""
+    """``log2`` of the ratio of each remainder to the next, with a row for each halving."""
     return np.log2(np.abs(remainders[:-1] / remainders[1:]))
 
 

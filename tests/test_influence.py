@@ -72,7 +72,7 @@ def test_batches_and_pieces_are_the_whole():
     assert_close(jf.influence(LOG_PROB, F)(params, batches, test, DAMPING)[0], whole)
     assert_close(jf.influence(LOG_PROB, F, batch_size=3)(params, (x, y), test, DAMPING)[0], whole)
     assert_close(jf.influence(LOG_PROB, F, n=22)(params, (x, y), test, DAMPING)[0], whole / 2)
-    # A lone array is data of one entry.
+    # A single array is data with one entry.
     normal = jf.log_likelihood(lambda mu: jf.Normal(mu, 1.0))
     xs = jnp.arange(4.0)
     lone, _ = jf.influence(normal, jf.empirical_fisher(normal)(0.0, xs))(0.0, [xs[:1], xs[1:]], xs[:2], 1.0)
@@ -109,7 +109,7 @@ def test_leaving_one_out_of_a_linear_regression():
 
 
 def test_leaving_one_out_of_a_logistic_regression_to_first_order():
-    """Retrained by Newton's method in NumPy, with each example's weight changed by a little."""
+    """The model is retrained by Newton's method in NumPy, with the weight of each example changed a little."""
     rng = np.random.default_rng(1)
     x, y = rng.normal(size=(20, 2)), rng.integers(0, 2, 20).astype(float)
     ridge, eps = 0.1, 1e-4
@@ -143,7 +143,7 @@ def test_tracin_is_the_sum_over_checkpoints():
 
 
 def test_the_matrix_of_a_large_layer_holds_no_gradients():
-    """XLA's own account: 64 examples of 512 x 512 weights would be 64 MiB, the solved vectors of two are 2 MiB."""
+    """By XLA's own account: gradients of 64 examples of 512 x 512 weights take 64 MiB, two solved vectors 2 MiB."""
     params = {"w": jnp.zeros((512, 512), jnp.float32), "v": jnp.ones(512, jnp.float32)}
     log_prob = jf.log_likelihood(lambda p, x: jf.Normal(jnp.tanh(x @ p["w"]) @ p["v"], jnp.ones((), jnp.float32)))
     x, y = jnp.ones((64, 512), jnp.float32), jnp.ones(64, jnp.float32)

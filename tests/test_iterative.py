@@ -107,7 +107,7 @@ def test_negative_curvature_is_seen():
     assert info.converged and not info.indefinite
 
 
-@pytest.mark.parametrize("scale", [2.0**-40, 2.0**40])  # nothing is rounded otherwise
+@pytest.mark.parametrize("scale", [2.0**-40, 2.0**40])  # powers of two do not change rounding
 def test_the_stopping_rule_knows_no_scale(scale):
     F, _ = stretched()
     v = np.cos(np.arange(40))
@@ -188,7 +188,7 @@ FORMS = {"scores": lambda F: F, "dense": jf.dense, "prior": lambda F: F + jf.sca
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("shape", [(60, 40), (25, 40)])
 def test_a_path_of_dampings(name, shape):
-    """Every solution as by itself, the minimum-norm one at zero; one eigendecomposition for all others in the program."""
+    """Every solution equals that of a single solve, with minimum norm at zero; the others share one eigendecomposition."""
     n, p = shape
     rank = min(shape)
     u, v = (np.linalg.qr(numbers(seed, size, rank))[0] for seed, size in ((0, n), (1, p)))
@@ -222,7 +222,7 @@ def test_what_underflows_of_a_path_is_no_solution(n):
 
 
 def test_a_solution_of_a_path_takes_three_products_with_the_scores():
-    """Where no correction is due: one that makes it of its coordinates in the rows, and two for its residual."""
+    """Without a correction: one product for the solution from its coordinates in the rows, and two for its residual."""
     n, shape = 128, (30, 40)
     args = [jax.ShapeDtypeStruct(size, jnp.float32) for size in (shape, (n, shape[0]), (n, shape[1]), shape)]
 
@@ -234,13 +234,13 @@ def test_a_solution_of_a_path_takes_three_products_with_the_scores():
         return jax.jit(path).lower(*args, jax.ShapeDtypeStruct((k,), jnp.float32)).compile().cost_analysis()["flops"]
 
     products = (flops(5) - flops(3)) / 2 / (2 * n * shape[0] * shape[1])
-    # Products with the eigenvectors, n x n, and what is done to each number of a solution.
+    # Products with the n x n eigenvectors, and elementwise operations on a solution.
     assert 3 <= products < 4, products
 
 
 @pytest.mark.parametrize(("center", "batch_size"), [(False, None), (True, None), (True, 3)])
 def test_lsmr_on_the_scores_of_a_network(center, batch_size):
-    """Held as factors, centred and in pieces: the iteration transposes the product with each."""
+    """Scores as factors, centred and in pieces: the iteration transposes the product with each."""
     params, x, y, _, rows = reference()
     scores = jf.scores(jf.log_likelihood(classifier), center=center, batch_size=batch_size)(params, x, y)
     e = np.cos(np.arange(len(rows)))
@@ -283,7 +283,7 @@ def test_iterations_know_no_scale(name, form, dtype):
     damping, v = 0.05, x.T @ numbers(4, 12)
     expected = np.linalg.solve(x.T @ x / 12 + damping * np.eye(5), v)
     exponents = [(0, 0), (0, -95), (0, 95), (-15, -60), (15, 60), (60, 60)]
-    # Beyond are neither dampings of that size nor preconditioners, which hold squares of scores.
+    # Dampings of that size are beyond float32, and so are preconditioners, which contain squares of scores.
     exponents += [(-49, -60), (69, 69)] * (name == "cg")
     scales = np.array([(2.0**s, 2.0**b) for s, b in exponents])
     data = [np.stack([x * s for s, _ in scales]), np.stack([v * b for _, b in scales]), damping * scales[:, 0] ** 2]
@@ -316,7 +316,7 @@ def test_iterations_over_nan_give_nan(name):
 
 @pytest.mark.parametrize("name", ["nystrom", "partial cholesky", "diagonal"])
 def test_cg_stays_where_it_was_best(name):
-    """Part of the right-hand side is out of reach, and there is no damping: the iteration would go off along the null space."""
+    """Part of the right-hand side is outside the range, without damping: the iteration would diverge along the null space."""
     x = jnp.asarray(numbers(3, 80, 50) * (np.arange(50) < 7))
     v = numbers(6, 50)
     view = {"nystrom": lambda F: jf.nystrom(F, jax.random.key(0), 1), "partial cholesky": lambda F: jf.partial_cholesky(F, 5)}
@@ -336,6 +336,6 @@ def test_a_damping_is_a_finite_number():
     for solver in (None, jf.CG(), jf.LSMR()):
         with pytest.raises(ValueError, match=r"`damping` is inf; expected a finite number"):
             jf.solve(F, jnp.ones(40), np.inf, solver=solver)
-        # One that is known only at run time is not refused, and its answer is not taken for one.
+        # An infinite damping at run time is not refused, and its result does not count as converged.
         _, info = jax.jit(lambda F, v, d, solver=solver: jf.solve(F, v, d, solver=solver))(F, jnp.ones(40), jnp.inf)
         assert not info.converged and not info.finite

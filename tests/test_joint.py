@@ -46,14 +46,14 @@ def model(params, x):
 
 @functools.cache
 def targets():
-    """Targets in the model's container, and by the names of its heads."""
+    """The targets in the model's container, and by the names of its heads."""
     rng = np.random.default_rng(1)
     parts = {"label": rng.integers(0, 3, N), "box": rng.standard_normal((N, 2)), "count": rng.poisson(1.0, N)}
     return {"label": parts["label"], "rest": (parts["box"], parts["count"])}, parts
 
 
 def joint_scores(y):
-    """The score of the sum of the heads' log-densities, written by hand, an example a row."""
+    """The score of the sum of the heads' log-densities, written by hand, with one row per example."""
 
     def log_prob(p, x, label, box, count):
         h = hidden(p, x)
@@ -124,7 +124,7 @@ def test_draws_of_several_heads_give_the_fisher():
 
 
 def test_every_view_and_a_step_of_kfac():
-    """A view is that of the sum; a step runs, jitted, and lowers the loss."""
+    """A view is that of the sum, and a jitted step runs and lowers the loss."""
     y, parts = targets()
     dense = dense_fisher()
 
@@ -167,7 +167,7 @@ def test_what_a_joint_says_is_the_sum_of_its_parts():
 
 
 def test_a_head_may_be_masked():
-    """A sequence in padding beside a number; what the padding holds does not count."""
+    """A padded sequence beside a number; the content of the padding does not matter."""
 
     def ragged(params, x, length):
         logits = jnp.stack([hidden(params, x), 2 * x @ params["w"]])

@@ -20,7 +20,7 @@ EPS = float(np.finfo(float).eps)
 RNG = np.random.default_rng(2019)
 X = RNG.lognormal(0.0, 0.75, 200)
 NOISE = RNG.standard_normal(200)
-NOISE -= X * (X @ NOISE) / (X @ X)  # no noise along x: least squares through the origin gives SLOPE itself
+NOISE -= X * (X @ NOISE) / (X @ X)  # without noise along x, least squares through the origin gives SLOPE itself
 SLOPE = 2.0
 
 
@@ -57,7 +57,7 @@ def test_the_exact_step_solves_from_anywhere_and_the_empirical_one_is_off_by_a_k
 
 
 def test_the_empirical_step_shrinks_with_distance_and_overshoots_near_the_optimum():
-    """Far away ``r = -distance x``: the step falls as 1/distance. Near the optimum it is 1/noise^2 times too long."""
+    """Far away ``r = -distance x``, and the step falls as 1/distance. Near the optimum the step is 1/noise^2 times too long."""
     y = SLOPE * X + 0.1 * NOISE
     size = {}
     for distance in (1e-3, 10.0, 100.0):
@@ -99,7 +99,7 @@ def test_descent_with_the_empirical_fisher_needs_many_steps_where_the_exact_one_
 
 
 def test_the_square_of_a_batch_mean_is_not_a_fisher():
-    """Two scores of one and minus one: their mean is zero and so is its square, while the mean of their squares is one."""
+    """Two scores, one and minus one: the square of their mean is zero, while the mean of their squares is one."""
     log_prob = jf.log_likelihood(lambda mu: jf.Normal(mu, 1.0))
     data = jnp.array([1.0, -1.0])
     gradient = jax.grad(lambda mu: jnp.mean(jax.vmap(log_prob, (None, 0))(mu, data)))(0.0)
