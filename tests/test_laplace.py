@@ -60,7 +60,7 @@ def inverse(posterior):
 
 @pytest.mark.parametrize("prior", PRIORS)
 def test_bayesian_linear_regression(prior):
-    """Nothing is approximated: covariance, evidence with its derivative, and predictions are those of the closed form."""
+    """Without an approximation, covariance, evidence with its derivative, and predictions are those of the closed form."""
     x, y, design = regression()
     covariance, _ = solved(prior)
     posterior = fitted(prior)
@@ -136,7 +136,7 @@ def jacobian():
 
 @functools.cache
 def asked(view):
-    """What a posterior under a view is asked for, as one program."""
+    """The quantities of a posterior under a view, as one program."""
 
     def run(params, x, y, alpha):
         posterior = jf.laplace(network, params, x, y, prior=alpha, view=VIEWS[view])
@@ -243,7 +243,7 @@ def test_the_tuned_prior_has_the_largest_evidence(prior):
 
 
 def test_one_prior_a_parameter_is_tuned_away_where_the_data_do_not_want_it():
-    """The third weight is small beside its error: its precision grows."""
+    """The third weight is small beside its error, so its precision grows."""
     tuned = jf.tune_prior(fitted("a parameter"), max_steps=20)
     assert tuned.log_evidence() > fitted("a parameter").log_evidence()
     assert np.argmax(np.asarray(tuned.prior["w"]) / PRIORS["a parameter"]["w"]) == np.argmin(
@@ -275,7 +275,7 @@ def test_a_model_without_inputs_and_another_fisher():
 
 
 def largest(jaxpr):
-    """The size of the largest array that a program makes, those inside of it included."""
+    """The size of the largest array that a program makes, including those of inner programs."""
     sizes = [0]
     for equation in jaxpr.eqns:
         sizes += [var.aval.size for var in equation.outvars if hasattr(var.aval, "size")]
@@ -286,7 +286,7 @@ def largest(jaxpr):
 
 
 def test_the_derivatives_of_all_outputs_are_never_there_at_once():
-    """For 2,000 examples and 50 outputs of 42,000 parameters they would be 4 billion numbers."""
+    """The rows of 2,000 examples with 50 outputs over 42,000 parameters would be 4 billion numbers."""
     wide = lambda p, x: jf.Categorical(logits=jnp.tanh(x @ p["w1"]) @ p["w2"])  # noqa: E731
     shapes = {"w1": (300, 120), "w2": (120, 50)}
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
@@ -345,7 +345,7 @@ def test_bad_input_is_named():
 
 
 def test_complex_parameters_are_two_real_ones_each():
-    """The same posterior as with real and imaginary parts as leaves of their own."""
+    """The posterior is the same as with real and imaginary parts as separate leaves."""
     x, y, _ = regression()
     whole = {"w": jnp.array([0.3 + 0.2j, -0.5j, 0.1 + 0j])}
     parts = {"im": whole["w"].imag, "re": whole["w"].real}

@@ -21,7 +21,7 @@ NOISE = 0.7
 
 
 def published(fisher):
-    """KFAC as it was published, which is theirs: means of ``a a^T`` and ``g g^T``. Ours has the trace of the layer besides."""
+    """KFAC as published, and as in laplace-torch: means of ``a a^T`` and ``g g^T``. Ours is scaled to the layer's trace."""
     view = jf.kronecker(fisher)
     blocks = (
         dataclasses.replace(block, outputs=block.outputs / block.unit[:, None, None], unit=jnp.ones_like(block.unit))

@@ -1,4 +1,4 @@
-"""`jf.check_laws` sees what is broken in a family (of operators: tests/test_operators.py), and says what it does not take."""
+"""`jf.check_laws` finds faults in a family (for operators, see tests/test_operators.py), and says what it does not accept."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -21,12 +21,12 @@ OMEGA = OMEGA / OMEGA.sum()
 
 
 def close(actual, expected, size, what):
-    """Within a hundred roundings of ``size``, entry by entry: what the absolute values of the terms add up to."""
+    """Compare up to a hundred roundings of ``size``, entry by entry, which is the sum of the absolute values of the terms."""
     actual = np.asarray(actual)
     assert actual.shape == expected.shape, what
     info = np.finfo(actual.dtype)
     excess = np.abs(np.asarray(actual, np.float64) - expected) - 100 * (info.eps * size + float(info.tiny))
-    # Written so that a NaN is too much.
+    # Written so that a NaN fails.
     assert np.all(excess <= 0), f"{what}: {np.max(excess)} too far, of {np.max(size)}"
 
 
@@ -38,7 +38,7 @@ def vectors(size, count):
 
 
 def asked(scores, v, w):
-    """Everything that scores are asked for."""
+    """All quantities of scores."""
     return {
         "as_matrix": scores.as_matrix(),
         "mv": scores.mv(scores.spec.unravel(v)),
@@ -50,7 +50,7 @@ def asked(scores, v, w):
 
 
 def dense(rows, v, w):
-    """The same of dense rows."""
+    """The same quantities of dense rows."""
     return {
         "as_matrix": rows,
         "mv": rows @ v,
@@ -67,7 +67,7 @@ def given(scores, dtype):
 
 
 def answers_of(cases, dtype):
-    """What cases give, by one compiled program."""
+    """The quantities of several cases, by one compiled program."""
 
     @jax.jit
     def run(held):
@@ -86,7 +86,7 @@ def check(made, rows, sizes, what):
     """Every quantity against that of dense rows."""
     v, w = vectors(rows.shape[1], rows.shape[0])
     expected, terms = dense(rows, v, w), dense(sizes, np.abs(v), np.abs(w))
-    # Products of factors round by the lengths of both rows, however their entries meet.
+    # The rounding error of a product of factors is relative to the lengths of both rows, however their entries meet.
     lengths = np.linalg.norm(sizes, axis=1)
     terms["gram"] = lengths[:, None] * lengths[None, :]
     for name, value in made.items():
@@ -163,7 +163,7 @@ KINDS = {
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_inner_products_of_factors_that_deviate_from_constants(dtype, by_row):
-    """Of gradients less a constant, which need not be their mean: one that each row has, and another block of rows another."""
+    """Gradients less a constant, which need not be their mean: rows of one block share it, and another block has another."""
     rng = np.random.default_rng(7)
     given, expected = {}, {}
     for name, (left, right, groups, positions) in KINDS.items():

@@ -1,4 +1,4 @@
-"""Compiled programs hold no per-example weight gradient, and stay below the memory they are allowed."""
+"""Compiled programs contain no per-example weight gradient, and stay below their memory limit."""
 
 import functools
 import itertools
@@ -20,7 +20,7 @@ from jaxfisher._varying import linear_solve
 WIDTHS = (64, 1024, 1024, 10)
 N = 256
 SMALLEST = N * 1024 * 10
-"""The gradients of the smallest weight for all examples; of the first weight it is 16.8 million numbers, of the second 268."""
+"""The size of all examples' gradients of the smallest weight; for the first weight it is 16.8 million, for the second 268."""
 
 
 def shape(*sizes, dtype=jnp.float32):
@@ -47,7 +47,7 @@ def mean_loss(params, x, y):
 
 
 def plain_gram(params, x, y):
-    """The control: what the walkers must find."""
+    """The control: a program with gradients that the checks must find."""
     gradients = jax.vmap(jax.grad(LOG_PROB), (None, 0, 0))(params, x, y)
     return sum(g.reshape(N, -1) @ g.reshape(N, -1).T for g in jax.tree.leaves(gradients))
 
@@ -61,7 +61,7 @@ PROGRAMS = {
 
 
 def equations(jaxpr):
-    """All equations of a jaxpr and of those inside it, walked without knowing any primitive."""
+    """All equations of a jaxpr and of the jaxprs inside it, found without knowing any primitive."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
@@ -71,13 +71,13 @@ def equations(jaxpr):
 
 
 def largest_value(function, *args):
-    """How many numbers the largest intermediate of a function's jaxpr has."""
+    """The number of entries of the largest intermediate array in a function's jaxpr."""
     closed = jax.make_jaxpr(function)(*args)
     return max(math.prod(var.aval.shape) for eqn in equations(closed.jaxpr) for var in eqn.outvars)
 
 
 def largest_buffer(text):
-    """How many numbers the largest array named in a compiled program has, inside fusions too."""
+    """The number of entries of the largest array in a compiled program, including those inside fusions."""
     found = re.findall(r"\b(?:f|s|u|bf|pred|c)[0-9]*\[([0-9,]+)\]", text)
     return max(math.prod(map(int, sizes.split(","))) for sizes in found)
 
@@ -104,24 +104,24 @@ def test_no_weight_gradient_of_every_example_is_ever_there(name):
 def test_a_natural_gradient_takes_little_more_memory_than_a_gradient():
     plain = temporary(jax.grad(mean_loss), PARAMS, *DATA)
     step = compiled("natural gradient").memory_analysis().temp_size_in_bytes
-    # The solution, and what it is corrected by.
+    # The solution, and its correction.
     vectors = 2 * 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(PARAMS))
     assert step < 2 * plain + 3 * N * N * 4 + vectors, (step, plain)
     assert compiled("plain gram").memory_analysis().temp_size_in_bytes > 50 * step, "the control"
 
 
 def instructions(text):
-    """How many instructions a compiled program has, inside fusions too."""
+    """The number of instructions of a compiled program, including those inside fusions."""
     return len(re.findall(r"^\s+(?:ROOT )?%?[\w.\-]+ = ", text, re.M))
 
 
 def operations(lowered):
-    """How many operations a program has before XLA optimises it."""
+    """The number of operations of a program before XLA optimises it."""
     return len(re.findall(r"^\s*%.* = ", lowered.as_text(), re.M))
 
 
 def test_a_step_is_a_small_program():
-    """A damping above zero needs no eigenvectors, and a solution that is not refined no second product."""
+    """A damping above zero needs no eigenvectors, and a solution that is not refined needs no second product."""
     args = [(shape(i, o), shape(o)) for i, o in itertools.pairwise((64, 256, 256, 10))], *DATA
     lean = jax.jit(jf.natural_grad(LOG_PROB, damping=1e-3, rtol=math.inf)).lower(*args)
     refined = jax.jit(lambda d, *args: jf.natural_grad(LOG_PROB, damping=d)(*args)).lower(shape(), *args)
@@ -129,8 +129,8 @@ def test_a_step_is_a_small_program():
     eigen = re.compile("syevd")
     assert not eigen.search(lean.as_text()) and not eigen.search(refined.as_text())
     assert eigen.search(whole.as_text()), "the control: at zero damping eigenvectors are needed"
-    # What we hand to XLA is the same on every version; how often XLA then writes an instruction into several fusions is not:
-    # of the two it makes 588 and 1,044 by the older code generator, and 618 and 1,247 by the newer one.
+    # The program before XLA is the same on every version. How often XLA copies instructions into several fusions is not: the
+    # two programs have 588 and 1,044 by the older code generator, and 618 and 1,247 by the newer one.
     assert operations(lean) < 510, operations(lean)
     assert operations(refined) < 715, operations(refined)
     for text in (lean.as_text(), refined.as_text()):
@@ -141,7 +141,7 @@ def test_a_step_is_a_small_program():
 
 
 def test_a_solve_is_half_the_program_where_its_damping_is_known_to_be_positive():
-    """So it is in an optimiser, whatever the damping: no eigenvectors, and no choice between factors."""
+    """The same holds in an optimiser with any damping: no eigenvectors, and no choice between factors."""
     args = [(shape(i, o), shape(o)) for i, o in itertools.pairwise((64, 256, 256, 10))], *DATA
     fisher = jf.empirical_fisher(LOG_PROB)
     optimiser = jf.natural_gradient(1.0, 1e-3)
@@ -159,7 +159,7 @@ def test_a_solve_is_half_the_program_where_its_damping_is_known_to_be_positive()
 
 
 def test_a_step_of_kfac_is_a_small_program():
-    """What is drawn takes no threefry, and factors of one size share one body, with one Cholesky factor in it.
+    """Drawing needs no threefry, and factors of one size share one function with one Cholesky factor in it.
 
     No product of matrices has a single row: XLA's CPU backend compiles each for twenty times as long as a sum.
     """
@@ -174,14 +174,14 @@ def test_a_step_of_kfac_is_a_small_program():
 
 
 def test_a_layer_takes_one_product_with_a_vector():
-    """Its bias is the weight of an input of one, and no product of its own."""
+    """The bias is the weight of an input of one, and takes no product of its own."""
     scores = jax.eval_shape(jf.scores(LOG_PROB), PARAMS, *DATA)
     text = jax.jit(lambda scores, v: scores.mv(v)).lower(scores, PARAMS).as_text()
     assert text.count("dot_general") == len(PARAMS)
 
 
 def test_forms_are_traced_once(monkeypatch):
-    """Of a network so large that their shapes are asked for first, to say how many examples to take at a time."""
+    """The network is so large that the shapes of the forms are needed first, to choose the batch size."""
     made, leaf_forms = [], making.leaf_forms
     monkeypatch.setattr(making, "leaf_forms", lambda *args: made.append(args) or leaf_forms(*args))
     jax.eval_shape(jf.scores(jf.log_likelihood(lambda *args: model(*args))), PARAMS, *DATA)
@@ -189,7 +189,7 @@ def test_forms_are_traced_once(monkeypatch):
 
 
 def counted():
-    """A model, and a list with an entry for each time that it has been traced."""
+    """A model, and a list with an entry for each trace of it."""
     traces = []
 
     def model(params, x):
@@ -205,12 +205,12 @@ def small_problem():
 
 
 SUMS = {"diagonal": (jf.diagonal, 1), "kronecker": (jf.kronecker, 1), "eigen-kronecker": (jf.eigen_kronecker, 3)}
-"""Views, and how many sums over pieces each takes: for eigenvalues one for each of two layers."""
+"""Views, and the number of sums over pieces that each takes; eigenvalues take one for each of two layers."""
 
 
 @pytest.mark.parametrize("name", SUMS)
 def test_a_model_is_traced_once_for_all_pieces(name):
-    """For the shapes and for the numbers of a sum. Otherwise for the shapes of what is held, and when it was first checked."""
+    """One trace serves for the shapes and the numbers of a sum. Two more are for the shapes of the forms, and for a check."""
     model, traces = counted()
     params, x, y = small_problem()
     (view, sums), log_prob = SUMS[name], jf.log_likelihood(model)
@@ -218,25 +218,25 @@ def test_a_model_is_traced_once_for_all_pieces(name):
     assert len(traces) <= 2 + sums
     del traces[:]
     jax.eval_shape(lambda params: view(jf.exact_fisher(model, batch_size=2)(params, x)), params)
-    # Each time the seeds of an example's rows and a row; and, once, what its fields move with.
+    # Each time the seeds of an example's rows and a row are traced, and once the dataflow of the fields.
     assert len(traces) <= 1 + 2 * (2 + sums)
 
 
 def test_a_view_that_is_not_due_is_not_traced_again():
-    """It is traced for its structure, and what was traced then is what runs where it is due."""
+    """The view is traced for its structure, and that trace also runs in the branch that makes the view."""
     model, traces = counted()
     params, *data = small_problem()
     opt = jf.kfac(jf.exact_fisher(model)(params, data[0]))
     state = opt.init(params)
     del traces[:]
     jax.eval_shape(jf.training_step(model, opt), params, state, *data)
-    # The loss and its gradient, the cost of the model, the model of the loss twice, what fields move and how many there are, a
-    # row of the factors, and the loss of the new parameters.
+    # The loss and its gradient, the cost of the model, the quadratic model of the loss twice, which fields move and how many
+    # there are, a row of the factors, and the loss of the new parameters.
     assert len(traces) <= 8
 
 
 def test_what_solves_is_traced_once():
-    """JAX asks for what solves with the transpose as well, which is the same function."""
+    """JAX also needs the solve with the transpose, which is the same function."""
     traced = []
 
     def iterate(product, b):
@@ -248,18 +248,18 @@ def test_what_solves_is_traced_once():
 
 
 def test_a_step_of_many_examples_takes_little_more_memory_than_a_gradient():
-    """Twice a gradient's, three Gram matrices and four vectors of the parameters, where the network is small."""
+    """At most twice the memory of a gradient, three Gram matrices and four vectors of the parameters, for a small network."""
     n, params = 512, [(shape(i, o), shape(o)) for i, o in itertools.pairwise((64, 256, 256, 10))]
     data = shape(n, 64), shape(n, dtype=jnp.int32)
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     bound = 2 * temporary(jax.grad(mean_loss), params, *data) + 3 * n * n * 4 + 4 * size * 4
     step, lean = (temporary(jf.natural_grad(LOG_PROB, damping=1e-3, rtol=rtol), params, *data) for rtol in (None, math.inf))
-    # What refines is in a branch of its own, around which no matrix is copied.
+    # The refinement is in a branch of its own, around which no matrix is copied.
     assert max(step, lean) <= bound, (step, lean, bound)
 
 
 def flops(function, *args):
-    """What the compiled program computes, as XLA counts it."""
+    """The floating point operations of the compiled program, as XLA counts them."""
     return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
 
 
@@ -268,13 +268,13 @@ def exact_rows(params, x):
 
 
 def test_an_exact_fisher_runs_the_model_once_an_example():
-    """Every weight is met once an example going forward, and all but the first once for each of ten rows going back."""
+    """Each example meets every weight once in the forward pass, and all but the first once for each of ten rows going back."""
     first, *rest = (math.prod(weight.shape) for weight, _ in PARAMS)
     least = 2 * N * (first + sum(rest) + 10 * sum(rest))
     assert least <= flops(exact_rows, PARAMS, DATA[0]) < 1.03 * least
 
     def by_row(params, x):
-        """The control: inputs that differ between the rows, the model is run for each."""
+        """The control: with inputs that differ between the rows, the model runs for each of them."""
 
         def row(k, x):
             logits, pull = jax.vjp(lambda p: model(p, x + k).logits, params)
@@ -286,7 +286,7 @@ def test_an_exact_fisher_runs_the_model_once_an_example():
 
 
 def test_inner_products_of_centred_scores_cost_little_more():
-    """One product of matrices more for each layer: that of its bias, which is no longer joined to it."""
+    """One more matrix product for each layer: that of its bias, which is no longer joined to it."""
     params, x = [(shape(i, o), shape(o)) for i, o in itertools.pairwise((128, 128, 128, 128))], shape(256, 128)
     plain, centred = (
         flops(lambda p, x, c=c: jf.scores(lambda p, x: jnp.sum(model(p, x).logits), center=c)(p, x).gram(), params, x)
@@ -304,11 +304,11 @@ def test_rows_of_an_exact_fisher_share_their_inputs():
         assert form.right.shape == (N, 10, 1, 1, leaf.shape[1])
 
 
-# Memory that is bounded.
+# Limits on memory.
 
 
 def sequence(params, x, y):
-    """A network over 64 positions that share their weights."""
+    """A network over 64 positions that share the weights."""
     return jnp.sum(y * jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]))
 
 
@@ -339,7 +339,7 @@ BOUNDED = {
 
 
 def quantities(params):
-    """The products that a bound holds for; vectors are made on the spot."""
+    """The quantities for which the limit holds, with vectors made inside the program."""
     return {
         "mv": lambda s, w: s.mv(jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), params)),
         "rmv": lambda s, w: s.rmv(w),
@@ -406,7 +406,7 @@ def test_bounds_are_checked():
             function(log_prob, max_bytes=1000)(params, *data)
         needed = int(re.findall(r"take ([0-9,]+)", str(raised.value))[0].replace(",", ""))
         assert needed > 64 * 48 * 8
-    # What the message says is enough for one example at a time, and one byte less is not.
+    # The number of bytes in the message is enough for one example at a time, and one byte less is not.
     made = jf.scores(log_prob, max_bytes=needed)(params, *data)
     assert made.batch_size == 1
     expected = np.asarray(jf.scores(log_prob)(params, *data).as_matrix())
@@ -420,7 +420,7 @@ def test_bounds_are_checked():
 
 
 def test_a_large_gram_matrix_is_compiled():
-    """In a process of its own: a plain choice of triangles made the optimising compiler of jax 0.10 run out of stack here."""
+    """In a separate process: choosing triangles by `where` made the optimising compiler of jax 0.10 run out of stack here."""
     program = (
         "import jax, jax.numpy as jnp; from jaxfisher._linalg import mirrored;"
         "print(jax.jit(mirrored).lower(jax.ShapeDtypeStruct((1024, 1024), jnp.float32)).compile() is not None)"

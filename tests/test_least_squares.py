@@ -34,7 +34,7 @@ def by_lstsq(scores, e, damping):
 
 
 def test_centred_rows_do_not_feel_what_all_numbers_have_in_common():
-    """As of local energies far from zero: over a small damping it would be large, and its rounding would be in the fit."""
+    """As with local energies far from zero: divided by a small damping, the rounding errors of the mean would spoil the fit."""
     params, spins, e, weights = problem(7, 3, jnp.float32, np.random.default_rng(1))
     scores = jf.scores(log_psi, center=True)(params, spins, weights=weights)
     x, _ = compiled(lambda s, e: jf.least_squares(s, e, 1e-3))(scores, e + 100)
@@ -56,7 +56,7 @@ def test_the_fit_is_that_of_the_stacked_system(rows, width, center):
 
 
 def test_a_small_damping_does_not_magnify_the_rounding_of_the_right_hand_side():
-    """With fewer rows than parameters: here the solve for the formed right-hand side is off by more than a thousandth."""
+    """With fewer rows than parameters, where solving for the formed right-hand side is off by more than a thousandth."""
     keys = jax.random.split(jax.random.key(0), 4)
     params = [jax.random.normal(key, shape, jnp.float32) / 6 for key, shape in zip(keys, [(40, 30), (30, 30)], strict=False)]
     spins = jax.random.rademacher(keys[2], (32, 40), jnp.float32)
@@ -74,7 +74,7 @@ def test_a_small_damping_does_not_magnify_the_rounding_of_the_right_hand_side():
 
 
 def test_what_rounding_leaves_is_a_number():
-    """Refined until the square of what is left is zero, of which one number in two was none."""
+    """Refine until the square of the residual underflows to zero: its root must not become a NaN."""
     fit = compiled(lambda p, s, e, damping: jf.least_squares(jf.scores(log_psi)(p, s), e, damping, rtol=0.0))
     for seed in range(4):
         params, spins, e, _ = problem(7, 30, jnp.float32, np.random.default_rng(seed))

@@ -1,4 +1,4 @@
-"""What shapes a state: an operator, one without values, a function, or a training step that knows the model and a batch."""
+"""Ways to give the structure of a state: an operator, one without values, a function, or a training step with a batch."""
 
 import chex
 import jax
@@ -44,7 +44,7 @@ def test_no_value_of_like_is_looked_at(maker, way):
 
 
 def over_steps(opt):
-    """`gradient_transformation()` of this takes no keywords."""
+    """Accumulation over steps, which passes keywords on; `MultiSteps.gradient_transformation()` takes none."""
     steps = optax.MultiSteps(opt, 2)
     return optax.GradientTransformationExtraArgs(steps.init, steps.update)
 
@@ -75,7 +75,7 @@ def test_a_part_of_the_parameters():
     opt = optax.masked(jf.scale_by_fisher(0.1, view=jf.kronecker, decay=0.9), {"hidden": True, "out": False})
     step = jf.training_step(classifier, opt)
     state = step.init(params, x, y, weights=jnp.ones(len(y)))
-    # The factors of the one layer, that of the inputs without the bias and with its row apart, and what these are means over.
+    # The factors of the one layer, with the row of the bias stored separately, and the counts of the means.
     inputs = {(1, 3, 3), (1, 3, 1), (1, 1, 1)}
     assert {leaf.shape for leaf in jax.tree.leaves(state.inner_state.mean)} == inputs | {(1, 4, 4), (1,)}
     jax.eval_shape(step, params, state, x, y)

@@ -1,4 +1,4 @@
-"""Loops: what a step does with a carry decides whether its sum over the steps may wait; scores agree with plain gradients."""
+"""Loops: a gradient in a carry may be summed after the loop only if no step reads it; scores agree with plain gradients."""
 
 import itertools
 
@@ -21,7 +21,7 @@ STEPS = {
     "residual": lambda w, c, z: c + jnp.tanh(c @ w),
     "recurrent": lambda w, c, z: jnp.tanh(c + z @ w),
 }
-"""From a weight, a carry and an input to the next carry: of the gradient, to the carry before."""
+"""Steps from a weight, a carry and an input to the next carry."""
 
 READS = {
     "nothing": lambda w, old, new: jnp.zeros(()),
@@ -29,14 +29,15 @@ READS = {
     "the new carry": lambda w, old, new: jnp.sum(new**2),
     "both, with the weight": lambda w, old, new: jnp.sum((old @ w) * new),
 }
-"""What a step puts out."""
+"""What a step reads for its output."""
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_carry_is_left_to_be_summed_afterwards_only_where_nothing_reads_it(name):
-    """Every way to change a carry with all that is read of it, a start learnt or not, and inputs scanned over or closed over.
+    """Every way to change a carry, with every way to read it, a start that is learnt or not, and inputs scanned or closed over.
 
-    Each of the four with each two of the others, but for a start and an input that are both the one or both the other.
+    For each step and read there are two of the four combinations of start and input: in turn those whose flags are equal, and
+    those whose flags differ.
     """
 
     def log_prob(reads, learnt, scanned):

@@ -1,4 +1,4 @@
-"""The information on some parameters where the others are unknown, and what people type first of an operator."""
+"""The information on some parameters if the others are unknown, and the attributes of operators that people try first."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def test_nuisance_parameters_that_the_data_do_not_determine_take_nothing_away():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_what_some_parameters_are_known_to_does_not_change_where_the_others_are_dropped(dtype):
-    """Of any rank and in any units, against the pseudo-inverse of the design in NumPy; what is no row of it is not known."""
+    """Of any rank and in any units, against the pseudo-inverse of the design in NumPy; other directions are unknown."""
     rng = np.random.default_rng(2)
     errors_of = jax.jit(
         lambda matrix, like: jf.standard_errors(jf.marginal(jf.from_matrix(matrix, like), lambda p: "a" in p), n=1)

@@ -1,4 +1,4 @@
-"""A distribution over part of the positions: closed forms, sums over outcomes, and nothing from where the mask is false."""
+"""A distribution over some positions: closed forms, sums over outcomes, and no effect of positions where the mask is false."""
 
 import functools
 
@@ -36,12 +36,12 @@ GOOD = np.array([0.3, 0.0, -0.7])
 
 
 def spoiled(tree, rubbish):
-    """The second member, which does not count, is rubbish."""
+    """The tree with rubbish in the second member, which is masked."""
     return jax.tree.map(lambda leaf: leaf.at[1].set(rubbish), tree)
 
 
 def masked(name, rubbish):
-    """A family, and its members that count beside one that is rubbish."""
+    """A family, and the same masked, with rubbish in the masked member."""
     plain = FAMILIES[name](GOOD)
     return plain, jf.Masked(spoiled(plain, rubbish), MASK)
 
@@ -54,7 +54,7 @@ def draws(name):
 
 @functools.cache
 def answers(name):
-    """What is compared of a family, as a function of the rubbish: traced once for every kind of it."""
+    """The compared quantities of a family, as a function of the rubbish: traced once for every kind of it."""
 
     def total(inside, x):
         return jnp.sum(jf.Masked(inside, MASK).log_prob(x))
@@ -63,7 +63,7 @@ def answers(name):
     def of(rubbish, drawn, x):
         plain, bad = masked(name, rubbish)
         other = jax.tree.map(lambda leaf: 1.01 * leaf, plain)
-        # Not the same in both: a divergence that does not look at the mask would be zero there.
+        # The rubbish differs in both: otherwise a divergence that ignores the mask would be zero there.
         inside, inside_other = bad.distribution, spoiled(other, -rubbish)
         bad_x = spoiled(x, -7 if jnp.issubdtype(x.dtype, jnp.integer) else rubbish)
         return {
@@ -85,7 +85,7 @@ def test_only_what_the_mask_lets_through_counts(name, rubbish):
     rubbish = np.float64(RUBBISH[rubbish])
     drawn = np.asarray(draws(name)(rubbish))
     assert np.all(np.isfinite(drawn)) and drawn.shape == (2, *FAMILIES[name](GOOD).mean.shape)
-    x = drawn[0][[0, 0, 2]]  # what does not count is in the support all the same
+    x = drawn[0][[0, 0, 2]]  # the masked member must be in the support too
     seen = answers(name)(rubbish, drawn, x)
     found, plain = seen["log_prob"]
     assert_close(found, np.where(MASK, plain, 0.0))
@@ -129,7 +129,7 @@ LENGTHS = np.array([4, 2, 3, 1])
 
 
 def sequence(params, x, length):
-    """Classes at the positions of a sequence in padding."""
+    """Categorical distributions at the positions of a padded sequence."""
     logits = jnp.tanh(x @ params["w"]) @ params["v"]
     return jf.Masked(jf.Categorical(logits=logits), jnp.arange(len(x)) < length)
 
@@ -144,7 +144,7 @@ def sequences(fill):
 
 
 def dense_fisher(params, x):
-    """By its definition: over sequences, positions that count, and classes."""
+    """The exact Fisher by its definition: a sum over sequences, unmasked positions, and classes."""
     log_prob = traced(jax.value_and_grad(lambda p, x, c: jax.nn.log_softmax(jnp.tanh(x @ p["w"]) @ p["v"])[c]))
     total, x = 0.0, np.asarray(x)
     for i, length in enumerate(LENGTHS):
@@ -156,13 +156,13 @@ def dense_fisher(params, x):
 
 
 def token_losses(params, x, y):
-    """Of the positions that count, one by one."""
+    """The losses of the unmasked positions, one by one."""
     logits = {(i, t): jnp.tanh(x[i, t] @ params["w"]) @ params["v"] for i in range(4) for t in range(LENGTHS[i])}
     return jnp.stack([-jax.nn.log_softmax(z)[y[place]] for place, z in logits.items()])
 
 
 def test_fishers_losses_and_steps_of_sequences_in_padding():
-    """Against loops over the positions that count; what is in the padding changes nothing, held, implicit or in a step."""
+    """Against loops over the unmasked positions; the content of the padding has no effect in any form or in a step."""
     params, x, y = sequences(0.0)
     dense = dense_fisher(params, x)
     clean = sequences(30.0)[1]

@@ -1,4 +1,4 @@
-"""Models that people train, against dense float64 answers: batch normalisation, frozen parts, gradients of many batches."""
+"""Models that people train, against dense float64 results: batch normalisation, frozen parts, gradients of many batches."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def dense(logits, params):
 
 
 def test_batch_normalisation_by_statistics_as_data_and_by_the_batch_as_one_example():
-    """The first neglects that the statistics move with the weights, and only that; the second is exact.
+    """The first recipe neglects only that the statistics depend on the weights; the second is exact.
 
     What is neglected shows along the scale of each unit's weights, which normalisation undoes: there the exact Fisher is zero.
     """
@@ -80,7 +80,7 @@ def test_batch_normalisation_by_statistics_as_data_and_by_the_batch_as_one_examp
 
 
 def test_frozen_parts_are_frozen_by_updates_of_zero_and_not_by_a_mask():
-    """The update of what is trained is that of its own Fisher; a mask alone adds the raw gradient to the rest."""
+    """The update of the trained part uses its own Fisher; with a mask alone, the rest would get the raw gradient."""
     params, x, y, _, rows = reference()
     labels = {"hidden": "trained", "out": "frozen"}
     natural = jf.natural_gradient(1.0, 0.1)
@@ -147,7 +147,7 @@ def test_steps_over_micro_batches_of_a_part_of_the_parameters():
     np.testing.assert_array_equal(flat(new)[~mine], flat(params)[~mine])
 
 
-@pytest.mark.relaxed  # and so does optax.adam
+@pytest.mark.relaxed  # optax.adam adds integers to floats too
 def test_kfac_in_a_partition_trains_its_part_as_if_the_rest_were_data():
     params, x, y, *_ = reference()
     opt = optax.partition({"kfac": jf.kfac(), "adam": optax.adam(0.1)}, {"hidden": "kfac", "out": "adam"})
@@ -182,7 +182,7 @@ def mixed(params, x):
 
 
 def test_bfloat16_activations_have_float32_statistics():
-    """The Fisher, its factors and the step are float32, and those of wide activations to the digits that bfloat16 has."""
+    """The Fisher, its factors and the step are float32, and agree with those of wide activations to bfloat16's digits."""
     params, x, y, *_ = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == float else leaf, reference())
     F, wide = (jf.exact_fisher(model)(params, x) for model in (mixed, classifier))
     assert F.as_matrix().dtype == jnp.float32
