@@ -74,13 +74,13 @@ _MERGE_FIRST = (
 
 
 def _weighted(fisher: Operator) -> Operator:
-    """The same operator as a weighted mean."""
+    """The same operator, described as a weighted mean."""
     views_of = None if fisher.views_of is None else _weighted(fisher.views_of)
     return Operator(fisher.form, fisher.provenance.weighted(), views_of)
 
 
 def _difference(one: Operator, other: Operator) -> str:
-    """In which respect two operators of different structures differ, and what to merge in their place."""
+    """How two operators of different structures differ, and what to merge instead, for a message."""
     mine, theirs = one.provenance, other.provenance
     if mine.kind != theirs.kind:
         return f"one is {mine.kind}, the other {theirs.kind}; expected two Fishers of one kind."

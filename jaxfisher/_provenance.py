@@ -100,7 +100,7 @@ class Provenance:
         return dataclasses.replace(self, mean=mean, parts=tuple(part.as_a_whole() for part in self.parts))
 
     def weighted(self) -> Provenance:
-        """The provenance of the same mean with its weights written down, of which each may be one."""
+        """The provenance of the same mean, described as a weighted one, whose weights may all be one."""
         return dataclasses.replace(self, mean=dataclasses.replace(self.mean, weighted=True))
 
     def plus(self, other: Provenance) -> Provenance:

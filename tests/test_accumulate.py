@@ -79,7 +79,7 @@ def test_a_stream_gives_the_view_of_all_examples(name):
 @pytest.mark.parametrize("padded", [(3,), (0, 2)], ids=str)
 @pytest.mark.parametrize("name", VIEWS)
 def test_a_batch_with_weights_joins_batches_without(name, padded):
-    """As where only the last batch is padded. Without weights each example has weight one."""
+    """Only the last batch may be padded. In batches without weights each example has weight one."""
     params, data, w = problem()
     for b in range(len(SIZES)):
         if b not in padded:
@@ -188,7 +188,7 @@ def test_what_has_no_mean_is_refused():
     dense = jf.dense(fisher)
     counted = jf.dense(jf.exact_fisher(model)(params, *data[:2], counts=np.ones(len(data[0]))))
     for ask, kind, words in [
-        # The error says in which respect the two differ.
+        # The error says how the two differ.
         (lambda: jf.merge(2 * dense, dense), ValueError, "one is a scaled mean over its examples, the other a mean over them"),
         (lambda: jf.merge(dense, counted), ValueError, "one is a mean over its .*the other a mean over the counts of them"),
         (

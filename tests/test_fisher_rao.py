@@ -241,7 +241,7 @@ def test_divergences_are_their_integrals_and_their_hessian_is_the_fisher(name):
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_divergences_of_near_distributions_have_their_digits(name):
-    """In float32, where the closed forms cancel: towards each other, and near the orders at which they have no value."""
+    """Float32 accuracy for near distributions, and near the orders at which the closed forms are zero over zero."""
     p, other = PAIRS[name]
     q = jax.tree.map(lambda x, y: x + 0.01 * (y - x), p, other)
     narrow = [jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), d) for d in (p, q)]
@@ -249,7 +249,7 @@ def test_divergences_of_near_distributions_have_their_digits(name):
     first, second = (SCIPY[name](d) for d in wide)
 
     def excess(share):
-        """The integral of ``p (e^t - 1 - t)`` with ``t = share log(q / p)``: nothing cancels, and far away there is no p."""
+        """The integral of ``p (e^t - 1 - t)`` with ``t = share log(q / p)``, in which nothing cancels."""
 
         def integrand(x):
             t = min(share * (second(x) - first(x)), 50.0)

@@ -98,7 +98,7 @@ def _is_column(term: Term) -> bool:
 
 
 def _cast(form: Form, dtype: Any) -> Form:
-    """A form with its numbers in the statistics dtype, such as inputs that are whole numbers; places of lookups stay these."""
+    """A form with its numbers, such as integer inputs, in the statistics dtype. The positions of a lookup stay integers."""
     if isinstance(form, Lookup):
         return dataclasses.replace(form, right=form.right.astype(dtype))
     made: Form = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.complexfloating) else x.astype(dtype), form)

@@ -115,7 +115,7 @@ def geodesic_acceleration(
         check_function("acceleration_fn", acceleration_fn, ACCELERATION)
         operator = fisher_for(updates, fisher, "geodesic_acceleration")
         strength = damping_for(damping, usual, jnp.zeros((), jnp.int32), "geodesic_acceleration")
-        # The others do not move.
+        # Parameters outside the updates do not move, so the direction is zero there.
         direction = completing(updates, jax.tree.map(jnp.zeros_like, all_params), "geodesic_acceleration")(updates)
         pulled = operator.spec.vector(part_of(acceleration_fn(direction), updates), "acceleration_fn(updates)")
         bend, _ = training_solve(operator, pulled, strength, solver)

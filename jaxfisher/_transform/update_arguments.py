@@ -184,7 +184,7 @@ def completing(params: Any, all_params: Any, caller: str) -> Callable[[Any], Any
 
 
 def part_of(given: Any, updates: Any) -> Any:
-    """What of a pytree like all parameters belongs to the updates, which may be those of a part."""
+    """The leaves of ``given``, a pytree like all parameters, for those parameters that the updates are for; others masked."""
     if not _has_masked(updates) or _has_masked(given):
         return given
     return jax.tree.map(lambda own, of_all: own if _is_masked(own) else of_all, updates, given, is_leaf=_is_masked)

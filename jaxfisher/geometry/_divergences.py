@@ -118,12 +118,13 @@ AFFINITIES: dict[type, Affinity] = {
 def _log_affinity(p: Any, q: Any, a: Array, affinity: Affinity) -> Array:
     """The log of the integral of ``p^a q^(1 - a)``.
 
-    Where the two are near, it is small beside the terms of the closed form, and is taken from KL divergences (`_middle.py`).
-    Where these are large beside it, as of distributions with hardly any overlap, the closed form is exact.
+    If p and q are near each other, it is much smaller than the terms of the closed form, and is computed as a difference of two
+    KL divergences (`_middle.py`). If these are much larger than it, as for distributions with hardly any overlap, the closed
+    form is accurate.
     """
     to_middle, between, there = _by_divergences(*jax.lax.stop_gradient((p, q)), a)
     near = there & (jnp.abs(to_middle) + jnp.abs(between) <= 8 * jnp.abs(to_middle - between))
-    # Where it is not taken, the derivative of what is must be finite.
+    # Where the difference is not used, it is computed for equal distributions, so that its derivative is finite.
     safe = jax.tree.unflatten(
         jax.tree.structure(q),
         [
@@ -136,7 +137,10 @@ def _log_affinity(p: Any, q: Any, a: Array, affinity: Affinity) -> Array:
 
 
 def _by_divergences(p: Any, q: Any, a: Array) -> tuple[Array, Array, Array]:
-    """Two numbers whose difference is the log of the affinity, and whether they are there; from the end that is nearer."""
+    """Two numbers whose difference is the log of the affinity, and whether they exist.
+
+    They are divergences from p or from q, whichever is nearer to the member in the middle.
+    """
     swapped = a < 0.5
     first, other = (jax.tree.map(lambda x, y: jnp.where(swapped, y, x), *pair) for pair in ((p, q), (q, p)))
     b = jnp.where(swapped, a, 1 - a)

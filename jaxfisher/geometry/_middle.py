@@ -1,7 +1,7 @@
-r"""The member of an exponential family whose natural parameters are between those of two others, or beyond them.
+r"""The member of an exponential family on the line through the natural parameters of two others, between or beyond them.
 
-With it the affinity of two distributions is a difference of Kullback and Leibler's divergences, which are exact to rounding
-also where the two are near: with ``m`` the member at ``(1 - b) eta_p + b eta_q``,
+If ``m`` is the member with the natural parameters ``(1 - b) eta_p + b eta_q``, the log of the affinity of p and q is a
+difference of two KL divergences, which are accurate even if p and q are near each other:
 
 .. math:: \log \int p^{1 - b} q^b = KL(p \,\|\, m) - b\, KL(p \,\|\, q).
 """
@@ -27,7 +27,7 @@ from jaxfisher._distributions.normal import Normal
 from jaxfisher._distributions.poisson import Poisson
 
 Middle = tuple[Any, Array | Bool[Array, ""]]
-"""The member, and whether there is one."""
+"""The member, and whether it exists."""
 
 
 def _linear(p: Any, q: Any, b: Array) -> Any:
@@ -35,12 +35,12 @@ def _linear(p: Any, q: Any, b: Array) -> Any:
 
 
 def _any(p: Any, q: Any, b: Array) -> Middle:
-    """Of a family whose fields are natural parameters, which may be any numbers."""
+    """The member of a family whose fields are natural parameters that may be any numbers."""
     return _linear(p, q, b), jnp.ones((), bool)
 
 
 def _positive(p: Any, q: Any, b: Array) -> Middle:
-    """Of a family whose fields are natural parameters, which are positive."""
+    """The member of a family whose fields are natural parameters, up to constants, and must be positive."""
     made = _linear(p, q, b)
     flags = [jnp.all(x > 0, axis=tuple(range(-k, 0))) for x, k in zip(jax.tree.leaves(made), made.field_ndims, strict=True)]
     return jax.tree.map(lambda leaf: jnp.where(leaf > 0, leaf, 1), made), functools.reduce(jnp.logical_and, flags)
@@ -61,7 +61,7 @@ def _exponential(p: Exponential, q: Exponential, b: Array) -> Middle:
 
 
 def _multivariate_normal(p: MultivariateNormal, q: MultivariateNormal, b: Array) -> Middle:
-    """In units in which the covariance of p is the identity."""
+    """The member, computed in units in which the covariance of p is the identity."""
     own = jnp.tril(p.scale_tril)
     eye = jnp.broadcast_to(jnp.eye(own.shape[-1], dtype=own.dtype), own.shape)
     other = jax.scipy.linalg.solve_triangular(q.scale_tril, own, lower=True)
