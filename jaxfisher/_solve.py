@@ -398,7 +398,8 @@ def as_lineax(fisher: Operator) -> lineax.AbstractLinearOperator:
         fisher: the operator; its vectors keep the parameters' structure, in the statistics dtype.
 
     Returns:
-        A `lineax.FunctionLinearOperator`. Add damping with ``+ damping * lineax.IdentityLinearOperator(structure)``.
+        A `lineax.FunctionLinearOperator`. Add damping to the Fisher, with ``jf.as_lineax(F + jf.scaled_identity(F, damping))``.
+        The sum with a multiple of lineax's identity has lost the tag, and ``lineax.CG`` and ``lineax.Cholesky`` refuse it.
 
     Raises:
         TypeError: ``fisher`` is not an operator, or is one over complex parameters. Such an operator is linear in their real
@@ -411,6 +412,9 @@ def as_lineax(fisher: Operator) -> lineax.AbstractLinearOperator:
     >>> F = jf.exact_fisher(lambda w, x: jf.Bernoulli(logits=w * x))(0.0, jnp.array([1.0, 3.0]))
     >>> print(lineax.linear_solve(jf.as_lineax(F), jnp.array(2.5), lineax.CG(rtol=1e-6, atol=1e-6)).value)
     2.0
+    >>> damped = jf.as_lineax(F + jf.scaled_identity(F, 1.25))
+    >>> print(lineax.linear_solve(damped, jnp.array(2.5), lineax.CG(rtol=1e-6, atol=1e-6)).value)
+    1.0
     """
     fisher = as_operator(fisher, "as_lineax")
     structure = jax.eval_shape(fisher.spec.zeros)

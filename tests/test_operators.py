@@ -502,12 +502,13 @@ def test_as_lineax_solves_with_any_lineax_solver():
     v = F.spec.unravel(jnp.cos(jnp.arange(F.size, dtype=float)))
     assert lineax.is_positive_semidefinite(jf.as_lineax(F))
 
-    def solved(F, v):
-        operator = jf.as_lineax(F)
-        damped = operator + 0.1 * lineax.IdentityLinearOperator(jax.eval_shape(lambda: v))
-        tagged = lineax.TaggedLinearOperator(damped, lineax.positive_semidefinite_tag)
-        return lineax.linear_solve(tagged, v, lineax.CG(rtol=1e-12, atol=1e-12)).value, operator.as_matrix()
+    def solved(F, v, damping):
+        damped = jf.as_lineax(F + jf.scaled_identity(F, damping))
+        assert lineax.is_positive_semidefinite(damped)
+        solvers = lineax.CG(rtol=1e-12, atol=1e-12), lineax.Cholesky(), lineax.AutoLinearSolver(well_posed=True)
+        return [lineax.linear_solve(damped, v, solver).value for solver in solvers], jf.as_lineax(F).as_matrix()
 
-    solution, matrix = evaluated(solved, F, v)
-    np.testing.assert_allclose(flat(solution), np.linalg.solve(dense + 0.1 * np.eye(F.size), flat(v)), rtol=1e-8)
+    solutions, matrix = evaluated(solved, F, v, 0.1)
+    for solution in solutions:
+        np.testing.assert_allclose(flat(solution), np.linalg.solve(dense + 0.1 * np.eye(F.size), flat(v)), rtol=1e-8)
     assert_close(matrix, dense)
