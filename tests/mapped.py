@@ -19,7 +19,7 @@ EXAMPLES, DEVICES = 6, 2
 
 
 def model(params, x):
-    """With a row that is looked up: where a batch of these is, JAX does not know by itself."""
+    """A model that looks up a row of a table: under `vmap` JAX cannot infer over which devices the rows vary."""
     row = params["table"][(x[0] > 0).astype(int)]
     return jf.Categorical(logits=jnp.tanh(x @ params["a"] + params["b"] + row) @ params["c"])
 

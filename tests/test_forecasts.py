@@ -90,7 +90,7 @@ def test_errors_with_the_others_known_and_fitted_and_a_nuisance_parameter():
 
 
 def test_the_bias_is_what_a_fit_of_data_with_the_effect_finds():
-    """To first order: the formula, and for a linear mean of known covariance the weighted least squares themselves."""
+    """The bias follows the first-order formula; for a linear mean of known covariance it is that of weighted least squares."""
     _, _, moved = forecast()
     of_mean, of_covariance, spread = derivatives()
     inverse = np.linalg.inv(spread)

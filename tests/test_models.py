@@ -198,7 +198,7 @@ def test_bfloat16_activations_have_float32_statistics():
     assert losses[-1] < 0.5 * losses[0]
 
 
-# --- inputs as they come ------------------------------------------------------------------------------------------------------
+# --- inputs of any dtype ------------------------------------------------------------------------------------------------------
 
 PRODUCTS = {
     "from the right": lambda x, w: x @ w,
@@ -211,7 +211,7 @@ KINDS = [np.bool_, np.uint8, np.int8, np.int32, np.float16, jnp.bfloat16]
 
 
 def pixels(kind, *shape):
-    """Numbers of which the squares are out of the range of a small dtype, and zeros and ones of booleans."""
+    """Numbers whose squares overflow a small integer dtype; booleans for `np.bool_`."""
     made = np.random.default_rng(0).integers(-120 if kind == np.int8 else 0, 120 if kind == np.int8 else 250, shape)
     return jnp.asarray(made > 100 if kind == np.bool_ else made, kind)
 
@@ -220,9 +220,9 @@ def pixels(kind, *shape):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("way", "dtype"), [("from the right", np.float64), *((way, np.float32) for way in PRODUCTS)])
 def test_inputs_of_any_dtype_meet_a_weight(way, kind, dtype):
-    """What is held of them is held in the statistics dtype: pixels of eight bits would overflow when they are squared.
+    """Factors from inputs are held in the statistics dtype, since squares of 8-bit pixels would overflow.
 
-    With one position and with two.
+    Inputs have one position, and two unless there are two layers.
     """
     rng = np.random.default_rng(1)
     params = {"b": rng.standard_normal(3), "w": rng.standard_normal((6, 3))}

@@ -43,7 +43,7 @@ class Holding(NamedTuple):
         return len(jax.eval_shape(self.factors, form, jnp.ones((), form.spec.dtype))) // 2
 
     def shapes(self, form: Form) -> list[Any]:
-        """The shapes of what is held of a form, which may be without values."""
+        """The shapes of the held inverses or eigenvectors of a form, which may be without values."""
 
         def made(form: Form) -> list[Any]:
             return [self.make(matrices) for matrices, _ in self.factors(form, jnp.ones((), form.spec.dtype))]
@@ -51,7 +51,7 @@ class Holding(NamedTuple):
         return jax.eval_shape(made, form)
 
     def refreshed(self, form: Form, damping: Scalar, due: Sequence[Flag], held: Sequence[Any]) -> list[Any]:
-        """What is held of the factors, recomputed for the layers that are due. ``held`` may be empty if all layers are due.
+        """The held inverses or eigenvectors, recomputed for the layers that are due. ``held`` may be empty if all are due.
 
         Layers of one turn are recomputed together. Each factor is held in its own array: factors of one size in one array would
         have to be concatenated for inversion and sliced for products at every step, and each slice is a kernel of its own.
@@ -70,7 +70,7 @@ class Holding(NamedTuple):
         return found
 
     def _made(self, factors: Sequence[tuple[Bordered, Shifts]], devices: Devices | None) -> list[Any]:
-        """What is held of these factors; if the form is spread over devices, each factor is computed by one device."""
+        """The inverses or eigenvectors of these factors. If the form is spread over devices, one device computes each."""
         make = lambda factors: [self.make(matrices.shifted(shift)) for matrices, shift in factors]  # noqa: E731
         if devices is None:
             return make(factors)

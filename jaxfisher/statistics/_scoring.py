@@ -86,7 +86,7 @@ class Likelihood:
         return fisher_at(self.problem.model, self.at(flat), batch.data, batch.uneven, batch.batch_size).as_matrix()
 
     def bending(self, flat: Float[Array, " p"], step: Float[Array, " p"]) -> Float[Array, " p"]:
-        """The bending of predictions along a step, as the gradient that would undo it."""
+        """The second derivative of the predictions along a step, pulled back to a gradient; see `jaxfisher.acceleration`."""
         spec, at = self.batch.spec, self.at(flat)
         *inputs, _ = self.batch.data
         given = given_with(tuple(inputs), {"weights": self.batch.uneven})
@@ -94,7 +94,7 @@ class Likelihood:
         return spec.ravel(bends(at, spec.unravel(step), *inputs, **given), "acceleration")
 
     def scatter(self, flat: Float[Array, " p"], told: Float[Array, " p"]) -> Scalar:
-        """How much the scores scatter for what the model says: a scale that is known up to a factor only does not matter."""
+        """The mean ratio of squared scores to the information. With it, convergence does not depend on the model's scale."""
         batch = self.batch
         scores_of = scores(log_likelihood(self.problem.model), batch_size=batch.batch_size)
         found = scores_of(self.at(flat), *batch.data, weights=batch.uneven).diagonal()
