@@ -72,8 +72,8 @@ def kfac(
 
     with ``kappa / n`` within ``[1e-6, 10]``. Kappa falls by ``1.5^2`` if it also fell the last time. Gamma acts as a prior that
     is worth kappa examples of mean curvature beside the n of the batch, and the first kappa is half an example: the fewer
-    examples, the less their gradient says. Where the model is due, the derivative takes one more product with the inverse and
-    half a product with F. With `jaxfisher.factored_solve`, read ``K + gamma I`` in it as the matrix that this solver inverts.
+    examples, the less their gradient says. At a step where the model is due, the derivative takes one more product with the
+    inverse and half a product with F. With `jaxfisher.factored_solve`, ``K + gamma I`` is the matrix that this solver inverts.
 
     **In turns.** The first four steps compute everything. After them the factors, and the inverses of each layer, are
     recomputed twice in each doubling of the step count, and in the end at every e-th step. The layers are inverted at different

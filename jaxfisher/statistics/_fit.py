@@ -38,9 +38,9 @@ class Fit:
         fisher: the exact Fisher there, an operator: ``jf.covariance(fit.fisher)``, ``jf.standard_errors(fit.fisher)``.
         log_likelihood: the sum over observations, in nats, without the penalty.
         iterations: the number of times that the Fisher and the gradient were computed.
-        offset: how far the next step would go, in standard errors; those are from the scatter of the scores, so that a scale
-            which is known only up to a factor does not matter. Where the scores are nothing but rounding, since the model meets
-            every observation, it is in roundings of the parameters, in units of the tolerance.
+        offset: the length of the next step in standard errors. These are estimated from the scatter of the scores, so they do
+            not depend on a scale of the model that is known only up to a factor. If the model fits every observation exactly,
+            so that scores are rounding errors, it is the length relative to that of rounding errors, times the tolerance.
         gradient_norm: the norm of the gradient of the mean negative log-likelihood and penalty, in parameter units.
         rank: the rank of the Fisher, at most p.
         converged: whether ``offset`` is at most the tolerance, or as small as rounding lets it be and at most 32 times that,

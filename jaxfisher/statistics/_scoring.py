@@ -247,7 +247,7 @@ def _looked(likelihood: Likelihood, state: State, tolerance: Scalar) -> tuple[St
     equations = _equations(matrix, gradient, recent)
     decrement = jnp.sqrt(likelihood.batch.total * jnp.maximum(-jnp.vdot(gradient, equations.newton), 0))
     scatter = likelihood.scatter(state.flat, told)
-    # How far rounding the parameters moves predictions. Scores of no more are nothing else, and no scale: the data are met.
+    # The change of predictions by rounding of the parameters. Scores that small are rounding errors: the fit is exact.
     blur = BLUR * float(jnp.finfo(gradient.dtype).eps) * jnp.linalg.norm(jnp.sqrt(told) * state.flat)
     met = scatter <= blur**2
     offset = decrement / jnp.where(met, blur / tolerance, jnp.sqrt(scatter))
