@@ -1,7 +1,7 @@
-"""Execute notebooks/*.py, each from its first cell in a fresh kernel, and hold the .ipynb next to it to the same cells.
+"""Execute notebooks/*.py, each from its first cell in a fresh kernel, and check that the .ipynb next to it has the same cells.
 
-    python .ci/notebooks.py [NAMES] [--but NAMES]    run, and fail where a run or the comparison fails
-    python .ci/notebooks.py --write [NAMES]  run, and write what came out to the .ipynb
+    python .ci/notebooks.py [NAMES] [--but NAMES]    run, and fail if a run or the comparison fails
+    python .ci/notebooks.py --write [NAMES]  run, and write the outputs to the .ipynb
 
 NAMES are beginnings of file names, such as 01 or 03_empirical; without any, every notebook is run.
 """
@@ -27,7 +27,7 @@ MAX_BYTES = 400_000
 
 def execute(notebook: nbformat.NotebookNode) -> None:
     """Run the cells in place; an exception or anything on stderr, such as a warning, raises."""
-    # Times of execution would make every run a difference to commit. The kernel warns that TCP is not encrypted.
+    # Without execution times, a run with the same outputs changes no file. The log level hides a warning about unencrypted TCP.
     client = NotebookClient(
         notebook,
         timeout=900,
@@ -44,7 +44,7 @@ def execute(notebook: nbformat.NotebookNode) -> None:
 
 
 def sources(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
-    """What the author wrote, without what running it added."""
+    """The cells as the author wrote them, without outputs."""
     return [(cell.cell_type, cell.source) for cell in notebook.cells]
 
 
@@ -59,7 +59,7 @@ def check_pair(script: pathlib.Path, notebook: nbformat.NotebookNode) -> None:
 
 
 def lighten(notebook: nbformat.NotebookNode) -> None:
-    """Give the pictures a palette of 256 colours: plots need no more, and take a third of the bytes."""
+    """Reduce the pictures to a palette of 256 colours: plots need no more, and take a third of the bytes."""
     for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
         if "image/png" in output.get("data", {}):
             picture = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB")
@@ -72,7 +72,7 @@ def write_pair(script: pathlib.Path, notebook: nbformat.NotebookNode) -> None:
     """Write the executed notebook, the same bytes for the same outputs."""
     lighten(notebook)
     for number, cell in enumerate(notebook.cells):
-        cell["id"] = f"cell-{number}"  # jupytext draws them at random
+        cell["id"] = f"cell-{number}"  # jupytext draws ids at random
     notebook.metadata.get("language_info", {}).pop("version", None)
     text = nbformat.writes(notebook)
     if len(text) > MAX_BYTES:
@@ -87,14 +87,14 @@ def processor_seconds() -> float:
 
 
 def main() -> None:
-    """Run the notebooks asked for, print what each took, and exit with 1 if any failed."""
+    """Run the notebooks given on the command line, print the time of each, and exit with 1 if any failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the .ipynb")
     parser.add_argument("--but", nargs="+", default=[], metavar="NAME", help="not those whose names begin with this")
     parser.add_argument("names", nargs="*", default=[""], help="beginnings of names")
     options = parser.parse_args()
 
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # SciPy's BLAS threads fight XLA's
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # SciPy's BLAS threads compete with XLA's
     failed = []
     for name in options.names:
         scripts = sorted(FOLDER.glob(f"{name}*.py"))

@@ -1,10 +1,10 @@
-"""Build the documentation site, strictly, and check what came out.
+"""Build the documentation site in strict mode, and check the result.
 
     python .ci/site.py
 
-Needs the extra ``docs``. Links, anchors, images and formulas are checked in the HTML itself. Where there is a Chromium on the
-machine every page is also opened from disk, at the width of a phone: nothing on the console, nothing wider than the screen, and
-a search that finds something.
+Needs the extra ``docs``. Links, anchors, images and formulas are checked in the HTML itself. If the machine has Chromium, every
+page is also opened from disk at the width of a phone: the console must stay empty, nothing may be wider than the screen, and a
+search must find something.
 """
 
 import collections
@@ -27,7 +27,7 @@ SITE = ROOT / "site"
 
 
 class Page(html.parser.HTMLParser):
-    """What a page refers to, what can be referred to in it, and its words outside of code."""
+    """The references of a page, its anchors, and its words outside code."""
 
     def __init__(self, path: pathlib.Path) -> None:
         super().__init__()
@@ -54,11 +54,11 @@ class Page(html.parser.HTMLParser):
         self._code += tag in {"code", "pre", "script", "style"}
 
     def handle_endtag(self, tag: str) -> None:
-        """Leave code."""
+        """Note the end of code."""
         self._code -= tag in {"code", "pre", "script", "style"}
 
     def handle_data(self, data: str) -> None:
-        """Collect words outside of code."""
+        """Collect words outside code."""
         if not self._code:
             self.words.append(data)
 
@@ -73,7 +73,7 @@ LATEX = re.compile(r"\\[a-zA-Z]+\b|\\[(\[]|\$.{0,20}|:math:|\.\. \w+::|`[A-Za-z_
 
 
 def mistakes(path: pathlib.Path) -> list[str]:
-    """What is wrong with the HTML of one page."""
+    """The faults in the HTML of one page."""
     this = page(path)
     found = list(this.wrong)
     found += [f"{need} is not on the site: a page must load nothing from elsewhere" for need in this.needs if _outside(need)]
@@ -89,7 +89,7 @@ def _outside(link: str) -> bool:
 
 
 def _broken(path: pathlib.Path, link: str) -> str:
-    """Why an internal link leads nowhere, or nothing."""
+    """Why an internal link is broken; empty if it is not."""
     parts = urllib.parse.urlsplit(link)
     to = path if not parts.path else (path.parent / urllib.parse.unquote(parts.path)).resolve()
     to = to / "index.html" if to.is_dir() else to
@@ -131,11 +131,11 @@ const open = (url) => new Promise((done) => { frame.onload = done; frame.src = u
 
 
 def in_browser(browser: str, pages: list[pathlib.Path]) -> list[str]:
-    """What a browser says of the pages, opened from disk one after the other, and of a search."""
+    """The faults that a browser finds in the pages, opened from disk one after the other, and in a search."""
     with tempfile.TemporaryDirectory() as folder:
         start = pathlib.Path(folder, "start.html")
         start.write_text(OPENED % [path.as_uri() for path in pages])
-        # No sandbox, which containers do not allow: what is opened is what was just built.
+        # No sandbox, since containers do not allow it, and the pages are our own.
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--allow-file-access-from-files"]
         flags += ["--enable-logging=stderr", f"--user-data-dir={folder}/profile", "--virtual-time-budget=120000"]
         ran = subprocess.run([browser, *flags, "--dump-dom", start.as_uri()], capture_output=True, text=True, timeout=600)
@@ -155,7 +155,7 @@ def in_browser(browser: str, pages: list[pathlib.Path]) -> list[str]:
 
 
 def main() -> None:
-    """Build, check, and say what was and what was not checked."""
+    """Build and check the site, and say what was and was not checked."""
     start = time.monotonic()
     quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     if subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict"], cwd=ROOT, env=quiet).returncode:

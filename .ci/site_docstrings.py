@@ -1,4 +1,4 @@
-"""Docstrings for the site: their directives, doctests and cross-references as Markdown. Loaded by mkdocstrings."""
+"""Docstrings for the site: converts directives, doctests and cross-references to Markdown. Loaded by mkdocstrings."""
 
 import ast
 import pathlib
@@ -30,7 +30,7 @@ PUBLIC |= {
     f"jaxfisher.{room}.{name}"
     for room in ROOMS
     for name in public_names(f"jaxfisher.{room}")
-    # What stands at the top has its entry there.
+    # A name that the package itself exports has its entry there.
     if not AT_THE_TOP.get(name, "").startswith(f"jaxfisher.{room}")
 }
 
@@ -42,7 +42,7 @@ _NAME = re.compile(rf"(?<![`\w])`(jaxfisher\.)?((?:(?:{'|'.join(ROOMS)})\.)?[A-Z
 
 
 def markdown(text: str, own: Container[str] = ()) -> str:
-    """A docstring with Sphinx's directives as Markdown; its sections stay as they are. ``own`` names are those of its class."""
+    """A docstring with Sphinx's directives as Markdown. Its sections are unchanged; ``own`` are the names of its class."""
     text = _DIRECTIVE.sub(lambda m: f"\n{m[1]}$${' '.join(m[2].split())}$$\n", text)
     text = re.sub(r":math:`([^`]*)`", r"$\1$", text)
     text = _NAME.sub(lambda m: m[0] if m[2] in own and not m[1] else _linked(m), text)
@@ -57,17 +57,17 @@ def _linked(match: re.Match[str]) -> str:
 
 
 class Docstrings(griffe.Extension):
-    """Rewrites every docstring before it is parsed into sections."""
+    """An extension that rewrites every docstring before it is parsed into sections."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Called for each object once."""
+        """Rewrite the docstring of an object; called once for each."""
         if obj.docstring is not None:
             owner = obj if obj.is_class else obj.parent
             own = owner.members if owner is not None and owner.is_class else ()
             obj.docstring.value = markdown(obj.docstring.value, own)
 
     def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
-        """A class is a dataclass by decorators of our own: its fields are its constructor's parameters."""
+        """Add a constructor to classes that our own decorators make dataclasses: its parameters are the fields."""
         if any(str(decorator.value).partition("(")[0] in ("family", "array_fields") for decorator in cls.decorators):
             fields = [
                 griffe.Parameter(name, annotation=member.annotation, kind=griffe.ParameterKind.positional_or_keyword)

@@ -1,4 +1,4 @@
-"""Figures as SVG: of the performance page, from the tables of ``benchmarks/README.md``, and flow charts from their text."""
+"""Figures as SVG: those of the performance page, from the tables of ``benchmarks/README.md``, and flow charts from text."""
 
 import html
 import math
@@ -6,11 +6,11 @@ import re
 from typing import Any
 
 WIDTH, RIGHT, ROW, TOP = 380, 40, 22, 8
-"""Narrow enough for a phone to show the letters at their own size."""
+"""The width of a figure, narrow enough for a phone to show it unscaled."""
 
 
 def figures(benchmarks: str) -> dict[str, str]:
-    """Every figure by its name. A table that is not there, or has other columns, is an error."""
+    """Every figure by its name. A table that is missing, or has other columns, is an error."""
     step = [row for row in table(benchmarks, "step") if row["case"].endswith("damping 0.01 of the largest eigenvalue")]
     costs = [(row["case"].split(", damping")[0].replace("64-", "", 1), float(row["ratio"])) for row in step]
     made = {"figure-step": _figure(bars(costs), "Time of one step with `jf.natural_grad`, in gradients of the same batch")}
@@ -28,7 +28,7 @@ def figures(benchmarks: str) -> dict[str, str]:
 
 
 def table(text: str, name: str) -> list[dict[str, str]]:
-    """The rows of the first table below the heading that begins with a name; between the two there may be prose."""
+    """The rows of the first table below the heading that begins with a name; there may be prose in between."""
     found = re.search(rf"^### {re.escape(name)}:.*\n(?:(?![#|]).*\n)+((?:\|.*\n)+)", text, re.MULTILINE)
     if found is None:
         raise ValueError(f"benchmarks/README.md has no table below '### {name}:'")
@@ -54,7 +54,7 @@ def bars(rows: list[tuple[str, float]]) -> str:
 
 
 def dots(rows: list[tuple[str, list[float]]]) -> str:
-    """A dot for each number on a log axis; what is missing is said."""
+    """A dot for each number on a log axis; a label counts missing numbers."""
     known = [value for _, values in rows for value in values if not math.isnan(value)]
     low, high = math.log10(min(known)) - 0.1, math.log10(max(known)) + 0.1
     left = _left(rows)
@@ -85,7 +85,7 @@ QUESTION, ANSWER, LINE = 186, 162, 16
 
 
 def flow(text: str) -> str:
-    """A column of questions with an answer beside each, from lines ``question | answer``; the last line is the answer below.
+    """A column of questions with an answer beside each, from lines ``question | answer``; the last line is the final answer.
 
     Lines of a box are parted by `` / ``; the title stands first, on a line of its own.
     """
@@ -123,7 +123,7 @@ def _arrow(x1: float, y1: float, x2: float, y2: float) -> str:
 
 
 def _left(rows: list[tuple[str, Any]]) -> float:
-    """Room for the longest name."""
+    """The width of the longest name."""
     return 6.4 * max(len(name) for name, _ in rows) + 10
 
 

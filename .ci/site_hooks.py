@@ -1,4 +1,4 @@
-"""What the site is made of besides the pages in ``docs/``: notebooks, benchmarks, test modules, mathematics. Run by mkdocs."""
+"""The parts of the site besides the pages in ``docs/``: notebooks, benchmarks, test modules, mathematics. Run by mkdocs."""
 
 import ast
 import base64
@@ -26,7 +26,7 @@ from site_figures import figures, flow
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Refuse to build where a public name has no entry, or more than one, or an entry has no public name."""
+    """Refuse to build if a public name has no entry or several, or if an entry is for no public name."""
     text = "\n".join(page.read_text() for page in sorted(pathlib.Path(config.docs_dir, "api").glob("*.md")))
     entries = re.findall(r"^::: (jaxfisher[\w.]*)$", text, re.MULTILINE)
     wrong = {
@@ -43,7 +43,7 @@ def on_config(config: MkDocsConfig) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the notebooks, as they were run, and the pages whose text is kept at the root of the repository."""
+    """Add the notebooks with their outputs, and the pages whose text is at the root of the repository."""
     for name, source in (("contributing.md", "CONTRIBUTING.md"), ("changes.md", "CHANGELOG.md")):
         files.append(File.generated(config, name, content=(ROOT / source).read_text()))
     entries: list[Any] = []
@@ -90,7 +90,7 @@ def notebook(path: pathlib.Path) -> tuple[str, dict[str, bytes]]:
 
 
 def _prose(text: str) -> str:
-    """A cell of text: links to other notebooks lead to their pages, and formulas stand close to their dollars."""
+    """A text cell as Markdown: links to other notebooks lead to their pages, and formulas have no space inside their dollars."""
     text = re.sub(r"\(((?:\.\./)*[\w/]+)\.ipynb((?:#[\w-]+)?)\)", r"(\1.md\2)", text)
     parts = text.split("$$")
     parts[::2] = [re.sub(r"(?<!\\)\$([^$]+)\$", lambda m: f"${m[1].strip()}$", part) for part in parts[::2]]
@@ -124,14 +124,14 @@ def _said(text: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Replace each line ``<!-- made: name -->`` by what it names, and each block of ``flow`` by a chart."""
+    """Replace each line ``<!-- made: name -->`` by the part that it names, and each block of ``flow`` by a chart."""
     _check_tolerances(markdown)
     markdown = re.sub(r"^```flow\n(.*?)^```", lambda m: flow(m[1]), markdown, flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"^<!-- made: ([\w-]+) -->$", lambda m: _made()[m[1]](), markdown, flags=re.MULTILINE)
 
 
 def _check_tolerances(markdown: str) -> None:
-    """Refuse a table that quotes a test which does not say so: ``| ... | `tests/file.py`: `quote` ... |``."""
+    """Refuse a table that quotes words which the test does not contain: ``| ... | `tests/file.py`: `quote` ... |``."""
     for name, quote in re.findall(r"\| `(tests/\w+\.py)`: `([^`]+)`", markdown):
         if quote not in (ROOT / name).read_text():
             raise PluginError(f"{name} does not hold what the page quotes: {quote}")
@@ -155,7 +155,7 @@ def _test_modules() -> str:
     return "\n".join(["| module | what it holds to what |", "|---|---|", *rows])
 
 
-# --- mathematics: MathML, which browsers draw by themselves ----------------------------------------------------------------
+# --- mathematics as MathML, which browsers render by themselves ------------------------------------------------------------
 
 _MATH = re.compile(r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</\1>', re.DOTALL)
 
@@ -168,7 +168,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 @functools.cache
 def _mathml(latex: str, display: str) -> str:
     source = html.unescape(latex).strip().replace(r"\arg", r"\operatorname{arg}")
-    # Of brackets with a stated size, one with an exponent would lose it.
+    # The converter drops the exponent of a bracket with a stated size, so such brackets become stretching ones.
     source = re.sub(r"\\[Bb]ig([(\[])(.*?)\\[Bb]ig([)\]])", r"\\left\1\2\\right\3", source)
     made = latex2mathml.converter.convert(source, display=display)
     made = re.sub(r' mathvariant="(?!normal)([a-z-]+)">([A-Za-z])</mi>', lambda m: f">{_letter(m[2], m[1])}</mi>", made)
@@ -180,10 +180,10 @@ def _mathml(latex: str, display: str) -> str:
 
 
 _SPACED = (
-    # Bars are taken for stretching fences, or for relations, unless they are told.
+    # Without attributes, browsers take bars for stretching fences or for relations.
     (r"<mo>&#x02016;", '<mo stretchy="false" lspace="0" rspace="0">&#x02016;'),
     (r'<mo stretchy="false">&#x0007C;', '<mo stretchy="false" lspace="0" rspace="0">&#x0007C;'),
-    # Names of functions stand apart from arguments without brackets, and so do the two sides of a divergence.
+    # Put space between the name of a function and an argument without brackets, and around the bars of a divergence.
     (r"<mi>(log|exp|det|dim|arg)</mi>(?!<mo[^>]*>&#x00028;)", r'<mrow><mi>\1</mi><mspace width="0.167em"/></mrow>'),
     (
         r'<mo fence="false" stretchy="false">&#x02016;</mo>',
@@ -193,7 +193,7 @@ _SPACED = (
 
 
 def _letter(letter: str, variant: str) -> str:
-    """A letter in another alphabet. Browsers know ``mathvariant`` no more; some letters are older than the alphabets."""
+    """A letter in a mathematical alphabet, since browsers have dropped ``mathvariant``. Some have older names in Unicode."""
     size = "CAPITAL" if letter.isupper() else "SMALL"
     name = f"{variant.upper()} {size} {letter.upper()}"
     try:
