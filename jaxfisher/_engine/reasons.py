@@ -52,9 +52,9 @@ def _costs(equation: Equation, operands: Sequence[Operand]) -> bool:
 
 
 def _numbers(term: Term) -> int:
-    """How many numbers that depend on the example or row a term is made of.
+    """The size of a term, counting only factors that depend on the example or row.
 
-    They are those of the factors, or those of the value where that is smaller because a sum has not been taken yet.
+    It is the size of these factors together, or of the value if that is smaller because a sum has not been taken yet.
     """
     factors = [factor for factor in term.factors if factor.flags]
     own = {axis for axes in term.dims for axis in axes} & {axis for factor in factors for axis in factor.axes}
