@@ -87,7 +87,7 @@ QUESTION, ANSWER, LINE = 186, 162, 16
 def flow(text: str) -> str:
     """A column of questions with an answer beside each, from lines ``question | answer``; the last line is the final answer.
 
-    Lines of a box are parted by `` / ``; the title stands first, on a line of its own.
+    `` / `` separates the lines of a box. The title comes first, on a line of its own.
     """
     title, *rows = [line.strip() for line in text.strip().splitlines()]
     parts, y = [], 4.0

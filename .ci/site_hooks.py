@@ -90,7 +90,7 @@ def notebook(path: pathlib.Path) -> tuple[str, dict[str, bytes]]:
 
 
 def _prose(text: str) -> str:
-    """A text cell as Markdown: links to other notebooks lead to their pages, and formulas have no space inside their dollars."""
+    """A text cell as Markdown: links to other notebooks lead to their pages, and formulas lose the space inside dollars."""
     text = re.sub(r"\(((?:\.\./)*[\w/]+)\.ipynb((?:#[\w-]+)?)\)", r"(\1.md\2)", text)
     parts = text.split("$$")
     parts[::2] = [re.sub(r"(?<!\\)\$([^$]+)\$", lambda m: f"${m[1].strip()}$", part) for part in parts[::2]]

@@ -43,7 +43,7 @@ MEGABYTE = 1e6
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The sizes of what is measured: those of the goals, or tiny ones, with which a run only shows that every line works."""
+    """The sizes of the measured problems: those of the goals, or tiny ones, for a check that every line works."""
 
     repeats: int = 11
     shrink: int = 1
@@ -167,7 +167,7 @@ def _normalised(x: Array, scale: Array, shift: Array) -> Array:
     return scale * centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + 1e-6) + shift
 
 
-# ------------------------------------------------------------------------------------------ what is compared with what
+# --------------------------------------------------------------------------------------------- the plain computations
 
 LogProb = Callable[..., Scalar]
 

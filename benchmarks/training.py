@@ -24,7 +24,7 @@ from task import Task
 from tasks import TASKS
 
 CHUNK = 5
-"""Steps in one call; calls are what is timed."""
+"""Steps in one call. Whole calls are timed."""
 WARM = 2
 """Chunks before the timing starts, in which everything is compiled."""
 
@@ -145,7 +145,7 @@ def best(results: Sequence[Result]) -> Result:
     return min(results, key=order)
 
 
-# --- what is printed ---------------------------------------------------------------------------------------------------------
+# --- the output --------------------------------------------------------------------------------------------------------------
 
 
 def spread(values: Sequence[float]) -> str:

@@ -1,7 +1,7 @@
 """Answers where examples are spread over explicit axes of a mesh, against those of one device; run by `test_sharding`.
 
-Answers are asked for one by one, training steps inside ``jit``. Prints a line of JSON for each: the largest difference,
-relative to the largest number.
+Answers are computed one by one, training steps inside ``jit``. Prints a line of JSON for each: the largest difference, relative
+to the largest number.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The table of families under test, a row per family and parameter point; each row gets every law of `laws.check_family`.
 
-A row states two parameter points in float64, `fields` and `other`. The distribution under test stands at `fields`; `other`
-is the second argument of its KL; a batch runs along the straight line between the two (every parameter space is convex).
+A row states two parameter points in float64, `fields` and `other`. The distribution under test is at `fields`; `other` is the
+second argument of its KL; a batch runs along the straight line between the two (every parameter space is convex).
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The work and traffic of a device by `docs/scale.md`, against programs compiled for eight; run by `test_sharding`.
 
-Prints a line of JSON for each part of a step: its flops, and the numbers that are received, by the compiler and
-by the model, on eight devices, and on one that has as many examples as each of these; then what each of eight holds.
+Prints a line of JSON for each part of a step, on eight devices and on one with as many examples as each of these: its flops and
+the numbers that a device receives, by the compiler and by the model. The last line has the memory of each of eight devices.
 """
 
 import json

@@ -1,9 +1,9 @@
 """Steps and views whose parameters are spread over devices, against one device; run by `test_sharding`.
 
 Three layers, two of them with a bias, whose weights are split along their inputs, their outputs or both. Prints a line of JSON
-for each way: the largest difference relative to its array; for each array whose place a parameter or a side of one decides, its
-shape, how many numbers a device has and how many it may have; the shapes of what the compiled program gathers, and the size of
-the largest array that a device has while it runs.
+for each way. It has the largest difference relative to its array; for each array that must be spread like a parameter or a side
+of one, its shape, the number of entries on a device and the number allowed; the shapes of the arrays that the compiled program
+gathers; and the size of the largest array on a device while it runs.
 """
 
 import dataclasses

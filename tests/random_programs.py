@@ -1,7 +1,7 @@
 """Random programs for any length of time: ``python tests/random_programs.py --seconds 600 --seed 1000 --jobs 2``.
 
 Prints every failure with its seed, its faults and a reduced program, and at the end how many programs ran, were skipped (JAX
-does not differentiate them, or not to finite numbers), were wrong and crashed. The exit code is 1 if there was a failure.
+cannot differentiate them, or the gradients are not finite), were wrong and crashed. The exit code is 1 if there was a failure.
 One program again: ``python tests/random_programs.py --seed 1234 --seconds 0``.
 """
 

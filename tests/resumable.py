@@ -1,6 +1,6 @@
-"""A training run that saves itself after every step and goes on from what it finds; run by `test_training`.
+"""A training run that saves a checkpoint after every step and resumes from the last one; run by `test_training`.
 
-Prints the step it began at, and every number of its parameters and state at the end in hexadecimal.
+Prints the step at which it began, and at the end all numbers of its parameters and state in hexadecimal.
 """
 
 import pathlib

@@ -1,7 +1,7 @@
-"""Steps compiled once, wherever parameters and examples are; run by `test_sharding`.
+"""Steps that compile once, however parameters and examples are sharded; run by `test_sharding`.
 
-Prints a line of JSON for each optimiser and way: how many programs three steps made, and what of the parameters and the state
-was elsewhere, or of another type, after the first.
+Prints a line of JSON for each optimiser and placement: how many programs three steps compiled, and which parameters and parts
+of the state had another sharding or type after the first step.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Training steps with the data spread over eight devices against the same steps on one; run by `test_sharding`.
 
 Prints a line of JSON for each optimiser and kind of mesh: the largest difference, relative to large entries, and the sizes of
-what all devices gather. Likewise for a mean over a stream of batches and the verdict on the model, without the sizes.
+the arrays that all devices gather. Likewise for a mean over a stream of batches and the verdict on the model, without sizes.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The work and the traffic of each of eight devices when examples are spread over them; run by `test_sharding`.
 
-Prints a line of JSON for each quantity and way of giving the data: the difference from one device, the share of one device's
-work, and what is sent.
+Prints a line of JSON for each quantity and way of passing the data: the difference from one device, the share of one device's
+work, and the sizes of the arrays that are sent.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Solves by a rows x rows matrix that is spread over eight devices, against a dense one in float64; run by `test_sharding`.
 
-Prints a line of JSON for each dtype and damping, one for scores in pieces, centred, and of a sum, and one for each of those on
-the size of what a compiled solve holds and sends.
+Prints a line of JSON for each dtype and damping, one each for scores in pieces, centred scores and a sum, and for each of these
+one with the sizes of the arrays that a compiled solve stores and sends.
 """
 
 import itertools

@@ -1,6 +1,6 @@
 """Room on the interpreter's stack, and one source location for all operations: together they save a quarter of tracing time.
 
-And one context in which programs are lowered.
+Also one MLIR context in which all programs are lowered.
 """
 
 import functools

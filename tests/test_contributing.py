@@ -1,6 +1,6 @@
 """Each addition that CONTRIBUTING.md describes, done once with a toy and with public names alone.
 
-A rule of the engine is added inside: tests/test_rules.py. What a user's own package may extend is in tests/outside.
+A rule of the engine is added inside the package: see tests/test_rules.py. tests/outside has a user's own package of extensions.
 """
 
 import math

@@ -42,7 +42,7 @@ VALUES = np.array([3.0, 1.0, 0.2, 0.01])
 def test_effective_dimension_along_a_path(shape, dtype):
     """Sums of lambda / (lambda + damping), as scores and dense; rounding errors in the null space do not count.
 
-    At the last damping but one the dtype cannot tell it from zero: the sum is within the smallest digits of the rank.
+    The dtype cannot tell the last damping but one from zero: the sum equals the rank up to its smallest digits.
     """
     eps = float(jnp.finfo(dtype).eps)
     dampings = np.array([1e3, 1.0, 0.03, 1e-4, eps / 1e3, 0.0])

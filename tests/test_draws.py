@@ -28,9 +28,9 @@ def bits_of(keys):
 
 
 def test_every_bit_is_a_fair_coin_alone_and_beside_its_neighbours():
-    """Means, and products of numbers that differ by one place, example, step or seed, within five standard errors.
+    """Means, and products of numbers that differ by one position, example, step or seed, within five standard errors.
 
-    The same of keys that were split or folded, and of them beside those that they were made of.
+    The same holds for keys that were split or folded, and for products of their numbers with those of the original keys.
     """
     keys = all_keys()
     for made in (keys, jax.vmap(lambda key: jax.random.split(key, 16))(keys[0, 0]).T[None], folded(keys)):

@@ -106,7 +106,7 @@ class Point:
 def raw_moments(head):
     """``(raws [n, k], nodes [n, m, *event], weights [n, m])`` to the mass, ``E[s]``, ``E[s s^T]``, ``E[H]`` of each example.
 
-    It is traced once for three bodies.
+    The function is traced once for three bodies.
     """
     log_p = jf.log_likelihood(head.predict)
 

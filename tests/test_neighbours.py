@@ -166,7 +166,7 @@ EXACT = {"kfac_expand": "ggn", "kfac_reduce": "ggn", "kfac_empirical": "empirica
 def with_the_trace_of(problem, exact, view):
     """A Kronecker view with each layer's block scaled to the trace of the layer in the exact matrix.
 
-    Theirs have the trace ``E|a|^2 E|g|^2``, which equals that of the block, ``E |a|^2 |g|^2``, only if the two are independent.
+    Theirs has the trace ``E|a|^2 E|g|^2``, which equals that of the block, ``E |a|^2 |g|^2``, only if the two are independent.
     Ours always have the trace of the block.
     """
     made = view.copy()

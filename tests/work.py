@@ -1,7 +1,7 @@
 """The work of each device when examples are spread over one, two, four or eight of them; run by `test_sharding`.
 
-Compiles only. Prints a line of JSON for each quantity and way of giving the data: its work for every number of devices. The
-body of a loop over pieces is counted once.
+This script only compiles. It prints a line of JSON for each quantity and way of passing the data: its work for every number of
+devices. The body of a loop over pieces is counted once.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Random programs: log-densities of one example, which are written, run and compared with plain per-example gradients.
 
-`write` gives the program of a seed, `compare.compare` what is wrong with the library's scores of it, and `reduce.reduced` a
+`write` returns the program of a seed, `compare.compare` the faults in the library's scores of it, and `reduce.reduced` a
 smaller program with the same fault.
 """
 

@@ -1,16 +1,16 @@
 """Curvature matrices of small PyTorch models by curvlinops and nngeometry, stored for `tests/test_neighbours.py`.
 
-The tests need no PyTorch. To write the files again, in an environment of its own::
+The tests need no PyTorch. To write the files again, in a separate environment::
 
     python -m venv torch-env                              # Python 3.11
     torch-env/bin/pip install torch==2.13.0 numpy==2.4.6 curvlinops-for-pytorch==3.0.1 nngeometry==0.4
     torch-env/bin/python tests/references/make.py
 
-Those are the versions that wrote the files here (torch as its CPU build). Everything is float64 and nothing is random but the
-fixed draws of NumPy, so the files come out the same up to rounding.
+Those are the versions that wrote the files here (torch as its CPU build). Everything is float64, and only NumPy's seeded draws
+are random, so the files are reproduced up to rounding.
 
-What is stored is what the libraries return: scales and layouts are theirs, and the tests state how they relate to ours. Weights
-are ``[out, in]``; matrices are over ``weight_1, bias_1, weight_2, bias_2``, each flattened row by row.
+The files have the libraries' own scales and layouts, and the tests state how these relate to ours. Weights are ``[out, in]``;
+matrices are over ``weight_1, bias_1, weight_2, bias_2``, each flattened row by row.
 """
 
 import pathlib
@@ -70,7 +70,7 @@ def shared_problem():
 
 
 def from_curvlinops(problem, loss):
-    """The matrices of one problem, by the names under which the tests ask for them."""
+    """The matrices of one problem, by the names that the tests use."""
     model, x, y = problem
     params = [p for p in model.parameters() if p.requires_grad]
     size = sum(p.numel() for p in params)
@@ -79,7 +79,7 @@ def from_curvlinops(problem, loss):
         made = operator(model, loss, params, [(x, y)], **options)
         return (made @ torch.eye(size)).detach().numpy()
 
-    # One block for a layer's weight and bias, as the papers have it; the library's default parts them.
+    # One block for a layer's weight and bias, as in the papers; the library's default separates them.
     joint = {"separate_weight_and_bias": False}
     kfac, ekfac = curvlinops.KFACLinearOperator, curvlinops.EKFACLinearOperator
     exact, empirical = curvlinops.FisherType.TYPE2, curvlinops.FisherType.EMPIRICAL
@@ -113,7 +113,7 @@ def from_nngeometry(problem, variant):
 
 
 def store(name, problem, **sources):
-    """One file a problem: its arrays, and each source's matrices under ``source_name``."""
+    """Write one file per problem: its arrays, and each source's matrices under ``source_name``."""
     model, x, y = problem
     names = ("weight_1", "bias_1", "weight_2", "bias_2")
     arrays = {name: p.detach().numpy() for name, p in zip(names, model.parameters(), strict=True)}
@@ -122,7 +122,7 @@ def store(name, problem, **sources):
 
 
 def main():
-    # nngeometry makes constants of the default dtype.
+    # nngeometry makes constants in the default dtype.
     torch.set_default_dtype(torch.float64)
     softmax, gaussian, shared = softmax_problem(), gaussian_problem(), shared_problem()
     cross_entropy, mse_mean, mse_sum = nn.CrossEntropyLoss(), nn.MSELoss(), nn.MSELoss(reduction="sum")

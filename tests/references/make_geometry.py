@@ -1,13 +1,13 @@
 """Fisher-Rao distances by geomstats, stored for `tests/test_fisher_rao.py`.
 
-The tests need no geomstats. To write the file again, in an environment of its own::
+The tests need no geomstats. To write the file again, in a separate environment::
 
     python -m venv geomstats-env                          # Python 3.11
     geomstats-env/bin/pip install geomstats==2.8.0 "numpy<2"
     geomstats-env/bin/python tests/references/make_geometry.py
 
-That is the version that wrote the file here. Only what geomstats has in closed form is asked for, and nothing is random but the
-fixed draws of NumPy. What is stored is what the library returns: the tests state its parameters and its scale.
+That is the version that wrote the file here. It has only distances that geomstats computes in closed form, and only NumPy's
+seeded draws are random. The values are those that the library returns; the tests state its parameters and its scale.
 """
 
 import pathlib

@@ -1,6 +1,6 @@
 """Posteriors of a small PyTorch classifier and a regression by laplace-torch, stored for `tests/test_laplace_torch.py`.
 
-The tests need no PyTorch. To write the file again, in an environment of its own::
+The tests need no PyTorch. To write the file again, in a separate environment::
 
     python -m venv laplace-env                            # Python 3.11
     laplace-env/bin/pip install torch==2.13.0 numpy==2.4.6 scipy tqdm opt_einsum einops torchmetrics
@@ -8,9 +8,9 @@ The tests need no PyTorch. To write the file again, in an environment of its own
     laplace-env/bin/pip install --no-deps asdfghjkl==0.1a4 einconv unfoldnd linear_operator jaxtyping wadler_lindig mpmath
     laplace-env/bin/python tests/references/make_laplace.py
 
-asdfghjkl pins an old PyTorch, so its dependencies are left out; it is imported and not used. Everything is float64 and nothing
-is random but the fixed draws of NumPy. The networks have no biases, of which laplace-torch makes a block of their own. What is
-stored is what the library returns.
+asdfghjkl pins an old PyTorch, so its dependencies are left out; it is imported and not used. Everything is float64, and only
+NumPy's seeded draws are random. The networks have no biases, since laplace-torch puts them in separate blocks. The values are
+those that the library returns.
 """
 
 import pathlib
