@@ -35,7 +35,7 @@ def test_the_parts_are_those_of_the_whole():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("mean", [0.0, 1.0, 100.0])
 def test_inverses_by_the_core_are_those_of_the_whole(mean, dtype):
-    """This also holds for inputs whose mean is a hundred times their deviation, where the core has only the deviations left."""
+    """Inputs may have a mean a hundred times their deviation; the elimination leaves only the deviations in the core."""
     given = matrices(mean).astype(dtype)
     found = bordered(jnp.asarray(given)).inverses(jax.vmap(jnp.linalg.inv))
     expected = np.linalg.inv(given.astype(np.float64))

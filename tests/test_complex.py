@@ -186,7 +186,7 @@ def energies_of(omega, name):
 
 @pytest.mark.parametrize("batch_size", [None, 3])
 def test_the_gradient_of_the_energy_is_the_dense_sum(batch_size):
-    """With and without weights, in memory and in pieces, in the dtypes of the parameters."""
+    """The gradient is right with and without weights, in memory and in pieces, and has the dtypes of the parameters."""
 
     def found():
         gradient = {name: jf.energy_gradient(f, batch_size=batch_size)(p, SPINS, ENERGIES) for name, (f, p) in CASES.items()}

@@ -209,7 +209,7 @@ def expected_counts(make, params, x, damping):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_trace_of_the_inverse_and_the_effective_dimension(form):
-    """By parameters, data and damping, also at equal or zero eigenvalues, except for forms that pick some of them."""
+    """Derivatives by parameters, data and damping, also at equal or zero eigenvalues (except for forms that pick some)."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3)))
     cases = {"apart": (PARAMS, x, 0.3), "equal": (jax.tree.map(jnp.zeros_like, PARAMS), ORTHONORMAL[:3], 0.3)}
     if form in APART:

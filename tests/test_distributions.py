@@ -390,7 +390,7 @@ def test_literals_and_arrays_share_one_trace():
 
 @pytest.mark.usefixtures("in_numpy")
 def test_fields_given_in_another_way_are_the_same_distribution(key):
-    """By probabilities, a rate, or a covariance."""
+    """The fields are given by probabilities, a rate, or a covariance."""
     covariance = np.array([[2.0, 0.3], [0.3, 0.5]])
     probs = np.array([0.2, 0.5, 0.3])
     for made, expected in (

@@ -58,7 +58,7 @@ def test_parameters_of_no_entries_at_all():
     "make", [lambda like: jf.kfac(like), lambda like: jf.natural_gradient(1.0, 0.1, view=jf.block_diagonal)]
 )
 def test_a_training_step_with_empty_leaves(make):
-    """By abstract evaluation, since empty arrays have no numbers to compare."""
+    """The step is evaluated abstractly, since empty arrays have no numbers to compare."""
     opt = make(lambda: jf.exact_fisher(model)(PARAMS, X))
     step = jf.training_step(model, opt)
     params, _, loss = jax.eval_shape(lambda: step(PARAMS, opt.init(PARAMS), X, jnp.zeros((4, 2))))

@@ -270,7 +270,7 @@ def test_non_finite_products_stop_at_once_and_show(key):
 
 
 def test_a_negative_direction_is_not_hidden(key):
-    """As for the Hessian behind `observed_information`, whose log-determinant is NaN too."""
+    """The estimate is NaN, as is the log-determinant of the Hessian behind `observed_information`."""
     _, _, estimate, _ = everything(holding(-np.eye(12), jnp.float32), key, *ORDINARY)
     assert np.isnan(estimate.value) and not estimate.converged
 

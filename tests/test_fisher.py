@@ -258,7 +258,7 @@ def test_more_rows_than_parameters_and_fewer(key):
 
 
 def test_fishers_of_different_numbers_of_examples_have_one_structure():
-    """So a last short batch, a loop's carry and an array-by-array mean accept them; the counts are averaged with the rest."""
+    """A last short batch, a loop's carry and an array-by-array mean accept them; the counts are averaged with the rest."""
     log_prob = jf.log_likelihood(lambda mu: jf.Normal(mu, 1.0))
     one, other = (jf.diagonal(jf.empirical_fisher(log_prob)(0.0, jnp.arange(n, dtype=float))) for n in (4, 12))
     assert jax.tree.structure(one) == jax.tree.structure(other)

@@ -109,7 +109,7 @@ def curve(name):
 @pytest.mark.compiled
 @pytest.mark.parametrize("name", CURVES)
 def test_a_geodesic_has_the_length_of_the_closed_form(name):
-    """In any coordinates; and by the closed form its middle is half way from both ends."""
+    """This holds in any coordinates, and by the closed form the middle of a geodesic is half way from both ends."""
     found, _, whole, before, after = curve(name)
     assert found.converged
     for length, part in ((whole, 1), (before, 0.5), (after, 0.5)):
@@ -212,7 +212,7 @@ SCIPY = {
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_divergences_are_their_integrals_and_their_hessian_is_the_fisher(name):
-    """At orders below and above one. The Hessian of Renyi's divergence is the order times the metric, of Amari's the metric."""
+    """Orders below and above one. The Hessian of Renyi's divergence is the order times the metric, of Amari's the metric."""
     p, q = PAIRS[name]
     densities = [SCIPY[name](jax.tree.map(np.asarray, d)) for d in (p, q)]
 
@@ -269,7 +269,7 @@ def test_divergences_of_near_distributions_have_their_digits(name):
 
 
 def test_divergences_of_normal_vectors_add_up_over_independent_entries():
-    """With a diagonal covariance. The limits are the Kullback-Leibler divergences; it is infinite if the integral is."""
+    """A diagonal covariance. The limits are the Kullback-Leibler divergences; a divergence is infinite if its integral is."""
     scales, loc = np.array([[1.0, 0.6], [1.3, 0.9]]), np.array([[0.0, 0.3], [0.5, -0.2]])
     p, q = (jf.MultivariateNormal(loc[k], np.diag(scales[k])) for k in (0, 1))
     entries = [jf.Normal(loc[k], scales[k]) for k in (0, 1)]
@@ -289,7 +289,7 @@ def test_divergences_of_normal_vectors_add_up_over_independent_entries():
 
 
 def test_an_order_that_is_known_late_is_taken_as_one_that_is_known():
-    """Also where the closed form has no value. An invalid order gives NaN."""
+    """A run-time order works like a known one, also where the closed form has no value. An invalid order gives NaN."""
     p, q = PAIRS["Bernoulli"]
     for function, orders in ((geometry.renyi_divergence, (0.3, 1, 2.5)), (geometry.alpha_divergence, (-1, 0.2, 1, 3.0))):
         late = jax.vmap(lambda order, function=function: function(p, q, order))(jnp.array(orders, float))

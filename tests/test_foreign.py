@@ -698,7 +698,7 @@ def test_a_subclass_is_not_taken_for_its_base():
 
 
 def test_nothing_foreign_is_imported():
-    """In a separate process. A later import of a library is noticed, so the check can fail."""
+    """The check runs in a separate process. It notices a later import of a library, so it can fail."""
     names = "('distrax', 'numpyro', 'tensorflow_probability')"
     look = f"print(sorted(name for name in {names} if name in sys.modules))"
     code = (

@@ -48,7 +48,7 @@ def derivatives(loss):
 
 
 def dense(params, x, y, loss, weights=None):
-    """By its definition, example by example, with `jax.jacobian` and `jax.hessian` in float64."""
+    """The Gauss-Newton matrix by its definition, example by example, with `jax.jacobian` and `jax.hessian` in float64."""
     omega = np.full(len(x), 1 / len(x)) if weights is None else np.asarray(weights) / np.sum(weights)
     total = 0
     for w, one, target in zip(omega, np.asarray(x), np.asarray(y), strict=True):

@@ -222,7 +222,7 @@ def test_what_underflows_of_a_path_is_no_solution(n):
 
 
 def test_a_solution_of_a_path_takes_three_products_with_the_scores():
-    """Without a correction: one product for the solution from its coordinates in the rows, and two for its residual."""
+    """If no correction is needed, one product gives the solution from its coordinates in the rows, and two its residual."""
     n, shape = 128, (30, 40)
     args = [jax.ShapeDtypeStruct(size, jnp.float32) for size in (shape, (n, shape[0]), (n, shape[1]), shape)]
 

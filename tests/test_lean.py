@@ -248,7 +248,7 @@ def test_what_solves_is_traced_once():
 
 
 def test_a_step_of_many_examples_takes_little_more_memory_than_a_gradient():
-    """At most twice the memory of a gradient, three Gram matrices and four vectors of the parameters, for a small network."""
+    """A small network takes at most twice a gradient's memory, three Gram matrices and four vectors of the parameters."""
     n, params = 512, [(shape(i, o), shape(o)) for i, o in itertools.pairwise((64, 256, 256, 10))]
     data = shape(n, 64), shape(n, dtype=jnp.int32)
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
@@ -420,7 +420,7 @@ def test_bounds_are_checked():
 
 
 def test_a_large_gram_matrix_is_compiled():
-    """In a separate process: choosing triangles by `where` made the optimising compiler of jax 0.10 run out of stack here."""
+    """A separate process, since choosing triangles by `where` made jax 0.10's optimising compiler run out of stack here."""
     program = (
         "import jax, jax.numpy as jnp; from jaxfisher._linalg import mirrored;"
         "print(jax.jit(mirrored).lower(jax.ShapeDtypeStruct((1024, 1024), jnp.float32)).compile() is not None)"

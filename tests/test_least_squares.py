@@ -34,7 +34,7 @@ def by_lstsq(scores, e, damping):
 
 
 def test_centred_rows_do_not_feel_what_all_numbers_have_in_common():
-    """As with local energies far from zero: divided by a small damping, the rounding errors of the mean would spoil the fit."""
+    """Local energies may be far from zero: rounding errors of their mean, over a small damping, would spoil the fit."""
     params, spins, e, weights = problem(7, 3, jnp.float32, np.random.default_rng(1))
     scores = jf.scores(log_psi, center=True)(params, spins, weights=weights)
     x, _ = compiled(lambda s, e: jf.least_squares(s, e, 1e-3))(scores, e + 100)
@@ -56,7 +56,7 @@ def test_the_fit_is_that_of_the_stacked_system(rows, width, center):
 
 
 def test_a_small_damping_does_not_magnify_the_rounding_of_the_right_hand_side():
-    """With fewer rows than parameters, where solving for the formed right-hand side is off by more than a thousandth."""
+    """There are fewer rows than parameters, and solving for the formed right-hand side is off by more than a thousandth."""
     keys = jax.random.split(jax.random.key(0), 4)
     params = [jax.random.normal(key, shape, jnp.float32) / 6 for key, shape in zip(keys, [(40, 30), (30, 30)], strict=False)]
     spins = jax.random.rademacher(keys[2], (32, 40), jnp.float32)
