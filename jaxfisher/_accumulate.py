@@ -84,6 +84,8 @@ def _difference(one: Operator, other: Operator) -> str:
     mine, theirs = one.provenance, other.provenance
     if mine.kind != theirs.kind:
         return f"one is {mine.kind}, the other {theirs.kind}; expected two Fishers of one kind."
+    if mine.mean.counted != theirs.mean.counted:
+        return "only one is a mean over the terms that `counts` says; give `counts` for the batches of both, or of neither."
     if mine.mean != theirs.mean:
         return f"one is a {mine.mean} its examples, the other a {theirs.mean} them; merge means, and multiply afterwards."
     return (
