@@ -157,9 +157,9 @@ def exact_fisher(model: Model, *, batch_size: int | None = None, max_bytes: int 
     with ``J_i`` the Jacobian of the predicted distribution's fields and ``M_i`` the distribution's Fisher in those fields. It
     is the Hessian of ``q -> KL(params, q)`` at ``q = params`` and, for natural parameters, the generalised Gauss-Newton matrix.
 
-    **When it is the wrong one.** It takes as many rows an example as the distribution has fields (the classes of a softmax). If
-    there are too many, use `sampled_fisher`; if no array of the scores' size fits in memory, use `implicit_fisher`. It does not
-    say how wrong the model is: for standard errors under misspecification, see the empirical Fisher's sandwich.
+    **When it is the wrong one.** It takes as many rows per example as the distribution has fields (the classes of a softmax).
+    If there are too many, use `sampled_fisher`; if no array of the scores' size fits in memory, use `implicit_fisher`. It does
+    not say how wrong the model is: for standard errors under misspecification, see the empirical Fisher's sandwich.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.

@@ -56,7 +56,7 @@ def check_laws(
     r"""Check whether a new form, view, solver or family obeys the laws that the library's own obey.
 
     For an operator every number is compared with that of its dense matrix in float64 by NumPy, for a damping ``d`` of a tenth
-    of the mean eigenvalue and for one damping a leaf:
+    of the mean eigenvalue and for one damping per leaf:
 
     .. math:: F v, \; v^T F v, \; (F + d I)^{-1} v, \; (F + d I)^{\pm 1/2} v, \; F^{3/2} v, \; \log\det(F + d I), \;
         \operatorname{diag} F, \; \operatorname{tr} F, \; \lambda(F), \; \operatorname{rank} F, \; \|F\|.
@@ -79,7 +79,7 @@ def check_laws(
 
     Returns:
         A `LawCheck`; ``print`` it for a table, and test ``.passed``. The tolerances are multiples of ``rounding`` or, for
-        draws, five standard errors. A law that cannot be decided, such as that of one damping a leaf for a form that refuses
+        draws, five standard errors. A law that cannot be decided, such as that of one damping per leaf for a form that refuses
         it, is no failure, and a note says so.
 
     Raises:

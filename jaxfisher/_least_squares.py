@@ -1,4 +1,4 @@
-"""Damped least squares on scores: the solve for a right-hand side that is given by one number a row."""
+"""Damped least squares on scores: the solve for a right-hand side that is given by one number per row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jaxfisher._values import check_nonnegative, is_known_zero, nonnegative
 def least_squares(
     scores: Scores, e: Float[Array, " rows"], damping: float | Scalar, *, rtol: float = 1e-5
 ) -> tuple[Any, SolveInfo]:
-    r"""The damped least-squares fit of one number a row by the scores.
+    r"""The damped least-squares fit of one number per row by the scores.
 
     .. math:: x = \arg\min_x \sum_i \omega_i (s_i^T x - e_i)^2 + \lambda |x|^2 = (S^T \Omega S + \lambda I)^{-1} S^T \Omega\, e.
 
@@ -46,8 +46,8 @@ def least_squares(
 
     Raises:
         TypeError: ``scores`` is not a `jaxfisher.Scores`, or ``rtol`` is no Python number.
-        ValueError: ``e`` is not one real number a row; the damping is negative or zero (the minimum-norm fit without damping is
-            ``jf.solve(jf.fisher_from_scores(scores), v, 0.0)``).
+        ValueError: ``e`` is not one real number per row; the damping is negative or zero (the minimum-norm fit without damping
+            is ``jf.solve(jf.fisher_from_scores(scores), v, 0.0)``).
 
     Reference: Chen and Heyl, Empowering deep neural quantum states through efficient optimization (Nature Physics 2024),
     equation 6; Marquardt (SIAM Journal 1963), section 3.

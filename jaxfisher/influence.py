@@ -234,7 +234,7 @@ def tracin(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[...,
 
 
 def _one_row_each(caller: str, log_prob: LogProb, batch_size: int | None = None) -> Callable[..., Scores]:
-    """The scores of a real log-density. A complex one has two rows an example, and no single number for its influence."""
+    """The scores of a real log-density. A complex one has two rows per example, and no single number for its influence."""
     scores_of = scores(log_prob, batch_size=batch_size)
 
     def checked(params: chex.ArrayTree, /, *data: Any) -> Scores:

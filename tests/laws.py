@@ -94,7 +94,7 @@ def expected_hessian(p, nodes, weights):
 
 
 def scores(p, nodes):
-    """``d log p(x_i) / d fields`` over the flattened fields, a row a node."""
+    """``d log p(x_i) / d fields`` over the flattened fields, one row per node."""
     flat, unravel = ravel_pytree(p)
     return jax.vmap(jax.grad(lambda flat, x: unravel(flat).log_prob(x)), (None, 0))(flat, nodes)
 

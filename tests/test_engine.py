@@ -169,7 +169,7 @@ def test_wrapping_a_model_changes_nothing(name):
     )
 
 
-# The exact and the sampled Fisher: several rows an example.
+# The exact and the sampled Fisher: several rows per example.
 
 
 def mlp_classifier(p, x):

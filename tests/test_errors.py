@@ -276,7 +276,7 @@ MISTAKES = [
             f"complex log-density, {name}",
             lambda call=call: call(with_leaf(np.ones(3, complex))),
             TypeError,
-            [name, "several rows an example", "Give a real log-density"],
+            [name, "several rows per example", "Give a real log-density"],
         )
         for name, call in [
             ("clipped_sum", lambda p: jf.scores(log_psi)(p, X).clipped_sum(1.0)),

@@ -308,7 +308,7 @@ def test_bad_input_is_named():
         (-1.0, ValueError, "`prior` is -1.0; expected a finite number of at least zero"),
         ("wide", TypeError, "`prior` is 'wide'; expected one real number"),
         ({"w": 1.0}, TypeError, "`prior` is a dict with leaves of shapes .*; expected one number"),
-        ({"b": 1.0, "w": np.ones(2)}, TypeError, "with one number a leaf, or an array of the leaf's shape"),
+        ({"b": 1.0, "w": np.ones(2)}, TypeError, "with one number per leaf, or an array of the leaf's shape"),
         ({"b": 1.0, "w": np.array([1.0, -2.0, 1.0])}, ValueError, r"`prior` at \['w'\] holds -2.0"),
     ):
         with pytest.raises(error, match=message):

@@ -111,9 +111,9 @@ def test_what_is_not_finite_is_not_called_converged():
     ("change", "error", "message"),
     [
         ({"scores": 1.0}, TypeError, "`scores` is 1.0"),
-        ({"e": np.zeros(6)}, ValueError, r"`e` is .*expected one real number a row, of shape \(7,\)"),
-        ({"e": np.zeros(7, complex)}, ValueError, "expected one real number a row"),
-        ({"e": [1.0] * 7}, ValueError, "`e` is a list; expected one real number a row"),
+        ({"e": np.zeros(6)}, ValueError, r"`e` is .*expected one real number per row, of shape \(7,\)"),
+        ({"e": np.zeros(7, complex)}, ValueError, "expected one real number per row"),
+        ({"e": [1.0] * 7}, ValueError, "`e` is a list; expected one real number per row"),
         ({"damping": 0.0}, ValueError, "expected a number above zero"),
         ({"damping": -1.0}, ValueError, "damping"),
         ({"rtol": "tight"}, TypeError, "rtol"),

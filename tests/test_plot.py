@@ -400,7 +400,7 @@ BAD = {
     "three parameters": (
         lambda: plot.metric_ellipses(normal, jnp.zeros((4, 3)), 0.1),
         ValueError,
-        r"`points` has 3 numbers a point.*\(4, 3\).*expected two.*Close over",
+        r"`points` has 3 numbers per point.*\(4, 3\).*expected two.*Close over",
     ),
     "uneven points": (
         lambda: plot.metric_ellipses(logistic, {"bias": jnp.zeros(3), "slope": jnp.zeros(2)}, 0.1, jnp.ones(1)),

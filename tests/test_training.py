@@ -179,7 +179,7 @@ GAUSSIAN = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), "v": jnp.linspace(0.
 
 @pytest.mark.parametrize("few", [True, False])
 def test_the_default_fisher_of_kfac_is_exact_where_outputs_are_few(few):
-    """The default Fisher is exact for two rows an example; for three classes its views are those of drawn targets."""
+    """The default Fisher is exact for two rows per example; for three classes its views are those of drawn targets."""
     _, x, y, *_ = reference()
     if few:
         model, params, y = gaussian, GAUSSIAN, x[:, 0] ** 2

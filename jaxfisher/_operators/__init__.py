@@ -1,1 +1,1 @@
-"""Fisher matrices as linear operators on parameter pytrees, one stored form a file."""
+"""Fisher matrices as linear operators on parameter pytrees, one stored form per file."""

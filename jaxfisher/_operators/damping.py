@@ -35,7 +35,7 @@ def is_one_damping(damping: Damping, spec: ParamSpec, name: str = "damping") -> 
     if not fits or any(seen not in ((), own) for seen, own in zip(shapes, spec.shapes, strict=True)):
         raise TypeError(
             f"`{name}` is {described(damping)} with leaves of shapes {shapes}; expected one number of at least zero, or a "
-            f"pytree like the parameters, {joined_structure(spec)}, with one number a leaf, or an array of the leaf's shape; "
+            f"pytree like the parameters, {joined_structure(spec)}, with one number per leaf, or an array of the leaf's shape; "
             f"the shapes are {list(spec.shapes)}."
         )
     return False
@@ -98,8 +98,9 @@ def _inverse(form: Form, damping: Scalar, factorise: Factorise | None) -> Invert
 def damped_inverse(form: Form, dampings: Dampings, factorise: Factorise | None = None) -> Inverted:
     """``v -> (F + D)^-1 v`` with a damping ``D`` of any kind, by ``factorise`` or the form's default.
 
-    With one number a leaf, ``F + D = R^-1 (G + I) R^-1``, so ``(F + D)^-1 = R (G + I)^-1 R``, and G has the form of F. With one
-    number a parameter the same holds for forms that hold a matrix, its blocks or its diagonal; other forms make the matrix.
+    With one number per leaf, ``F + D = R^-1 (G + I) R^-1``, so ``(F + D)^-1 = R (G + I)^-1 R``, and G has the form of F. With
+    one number per parameter the same holds for forms that hold a matrix, its blocks or its diagonal; other forms make the
+    matrix.
     """
     if not isinstance(dampings, tuple):
         return _inverse(form, dampings, factorise)

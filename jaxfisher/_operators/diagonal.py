@@ -20,7 +20,7 @@ from jaxfisher._tree import ParamSpec, kept, split
 
 @array_fields("entries", repr=False)
 class Diagonal(Spectral):
-    """A diagonal matrix, one number a parameter, held as a pytree like the parameters."""
+    """A diagonal matrix, one number per parameter, held as a pytree like the parameters."""
 
     entries: Any
     spec: ParamSpec

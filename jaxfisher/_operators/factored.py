@@ -38,7 +38,7 @@ def factored_solve(fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric) -
         \pi^2 = \frac{\mathrm{tr} A / \dim A}{\mathrm{tr} G / \dim G}.
 
     This is *not* ``(F + damping I)^-1``: it is the inverse of ``A (x) G`` plus the damping plus cross terms. It needs two
-    Cholesky factors a layer where the exact inverse needs two eigendecompositions. Blocks of other forms are damped exactly.
+    Cholesky factors per layer where the exact inverse needs two eigendecompositions. Blocks of other forms are damped exactly.
     The residual in the report is that of ``(F + damping I) x = v``, and shows the difference: ``converged`` is the test of an
     exact solve, and is rarely true.
 

@@ -47,7 +47,7 @@ class Solver(Protocol):
     """``solver(fisher, v, damping) -> (x, info)``: solves ``(F + damping I) x = v``.
 
     ``v`` is a pytree like the parameters, and so is ``x``, in the leaf dtypes of ``v``. ``damping`` is one number, or a pytree
-    like the parameters with one number a leaf. The solver is called while JAX traces. In the `SolveInfo` that it returns,
+    like the parameters with one number per leaf. The solver is called while JAX traces. In the `SolveInfo` that it returns,
     ``residual`` must be computed from the returned ``x``, and ``converged`` must never be true of a wrong answer.
     """
 

@@ -161,7 +161,7 @@ def spread_solves(fisher: Operator, mesh: Mesh, axis: str, block: int | None = N
 
     It is for n x n matrices that do not fit on one device. With n rows on D devices each device holds ``n^2 / D`` numbers, does
     ``n^3 / D`` flops, three times its share of the least possible, and receives n numbers for every row. Each device computes
-    the inner products of its rows from the factors of all rows, ``n T (d_in + d_out)`` numbers a layer; nothing else is
+    the inner products of its rows from the factors of all rows, ``n T (d_in + d_out)`` numbers per layer; nothing else is
     gathered. With scores in chunks (``max_bytes=``) no device has more than the factors of two chunks. Only `solve` changes.
 
     **For a view by layers**, `jaxfisher.kronecker`, each factor is inverted by one device alone, which sends the inverse, or
@@ -214,7 +214,7 @@ def spread_solves(fisher: Operator, mesh: Mesh, axis: str, block: int | None = N
     if isinstance(layers, BlockDiagonal) and any(isinstance(bare(block), Sum) for block in layers.blocks):
         raise TypeError(
             f"spread_solves: {fisher} has a sum of several products over a layer, whose inverse is not made of inverses of "
-            "factors. Expected one product a layer, that of the sum: jf.spread_solves(jf.kronecker(fisher), mesh, axis)."
+            "factors. Expected one product per layer, that of the sum: jf.spread_solves(jf.kronecker(fisher), mesh, axis)."
         )
     if scores is None:
         raise TypeError(

@@ -106,7 +106,7 @@ def scores(
 
     .. math:: S_{ij} = \partial_{\theta_j} \log p_\theta(x_i), \qquad S \in R^{n \times p}.
 
-    A complex ``log_prob``, such as the log-amplitude of a wave function, has two rows an example: for its real and for its
+    A complex ``log_prob``, such as the log-amplitude of a wave function, has two rows per example: for its real and for its
     imaginary part, one after the other. Parameters may be complex too: a complex leaf counts as two real numbers, and results
     for it are complex again.
 

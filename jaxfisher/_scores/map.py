@@ -109,7 +109,7 @@ class Scores(abc.ABC):
         """``S^T w``: the weighted sum of the scores, a pytree like the parameters."""
 
     def _felt(self, e: Float[Array, " rows"]) -> Float[Array, " rows"]:
-        """One number a row, with the part removed that does not count in a sum with the scores: padding, which may be NaN."""
+        """One number per row, with the part removed that does not count in a sum with the scores: padding, which may be NaN."""
         return jnp.where(self.weights == 0, 0, e)
 
     @once
@@ -154,7 +154,7 @@ class Scores(abc.ABC):
         The norms come from the factors and the sum from one more product with them, so that no per-example gradient is formed.
         Rows of padding are zero; other weights do not count. The result is a gradient of the log-likelihood:
         `jaxfisher.clipped_grad` has that of the loss. Centred scores raise `TypeError`, since the mean that is subtracted from
-        every row depends on all examples, and so do scores of a complex log-density, which have two rows an example.
+        every row depends on all examples, and so do scores of a complex log-density, which have two rows per example.
 
         Reference: Abadi et al., Deep learning with differential privacy (CCS 2016), algorithm 1.
         """
@@ -269,21 +269,21 @@ def check_one_row_each(caller: str, scores: Scores) -> None:
     """Raise `TypeError` if an example has several rows, for functions that need one row for each example."""
     if scores.num_rows != examples_of(scores):
         raise TypeError(
-            f"{caller}: {scores} have several rows an example, like those of a complex log-density, and {caller} needs one row "
-            "for each example. Give a real log-density, such as 2 * log_psi(params, x).real."
+            f"{caller}: {scores} have several rows per example, like those of a complex log-density, and {caller} needs one "
+            "row for each example. Give a real log-density, such as 2 * log_psi(params, x).real."
         )
 
 
 def one_a_row(caller: str, scores: Any, e: Any) -> Float[Array, " rows"]:
-    """``e`` as one real number a row in the scores' dtype, after checking it and the scores; raises otherwise."""
+    """``e`` as one real number per row in the scores' dtype, after checking it and the scores; raises otherwise."""
     if not isinstance(scores, Scores):
         raise TypeError(f"{caller}: `scores` is {described(scores)}; expected what jf.scores(log_prob)(params, *data) returns.")
     check_array(f"{caller}: `e`", e)
     if not is_array(e) or np.shape(e) != (scores.num_rows,) or not jnp.issubdtype(dtype_of(e), jnp.number):
-        raise ValueError(f"{caller}: `e` is {described(e)}; expected one real number a row, of shape ({scores.num_rows},).")
+        raise ValueError(f"{caller}: `e` is {described(e)}; expected one real number per row, of shape ({scores.num_rows},).")
     if jnp.issubdtype(dtype_of(e), jnp.complexfloating):
         raise ValueError(
-            f"{caller}: `e` is complex ({dtype_of(e)}); expected one real number a row, of shape ({scores.num_rows},)."
+            f"{caller}: `e` is complex ({dtype_of(e)}); expected one real number per row, of shape ({scores.num_rows},)."
         )
     return jnp.asarray(e, scores.spec.dtype)
 

@@ -105,8 +105,8 @@ def _plane(points: chex.ArrayTree) -> ParamSpec:
     numbers = sum(math.prod(shape[1:]) for shape in spec.shapes)
     if numbers != 2:
         raise ValueError(
-            f"`points` has {numbers} numbers a point (shapes {dict(zip(spec.paths, spec.shapes, strict=True))}, points first); "
-            "expected two. Close over the other parameters in the model, and pass points of the remaining two."
+            f"`points` has {numbers} numbers per point (shapes {dict(zip(spec.paths, spec.shapes, strict=True))}, points "
+            "first); expected two. Close over the other parameters in the model, and pass points of the remaining two."
         )
     return spec
 
