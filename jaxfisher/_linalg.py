@@ -201,6 +201,8 @@ def spectral_mv(matrix: Float[Array, "m m"], v: Float[Array, " m"], power: Scala
     """``(matrix + damping I)^power v``; at zero damping only along directions in which the matrix is not zero."""
     values, vectors = jnp.linalg.eigh(mirrored(matrix), symmetrize_input=False)
     values, kept, _ = kept_of(values, damping)
+    # Any damping keeps every direction: an eigenvalue of zero becomes the damping, however small that is.
+    kept = kept | (damping > 0)
     powers = jnp.where(kept, jnp.where(kept, values + damping, 1) ** power, 0)
     return matmul(vectors, powers * matmul(vectors.T, v))
 

@@ -24,7 +24,14 @@ from jaxfisher._examples import Batch, make_batch, map_examples
 from jaxfisher._fisher import FisherFunction, exact_fisher
 from jaxfisher._model import MODEL, LogProb, Model, batch_loss, log_likelihood, of_one_example, predict
 from jaxfisher._once import Static, once, once_for
-from jaxfisher._operators.damping import Damping, checked_damping, damped_inverse, entries_of, restricted_damping
+from jaxfisher._operators.damping import (
+    Damping,
+    checked_damping,
+    damped_inverse,
+    damped_inverse_half,
+    entries_of,
+    restricted_damping,
+)
 from jaxfisher._operators.diagonal import Diagonal
 from jaxfisher._operators.identity import scaled_identity
 from jaxfisher._operators.operator import VIEW, Operator, View, as_operator
@@ -35,6 +42,7 @@ from jaxfisher._stack import refuse_stack
 from jaxfisher._targets import given_with, taken_by
 from jaxfisher._tree import as_key, check_function, joined, products, split, subtree
 from jaxfisher._values import checked_shape, described, is_known_zero, whole
+from jaxfisher._varying import cond
 
 NUMBERS_AT_ONCE = 2**24
 """The most entries of the outputs' derivatives that predictions hold at a time."""
@@ -332,6 +340,17 @@ def _covariances(posterior: Posterior, data: tuple[Any, ...], result: Callable[[
     damping = checked_damping(_over(posterior.prior, posterior), fisher.spec)
     inverse = damped_inverse(fisher.form, damping, None if isinstance(damping, tuple) else by_cholesky(rtol))
 
+    # A solve takes a prior that rounding hides for none, and leaves out what the data do not determine, of which the prior is
+    # all that is known. A root by eigenvectors does not, and takes longer.
+    told = inverse(fisher.spec.zeros()).rank == fisher.size
+
+    def inner(rows: Any) -> Array:
+        def by_roots() -> Array:
+            halves = jax.vmap(lambda row: damped_inverse_half(fisher.form, row, damping))(rows)
+            return products(halves, halves)
+
+        return cond(told, lambda: products(rows, jax.vmap(lambda row: inverse(row).x)(rows)), by_roots)
+
     def of_one(*example: Any) -> Any:
         def outputs(uncertain: Any) -> tuple[Array, Any]:
             predicted = predict(model, posterior._with(uncertain), *example)
@@ -339,8 +358,7 @@ def _covariances(posterior: Posterior, data: tuple[Any, ...], result: Callable[[
 
         out, pull_back, predicted = jax.vjp(outputs, posterior.mean, has_aux=True)
         rows = jax.vmap(lambda e: fisher.spec.vector(pull_back(e)[0]))(jnp.eye(out.size, dtype=out.dtype))
-        covariance = products(rows, jax.vmap(lambda row: inverse(row).x)(rows)) / posterior.examples
-        return result(predicted, covariance.astype(out.dtype))
+        return result(predicted, (inner(rows) / posterior.examples).astype(out.dtype))
 
     with of_one_example(model, "model", posterior.params, data):
         count = _output_size(posterior, data)

@@ -251,6 +251,43 @@ def test_one_prior_a_parameter_is_tuned_away_where_the_data_do_not_want_it():
     )
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("view", [None, jf.dense, jf.block_diagonal, jf.kronecker])
+def test_a_weak_prior_is_all_that_is_known_of_what_the_data_do_not_determine(view, dtype):
+    """However weak beside the data: predictions and the root that draws are made by, against singular values in float64.
+
+    A solve takes a prior that rounding hides for none, and its variances would be those of what the data determine alone.
+    """
+    rng = np.random.default_rng(5)
+    model = lambda w, x: jf.Normal(jnp.dot(x, w), jnp.asarray(0.5, w.dtype))  # noqa: E731
+    for n, p in ((1, 3), (4, 9), (12, 4)):
+        x, v = rng.normal(size=(n, p)), rng.normal(size=p).astype(dtype)
+        if n > p:
+            x[:, -1] = x[:, 0]
+        _, values, vectors = np.linalg.svd(x / 0.5)
+        squares = np.zeros(p)
+        squares[: len(values)] = np.where(values > 1e-10, values, 0) ** 2
+
+        def made(prior, v, x, p=p, n=n):
+            posterior = jf.laplace(model, jnp.zeros(p, dtype), x, jnp.zeros(n, dtype), prior=prior, view=view)
+            root = posterior.fisher.inv_sqrt_mv(v, posterior.prior / n)
+            return (
+                posterior.output_covariance(v[None])[0, 0, 0],
+                posterior.predictive(v[None]).variance[0],
+                jnp.dot(root, root) / n,
+            )
+
+        for prior in (1.0, 1e-4, 1e-7, 1e-10):
+            expected = np.square(vectors @ v) @ (1 / (squares + prior))
+            for given in (dtype(prior), np.full(p, prior, dtype)):
+                if view is jf.kronecker and given.ndim:
+                    continue
+                spread, variance, root = made(jnp.asarray(given), jnp.asarray(v), jnp.asarray(x, dtype))
+                np.testing.assert_allclose([spread, variance - 0.25], expected, rtol=2e-2)
+                if not given.ndim:
+                    np.testing.assert_allclose(root, expected, rtol=2e-2)
+
+
 def test_padding_and_weights():
     x, y, _ = regression()
     params = {"b": jnp.zeros(1), "w": jnp.ones(3)}

@@ -133,3 +133,12 @@ def damped_inverse_root(form: Form, v: Any, dampings: Dampings) -> Any:
     inside, roots = _with_unit_damping(form, dampings)
     one = jnp.ones((), form.spec.dtype)
     return _by_leaf(form.spec, inside.power_mv(v, -0.5 * one, one), roots)
+
+
+def damped_inverse_half(form: Form, v: Any, dampings: Dampings) -> Any:
+    """``B^T v`` with B of `damped_inverse_root`, so that its squared length is ``v^T (F + D)^-1 v``."""
+    if not isinstance(dampings, tuple):
+        return damped_inverse_root(form, v, dampings)
+    inside, roots = _with_unit_damping(form, dampings)
+    one = jnp.ones((), form.spec.dtype)
+    return inside.power_mv(_by_leaf(form.spec, v, roots), -0.5 * one, one)
