@@ -248,6 +248,16 @@ def test_designs_do_not_depend_on_the_unit_of_the_information(name, dtype):
             r"`mean` gives shape \(9,\) and `covariance` \(4, 4\)",
         ),
         (lambda: forecasts.gaussian_fisher(mean, covariance)({**PARAMS, "decay": 1}), TypeError, r"\['decay'\] has dtype int"),
+        (
+            lambda: forecasts.gaussian_fisher(lambda p: [p, p], np.eye(2))(0.5),
+            TypeError,
+            "`mean` gives a list; expected one array",
+        ),
+        (
+            lambda: forecasts.gaussian_fisher(lambda p: jnp.stack([p, p]), [[1.0, 0.0], [0.0, 1.0]])(0.5),
+            TypeError,
+            "`covariance` gives a list; expected one array",
+        ),
         (lambda: forecasts.gaussian_prior(PARAMS, {"amplitude": 1.0}), ValueError, "errors"),
         (lambda: forecasts.gaussian_prior(np.zeros(2), np.array([1.0, -2.0])), ValueError, "holds -2.0; expected standard"),
         (

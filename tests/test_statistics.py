@@ -114,6 +114,8 @@ def test_a_dispersion_counts_every_number_of_an_example():
     np.testing.assert_allclose(of_both, np.sum((y - X @ beta) ** 2) / (2 * N - 6), rtol=1e-12)
     each = [statistics.dispersion(linear)(beta[:, j], X, y[:, j]) for j in range(2)]
     np.testing.assert_allclose(of_both, np.mean(each), rtol=1e-12)
+    for few in (2, 3):
+        assert np.isnan(statistics.dispersion(linear)(beta[:, 0], X[:few], y[:few, 0])), "no degree of freedom is left"
 
 
 @pytest.mark.parametrize(

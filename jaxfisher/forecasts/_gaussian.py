@@ -46,6 +46,9 @@ def _whitened(caller: str, mean: Simulator, covariance: Spread, params: Any, spe
         return covariance(params) if callable(covariance) else covariance
 
     shapes = jax.eval_shape(mean, params), jax.eval_shape(spread, params)
+    for name, shape in zip(("mean", "covariance"), shapes, strict=True):
+        if not hasattr(shape, "dtype"):
+            raise TypeError(f"{caller}: `{name}` gives {described(shape)}; expected one array. Join it, as by jnp.stack.")
     size = jnp.shape(shapes[0])
     if len(size) != 1 or jnp.shape(shapes[1]) != size * 2:
         raise ValueError(

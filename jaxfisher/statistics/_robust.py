@@ -307,7 +307,8 @@ def dispersion(model: Model, *, batch_size: int | None = None) -> Callable[..., 
         batch_size: work on chunks of at most this many observations, which bounds memory.
 
     Returns:
-        A function ``(params, *inputs, target, weights=None)`` that returns a scalar. With weights, n is their sum.
+        A function ``(params, *inputs, target, weights=None)`` that returns a scalar. With weights, n is their sum. It is NaN if
+        no more numbers than parameters are there.
 
     Raises:
         TypeError: (when called) a model that returns no distribution, or one that is not of independent numbers with a
@@ -338,7 +339,9 @@ def dispersion(model: Model, *, batch_size: int | None = None) -> Callable[..., 
             found = map_batches(lambda *data: map_examples(squared, params, data), batch.data, batch.batch_size)
         each = found.astype(batch.spec.dtype).reshape(batch.size, -1)
         total = batch.total
-        return jnp.sum(batch.weights * jnp.sum(each, axis=1)) * total / (total * each.shape[1] - batch.spec.size)
+        freedom = total * each.shape[1] - batch.spec.size
+        found = jnp.sum(batch.weights * jnp.sum(each, axis=1)) * total / jnp.where(freedom > 0, freedom, 1)
+        return jnp.where(freedom > 0, found, jnp.nan)
 
     return dispersion_of
 
