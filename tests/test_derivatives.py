@@ -117,7 +117,7 @@ def both_ways(function, make):
     def run(params, x, damping):
         along = (DIRECTION, jnp.cos(jnp.arange(x.size, dtype=float)).reshape(x.shape), jnp.ones(()))
         value, forward = jax.jvp(functools.partial(function, make), (params, x, damping), along)
-        back = jax.grad(lambda *args: COTANGENT @ function(make, *args), (0, 1, 2))(params, x, damping)
+        back = jax.grad(lambda *args: COTANGENT[: value.size] @ function(make, *args), (0, 1, 2))(params, x, damping)
         return value, forward, ravel_pytree(back)[0]
 
     return traced(run)
@@ -186,6 +186,41 @@ def test_derivatives_of_a_path_of_dampings(rows):
     found, true = (evaluated(both_of(f), PARAMS, x, 0.3) for f in (path, one_by_one))
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(true), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9 * np.max(np.abs(other)))
+
+
+POWERS = (-0.5, 0.5, -1.0, 1.5)
+
+
+def powers(make, params, x, damping):
+    """Powers along a vector, for these exponents."""
+    F = make(params, x)
+    u = F.spec.unravel(U)
+    return jnp.stack([C @ ravel_pytree(F.power_mv(u, power, damping))[0] for power in POWERS])
+
+
+def expected_powers(make, params, x, damping):
+    """The same from the root of the dense matrix, by the iteration of Denman and Beavers, without any eigenvalue."""
+    damped = make(params, x) + damping * jnp.eye(12)
+    root, inverse = damped, jnp.eye(12)
+    for _ in range(12):
+        root, inverse = 0.5 * (root + jnp.linalg.inv(inverse)), 0.5 * (inverse + jnp.linalg.inv(root))
+    return jnp.stack([C @ m @ U for m in (inverse, root, jnp.linalg.inv(damped), damped @ root)])
+
+
+@pytest.mark.parametrize(("form", "rows"), CASES)
+def test_derivatives_of_powers_against_a_dense_matrix(form, rows):
+    """Also where eigenvalues are equal: all those that are zero, if there are fewer rows than parameters."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(7, 3)))[:rows]
+    cases = {"apart": (PARAMS, x, 0.3), "few": (PARAMS, x[:1], 0.3), "twice": (PARAMS, jnp.tile(x[:1], (rows, 1)), 0.3)}
+    # The factors of a Kronecker product have derivatives by their own eigenvectors.
+    if form not in APART | {"kronecker"}:
+        cases["equal"] = jax.tree.map(jnp.zeros_like, PARAMS), jnp.asarray(ORTHONORMAL[:rows]), 0.3
+    if form in APART or form.startswith("low rank"):
+        cases = {"apart": cases["apart"]}
+    for name, case in cases.items():
+        found, true = (both_ways(f, make)(*case) for f, make in zip((powers, expected_powers), FORMS[form], strict=True))
+        for one, other in zip(found, true, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-8 * np.max(np.abs(other)), err_msg=name)
 
 
 def counts(make, params, x, damping):
