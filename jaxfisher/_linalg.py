@@ -138,11 +138,15 @@ def eigenpairs(matrix: Float[Array, "m m"]) -> tuple[Float[Array, " m"], Float[A
 def _eigenpairs_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     values, vectors = eigenpairs(*primals)
     change = matmul(vectors.T, matmul(*tangents, vectors))
-    gaps = values[None, :] - values[:, None]
-    # A gap at the rounding error of the eigenvalues counts as zero: dividing by it would give rounding errors.
-    apart = jnp.abs(gaps) > jnp.finfo(values.dtype).eps ** 0.5 * jnp.max(jnp.abs(values), initial=0.0)
+    gaps, apart = values[None, :] - values[:, None], are_apart(values)
     turned = jnp.where(apart, change / jnp.where(apart, gaps, 1), 0)
     return (values, vectors), (jnp.diagonal(change), matmul(vectors, turned))
+
+
+def are_apart(values: Float[Array, " m"]) -> Bool[Array, "m m"]:
+    """Whether two eigenvalues differ by more than their rounding errors, by which a derivative would be divided."""
+    gaps = jnp.abs(values[None, :] - values[:, None])
+    return gaps > jnp.finfo(values.dtype).eps ** 0.5 * jnp.max(jnp.abs(values), initial=0.0)
 
 
 def unit_root(matrix: Float[Array, "m m"], negative: float) -> Float[Array, "m m"]:

@@ -24,7 +24,7 @@ from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.form import Form, small_matrix
 from jaxfisher._operators.inverted import Inverted
 from jaxfisher._operators.layer import Layer
-from jaxfisher._operators.side import Side, balanced_shifts, eigenvectors, sides
+from jaxfisher._operators.side import Side, balanced_shifts, eigenvectors, sides, turned_within
 from jaxfisher._operators.spectral import Spectral, Tests, applied_once
 from jaxfisher._pytree import array_fields
 from jaxfisher._system import Factorise
@@ -175,7 +175,12 @@ class Kronecker(Layer):
         return partial(self.factorised().inverse_of, self)
 
     def power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
-        return self.factorised().power_mv(v, power, damping)
+        left, right = eigenvectors(self.input_side), eigenvectors(Bordered(self.outputs))
+        whole = self.by_eigenvectors(left, right)
+        slopes = power * whole.powers(whole.values, power - 1, damping)
+        spread = slopes, (left[0], right[0]), (left[1].whole(), right[1].whole()), self._matrix(v)
+        within = self._leaves(turned_within(self.inputs, self.outputs, *spread))
+        return jax.tree.map(jnp.add, whole.power_mv(v, power, damping), within)
 
     @property
     def sizes(self) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxfisher._bordered import Bordered, Rows
 from jaxfisher._inverse import eigen, multiplied
-from jaxfisher._linalg import cholesky, eigenpairs, resolved
+from jaxfisher._linalg import are_apart, batched, cholesky, eigenpairs, resolved
 from jaxfisher._null_space import projected
 from jaxfisher._varying import cond
 
@@ -77,3 +77,37 @@ def eigenvectors(factors: Bordered) -> tuple[Float[Array, "groups m"], Rows]:
     largest = jnp.max(jnp.abs(values), -1, keepdims=True)
     held = Rows(vectors) if factors.border is None else Rows(vectors[:, :-1], vectors[:, -1:])
     return resolved(values, jnp.zeros((), x.dtype), largest, x.shape[-1]), held
+
+
+@jax.custom_jvp
+def turned_within(
+    inputs: Float[Array, "groups i i"],
+    outputs: Float[Array, "groups o o"],
+    slopes: Float[Array, "groups i o"],
+    values: tuple[Float[Array, "groups i"], Float[Array, "groups o"]],
+    bases: tuple[Float[Array, "groups i i"], Float[Array, "groups o o"]],
+    v: Float[Array, "groups i o"],
+) -> Float[Array, "groups i o"]:
+    """Zeros, whose derivative is the part of that of ``f(A (x) G) v`` that the derivatives of `eigenpairs` leave out.
+
+    These do not turn the eigenvectors of equal eigenvalues, as a change of the factor between them would: it changes
+    ``f(A (x) G)`` between them by ``f'`` times as much. ``slopes`` is ``f'`` at the products of the eigenvalues.
+    """
+    return jnp.zeros_like(v)
+
+
+@turned_within.defjvp
+def _turned_within_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    _, _, slopes, (a, g), (left, right), v = primals
+    along = batched(batched(left, v, (1, 1)), right)
+    by_inputs = batched(_between_equal(a, left, tangents[0]), along) * g[:, None, :]
+    by_outputs = batched(along, _between_equal(g, right, tangents[1])) * a[:, :, None]
+    return jnp.zeros_like(v), batched(batched(left, slopes * (by_inputs + by_outputs)), right, (2, 2))
+
+
+def _between_equal(
+    values: Float[Array, "groups m"], vectors: Float[Array, "groups m m"], change: Float[Array, "groups m m"]
+) -> Float[Array, "groups m m"]:
+    """The change of a factor between different eigenvectors of equal eigenvalues."""
+    other = ~jnp.eye(values.shape[-1], dtype=bool)[None] & ~jax.vmap(are_apart)(values)
+    return jnp.where(other, batched(vectors, batched(change, vectors), (1, 1)), 0)

@@ -110,14 +110,13 @@ class Spectral(Form):
         return partial(self.inverse_of, self)
 
     def power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
-        resolve = self.resolve(damping)
+        return self.apply(partial(self.powers, power=power, damping=damping), v)
 
-        def powers(values: Array) -> Array:
-            shifted = resolve(values) + damping
-            kept = shifted != 0
-            return jnp.where(kept, jnp.where(kept, shifted, 1) ** power, 0)
-
-        return self.apply(powers, v)
+    def powers(self, values: Array, power: Scalar, damping: Scalar) -> Array:
+        """``(values + damping)^power``, zero where that is no power; eigenvalues inside rounding error count as zero."""
+        shifted = self.resolve(damping)(values) + damping
+        kept = shifted != 0
+        return jnp.where(kept, jnp.where(kept, shifted, 1) ** power, 0)
 
 
 Vector = Float[Array, " p"]
