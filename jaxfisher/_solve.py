@@ -28,7 +28,7 @@ from jaxfisher._pytree import array_fields
 from jaxfisher._scores import Scores, one_a_row
 from jaxfisher._system import SolveInfo
 from jaxfisher._tree import ParamSpec, all_finite, cast_like, described, joined
-from jaxfisher._values import check_nonnegative, nonnegative, whole
+from jaxfisher._values import check_nonnegative, is_known_zero, nonnegative, whole
 from jaxfisher._varying import alike, cond, linear_solve, varying_axes, while_loop
 
 
@@ -258,9 +258,9 @@ class LSMR:
         _check_rule(self.rtol, self.max_steps)
 
     def __call__(self, fisher: Operator, v: chex.ArrayTree, damping: chex.Numeric) -> tuple[Any, SolveInfo]:
-        if isinstance(damping, (int, float)) and damping == 0:
+        if is_known_zero(damping, fisher.spec.dtype):
             raise ValueError(
-                "LSMR: `damping` is 0, and then the right-hand side must be given by its coordinates in the scores: "
+                f"LSMR: `damping` is {damping}, and then the right-hand side must be given by its coordinates in the scores: "
                 "jf.LSMR().least_squares(scores, e, damping=0.0)."
             )
         check_one_damping(damping, fisher.spec, "LSMR")
@@ -271,14 +271,16 @@ class LSMR:
     @once
     def _solution(self, fisher: Operator, v: Any, strength: Scalar) -> tuple[Any, SolveInfo]:
         scores, right = scores_of(fisher, "LSMR"), fisher.spec.ravel(v, "v")
-        size = norm(right)
-        size = jnp.where(size > 0, size, 1)
+        # A power of two, since XLA would divide by the product of a size and the root of the damping, which may underflow.
+        size = power_or_one(norm(right))
+        shorter = inverse_power(size)
         # v = X^T 0 + sqrt(damping) (v / sqrt(damping))
-        below = fisher.spec.unravel(right / size / jnp.sqrt(strength))
+        below = fisher.spec.unravel(right * shorter / jnp.sqrt(strength))
         x, steps, stopped = self._run(scores, jnp.zeros(scores.num_rows, fisher.spec.dtype), below, strength)
         x = fisher.spec.ravel(x, "x") * size
-        exact, y = _damped(fisher, strength), x * (1 / size)
-        rest, again = right / size - exact(y), right / size - in_another_rounding(exact, y)
+        exact, y, b = _damped(fisher, strength), x * shorter, right * shorter
+        length = norm(b)
+        rest, again = ((b - image) / jnp.where(length > 0, length, 1) for image in (exact(y), in_another_rounding(exact, y)))
         # The two residuals differ by rounding, and the true residual differs from each by about as much.
         info = self._info(x, norm(rest), steps, stopped & (norm(rest) + 4 * norm(rest - again) <= self._promise(x.dtype)))
         return fisher.spec.unravel(x), info

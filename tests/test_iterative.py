@@ -23,6 +23,11 @@ def linear(w, x):
     return jnp.dot(x, w, precision="highest")
 
 
+def normal(w, x):
+    """A model whose exact Fisher is X^T X / n."""
+    return jf.Normal(jnp.dot(x, w, precision="highest"), jnp.ones((), x.dtype))
+
+
 @functools.cache
 def stretched(condition=1e3, n=60, p=40, dtype=jnp.float64):
     """A Fisher with eigenvalues from 1 down to ``1 / condition``, its rows ``X`` and a right-hand side."""
@@ -180,6 +185,29 @@ def test_lsmr_solves_for_any_vector_and_keeps_digits_in_float32():
     assert np.linalg.norm(right - X.T @ (X @ x) - damping * x) < 1e-4 * np.linalg.norm(right)
     with pytest.raises(ValueError, match="least_squares"):
         jf.solve(F, jnp.asarray(v, jnp.float32), 0.0, solver=jf.LSMR())
+
+
+@pytest.mark.compiled  # XLA would merge quotients
+@pytest.mark.parametrize("n", [3, 8])
+def test_lsmr_solves_in_any_units(n):
+    """The solution itself is of ordinary size, but neither the right-hand side nor the Fisher is."""
+    run = jax.jit(lambda x, v, damping: jf.solve(jf.exact_fisher(normal)(jnp.zeros(8, x.dtype), x), v, damping, jf.LSMR()))
+    for unit, size in [(1e-15, 1e-12), (1e-15, 1.0), (1.0, 1e-25), (1.0, 1e25), (1e15, 1.0), (1e15, 1e12)]:
+        x, v = np.float32(numbers(n, n, 8) * unit), np.float32(numbers(1, 8) * unit * size)
+        matrix = x.astype(float).T @ x / n
+        for share in (1e-2, 1.0, 1e4):
+            damping = share * np.linalg.norm(matrix, 2)
+            found, info = run(x, v, np.float32(damping))
+            true = np.linalg.solve(matrix + damping * np.eye(8), v.astype(float))
+            assert info.converged and np.linalg.norm(np.asarray(found) - true) < 1e-4 * np.linalg.norm(true), (
+                unit,
+                size,
+                share,
+            )
+    F = jf.exact_fisher(normal)(jnp.zeros(8, jnp.float32), x)
+    for zero in (0.0, 0, np.zeros(()), np.float32(0), 1e-42):
+        with pytest.raises(ValueError, match="LSMR: `damping` is"):
+            jf.solve(F, v, zero, solver=jf.LSMR())
 
 
 FORMS = {"scores": lambda F: F, "dense": jf.dense, "prior": lambda F: F + jf.scaled_identity(F, 1e-3), "diagonal": jf.diagonal}
