@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
 from jaxfisher._operators.operator import Operator, as_operator
-from jaxfisher._values import check_number, nonnegative
+from jaxfisher._values import check_number, is_known, nonnegative
 
 
 def effective_dimension(fisher: Operator, damping: chex.Numeric) -> Scalar:
@@ -75,8 +75,10 @@ class Spectrum(NamedTuple):
     def leading(self, share: chex.Numeric) -> Int[Array, ""]:
         """The number of largest eigenvalues that make up this share of the trace, from 0 to 1."""
         check_number("share", share)
+        if is_known(share) and not 0 <= float(share) <= 1:
+            raise ValueError(f"`share` is {share}; expected a number from 0 to 1.")
         running = jnp.cumsum(self.eigenvalues / jnp.maximum(self.eigenvalues[0], jnp.finfo(self.eigenvalues.dtype).tiny))
-        needed = jnp.asarray(share, running.dtype) * running[-1]
+        needed = jnp.clip(jnp.asarray(share, running.dtype), 0, 1) * running[-1]
         return jnp.where(needed > 0, jnp.sum(running < needed) + 1, 0).astype(jnp.int32)
 
     def __repr__(self) -> str:

@@ -58,6 +58,11 @@ def unit_rank(matrix: Float[Array, "m m"]) -> Int[Array, ""]:
 
 def null_vectors(matrix: Float[Array, "m m"]) -> Float[Array, "m k"]:
     """Orthonormal columns that span the null space, decided as `unit_rank` does. Not under ``jit``: k depends on the values."""
+    if isinstance(matrix, jax.core.Tracer):
+        raise TypeError(
+            "null_space: the number of its vectors depends on the values of F, which are unknown under jit, vmap and grad. "
+            "Call it outside of these. Inside, F.rank() counts the directions that F determines."
+        )
     unit = unit_diagonal(jnp.diagonal(matrix))
     values, vectors = jnp.linalg.eigh(matrix * unit[:, None] * unit[None, :])
     _, kept, _ = kept_of(values, jnp.zeros((), matrix.dtype))

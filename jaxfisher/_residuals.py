@@ -10,6 +10,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._acceleration import acceleration
@@ -38,7 +39,7 @@ class _Value(Around):
 
     def __call__(self, params: chex.ArrayTree, /, *point: Any) -> Array:
         value = self.residual(params, *point)
-        if isinstance(value, (float, jax.Array)) and jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        if isinstance(value, (float, jax.Array, np.ndarray)) and jnp.issubdtype(jnp.result_type(value), jnp.floating):
             return jnp.asarray(value)
         raise TypeError(f"residuals: a residual returned {described(value)}; expected a real floating array: {RESIDUAL}.")
 

@@ -116,6 +116,9 @@ def test_spectral_errors():
         jf.effective_dimension(F, -1.0)
     with pytest.raises(TypeError, match="`damping` is an array of shape"):
         jf.effective_dimension(F, jnp.ones(2))
+    for share in (-0.1, 2.0, float("nan")):
+        with pytest.raises(ValueError, match=f"`share` is {share}; expected a number from 0 to 1"):
+            jf.spectrum(F).leading(share)
     with pytest.raises(TypeError, match="`share` is 'half'"):
         jf.Spectrum(jnp.ones(2), jnp.array(2), jnp.ones(()), jnp.ones(())).leading("half")
 

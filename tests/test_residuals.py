@@ -334,3 +334,17 @@ def test_kinds_with_weights_in_pieces_and_without_points():
         assert_close(problem.loss(params, given, scales, weights=weights), w[:3] @ r**2 / 6 + 0.15 * 0.5)
     moved = problem.kl(params, {"a": jnp.asarray(1.5), "b": jnp.asarray(-0.25)}, given, scales, weights=weights)
     assert_close(moved, w[:3] @ t[:3] ** 2 / 6 + 0.15)
+
+
+def test_a_residual_may_be_an_array_of_numpy():
+    """As one that depends on no parameter is: it adds to the loss, and to nothing else."""
+    r = np.array([3.0, -1.0])
+    problem = jf.residuals({"fixed": lambda p, x: r, "free": lambda p, x: p * x})
+    points = {"fixed": np.ones(4), "free": np.array([1.0, 2.0])}
+    np.testing.assert_allclose(problem.loss(2.0, points), 0.5 * 10 + 0.5 * 4 * 2.5, rtol=1e-6)
+    np.testing.assert_allclose(problem.gauss_newton(2.0, points).as_matrix(), [[2.5]], rtol=1e-6)
+    assert problem.acceleration(2.0, 1.0, points) == 0
+    np.testing.assert_allclose(problem.kl(2.0, 3.0, points), 0.5 * 2.5, rtol=1e-6)
+    for wrong, seen in ((np.ones(2, int), "dtype int64"), (np.ones(2, complex), "complex128"), ([1.0, 2.0], "a list")):
+        with pytest.raises(TypeError, match=f"a residual returned .*{seen}"):
+            jf.residuals({"fixed": lambda p, x, wrong=wrong: wrong}).loss(2.0, {"fixed": np.ones(4)})

@@ -341,6 +341,13 @@ def test_rank_and_null_space_name_what_the_data_do_not_identify():
     assert int(F.rank()) == 6 and rows.shape == (6, 12)
     assert_close(rows @ rows.T, np.eye(6), factor=1e3)
     assert np.max(np.abs(rows @ np.asarray(F.as_matrix()))) < 1e3 * F64
+    # Their number is part of a shape.
+    for call in (
+        lambda: jax.jit(lambda F: F.null_space())(F),
+        lambda: jax.grad(lambda s: jnp.sum((s * F).null_space()["b"]))(1.0),
+    ):
+        with pytest.raises(TypeError, match=r"null_space: the number of its vectors depends on the values.*F\.rank"):
+            call()
 
 
 def test_a_feature_in_other_units_is_not_taken_for_a_null_direction():
