@@ -63,3 +63,16 @@ def test_a_training_step_with_empty_leaves(make):
     step = jf.training_step(model, opt)
     params, _, loss = jax.eval_shape(lambda: step(PARAMS, opt.init(PARAMS), X, jnp.zeros((4, 2))))
     assert params["none"].shape == (0, 3) and loss.shape == ()
+
+
+def test_a_model_that_predicts_no_number_is_named():
+    """Its scores would have no rows. A slice that was meant to have a length gives one. Products need none, and are zero."""
+    nothing = lambda params, x: jf.Normal(x[:0] * params["b"][0], jnp.ones(()))  # noqa: E731
+    residual = jf.residuals({"slice": lambda params, x: x[:0] * params["b"][0]})
+    for call in (
+        lambda: jf.exact_fisher(nothing)(PARAMS, X),
+        lambda: residual.gauss_newton(PARAMS, {"slice": X}).trace(),
+    ):
+        with pytest.raises(ValueError, match="`model` predicts no number for an example"):
+            call()
+    assert not np.any(ravel_pytree(jf.implicit_fisher(nothing)(PARAMS, X).mv(PARAMS))[0])

@@ -49,6 +49,11 @@ def trace(rows: Rows, params: chex.ArrayTree, data: tuple[Any, ...]) -> Traced:
     one = shape_of_one(data)
     params = varying_like(params, data)
     seeds, shapes = jax.make_jaxpr(rows.seeds, return_shape=True)(params, *one)
+    if not shapes.shape[0]:
+        raise ValueError(
+            f"`{rows.name}` predicts no number for an example: what it returns is empty, so its Fisher has no rows. Expected "
+            "at least one number; a slice may be shorter than it was meant to be."
+        )
     seed = shape_of_one(shapes)
     closed, made = jax.make_jaxpr(lambda *args: rows.row(*args), return_shape=True)(params, seed, *one)
     known = rows.known(made[0])
