@@ -53,3 +53,32 @@ def test_least_norm_in_own_units(form, rows):
     true = right[:rank].T @ ((right[:rank] @ v) / sizes[:rank] ** 2)
     np.testing.assert_allclose(F.spec.ravel(found, "x"), true, rtol=0, atol=1e-7 * np.max(np.abs(true)))
     assert bool(info.converged) and int(info.rank) == int(F.rank()) == rank
+
+
+MULTIPLIED = {
+    "more rows": lambda x: jf.exact_fisher(of_line)(jnp.zeros(3, jnp.float32), x),
+    "fewer rows": lambda x: jf.exact_fisher(of_line)(jnp.zeros(3, jnp.float32), x[:2]),
+    "in pieces": lambda x: jf.exact_fisher(of_line, batch_size=2)(jnp.zeros(3, jnp.float32), x),
+    "joined": lambda x: (
+        jf.exact_fisher(of_line)(jnp.zeros(3, jnp.float32), x[:2]) + jf.exact_fisher(of_line)(jnp.zeros(3, jnp.float32), x[2:])
+    ),
+}
+
+
+def of_line(w, x):
+    return jf.Normal(jnp.dot(x, w), jnp.asarray(0.5, w.dtype))
+
+
+@pytest.mark.parametrize("name", MULTIPLIED)
+def test_a_multiple_of_a_fisher_is_solved_as_the_fisher_is(name):
+    """``c F x = c v`` in float32, with and without damping, for any c: against NumPy's pseudo-inverse in float64."""
+    x = np.random.default_rng(6).normal(size=(5, 3)).astype(np.float32)
+    F = MULTIPLIED[name](jnp.asarray(x))
+    matrix, vector = np.asarray(F.as_matrix(), float), np.array([0.3, -0.7, 0.5])
+    v = matrix @ vector
+    for c in (1.0, 1e-20, 1e-10, 1e10, 1e20):
+        scaled = np.float32(c) * F
+        for share in (0.0, 0.01):
+            expected = np.linalg.pinv(matrix + share * np.eye(3), rcond=1e-5) @ v
+            found = scaled.solve(jnp.asarray(c * v, jnp.float32), np.float32(share * c))
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4, err_msg=str((c, share)))

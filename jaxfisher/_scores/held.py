@@ -141,7 +141,7 @@ class HeldScores(FactoredScores):
         return jnp.concatenate([leaf.gradient().reshape(self.num_rows, -1) for leaf in self.leaves], axis=1)
 
     def bound(self) -> Scalar:
-        return jnp.max(self._row_sizes())
+        return jnp.max(self._row_sizes() * jnp.sqrt(self._omega))
 
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> HeldScores:
         return dataclasses.replace(self, leaves=kept_leaves(self.leaves, keep), spec=spec)

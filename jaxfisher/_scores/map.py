@@ -201,7 +201,7 @@ class Scores(abc.ABC):
 
     @abc.abstractmethod
     def bound(self) -> Scalar:
-        """An upper bound on the absolute values of the entries of ``S``, of the right order of magnitude."""
+        """An upper bound on the entries of ``diag(sqrt(weights)) S`` in absolute value, of the right order of magnitude."""
 
     @abc.abstractmethod
     def restrict(self, keep: tuple[bool, ...], spec: ParamSpec) -> Scores:
