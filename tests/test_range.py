@@ -67,9 +67,10 @@ def test_no_row_silences_another(name):
     check(made, case.rows, case.sizes, name)
     unit = float(factor)
     check({"gram": np.triu(gram) + np.triu(gram, 1).T}, unit * case.rows, unit * case.sizes, f"{name}, in units of the bound")
-    largest = np.max(case.sizes)
+    root = np.sqrt(OMEGA.reshape(-1, 1))
+    largest = np.max(root * case.sizes)
     # The bound of a convolution is that of the whole image, not of its windows, so it may be larger.
-    assert np.max(np.abs(case.rows)) * (1 - 1e-6) <= float(bound) <= 10 * largest, (bound, largest)
+    assert np.max(root * np.abs(case.rows)) * (1 - 1e-6) <= float(bound) <= 10 * largest, (bound, largest)
 
 
 # Models with inputs of any size.
