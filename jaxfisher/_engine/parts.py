@@ -19,6 +19,7 @@ from jaxfisher._engine.forms import Convolution, Form, Formed, Layout, Lookup, P
 from jaxfisher._engine.machine import Output
 from jaxfisher._engine.terms import Axis, Factor, Term, Unformed, fold, seen, whole
 from jaxfisher._engine.windows import Windows
+from jaxfisher._linalg import matmul
 from jaxfisher._tree import HIGHEST
 
 
@@ -243,7 +244,7 @@ def _outer(pair: _Pair, left: Array, right: Array, place: tuple[int, ...] = ()) 
     if layout.inputs > 1 < layout.outputs or (column and left.shape[-2] == 1):
         sources = (pair.source(pair.left, pair.inputs), pair.source(pair.right, pair.outputs))
         return Part(Product(left, right, layout), pair.flags, place, *sources)
-    formed = jnp.matmul(left.swapaxes(-1, -2), right, precision=HIGHEST)
+    formed = matmul(left.swapaxes(-1, -2), right)
     flags = pair.left.flags | pair.right.flags
     if not column:
         return Part(Formed(layout.leaf(formed)), (flags,))

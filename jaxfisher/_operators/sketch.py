@@ -8,13 +8,13 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
+from jaxfisher._linalg import matmul
 from jaxfisher._operators.averaging import mean_of
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.identity import Shifted
 from jaxfisher._operators.low_rank import LowRank, largest_of
 from jaxfisher._operators.operator import Operator, viewed
 from jaxfisher._pytree import array_fields
-from jaxfisher._tree import HIGHEST
 
 
 @array_fields("vectors", "values", "floor", "error", repr=False)
@@ -103,5 +103,5 @@ def _(form: Sketch, other: Sketch, share: Scalar) -> Sketch:
     parts = [jnp.sqrt(w) * of.vectors * jnp.sqrt(of.values)[None, :] for w, of in ((1 - share, form), (share, other))]
     basis, root = jnp.linalg.qr(jnp.concatenate(parts, 1))
     left, singular, _ = jnp.linalg.svd(root, full_matrices=False)
-    vectors = jnp.matmul(basis, left[:, ::-1], precision=HIGHEST)
+    vectors = matmul(basis, left[:, ::-1])
     return _made(jnp.square(singular[::-1]), vectors, rank, form.error + share * (other.error - form.error), form)

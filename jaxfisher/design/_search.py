@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._once import Static, once_for
-from jaxfisher._tree import check_function
+from jaxfisher._tree import HIGHEST, check_function
 from jaxfisher._values import described, nonnegative, whole
 from jaxfisher._varying import while_loop
 
@@ -105,7 +105,7 @@ def _weighted(criterion: Criterion, matrices: Array, atol: Scalar, rtol: Scalar,
     """The search of `optimal_weights`, to a gap of ``atol`` plus ``rtol`` times the worth of all weights together."""
 
     def of(weights: Float[Array, " m"]) -> Scalar:
-        return criterion(jnp.tensordot(weights, matrices, 1, precision="highest"))
+        return criterion(jnp.tensordot(weights, matrices, 1, precision=HIGHEST))
 
     def look(weights: Float[Array, " m"]) -> tuple[Array, Scalar, Bool[Array, ""]]:
         slopes = jax.grad(of)(weights)
@@ -197,7 +197,7 @@ def _exchanged(criterion: Criterion, matrices: Array, runs: Array, steps: Static
     def step(state: Any) -> Any:
         count, runs, value, _ = state
         # Sum the other runs instead of subtracting one: the information that only that run has would be left as rounding.
-        less = jnp.tensordot(1 - jnp.eye(runs.size, dtype=matrices.dtype), matrices[runs], 1, precision="highest")
+        less = jnp.tensordot(1 - jnp.eye(runs.size, dtype=matrices.dtype), matrices[runs], 1, precision=HIGHEST)
         values = jax.vmap(lambda one: jax.vmap(lambda other: criterion(one + other))(matrices))(less)
         out, into = jnp.unravel_index(jnp.argmax(values), values.shape)
         # A run exchanged for itself shows the rounding error, whatever the criterion and its units.

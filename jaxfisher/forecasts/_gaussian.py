@@ -17,7 +17,7 @@ from jaxfisher._operators.formed import from_matrix
 from jaxfisher._operators.observations import observations
 from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._provenance import Provenance
-from jaxfisher._tree import ParamSpec, cast_like, check_function, joined, param_spec
+from jaxfisher._tree import HIGHEST, ParamSpec, cast_like, check_function, joined, param_spec
 from jaxfisher._values import described
 
 Simulator = Callable[[Any], Float[Array, " d"]]
@@ -233,7 +233,7 @@ def bias(mean: Simulator, covariance: Spread) -> Callable[..., Any]:
         pulled = matmul(made.mean.T, made.apart(jnp.asarray(effect, spec.dtype)))
         if covariance_effect is not None:
             turned = made.both_sides(jnp.asarray(covariance_effect, spec.dtype))
-            pulled = pulled + 0.5 * jnp.einsum("kij,ij->k", made.covariance, turned, precision="highest")
+            pulled = pulled + 0.5 * jnp.einsum("kij,ij->k", made.covariance, turned, precision=HIGHEST)
         return cast_like(fisher.solve(spec.unravel(pulled), 0.0), params)
 
     return moved

@@ -22,6 +22,7 @@ from jaxfisher._distributions.multivariate_normal import MultivariateNormal
 from jaxfisher._distributions.normal import Normal
 from jaxfisher._distributions.poisson import Poisson
 from jaxfisher._divergence import kl_divergence
+from jaxfisher._linalg import matmul
 from jaxfisher._values import check_number, positive
 from jaxfisher.geometry._families import matched
 from jaxfisher.geometry._middle import MIDDLES
@@ -42,7 +43,7 @@ def _normal(p: Normal, q: Normal, a: Array) -> Array:
 
 
 def _multivariate_normal(p: MultivariateNormal, q: MultivariateNormal, a: Array) -> Array:
-    covariances = [jnp.matmul(d.scale_tril, jnp.swapaxes(d.scale_tril, -1, -2), precision="highest") for d in (p, q)]
+    covariances = [matmul(d.scale_tril, jnp.swapaxes(d.scale_tril, -1, -2)) for d in (p, q)]
     mixed = jnp.linalg.cholesky(a * covariances[1] + (1 - a) * covariances[0])
     solved = jax.scipy.linalg.solve_triangular(mixed, (p.loc - q.loc)[..., None], lower=True)[..., 0]
     halves = [jnp.sum(jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)), axis=-1) for root in (p.scale_tril, q.scale_tril, mixed)]

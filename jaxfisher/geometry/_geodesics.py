@@ -14,11 +14,12 @@ from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._examples import Batch, Refusing, make_batch, refusing
 from jaxfisher._fisher import exact_fisher
+from jaxfisher._linalg import matmul
 from jaxfisher._model import MODEL, Model, log_likelihood, of_one_example
 from jaxfisher._natural import natural_grad
 from jaxfisher._once import Static, once_for
 from jaxfisher._readings import Around
-from jaxfisher._tree import cast_like, check_function
+from jaxfisher._tree import HIGHEST, cast_like, check_function
 from jaxfisher._values import check_nonnegative, described, nonnegative, whole
 
 STAGES, NEWTON = 8, 12
@@ -95,7 +96,7 @@ def _symbols(manifold: _Manifold, params: Any, batch: Batch) -> Array:
     metric, flat = manifold.metric(params, batch), batch.spec.ravel(params, "params")
     slopes = jax.jacfwd(metric)(flat)  # [l, j, i]
     lowered = 0.5 * (slopes + jnp.swapaxes(slopes, 1, 2) - jnp.moveaxis(slopes, 2, 0))
-    return jnp.einsum("kl,lij->kij", jnp.linalg.inv(metric(flat)), lowered, precision="highest")
+    return jnp.einsum("kl,lij->kij", jnp.linalg.inv(metric(flat)), lowered, precision=HIGHEST)
 
 
 def _moved(metric: Callable[[Array], Array], start: Array, velocity: Array, steps: int) -> Array:
@@ -111,7 +112,7 @@ def _moved(metric: Callable[[Array], Array], start: Array, velocity: Array, step
         speed = jnp.linalg.solve(matrix, momentum)
         return speed, pull_back(0.5 * jnp.outer(speed, speed))[0]
 
-    state = start, jnp.matmul(metric(start), velocity, precision="highest")
+    state = start, matmul(metric(start), velocity)
     (place, _), _ = jax.lax.scan(lambda state, _: (_runge_kutta(rate, state, 1 / steps), None), state, length=steps)
     return place
 
@@ -255,7 +256,7 @@ def _shot(manifold: _Manifold, params: Any, other: Any, batch: Batch, steps: Sta
     matrix, root = metric(start), jnp.finfo(spec.dtype).eps ** 0.5
 
     def length(vector: Array) -> Scalar:
-        return jnp.sqrt(jnp.vdot(vector, jnp.matmul(matrix, vector, precision="highest")))
+        return jnp.sqrt(jnp.vdot(vector, matmul(matrix, vector)))
 
     def miss(velocity: Array, target: Array = end, count: int = steps.value) -> Array:
         return _moved(metric, start, velocity, count) - target

@@ -25,6 +25,7 @@ from jaxfisher._distributions.gamma import Gamma
 from jaxfisher._distributions.multivariate_normal import MultivariateNormal
 from jaxfisher._distributions.normal import Normal
 from jaxfisher._distributions.poisson import Poisson
+from jaxfisher._linalg import matmul
 
 Middle = tuple[Any, Array | Bool[Array, ""]]
 """The member, and whether it exists."""
@@ -65,16 +66,15 @@ def _multivariate_normal(p: MultivariateNormal, q: MultivariateNormal, b: Array)
     own = jnp.tril(p.scale_tril)
     eye = jnp.broadcast_to(jnp.eye(own.shape[-1], dtype=own.dtype), own.shape)
     other = jax.scipy.linalg.solve_triangular(q.scale_tril, own, lower=True)
-    square = jnp.matmul(jnp.swapaxes(other, -1, -2), other, precision="highest")
+    square = matmul(jnp.swapaxes(other, -1, -2), other)
     precision = eye + b * (square - eye)
     there = ~jnp.any(jnp.isnan(jnp.linalg.cholesky(jax.lax.stop_gradient(precision))), axis=(-2, -1))
     safe = jnp.where(there[..., None, None], precision, eye)
     covariance = jnp.linalg.inv(safe)
     root = jnp.linalg.cholesky(0.5 * (covariance + jnp.swapaxes(covariance, -1, -2)))
     apart = jax.scipy.linalg.solve_triangular(own, (q.loc - p.loc)[..., None], lower=True)
-    moved = jnp.matmul(own, b * jnp.linalg.solve(safe, jnp.matmul(square, apart, precision="highest")), precision="highest")
-    scale_tril = jnp.matmul(own, root, precision="highest")
-    return MultivariateNormal(p.loc + moved[..., 0], scale_tril=scale_tril), there
+    moved = matmul(own, b * jnp.linalg.solve(safe, matmul(square, apart)))
+    return MultivariateNormal(p.loc + moved[..., 0], scale_tril=matmul(own, root)), there
 
 
 MIDDLES: dict[type, Callable[[Any, Any, Array], Middle]] = {
