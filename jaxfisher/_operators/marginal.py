@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxfisher._linalg import matmul
+from jaxfisher._linalg import inverse_power, matmul, unit_diagonal
 from jaxfisher._operators.damping import damped_inverse
 from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.form import Form
@@ -17,13 +17,12 @@ from jaxfisher._tree import subtree
 def schur_complement(form: Form, stays: tuple[bool, ...]) -> Dense:
     """``F_kk - F_kr F_rr^+ F_rk`` over the leaves that stay, where the other leaves are r.
 
-    It is computed in units in which F has a unit diagonal: any generalised inverse of ``F_rr`` will do, and one computed in
-    other units may have no accurate digits.
+    It is computed in units in which F has a diagonal near one: any generalised inverse of ``F_rr`` will do, and one computed
+    in other units may have no accurate digits.
     """
     matrix = form.as_matrix()
-    diagonal = jax.lax.stop_gradient(jnp.diagonal(matrix))
-    unit = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
-    whole = Dense(matrix / unit[:, None] / unit[None, :], form.spec)
+    unit = unit_diagonal(jnp.diagonal(matrix))
+    whole = Dense(unit[:, None] * matrix * unit[None, :], form.spec)
     goes = tuple(not flag for flag in stays)
     kept, rest = (whole.restrict(flags, subtree(form.spec.treedef, flags)) for flags in (stays, goes))
     of_entries = np.repeat(stays, form.spec.sizes)
@@ -33,7 +32,8 @@ def schur_complement(form: Form, stays: tuple[bool, ...]) -> Dense:
     explained = jax.vmap(lambda row: rest.spec.ravel(inverse(rest.spec.unravel(row)).x, "x"))(cross)
     seen = _determined(jax.lax.stop_gradient(whole.matrix), own)
     left = matmul(seen, matmul(kept.matrix - matmul(cross, explained.T), seen))
-    return Dense(0.5 * (left + left.T) * unit[own, None] * unit[None, own], kept.spec)
+    back = inverse_power(unit[own])
+    return Dense(back[:, None] * (0.5 * (left + left.T)) * back[None, :], kept.spec)
 
 
 def _determined(matrix: Float[Array, "p p"], own: np.ndarray) -> Float[Array, "k k"]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxfisher._examples import make_batch, map_examples, refusing
 from jaxfisher._fisher import exact_fisher
+from jaxfisher._linalg import unit_diagonal
 from jaxfisher._model import MODEL, Model, of_one_example
 from jaxfisher._tree import check_function
 
@@ -70,13 +71,12 @@ def informations(model: Model) -> Callable[..., Float[Array, "m p p"]]:
 def _root(information: Float[Array, "*designs p p"]) -> Float[Array, "*designs p p"]:
     """The Cholesky factor of an information matrix; NaN if the matrix is singular to rounding.
 
-    It is singular if an eigenvalue is rounding error in units in which the diagonal is one. Pivots do not decide this: rounding
-    may make a pivot as large as one of a design that determines all parameters.
+    It is singular if an eigenvalue is rounding error in units in which the diagonal is near one. Pivots do not decide this:
+    rounding may make a pivot as large as one of a design that determines all parameters.
     """
     held = jax.lax.stop_gradient(information)
-    diagonal = jnp.diagonal(held, axis1=-2, axis2=-1)
-    unit = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
-    values = jnp.linalg.eigvalsh(held / unit[..., :, None] / unit[..., None, :])
+    unit = jnp.vectorize(unit_diagonal, signature="(p)->(p)")(jnp.diagonal(held, axis1=-2, axis2=-1))
+    values = jnp.linalg.eigvalsh(unit[..., :, None] * held * unit[..., None, :])
     there = values[..., 0] > unit.shape[-1] * float(jnp.finfo(values.dtype).eps) * values[..., -1]
     # Multiply by the NaN, so that the gradient is NaN too.
     return jnp.linalg.cholesky(information) * jnp.where(there, 1, jnp.nan)[..., None, None]
