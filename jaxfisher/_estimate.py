@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
 
-from jaxfisher._lanczos import gauss, lanczos, log_sum, matfree
+from jaxfisher._lanczos import gauss, lanczos, log_sums, matfree
 from jaxfisher._linalg import norm
 from jaxfisher._once import Static, once
 from jaxfisher._operators.damping import Damping, checked_damping, entries_of
@@ -30,6 +30,9 @@ from jaxfisher._varying import while_loop
 
 BATCH = 10
 """The number of probes between two checks of the error."""
+ENOUGH = 20
+"""The number of probes whose spread is trusted by itself. All of them flip a given pair of signs alike once in 500,000 keys;
+ten do so once in 500, and then miss what the pair contributes."""
 
 
 class Estimate(NamedTuple):
@@ -40,7 +43,8 @@ class Estimate(NamedTuple):
         standard_error: the standard error of the value, in its shape: the standard deviation of one probe over the root of the
             number of probes. Probes are roughly normal only if many eigenvalues matter about equally.
         samples: the number of probes.
-        converged: whether the function's own test was met, which its docstring states.
+        converged: whether the function's own test was met, which its docstring states. The spread of ten probes may be small by
+            chance: without ten more the test is met only if the lengths of their products bound the error as well.
     """
 
     value: Any
@@ -54,7 +58,7 @@ def estimate_trace(fisher: Operator, key: PRNGKeyArray, *, rtol: chex.Numeric = 
 
     .. math:: \operatorname{tr} F = E[z^T F z], \qquad \operatorname{var}(z^T F z) = 2 \sum_{i \ne j} F_{ij}^2.
 
-    For a diagonal F one probe is exact. Otherwise one probe has a relative error of about ``sqrt(2 / r)``, where
+    For a diagonal F every probe is exact. Otherwise one probe has a relative error of about ``sqrt(2 / r)``, where
     ``r = tr(F)^2 / |F|_F^2`` is the effective number of eigenvalues, 1 if one of them dominates. `Operator.trace` is exact, at
     the cost of one pass over the examples if F is held as scores; this estimate is for operators known only by products.
 
@@ -81,10 +85,10 @@ def estimate_trace(fisher: Operator, key: PRNGKeyArray, *, rtol: chex.Numeric = 
     >>> F = jf.implicit_fisher(model)(jnp.zeros(2), jnp.array([[2.0, 0.0], [0.0, 1.0]]))
     >>> estimate = jf.estimate_trace(F, jax.random.key(0))  # diagonal: 2 and 1/2
     >>> print(estimate.value, estimate.standard_error, estimate.samples, estimate.converged)
-    2.5 0.0 10 True
+    2.5 0.0 20 True
     """
     fisher = as_operator(fisher, "estimate_trace")
-    return _hutchinson("estimate_trace", fisher, key, dot, rtol, max_samples)
+    return _hutchinson("estimate_trace", fisher, key, _quadratic, rtol, max_samples)
 
 
 def estimate_diagonal(fisher: Operator, key: PRNGKeyArray, *, rtol: chex.Numeric = 0.01, max_samples: int = 1000) -> Estimate:
@@ -194,20 +198,18 @@ def _logdet(
     jacobi_from = lanczos("estimate_logdet", fisher, jax.lax.rsqrt(entries), num_matvecs.value)
     constant = jnp.sum(jnp.log(entries))
 
-    def probe(z: Float[Array, " p"]) -> _Bounded:
+    def probe(z: Float[Array, " p"]) -> _Probe:
         jacobi = jacobi_from(z)
-        upper, lower = (log_sum(jacobi._replace(diagonal=diagonal)) for diagonal in (jacobi.diagonal, jacobi.radau()))
+        (upper, square), (lower, _) = log_sums(jacobi), log_sums(jacobi._replace(diagonal=jacobi.radau()))
         lower = jnp.where(jacobi.exhausted, upper, lower)
         rounding = jnp.finfo(spec.dtype).eps * jacobi.image
-        return _Bounded(*(spec.size * x for x in (0.5 * upper + 0.5 * lower, 0.5 * (upper - lower), rounding)))
-
-    def small(mean: _Bounded, error: _Bounded) -> Bool[Array, ""]:
-        return error.value <= rtol * mean.value
+        value, half_distance, rounding = (spec.size * x for x in (0.5 * upper + 0.5 * lower, 0.5 * (upper - lower), rounding))
+        return _Probe(value, jnp.sqrt(2 * spec.size * square), half_distance, rounding)
 
     draw = _one_by_one("estimate_logdet", fisher, probe)
-    mean, error, samples, few = _until("estimate_logdet", draw, small, key, most.value)
+    mean, found = _until(draw, rtol, key, most.value)
     bounded = jnp.maximum(mean.half_distance, mean.rounding) <= rtol * mean.value
-    return Estimate(constant + mean.value, error.value, samples, few & bounded)
+    return found._replace(value=constant + found.value, converged=found.converged & bounded)
 
 
 def spectral_density(
@@ -351,32 +353,29 @@ def _length(x: Float[Array, "samples *shape"]) -> Float[Array, "*shape"]:
     return safe * jnp.sqrt(jnp.sum(jnp.square(x / safe[None]), axis=0))
 
 
-def _until(
-    caller: str, draw: Callable[[Array, int], Any], small: Callable[[Any, Any], Array], key: Any, most: int
-) -> tuple[Any, Any, Int[Array, ""], Bool[Array, ""]]:
-    """Draw until the error of the mean is small: the mean, its error, the number of samples, and whether it is small."""
+def _until(draw: Callable[[Array, int], _Probe], rtol: Scalar, key: Any, most: int) -> tuple[_Probe, Estimate]:
+    """Draw until the error of the value is small: the mean over all probes, and the estimate."""
     new = min(BATCH, most)
 
     def arrived(running: _Running) -> Array:
-        return small(running.mean, running.standard_error())
+        allowed = rtol * _tree_norm(running.mean.value)
+        bounded = running.mean.deviation / jnp.sqrt(running.samples.astype(allowed.dtype)) <= allowed
+        return (_tree_norm(running.standard_error().value) <= allowed) & (bounded | (running.samples >= ENOUGH))
 
     def going(running: _Running) -> Array:
         more = running.samples + new <= most
         # Stop if the mean is not finite: more samples cannot change that.
-        return (running.samples == 0) | (more & all_finite(running.mean) & ~arrived(running))
-
-    def step(running: _Running) -> _Running:
-        return running.plus(draw(jax.random.fold_in(key, running.samples), new))
+        return (running.samples == 0) | (more & all_finite(running.mean.value) & ~arrived(running))
 
     start = _Running.start(jax.eval_shape(lambda: draw(key, new)))
-    end = while_loop(going, step, start)
-    return end.mean, end.standard_error(), end.samples, arrived(end)
+    end = while_loop(going, lambda running: running.plus(draw(jax.random.fold_in(key, running.samples), new)), start)
+    return end.mean, Estimate(end.mean.value, end.standard_error().value, end.samples, arrived(end))
 
 
 def _hutchinson(
     caller: str, fisher: Operator, key: Any, form: Callable[[Any, Any], Any], rtol: chex.Numeric, most: int
 ) -> Estimate:
-    """The mean over sign vectors of ``form(z, F z)``, stopped by the norms of error and value."""
+    """The mean over sign vectors of the value of ``form(z, F z)``, stopped by the norms of error and value."""
     rtol = nonnegative("rtol", rtol, fisher.spec.dtype)
     _check_count("max_samples", most, 2)
     return _mean_of(fisher, as_key(key, caller), rtol, Static((caller, form, most)))
@@ -391,14 +390,15 @@ def _mean_of(fisher: Operator, key: Array, rtol: Scalar, how: Static[tuple[str, 
     def draw(key: Array, num: int) -> Any:
         return jax.vmap(lambda z: form(z, product(z)))(_signs(caller, fisher.spec.zeros(), key, num))
 
-    def small(mean: Any, error: Any) -> Array:
-        return _tree_norm(error) <= rtol * _tree_norm(mean)
-
-    return Estimate(*_until(caller, draw, small, key, most))
+    return _until(draw, rtol, key, most)[1]
 
 
-def _products(z: Any, image: Any) -> Any:
-    return jax.tree.map(jnp.multiply, z, image)
+def _quadratic(z: Any, image: Any) -> _Probe:
+    return _Probe(dot(z, image), math.sqrt(2) * _tree_norm(image))
+
+
+def _products(z: Any, image: Any) -> _Probe:
+    return _Probe(jax.tree.map(jnp.multiply, z, image), _tree_norm(image))
 
 
 def _one_by_one(caller: str, fisher: Operator, probe: Callable[[Array], Any]) -> Callable[[Array, int], Any]:
@@ -416,12 +416,16 @@ def _tree_norm(tree: Any) -> Scalar:
     return norm(jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(tree)]))
 
 
-class _Bounded(NamedTuple):
-    """The results of one probe: the midpoint between two bounds, half their distance, and the size of rounding errors."""
+class _Probe(NamedTuple):
+    """A value, a number whose mean square is at least its variance, half the distance of two bounds, and the rounding error.
 
-    value: Float[Array, ""]
-    half_distance: Float[Array, ""]
-    rounding: Float[Array, ""]
+    The variance sums squares off a matrix's diagonal; the mean squared length of its products with signs sums all squares.
+    """
+
+    value: Any
+    deviation: Float[Array, ""]
+    half_distance: Any = ()
+    rounding: Any = ()
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------------

@@ -87,12 +87,13 @@ def gauss(diagonal: Float[Array, " k"], off: Float[Array, " k-1"]) -> tuple[Floa
     return nodes, jnp.square(vectors[0])
 
 
-def log_sum(jacobi: Jacobi) -> Scalar:
-    """The quadrature of ``log(1 + x)``."""
+def log_sums(jacobi: Jacobi) -> tuple[Scalar, Scalar]:
+    """The quadratures of ``log(1 + x)`` and of its square."""
     nodes, weights = gauss(jacobi.diagonal, jacobi.off)
     # Rounding may take a node below zero. If a node is lower than that, F has a negative direction, and the sum may be NaN.
     nodes = jnp.where((nodes < 0) & (nodes >= -rounding(nodes.size, jacobi.largest)), 0, nodes)
-    return jnp.sum(weights * jnp.log1p(nodes))
+    logs = jnp.log1p(nodes)
+    return jnp.sum(weights * logs), jnp.sum(weights * jnp.square(logs))
 
 
 def matfree(module: str, caller: str) -> Any:
