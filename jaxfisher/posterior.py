@@ -28,7 +28,7 @@ from jaxfisher._operators.damping import (
     Damping,
     checked_damping,
     damped_inverse,
-    damped_inverse_half,
+    damped_inverse_root,
     entries_of,
     restricted_damping,
 )
@@ -346,7 +346,7 @@ def _covariances(posterior: Posterior, data: tuple[Any, ...], result: Callable[[
 
     def inner(rows: Any) -> Array:
         def by_roots() -> Array:
-            halves = jax.vmap(lambda row: damped_inverse_half(fisher.form, row, damping))(rows)
+            halves = jax.vmap(lambda row: damped_inverse_root(fisher.form, row, damping, transposed=True))(rows)
             return products(halves, halves)
 
         return cond(told, lambda: products(rows, jax.vmap(lambda row: inverse(row).x)(rows)), by_roots)

@@ -126,19 +126,14 @@ def damped_logdet(form: Form, dampings: Dampings) -> Scalar:
     return inside.logdet(jnp.ones((), form.spec.dtype)) - 2 * units
 
 
-def damped_inverse_root(form: Form, v: Any, dampings: Dampings) -> Any:
-    """``B v`` with ``B B^T = (F + D)^-1``: ``R (G + I)^-1/2``, as in `damped_inverse`; the symmetric root for one number."""
+def damped_inverse_root(form: Form, v: Any, dampings: Dampings, transposed: bool = False) -> Any:
+    """``B v`` with ``B B^T = (F + D)^-1``: ``R (G + I)^-1/2``, as in `damped_inverse`; the symmetric root for one number.
+
+    If ``transposed``, it is ``B^T v``, whose squared length is ``v^T (F + D)^-1 v``.
+    """
     if not isinstance(dampings, tuple):
         return form.power_mv(v, jnp.asarray(-0.5, form.spec.dtype), dampings)
     inside, roots = _with_unit_damping(form, dampings)
     one = jnp.ones((), form.spec.dtype)
-    return _by_leaf(form.spec, inside.power_mv(v, -0.5 * one, one), roots)
-
-
-def damped_inverse_half(form: Form, v: Any, dampings: Dampings) -> Any:
-    """``B^T v`` with B of `damped_inverse_root`, so that its squared length is ``v^T (F + D)^-1 v``."""
-    if not isinstance(dampings, tuple):
-        return damped_inverse_root(form, v, dampings)
-    inside, roots = _with_unit_damping(form, dampings)
-    one = jnp.ones((), form.spec.dtype)
-    return inside.power_mv(_by_leaf(form.spec, v, roots), -0.5 * one, one)
+    v = inside.power_mv(_by_leaf(form.spec, v, roots) if transposed else v, -0.5 * one, one)
+    return v if transposed else _by_leaf(form.spec, v, roots)
