@@ -201,13 +201,12 @@ def _power_in_rows(
     values = jnp.where(held, values, 1)
     damped = ~(damping <= 0)
     safe = jnp.where(damped, damping, 1)
-    shifted = values + jnp.where(damped, damping, 0)
     inside = jnp.where(damped, safe**power * jnp.expm1(power * jnp.log1p(values / safe)), values**power) / values
     # Since s h(s) + damping^power is the power, (s - t) q = h(s) - h(t) with s q = (the power's quotient) - h(t).
     first = values[:, None] >= values[None, :]
     largest = jnp.where(first, values[:, None], values[None, :])
     of_smaller = jnp.where(first, inside[None, :], inside[:, None])
-    both = (power_quotients(values, shifted, shifted**power, power) - of_smaller) / largest
+    both = (power_quotients(values, values + damping, (values + damping) ** power, power) - of_smaller) / largest
     weights = jnp.where(held, inside, 0)
     # The rows' coordinates along the others are zero, whatever h is there.
     alone = weights / values
