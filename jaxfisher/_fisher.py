@@ -8,14 +8,14 @@ from typing import Any, Protocol
 import chex
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-from jaxfisher._examples import Batch, check_centred, example_keys, make_batch, needs_data
+from jaxfisher._examples import check_centred, example_keys, make_batch, needs_data
 from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.implicit import Implicit
 from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._provenance import mean_over
-from jaxfisher._row_functions import DrawnRow, ExactRows, Prediction, Rows, SampledRows, ScoreRows, prediction
-from jaxfisher._scores import Scores, examples_of, make_scores
+from jaxfisher._row_functions import DrawnRow, ExactRows, Prediction, SampledRows, ScoreRows, prediction
+from jaxfisher._scores import Scores, centred, make_scores
 from jaxfisher._targets import OfData
 from jaxfisher._tree import as_key, check_function, split
 from jaxfisher._values import check_flag, described, whole
@@ -103,10 +103,7 @@ def empirical_fisher(
         batch = make_batch(params, data, weights, batch_size, max_bytes, counts)
         check_centred(center, batch, "empirical_fisher")
         made = make_scores(ScoreRows(log_prob), params, batch)
-        if center:
-            kinds = made.num_rows // examples_of(made)
-            return Operator(FromScores(made.centered(kinds)), mean_over("empirical, centred", batch).as_a_whole())
-        return Operator(FromScores(made), mean_over("empirical", batch))
+        return fisher_of_kind("empirical, centred", centred(made)) if center else fisher_of_kind("empirical", made)
 
     return OfData(fisher_of, takes_target=True)
 
@@ -196,7 +193,7 @@ def exact_fisher(model: Model, *, batch_size: int | None = None, max_bytes: int 
         batch = make_batch(params, inputs, weights, batch_size, max_bytes, counts)
         with of_one_example(model, "model", params, batch.data):
             known = prediction(model, params, batch.data)
-        return _from_rows(_exact_kind(known), ExactRows(model, known.moving), params, batch)
+        return fisher_of_kind(_exact_kind(known), make_scores(ExactRows(model, known.moving), params, batch))
 
     return OfData(fisher_of, takes_target=False)
 
@@ -248,7 +245,7 @@ def sampled_fisher(
         key = as_key(key, "sampled_fisher(model)(params, key, *inputs)")
         batch = make_batch(params, inputs, weights, batch_size, max_bytes, counts)
         batch = dataclasses.replace(batch, data=(example_keys(key, batch.size), *batch.data))
-        return _from_rows(kind, SampledRows(model, draws), params, batch)
+        return fisher_of_kind(kind, make_scores(SampledRows(model, draws), params, batch))
 
     return fisher_of
 
@@ -259,7 +256,7 @@ def drawn_fisher(
     """A sampled Fisher of one draw for each example, from one key for each."""
     batch = make_batch(params, inputs, weights, None, None, counts)
     batch = dataclasses.replace(batch, data=(keys, *batch.data))
-    return _from_rows("sampled, 1 draw", DrawnRow(model), params, batch)
+    return fisher_of_kind("sampled, 1 draw", make_scores(DrawnRow(model), params, batch))
 
 
 class SampledFisher(Protocol):
@@ -347,8 +344,9 @@ def implicit_fisher(model: Model, *, batch_size: int | None = None) -> ImplicitF
     return OfData(fisher_of, takes_target=False)
 
 
-def _from_rows(kind: str, rows: Rows, params: chex.ArrayTree, batch: Batch) -> Operator:
-    return Operator(FromScores(make_scores(rows, params, batch)), mean_over(kind, batch))
+def fisher_of_kind(kind: str, scores: Scores) -> Operator:
+    """`fisher_from_scores` of rows that make a Fisher of this kind."""
+    return Operator(FromScores(scores), dataclasses.replace(scores.provenance, kind=kind))
 
 
 def _exact_kind(known: Prediction) -> str:

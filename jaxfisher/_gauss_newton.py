@@ -15,12 +15,10 @@ from jaxtyping import Array, Float, Shaped
 from jaxfisher._distributions.base import Distribution
 from jaxfisher._distributions.root import Root
 from jaxfisher._examples import make_batch, needs_data
-from jaxfisher._fisher import FisherFunction
+from jaxfisher._fisher import FisherFunction, fisher_of_kind
 from jaxfisher._linalg import matmul, unit_root
 from jaxfisher._model import of_one_example, scalar
-from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.operator import Operator
-from jaxfisher._provenance import mean_over
 from jaxfisher._pytree import array_fields
 from jaxfisher._readings import Around
 from jaxfisher._row_functions import ExactRows, prediction
@@ -146,7 +144,6 @@ def gauss_newton(
         batch = make_batch(params, data, weights, batch_size, max_bytes, counts)
         with of_one_example(of_outputs, "model", params, batch.data):
             known = prediction(of_outputs, params, batch.data)
-        made = make_scores(ExactRows(of_outputs, known.moving), params, batch)
-        return Operator(FromScores(made), mean_over("Gauss-Newton", batch))
+        return fisher_of_kind("Gauss-Newton", make_scores(ExactRows(of_outputs, known.moving), params, batch))
 
     return OfData(fisher_of, takes_target=True)

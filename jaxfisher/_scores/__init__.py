@@ -10,7 +10,7 @@ Rows carry weights ``omega_i`` (``1/n`` each for a mean over n examples), so tha
 
 from jaxfisher._scores.centred import CenteredScores
 from jaxfisher._scores.held import HeldScores
-from jaxfisher._scores.making import make_scores, scores, values_and_scores
+from jaxfisher._scores.making import centred, make_scores, scores, values_and_scores
 from jaxfisher._scores.map import (
     ClippedSum,
     FactoredScores,
@@ -28,6 +28,7 @@ __all__ = [
     "HeldScores",
     "JoinedScores",
     "Scores",
+    "centred",
     "check_one_row_each",
     "examples_of",
     "make_scores",

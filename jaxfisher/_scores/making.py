@@ -153,6 +153,11 @@ def scores(
         batch = make_batch(params, data, weights, batch_size, max_bytes, counts)
         check_centred(center, batch, "scores")
         made = make_scores(rows, params, batch)
-        return made.centered(made.num_rows // examples_of(made)) if center else made
+        return centred(made) if center else made
 
     return scores_of
+
+
+def centred(scores: Scores) -> Scores:
+    """The scores minus their mean, with a mean for each of the rows that an example has."""
+    return scores.centered(scores.num_rows // examples_of(scores))
