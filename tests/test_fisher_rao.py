@@ -73,6 +73,27 @@ def test_distances_of_normal_vectors():
     close(geometry.mahalanobis_distance(p, q), np.sqrt(apart @ np.linalg.solve(covariances[0], apart)), factor=1e3)
 
 
+def test_entries_above_the_diagonal_of_a_root_do_not_count():
+    """As a network predicts a whole matrix for ``scale_tril``, and the distribution reads only its lower triangle."""
+    rng = np.random.default_rng(5)
+    whole = [rng.normal(size=(3, 3)) + 3 * np.eye(3) for _ in range(2)]
+    means = rng.normal(size=(2, 3))
+    full, lower = (
+        [jf.MultivariateNormal(mean, part(root)) for mean, root in zip(means, whole, strict=True)]
+        for part in (np.asarray, np.tril)
+    )
+    for of_two in (
+        geometry.covariance_distance,
+        geometry.mahalanobis_distance,
+        *(lambda p, q, a=a: geometry.renyi_divergence(p, q, a) for a in (0.4, 1, 1.2)),
+        *(lambda p, q, a=a: geometry.alpha_divergence(p, q, a) for a in (-0.5, 0.5)),
+    ):
+        close(of_two(*full), of_two(*lower), factor=10)
+    far = [jf.MultivariateNormal(100 * mean, root) for mean, root in zip(means, whole, strict=True)]  # the other formula
+    clean = [jf.MultivariateNormal(p.loc, np.tril(p.scale_tril)) for p in far]
+    close(geometry.renyi_divergence(*far, 0.4), geometry.renyi_divergence(*clean, 0.4), factor=10)
+
+
 def test_distances_that_are_very_small_and_logits_that_are_very_large():
     """No digits cancel between near distributions, for which the distance is that of the metric."""
     step = 1e-9
@@ -80,6 +101,10 @@ def test_distances_that_are_very_small_and_logits_that_are_very_large():
     near = geometry.distance(jf.Categorical(np.zeros(2)), jf.Categorical(np.array([step, 0.0])))
     assert abs(float(near) / (step / 2) - 1) < 1e-6
     assert abs(float(geometry.distance(jf.Bernoulli(0.0), jf.Bernoulli(step))) / (step / 2) - 1) < 1e-9
+    bits = 2.0**-30
+    close(geometry.distance(jf.Poisson(1.0), jf.Poisson(1.0 + bits)) / bits, np.exp(0.5 + bits / 4))
+    rates = geometry.distance(jf.Poisson(np.array([-np.inf, -np.inf])), jf.Poisson(np.array([-np.inf, 0.0])))
+    close(rates, [0, 2])
     ends = geometry.distance(jf.Bernoulli(np.array([-1e4, 1e4, 30.0])), jf.Bernoulli(np.array([1e4, 1e4, 31.0])))
     close(ends[:2], [np.pi, 0])
     # Twice the difference of the arc cotangents of e^15 and e^15.5.

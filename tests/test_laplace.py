@@ -198,7 +198,8 @@ def test_outputs_that_are_correlated():
     targets = np.column_stack([y, -y])
     w = jnp.ones((4, 2))
     tril = jnp.array([[0.5, 0.0], [0.2, 0.4]])
-    joint = lambda w, x: jf.MultivariateNormal(jnp.tanh(x @ w) + w[0], tril)  # noqa: E731
+    above = tril.at[0, 1].set(0.7)  # which does not count
+    joint = lambda w, x: jf.MultivariateNormal(jnp.tanh(x @ w) + w[0], above)  # noqa: E731
     apart = lambda w, x: jf.Normal(jnp.tanh(x @ w) + w[0], jnp.array([0.5, 0.4]))  # noqa: E731
     for model in (joint, apart):
         posterior = jf.laplace(model, w, design, targets, prior=1.0)

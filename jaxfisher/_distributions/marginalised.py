@@ -17,7 +17,6 @@ from jaxfisher._distributions.bernoulli import Bernoulli
 from jaxfisher._distributions.categorical import Categorical
 from jaxfisher._distributions.multivariate_normal import MultivariateNormal
 from jaxfisher._distributions.normal import Normal
-from jaxfisher._linalg import matmul
 
 
 @functools.singledispatch
@@ -61,9 +60,8 @@ def _(distribution: MultivariateNormal, covariance: Array) -> MultivariateNormal
     *batch, size = distribution.loc.shape
     count = math.prod(batch)
     blocks = covariance.reshape(count, size, count, size)[jnp.arange(count), :, jnp.arange(count)]
-    tril = distribution.scale_tril
-    noise = matmul(tril, tril.swapaxes(-1, -2))
-    return MultivariateNormal(distribution.loc, covariance=noise + blocks.reshape(*batch, size, size))
+    spread = blocks.reshape(*batch, size, size)
+    return MultivariateNormal(distribution.loc, covariance=distribution._covariance + spread)
 
 
 @integrated.register(Bernoulli)

@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from jaxfisher._distributions.base import Distribution, family, of_plain_bits, one_of
 from jaxfisher._distributions.excess import excess_over_log
 from jaxfisher._distributions.stable import working_dtype
+from jaxfisher._linalg import matmul
 from jaxfisher._tree import HIGHEST
 
 _HALF_LOG_TWO_PI = 0.9189385332046727
@@ -80,7 +81,7 @@ class MultivariateNormal(Distribution):
 
     @property
     def variance(self) -> Float[Array, "*batch d"]:
-        return jnp.sum(jnp.square(jnp.tril(self.scale_tril)), axis=-1)
+        return jnp.sum(jnp.square(self._factor), axis=-1)
 
     @property
     def mode(self) -> Float[Array, "*batch d"]:
@@ -104,8 +105,7 @@ class MultivariateNormal(Distribution):
     @of_plain_bits
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Float[Array, "*shape_batch d"]:
         noise = jax.random.normal(key, shape + self.loc.shape, self.loc.dtype)
-        factor = jnp.tril(self.scale_tril)
-        shift = jnp.einsum("...ij,...j->...i", factor, noise, precision=HIGHEST)
+        shift = jnp.einsum("...ij,...j->...i", self._factor, noise, precision=HIGHEST)
         return jnp.broadcast_to(self.loc, shift.shape) + shift
 
     def kl(self, other: MultivariateNormal) -> Float[Array, "*batch"]:
@@ -144,6 +144,15 @@ class MultivariateNormal(Distribution):
         # Two separate solves, so that dataflow analysis sees which part of the noise moves which field.
         loc = _solve(self.scale_tril, along[..., None], transpose=True)[..., 0]
         return self._make(loc, jnp.tril(_solve(self.scale_tril, weighted, transpose=True)))
+
+    @property
+    def _factor(self) -> Float[Array, "*batch d d"]:
+        """The lower triangle of ``scale_tril``, which is all of it that counts."""
+        return jnp.tril(self.scale_tril)
+
+    @property
+    def _covariance(self) -> Float[Array, "*batch d d"]:
+        return matmul(self._factor, self._factor.swapaxes(-1, -2))
 
     def _whiten(self, residual: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         return _solve(self.scale_tril, residual[..., None])[..., 0]

@@ -49,7 +49,9 @@ def _categorical(p: Categorical, q: Categorical) -> Array:
 
 
 def _poisson(p: Poisson, q: Poisson) -> Array:
-    return 2 * jnp.abs(jnp.exp(0.5 * p.log_rate) - jnp.exp(0.5 * q.log_rate))
+    low, high = jnp.minimum(p.log_rate, q.log_rate), jnp.maximum(p.log_rate, q.log_rate)
+    fall = jnp.where(low == high, 0, low - high)  # also for two rates of zero, whose logarithms are minus infinity
+    return 2 * jnp.exp(0.5 * high) * jnp.abs(jnp.expm1(0.5 * fall))
 
 
 def _exponential(p: Exponential, q: Exponential) -> Array:
@@ -131,7 +133,7 @@ def covariance_distance(p: MultivariateNormal, q: MultivariateNormal) -> Float[A
     2.0
     """
     p, q, _ = matched(p, q, {MultivariateNormal: None}, "covariance_distance", "See jf.geometry.distance.")
-    ratio = jax.scipy.linalg.solve_triangular(p.scale_tril, q.scale_tril, lower=True)
+    ratio = jax.scipy.linalg.solve_triangular(p._factor, q._factor, lower=True)
     return (2 * jnp.sum(jnp.square(jnp.log(jnp.linalg.svd(ratio, compute_uv=False))), axis=-1)) ** 0.5
 
 

@@ -22,7 +22,6 @@ from jaxfisher._distributions.multivariate_normal import MultivariateNormal
 from jaxfisher._distributions.normal import Normal
 from jaxfisher._distributions.poisson import Poisson
 from jaxfisher._divergence import kl_divergence
-from jaxfisher._linalg import matmul
 from jaxfisher._values import check_number, positive
 from jaxfisher.geometry._families import matched
 from jaxfisher.geometry._middle import MIDDLES
@@ -43,8 +42,7 @@ def _normal(p: Normal, q: Normal, a: Array) -> Array:
 
 
 def _multivariate_normal(p: MultivariateNormal, q: MultivariateNormal, a: Array) -> Array:
-    covariances = [matmul(d.scale_tril, jnp.swapaxes(d.scale_tril, -1, -2)) for d in (p, q)]
-    mixed = jnp.linalg.cholesky(a * covariances[1] + (1 - a) * covariances[0])
+    mixed = jnp.linalg.cholesky(a * q._covariance + (1 - a) * p._covariance)
     solved = jax.scipy.linalg.solve_triangular(mixed, (p.loc - q.loc)[..., None], lower=True)[..., 0]
     halves = [jnp.sum(jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)), axis=-1) for root in (p.scale_tril, q.scale_tril, mixed)]
     made = (1 - a) * halves[0] + a * halves[1] - halves[2] - 0.5 * a * (1 - a) * jnp.sum(jnp.square(solved), axis=-1)
