@@ -21,7 +21,7 @@ def figures(benchmarks: str) -> dict[str, str]:
         seconds = [(row["optimiser"], [_number(row["seconds"].split(" ")[0])]) for row in rows]
         goal = re.search(rf"^### {task}: (.+?),", benchmarks, re.MULTILINE)
         assert goal is not None
-        tasks.append(_figure(dots(steps), f"{task}, steps {goal[1]}: one dot a seed"))
+        tasks.append(_figure(dots(steps), f"{task}, steps {goal[1]}, one dot for each seed"))
         tasks.append(_figure(dots(seconds), f"{task}, seconds {goal[1]}"))
     made["figure-training"] = '<div class="figures">\n' + "\n".join(tasks) + "\n</div>"
     return made
@@ -123,8 +123,8 @@ def _arrow(x1: float, y1: float, x2: float, y2: float) -> str:
 
 
 def _left(rows: list[tuple[str, Any]]) -> float:
-    """The width of the longest name."""
-    return 6.4 * max(len(name) for name, _ in rows) + 10
+    """Room for the longest name, also in a wide font and if its letters are all digits."""
+    return 7.4 * max(len(name) for name, _ in rows) + 10
 
 
 def _number(text: str) -> float:
