@@ -457,6 +457,11 @@ def test_a_complex_parameter_has_an_error_for_each_part():
         (lambda F: jf.covariance(F, "many"), TypeError, "n` is 'many'; expected a number of observations"),
         (lambda F: jf.sandwich(F, 2.0), TypeError, "sandwich: `meat`"),
         (lambda F: jf.standard_errors(jf.covariance(F), 3), ValueError, "`n` is given with a covariance"),
+        *[
+            (lambda F, f=f, g=g: f(jnp.sum)(jnp.zeros(3), g(F)), TypeError, "`covariance` is Fisher.*Pass jf.covariance")
+            for f in (statistics.delta_method, statistics.wald_interval)
+            for g in (lambda F: F, lambda F: F.n * F + jf.scaled_identity(F, 1.0), jf.dense)
+        ],
         (lambda F: statistics.wald_interval(jnp.sum, level=95), ValueError, "`level` is 95; expected a coverage between"),
         (lambda F: statistics.wald_interval(lambda p: p)(jnp.zeros(3), jf.covariance(F)), ValueError, r"returned shape \(3,\)"),
         (

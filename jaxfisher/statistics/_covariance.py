@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jaxfisher._linalg import matmul
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.formed import dense, from_matrix
-from jaxfisher._operators.observations import observations
+from jaxfisher._operators.observations import as_covariance, observations
 from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._provenance import Provenance
 from jaxfisher._pytree import array_fields
@@ -240,8 +240,8 @@ def delta_method(function: Callable[[Any], Any]) -> Callable[[chex.ArrayTree, Op
         order of `jax.flatten_util.ravel_pytree`, infinite for numbers that the data do not determine.
 
     Raises:
-        TypeError: ``function`` is not a function; (when called) ``covariance`` is not an operator, or the function does not
-            return real floating numbers.
+        TypeError: ``function`` is not a function; (when called) ``covariance`` is no operator, or a Fisher, or the function
+            does not return real floating numbers.
         ValueError: (when called) parameters of another structure.
 
     Reference: van der Vaart, Asymptotic Statistics (1998), theorem 3.1.
@@ -256,7 +256,7 @@ def delta_method(function: Callable[[Any], Any]) -> Callable[[chex.ArrayTree, Op
     check_function("function", function, "params -> array")
 
     def inherited(params: chex.ArrayTree, covariance: Operator, /) -> tuple[Any, Float[Array, "k k"]]:
-        covariance = as_operator(covariance, "delta_method: `covariance`")
+        covariance = as_covariance(covariance, "delta_method: `covariance`")
         spec = covariance.spec
         flat = spec.ravel(params, "params")
         check_real("delta_method", jax.eval_shape(function, params))

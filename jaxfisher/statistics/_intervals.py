@@ -16,7 +16,8 @@ from jaxfisher._examples import Batch, checked_batch_size, make_batch, needs_dat
 from jaxfisher._linalg import matmul
 from jaxfisher._model import MODEL, Model, batch_loss, log_likelihood, of_one_example
 from jaxfisher._once import once_for
-from jaxfisher._operators.operator import Operator, as_operator
+from jaxfisher._operators.observations import as_covariance
+from jaxfisher._operators.operator import Operator
 from jaxfisher._readings import Around
 from jaxfisher._tree import cast_like, check_function
 from jaxfisher._values import check_number
@@ -67,7 +68,7 @@ def wald_interval(function: Callable[[Any], Any], level: chex.Numeric = 0.95) ->
 
     Raises:
         ValueError: a level that is not between zero and one; (when called) a function of several numbers.
-        TypeError: (when called) ``covariance`` is not an operator, a function whose value is not real.
+        TypeError: (when called) ``covariance`` is no operator, or a Fisher; a function whose value is not real.
 
     Reference: Wald (1943); van der Vaart, Asymptotic Statistics (1998), section 5.5.
 
@@ -82,7 +83,7 @@ def wald_interval(function: Callable[[Any], Any], level: chex.Numeric = 0.95) ->
     inherited = delta_method(function)
 
     def interval(params: chex.ArrayTree, covariance: Operator, /) -> Interval:
-        covariance = as_operator(covariance, "wald_interval: `covariance`")
+        covariance = as_covariance(covariance, "wald_interval: `covariance`")
         _check_scalar("wald_interval", jax.eval_shape(function, params))
         value, matrix = inherited(params, covariance)
         middle, half = jnp.asarray(value, matrix.dtype), z.astype(matrix.dtype) * jnp.sqrt(matrix[0, 0])
