@@ -132,9 +132,12 @@ def test_every_point_of_a_tilted_ellipse_has_the_same_quadratic(weights):
         d = ellipse.get_patch_transform().transform(circle) - (bias, slope)
         np.testing.assert_allclose(0.5 * np.einsum("ki,ij,kj->k", d, matrix, d), 0.2, rtol=1000 * EPS)
         values, vectors = np.linalg.eigh(matrix)
-        np.testing.assert_allclose((ellipse.get_width(), ellipse.get_height()), 2 * np.sqrt(0.4 / values), rtol=1000 * EPS)
+        size = np.array([ellipse.get_width(), ellipse.get_height()])
+        np.testing.assert_allclose(np.sort(size), np.sort(2 * np.sqrt(0.4 / values)), rtol=1000 * EPS)
         turned = math.radians(ellipse.get_angle())
-        np.testing.assert_allclose(abs(vectors[:, 0] @ (math.cos(turned), math.sin(turned))), 1, rtol=1000 * EPS)
+        along, beside = (math.cos(turned), math.sin(turned)), (-math.sin(turned), math.cos(turned))
+        longest = vectors[:, 0] @ (along if size[0] > size[1] else beside)
+        np.testing.assert_allclose(abs(longest), 1, rtol=1000 * EPS)
 
 
 def test_units_do_not_make_an_ellipse_singular(ax):
@@ -367,6 +370,25 @@ def test_a_triangle_holds_what_it_says():
     drawn(axes[0, 0])
 
 
+@pytest.mark.parametrize("unit", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("correlation", [-0.9, 0.0, 0.6])
+def test_ellipses_are_the_same_in_any_units(unit, correlation):
+    """An ellipse is as wide as its parameter's error says, times the root of its squared radius, on both axes."""
+    errors = np.array([2.0, unit])
+    covariance = np.outer(errors, errors) * np.array([[1.0, correlation], [correlation, 1.0]])
+    given = jf.from_matrix(covariance, jnp.zeros(2))
+    drawn = plot.triangle(jnp.zeros(2), {"a": given})[1, 0].patches[1]
+    whiten = np.linalg.inv(np.linalg.cholesky(covariance / np.outer(errors, errors)))
+    scaled = lambda t, x: jf.Normal(whiten @ (t / errors), 1.0)  # noqa: E731
+    metric = plot.metric_ellipses(scaled, jnp.zeros((1, 2)), 0.5, jnp.zeros((1, 1))).patches[0]
+    for ellipse, squared in ((drawn, -2 * math.log(1 - math.erf(0.5**0.5))), (metric, 1.0)):
+        turn = math.radians(ellipse.get_angle())
+        half = 0.5 * np.array([ellipse.get_width(), ellipse.get_height()])
+        axes = half * np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+        np.testing.assert_allclose(np.linalg.norm(axes, axis=1) / errors, squared**0.5, rtol=1e-9)
+        np.testing.assert_allclose(np.prod(half), squared * np.prod(errors) * (1 - correlation**2) ** 0.5, rtol=1e-9)
+
+
 # --- an axes of its own ------------------------------------------------------------------------------------------------------
 
 X = jnp.array([[1.0, 2.0], [0.0, 1.0]])
@@ -447,9 +469,14 @@ BAD = {
     ),
     "no covariances": (lambda: plot.triangle(jnp.zeros(2), {}), ValueError, "`covariances` has no entries"),
     "a covariance of NaN": (
-        lambda: plot.triangle(jnp.zeros(1), {"a": second_moment([jnp.nan])}),
+        lambda: plot.triangle(jnp.zeros(1), {"a": jf.from_matrix(jnp.full((1, 1), jnp.nan), jnp.zeros(1))}),
         ValueError,
         r"`covariances\['a'\]` has the variances \[nan\]",
+    ),
+    "a Fisher for a covariance": (
+        lambda: plot.triangle(jnp.zeros(2), {"a": jf.exact_fisher(line)(jnp.zeros(2), X)}),
+        TypeError,
+        r"`covariances\['a'\]` is Fisher\(exact.*expected a covariance. Pass jf.covariance\(fisher\)",
     ),
     "a triangle of nine": (
         lambda: plot.triangle(jnp.zeros(9), {"a": jf.scaled_identity(jnp.zeros(9), 1.0)}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.patches import Ellipse
 
 from jaxfisher._tree import described
 
@@ -42,6 +44,21 @@ def axes_or_new(ax: Axes | None) -> Axes:
         hint = " Give one of its entries." if isinstance(ax, np.ndarray) else ""
         raise TypeError(f"`ax` is {described(ax)}; expected a matplotlib Axes, or None for a new figure.{hint}")
     return ax
+
+
+def ellipse(centre: Any, covariance: Float[np.ndarray, "2 2"], squared: float, **style: Any) -> Ellipse:
+    """The points ``x`` with ``(x - centre)^T covariance^-1 (x - centre) = squared``; the width is of the axis nearer to level.
+
+    An eigensolver finds eigenvalues to rounding of the largest, which in other units may hide the smallest. This closed form
+    does not: the tilt is small where the units are far apart, and the smaller eigenvalue comes from the determinant.
+    """
+    (across, both), (_, up) = covariance
+    large = 0.5 * (across + up + math.hypot(across - up, 2 * both))
+    small = max(across * up - both**2, 0.0) / large
+    width, height, sign = (large, small, 1) if across >= up else (small, large, -1)
+    angle = math.degrees(0.5 * math.atan2(2 * sign * both, abs(across - up)))
+    size = [2 * math.sqrt(squared * value) for value in (width, height)]
+    return Ellipse((float(centre[0]), float(centre[1])), *size, angle=angle, **style)
 
 
 def light_grid(ax: Axes) -> None:

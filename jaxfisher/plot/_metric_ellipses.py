@@ -16,7 +16,7 @@ from jaxfisher._fisher import exact_fisher
 from jaxfisher._model import MODEL, Model
 from jaxfisher._tree import ParamSpec, check_function, param_spec
 from jaxfisher._values import check_number
-from jaxfisher.plot._look import BLACK, SKY, axes_or_new, light_grid
+from jaxfisher.plot._look import BLACK, SKY, axes_or_new, ellipse, light_grid
 
 
 def metric_ellipses(
@@ -76,8 +76,8 @@ def metric_ellipses(
     matrices = np.asarray(fishers(points, inputs, weights))
     ellipses = [_ellipse(centre, matrix, float(radius)) for centre, matrix in zip(centres, matrices, strict=True)]
     ax = axes_or_new(ax)
-    for ellipse in ellipses:
-        ax.add_patch(ellipse)
+    for patch in ellipses:
+        ax.add_patch(patch)
     ax.plot(*centres.T, linestyle="none", marker=".", markersize=3, color=BLACK)
     ax.autoscale_view()
     light_grid(ax)
@@ -134,9 +134,6 @@ def _ellipse(centre: Float[np.ndarray, "2"], matrix: Float[np.ndarray, "2 2"], r
             f"the Fisher {where} is singular: {matrix.tolist()}. Its ellipse is infinitely long. Leave the point out of "
             "`points`, or pass inputs that tell the two parameters apart."
         )
-    values, vectors = np.linalg.eigh(matrix)
-    width, height = 2 * np.sqrt(2 * radius / values)
-    angle = math.degrees(math.atan2(vectors[1, 0], vectors[0, 0]))
-    return Ellipse(
-        (centre[0], centre[1]), float(width), float(height), angle=angle, facecolor=f"{SKY}59", edgecolor=BLACK, linewidth=0.9
-    )
+    (a, b), (_, c) = matrix
+    covariance = np.array([[c, -b], [-b, a]]) / (a * c - b**2)
+    return ellipse(centre, covariance, 2 * radius, facecolor=f"{SKY}59", edgecolor=BLACK, linewidth=0.9)

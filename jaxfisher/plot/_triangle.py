@@ -11,12 +11,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.patches import Ellipse
 
-from jaxfisher._operators.operator import Operator, as_operator
+from jaxfisher._operators.observations import as_covariance
+from jaxfisher._operators.operator import Operator
 from jaxfisher._tree import ParamSpec
 from jaxfisher._values import described
-from jaxfisher.plot._look import light_grid, look, named
+from jaxfisher.plot._look import ellipse, light_grid, look, named
 
 WIDTHS = 3.5
 """How many standard deviations of the widest covariance the axes show on each side of the centre."""
@@ -45,7 +45,7 @@ def triangle(params: chex.ArrayTree, covariances: Mapping[str, Operator], axes: 
     Raises:
         ValueError: there is no covariance, one is not finite or has a variance that is not positive, there are more than eight
             numbers, or ``axes`` has another shape.
-        TypeError: ``covariances`` is not a mapping to operators.
+        TypeError: ``covariances`` is not a mapping to operators, or one of them is a Fisher.
 
     Reference: Coe, Fisher matrices and confidence ellipses: a quick-start guide and software (2009), section 2.
 
@@ -57,7 +57,7 @@ def triangle(params: chex.ArrayTree, covariances: Mapping[str, Operator], axes: 
     >>> [round(ellipse.get_height() / ellipse.get_width(), 3) for ellipse in axes[1, 0].patches]  # errors 1/2 and 1
     [2.0, 2.0]
     """
-    operators = {name: as_operator(value, f"plot.triangle: `covariances[{name!r}]`") for name, value in _checked(covariances)}
+    operators = {name: as_covariance(value, f"plot.triangle: `covariances[{name!r}]`") for name, value in _checked(covariances)}
     spec = next(iter(operators.values())).spec
     centre = np.asarray(spec.ravel(params, "params"), np.float64)
     labels = _labels(spec)
@@ -125,13 +125,9 @@ def _density(ax: Axes, centre: Any, matrix: Any, place: tuple[int, int], style: 
 def _ellipses(ax: Axes, centre: Any, matrix: Any, place: tuple[int, int], style: dict[str, Any], name: str) -> None:
     row, column = place
     block = matrix[np.ix_([column, row], [column, row])]
-    values, vectors = np.linalg.eigh(block)
-    values = np.maximum(values, 0)
-    angle = math.degrees(math.atan2(vectors[1, 0], vectors[0, 0]))
     for deviations, alpha in ((2, 0.25), (1, 0.5)):
         inside = math.erf(deviations / math.sqrt(2))
-        size = 2 * np.sqrt(-2 * math.log(1 - inside) * values)
-        patch = Ellipse((centre[column], centre[row]), float(size[0]), float(size[1]), angle=angle, fill=False, linewidth=1.4)
+        patch = ellipse(centre[[column, row]], block, -2 * math.log(1 - inside), fill=False, linewidth=1.4)
         patch.set(edgecolor=style["color"], linestyle=style["linestyle"], alpha=0.5 + alpha)
         ax.add_patch(patch)
 
