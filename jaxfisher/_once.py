@@ -43,20 +43,31 @@ def once(function: Callable[P, R], examples: Callable[..., Any] | None = None) -
     A call with keywords, or with arguments that JAX cannot take, runs the function itself, which raises its own error. If the
     results have a row for each example, ``examples`` maps the arguments to those that have such rows.
     """
-    program = jax.jit(automatic(function, examples), inline=True)
+    program = _program(automatic(function, examples))
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        result: R = program(*args) if not kwargs and _can_cross(args) else function(*args, **kwargs)
+        flat = None if kwargs else _flat(args)
+        result: R = function(*args, **kwargs) if flat is None else program(*flat)
         return result
 
     return call
 
 
-def _can_cross(args: Sequence[Any]) -> bool:
-    """Whether arguments can be passed to a jitted program: all leaves are numbers, and the structure is hashable."""
+def _program(function: Callable[..., R]) -> Callable[[Any, list[Any]], R]:
+    """The jitted function of flattened arguments. JAX would flatten them again, and note again what functions in them read."""
+
+    def run(structure: Any, leaves: list[Any]) -> R:
+        return function(*jax.tree.unflatten(structure, leaves))
+
+    run.__name__ = function.__name__
+    return jax.jit(run, static_argnums=0, inline=True)
+
+
+def _flat(args: Sequence[Any]) -> tuple[Any, list[Any]] | None:
+    """The structure and the leaves of arguments; None if some leaf is no number or the structure is not hashable."""
     leaves, structure = jax.tree.flatten(args)
-    return all(map(_is_number, leaves)) and hashable(structure)
+    return (structure, leaves) if all(map(_is_number, leaves)) and hashable(structure) else None
 
 
 def _is_number(leaf: Any) -> bool:
@@ -85,7 +96,8 @@ def once_for(function: Callable[P, R], examples: Callable[..., Any] | None = Non
         of, *rest = args
         owners: list[Any] = []
         key = _reference(of, owners)
-        if key is None or kwargs or not _can_cross(rest):
+        flat = None if key is None or kwargs else _flat(rest)
+        if flat is None:
             return function(*args, **kwargs)
         reads = readings(of)
         program = programs.get(key)
@@ -94,7 +106,7 @@ def once_for(function: Callable[P, R], examples: Callable[..., Any] | None = Non
                 weakref.finalize(owner, programs.pop, key, None).atexit = False
         if program is None or program.reads != reads:
             program = programs[key] = _Program(function, examples, reads)
-        result: R = program(of, rest)
+        result: R = program(of, *flat)
         return result
 
     return call
@@ -110,13 +122,13 @@ class _Program:
         def run(*rest: Any) -> Any:
             return function(self._given.of, *rest)
 
-        self._jitted = jax.jit(automatic(run, examples), inline=True)
+        self._jitted = _program(automatic(run, examples))
 
-    def __call__(self, of: Any, rest: Sequence[Any]) -> Any:
+    def __call__(self, of: Any, structure: Any, leaves: list[Any]) -> Any:
         outer = getattr(self._given, "of", None)
         self._given.of = of
         try:
-            return self._jitted(*rest)
+            return self._jitted(structure, leaves)
         finally:
             self._given.of = outer
 

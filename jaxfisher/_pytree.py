@@ -49,7 +49,8 @@ def array_fields(*names: str, repr: bool = True, eq: bool = True) -> Callable[[t
 
         def flatten(value: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
             others = tuple(getattr(value, name) for name in static)
-            return tuple(getattr(value, name) for name in names), (*others, readings(tuple(filter(_is_function, others))))
+            functions = tuple(filter(_is_function, others))
+            return tuple(getattr(value, name) for name in names), (*others, readings(functions) if functions else ())
 
         def flatten_with_keys(value: Any) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
             arrays, others = flatten(value)
