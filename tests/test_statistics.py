@@ -391,6 +391,15 @@ def test_an_interval_without_an_end_says_so():
     assert not bool(wald({"level": 0.0, "idle": 0.0}, jf.covariance(F)).converged)
 
 
+def test_a_target_that_the_model_cannot_draw_has_no_fit_and_no_interval():
+    """Its log-likelihood is minus infinity, with a gradient of zero, so that the start looks like a maximum."""
+    y = np.array([-1.0, -2.0, -3.0])
+    found = jf.fit(lambda rate: jf.Poisson(rate))(0.5, y)
+    assert np.isneginf(found.log_likelihood) and not bool(found.converged)
+    for interval in (statistics.score_interval, statistics.likelihood_interval):
+        assert not bool(interval(lambda rate: jf.Poisson(rate), lambda rate: rate)(0.5, np.r_[y, 1.0, 2.0]).converged)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_an_interval_of_narrow_parameters_has_the_digits_of_the_statistics(dtype):
     """The interval of a mean is 1 +- z s / sqrt(n), with the accuracy of float32 for parameters of narrower dtypes."""

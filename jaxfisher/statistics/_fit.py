@@ -44,7 +44,7 @@ class Fit:
         gradient_norm: the norm of the gradient of the mean negative log-likelihood and penalty, in parameter units.
         rank: the rank of the Fisher, at most p.
         converged: whether ``offset`` is at most the tolerance, or as small as rounding lets it be and at most 32 times that,
-            and nothing is separated.
+            nothing is separated, and the log-likelihood is finite, which it is not for a target that the model cannot draw.
         separated: a pytree of booleans like the parameters. It marks entries that still move by long steps although the
             likelihood no longer changes, or that the data determined before and no longer do. The likelihood has no maximum
             along these, as when a class is separated from the others. A complex entry is marked if either of its parts is.
@@ -171,7 +171,7 @@ def _fitted(problem: Problem, params: Any, batch: Batch, weights: Any, tolerance
         state.offset,
         jnp.linalg.norm(state.gradient),
         state.rank,
-        (state.offset <= FLOOR * tolerance) & ~state.pulled & ~jnp.any(state.separated),
+        (state.offset <= FLOOR * tolerance) & ~state.pulled & ~jnp.any(state.separated) & jnp.isfinite(state.value),
         either_part(batch.spec.unravel(state.separated)),
     )
 

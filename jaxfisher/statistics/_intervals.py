@@ -35,7 +35,8 @@ class Interval(NamedTuple):
     Attributes:
         lower: the lower end.
         upper: the upper end.
-        converged: whether both ends were found. If the likelihood is flat on one side, there is no end there.
+        converged: whether both ends were found. If the likelihood is flat on one side, there is no end there, and none if it
+            is not finite at the estimate.
     """
 
     lower: Scalar
@@ -282,7 +283,7 @@ def _score_ends(question: _Question, params: Any, batch: Batch, z: Scalar) -> tu
 
 def _ends(local: _Local, residual: Callable[[Array, Scalar], Array], z: Scalar) -> tuple[Array, Array]:
     """Both ends, and whether they were found. For a low level they are Wald's; each level starts from the one below."""
-    direction = jax.grad(local.asked)(local.origin)
+    direction, there = jax.grad(local.asked)(local.origin), jnp.isfinite(local.loss(local.origin))
     levels = z * jnp.arange(1, STAGES + 1, dtype=z.dtype) / STAGES
 
     def end(sign: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
@@ -297,7 +298,7 @@ def _ends(local: _Local, residual: Callable[[Array, Scalar], Array], z: Scalar) 
         (found, _, good), _ = jax.lax.scan(part, begin, levels)
         asked = local.asked(found[:-1])
         # The equations also have the other end as a solution: check the side.
-        return local.value + local.error * asked, good & (asked * sign > 0)
+        return local.value + local.error * asked, good & there & (asked * sign > 0)
 
     values, good = jax.vmap(end)(jnp.asarray([-1.0, 1.0], z.dtype))
     return values, good
