@@ -400,6 +400,18 @@ def test_a_target_that_the_model_cannot_draw_has_no_fit_and_no_interval():
         assert not bool(interval(lambda rate: jf.Poisson(rate), lambda rate: rate)(0.5, np.r_[y, 1.0, 2.0]).converged)
 
 
+@pytest.mark.parametrize("level", [1e-6, 0.5, 1 - 5.733031437583878e-07])
+def test_an_interval_of_any_level_keeps_its_digits_in_float32(level):
+    """One of five standard deviations, and a very narrow one, with a level that is known and one that is not."""
+    with jax.enable_x64(False):
+        F = jf.exact_fisher(lambda mean: jf.Normal(mean, 1.0))(0.0)
+        ask = lambda level: statistics.wald_interval(lambda mean: mean, level)(0.0, jf.covariance(F, n=1)).upper  # noqa: E731
+        known, late = ask(level), ask(jnp.asarray(level))
+    np.testing.assert_allclose(known, np.sqrt(2) * scipy.special.erfinv(level), rtol=1e-6)
+    single = np.float64(np.float32(level))  # what is left of the level in float32
+    np.testing.assert_allclose(late, np.sqrt(2) * scipy.special.erfinv(single), rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_an_interval_of_narrow_parameters_has_the_digits_of_the_statistics(dtype):
     """The interval of a mean is 1 +- z s / sqrt(n), with the accuracy of float32 for parameters of narrower dtypes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import chex
@@ -199,11 +200,15 @@ def _interval(
 def _deviations(name: str, level: Any) -> Scalar:
     """The number of standard deviations whose interval covers this share of a normal distribution."""
     check_number("level", level)
-    if not isinstance(level, jax.Array) and not 0 < float(level) < 1:
-        raise ValueError(f"{name}: `level` is {level}; expected a coverage between zero and one, such as 0.95.")
-    share = jnp.asarray(level, jnp.result_type(float))
+    dtype = jnp.result_type(float)
+    if not isinstance(level, jax.Array):
+        if not 0 < float(level) < 1:
+            raise ValueError(f"{name}: `level` is {level}; expected a coverage between zero and one, such as 0.95.")
+        # In float32 the digits of one minus the level would be lost: 5 standard deviations would become 4.992.
+        return jnp.asarray(NormalDist().inv_cdf(0.5 * (1 + float(level))), dtype)
+    share = level.astype(dtype)
     # A level that turns out at run time to be no coverage gives NaN.
-    return jax.scipy.special.ndtri(0.5 * (1 + jnp.where((share > 0) & (share < 1), share, jnp.nan)))
+    return 2**0.5 * jax.lax.erf_inv(jnp.where((share > 0) & (share < 1), share, jnp.nan))
 
 
 def _check_scalar(name: str, value: Any) -> None:
