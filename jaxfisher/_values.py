@@ -98,6 +98,16 @@ def check_array(name: str, value: Any) -> None:
         )
 
 
+def real_array(name: str, values: Any) -> Array:
+    """Real numbers, also in a list, as a floating array."""
+    held = np.asarray(values) if isinstance(values, list | tuple) else values
+    if not is_array(held) or not any(jnp.issubdtype(dtype_of(held), kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+        raise TypeError(f"{name} is {described(held)}; expected real numbers.")
+    check_array(name, held)
+    array = jnp.asarray(held)
+    return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.result_type(float))
+
+
 def check_flag(name: str, value: Any) -> None:
     """Raise `TypeError` unless the argument is a boolean. Most other values, such as the word "no", would count as true."""
     if not isinstance(value, bool | np.bool_):

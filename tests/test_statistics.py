@@ -477,6 +477,7 @@ def test_a_complex_parameter_has_an_error_for_each_part():
         (lambda F: jf.covariance(F.n * F + jf.scaled_identity(F, 1.0)), ValueError, "a multiple of a mean.*Give `n`"),
         (lambda F: jf.covariance(F, "many"), TypeError, "n` is 'many'; expected a number of observations"),
         (lambda F: jf.sandwich(F, 2.0), TypeError, "sandwich: `meat`"),
+        (lambda F: jf.standard_errors(jf.fit(poisson)(jnp.zeros(3), X, COUNTS)), TypeError, "got a Fit. Pass its `fisher`"),
         (lambda F: jf.standard_errors(jf.covariance(F), 3), ValueError, "`n` is given with a covariance"),
         *[
             (lambda F, f=f, g=g: f(jnp.sum)(jnp.zeros(3), g(F)), TypeError, "`covariance` is Fisher.*Pass jf.covariance")

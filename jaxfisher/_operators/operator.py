@@ -436,9 +436,9 @@ def as_operator(fisher: Any, caller: str) -> Operator:
     # `optax.inject_hyperparams` calls every argument that is a function, a view included, with the count of steps.
     is_count = isinstance(fisher, jax.Array) and fisher.ndim == 0 and jnp.issubdtype(fisher.dtype, jnp.integer)
     fix = " In `optax.inject_hyperparams`, name `view`, `solver` and `like` in `static_args`." if is_count else ""
-    raise TypeError(
-        f"{caller}: expected a Fisher operator, such as jf.exact_fisher(model)(params, x) returns, got {seen}.{fix}"
-    )
+    fix = " Pass its `fisher`." if isinstance(getattr(fisher, "fisher", None), Operator) else fix
+    expected = "expected a Fisher operator, such as jf.exact_fisher(model)(params, x) returns"
+    raise TypeError(f"{caller}: {expected}, got {seen}.{fix}")
 
 
 def viewed(fisher: Any, caller: str) -> Operator:

@@ -8,6 +8,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxfisher._examples import make_batch, map_examples, refusing
@@ -15,6 +16,7 @@ from jaxfisher._fisher import exact_fisher
 from jaxfisher._linalg import unit_diagonal
 from jaxfisher._model import MODEL, Model, of_one_example
 from jaxfisher._tree import check_function
+from jaxfisher._values import described, real_array
 
 
 def informations(model: Model) -> Callable[..., Float[Array, "m p p"]]:
@@ -68,12 +70,24 @@ def informations(model: Model) -> Callable[..., Float[Array, "m p p"]]:
     return informations_of
 
 
-def _root(information: Float[Array, "*designs p p"]) -> Float[Array, "*designs p p"]:
+def _matrices(caller: str, information: Any) -> Float[Array, "*designs p p"]:
+    """The information of designs, checked to be square matrices."""
+    shape = np.shape(information) if isinstance(information, jax.Array | np.ndarray) else ()
+    if len(shape) < 2 or shape[-1] != shape[-2]:
+        raise ValueError(
+            f"{caller}: `information` is {described(information)}; expected an array of matrices, shape [..., p, p]. Of a "
+            "Fisher pass F.as_matrix(), and of a list jnp.stack(matrices)."
+        )
+    return real_array(f"{caller}: `information`", information)
+
+
+def _root(caller: str, information: Float[Array, "*designs p p"]) -> Float[Array, "*designs p p"]:
     """The Cholesky factor of an information matrix; NaN if the matrix is singular to rounding.
 
     It is singular if an eigenvalue is rounding error in units in which the diagonal is near one. Pivots do not decide this:
     rounding may make a pivot as large as one of a design that determines all parameters.
     """
+    information = _matrices(caller, information)
     held = jax.lax.stop_gradient(information)
     unit = jnp.vectorize(unit_diagonal, signature="(p)->(p)")(jnp.diagonal(held, axis1=-2, axis2=-1))
     values = jnp.linalg.eigvalsh(unit[..., :, None] * held * unit[..., None, :])
@@ -91,6 +105,9 @@ def d_criterion(information: Float[Array, "*designs p p"]) -> Float[Array, "*des
     Returns:
         Shape ``[...]``; minus infinity for a design that does not determine all parameters.
 
+    Raises:
+        ValueError: no array of square matrices.
+
     Reference: Wald (1943); Atkinson, Donev and Tobias (2007), section 10.1.
 
     >>> import jax.numpy as jnp
@@ -98,7 +115,7 @@ def d_criterion(information: Float[Array, "*designs p p"]) -> Float[Array, "*des
     >>> print(design.d_criterion(jnp.stack([jnp.eye(2), jnp.ones((2, 2))])))
     [  0. -inf]
     """
-    root = _root(information)
+    root = _root("d_criterion", information)
     value = 2 * jnp.sum(jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)), axis=-1)
     return jnp.where(jnp.isnan(value), -jnp.inf, value)
 
@@ -112,6 +129,9 @@ def a_criterion(information: Float[Array, "*designs p p"]) -> Float[Array, "*des
     Returns:
         Shape ``[...]``; minus infinity for a design that does not determine all parameters.
 
+    Raises:
+        ValueError: no array of square matrices.
+
     Reference: Elfving (1952); Atkinson, Donev and Tobias (2007), section 10.1.
 
     >>> import jax.numpy as jnp
@@ -119,7 +139,7 @@ def a_criterion(information: Float[Array, "*designs p p"]) -> Float[Array, "*des
     >>> print(design.a_criterion(jnp.diag(jnp.array([1.0, 0.5]))))
     -3.0
     """
-    root = _root(information)
+    root = _root("a_criterion", information)
     eye = jnp.broadcast_to(jnp.eye(root.shape[-1], dtype=root.dtype), root.shape)
     inverse = jax.scipy.linalg.solve_triangular(root, eye, lower=True)
     value = -jnp.sum(jnp.square(inverse), axis=(-2, -1))
@@ -137,6 +157,9 @@ def e_criterion(information: Float[Array, "*designs p p"]) -> Float[Array, "*des
     Returns:
         Shape ``[...]``.
 
+    Raises:
+        ValueError: no array of square matrices.
+
     Reference: Ehrenfeld (1955); Atkinson, Donev and Tobias (2007), section 10.1.
 
     >>> import jax.numpy as jnp
@@ -144,4 +167,4 @@ def e_criterion(information: Float[Array, "*designs p p"]) -> Float[Array, "*des
     >>> print(design.e_criterion(jnp.diag(jnp.array([1.0, 0.5]))))
     0.5
     """
-    return jnp.linalg.eigvalsh(information)[..., 0]
+    return jnp.linalg.eigvalsh(_matrices("e_criterion", information))[..., 0]

@@ -234,11 +234,11 @@ def _check_places(start: Any, candidates: int) -> None:
 
 def _checked(informations: Any, criterion: Any, caller: str) -> Float[Array, "m p p"]:
     check_function("criterion", criterion, CRITERION)
-    shape = jnp.shape(informations)
-    if len(shape) != 3 or shape[1] != shape[2] or not jnp.issubdtype(jnp.result_type(informations), jnp.floating):
+    shape = np.shape(informations) if isinstance(informations, jax.Array | np.ndarray) else ()
+    if len(shape) != 3 or shape[1] != shape[2] or not jnp.issubdtype(informations.dtype, jnp.floating):
         raise ValueError(
-            f"{caller}: `informations` is {described(informations)}; expected one matrix for each candidate, shape (m, p, p), "
-            "as jf.design.informations(model)(params, *candidates) gives."
+            f"{caller}: `informations` is {described(informations)}; expected one matrix of real floating numbers for each "
+            "candidate, an array of shape (m, p, p), as jf.design.informations(model)(params, *candidates) gives."
         )
     matrices = jnp.asarray(informations)
     value: Any = jax.eval_shape(criterion, matrices[0])

@@ -18,7 +18,8 @@ from jaxfisher._operators.observations import observations
 from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._provenance import Provenance
 from jaxfisher._tree import HIGHEST, ParamSpec, cast_like, check_function, joined, param_spec
-from jaxfisher._values import described
+from jaxfisher._values import check_array, described, real_array
+from jaxfisher.statistics._covariance import Covariance
 
 Simulator = Callable[[Any], Float[Array, " d"]]
 Spread = Callable[[Any], Float[Array, "d d"]] | Float[Array, "d d"]
@@ -41,6 +42,8 @@ class _Whitened(NamedTuple):
 
 def _whitened(caller: str, mean: Simulator, covariance: Spread, params: Any, spec: ParamSpec) -> _Whitened:
     flat = spec.ravel(params, "params")
+    if not callable(covariance):
+        check_array(f"{caller}: `covariance`", covariance)
 
     def spread(params: Any) -> Any:
         return covariance(params) if callable(covariance) else covariance
@@ -123,14 +126,14 @@ def gaussian_prior(like: Operator | chex.ArrayTree, errors: chex.ArrayTree) -> O
     Args:
         like: an operator over the parameters, or the parameters.
         errors: a pytree of standard deviations like the parameters; infinite for a parameter without a prior. One that turns
-            out negative at run time gives NaN.
+            out at run time not to be above zero gives NaN.
 
     Returns:
         An operator, in the units of the information of all the data. Add it to a Fisher that is a mean over n examples as
         ``(1 / n) * prior``.
 
     Raises:
-        ValueError: ``errors`` of another structure, or known to be negative.
+        ValueError: ``errors`` of another structure, or known not to be above zero.
         TypeError: a parameter that is not a real floating array.
 
     Reference: Tegmark, Taylor and Heavens (1997), section 2.
@@ -145,10 +148,14 @@ def gaussian_prior(like: Operator | chex.ArrayTree, errors: chex.ArrayTree) -> O
     spec = like.spec if isinstance(like, Operator) else param_spec(like)
     deviations = spec.ravel(errors, "errors")
     for leaf in jax.tree.leaves(errors):
-        if not isinstance(leaf, jax.Array) and np.any(np.minimum(np.real(leaf), np.imag(leaf)) < 0):
-            raise ValueError(f"gaussian_prior: `errors` holds {np.min(leaf)}; expected standard deviations, none below zero.")
-    # An error that turns out negative at run time gives NaN.
-    return from_matrix(jnp.diag(1 / jnp.square(jnp.where(deviations >= 0, deviations, jnp.nan))), spec.zeros())
+        parts = [] if isinstance(leaf, jax.Array) else [np.real(leaf)] + [np.imag(leaf)] * np.iscomplexobj(leaf)
+        if any(np.any(part <= 0) for part in parts):
+            raise ValueError(
+                f"gaussian_prior: `errors` holds {np.min(leaf)}; expected standard deviations above zero, infinite for no "
+                "prior. Leave out of the Fisher what is known exactly: F.restrict(lambda path: ...)."
+            )
+    # An error that turns out at run time not to be above zero gives NaN.
+    return from_matrix(jnp.diag(1 / jnp.square(jnp.where(deviations > 0, deviations, jnp.nan))), spec.zeros())
 
 
 def conditional_errors(fisher: Operator, n: chex.Numeric | None = None) -> Any:
@@ -203,7 +210,8 @@ def bias(mean: Simulator, covariance: Spread) -> Callable[..., Any]:
 
     Raises:
         ValueError: (when called) an effect of another shape than the data.
-        TypeError: ``mean`` is not a function; (when called) ``fisher`` is not an operator.
+        TypeError: ``mean`` is not a function; (when called) ``fisher`` is no operator, or a covariance; an effect that is not
+            real.
 
     Reference: Huterer and Takada, Calibrating the nonlinear matter power spectrum (2005), equation 10; Amara and Refregier
     (2008).
@@ -220,6 +228,8 @@ def bias(mean: Simulator, covariance: Spread) -> Callable[..., Any]:
 
     def moved(params: chex.ArrayTree, fisher: Operator, /, effect: Any, covariance_effect: Any = None) -> Any:
         fisher = as_operator(fisher, "bias: `fisher`")
+        if isinstance(fisher.form, Covariance):
+            raise TypeError(f"bias: `fisher` is {fisher}, a covariance; expected the Fisher, whose inverse that is.")
         spec = fisher.spec
         made = _whitened("bias", mean, covariance, params, spec)
         size = made.mean.shape[0]
@@ -230,9 +240,9 @@ def bias(mean: Simulator, covariance: Spread) -> Callable[..., Any]:
                 raise ValueError(
                     f"bias: `{name}` is {described(value)}; expected shape {shape}, as the data have {size} numbers."
                 )
-        pulled = matmul(made.mean.T, made.apart(jnp.asarray(effect, spec.dtype)))
-        if covariance_effect is not None:
-            turned = made.both_sides(jnp.asarray(covariance_effect, spec.dtype))
+        shift, *spread = (real_array(f"bias: `{name}`", value).astype(spec.dtype) for name, value, _ in given)
+        pulled = matmul(made.mean.T, made.apart(shift))
+        for turned in map(made.both_sides, spread):
             pulled = pulled + 0.5 * jnp.einsum("kij,ij->k", made.covariance, turned, precision=HIGHEST)
         return cast_like(fisher.solve(spec.unravel(pulled), 0.0), params)
 

@@ -26,7 +26,7 @@ from jaxfisher._pieces import map_batches
 from jaxfisher._provenance import mean_over
 from jaxfisher._scores import check_one_row_each, scores
 from jaxfisher._tree import check_function
-from jaxfisher._values import check_array, described, dtype_of, is_array, whole
+from jaxfisher._values import described, real_array, whole
 from jaxfisher.statistics._covariance import inverse_and_null
 from jaxfisher.statistics._observations import occurrences, of_observations
 
@@ -93,7 +93,7 @@ def meat(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[..., O
 
 
 def _per_example(name: str, values: Any, n: int) -> Array:
-    array = _real(f"meat: `{name}`", values)
+    array = real_array(f"meat: `{name}`", values)
     if array.shape != (n,):
         raise _other_length(name, array.shape, n)
     return array
@@ -101,16 +101,6 @@ def _per_example(name: str, values: Any, n: int) -> Array:
 
 def _other_length(name: str, shape: tuple[int, ...], n: int) -> ValueError:
     return ValueError(f"meat: `{name}` has shape {shape}, but there are {n} examples. Pass one each, shape ({n},).")
-
-
-def _real(name: str, values: Any) -> Array:
-    """Real numbers as a floating array."""
-    held = np.asarray(values) if isinstance(values, list | tuple) else values
-    if not is_array(held) or not any(jnp.issubdtype(dtype_of(held), kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
-        raise TypeError(f"{name} is {described(held)}; expected real numbers.")
-    check_array(name, held)
-    array = jnp.asarray(held)
-    return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.result_type(float))
 
 
 def _places(caller: str, groups: Any) -> Array:
@@ -239,7 +229,7 @@ def hc1(leverages: Float[Array, " n"], weights: Float[Array, " n"] | None = None
     >>> print(statistics.hc1(jnp.full(4, 0.75)))
     [2. 2. 2. 2.]
     """
-    leverages = _real("hc1: `leverages`", leverages)
+    leverages = real_array("hc1: `leverages`", leverages)
     often = occurrences(weights, leverages.shape[0]).astype(leverages.dtype)
     n = jnp.sum(often)
     return jnp.full_like(leverages, 1) * jnp.sqrt(n / (n - jnp.sum(often * leverages)))
@@ -263,7 +253,7 @@ def hc2(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
     >>> print(statistics.hc2(jnp.array([0.0, 0.75])))
     [1. 2.]
     """
-    return jax.lax.rsqrt(1 - _real("hc2: `leverages`", leverages))
+    return jax.lax.rsqrt(1 - real_array("hc2: `leverages`", leverages))
 
 
 def hc3(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
@@ -287,7 +277,7 @@ def hc3(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
     >>> print(statistics.hc3(jnp.array([0.0, 0.75])))
     [1. 4.]
     """
-    return 1 / (1 - _real("hc3: `leverages`", leverages))
+    return 1 / (1 - real_array("hc3: `leverages`", leverages))
 
 
 def dispersion(model: Model, *, batch_size: int | None = None) -> Callable[..., Scalar]:
