@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import itertools
 import types
 import weakref
 from collections.abc import Hashable, Iterable
@@ -151,10 +152,12 @@ def _parts(value: Any) -> Iterable[Any] | None:
 def _of_function(function: types.FunctionType) -> list[tuple[Any, Names]]:
     if _of_library(function):
         return []
-    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+    code, closure = function.__code__, function.__closure__ or ()
+    outer = [cell for name, cell in zip(code.co_freevars, closure, strict=True) if name not in _counted(code, "STORE_DEREF")]
+    cells = [cell.cell_contents for cell in outer if cell != types.CellType()]
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     outside = function.__globals__
-    found = [*cells, *defaults, *(outside[name] for name in _globals(function.__code__) if name in outside)]
+    found = [*cells, *defaults, *(outside[name] for name in _globals(code) if name in outside)]
     return [(value, _attributes(function)) for value in found]
 
 
@@ -214,19 +217,30 @@ def _of_library(value: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _named(code: types.CodeType, operations: tuple[str, ...]) -> Names:
+def _named(code: types.CodeType, looks: tuple[str, ...], store: str) -> Names:
     """The names that these bytecode operations look up in code and in the functions inside it, in order and each once."""
-    own = [step.argval for step in dis.get_instructions(code) if step.opname in operations]
-    inner = [name for part in code.co_consts if isinstance(part, types.CodeType) for name in _named(part, operations)]
+    found = [step.argval for step in dis.get_instructions(code) if step.opname in looks]
+    own = [name for name in found if name not in _counted(code, store)]
+    inner = [name for part in code.co_consts if isinstance(part, types.CodeType) for name in _named(part, looks, store)]
     return tuple(dict.fromkeys([*own, *inner]))
+
+
+@functools.lru_cache(maxsize=1024)
+def _counted(code: types.CodeType, store: str) -> frozenset[str]:
+    """The names that code changes in place, as in ``self.calls += 1``. They are its own notes, and differ after every trace."""
+    steps = [step for step in dis.get_instructions(code) if step.opname != "SWAP"]
+    return frozenset(new.argval for old, new in itertools.pairwise(steps) if new.opname == store and old.argrepr in _IN_PLACE)
+
+
+_IN_PLACE = frozenset("+= -= *= /= //= %= **= @= &= |= ^= <<= >>=".split())
 
 
 def _globals(code: types.CodeType) -> Names:
     """The names of the globals that code reads. Attributes of the same name do not count."""
-    return _named(code, ("LOAD_GLOBAL",))
+    return _named(code, ("LOAD_GLOBAL",), "STORE_GLOBAL")
 
 
 def _attributes(function: Any) -> Names:
     """The names of the attributes that a function reads, of whatever objects."""
     code = getattr(function, "__code__", None)
-    return () if code is None or _of_library(function) else _named(code, ("LOAD_ATTR", "LOAD_METHOD"))
+    return () if code is None or _of_library(function) else _named(code, ("LOAD_ATTR", "LOAD_METHOD"), "STORE_ATTR")

@@ -481,6 +481,48 @@ def test_what_a_model_reads_is_seen_when_it_changes(way, monkeypatch):
         assert len(COMPILED) == compiled
 
 
+TRACES = 0
+
+
+def counting():
+    """Models that count how often they were traced: in an attribute, in a variable of an outer function, in a global."""
+    count = 0
+
+    class Counted:
+        calls, scale = 0, 1.0
+
+        def __call__(self, mu, x):
+            self.calls += 1
+            scale = 0.0
+            scale += self.scale  # a variable of the same name as the attribute is no count
+            return jf.Normal(mu * x[0], scale)
+
+    def in_a_closure(mu, x):
+        nonlocal count
+        count += 1
+        return jf.Normal(mu * x[0], 1.0)
+
+    def in_a_global(mu, x):
+        global TRACES
+        TRACES += 1
+        return jf.Normal(mu * x[0], 1.0)
+
+    return Counted(), in_a_closure, in_a_global
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_model_that_counts_its_traces_is_compiled_once(which):
+    model = counting()[which]
+    run = lambda: [WHAT_READS[name](model) for name in ("exact", "scores")]  # noqa: E731
+    expected = run()
+    compiled = len(COMPILED)
+    np.testing.assert_array_equal(run(), expected)
+    assert len(COMPILED) == compiled
+    if which == 0:
+        model.scale = 0.5
+        assert WHAT_READS["exact"](model) == 4 * expected[0]
+
+
 @pytest.mark.parametrize(
     "kind", [list, tuple, set, lambda words: dict.fromkeys(words, 0)], ids=["list", "tuple", "set", "dict"]
 )
