@@ -387,7 +387,7 @@ MISTAKES = [
         "integer parameter, optax",
         lambda: jf.scale_by_fisher(0.1).init(with_leaf(np.ones(3, int))),
         TypeError,
-        ["['w']", "int64"],
+        ["['w']", "int64", "nnx.split"],
     ),
     # Data.
     ("lengths", lambda: empirical(PARAMS, X, Y[:4]), ValueError, ["data[0] has 5", "data[1] has 4", "same leading axis"]),
