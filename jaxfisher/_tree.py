@@ -295,9 +295,9 @@ def _check_leaf(path: str, leaf: Any) -> None:
     dtype = dtype_of(leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
-            f"the parameter at {path} has dtype {dtype}, which has no derivative. Make it floating, or pass it as data (for Flax "
-            "modules of NNX, `graph, params, rest = nnx.split(net, nnx.Param, ...)`, and `nnx.merge(graph, params, rest)` in the "
-            "model)."
+            f"the parameter at {path} has dtype {dtype}, which has no derivative. Make it floating, or pass it as data (for "
+            "modules of Flax NNX, `graph, params, rest = nnx.split(net, nnx.Param, ...)`, and in the model "
+            "`nnx.merge(graph, params, rest)`)."
         )
 
 

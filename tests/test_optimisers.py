@@ -1,6 +1,7 @@
 """`training_step` works with every optimiser of Optax and passes each the keywords that it needs."""
 
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -107,3 +108,82 @@ def test_lbfgs_is_the_one_written_by_hand():
     expected, first = by_hand(params)
     np.testing.assert_allclose(value, first, rtol=1e-12)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), new, expected)
+
+
+# --- ours inside wrappers that pass no keywords on ---------------------------------------------------------------------------
+
+OURS = {
+    "kfac": lambda: jf.kfac(),
+    "natural_gradient": lambda: jf.natural_gradient(1.0, 0.1, view=jf.kronecker, decay=0.9, update_every=2, radius=0.1),
+    "quadratic_model": lambda: optax.chain(jf.scale_by_fisher(0.1), jf.quadratic_model(0.1)),
+    "adapt_damping": lambda: jf.adapt_damping(jf.natural_gradient(1.0), 0.1),
+    "backtrack_kl": lambda: optax.chain(jf.natural_gradient(1.0, 0.1), jf.backtrack_kl(0.1)),
+    "levenberg_marquardt": lambda: jf.levenberg_marquardt(
+        optax.chain(jf.scale_by_fisher(), optax.scale(-1.0), jf.geodesic_acceleration()), 0.1
+    ),
+}
+
+
+def deaf(opt):
+    """The optimiser with the type of a transformation without keywords, as wrappers call it."""
+    return optax.GradientTransformation(opt.init, lambda updates, state, params=None: opt.update(updates, state, params))
+
+
+DEAF = {
+    "alone": deaf,
+    "in a chain": lambda opt: optax.chain(optax.identity(), deaf(opt)),
+    "in a partition": lambda opt: optax.partition({"all": deaf(opt)}, lambda params: jax.tree.map(lambda _: "all", params)),
+    "MultiSteps in a chain": lambda opt: optax.chain(optax.MultiSteps(opt, 1).gradient_transformation(), optax.identity()),
+    "of a split": lambda opt: optax.contrib.split_real_and_imaginary(opt),
+    "of an opaque sam": lambda opt: optax.contrib.sam(opt, optax.set_to_zero(), opaque_mode=True),
+    "inside adapt_damping": lambda opt: jf.adapt_damping(deaf(opt), 0.1),
+}
+
+
+def trained(opt, params, steps=3):
+    """The parameters after some steps in NumPy."""
+    _, x, y, _, _ = reference()
+    step = jf.training_step(classifier, opt)
+    state, step = step.init(params, x, y), jax.jit(step)
+    for _ in range(steps):
+        params, state, _ = step(params, state, x, y)
+    return params
+
+
+@pytest.mark.usefixtures("in_numpy")
+@pytest.mark.parametrize(("wrapper", "name"), list(zip(DEAF, itertools.cycle(OURS))))
+def test_a_wrapper_that_drops_keywords_changes_nothing(wrapper, name):
+    params, *_ = reference()
+    inside = wrapper.startswith("inside")
+    expected = trained(jf.adapt_damping(OURS[name](), 0.1) if inside else OURS[name](), params)
+    found = trained(DEAF[wrapper](OURS[name]()), params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found, expected)
+
+
+@pytest.mark.usefixtures("in_numpy")
+def test_lookahead_is_the_one_written_by_hand():
+    """Two fast steps, and then the slow parameters go half the way to the fast ones, which begin again there."""
+    params, x, y, _, _ = reference()
+    found = trained(optax.lookahead(jf.kfac(), sync_period=2, slow_step_size=0.5), optax.LookaheadParams.init_synced(params), 4)
+    step = jf.training_step(classifier, jf.kfac())
+    state, step, slow = step.init(params, x, y), jax.jit(step), params
+    for _ in range(2):
+        for _ in range(2):
+            params, state, _ = step(params, state, x, y)
+        slow = params = jax.tree.map(lambda slow, fast: slow + 0.5 * (fast - slow), slow, params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), found, optax.LookaheadParams(slow, slow))
+
+
+@pytest.mark.parametrize(
+    ("opt", "error", "words"),
+    [
+        (optax.lookahead(jf.kfac(), 2, 0.5), TypeError, "optax.lookahead.*LookaheadParams.init_synced"),
+        (optax.flatten(jf.natural_gradient(1.0, 0.1)), ValueError, "structure.*optax.flatten"),
+    ],
+    ids=["lookahead of plain parameters", "flatten"],
+)
+def test_a_wrapper_that_cannot_be_is_named(opt, error, words):
+    params, x, y, _, _ = reference()
+    step = jf.training_step(classifier, opt)
+    with pytest.raises(error, match=words):
+        jax.eval_shape(lambda: step(params, step.init(params, x, y), x, y))

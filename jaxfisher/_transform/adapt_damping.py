@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._once import either
 from jaxfisher._operators.operator import Operator
+from jaxfisher._transform.passing import passing
 from jaxfisher._transform.places import transformation
 from jaxfisher._transform.update_arguments import Shared, check_state, completing, fisher_for, function_for, value_for
 from jaxfisher._tree import between, described, dot, param_spec, split
@@ -264,7 +265,8 @@ def adapting(
             "damping": state.damping,
             "due": due,
         }
-        step, after = chain.update(updates, state.inner, params, **given)
+        with passing(given):
+            step, after = chain.update(updates, state.inner, params, **given)
         # The quadratic model describes the step before `geodesic_acceleration` bent it.
         straight = optax.tree.get(after, "straight")
         g, u = operator.spec.vector(updates), operator.spec.vector(step) if straight is None else straight

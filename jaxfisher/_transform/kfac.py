@@ -21,6 +21,7 @@ from jaxfisher._transform.adapt_damping import AdaptDampingState, Rule, adapting
 from jaxfisher._transform.cheap import Offered
 from jaxfisher._transform.direction import Settings, direction, init_direction
 from jaxfisher._transform.like import Like
+from jaxfisher._transform.places import transformation
 from jaxfisher._transform.quadratic_model import QuadraticModelState, quadratic_model
 from jaxfisher._transform.scale_by_fisher import ScaleByFisherState, check_kept
 from jaxfisher._transform.turns import Turns
@@ -158,7 +159,7 @@ def kfac(
         given["due"] = judged if judged is True else judged | (state.rejected > 0)
         return inner.update(updates, state, params, fisher=fisher, **extra_args | given)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return transformation(inner.init, update)
 
 
 class KfacState(NamedTuple):

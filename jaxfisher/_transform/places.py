@@ -13,6 +13,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array
 
+from jaxfisher._transform.passing import with_keywords
 from jaxfisher._tree import param_spec, split
 
 Place: TypeAlias = Callable[[tuple[int, ...]], Sharding | None]
@@ -20,8 +21,11 @@ Place: TypeAlias = Callable[[tuple[int, ...]], Sharding | None]
 
 
 def transformation(init: Callable[[Any], Any], update: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
-    """A gradient transformation whose first state is on the devices of the parameters."""
-    return optax.GradientTransformationExtraArgs(lambda params: beside(params, init(params)), update)
+    """A gradient transformation whose first state is on the devices of the parameters.
+
+    A wrapper of Optax that passes no keywords on does not keep them from the update.
+    """
+    return optax.GradientTransformationExtraArgs(lambda params: beside(params, init(params)), with_keywords(update))
 
 
 def beside(params: chex.ArrayTree, state: Any) -> Any:

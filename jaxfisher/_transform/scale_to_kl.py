@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxfisher._operators.operator import Operator
+from jaxfisher._transform.places import transformation
 from jaxfisher._transform.update_arguments import fisher_for
 from jaxfisher._tree import scaled
 from jaxfisher._values import check_nonnegative
@@ -66,4 +67,4 @@ def scale_to_kl(radius: chex.Numeric) -> optax.GradientTransformationExtraArgs:
         factor = jnp.where(inside, 1, jnp.sqrt(radius / jnp.where(inside, 1, moved)))
         return scaled(updates, factor), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return transformation(lambda params: optax.EmptyState(), update)

@@ -32,6 +32,7 @@ from jaxfisher._transform.objective import (
     points_of_step,
     step_data,
 )
+from jaxfisher._transform.passing import passing
 from jaxfisher._transform.places import beside
 from jaxfisher._tree import check_function, described, uphill
 from jaxfisher._values import check_flag
@@ -88,7 +89,9 @@ def training_step(
     `optax.contrib.dpsgd`, which clips a gradient for each example; the step computes none.) Inside `optax.partition` the
     transformations of this library see a part of the parameters, and ``all_params`` has the others. Under
     ``optax.MultiSteps(optimiser, k).gradient_transformation()`` the gradient is the mean over k batches, and everything else is
-    of the last of them. What the optimiser does not ask for is not computed. Jit the step, or scan it.
+    of the last of them. A wrapper that passes no keywords on, such as `optax.lookahead`, does not keep them from the
+    transformations of this library; for `optax.lookahead` the parameters are its pair. What the optimiser does not ask for is
+    not computed. Jit the step, or scan it.
 
     **The data.** The last entry is the target, and all entries before it are the inputs. The model, its Fisher and its KL
     divergence see the inputs of one example; the objective sees all entries. With a ``loss`` of your own the target is whatever
@@ -163,6 +166,7 @@ def training_step(
         key: PRNGKeyArray | None = None,
     ) -> tuple[Any, Any, Any]:
         known = task.data(data, key, {"weights": weights, "counts": counts}, "training_step")
+        given_params, params = params, _evaluated(params, state)
         evaluate = task.objective(params, known)
         (value, aux), grads = jax.value_and_grad(evaluate, has_aux=True)(params)
         grads = uphill(grads)
@@ -197,8 +201,9 @@ def training_step(
             "all_params": params,
             "fisher": Offered(lambda: curvature_of(params, known), cheap),
         }
-        updates, state = update(grads, state, params, **_taken(update, offered))
-        return optax.apply_updates(params, updates), state, (value, aux) if has_aux else value
+        with passing(offered):
+            updates, state = update(grads, state, given_params, **_taken(update, offered))
+        return optax.apply_updates(given_params, updates), state, (value, aux) if has_aux else value
 
     def init(
         params: chex.ArrayTree,
@@ -212,7 +217,8 @@ def training_step(
             given = {"weights": weights, "counts": counts}
             return curvature_of(params, task.data(data, key, given, "training_step(...).init"))
 
-        with fishers_like(lambda: jax.eval_shape(made, params, data, weights, counts, key)):
+        at = _evaluated(params, None)
+        with fishers_like(lambda: jax.eval_shape(made, at, data, weights, counts, key)):
             return beside(params, optimiser.init(params))
 
     return TrainingStep(step, init)
@@ -241,6 +247,18 @@ def _task(model: Model | Residuals, loss: Callable[..., Any] | None, has_aux: bo
     predicting = WithoutAux(model) if has_aux and loss is None else model
     data = partial(step_data, with_target=loss is None)
     return _Task(objective, exact_fisher(predicting), kl(predicting), acceleration(predicting), data, predicting)
+
+
+def _evaluated(params: chex.ArrayTree, state: Any) -> chex.ArrayTree:
+    """The parameters at which an optimiser wants the gradient: all, or the fast ones of `optax.lookahead`."""
+    if isinstance(params, optax.LookaheadParams):
+        return params.fast
+    if isinstance(state, optax.LookaheadState):
+        raise TypeError(
+            f"training_step: the optimiser is optax.lookahead, and `params` is {described(params)}; expected its pair of fast "
+            "and slow parameters. Begin with params = optax.LookaheadParams.init_synced(params), and evaluate params.slow."
+        )
+    return params
 
 
 def _taken(update: Callable[..., Any], known: dict[str, Any]) -> dict[str, Any]:

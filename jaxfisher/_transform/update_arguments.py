@@ -83,7 +83,9 @@ def fisher_for(updates: Any, fisher: Operator | Callable[[], Operator] | None, c
     if where is not None:
         raise ValueError(
             f"{caller}: the updates are not over the parameters of `fisher`, {operator}: {where}. "
-            "Make the Fisher at the parameters that the updates are for."
+            "Make the Fisher at the parameters that the updates are for. A wrapper that changes their structure, as "
+            "optax.flatten and optax.contrib.split_real_and_imaginary do, cannot go around it: leave it out. Complex "
+            "parameters need no wrapper."
         )
     operator.spec.check(given, "updates")
     return operator
