@@ -1,5 +1,6 @@
 """Leaves of every form against their dense gradients: no models, only random factors."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,10 +9,10 @@ import leaves
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from leaves import OF_EXAMPLE, OWN, ROWS, N
+from leaves import OF_EXAMPLE, OF_ROW, OWN, ROWS, SHARED, N
 from problems import assert_close
 
-from jaxfisher._engine.forms import Layout, Leaf, Product, arrays, cross_gram, gram_upper
+from jaxfisher._engine.forms import Formed, Layout, Leaf, Product, arrays, cross_gram, gram_upper
 from jaxfisher._scores import JoinedScores
 
 pytestmark = pytest.mark.usefixtures("in_numpy")
@@ -97,6 +98,101 @@ def check(made, rows, sizes, what):
 def test_every_quantity_is_that_of_the_dense_gradients(name):
     case = leaves.cases(np.float64)[name]
     check(answers()[name], case.rows, case.sizes, name)
+
+
+WITH_ZEROS = (
+    f"product {OF_EXAMPLE} x {OWN}",
+    f"product {OWN} x {OF_ROW}",
+    f"product {SHARED} x {OWN}",
+    f"layer {OF_EXAMPLE} x {OWN}",
+    f"layer of positions {OF_EXAMPLE} x {OF_ROW}",
+    f"convolution {OF_EXAMPLE} x {OWN}",
+    f"gradients formed of positions {OF_EXAMPLE} x {OWN}",
+    f"groups {OF_EXAMPLE} x {OWN}",
+    "two products",
+    "a table and a product",
+    "a product and a table",
+)
+
+
+def zeroed(leaf):
+    """The leaf with some factors of zeros, as those of dead units, of empty inputs and of residuals that vanish."""
+    flat, structure = jax.tree.flatten(leaf.forms)
+    changed = []
+    for k, array in enumerate(flat):
+        axis = 0 if array.shape[0] > 1 else 1
+        at = np.moveaxis(np.array(array), axis, 0)  # a copy
+        if jnp.issubdtype(array.dtype, jnp.floating):
+            at[[k % len(at), -1]] = 0
+        changed.append(jnp.asarray(np.moveaxis(at, 0, axis)))
+    return dataclasses.replace(leaf, forms=jax.tree.unflatten(structure, changed))
+
+
+def moved(made, t):
+    """The leaves with their factors moved along a line; the bias of a layer moves with the factors of its weight."""
+    found = []
+    for leaf in made:
+        arrays = [
+            array + t * np.cos(1.0 + k + np.arange(array.size)).reshape(array.shape) if array.dtype == float else array
+            for k, array in enumerate(jax.tree.leaves(leaf.forms))
+        ]
+        forms = jax.tree.unflatten(jax.tree.structure(leaf.forms), arrays)
+        if leaf.layer is not None:
+            forms = (Formed(jnp.sum(found[leaf.layer].forms[0].right, 3)[:, :, 0]),)
+        found.append(dataclasses.replace(leaf, forms=forms))
+    return tuple(found)
+
+
+@functools.cache
+def derivatives():
+    """For cases at factors with zeros: the rows at three points of a line, and two derivatives of each quantity along it."""
+    held = {name: tuple(map(zeroed, leaves.cases(np.float64)[name].leaves)) for name in WITH_ZEROS}
+
+    def along(made):
+        def at(t):
+            scores = leaves.scores_of(moved(made, t), jnp.asarray(OMEGA))
+            return asked(scores, *given(scores, np.float64)) | {"second_moment": scores.second_moment()}
+
+        slope = lambda t: jax.jvp(at, (t,), (1.0,))[1]  # noqa: E731
+        first, second = jax.jvp(slope, (0.0,), (1.0,))
+        return [leaves.scores_of(moved(made, t), jnp.asarray(OMEGA)).as_matrix() for t in (-1.0, 0.0, 1.0)], first, second
+
+    return jax.jit(lambda held: {name: along(made) for name, made in held.items()})(held)
+
+
+@pytest.mark.parametrize("name", WITH_ZEROS)
+def test_derivatives_are_those_of_the_dense_gradients_also_at_factors_of_zeros(name):
+    """Gradients are of second degree in their factors, so three points of a line give the derivatives of the rows along it."""
+    points, *found = derivatives()[name]
+    before, rows, after = map(np.asarray, points)
+    first, second = (after - before) / 2, after + before - 2 * rows
+    v, w = vectors(rows.shape[1], rows.shape[0])
+    omega = np.resize(OMEGA, len(rows))
+    crossed, moment = first @ rows.T, (first.T * omega) @ rows
+    bent = (second.T * omega) @ rows
+    expected = (
+        {
+            "as_matrix": first,
+            "mv": first @ v,
+            "rmv": first.T @ w,
+            "gram": crossed + crossed.T,
+            "squared_norms": 2 * np.diag(crossed),
+            "diagonal": 2 * np.diag(moment),
+            "second_moment": moment + moment.T,
+        },
+        {
+            "as_matrix": second,
+            "mv": second @ v,
+            "rmv": second.T @ w,
+            "gram": second @ rows.T + 2 * first @ first.T + rows @ second.T,
+            "squared_norms": 2 * np.sum(second * rows + first**2, 1),
+            "diagonal": 2 * omega @ (second * rows + first**2),
+            "second_moment": bent + 2 * (first.T * omega) @ first + bent.T,
+        },
+    )
+    for order, (made, dense) in enumerate(zip(found, expected, strict=True), 1):
+        for what, value in dense.items():
+            close(made[what], value, 10 + np.max(np.abs(value), initial=0.0), f"{name}: derivative {order} of {what}")
 
 
 IN_TILES = (

@@ -65,9 +65,21 @@ def magnitude(x: Array, axes: int | Sequence[int], least: float = 0.0) -> Array:
     return jnp.max(sizes, axes, keepdims=True, initial=None if x.size else least)
 
 
+def divisor(size: Array, other: Array | None = None) -> Array:
+    """A `magnitude` to divide by, with a small number in place of zero.
+
+    A product with a factor of zeros has a derivative by that factor, which a division by nothing and a product with nothing
+    would lose. Nothing overflows: neither the inverse of two such numbers, nor the product of one with the sizes of other
+    factors, squared if the ``other`` factor is given.
+    """
+    tiny = float(jnp.finfo(size.dtype).tiny)
+    small = tiny**0.4 if other is None else 1 / jnp.max(jnp.abs(jax.lax.stop_gradient(other)), initial=1.0)
+    return jnp.where(size < tiny, small, size)
+
+
 def near_one(x: Array, size: Array) -> Array:
-    """An array divided by its `magnitude`; zeros stay zeros."""
-    return x / jnp.maximum(size, jnp.finfo(size.dtype).tiny)
+    """An array divided by the `divisor` of its magnitude."""
+    return x / size
 
 
 def taken(tree: Any, examples: slice, count: int) -> Any:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._engine.forms.arrays import few, inner, magnitude, near_one, room, taken, total
+from jaxfisher._engine.forms.arrays import divisor, few, inner, magnitude, near_one, room, taken, total
 from jaxfisher._engine.forms.cost import by_factors, factors, forms_gradients
 from jaxfisher._engine.forms.form import Factored
 from jaxfisher._engine.forms.leaf import Leaf
@@ -75,7 +75,12 @@ def _paired(mine: Sequence[Leaf], theirs: Sequence[Leaf]) -> list[Pair]:
 
 
 def _sizes(leaf: Leaf, *, bias: bool) -> tuple[Sizes, ...]:
-    return tuple(Sizes(form.left_size(bias=bias), magnitude(form.right, -1)) for form in factors(leaf) or ())
+    return tuple(Sizes(_left_size(form, bias=bias), divisor(magnitude(form.right, -1))) for form in factors(leaf) or ())
+
+
+def _left_size(form: Factored, *, bias: bool) -> Float[Array, "n rows groups T 1"]:
+    size = form.left_size(bias=bias)
+    return size if bias else divisor(size)  # with a bias it is at least one
 
 
 def _flat(blocks: Float[Array, "n rows m rows2"]) -> Float[Array, "n*rows m*rows2"]:
@@ -171,7 +176,7 @@ def _shifted_pairs(mine: Any, theirs: Any, sizes: tuple[Sizes, ...], factor: Sca
     ``g.h`` are products of matrices.
     """
     (moving, still), (others, rest) = mine, theirs
-    largest = magnitude(still.mean, -1)
+    largest = divisor(magnitude(still.mean, -1))
     left, right = jnp.maximum(sizes[0].left, sizes[1].left), jnp.maximum(sizes[1].right, largest)
 
     def constant(value: Array, size: Array, whole: Array, other: Array) -> Array:

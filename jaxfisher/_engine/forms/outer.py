@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._engine.forms.arrays import few, magnitude, near_one
+from jaxfisher._engine.forms.arrays import divisor, few, magnitude, near_one
 from jaxfisher._engine.forms.formed import Formed
 from jaxfisher._engine.forms.layout import Layout
 from jaxfisher._engine.forms.leaf import Leaf
@@ -63,7 +63,7 @@ def outer_moment(leaves: Sequence[Outer], w: Float[Array, "n rows"], factor: Sca
 
 def _balanced(leaf: Outer, factor: Scalar) -> Outer:
     """The gradients times a number, with left factors scaled near one and their sizes moved to the right factors."""
-    size = magnitude(leaf.left, -1)
+    size = divisor(magnitude(leaf.left, -1), leaf.right)
     return Outer(near_one(leaf.left, size), leaf.right * size[:, None] * factor, leaf.layout)
 
 

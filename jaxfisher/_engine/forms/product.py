@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxfisher._engine.forms.arrays import Seal, contracted, extent, magnitude, mean, near_one, sum_to, times, weighted
+from jaxfisher._engine.forms.arrays import Seal, contracted, divisor, extent, magnitude, mean, near_one, sum_to, times, weighted
 from jaxfisher._engine.forms.layout import Layout
 from jaxfisher._linalg import matmul, squared
 from jaxfisher._pytree import array_fields
@@ -80,7 +80,7 @@ class Product:
 
     def squared(self) -> Float[Array, "n rows groups"]:
         """``|D|^2`` of every row and group, from inner products of the factors of each row."""
-        left, right = magnitude(self.left, -1), magnitude(self.right, -1)
+        left, right = divisor(magnitude(self.left, -1)), divisor(magnitude(self.right, -1))
         lefts = matmul(near_one(self.left, left), self.left.swapaxes(-1, -2))
         rights = matmul(near_one(self.right, right), self.right.swapaxes(-1, -2))
         return jnp.sum(lefts * rights * (left * right), (-2, -1))
@@ -90,7 +90,7 @@ class Product:
         # Left factors are scaled near one. Right factors take over their sizes, which therefore must not vary along an axis
         # where the right factors have length one.
         missing = (axis for axis in (0, 1) if self.right.shape[axis] == 1)
-        size = magnitude(self.left, (-1, *missing))
+        size = divisor(magnitude(self.left, (-1, *missing)), self.right)
         return dataclasses.replace(self, left=squared(near_one(self.left, size)), right=squared(self.right * size))
 
     def sizes(self, *, bias: bool) -> Float[Array, "n rows"]:
@@ -130,5 +130,18 @@ class Deviation(Product):
 
 def _met(along: Array, other: Float[Array, "n rows groups T m"], seal: Seal) -> Float[Array, "n rows"]:
     """The sum of the products of all entries, for each row."""
-    # An input whose product overflows may have a cotangent of zero: it must not become a NaN.
-    return jnp.sum(jnp.where(other == 0, 0, seal(along) * other), (-3, -2, -1))
+    return jnp.sum(_zero_times(seal(along), other), (-3, -2, -1))
+
+
+@jax.custom_jvp
+def _zero_times(along: Array, other: Array) -> Array:
+    """``along * other``, which is zero where ``other`` is: an input whose product overflows may have a cotangent of zero."""
+    return jnp.where(other == 0, 0, along * other)
+
+
+@_zero_times.defjvp
+def _zero_times_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    # The rule for `where` would lose the derivative by ``other`` where that is zero.
+    (along, other), (by_along, by_other) = primals, tangents
+    known = jnp.where(jnp.isfinite(along) | (other != 0), along, 0)
+    return _zero_times(along, other), _zero_times(by_along, other) + known * by_other
