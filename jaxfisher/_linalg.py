@@ -322,6 +322,18 @@ def inverse_power(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return power_of_two(1 / x)
 
 
+@jax.custom_jvp
+def square_root(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The square root, with a derivative of zero at zero, where the rule of JAX gives NaN even for a tangent of zero."""
+    return jnp.sqrt(x)
+
+
+@square_root.defjvp
+def _square_root_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    root, zero = square_root(*primals), primals[0] == 0
+    return root, jnp.where(zero, 0, 0.5 * tangents[0] / jnp.where(zero, 1, root))
+
+
 def norm(x: Float[Array, " m"]) -> Scalar:
     """The Euclidean norm, without overflow or underflow of the squares."""
     largest = jnp.max(jnp.abs(x), initial=0.0)

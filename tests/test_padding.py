@@ -145,6 +145,64 @@ def test_a_clipped_sum_does_not_see_padding():
     assert_close(clipped(params, padded_x, padded_y), (1 / np.maximum(1.0, norms / 0.3)) @ rows)
 
 
+DAMPING, BOUND = 0.3, 2.0
+
+
+def steps(params, x, y, share):
+    """What takes roots of weights and of norms. The weights depend on a number, as do those of a robust fit."""
+    log_prob, weights = jf.log_likelihood(classifier), jnp.asarray(WEIGHTS)
+    weights = jnp.where(weights > 0, weights + share * jnp.square(weights), 0)
+    scores, e = jf.scores(log_prob)(params, x, y, weights=weights), jnp.cos(jnp.arange(len(WEIGHTS), dtype=float))
+    fisher = jf.fisher_from_scores(scores)
+    made = {
+        "natural_grad": jf.natural_grad(log_prob, damping=DAMPING)(params, x, y, weights=weights),
+        "least_squares": jf.least_squares(scores, e, DAMPING)[0],
+        "solve": fisher.solve(params, DAMPING),
+        "sqrt_mv": fisher.sqrt_mv(params, DAMPING),
+        "logdet": fisher.logdet(DAMPING),
+        "clipped_sum": scores.clipped_sum(BOUND).sum,
+    }
+    return {name: ravel_pytree(value)[0] for name, value in made.items()}
+
+
+def dense_steps(params, x, y, share):
+    """The same of the examples without padding, from dense rows."""
+    weights = jnp.asarray(WEIGHTS[LIVE])
+    weights = weights + share * jnp.square(weights)
+    omega, e = weights / jnp.sum(weights), jnp.cos(jnp.arange(len(WEIGHTS), dtype=float))[LIVE]
+    rows = jax.vmap(jax.grad(jf.log_likelihood(classifier)), (None, 0, 0))(params, x, y)
+    rows = jnp.concatenate([leaf.reshape(len(x), -1) for leaf in jax.tree.leaves(rows)], 1)
+    damped = (rows.T * omega[None]) @ rows + DAMPING * jnp.eye(rows.shape[1])
+    flat, norms = ravel_pytree(params)[0], jnp.sqrt(jnp.sum(jnp.square(rows), 1))
+    root, inverse = damped, jnp.eye(len(damped))
+    for _ in range(12):  # Denman and Beavers
+        root, inverse = 0.5 * (root + jnp.linalg.inv(inverse)), 0.5 * (inverse + jnp.linalg.inv(root))
+    return {
+        "natural_grad": jnp.linalg.solve(damped, -rows.T @ omega),
+        "least_squares": jnp.linalg.solve(damped, rows.T @ (omega * e)),
+        "solve": jnp.linalg.solve(damped, flat),
+        "sqrt_mv": root @ flat,
+        "logdet": jnp.linalg.slogdet(damped)[1][None],
+        "clipped_sum": jnp.minimum(1, BOUND / norms) @ rows,
+    }
+
+
+def test_padding_takes_no_part_in_derivatives():
+    """Forward and in reverse, where the root of a weight of zero, or of the norm of a row of zeros, has no derivative."""
+    params, x, y, padded_x, padded_y = classified()
+
+    def both_ways(function, *data):
+        along = jax.tree.map(lambda leaf: jnp.sin(1 + jnp.arange(leaf.size, dtype=float)).reshape(leaf.shape), params)
+        forward = jax.jvp(lambda p, s: function(p, *data, s), (params, 0.1), (along, 1.0))[1]
+        total = lambda p, s: sum(jnp.sum(jnp.sin(value)) for value in function(p, *data, s).values())  # noqa: E731
+        return forward | {"in reverse": ravel_pytree(jax.grad(total, (0, 1))(params, 0.1))[0]}
+
+    found = evaluated(lambda *data: both_ways(steps, *data), padded_x, padded_y)
+    expected = evaluated(lambda *data: both_ways(dense_steps, *data), x, y)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-10 * np.max(np.abs(value)), err_msg=name)
+
+
 def test_padding_of_random_keys():
     """Random keys may be part of an example, for instance for dropout, and padding of keys is replaced too."""
     keys = jax.random.split(jax.random.key(0), 3)

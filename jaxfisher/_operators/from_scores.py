@@ -32,6 +32,7 @@ from jaxfisher._linalg import (
     power_or_one,
     power_quotients,
     spectral_mv,
+    square_root,
     to_unit,
     twice,
     unit_diagonal,
@@ -223,8 +224,8 @@ class Scaled:
 
     @property
     def root(self) -> Float[Array, " rows"]:
-        """Square roots of the weights."""
-        return jnp.sqrt(self.scores.weights)
+        """Square roots of the weights. A weight of zero marks padding, whose rows are zero at any weight."""
+        return square_root(self.scores.weights)
 
     @property
     def short(self) -> bool:

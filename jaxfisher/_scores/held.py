@@ -27,7 +27,7 @@ from jaxfisher._engine import (
     squared_norms,
     squares_along,
 )
-from jaxfisher._linalg import inverse_power, matmul
+from jaxfisher._linalg import inverse_power, matmul, square_root
 from jaxfisher._once import Static, once
 from jaxfisher._provenance import Provenance
 from jaxfisher._pytree import array_fields
@@ -104,7 +104,7 @@ class HeldScores(FactoredScores):
         tiny = float(jnp.finfo(self.spec.dtype).tiny)
         down = inverse_power(jnp.clip(self._row_sizes(), tiny, 1 / tiny))
         leaves = tuple(leaf.rows_times(down) for leaf in self.leaves)
-        norms = jnp.sqrt(dataclasses.replace(self, leaves=leaves).squared_norms())
+        norms = square_root(dataclasses.replace(self, leaves=leaves).squared_norms())
         limit = jnp.broadcast_to(max_norm * down, self._omega.shape).reshape(-1)
         longer = norms > limit
         whole = self.rmv(jnp.where(longer, limit / jnp.where(longer, norms, 1), 1))
