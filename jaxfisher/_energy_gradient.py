@@ -86,9 +86,12 @@ def _gradient(log_psi: LogProb, params: Any, batch: Batch) -> Any:
     def parts(z: Array) -> tuple[Array, Array]:
         return jnp.real(z).astype(dtype), jnp.imag(z).astype(dtype)
 
-    # Weights are real. Subtract the mean from the energies before they multiply anything.
-    deviations = [x - jnp.sum(batch.weights * x) for x in parts(energies)]
-    coefficients = tuple(2 * batch.weights * x for x in deviations)
+    def deviations(x: Array) -> Array:
+        """The energies minus their mean. One subtraction leaves the rounding of a mean that may be far larger."""
+        nearly = x - jnp.sum(batch.weights * x)
+        return nearly - jnp.sum(batch.weights * nearly)
+
+    coefficients = tuple(2 * batch.weights * deviations(x) for x in parts(energies))  # weights are real
 
     def piece(coefficients: tuple[Array, Array], *samples: Any) -> Any:
         def overlap(params: Any) -> Scalar:

@@ -131,3 +131,22 @@ def test_netket_geometric_tensor_and_ten_steps(netket, name):
     assert_close(np.asarray(found)[np.ix_(real + imaginary, real + imaginary)], theirs, factor=1e4)
     for part in (np.real, np.imag) if whole else (np.real,):
         assert_close(part(path), part(netket[name, "path"]), factor=TOLERANCE)
+
+
+@pytest.mark.parametrize("log_psi, whole", [(boltzmann, True), (phases, False)], ids=["complex", "real"])
+@pytest.mark.parametrize("batch_size", [None, 7])
+def test_a_constant_in_the_energy_costs_no_digits_in_float32(log_psi, whole, batch_size):
+    """As for a molecule near its ground state: energies far from zero that are nearly equal. They are exact in float32."""
+    rng = np.random.default_rng(8)
+    spins = rng.choice([-1.0, 1.0], size=(40, SITES)).astype(np.float32)
+    params = jax.tree.map(lambda leaf: leaf.astype(np.complex64 if whole else np.float32), ansatz(whole))
+    energies = (rng.integers(-300, 300, (2, 40)) / 1024).astype(np.float32)
+    energies = energies[0] + np.complex64(1j) * energies[1]
+    weights = rng.integers(0, 4, 40).astype(np.float32)
+    gradient = jf.energy_gradient(log_psi, batch_size=batch_size)
+    near, far = compiled(lambda *e: [gradient(params, spins, e, weights=weights) for e in e])(
+        energies, energies - np.float32(1024)
+    )
+    size = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(near))
+    for one, other in zip(jax.tree.leaves(near), jax.tree.leaves(far), strict=True):
+        np.testing.assert_allclose(other, one, rtol=0, atol=50 * np.finfo(np.float32).eps * size)
