@@ -116,6 +116,17 @@ class Draw:
             made.append(Factor(self.array([axis.size for axis in axes], own), tuple(axes), self.one_of((0, EXAMPLE))))
         return Term(tuple(made), tuple(map(tuple, dims)))
 
+    def table(self, shape):
+        """The shape of a table, perhaps with more rows than a narrow integer can count, and the axis of its rows."""
+        along = int(self.rng.integers(len(shape)))
+        return (*shape[:along], 300 if self.maybe() else shape[along], *shape[along + 1 :]), along
+
+    def indices(self, size, shape):
+        """Positions along an axis of this size, of any integer dtype; some are out of range."""
+        dtype = jnp.dtype(self.one_of(("int8", "uint8") if size > 255 else ("int16", "int32", "uint32", "int64")))
+        known = jnp.iinfo(dtype)
+        return jnp.asarray(self.rng.integers(max(-2, known.min), min(size + 2, known.max + 1), shape), dtype)
+
     def split(self, size):
         """The axes of a dimension: none if its length is one, else one or two."""
         cuts = [d for d in range(2, size) if size % d == 0]
@@ -226,11 +237,9 @@ def _permuted(shape, spec, first):
 
 def _scatter_add(draw):
     dtype = draw.dtype(REAL + COMPLEX)
-    shape, along = draw.shape(1, 3, (1, 2, 3)), 0
-    along = int(draw.rng.integers(len(shape)))
+    shape, along = draw.table(draw.shape(1, 3, (1, 2, 3, 3)))
     positions = draw.shape(0, 2, (1, 2, 3))
     rest = [size for i, size in enumerate(shape) if i != along]
-    indices = draw.rng.integers(-2, shape[along] + 2, (*positions, 1))
     numbers = lax.ScatterDimensionNumbers(
         update_window_dims=tuple(range(len(positions), len(positions) + len(rest))),
         inserted_window_dims=(along,),
@@ -240,7 +249,7 @@ def _scatter_add(draw):
     table = draw.value(shape, dtype) if draw.maybe() else zeros(shape, dtype)
     operands = [
         table,
-        Operand(jnp.asarray(indices, jnp.int32), EXAMPLE),
+        Operand(draw.indices(shape[along], (*positions, 1)), EXAMPLE),
         Operand(draw.array((*positions, *rest), dtype), EXAMPLE),
     ]
     return lambda x, i, u: lax.scatter_add(x, i, u, numbers, mode=mode), operands
@@ -252,10 +261,10 @@ def zeros(shape, dtype):
 
 
 def _update_slice(draw):
-    dtype, shape = draw.dtype(REAL + COMPLEX), draw.shape(1)
-    along = int(draw.rng.integers(len(shape)))
+    dtype, (shape, along) = draw.dtype(REAL + COMPLEX), draw.table(draw.shape(1, 3, (1, 2, 3, 3)))
     update = tuple(1 if i == along or draw.maybe(0.1) else size for i, size in enumerate(shape))
-    starts = [Operand(jnp.asarray(draw.rng.integers(-2, size + 2), jnp.int32), EXAMPLE) for size in shape]
+    starts = [Operand(draw.indices(size, ()), EXAMPLE) for size in shape]
+    starts = [dataclasses.replace(start, value=start.value.astype(starts[along].value.dtype)) for start in starts]
     function = lambda x, u, *s: lax.dynamic_update_slice_p.bind(x, u, *s)  # noqa: E731
     return function, [zeros(shape, dtype), Operand(draw.array(update, dtype), EXAMPLE), *starts]
 
@@ -469,11 +478,15 @@ def test_the_forms_of_a_leaf_are_its_terms():
         right = dense(found, shape).real
         formed = jnp.asarray(right)
         output = Output(Unformed(found, lambda formed=formed: formed), EXAMPLE, None)
-        made = parts.leaf_parts(output, shape, jnp.dtype("float64"))
-        forms = jax.tree.map(lambda x: x[None, None], tuple(part.form for part in made.parts))
-        gradient = Leaf(forms, shape, jnp.dtype("float64"), 1, 1).gradient()[0, 0]
-        size = max(1.0, np.abs(right).max(initial=0.0))
-        np.testing.assert_allclose(gradient, right, rtol=0, atol=100 * draw.eps * size, err_msg=f"seed {seed}")
+        check_forms(output, shape, right, 100 * draw.eps, f"seed {seed}")
+
+
+def check_forms(output, shape, right, tolerance, where):
+    made = parts.leaf_parts(output, shape, jnp.dtype("float64"))
+    forms = jax.tree.map(lambda x: x[None, None], tuple(part.form for part in made.parts))
+    gradient = Leaf(forms, shape, jnp.dtype("float64"), 1, 1).gradient()[0, 0]
+    size = max(1.0, np.abs(right).max(initial=0.0))
+    np.testing.assert_allclose(gradient, right, rtol=0, atol=tolerance * size, err_msg=where)
 
 
 # --- a bias joined to its weight ---------------------------------------------------------------------------------------------

@@ -223,16 +223,19 @@ def _scatter_add(equation: Equation, operands: Sequence[Operand]) -> Sequence[Te
     (along,), window = numbers.scatter_dims_to_operand_dims, tuple(numbers.update_window_dims)
     indices, updates = operands[1].array()[..., 0], operands[2].array()
     updates = updates.transpose(*(i for i in range(updates.ndim) if i not in window), *window)
-    size = shape[along]
-    if equation.params["mode"] == jax.lax.GatherScatterMode.CLIP:
-        indices = jnp.clip(indices, 0, size - 1)
-    else:
-        inside = (indices >= 0) & (indices < size)
+    nearest = _nearest(indices, shape[along])
+    if equation.params["mode"] != jax.lax.GatherScatterMode.CLIP:
+        inside = nearest == indices
         updates = jnp.where(inside.reshape(*inside.shape, *(1 for _ in window)), updates, jnp.zeros((), updates.dtype))
-        indices = jnp.where(inside, indices, jnp.zeros((), indices.dtype))
     # Updates whose index is out of range were set to zero above, so the updates depend on whatever the indices depend on.
     added = Operand(updates, operands[1].flags | operands[2].flags, operands[2].reason)
-    return ((*operands[0].terms(), _table_rows(shape, along, Operand(indices, operands[1].flags), added)),)
+    positions = Operand(nearest.astype(jnp.int32), operands[1].flags)
+    return ((*operands[0].terms(), _table_rows(shape, along, positions, added)),)
+
+
+def _nearest(indices: Array, size: int) -> Array:
+    """The position in a table of this size that is nearest to each index. The size may be too large for the indices' dtype."""
+    return jnp.clip(indices, 0, min(size - 1, np.iinfo(indices.dtype).max))
 
 
 def _table_rows(shape: Sequence[int], along: int, indices: Operand, updates: Operand) -> Term:
@@ -259,7 +262,7 @@ def _update_slice(equation: Equation, operands: Sequence[Operand]) -> Sequence[T
         return None
     (along,) = (i for i, size in enumerate(shape) if equation.shapes[1][i] != size)
     start = operands[2 + along]
-    index = dataclasses.replace(start, value=jnp.clip(start.array(), 0, shape[along] - 1))
+    index = dataclasses.replace(start, value=_nearest(start.array(), shape[along]).astype(jnp.int32))
     update = dataclasses.replace(operands[1], value=jnp.squeeze(operands[1].array(), along))
     return ((_table_rows(shape, along, index, update),),)
 
