@@ -489,6 +489,21 @@ def check_forms(output, shape, right, tolerance, where):
     np.testing.assert_allclose(gradient, right, rtol=0, atol=tolerance * size, err_msg=where)
 
 
+def test_the_forms_of_a_sum_of_a_convolution_are_its_terms():
+    """A kernel may be shared along any axis of what the rule returns, such as the groups of the convolution."""
+    for seed in range(CASES):
+        draw = Draw(np.random.default_rng(seed))
+        function, operands = _convolution(draw)
+        ((found,),) = RULES["conv_general_dilated"](equation_of("conv_general_dilated", function, operands), operands)
+        axes = [axis for axes in found.dims for axis in axes]
+        axes.remove(draw.one_of(axes))
+        shape = tuple(axis.size for axis in axes)
+        summed = (Term(found.factors, tuple(map(dim, axes))),)
+        right = dense(summed, shape).real
+        output = Output(Unformed(summed, lambda right=right: jnp.asarray(right)), EXAMPLE, None)
+        check_forms(output, shape, right, 2000 * draw.eps, f"seed {seed}")
+
+
 # --- a bias joined to its weight ---------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from jaxfisher._engine.forms import Convolution, Form, Formed, Layout, Lookup, Product
 from jaxfisher._engine.machine import Output
-from jaxfisher._engine.terms import Axis, Factor, Term, Unformed, fold, seen, whole
+from jaxfisher._engine.terms import Axis, Factor, Term, Unformed, dim, fold, seen, whole
 from jaxfisher._engine.windows import Windows
 from jaxfisher._linalg import matmul
 from jaxfisher._tree import HIGHEST
@@ -301,9 +301,11 @@ def _lookup(pair: _Pair) -> Part | None:
 
 
 def _convolution(pair: _Pair, windows: Windows) -> Part:
-    """A convolution, which stores the image, if the axes are in the order of the windows; else a product of the windows."""
-    wanted = [axis for axis in (*pair.groups, *pair.shared, *pair.inputs) if axis.size > 1]
-    if wanted != [axis for axis in pair.left.axes if axis.size > 1]:
+    """A convolution, which stores the image, if each axis of the windows has its usual role; else a product of the windows."""
+    group, position, *inputs = pair.left.axes
+    roles = (pair.groups, (group,)), (pair.shared, (position,)), (pair.inputs, inputs)
+    # The groups may be summed over, as for a kernel that all groups share.
+    if any(dim(*found) != dim(*usual) for found, usual in roles):
         return _outer(pair, pair.left_array(), pair.right_array())
     source = pair.source(pair.right, pair.outputs)
     return Part(Convolution(windows, pair.right_array(), pair.layout), pair.flags, right=source)
