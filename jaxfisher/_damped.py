@@ -11,6 +11,7 @@ Sparse Linear Systems (2003), algorithm 9.1.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from jaxfisher._inverse import Map
+from jaxfisher._inverse import LeavingNothingOut, Map
 from jaxfisher._linalg import (
     cholesky,
     diagonals,
@@ -260,7 +261,8 @@ def _size(x: Float[Array, " m"]) -> Scalar:
 # --- any right-hand side --------------------------------------------------------------------------------------------------
 
 
-class Triangular(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Triangular(LeavingNothingOut):
     """`Factored` by one Cholesky factor, for a damping that is known to be above zero.
 
     Attributes:
@@ -299,27 +301,10 @@ class Triangular(NamedTuple):
         """
         return jnp.where(self.told | jnp.all(self._resolved), 0, 16 * _rounding(self.lower))
 
-    @property
-    def left_out(self) -> Float[Array, " m"]:
-        """See `Factored`: nothing is left out."""
-        return jnp.zeros_like(self.unit)
-
     def in_units(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
         """See `Factored`."""
         solved: Array = jax.scipy.linalg.cho_solve((self.lower, True), b)
         return solved
-
-    def apply(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
-        """See `Factored`."""
-        return self.unit * self.in_units(self.unit * b)
-
-    def projected(self, product: Map) -> Triangular:
-        """See `Factored`: nothing was left out."""
-        return self
-
-    def astray(self, b: Float[Array, " m"], y: Float[Array, " m"]) -> Scalar:
-        """See `Factored`."""
-        return jnp.zeros((), b.dtype)
 
 
 def triangular(matrix: Float[Array, "m m"], damping: Scalar) -> Triangular:

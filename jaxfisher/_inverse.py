@@ -12,7 +12,6 @@ Reference: Higham, Accuracy and Stability of Numerical Algorithms (2002), theore
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple, Protocol, Self
 
 import jax
@@ -78,6 +77,32 @@ class Factored(Protocol):
         ...
 
 
+class LeavingNothingOut:
+    """What is the same in every `Factored` that leaves no direction out."""
+
+    @property
+    def floor(self: Factored) -> Scalar:
+        """See `Factored`."""
+        return jnp.zeros((), self.unit.dtype)
+
+    @property
+    def left_out(self: Factored) -> Float[Array, " m"]:
+        """See `Factored`."""
+        return jnp.zeros_like(self.unit)
+
+    def apply(self: Factored, b: Float[Array, " m"]) -> Float[Array, " m"]:
+        """See `Factored`."""
+        return self.unit * self.in_units(self.unit * b)
+
+    def projected(self, product: Map) -> Self:
+        """See `Factored`."""
+        return self
+
+    def astray(self, b: Float[Array, " m"], y: Float[Array, " m"]) -> Scalar:
+        """See `Factored`."""
+        return jnp.zeros((), b.dtype)
+
+
 class Inverse(NamedTuple):
     """`Factored` by a Cholesky factor if that can be trusted, else as ``factor diag(inverted) factor^T``.
 
@@ -134,11 +159,6 @@ class Inverse(NamedTuple):
         rounded = jnp.vdot(columns, jnp.abs(coefficients))
         turned = norm(jnp.where(self.kept, 0, matmul(self.factor.T, self.unit * (self.unit * y))))
         return turned + 4 * jnp.finfo(y.dtype).eps * rounded
-
-
-def by_invert(matrix: Float[Array, "m m"]) -> Callable[[Scalar], Inverse]:
-    """From a damping to the factorisation of ``matrix`` by `invert`."""
-    return partial(invert, matrix)
 
 
 def invert(matrix: Float[Array, "m m"], damping: Scalar) -> Inverse:

@@ -11,6 +11,7 @@ Reference: Golub and Van Loan, Matrix Computations (2013), section 6.1.4; Higham
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from jaxfisher._inverse import Factored, Map
+from jaxfisher._inverse import Factored, LeavingNothingOut, Map
 from jaxfisher._linalg import OTHER, inverse_power, kept_of, matmul, mirrored, twice, unit_diagonal, without_noise
 from jaxfisher._system import Factorise, Solved, System, length, scaled, with_derivatives_of
 from jaxfisher._varying import linear_solve, while_loop
@@ -39,8 +40,12 @@ class ManyTimes(Factored, Protocol):
         ...
 
 
-class Decomposed(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Decomposed(LeavingNothingOut):
     """`ManyTimes` by eigenvectors that do not depend on the damping.
+
+    With a damping that can be told from zero nothing is left out. With the same unit for all rows, the eigenvectors are already
+    orthogonal.
 
     Attributes:
         vectors: the eigenvectors of the matrix in units.
@@ -66,23 +71,9 @@ class Decomposed(NamedTuple):
         """See `Factored`: only with a damping, since otherwise which eigenvalues count as zero depends on the units here."""
         return self.told
 
-    @property
-    def floor(self) -> Scalar:
-        """See `Factored`."""
-        return jnp.zeros((), self.unit.dtype)
-
-    @property
-    def left_out(self) -> Float[Array, " m"]:
-        """See `Factored`: nothing is left out with a damping that can be told from zero."""
-        return jnp.zeros_like(self.unit)
-
     def in_units(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
         """See `Factored`."""
         return self._with(self.inverted, b)
-
-    def apply(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
-        """See `Factored`."""
-        return self.unit * self.in_units(self.unit * b)
 
     def at_zero(self, b: Float[Array, " m"]) -> Float[Array, " m"]:
         """See `ManyTimes`: the result is the same for all dampings."""
@@ -92,14 +83,6 @@ class Decomposed(NamedTuple):
         """See `ManyTimes`."""
         roots = jnp.sqrt(jnp.where(self.inverted > 0, 1 / jnp.where(self.inverted > 0, self.inverted, 1), 0))
         return length(roots * matmul(self.vectors.T, inverse_power(self.unit) * c))
-
-    def projected(self, product: Map) -> Decomposed:
-        """See `Factored`: with the same unit for all rows, the eigenvectors are already orthogonal."""
-        return self
-
-    def astray(self, b: Float[Array, " m"], y: Float[Array, " m"]) -> Scalar:
-        """See `Factored`."""
-        return jnp.zeros((), b.dtype)
 
     def _with(self, values: Float[Array, " m"], b: Float[Array, " m"]) -> Float[Array, " m"]:
         return matmul(self.vectors, values * matmul(self.vectors.T, b))

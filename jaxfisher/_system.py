@@ -10,6 +10,7 @@ correction as a measure of the error.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from jaxfisher._inverse import Factored, Map, by_invert
+from jaxfisher._inverse import Factored, Map, invert
 from jaxfisher._linalg import OTHER, inverse_power, norm, power_or_one
 from jaxfisher._varying import cond, linear_solve, while_loop
 
@@ -193,7 +194,7 @@ def solved(system: System, v: Float[Array, " p"]) -> Solved:
     return Solved(to_x(y), to_rest(r), system.rank, sound)
 
 
-TRUSTED = Factorise(by_invert, solved)
+TRUSTED = Factorise(lambda matrix: partial(invert, matrix), solved)
 """A factorisation for each damping, by Cholesky if that can be trusted and by eigenvectors if not."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._cholesky_on_mesh import Lower, Strips, block_size, factorised, solved_by
 from jaxfisher._damped import raised
-from jaxfisher._inverse import Map
+from jaxfisher._inverse import LeavingNothingOut
 from jaxfisher._jobs_on_mesh import Devices
 from jaxfisher._linalg import matmul, norm, to_unit, twice
 from jaxfisher._operators.apart import LayersApart, bare
@@ -74,7 +74,8 @@ class Spread(FromScores):
         return at
 
 
-class Apart(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Apart(LeavingNothingOut):
     """`Factored` and `ManyTimes` by one Cholesky factor whose rows are spread over devices, for a damping above zero.
 
     Attributes:
@@ -102,39 +103,17 @@ class Apart(NamedTuple):
         """See `Factored`: eigenvalues are unknown, so only a damping makes this true."""
         return self.told
 
-    @property
-    def floor(self) -> Scalar:
-        """See `Factored`."""
-        return jnp.zeros((), self.lower.rows.dtype)
-
-    @property
-    def left_out(self) -> Float[Array, " rows"]:
-        """See `Factored`: nothing is left out."""
-        return jnp.zeros_like(self.unit)
-
     def in_units(self, b: Float[Array, " rows"]) -> Float[Array, " rows"]:
         """See `Factored`."""
         return solved_by(self.lower, b, self.strips)
 
-    def apply(self, b: Float[Array, " rows"]) -> Float[Array, " rows"]:
-        """See `Factored`."""
-        return self.in_units(b)
-
     def at_zero(self, b: Float[Array, " rows"]) -> Float[Array, " rows"]:
         """See `ManyTimes`."""
-        return self.apply(b)
+        return self.in_units(b)
 
     def size(self, c: Float[Array, " rows"]) -> Scalar:
         """See `ManyTimes`."""
         return norm(matmul(c, self.lower.rows))
-
-    def projected(self, product: Map) -> Apart:
-        """See `Factored`: nothing was left out."""
-        return self
-
-    def astray(self, b: Float[Array, " rows"], y: Float[Array, " rows"]) -> Scalar:
-        """See `Factored`."""
-        return jnp.zeros((), b.dtype)
 
 
 def _gram(scaled: Scaled, strips: Strips) -> Float[Array, "rows rows"]:
