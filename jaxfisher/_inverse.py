@@ -183,7 +183,7 @@ def invert(matrix: Float[Array, "m m"], damping: Scalar) -> Inverse:
 
     def by_eigenvectors() -> tuple[Array, ...]:
         found = eigen(mirrored(matrix), unit, told, shares)
-        return found.vectors, _inverted(found.values, found.kept, jnp.where(told, damping, 0)), found.kept, found.clear
+        return found.vectors, reciprocal(found.values, found.kept, jnp.where(told, damping, 0)), found.kept, found.clear
 
     factor, inverted, kept, clear = cond(well_posed, by_cholesky, by_eigenvectors)
     return Inverse(factor, inverted, kept, well_posed, unit, told, jnp.zeros_like(unit), clear)
@@ -231,7 +231,7 @@ def is_clear(values: Float[Array, " m"], kept: Bool[Array, " m"]) -> Bool[Array,
     return jnp.all(sizes >= 4 * values.size * jnp.finfo(values.dtype).eps * jnp.max(sizes, initial=0.0), where=kept)
 
 
-def _inverted(values: Float[Array, " m"], kept: Bool[Array, " m"], damping: Scalar) -> Float[Array, " m"]:
+def reciprocal(values: Float[Array, " m"], kept: Bool[Array, " m"], damping: Scalar) -> Float[Array, " m"]:
     """``1 / (values + damping)`` for the eigenvalues kept, else zero."""
     # An eigenvalue that is negative within rounding may outweigh a small damping, and turn the sign of the inverse.
     values = jnp.where(values < 0, without_noise(values), values)

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from jaxfisher._inverse import Factored, LeavingNothingOut, Map
-from jaxfisher._linalg import OTHER, inverse_power, kept_of, matmul, mirrored, twice, unit_diagonal, without_noise
+from jaxfisher._inverse import Factored, LeavingNothingOut, Map, reciprocal
+from jaxfisher._linalg import OTHER, inverse_power, kept_of, matmul, mirrored, twice, unit_diagonal
 from jaxfisher._system import Factorise, Solved, System, length, scaled, with_derivatives_of
 from jaxfisher._varying import linear_solve, while_loop
 
@@ -96,9 +96,7 @@ def _by_eigenvectors(matrix: Float[Array, "m m"]) -> Callable[[Scalar], Decompos
 
     def inverted(damping: Scalar) -> tuple[Float[Array, " m"], Bool[Array, ""]]:
         values, kept, told = kept_of(found, damping)
-        # An eigenvalue that is negative within rounding may outweigh a small damping, and turn the sign of the inverse.
-        values = jnp.where(values < 0, without_noise(values), values)
-        return jnp.where(kept, 1 / jnp.where(kept, values + damping, 1), 0), told
+        return reciprocal(values, kept, damping), told
 
     undamped, _ = inverted(jnp.zeros((), found.dtype))
 
