@@ -20,8 +20,8 @@ from jaxfisher._fisher import exact_fisher
 from jaxfisher._model import MODEL, Model, float_fields, log_likelihood, of_one_example, predict, tangent
 from jaxfisher._once import Static, once_for
 from jaxfisher._scores import scores
-from jaxfisher._tree import as_key, cast_like, check_function, described, dot, split
-from jaxfisher._values import whole
+from jaxfisher._tree import as_key, cast_like, check_function, dot, split
+from jaxfisher._values import count_of
 from jaxfisher._verdict import Check, Verdict
 
 LENGTHS = 0.5 ** np.arange(1, 13)
@@ -139,8 +139,7 @@ def check_fisher(model: Model, *, num_directions: int = 4, num_samples: int = 16
     """
     check_function("model", model, MODEL)
     for name, count in (("num_directions", num_directions), ("num_samples", num_samples)):
-        if (whole(count) or 0) < 1:
-            raise ValueError(f"`{name}` is {described(count)}; expected a whole number of at least 1.")
+        count_of(f"`{name}`", count)
 
     def check(
         params: chex.ArrayTree,

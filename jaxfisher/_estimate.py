@@ -25,7 +25,7 @@ from jaxfisher._once import Static, once
 from jaxfisher._operators.damping import Damping, checked_damping, entries_of
 from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._tree import all_finite, as_key, described, dot, dtype_of, joined
-from jaxfisher._values import is_array, is_known, nonnegative, whole
+from jaxfisher._values import count_of, is_array, is_known, nonnegative
 from jaxfisher._varying import while_loop
 
 BATCH = 10
@@ -184,8 +184,8 @@ def estimate_logdet(
     fisher = as_operator(fisher, "estimate_logdet")
     rtol = nonnegative("rtol", rtol, fisher.spec.dtype)
     key = as_key(key, "estimate_logdet")
-    _check_count("max_samples", max_samples, 2)
-    _check_count("num_matvecs", num_matvecs, 1)
+    count_of("`max_samples`", max_samples, least=2)
+    count_of("`num_matvecs`", num_matvecs)
     return _logdet(fisher, key, _damping_entries(fisher, damping), rtol, Static(max_samples), Static(num_matvecs))
 
 
@@ -262,8 +262,8 @@ def spectral_density(
         raise ValueError(
             f"spectral_density: `points` is {described(points)}; expected an array of real numbers along one axis."
         )
-    _check_count("num_samples", num_samples, 2)
-    _check_count("num_matvecs", num_matvecs, 1)
+    count_of("`num_samples`", num_samples, least=2)
+    count_of("`num_matvecs`", num_matvecs)
     _refuse_zero("width", width, "Without a width the density is a row of spikes.")
     width = nonnegative("width", width, fisher.spec.dtype)
     points, key = jnp.asarray(points).astype(fisher.spec.dtype), as_key(key, "spectral_density")
@@ -377,7 +377,7 @@ def _hutchinson(
 ) -> Estimate:
     """The mean over sign vectors of the value of ``form(z, F z)``, stopped by the norms of error and value."""
     rtol = nonnegative("rtol", rtol, fisher.spec.dtype)
-    _check_count("max_samples", most, 2)
+    count_of("`max_samples`", most, least=2)
     return _mean_of(fisher, as_key(key, caller), rtol, Static((caller, form, most)))
 
 
@@ -443,8 +443,3 @@ def _refuse_zero(name: str, value: chex.Numeric, why: str) -> None:
     """Raise if the argument is known to be zero; the value of a JAX array counts as unknown."""
     if is_known(value) and float(value) == 0:
         raise ValueError(f"`{name}` is {value}; expected a number above zero. {why}")
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if (whole(value) or 0) < least:
-        raise ValueError(f"`{name}` is {described(value)}; expected a whole number of at least {least}.")

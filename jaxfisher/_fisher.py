@@ -18,7 +18,7 @@ from jaxfisher._row_functions import DrawnRow, ExactRows, Prediction, SampledRow
 from jaxfisher._scores import Scores, centred, make_scores
 from jaxfisher._targets import OfData
 from jaxfisher._tree import as_key, check_function, split
-from jaxfisher._values import check_flag, described, whole
+from jaxfisher._values import check_flag, count_of, described
 from jaxfisher._varying import varying_like
 
 
@@ -234,9 +234,7 @@ def sampled_fisher(
     Fisher(sampled, 2 draws, mean over 2, params 1, exact as scores)
     """
     check_function("model", model, MODEL)
-    draws = whole(num_samples)
-    if draws is None or draws < 1:
-        raise ValueError(f"`num_samples` is {described(num_samples)}; expected a whole number of draws, at least 1.")
+    draws = count_of("`num_samples`", num_samples, "a whole number of draws,")
     kind = f"sampled, {draws} draw{'s' if draws > 1 else ''}"
 
     def fisher_of(

@@ -50,6 +50,14 @@ def whole(value: Any) -> int | None:
     return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
 
 
+def count_of(name: str, value: Any, what: str = "a whole number of", least: int = 1) -> int:
+    """Python's or NumPy's whole number as a Python int, after checking that it is at least ``least``."""
+    count = whole(value)
+    if count is None or count < least:
+        raise ValueError(f"{name} is {described(value)}; expected {what} at least {least}.")
+    return count
+
+
 def checked_shape(caller: str, shape: Any) -> tuple[int, ...]:
     """The shape of draws: whole numbers of at least zero, in a tuple or list."""
     sizes = [whole(size) for size in shape] if isinstance(shape, tuple | list) else [None]

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from jaxfisher._once import Static, once
 from jaxfisher._stack import refuse_stack
 from jaxfisher._tree import dot
-from jaxfisher._values import check_nonnegative, described, is_number, whole
+from jaxfisher._values import check_nonnegative, count_of, described, is_number
 from jaxfisher.posterior import Posterior, is_one
 
 
@@ -59,9 +59,7 @@ def tune_prior(posterior: Posterior, *, rtol: float = 1e-3, max_steps: int = 100
     if not is_number(rtol) or isinstance(rtol, jax.Array):
         raise TypeError(f"tune_prior: `rtol` is {described(rtol)}; expected a Python number of at least zero.")
     check_nonnegative("rtol", rtol)
-    steps = whole(max_steps)
-    if steps is None or steps < 1:
-        raise ValueError(f"tune_prior: `max_steps` is {described(max_steps)}; expected a whole number of steps, at least 1.")
+    steps = count_of("tune_prior: `max_steps`", max_steps, "a whole number of steps,")
     return _tuned(posterior, Static((float(rtol), steps)))
 
 

@@ -41,7 +41,7 @@ from jaxfisher._pytree import array_fields
 from jaxfisher._stack import refuse_stack
 from jaxfisher._targets import given_with, taken_by
 from jaxfisher._tree import as_key, check_function, joined, products, split, subtree
-from jaxfisher._values import checked_shape, described, is_known_zero, whole
+from jaxfisher._values import checked_shape, count_of, is_known_zero
 from jaxfisher._varying import cond
 
 NUMBERS_AT_ONCE = 2**24
@@ -168,9 +168,7 @@ class Posterior:
         Raises:
             ValueError: arrays of different lengths, fewer than one draw.
         """
-        count = whole(num_samples)
-        if count is None or count < 1:
-            raise ValueError(f"`num_samples` is {described(num_samples)}; expected a whole number of draws, at least 1.")
+        count = count_of("`num_samples`", num_samples, "a whole number of draws,")
         key = as_key(key, "Posterior.sample_predictive")
         made: Distribution = _sample_predictive(self, key, _checked(self, inputs), Static(count))
         return made

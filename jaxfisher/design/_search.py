@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from jaxfisher._once import Static, once_for
 from jaxfisher._tree import HIGHEST, check_function
-from jaxfisher._values import described, nonnegative, whole
+from jaxfisher._values import count_of, described, nonnegative
 from jaxfisher._varying import while_loop
 
 Criterion = Callable[[Array], Scalar]
@@ -91,9 +91,7 @@ def optimal_weights(
     [0.5 0.  0.  0.  0.5]
     """
     matrices = _checked(informations, criterion, "optimal_weights")
-    steps = whole(max_steps)
-    if steps is None or steps < 1:
-        raise ValueError(f"optimal_weights: `max_steps` is {described(max_steps)}; expected a whole number, at least 1.")
+    steps = count_of("optimal_weights: `max_steps`", max_steps, "a whole number,")
     gap = nonnegative("atol", 0.0 if atol is None else atol, matrices.dtype)
     share = jnp.asarray(1e-6 if atol is None else 0.0, matrices.dtype)
     found: Design = _weighted(criterion, matrices, gap, share, Static(steps))
@@ -176,9 +174,7 @@ def exchange(
     [0 0 4 4]
     """
     matrices = _checked(informations, criterion, "exchange")
-    steps = whole(max_steps)
-    if steps is None or steps < 1:
-        raise ValueError(f"exchange: `max_steps` is {described(max_steps)}; expected a whole number, at least 1.")
+    steps = count_of("exchange: `max_steps`", max_steps, "a whole number,")
     runs = jnp.asarray(start)
     if runs.ndim != 1 or not runs.size or not jnp.issubdtype(runs.dtype, jnp.integer):
         raise TypeError(

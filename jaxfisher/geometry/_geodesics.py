@@ -20,7 +20,7 @@ from jaxfisher._natural import natural_grad
 from jaxfisher._once import Static, once_for
 from jaxfisher._readings import Around
 from jaxfisher._tree import HIGHEST, cast_like, check_function
-from jaxfisher._values import check_nonnegative, described, nonnegative, whole
+from jaxfisher._values import check_nonnegative, count_of, nonnegative
 
 STAGES, NEWTON = 8, 12
 """The number of parts of the path to the other end, and the most Newton steps for each part."""
@@ -166,7 +166,7 @@ def exponential_map(model: Model, steps: int = 64) -> Callable[..., Any]:
     4.0
     """
     check_function("model", model, MODEL)
-    count = _counted(steps)
+    count = count_of("`steps`", steps, "a whole number of steps,")
 
     @_of_inputs("exponential_map")
     def moved(params: chex.ArrayTree, velocity: chex.ArrayTree, /, *inputs: Any, weights: Any = None) -> Any:
@@ -176,13 +176,6 @@ def exponential_map(model: Model, steps: int = 64) -> Callable[..., Any]:
             return _exponential(_Manifold(model), params, velocity, batch, Static(count))
 
     return moved
-
-
-def _counted(steps: Any) -> int:
-    count = whole(steps)
-    if count is None or count < 1:
-        raise ValueError(f"`steps` is {described(steps)}; expected a whole number of steps, at least 1.")
-    return count
 
 
 @once_for
@@ -236,7 +229,7 @@ def geodesic(model: Model, steps: int = 64) -> Callable[..., Geodesic]:
     2.0 True
     """
     check_function("model", model, MODEL)
-    count = _counted(steps)
+    count = count_of("`steps`", steps, "a whole number of steps,")
 
     @_of_inputs("geodesic")
     def between(params: chex.ArrayTree, other: chex.ArrayTree, /, *inputs: Any, weights: Any = None) -> Geodesic:
@@ -332,7 +325,7 @@ def natural_gradient_flow(model: Model, time: chex.Numeric, steps: int = 100) ->
     """
     check_function("model", model, MODEL)
     check_nonnegative("time", time)
-    count = _counted(steps)
+    count = count_of("`steps`", steps, "a whole number of steps,")
 
     @_of_inputs("natural_gradient_flow")
     def path(params: chex.ArrayTree, /, *data: Any, weights: Any = None) -> Any:

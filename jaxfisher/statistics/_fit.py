@@ -21,7 +21,7 @@ from jaxfisher._pytree import array_fields
 from jaxfisher._readings import Around
 from jaxfisher._targets import given_with
 from jaxfisher._tree import cast_like, check_function, either_part, path_names
-from jaxfisher._values import check_nonnegative, described, whole
+from jaxfisher._values import check_nonnegative, count_of
 from jaxfisher.statistics._observations import fisher_at, of_observations
 from jaxfisher.statistics._scoring import FLOOR, Likelihood, Penalty, Problem, nothing, scoring
 
@@ -138,9 +138,7 @@ def fit(
     check_function("model", model, MODEL)
     if penalty is not None:
         check_function("penalty", penalty, "(params, *inputs, weights) -> scalar")
-    steps = whole(max_steps)
-    if steps is None or steps < 1:
-        raise ValueError(f"`max_steps` is {described(max_steps)}; expected a whole number of steps, at least 1.")
+    steps = count_of("`max_steps`", max_steps, "a whole number of steps,")
     if rtol is not None:
         check_nonnegative("rtol", rtol)
     batch_size = checked_batch_size(batch_size)
