@@ -111,9 +111,10 @@ class ParamSpec:
                     "number each for its real and its imaginary part. Pass x + 0j if the imaginary parts are zero."
                 )
             if not in_parts and (not is_array(leaf) or not jnp.issubdtype(dtype_of(leaf), jnp.floating)):
+                whole = is_array(leaf) and not is_complex(leaf)
                 raise TypeError(
                     f"`{name}` at {path} is {described(leaf)}; expected real floating numbers. "
-                    "Pass a pytree like the parameters, for instance a gradient."
+                    f"{'Make it floating, 2.0 for 2.' if whole else 'Pass a pytree like the parameters.'}"
                 )
         where = self.mismatch_of(tree)
         if where is not None:

@@ -291,6 +291,11 @@ def test_designs_do_not_depend_on_the_unit_of_the_information(name, dtype):
         (lambda: design.d_criterion(jf.scaled_identity(np.ones(2), 1.0)), ValueError, r"an Operator.*pass F.as_matrix\(\)"),
         (lambda: design.exchange(list(candidates()), design.d_criterion, np.arange(3)), ValueError, "`informations` is a list"),
         (
+            lambda: forecasts.gaussian_prior(np.zeros(2), np.array([1, 2])),
+            TypeError,
+            "int64; expected real .* floating, 2.0 for 2",
+        ),
+        (
             lambda: forecasts.gaussian_fisher(lambda p: jax.lax.complex(p, p), np.eye(2))(np.zeros(2)),
             TypeError,
             "`mean` gives numbers of dtype co",
