@@ -382,6 +382,33 @@ def test_an_interval_far_from_a_parabola():
     assert profile.lower < -17 < -11 < -found.params[0] / found.params[1] - 5
 
 
+def test_an_interval_whose_one_end_is_a_limit():
+    """No successes or only successes, where the likelihood has no maximum: closed forms, from where fits in any units stop."""
+    z, n = scipy.stats.norm.ppf(0.975), 20
+    wilson, ratio = z**2 / (n + z**2), -np.expm1(-(z**2) / (2 * n))
+    starts, y = np.array([-39.2, -20.0, -9.0, 39.2]), np.repeat([[0.0], [0.0], [0.0], [1.0]], n, 1)
+    one = lambda logit: jf.Bernoulli(logit)  # noqa: E731
+    two = lambda p, x: jf.Bernoulli(p[0] * x + p[1] * (1 - x))  # noqa: E731
+    x, known = np.repeat([1.0, 0.0], n), np.where(np.arange(n) % 3 == 0, 1.0, 0.0)
+
+    @compiled
+    def found(starts, y):
+        score = jax.vmap(statistics.score_interval(one, jax.nn.sigmoid))(starts, y)
+        likelihood = jax.vmap(statistics.likelihood_interval(one, lambda logit: logit))(starts, y)
+        pair = jnp.stack([starts[2], scipy.special.logit(np.mean(known))])
+        beside = statistics.likelihood_interval(two, lambda p: jax.nn.sigmoid(p[0]))(pair, x, jnp.append(y[0], known))
+        return score, likelihood, beside
+
+    score, likelihood, beside = found(starts, y)
+    np.testing.assert_allclose(score.lower, [0, 0, 0, 1 - wilson], rtol=1e-7)
+    np.testing.assert_allclose(score.upper, [wilson] * 3 + [1], rtol=1e-7)
+    ends = scipy.special.logit(ratio)
+    np.testing.assert_allclose(likelihood.lower, [-np.inf] * 3 + [-ends], rtol=2e-3)
+    np.testing.assert_allclose(likelihood.upper, [ends] * 3 + [np.inf], rtol=2e-3)
+    np.testing.assert_allclose(beside[:2], [0, ratio], rtol=2e-3)
+    assert all(np.all(interval.converged) for interval in (score, likelihood, beside))
+
+
 def test_an_interval_without_an_end_says_so():
     """Without any failures the likelihood has no maximum, and the result says that it is no interval."""
     found = jf.fit(lambda logit: jf.Bernoulli(logit))(0.0, np.ones(5))

@@ -28,6 +28,8 @@ from jaxfisher.statistics._observations import fisher_at, of_observations
 
 STAGES, STEPS = 12, 30
 """The number of parts of the path from the estimate to an end, and the most Newton steps for each part."""
+FAR = 64
+"""The number of standard errors at which a likelihood that has not fallen is taken never to fall."""
 
 
 class Interval(NamedTuple):
@@ -36,8 +38,9 @@ class Interval(NamedTuple):
     Attributes:
         lower: the lower end.
         upper: the upper end.
-        converged: whether both ends were found. If the likelihood is flat on one side, there is no end there, and none if it
-            is not finite at the estimate.
+        converged: whether both ends were found. If the likelihood never falls on one side, as for no successes in n trials,
+            the end is the limit of the function there: 0 for a probability, minus infinity for its logit. There are no ends if
+            the likelihood is not finite at the estimate.
     """
 
     lower: Scalar
@@ -104,8 +107,8 @@ def likelihood_interval(
     Its ends are the largest and the smallest value of f on that set, found by Newton's method from those of Wald's interval.
     It is the same interval in any coordinates.
 
-    **When it is the wrong tool.** It is valid if the model is right. If the estimate is at the edge of the possible parameters,
-    the interval has no end on that side.
+    **When it is the wrong tool.** It is valid if the model is right. If the estimate is at a finite edge of the possible
+    parameters, such as a rate of zero, no end is found on that side: ask for a function of its logarithm.
 
     Args:
         model: ``(params, *inputs) -> distribution`` of ONE example.
@@ -220,15 +223,20 @@ def _check_scalar(name: str, value: Any) -> None:
 class _Local(NamedTuple):
     """The problem in units of standard errors: ``theta = estimate + root u``."""
 
+    function: Callable[[Array], Scalar]
+    """The function itself."""
+
     loss: Callable[[Array], Scalar]
     """The negative log-likelihood of all observations, minus that at the estimate."""
     asked: Callable[[Array], Scalar]
-    """The function minus its value at the estimate, in units of its standard error."""
+    """The function minus its value at the estimate, in units of its standard error. With one parameter it is u itself: all
+    functions of one parameter have the same ends, and one that has saturated at the estimate has a derivative of zero."""
     information: Callable[[Array], Float[Array, "p p"]]
     """The exact Fisher of all observations, which is the identity at the estimate."""
     origin: Float[Array, " p"]
     value: Scalar
-    error: Scalar
+    rounding: Scalar
+    """The rounding error of the loss."""
 
 
 def _local(question: _Question, params: Any, batch: Batch) -> _Local:
@@ -243,19 +251,25 @@ def _local(question: _Question, params: Any, batch: Batch) -> _Local:
         return fisher_at(question.model, at(flat), batch.data, batch.uneven, batch.batch_size).as_matrix()
 
     root = jnp.linalg.inv(jnp.linalg.cholesky(total * fisher(flat))).T
-    here, value = batch_loss(log_prob, at(flat), batch), question.function(at(flat)).astype(spec.dtype)
-    error = jnp.linalg.norm(matmul(root.T, jax.grad(lambda flat: question.function(at(flat)).astype(spec.dtype))(flat)))
+    here = batch_loss(log_prob, at(flat), batch)
 
     def place(u: Array) -> Array:
         return flat + matmul(root, u)
 
+    def function(u: Array) -> Scalar:
+        value: Scalar = question.function(at(place(u))).astype(spec.dtype)
+        return value
+
+    origin = jnp.zeros_like(flat)
+    value, slope = jax.value_and_grad(function)(origin)
     return _Local(
+        function,
         lambda u: total * (batch_loss(log_prob, at(place(u)), batch) - here),
-        lambda u: (question.function(at(place(u))).astype(spec.dtype) - value) / error,
+        (lambda u: u[0]) if flat.size == 1 else lambda u: (function(u) - value) / jnp.linalg.norm(slope),
         lambda u: total * matmul(root.T, matmul(fisher(place(u)), root)),
-        jnp.zeros_like(flat),
+        origin,
         value,
-        error,
+        4 * jnp.finfo(spec.dtype).eps * total * (1 + jnp.abs(here)),
     )
 
 
@@ -293,20 +307,48 @@ def _ends(local: _Local, residual: Callable[[Array, Scalar], Array], z: Scalar) 
 
     def end(sign: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
         def part(state: tuple[Array, Scalar, Any], level: Scalar) -> tuple[Any, None]:
-            unknown, last, _ = state
-            # For a parabola u is proportional to the level, and the multiplier inversely proportional.
-            start = jnp.append(unknown[:-1] * level / last, unknown[-1] * last / level)
+            u, last, _ = state
+            # For a parabola u is proportional to the level.
+            u = _within_reach(lambda u: residual(jnp.append(u, 0), level)[-1] / level, u * level / last)
+            slope, ahead = jax.grad(local.loss)(u), jax.grad(local.asked)(u)
+            start = jnp.append(u, jnp.vdot(slope, ahead) / jnp.vdot(slope, slope))
             found, good = _newton(lambda unknown: residual(unknown, level), start)
-            return (found, level, good), None
+            return (found[:-1], level, good), None
 
-        begin = jnp.append(sign * levels[0] * direction, sign / levels[0]), levels[0], jnp.ones((), bool)
+        begin = sign * levels[0] * direction, levels[0], jnp.ones((), bool)
         (found, _, good), _ = jax.lax.scan(part, begin, levels)
-        asked = local.asked(found[:-1])
         # The equations also have the other end as a solution: check the side.
-        return local.value + local.error * asked, good & there & (asked * sign > 0)
+        good = good & there & (local.asked(found) * sign > 0)
+        far, farther = (local.function(sign * length * direction) for length in (FAR, 2 * FAR))
+        apart = jnp.abs(farther - far) > 8 * jnp.finfo(z.dtype).eps * jnp.abs(far)
+        open_ended = ~good & (local.loss(sign * FAR * direction) <= local.rounding)
+        limit = jnp.where(apart, jnp.sign(farther - far) * jnp.inf, far)
+        return jnp.where(open_ended, limit, local.function(found)), good | (open_ended & ~jnp.isnan(farther))
 
     values, good = jax.vmap(end)(jnp.asarray([-1.0, 1.0], z.dtype))
-    return values, good
+    # A function that has the same side of its estimate at both ends turns between them.
+    return values, good & (jnp.sign(values[0] - local.value) * jnp.sign(values[1] - local.value) <= 0)
+
+
+def _within_reach(excess: Callable[[Array], Scalar], u: Array) -> Array:
+    """``u``, or a shorter one by bisection if it is far beyond: at more than twice the level that is asked for.
+
+    At a nearly flat likelihood, such as that of no successes, one standard error at the estimate leads out of this world.
+    """
+
+    def far(state: Any) -> Array:
+        count, _, t, beyond = state
+        size = excess(t * u)
+        return (count < 100) & (~(size <= 1.5) | ((size < -0.375) & (beyond > t)))
+
+    def halve(state: Any) -> Any:
+        count, short, t, beyond = state
+        over = ~(excess(t * u) <= 1.5)
+        short, beyond = jnp.where(over, short, t), jnp.where(over, t, beyond)
+        return count + 1, short, 0.5 * (short + beyond), beyond
+
+    one = jnp.ones((), u.dtype)
+    return u * while_loop(far, halve, (jnp.zeros((), jnp.int32), 0 * one, one, one))[2]
 
 
 def _newton(residual: Callable[[Array], Array], start: Array) -> tuple[Array, Bool[Array, ""]]:
