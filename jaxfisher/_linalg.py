@@ -335,10 +335,10 @@ def _square_root_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Arr
 
 
 def norm(x: Float[Array, " m"]) -> Scalar:
-    """The Euclidean norm, without overflow or underflow of the squares."""
+    """The Euclidean norm, without overflow or underflow of the squares; its derivative at zero is zero."""
     largest = jnp.max(jnp.abs(x), initial=0.0)
     safe = jnp.where(largest > 0, largest, 1)
-    return safe * jnp.sqrt(jnp.sum(jnp.square(x / safe)))
+    return safe * square_root(jnp.sum(jnp.square(x / safe)))
 
 
 OTHER = 1.375

@@ -252,3 +252,38 @@ def test_the_trace_of_the_inverse_and_the_effective_dimension(form):
     for name, case in cases.items():
         found, true = (ravel_pytree(program(*case))[0] for program in programs)
         np.testing.assert_allclose(found, true, rtol=1e-7, atol=1e-9 * np.max(np.abs(true)), err_msg=name)
+
+
+def gated(params, x):
+    """A mean of which one part is multiplied by a gate."""
+    return jnp.tanh(x @ params["w"]) + params["gate"] * jnp.sin(x @ params["v"])
+
+
+NORMS = {
+    "scores": (lambda F: F, np.ones((13, 13)), 0.0),
+    "diagonal": (jf.diagonal, np.eye(13), 0.0),
+    "blocks": (jf.block_diagonal, np.kron(np.eye(3), np.ones((6, 6)))[5:, 5:], 0.0),
+    "a prior": (lambda F: jf.block_diagonal(F) + jf.scaled_identity(F, 0.1), np.kron(np.eye(3), np.ones((6, 6)))[5:, 5:], 0.1),
+}
+"""Views with the entries that they keep, and the prior that is added."""
+
+
+@pytest.mark.parametrize("view", NORMS)
+def test_parameters_without_information_leave_the_norm_its_derivative(view):
+    """A closed gate leaves a block of zeros, whose norm has no derivative of its own."""
+    make, kept, prior = NORMS[view]
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 3)))
+    model = lambda params, x: jf.Normal(gated(params, x), jnp.ones(2))  # noqa: E731
+    params = lambda t: {"gate": t, "v": PARAMS["v"], "w": (1 + t) * PARAMS["w"]}  # noqa: E731
+
+    def found(t):
+        return make(jf.exact_fisher(model)(params(t), x)).frobenius_norm()
+
+    def expected(t):
+        flat, unravel = ravel_pytree(params(t))
+        jacobian = jax.vmap(jax.jacfwd(lambda flat, x: gated(unravel(flat), x)), (None, 0))(flat, x)
+        matrix = kept * jnp.einsum("nor,nos->rs", jacobian, jacobian) / len(x) + prior * jnp.eye(13)
+        return jnp.sqrt(jnp.sum(jnp.square(matrix)))
+
+    for one, other in zip(*(evaluated(jax.value_and_grad(f), 0.0) for f in (found, expected)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9)
