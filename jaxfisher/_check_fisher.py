@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -173,13 +174,13 @@ def _verdict(
     given = {name: jnp.asarray(value) for name, value in given.items()}
     sources: list[str] = []
 
-    def look(params: Any, *example: Any) -> tuple[Any, Any]:
+    def look(params: Any, *example: Any) -> Any:
         predicted = predict(model, params, *example)
         sources.append(predicted.fisher_source)
-        return float_fields(predicted), predicted.fisher_noise()
+        return float_fields(predicted)
 
     with of_one_example(model, "model", params, batch.data):
-        fields, metric_noise = jax.eval_shape(look, params, *shape_of_one(batch.data))
+        fields = jax.eval_shape(look, params, *shape_of_one(batch.data))
     # The dtype with the largest eps of all that take part sets the size of rounding errors.
     dtypes = (*batch.spec.dtypes, *(field.dtype for field in fields))
     eps = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
@@ -197,8 +198,8 @@ def _verdict(
     found = _found(model, batch, given, Static(has_kl), params, noise, nudges, draw_keys)
     measured, along, log_probs, compared = jax.tree.map(partial(np.asarray, dtype=float), found)
     rounding = SAFETY * math.sqrt(batch.spec.size + batch.size) * eps
-    # If the metric of a part comes from samples, its noise is the longest leaf: one number for each sample.
-    from_samples = max(leaf.size for leaf in jax.tree.leaves(metric_noise)) if "samples" in sources[-1] else math.inf
+    # If the metric of a part comes from samples, its source says from how many.
+    from_samples = min(map(int, re.findall(r"(\d+) samples", sources[-1])), default=math.inf)
     # Silence NumPy's warnings about numbers that are not finite: the checks below report them.
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         share = float(jnp.max(batch.weights) / jnp.sum(batch.weights))

@@ -74,6 +74,7 @@ class Row:
 
 CLOSED, KL, SAMPLES = "closed form", "Hessian of the KL", "1024 samples"
 THREE, FOUR, SIX = (f"sum over {count} outcomes" for count in (3, 4, 6))
+COUNTED = "sum over 4096 outcomes, 1024 samples beyond"
 
 LINE = (0.3, 0.8), (-0.2, 1.1)
 POSITIVE = (1.7, 0.9), (2.2, 1.3)
@@ -224,6 +225,16 @@ NUMPYRO = [
     Row("OrderedLogistic", lambda c, f: nd.OrderedLogistic(f, c), *CUTS, four, FOUR),
     Row("Multinomial", lambda z: nd.Multinomial(2, logits=z), *LOGITS, pairs, SIX, rtol=1e-10),
     Row("DirichletMultinomial", lambda a: nd.DirichletMultinomial(a, 2), *SIMPLEX, pairs, SIX, rtol=1e-10),
+    Row("Geometric", lambda z: nd.Geometric(logits=z), *LOGIT, long_counts, COUNTED, has_kl=False),
+    Row(
+        "ZeroInflatedDistribution",
+        lambda p, g: nd.ZeroInflatedDistribution(nd.Geometric(p), gate=g),
+        (0.2, 0.4),
+        (0.3, 0.1),
+        long_counts,
+        COUNTED,
+        has_kl=False,
+    ),
     Row("expanded", lambda z: nd.Binomial(2, logits=z).expand(()), *LOGIT, classes, THREE),
     Row(
         "MixtureSameFamily",
@@ -438,7 +449,7 @@ def test_exact_at_extreme_logits(library):
 @pytest.mark.compiled  # thousands of draws, each by a loop
 @needs("numpyro")
 def test_traced_counts():
-    """An integer leaf is data: it is passed on, and has no tangent."""
+    """An integer leaf is data: it is passed on, and has no tangent. Outcomes above it have a probability of zero."""
     counts = np.array([2, 5, 9])
     logits = np.array([0.3, -0.2, 0.9])
     probs = 1 / (1 + np.exp(-logits))
@@ -448,17 +459,43 @@ def test_traced_counts():
             return as_distribution(nd.Binomial(count, logits=z))
 
         dist, pullback = jax.vjp(model, logit)
-        columns = jax.vmap(lambda u: pullback(dist.fisher_sqrt_mv(u))[0])(jnp.eye(1024))
+        assert dist.fisher_source == COUNTED
+        columns = jax.vmap(lambda u: pullback(dist.fisher_sqrt_mv(u))[0])(jnp.eye(dist.fisher_noise().size))
         (fisher,) = pullback(dist.fisher_mv(jax.jvp(model, (logit,), (1.0,))[1]))
         return dist.log_prob(1), jnp.sum(columns**2), fisher
 
     log_prob, squares, fisher = jax.jit(jax.vmap(one))(counts, logits)
     np.testing.assert_allclose(log_prob, np.log(counts * probs) + (counts - 1) * np.log1p(-probs), rtol=1e-12)
     np.testing.assert_allclose(squares, fisher, rtol=1e-12)
-    expected = counts * probs * (1 - probs)
-    # Of x ~ Binomial: (x - mean)^2 has variance v (1 - 6 p (1 - p)) + 2 v^2.
-    error = np.sqrt((expected * (1 - 6 * probs * (1 - probs)) + 2 * expected**2) / 1024)
-    assert np.max(np.abs(fisher - expected) / error) < 5
+    np.testing.assert_allclose(fisher, counts * probs * (1 - probs), rtol=1e-12)
+
+
+@needs("numpyro")
+def test_counts_beyond_the_sum_come_from_samples():
+    """A batch of geometric counts, some far beyond the outcomes that are summed; members of a batch stay independent."""
+    probs = jnp.array([0.3, 1e-2, 2e-3, 1e-5])
+    dist = as_distribution(nd.Geometric(probs))
+    assert dist.fisher_source == "sum over 1024 outcomes, 1024 samples beyond"
+    found = evaluated(lambda dist: dist.fisher_matrix(), dist)
+    expected = 1 / (probs**2 * (1 - probs))
+    assert np.abs(found[0, 0] / expected[0] - 1) < 1e-12
+    # The square of the score, of the kurtosis of an exponential variable, has the variance 8.
+    assert np.all(np.abs(np.diag(found) / expected - 1) < 5 * np.sqrt(8 / 1024))
+    assert np.max(np.abs(found / np.sqrt(np.outer(expected, expected)) - np.eye(4))) < 5 * np.sqrt(8 / 1024)
+
+
+@needs("numpyro")
+def test_samples_of_a_moving_support_have_no_fisher():
+    """Only the fields by which the support moves are without one."""
+    low = as_distribution(nd.TruncatedNormal(0.3, 0.8, low=0.1))
+    parts = as_distribution(nd.Pareto(1.5, 2.0)), as_distribution(nd.Uniform(0.0, 2.0)), low
+    for dist, moves in zip(parts, (1, 2, 1), strict=True):
+        assert dist.fisher_source == SAMPLES
+        assert np.sum(np.isnan(np.diag(evaluated(lambda dist: dist.fisher_matrix(), dist)))) == moves
+    model = lambda p: nd.TruncatedNormal(p, 0.8, low=0.1)  # noqa: E731
+    assert np.all(np.isfinite(evaluated(lambda p: jf.exact_fisher(model)(p).as_matrix(), jnp.array(0.3))))
+    edge = lambda p: nd.TruncatedNormal(0.3, 0.8, low=p)  # noqa: E731
+    assert np.all(np.isnan(evaluated(lambda p: jf.exact_fisher(edge)(p).as_matrix(), jnp.array(0.1))))
 
 
 @pytest.mark.parametrize(

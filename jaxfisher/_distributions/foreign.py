@@ -100,12 +100,15 @@ class Foreign(Distribution):
     The second (``"Hessian of the KL"``) needs a KL rule that reads every field that the density reads. Some rules do not:
     distrax gives two transformed distributions the KL of their bases, whatever the parameters of their bijectors. If the rule
     is missing or does not read all fields, the third is used (``"1024 samples"``), with one fixed random key, the same for
-    every example: a relative error of the order of 3 % in each entry, and rank at most 1024.
+    every example, and rank at most 1024. A diagonal entry has a relative standard error of ``sqrt((k - 1) / 1024)`` for a
+    score of kurtosis k: 4 % for a normal score (k = 3), 9 % for an exponential one (k = 9), 15 % for k = 24. Of NumPyro's
+    distributions of counts, as ``Geometric`` or ``ZeroInflatedPoisson``, only the outcomes beyond the first 4096, shared among
+    the members of a batch, come from samples (``"sum over 4096 outcomes, 1024 samples beyond"``).
 
     The square root of the Hessian is computed from eigenvalues, after scaling the diagonal to one; eigenvalues below
     ``eps * size`` of the largest are rounding errors and set to zero. If the KL is not stationary at ``q = p``, its Hessian is
     no Fisher, and the result is NaN. This happens if the support moves with a parameter, as in ``Uniform``, or if an object
-    caches a function of its parameters beside them.
+    caches a function of its parameters beside them. From samples it is NaN for the fields by which NumPyro's support moves.
 
     An object that came out of ``jax.vmap`` has batched leaves without knowing it: use it under ``jax.vmap``.
 
@@ -147,9 +150,12 @@ class Foreign(Distribution):
 
     @property
     def fisher_source(self) -> str:
-        if self.form.outcomes is not None:
-            return f"sum over {len(self.form.outcomes)} outcomes"
-        return _FROM_KL if self._kl_gap(self) is None else _FROM_SAMPLES
+        if self._all_outcomes is not None:
+            return f"sum over {len(self._all_outcomes)} outcomes"
+        if self._kl_gap(self) is None:
+            return _FROM_KL
+        first = self.form.outcomes
+        return _FROM_SAMPLES if first is None else f"sum over {len(first)} outcomes, {_FROM_SAMPLES} beyond"
 
     @of_a_target
     def log_prob(self, x: Shaped[Array, "*batch_and_event"]) -> Float[Array, "*batch"]:
@@ -168,7 +174,7 @@ class Foreign(Distribution):
             NotImplementedError: the library has no rule for this pair, or one that does not read all fields of the density.
         """
         other = self._same_family(other)
-        if self.form.outcomes is not None and self.form.outcomes == other.form.outcomes:
+        if self._all_outcomes is not None and self._all_outcomes == other._all_outcomes:
             return self._kl_by_outcomes(other)
         gap = self._kl_gap(other)
         if gap is not None:
@@ -205,6 +211,12 @@ class Foreign(Distribution):
         return matmul(root, root.T)
 
     @property
+    def _all_outcomes(self) -> Outcomes | None:
+        """The outcomes, if they are known and finitely many."""
+        known = self.form.outcomes
+        return None if known is None or known.beyond else known
+
+    @property
     def _library(self) -> Library:
         return LIBRARIES[self.form.library]
 
@@ -237,34 +249,47 @@ class Foreign(Distribution):
         return f"the rule of {self.form.library} does not read {len(needed - used)} of the fields that its density reads."
 
     def _root(self) -> Float[Array, "fields columns"]:
-        if self.form.outcomes is not None:
-            return self._root_of_outcomes(self.form.outcomes)
-        return self._root_of_kl() if self.fisher_source == _FROM_KL else self._root_of_scores()
+        source, outcomes = self.fisher_source, self.form.outcomes
+        if source == _FROM_KL:
+            return self._root_of_kl()
+        return self._root_of_scores() if outcomes is None else self._root_of_outcomes(outcomes)
 
-    def _log_probs(self, outcomes: Outcomes) -> Float[Array, "outcomes *batch"]:
-        """The log-probability of every outcome, one for each member of the batch."""
+    def _values(self, outcomes: Outcomes) -> Shaped[Array, "outcomes *batch_and_event"]:
+        """Every outcome, for all members of the batch."""
         draw = jax.eval_shape(self.sample, jax.random.key(0))
         values = jnp.asarray(outcomes.values, draw.dtype)
         whole = values.reshape(len(outcomes), *(1,) * len(self.batch_shape), *self.event_shape)
-        return jax.vmap(self.log_prob)(jnp.broadcast_to(whole, (len(outcomes), *draw.shape)))
+        return jnp.broadcast_to(whole, (len(outcomes), *draw.shape))
 
     def _root_of_outcomes(self, outcomes: Outcomes) -> Float[Array, "fields columns"]:
-        """``sqrt(p(x)) s(x)`` of every outcome; for many outcomes, a triangle with the same square."""
+        """``sqrt(p(x)) s(x)`` of every outcome, and of draws beyond them: a triangle with the same square."""
         flat, unravel = ravel_pytree(self.fields)
         wide = at_least_float32(flat.dtype)
 
-        def log_probs(flat: Array) -> Array:
-            return dataclasses.replace(self, fields=unravel(flat))._log_probs(outcomes).reshape(-1)
+        def log_prob(flat: Array, x: Array) -> Array:
+            return self._object(unravel(flat)).log_prob(x).astype(wide)
 
-        shares = jnp.exp(0.5 * log_probs(flat).astype(wide))[:, None]
-        # The score of an outcome of probability zero may be anything, NaN included.
-        rows = jnp.where(shares > 0, shares * jax.jacrev(log_probs)(flat).astype(wide), 0)
-        return triangle(rows.T).astype(flat.dtype)
+        def rows(values: Array, shares: Array) -> Array:
+            # The score of an outcome of probability zero may be anything, NaN included.
+            scores = jax.vmap(jax.jacrev(log_prob), (None, 0))(flat, values).astype(wide)
+            return jnp.where(shares[..., None] > 0, shares[..., None] * scores, 0).reshape(-1, flat.size)
+
+        values = self._values(outcomes)
+        found = rows(values, jnp.exp(0.5 * jax.vmap(log_prob, (None, 0))(flat, values)))
+        if outcomes.beyond:
+            draws = self._draws()
+            above = jnp.where(draws > outcomes.values[-1], _NUM_SAMPLES**-0.5, 0).astype(wide)
+            found = jnp.concatenate([found, rows(draws, above)])
+        return triangle(found.T).astype(flat.dtype)
+
+    def _draws(self) -> Shaped[Array, "samples *batch_and_event"]:
+        return jax.lax.stop_gradient(self.sample(jax.random.key(_SAMPLE_SEED), (_NUM_SAMPLES,)))
 
     def _kl_by_outcomes(self, other: Foreign) -> Float[Array, "*batch"]:
         """``sum q - p - p log(q/p)``: no term is negative, so nothing cancels near equality."""
         assert self.form.outcomes is not None
-        mine, theirs = self._log_probs(self.form.outcomes), other._log_probs(self.form.outcomes)
+        values = self._values(self.form.outcomes)
+        mine, theirs = (jax.vmap(p.log_prob)(values) for p in (self, other))
         happens = mine > -jnp.inf
         log_p = jnp.where(happens, mine, 0)
         gap = jnp.where(happens, theirs - log_p, 0)
@@ -285,12 +310,13 @@ class Foreign(Distribution):
 
     def _root_of_scores(self) -> Float[Array, "fields samples"]:
         flat, unravel = ravel_pytree(self.fields)
-        draws = jax.lax.stop_gradient(self.sample(jax.random.key(_SAMPLE_SEED), (_NUM_SAMPLES,)))
 
         def score(x: Array) -> Array:
             return jax.grad(lambda fields: jnp.sum(self._object(unravel(fields)).log_prob(x)))(flat)
 
-        return jax.vmap(score)(draws).T / _NUM_SAMPLES**0.5
+        edges = _reads(lambda fields: jax.tree.leaves(getattr(self._object(fields), "support", None)), self.fields)
+        moving = np.repeat([place in edges for place in range(len(self.fields))], [field.size for field in self.fields])
+        return jnp.where(moving[:, None], jnp.nan, jax.vmap(score)(self._draws()).T / _NUM_SAMPLES**0.5)
 
     def __repr__(self) -> str:
         inside = ", ".join(f"{field.dtype}[{','.join(map(str, field.shape))}]" for field in self.fields)

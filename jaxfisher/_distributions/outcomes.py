@@ -1,4 +1,4 @@
-"""The outcomes of another library's distribution, if they are finitely many and known at trace time.
+"""The outcomes of another library's distribution, or the first of them if it counts; known at trace time.
 
 A sum over them is exact even if the library's own KL is missing, wrong, or misses some of the parameters.
 """
@@ -16,6 +16,8 @@ import numpy as np
 
 MOST = 4096
 """The most outcomes that are summed over."""
+FEWEST = 64
+"""The fewest first outcomes that are worth a sum; the members of a batch share the most of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Outcomes:
     data: bytes
     shape: tuple[int, ...]
     dtype: str
+    beyond: bool = False
+    """Whether there are further outcomes, above the last."""
 
     @property
     def values(self) -> np.ndarray:
@@ -36,13 +40,24 @@ class Outcomes:
 
 
 def outcomes_of(obj: Any, library: str) -> Outcomes | None:
-    """The outcomes of a distribution of distrax, NumPyro or TFP; None unless they are known to be finitely many."""
+    """The outcomes of a distribution of distrax, NumPyro or TFP, or the first of them; None if neither is known."""
     listed = _LISTED.get((library, type(obj).__name__), _enumerated)
-    values = listed(obj)
+    values, beyond = listed(obj), False
     if values is None or not 0 < len(values) <= MOST:
+        values, beyond = _counted(obj), True
+    if values is None:
         return None
     values = np.ascontiguousarray(values)
-    return Outcomes(values.tobytes(), values.shape, str(values.dtype))
+    return Outcomes(values.tobytes(), values.shape, str(values.dtype), beyond)
+
+
+def _counted(obj: Any) -> np.ndarray | None:
+    """The first whole numbers of a support that has no end, or one that is not known, by NumPyro's own protocol; else None."""
+    support, count = getattr(obj, "support", None), MOST // max(math.prod(obj.batch_shape), 1)
+    if obj.event_shape or count < FEWEST or not getattr(support, "is_discrete", False):
+        return None
+    first = _known(getattr(support, "lower_bound", None))
+    return None if first is None else np.arange(first, first + count)
 
 
 def _enumerated(obj: Any) -> np.ndarray | None:
@@ -67,7 +82,7 @@ def _up_to(last: Any) -> np.ndarray | None:
 
 def _known(value: Any) -> int | None:
     """The common value of all entries of an array; None if they differ or are traced."""
-    if isinstance(value, jax.core.Tracer):
+    if value is None or isinstance(value, jax.core.Tracer):
         return None
     entries = np.unique(np.asarray(value))
     return int(entries[0]) if entries.size == 1 else None
