@@ -546,6 +546,44 @@ def test_a_leaf_joined_or_not_has_the_gram_of_its_matrix(width, inputs, position
         np.testing.assert_allclose(norms, np.diag(dense_gram), rtol=0, atol=tolerance, err_msg=name)
 
 
+CONVOLVED = {"window_strides": (1,), "padding": "VALID", "dimension_numbers": ("NWC", "WIO", "NWC")}
+MIXED = {
+    "promoted": ((4, 3), lambda x, w, b: x @ w + b),
+    "the bias added to a cast": ((4, 3), lambda x, w, b: (x.astype(w.dtype) @ w).astype(jnp.float32) + b),
+    "all in the weight's dtype": ((4, 3), lambda x, w, b: x.astype(w.dtype) @ w + b.astype(w.dtype)),
+    "outputs by inputs": ((3, 4), lambda x, w, b: jnp.einsum("ti,oi->to", x.astype(w.dtype), w).astype(jnp.float32) + b),
+    "a convolution": ((1, 4, 3), lambda x, w, b: lax.conv_general_dilated(x[None].astype(w.dtype), w, **CONVOLVED) + b),
+}
+"""Layers with a bias at two positions. Their weight, bias and input may each be in bfloat16."""
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_bias_is_joined_to_a_weight_of_any_precision(name):
+    """The two are one Kronecker product, and the scores are those of `jax.grad` to the precision of each leaf."""
+    rng = np.random.default_rng(0)
+    shape, layer = MIXED[name]
+    b, w, x = (rng.standard_normal(shape) for shape in ((3,), shape, (5, 2, 4)))
+
+    def log_prob(p, x):
+        return jnp.sum(jnp.sin(layer(x, p["w"], p["b"]).astype(jnp.float32)))
+
+    def both(params, x):
+        fisher = jf.empirical_fisher(log_prob)(params, x)
+        return fisher.form.scores.as_matrix(), jax.vmap(jax.grad(log_prob), (None, 0))(params, x)
+
+    for dtypes in itertools.product((jnp.bfloat16, jnp.float32), repeat=3):
+        *leaves, data = map(jnp.asarray, (b, w, x), dtypes)
+        params = dict(zip("bw", leaves, strict=True))
+        view = jax.eval_shape(lambda p, x: jf.kronecker(jf.empirical_fisher(log_prob)(p, x)), params, data)
+        assert "1 Kronecker" in str(view) and "diagonal:" in str(view) and ", 1 diagonal" not in str(view), dtypes
+        matrix, rows = evaluated(both, params, data)
+        for found, leaf in ((matrix[:, :3], "b"), (matrix[:, 3:], "w")):
+            expected = np.asarray(rows[leaf], np.float64).reshape(5, -1)
+            narrowest = leaves[1].dtype if name == "all in the weight's dtype" else rows[leaf].dtype
+            atol = 4 * max(float(jnp.finfo(dtype).eps) for dtype in (narrowest, rows[leaf].dtype)) * np.abs(expected).max()
+            np.testing.assert_allclose(found, expected, rtol=0, atol=atol, err_msg=str(dtypes))
+
+
 def test_terms_of_every_kind_are_drawn():
     """The generator draws contracted, repeated, shared, length-one and hot axes, and one to three factors."""
     draw = Draw(np.random.default_rng(0))

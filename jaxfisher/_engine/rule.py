@@ -37,12 +37,14 @@ class Operand:
         flags: whether the value depends on the example, and on the row.
         reason: why a gradient in the value had to be formed, if one had to be.
         is_zero: whether the operand is a zero written into the program.
+        uncast: the value before a cast, if the sums of that value are outputs as well, as for the bias of a layer in bfloat16.
     """
 
     value: Value
     flags: int
     reason: str | None = None
     is_zero: bool = False
+    uncast: Array | None = None
 
     @property
     def unformed(self) -> Unformed | None:

@@ -49,6 +49,24 @@ def _cast(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | 
     return (operands[0].terms(),) if wide and operands[0].unformed is not None else _real(equation, operands)
 
 
+def is_cast(equation: Equation) -> bool:
+    """Whether the equation casts real floating numbers to such numbers of another precision."""
+    dtypes = (*equation.dtypes, *equation.result_dtypes)
+    return equation.primitive.name == "convert_element_type" and all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes)
+
+
+def _before_casts(operands: Sequence[Operand]) -> list[Array]:
+    """The operands' arrays, in their common dtype where one of them is taken as it was before a cast.
+
+    A bias in float32 would lose digits if it took its gradient from the cotangent that its weight in bfloat16 has.
+    """
+    arrays = [operand.array() if operand.uncast is None else operand.uncast for operand in operands]
+    if all(operand.uncast is None for operand in operands):
+        return arrays
+    dtype = jnp.promote_types(*(array.dtype for array in arrays))
+    return [array if array.dtype == dtype else array.astype(dtype) for array in arrays]
+
+
 def _real(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
     value = operands[0].unformed
     return None if value is None else _real_parts(value.terms)
@@ -130,7 +148,7 @@ def _dot(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | N
     sizes = [math.prod(shape) for shape in (*equation.shapes, equation.shape)]
     if not (left.flags and right.flags) and (contracted[0] or sizes[2] <= max(sizes[:2])):
         return None  # an ordinary linear map: there is nothing to leave unformed
-    arrays = left.array(), right.array()
+    arrays = _before_casts(operands)
     axes = [[Axis(size) for size in array.shape] for array in arrays]
     for i, j in zip((*contracted[0], *batch[0]), (*contracted[1], *batch[1]), strict=True):
         axes[1][j] = axes[0][i]
@@ -148,6 +166,8 @@ def _dot(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | N
 
 def _origin(operand: Operand, array: Array, names: Sequence[Axis]) -> Origin | None:
     """The value of the program whose entries an array holds rearranged; None if there is no such value."""
+    if operand.uncast is not None:
+        return Origin(array, operand.uncast, tuple(names))
     value = operand.unformed
     if value is None or len(value.terms) != 1 or len(value.terms[0].factors) != 1:
         return None
@@ -178,7 +198,7 @@ def _convolution(equation: Equation, operands: Sequence[Operand]) -> Sequence[Te
     """A kernel's gradient: the product of the input, seen through windows as wide as the output, and the output's cotangent."""
     params = equation.params
     numbers = params["dimension_numbers"]
-    left, right = (operand.array() for operand in operands)
+    left, right = _before_casts(operands)
     image, filters = left.transpose(numbers.lhs_spec), right.transpose(numbers.rhs_spec)
     config = [(0, 0, 0), (0, 0, 0)]
     for (low, high), dilation in zip(params["padding"], params["lhs_dilation"], strict=True):
@@ -194,10 +214,11 @@ def _convolution(equation: Equation, operands: Sequence[Operand]) -> Sequence[Te
     rows, outputs = Axis(image.shape[0] // row_groups), tuple(Axis(size) for size in out[2:])
     wide = Axis(filters.shape[0] // groups)
     cotangent = filters.reshape(groups, wide.size, position.size)
+    source = right if operands[1].uncast is None else operands[1].uncast
     channels = tuple(wide if i == numbers.rhs_spec[0] else None for i in range(right.ndim))
     factors = (
         Factor(windows, (group, position, rows, *outputs), operands[0].flags),
-        Factor(cotangent, (group, wide, position), operands[1].flags, origin=Origin(cotangent, right, channels)),
+        Factor(cotangent, (group, wide, position), operands[1].flags, origin=Origin(cotangent, source, channels)),
     )
     dims = [dim(rows), dim(group, wide), *map(dim, outputs)]
     order = np.argsort(numbers.out_spec)
