@@ -299,6 +299,27 @@ def test_inside_a_mask_what_looks_at_the_loss_says_where_it_belongs(name, proble
 # --- quadratic_model ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+@pytest.mark.parametrize("unit", [1e-25, 1e-15, 1.0, 1e15, 1e25])
+def test_rates_do_not_depend_on_the_units_of_the_parameters(unit, damping):
+    """In float32, with directions whose squares are outside its range, against the minimum in double precision."""
+    rng = np.random.default_rng(0)
+    x, d, v, g = (rng.standard_normal(shape) for shape in ((6, 4), (4,), (4,), (4,)))
+    damping = damping if abs(np.log10(unit)) < 20 else 0.0  # beyond, it would itself leave the range
+    fisher = jf.exact_fisher(lambda w, x: jf.Normal(x @ w, 1.0))(jnp.zeros(4, jnp.float32), jnp.asarray(x / unit, jnp.float32))
+    opt = jf.quadratic_model(damping / unit**2)
+    state = opt.init(jnp.zeros(4, jnp.float32))._replace(step=jnp.asarray(v * unit, jnp.float32))
+    given = {"fisher": fisher, "grad": jnp.asarray(g / unit, jnp.float32)}
+    step, after = opt.update(jnp.asarray(d * unit, jnp.float32), state, **given)
+    along = np.stack([-d, v], axis=1)
+    curvature = along.T @ (x.T @ x / 6 + damping * np.eye(4)) @ along
+    rates = -np.linalg.solve(curvature, along.T @ g)
+    np.testing.assert_allclose([after.learning_rate, after.momentum], rates, rtol=1e-4)
+    np.testing.assert_allclose(np.asarray(step, float) / unit, along @ rates, rtol=1e-4)
+    promised = g @ along @ rates + np.square(x @ along @ rates).mean() / 2
+    np.testing.assert_allclose(after.change, promised, rtol=1e-4)
+
+
 def test_rates_minimise_the_quadratic_model(problem):
     params, _, _, gradient, fisher, dense = problem
     opt = optax.chain(jf.scale_by_fisher(0.1, view=jf.diagonal), jf.quadratic_model(0.02))

@@ -172,8 +172,10 @@ def _lowest(curvature: Float[Array, "k k"], g: Any, along: list[Any], damping: S
     """
     product, count = between(*along, g), len(along)
     slopes = [product(count, k) for k in range(count)]
-    damped = [curvature[0, k] + damping * product(0, k) for k in range(count)]
-    last = curvature[1, 1] + damping * product(1, 1)
+    # Without damping the products do not count, and may be infinite: zero times infinity would be NaN.
+    damp = lambda product: jnp.where(damping == 0, 0, damping * product)  # noqa: E731
+    damped = [curvature[0, k] + damp(product(0, k)) for k in range(count)]
+    last = curvature[1, 1] + damp(product(1, 1))
     share = _over(damped[1], damped[0])
     own = last - share * damped[1]
     # For parallel directions the rest is rounding error.
