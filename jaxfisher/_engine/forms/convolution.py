@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxfisher._engine.forms.arrays import extent, mean
+from jaxfisher._engine.forms.form import InPositions
 from jaxfisher._engine.forms.layout import Layout
 from jaxfisher._engine.forms.product import Product
 from jaxfisher._engine.windows import Windows
@@ -17,7 +17,7 @@ from jaxfisher._pytree import array_fields
 
 
 @array_fields("windows", "right")
-class Convolution:
+class Convolution(InPositions):
     """A product whose left factors are an image seen through windows. Only the image is stored, which takes far less memory."""
 
     windows: Windows
@@ -26,11 +26,6 @@ class Convolution:
 
     name = "convolution"
     unfactored = ""
-
-    @property
-    def positions(self) -> int:
-        """How many outer products are summed, T."""
-        return int(self.right.shape[3])
 
     @property
     def making(self) -> int:
@@ -58,7 +53,3 @@ class Convolution:
         moving = dataclasses.replace(self.windows, image=self.windows.image - image)
         constant = dataclasses.replace(self.windows, image=image)
         return Convolution(moving, self.right, self.layout), Convolution(constant, self.right - right, self.layout)
-
-    def changed(self, change: Callable[[Array], Array]) -> Convolution:
-        """The convolution with other right factors."""
-        return dataclasses.replace(self, right=change(self.right))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, Self
 
 from jaxtyping import Array, Float
 
@@ -59,6 +60,21 @@ class Form(Protocol):
 
     def changed(self, change: Callable[[Array], Array]) -> Form:
         """The form with a linear map applied to the right factors that multiplies each entry of the gradients by a number."""
+
+
+class InPositions:
+    """What is the same in all forms whose rows are sums of outer products, with a right factor at each position."""
+
+    right: Float[Array, "n rows groups T outputs"]
+
+    @property
+    def positions(self) -> int:
+        """See `Form`."""
+        return int(self.right.shape[3])
+
+    def changed(self, change: Callable[[Array], Array]) -> Self:
+        """See `Form`."""
+        return dataclasses.replace(self, right=change(self.right))  # type: ignore[type-var]
 
 
 class Made(Form, Protocol):

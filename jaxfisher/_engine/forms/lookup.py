@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxfisher._engine.forms.arrays import Seal, weighted
+from jaxfisher._engine.forms.form import InPositions
 from jaxfisher._engine.forms.layout import Layout
 from jaxfisher._linalg import matmul
 from jaxfisher._pytree import array_fields
 
 
 @array_fields("indices", "right")
-class Lookup:
+class Lookup(InPositions):
     """Gradients of a table whose rows are looked up: ``right_t`` in the table's row ``indices[n, row, t]``. There is one group.
 
     The rows of the table are the layout's inputs. If an index occurs twice in one row of scores, its first occurrence has the
@@ -30,11 +30,6 @@ class Lookup:
     name = "embedding"
     unfactored = "a table"
     making = 0
-
-    @property
-    def positions(self) -> int:
-        """How many rows of the table are looked up, T."""
-        return int(self.right.shape[3])
 
     def made(self) -> Lookup:
         """Itself."""
@@ -97,10 +92,6 @@ class Lookup:
     def shifted(self, means: tuple[Array, ...]) -> tuple[Lookup, ...]:
         """The lookup itself: its gradients are sparse, and their mean does not dominate."""
         return (self,)
-
-    def changed(self, change: Callable[[Array], Array]) -> Lookup:
-        """The lookup with other right factors."""
-        return dataclasses.replace(self, right=change(self.right))
 
 
 def _tables(indices: Array, right: Array, size: int) -> Float[Array, "n rows 1 size outputs"]:

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxfisher._engine.forms.arrays import Seal, contracted, divisor, extent, magnitude, mean, near_one, sum_to, times, weighted
+from jaxfisher._engine.forms.form import InPositions
 from jaxfisher._engine.forms.layout import Layout
 from jaxfisher._linalg import matmul, squared
 from jaxfisher._pytree import array_fields
 
 
 @array_fields("left", "right")
-class Product:
+class Product(InPositions):
     """Gradients ``sum_t left_t (x) right_t``, group by group: inputs and cotangents at the T positions that share a weight."""
 
     left: Float[Array, "n rows groups T inputs"]
@@ -30,11 +31,6 @@ class Product:
     def name(self) -> str:
         """The name that `jaxfisher.explain` shows."""
         return "outer product" if self.positions == 1 else f"sum of {self.positions} outer products"
-
-    @property
-    def positions(self) -> int:
-        """How many outer products are summed, T."""
-        return int(self.right.shape[3])
 
     def made(self) -> Product:
         """Itself."""
@@ -106,10 +102,6 @@ class Product:
         left, right = means
         moving = dataclasses.replace(self, left=self.left - left)
         return moving, Deviation(left, self.right - right, self.layout, right)
-
-    def changed(self, change: Callable[[Array], Array]) -> Product:
-        """The product with other right factors."""
-        return dataclasses.replace(self, right=change(self.right))
 
 
 @array_fields("left", "right", "mean")
