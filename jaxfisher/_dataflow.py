@@ -31,7 +31,12 @@ def _through(jaxpr: Jaxpr, given: Sequence[Places]) -> list[Places]:
 
     for equation in jaxpr.eqns:
         inputs = [of(var) for var in equation.invars]
-        if equation.primitive in _CALLS:
+        references = [var for var in equation.invars if hasattr(var.aval, "inner_aval")]
+        if references:
+            # The operation may write any of its operands to a `jax.Ref`.
+            outputs = [frozenset().union(*inputs)] * len(equation.outvars)
+            found.update(dict.fromkeys(references, frozenset().union(*inputs)))
+        elif equation.primitive in _CALLS:
             inner = equation.params[_CALLS[equation.primitive]]
             outputs = _through(getattr(inner, "jaxpr", inner), inputs)
         elif equation.primitive is primitives.stop_gradient_p:

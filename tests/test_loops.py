@@ -67,3 +67,55 @@ def test_a_carry_is_left_to_be_summed_afterwards_only_where_nothing_reads_it(nam
 
     for made, plain in zip(*both(params, z), strict=True):
         np.testing.assert_allclose(made, plain, atol=1e-12 * np.max(np.abs(plain)), rtol=0)
+
+
+def _written_in_steps(w, x):
+    held = jax.new_ref(jnp.zeros(2))
+
+    def step(carry, z):
+        held[...] = jnp.tanh(z @ w + held[...])
+        return carry + jnp.sum(held[...]), held[...] @ w
+
+    last, read = jax.lax.scan(step, 0.0, x)
+    return held[...] + last + jnp.sum(read, 0)
+
+
+def _carried(w, x):
+    def step(carry, z):
+        last, held = carry
+        held = jnp.tanh(z @ w + held)
+        return (last + jnp.sum(held), held), held @ w
+
+    (last, held), read = jax.lax.scan(step, (0.0, jnp.zeros(2)), x)
+    return held + last + jnp.sum(read, 0)
+
+
+def _written(w, x):
+    held = jax.new_ref(jnp.zeros(2))
+    held[...] = jnp.tanh(x[0] @ w)
+    jax.jit(lambda: held.__setitem__(..., held[...] * w[0, 0]))()
+    return held[...] @ w
+
+
+def _replaced(w, x):
+    return jnp.tanh(x[0] @ w) * w[0, 0] @ w
+
+
+@pytest.mark.parametrize("with_reference, without", [(_written, _replaced), (_written_in_steps, _carried)])
+def test_a_model_may_write_to_a_reference(with_reference, without):
+    """Scores and exact Fishers are those of the same model without a `jax.Ref`."""
+    rng = np.random.default_rng(0)
+    w, x, y = (jnp.asarray(rng.standard_normal(shape)) for shape in ((2, 2), (4, 3, 2), (4, 2)))
+    model = lambda function: lambda w, x: jf.Normal(function(w, x), 1.0)  # noqa: E731
+
+    @jax.jit
+    def both(w, x, y):
+        scores = jf.scores(jf.log_likelihood(model(with_reference)))(w, x, y, weights=jnp.asarray([1.0, 0.0, 2.0, 1.0]))
+        rows = jax.vmap(jax.grad(jf.log_likelihood(model(without))), (None, 0, 0))(w, x, y).reshape(4, 4)
+        jacobian = jax.vmap(jax.jacobian(without), (None, 0))(w, x).reshape(8, 4)
+        made = scores.as_matrix(), scores.gram(), jf.exact_fisher(model(with_reference))(w, x).as_matrix()
+        rows = rows * jnp.asarray([[1.0], [0.0], [1.0], [1.0]])
+        return made, (rows, rows @ rows.T, jacobian.T @ jacobian / 4)
+
+    for made, plain in zip(*both(w, x, y), strict=True):
+        np.testing.assert_allclose(made, plain, atol=1e-12 * np.max(np.abs(plain)), rtol=0)

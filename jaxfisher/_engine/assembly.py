@@ -90,12 +90,16 @@ def leaf_forms(
     def one_row(seed: Any, *example: Any) -> Any:
         return _one_row(traced, params, seed, example, spec)
 
+    # What is read from a `jax.Ref` has an axis for the rows, whether it differs between them or not.
+    of_rows = 0 if any(equation.has_references for equation in traced.program.equations) else None
+
     def one_example(*example: Any) -> Any:
         # Run the flattened program, not `rows.seeds`: what only determines the number of seeds, such as a model, is dead code.
         known = jax.tree.leaves((params, example))
         (seeds,) = (output.value for output in run(traced.seeds, known, [0] * len(known), [False]))
         axes = {flag: 0 if flag & ROW else None for flag in _DEPENDENCES}
-        return jax.vmap(one_row, (0, *(None for _ in example)), (axes, None, None))(seeds, *example)
+        found, skeleton, aux = jax.vmap(one_row, (0, *(None for _ in example)), (axes, None, of_rows))(seeds, *example)
+        return found, skeleton, aux if of_rows is None else tuple(number[0] for number in aux)
 
     axes = {flag: 0 if flag & EXAMPLE else None for flag in _DEPENDENCES}
     arrays, skeleton, aux = jax.vmap(one_example, 0, (axes, None, 0), axis_size=examples)(*data)

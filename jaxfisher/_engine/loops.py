@@ -19,7 +19,7 @@ from jax.extend.core import Literal
 from jaxtyping import Array
 
 from jaxfisher._engine.program import Atom, Equation, Program
-from jaxfisher._engine.rule import Operand, Terms, Value
+from jaxfisher._engine.rule import EXAMPLE, ROW, Operand, Terms, Value
 from jaxfisher._engine.terms import Axis, Factor, Term, Unformed, dim
 from jaxfisher._engine.windows import Windows
 
@@ -32,7 +32,10 @@ def spread(program: Program, flags: Sequence[int]) -> dict[int, int]:
     found = {**dict.fromkeys(program.constants, 0), **dict(zip(program.inputs, flags, strict=True))}
     for equation in program.equations:
         given = [found[atom] if isinstance(atom, int) else 0 for atom in equation.ins]
-        if equation.body is not None:
+        if equation.has_references:
+            # What an operation writes to a reference is not among its results.
+            found.update(dict.fromkeys(equation.outs, EXAMPLE | ROW))
+        elif equation.body is not None:
             found.update(zip(equation.outs, _flags_around(equation, given).outs, strict=True))
         else:
             found.update(dict.fromkeys(equation.outs, reduce(or_, given, 0)))
@@ -71,7 +74,7 @@ def run_loop(
     assert body is not None
     sums = {k for k in range(carries) if wanted[k] and _only_added_to(body, body.inputs[consts + k], body.outputs[k])}
     asked = [want and (k >= carries or k in sums) for k, want in enumerate(wanted)]
-    if not any(asked) or not equation.params["length"]:
+    if not any(asked) or not equation.params["length"] or equation.has_references:
         return None, ()
     loop = _Loop(equation, body, operands, sums, asked, run)
     found = loop.shapes()

@@ -85,6 +85,11 @@ class Equation:
         return operands - carries, carries
 
     @property
+    def has_references(self) -> bool:
+        """Whether the operation makes, reads or writes a `jax.Ref`, so that its order and the number of its runs matter."""
+        return any(map(is_reference, (*self.source.invars, *self.source.outvars)))
+
+    @property
     def variables(self) -> list[int]:
         """The variables that the equation reads."""
         return [atom for atom in self.ins if isinstance(atom, int)]
@@ -129,6 +134,11 @@ def _shape(var: Any) -> tuple[int, ...]:
 def dtype_of(var: Any) -> Any:
     """The dtype of a variable, or of a constant written into the program."""
     return getattr(var.aval, "dtype", None)
+
+
+def is_reference(var: Any) -> bool:
+    """Whether a variable is a `jax.Ref`, an array that operations write to."""
+    return hasattr(var.aval, "inner_aval")
 
 
 def flatten(closed: ClosedJaxpr) -> Program:

@@ -66,7 +66,7 @@ def as_array(value: Any) -> Any:
 
     On a mesh, `jnp.asarray` of JAX 0.10.0 makes another object.
     """
-    return value if isinstance(value, jax.Array | np.ndarray) else jnp.asarray(value)
+    return value if isinstance(value, jax.Array | np.ndarray | jax.Ref) else jnp.asarray(value)
 
 
 Apply = Callable[[Equation, Sequence[Operand]], Sequence[Terms] | None]
