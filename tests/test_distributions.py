@@ -270,6 +270,28 @@ def test_a_poisson_of_a_million_keeps_its_digits_in_float32():
     np.testing.assert_allclose(ours, exact, atol=3000 * 14 * 6e-8, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "x"),
+    [
+        (jf.Gamma, (0.2, 17.7), 1e-25),
+        (jf.Gamma, (8e-3, 1.2e-5), 1e-25),
+        (jf.Gamma, (2.0, 1e10), 1e20),
+        (jf.Beta, (3.6e-4, 0.025), 1e-30),
+        (jf.Beta, (1e-2, 2.5), 1e-30),
+        (jf.Dirichlet, ((1e-3, 2.0, 0.1),), (1e-30, 0.25, 0.75)),
+    ],
+)
+def test_second_derivatives_far_from_the_mean(kind, fields, x):
+    """Small concentrations draw numbers such as 1e-30: in float32 the Hessian of the log-density is that of float64."""
+    for dtype in (jnp.float32, jnp.float64):
+        point = [jnp.asarray(field, dtype) for field in fields]
+        found = traced(jax.hessian(lambda p, x: kind(*p).log_prob(x)))(point, jnp.asarray(x, dtype))
+        if dtype == jnp.float32:
+            narrow = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found)])
+    wide = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found)])
+    np.testing.assert_allclose(narrow, wide, rtol=1e-4)
+
+
 @pytest.mark.usefixtures("in_numpy")
 @pytest.mark.parametrize("bad", [-1, 3, 0.5, jnp.nan])
 def test_a_label_that_is_no_class_is_nan_in_value_and_gradient(bad):

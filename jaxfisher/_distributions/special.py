@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jaxfisher._distributions.stable import ratio, working_dtype
+from jaxfisher._distributions.stable import log, ratio, working_dtype
 
 _SHIFT = 10
 _BERNOULLI = (1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6, -3617 / 510, 43867 / 798, -174611 / 330)
@@ -105,7 +105,7 @@ def rate_gap(rate: Float[Array, "..."], c: Float[Array, "..."], excess: Float[Ar
     """
     near = jnp.abs(excess) < 0.5
     small = jnp.where(near, excess, 0)
-    return jnp.where(near, c * small * log_gap_ratio(small), rate - c - c * jnp.log(jnp.where(near, 1, ratio(rate, c))))
+    return jnp.where(near, c * small * log_gap_ratio(small), rate - c - c * log(jnp.where(near, 1, ratio(rate, c))))
 
 
 def rate_divergence(

@@ -29,6 +29,21 @@ def _ratio_jvp(
     return quotient, dx * inverse - quotient * (dy * inverse)
 
 
+@jax.custom_jvp
+def log(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """``log x`` with a second derivative that never forms ``x^-2``, which overflows in float32 at ``x = 1e-20``."""
+    return jnp.log(x)
+
+
+@log.defjvp
+def _log_jvp(
+    primals: tuple[Float[Array, "*shape"]], tangents: tuple[Float[Array, "*shape"]]
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    ((x,), (dx,)) = primals, tangents
+    # A quotient by x would be transposed to a plain one.
+    return log(x), dx * ratio(jnp.ones_like(x), x)
+
+
 def working_dtype(dtype: DTypeLike) -> jnp.dtype:
     """``dtype``, or float32 if it is narrower: for special functions, triangular solves and uniform noise."""
     return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
