@@ -485,6 +485,13 @@ def test_counts_beyond_the_sum_come_from_samples():
 
 
 @needs("numpyro")
+def test_a_censored_distribution_has_no_fisher():
+    model = lambda p: nd.RightCensoredDistribution(nd.Exponential(jnp.exp(p)), jnp.array(True))  # noqa: E731
+    with pytest.raises(NotImplementedError, match=r"NumPyro's RightCensored.* no Fisher: its draws are not censored"):
+        jax.eval_shape(jf.exact_fisher(model), jnp.array(0.3))
+
+
+@needs("numpyro")
 def test_samples_of_a_moving_support_have_no_fisher():
     """Only the fields by which the support moves are without one."""
     low = as_distribution(nd.TruncatedNormal(0.3, 0.8, low=0.1))

@@ -249,6 +249,11 @@ class Foreign(Distribution):
         return f"the rule of {self.form.library} does not read {len(needed - used)} of the fields that its density reads."
 
     def _root(self) -> Float[Array, "fields columns"]:
+        if self.form.name.endswith("CensoredDistribution"):
+            raise NotImplementedError(
+                f"{self._title} has no Fisher: its draws are not censored, and its log-density takes the times of censoring "
+                "for data. Use jf.empirical_fisher or jf.observed_information of its log_prob."
+            )
         source, outcomes = self.fisher_source, self.form.outcomes
         if source == _FROM_KL:
             return self._root_of_kl()
