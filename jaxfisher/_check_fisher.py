@@ -205,11 +205,12 @@ def _verdict(
         share = float(jnp.max(batch.weights) / jnp.sum(batch.weights))
         exact = _exact_checks(measured, share, rounding, np.mean(np.abs(log_probs))) if has_kl else ()
         engine, leaves = _engine_checks(compared, batch.spec.paths, rounding)
-        checks = (*exact, *_sampled_checks(along, from_samples), *engine)
+        by_draws, apart = _sampled_checks(along, from_samples, measured.hessians[0] if has_kl else np.ones(num_directions))
+        checks = (*exact, *by_draws, *engine)
     notes: tuple[str, ...] = () if has_kl else ("the distribution has no KL divergence: checked by draws alone",)
     if any(check.passed is None for check in checks):
         notes += ("not told: rounding or the remainder is too large, kinks too near, or what matters too rare among the draws",)
-    return FisherCheck(checks, notes, _reason(checks, leaves), LENGTHS, measured.quotients[0], leaves)
+    return FisherCheck(checks, notes, _reason(checks, leaves, apart), LENGTHS, measured.quotients[0], leaves)
 
 
 class _Measured(NamedTuple):
@@ -352,10 +353,13 @@ def _exact_checks(measured: Any, share: float, rounding: float, log_prob: float)
     )
 
 
-def _sampled_checks(along: Float[np.ndarray, "draws directions"], behind: float) -> tuple[Check, ...]:
+def _sampled_checks(
+    along: Float[np.ndarray, "draws directions"], behind: float, hessians: Float[np.ndarray, " directions"]
+) -> tuple[tuple[Check, ...], bool]:
     """The checks by averages over draws: with the true Fisher, scores have a variance of one along every direction.
 
-    ``behind`` is the number of samples that the Fisher itself was made from.
+    ``behind`` is the number of samples that the Fisher itself was made from. Also whether the draws rule out the second
+    derivatives of the KL, ``hessians``.
     """
     count, total, squares = len(along), np.sum(along, axis=0), np.square(along)
     second = np.mean(squares, axis=0)
@@ -366,10 +370,11 @@ def _sampled_checks(along: Float[np.ndarray, "draws directions"], behind: float)
     within = Z * spread * math.sqrt(1 / count + 1 / behind) + RARE * np.maximum(np.max(squares, axis=0), 1) / count
     # If the mean score is zero within the Fisher's variance, but not within that of the draws, rare outcomes were not drawn.
     missed = (np.abs(total) > Z * np.sqrt(count * second)) & (np.abs(z) <= Z)
-    return (
+    checks = (
         _check(MEAN, z, 0, np.full(len(z), float(Z))),
         _check(SQUARE, second, 1, np.where(missed, np.inf, within), ~missed & (within < 1)),
     )
+    return checks, bool(np.any(np.abs(second - hessians) > within))
 
 
 def _engine_checks(
@@ -399,8 +404,8 @@ def _check(name: str, values: np.ndarray, expected: float, within: np.ndarray, t
     return Check(name, float(values[worst]), expected, float(within[worst]), passed)
 
 
-def _reason(checks: tuple[Check, ...], leaves: tuple[str, ...]) -> str:
-    """The likely cause of the failures."""
+def _reason(checks: tuple[Check, ...], leaves: tuple[str, ...], apart: bool) -> str:
+    """The likely cause of the failures; ``apart`` says that the draws rule out the KL."""
     passed = {check.name: check.passed for check in checks}
     wrong = {name for name, right in passed.items() if right is False}
     if any(check.name in wrong and not math.isfinite(check.value) for check in checks):
@@ -425,7 +430,9 @@ def _reason(checks: tuple[Check, ...], leaves: tuple[str, ...]) -> str:
             False: "the closed-form Fisher (`fisher_sqrt_mv`) is wrong: it agrees neither with the KL nor with draws",
             None: "`kl` or the closed-form Fisher is wrong",
         }
-        found.append(by_draws[None if MEAN in wrong else passed[SQUARE]])
+        # Draws are accurate to some ten percent: if they agree with both, they do not tell which is wrong.
+        told = passed[SQUARE] is not True or apart
+        found.append(by_draws[passed[SQUARE] if told and MEAN not in wrong else None])
     elif QUOTIENT in wrong:
         found.append("derivatives do not see what the parameters do: a stop_gradient, a rounding, a custom derivative rule")
     elif HESSIAN in wrong:

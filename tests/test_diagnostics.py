@@ -237,6 +237,11 @@ def blind_kl(self, other):
 NOISE = np.random.default_rng(7)
 WRONG = {
     "Fisher": (model_of(toy(fisher_sqrt_mv=half_fisher)), {QUOTIENT, HESSIAN, SQUARE}, "closed-form Fisher.*is wrong"),
+    "Fisher, by less than draws can tell": (
+        model_of(toy(fisher_sqrt_mv=lambda self, u: jf.Normal.fisher_sqrt_mv(self, jax.tree.map(lambda leaf: 0.98 * leaf, u)))),
+        {QUOTIENT, HESSIAN},
+        "^`kl` or the closed-form Fisher is wrong",
+    ),
     "KL": (model_of(toy(kl=lambda p, q: 2 * jf.Normal.kl(p, q))), {QUOTIENT, HESSIAN}, "`kl` is wrong"),
     "normalisation": (
         model_of(toy(log_prob=lambda self, x: jf.Normal.log_prob(self, x) + jnp.log(self.scale))),
