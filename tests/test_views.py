@@ -486,6 +486,24 @@ def test_float32_log_determinants(relative):
     np.testing.assert_allclose(dense, expected, rtol=1e-4 if relative > 1e-5 else 5e-3)
 
 
+@pytest.mark.parametrize("view", [jf.low_rank, jf.sketch])
+@pytest.mark.parametrize("smallest", [1e-3, 1e-5, 1e-7])
+def test_eigenvectors_of_fewer_rows_are_orthonormal_for_any_spectrum(view, smallest):
+    """In float32: lengths of 1 and right angles to rounding, and so solves as accurate as the eigenvalues are."""
+    n, p = 8, 20
+    u, v = (np.linalg.qr(numbers(seed, size, n))[0] for seed, size in ((0, n), (1, p)))
+    x = np.asarray(np.sqrt(n) * (u * np.sqrt(np.geomspace(smallest, 1, n))) @ v.T, np.float32)
+    model = lambda w, x: jf.Normal(jnp.dot(x, w, precision="highest"), jnp.ones((), x.dtype))  # noqa: E731
+    F = view(jf.exact_fisher(model)(jnp.zeros(p, jnp.float32), jnp.asarray(x)), n)
+    vectors, eps = np.asarray(F.form.vectors, float), float(np.finfo(np.float32).eps)
+    np.testing.assert_allclose(vectors.T @ vectors, np.diag(np.asarray(F.form.values) > 0), rtol=0, atol=20 * eps)
+    matrix, right = x.astype(float).T @ x / n, np.asarray(numbers(2, p), np.float32)
+    for damping in (1e-2, 1e-3):
+        expected = np.linalg.solve(matrix + damping * np.eye(p), right.astype(float))
+        off = np.linalg.norm(np.asarray(F.solve(right, damping)) - expected) / np.linalg.norm(expected)
+        assert off < 5 * eps / damping, (damping, off)
+
+
 def test_a_weight_of_one_output_or_one_input_is_a_layer_of_its_own():
     """The cotangents of the last layer of a regression do not depend on its inputs, so that its Kronecker block is exact."""
 

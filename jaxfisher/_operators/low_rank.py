@@ -151,7 +151,18 @@ def _largest_of_rows(scores: Scores, rank: Static[int]) -> tuple[Float[Array, " 
     weights = jnp.where(values > 0, jax.lax.rsqrt(jnp.where(values > 0, values, 1)), 0)
     # One vector at a time: a batch of vectors would need a batch of all factors.
     vectors = jax.lax.map(scaled.out_of_rows, (rows * weights[None, :]).T).T
-    return values * (1 / factor) * (1 / factor), vectors
+    return values * (1 / factor) * (1 / factor), _orthonormal(vectors, values)
+
+
+def _orthonormal(vectors: Float[Array, "p k"], values: Float[Array, " k"]) -> Float[Array, "p k"]:
+    """The vectors of ascending eigenvalues, each made orthogonal to those of larger ones, which are more accurate.
+
+    The rounding error of an eigenvalue is relative to the largest one, so that a vector divided by its root is not of unit
+    length. Derivatives are those of the given vectors.
+    """
+    found, root = jnp.linalg.qr(jax.lax.stop_gradient(vectors)[:, ::-1])
+    found = (found * jnp.sign(jnp.diagonal(root))[None, :])[:, ::-1]
+    return vectors + jax.lax.stop_gradient(jnp.where((values > 0)[None, :], found - vectors, 0))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
