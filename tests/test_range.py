@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 from leaves import KINDS, OF_EXAMPLE, OWN
-from test_leaf import OMEGA, asked, check, given
+from test_leaf import OMEGA, asked, check, close, given
 
 import jaxfisher as jf
 from jaxfisher._linalg import to_unit
@@ -54,7 +54,8 @@ def extreme_answers():
         for name, parts in held.items():
             scores = leaves.scores_of(parts, jnp.asarray(OMEGA, np.float32))
             factor = to_unit(scores.bound())
-            made[name] = asked(scores, *given(scores, np.float32)), factor, scores.gram_upper(factor), scores.bound()
+            upper, moment = scores.gram_upper(factor), scores.scaled_moment(factor)
+            made[name] = asked(scores, *given(scores, np.float32)), factor, upper, moment, scores.bound()
         return made
 
     return run({name: case.leaves for name, case in extreme_cases().items()})
@@ -63,10 +64,12 @@ def extreme_answers():
 @pytest.mark.parametrize("name", extreme_cases())
 def test_no_row_silences_another(name):
     case = extreme_cases()[name]
-    made, factor, gram, bound = extreme_answers()[name]
+    made, factor, gram, moment, bound = extreme_answers()[name]
     check(made, case.rows, case.sizes, name)
     unit = float(factor)
     check({"gram": np.triu(gram) + np.triu(gram, 1).T}, unit * case.rows, unit * case.sizes, f"{name}, in units of the bound")
+    terms, sizes = unit * case.rows, unit * case.sizes
+    close(moment, (terms.T * OMEGA) @ terms, (sizes.T * OMEGA) @ sizes, f"{name}: second moment")
     root = np.sqrt(OMEGA.reshape(-1, 1))
     largest = np.max(root * case.sizes)
     # The bound of a convolution is that of the whole image, not of its windows, so it may be larger.

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Scalar
 
 from jaxfisher._linalg import matmul
 from jaxfisher._tree import HIGHEST
@@ -65,15 +65,15 @@ def magnitude(x: Array, axes: int | Sequence[int], least: float = 0.0) -> Array:
     return jnp.max(sizes, axes, keepdims=True, initial=None if x.size else least)
 
 
-def divisor(size: Array, other: Array | None = None) -> Array:
+def divisor(size: Array, largest: Scalar | None = None) -> Array:
     """A `magnitude` to divide by, with a small number in place of zero.
 
     A product with a factor of zeros has a derivative by that factor, which a division by nothing and a product with nothing
     would lose. Nothing overflows: neither the inverse of two such numbers, nor the product of one with the sizes of other
-    factors, squared if the ``other`` factor is given.
+    factors, squared if the ``largest`` number that it meets is given.
     """
     tiny = float(jnp.finfo(size.dtype).tiny)
-    small = tiny**0.4 if other is None else 1 / jnp.max(jnp.abs(jax.lax.stop_gradient(other)), initial=1.0)
+    small = tiny**0.4 if largest is None else 1 / jnp.clip(jax.lax.stop_gradient(largest), 1, 1 / tiny)
     return jnp.where(size < tiny, small, size)
 
 
