@@ -238,6 +238,37 @@ def test_what_the_data_do_not_determine_has_no_standard_error():
     assert np.all(np.isfinite(np.concatenate(list(product.values()))))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_small_share_in_what_is_not_determined_is_not_determined(dtype):
+    """A total beside its two parts, of which one is small, and one more column: three errors are infinite, however small it is.
+
+    Combinations are infinite if and only if they change along the null vector. Units do not matter.
+    """
+    rng = np.random.default_rng(29)
+    small = 10.0 ** np.array([-1, -2, -3] if dtype == np.float32 else [-1, -3, -5, -7])
+
+    def make(x, slopes):
+        covariance = jf.covariance(jf.exact_fisher(linear)(jnp.zeros(4, dtype), x))
+        return jf.standard_errors(covariance), statistics.delta_method(lambda b: slopes @ b)(jnp.zeros(4, dtype), covariance)[1]
+
+    errors = compiled(make)
+    for part, unit in [(part, unit) for part in small for unit in (1e-6, 1.0, 1e6)]:
+        x = rng.normal(size=(40, 4))
+        x[:, 2] = x[:, 0] + part * x[:, 1]
+        scale = np.array([1.0, unit, unit, 1.0])
+        along = np.array([1.0, part, -1.0, 0.0])  # a change of the slopes along this changes no prediction
+        determined = np.array([[1.0, 0.0, 1.0, 2.0], [0.0, 0.0, 0.0, 1.0], [part, -1.0, 0.0, 0.0]])
+        others = np.array([[1.0, 0.0, 1.0 + 3 * part, 0.5], [0.0, 1.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+        slopes = np.concatenate([determined, others])
+        found, matrix = errors((x * scale).astype(dtype), (slopes * scale).astype(dtype))
+        assert np.array_equal(np.isinf(found), [True, True, True, False]), (part, unit, found)
+        variances = np.einsum("ki,ij,kj->k", determined, np.linalg.pinv(x.T @ x, rcond=1e-13), determined)
+        assert np.max(np.abs(determined @ along)) < 1e-12
+        assert np.array_equal(np.isinf(np.diag(matrix)), [False] * 3 + [True] * 3), (part, unit, np.diag(matrix))
+        assert relative(np.diag(matrix)[:3], variances) < 1e4 * np.finfo(dtype).eps
+        assert relative(found[3], np.sqrt(variances[1])) < 1e4 * np.finfo(dtype).eps
+
+
 def designs(rng):
     """Design matrices with as many rows as columns, with more, with fewer, and with nearly parallel columns."""
     for count, columns, parallel in [(2, 2, 0.0), (6, 6, 0.0), (12, 3, 0.0), (20, 3, 0.999), (20, 3, 0.9999), (3, 5, 0.0)]:

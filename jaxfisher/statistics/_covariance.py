@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Scalar
 
 from jaxfisher._linalg import matmul
 from jaxfisher._operators.form import Form
@@ -24,17 +24,18 @@ from jaxfisher._tree import ParamSpec, cast_like, check_function, joined
 from jaxfisher._values import described
 
 
-@array_fields("finite", "null", "unit", repr=False)
+@array_fields("finite", "null", "unit", "blur", repr=False)
 class Covariance(Form):
     """``lim (A + eps U^2)^-1``: infinite along the null space of A, and a finite matrix elsewhere. ``U`` is diagonal: units.
 
     The columns of ``null`` are an orthonormal basis of the null space of ``U^-1 A U^-1``, and zeros. Its rows are zero for the
-    parameters that A determines.
+    parameters that A determines. ``blur`` bounds the rounding error of an entry.
     """
 
     finite: Float[Array, "p p"]
     null: Float[Array, "p p"]
     unit: Float[Array, " p"]
+    blur: Scalar
     spec: ParamSpec
 
     name = "dense"
@@ -44,25 +45,37 @@ class Covariance(Form):
         return self.unit.shape[:-1]
 
     def as_matrix(self) -> Float[Array, "p p"]:
-        return _beside(matmul(self.null, self.null.T), self.finite)
+        return self._beside(self._axes, self._axes, self.finite)
 
     def product(self) -> Callable[[Any], Any]:
         def product(v: Any) -> Any:
             flat = self.spec.ravel(v, "v")
-            return self.spec.unravel(_beside(matmul(self.null, self._unseen(flat)), matmul(self.finite, flat)))
+            along = matmul(self.finite, flat)[:, None]
+            return self.spec.unravel(self._beside(self._axes, self._unseen(flat[None]), along)[:, 0])
 
         return product
 
     def inner_products(self, vectors: Any) -> Float[Array, "k k"]:
         rows = jax.vmap(lambda v: self.spec.ravel(v, "v"))(vectors)
-        unseen = jax.vmap(self._unseen)(rows)
-        return _beside(matmul(unseen, unseen.T), matmul(rows, matmul(self.finite, rows.T)))
+        unseen = self._unseen(rows)
+        return self._beside(unseen, unseen, matmul(rows, matmul(self.finite, rows.T)))
 
-    def _unseen(self, flat: Float[Array, " p"]) -> Float[Array, " p"]:
-        """The coefficients of a direction's part in the null space of A; zero if that part is only rounding error."""
-        scaled = flat / self.unit
-        found = matmul(self.null.T, scaled)
-        return jnp.where(jnp.vdot(found, found) > _rounding(found) * jnp.vdot(scaled, scaled), found, 0)
+    @property
+    def _axes(self) -> _Unseen:
+        return _Unseen(self.null, jnp.ones_like(self.unit))
+
+    def _unseen(self, rows: Float[Array, "k p"]) -> _Unseen:
+        scaled = rows / self.unit[None, :]
+        sizes = jnp.linalg.norm(scaled, axis=1)
+        found = matmul(scaled, self.null)
+        return _Unseen(_without_rounding(found, self.blur * sizes), sizes)
+
+    def _beside(self, one: _Unseen, other: _Unseen, finite: Float[Array, "k l"]) -> Float[Array, "k l"]:
+        """Infinity with the sign of the product of the unseen parts where it is not zero to rounding, else ``finite``."""
+        product = matmul(one.parts, other.parts.T)
+        lengths = [jnp.linalg.norm(each.parts, axis=1) for each in (one, other)]
+        least = 2 * self.blur * (jnp.outer(lengths[0], other.sizes) + jnp.outer(one.sizes, lengths[1]))
+        return jnp.where(product > least, jnp.inf, jnp.where(product < -least, -jnp.inf, finite))
 
     def diagonal(self) -> Any:
         return self.spec.unravel(jnp.diagonal(self.as_matrix()))
@@ -74,21 +87,22 @@ class Covariance(Form):
         spec = self.spec.restrict(keep, treedef)
         flags = [jnp.full(size, flag) for size, flag in zip(self.spec.sizes, keep, strict=True)]
         index = jnp.flatnonzero(jnp.concatenate(flags), size=spec.size)
-        return Covariance(self.finite[jnp.ix_(index, index)], self.null[index], self.unit[index], spec)
+        return Covariance(self.finite[jnp.ix_(index, index)], self.null[index], self.unit[index], self.blur, spec)
 
 
-def _beside(unseen: Array, finite: Array) -> Array:
-    """Infinity with the sign of ``unseen`` where it is not zero to rounding, and ``finite`` elsewhere."""
-    least = _rounding(unseen)
-    return jnp.where(unseen > least, jnp.inf, jnp.where(unseen < -least, -jnp.inf, finite))
+class _Unseen(NamedTuple):
+    """The parts of directions in the null space of A, zero where they are only rounding error, and the directions' lengths."""
+
+    parts: Float[Array, "k p"]
+    sizes: Float[Array, " k"]
 
 
-def _rounding(values: Array) -> float:
-    return float(jnp.finfo(values.dtype).eps) ** 0.5
+def _without_rounding(parts: Float[Array, "k p"], blur: Any) -> Float[Array, "k p"]:
+    return jnp.where(jnp.linalg.norm(parts, axis=1, keepdims=True) > 4 * jnp.reshape(blur, (-1, 1)), parts, 0)
 
 
-def inverse_and_null(fisher: Operator) -> tuple[Float[Array, "p p"], Float[Array, "p p"], Float[Array, " p"]]:
-    """The pseudo-inverse of F, a basis of its null space in units in which F has a unit diagonal, and these units."""
+def inverse_and_null(fisher: Operator) -> tuple[Float[Array, "p p"], tuple[Float[Array, "p p"], Float[Array, " p"], Scalar]]:
+    """The pseudo-inverse of F; a basis of its null space in units in which F has a unit diagonal, these units, and rounding."""
     matrix = dense(fisher).as_matrix()
     diagonal = jnp.abs(jnp.diagonal(matrix))
     unit = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
@@ -98,10 +112,14 @@ def inverse_and_null(fisher: Operator) -> tuple[Float[Array, "p p"], Float[Array
     inverse = jax.vmap(lambda x: fisher.spec.ravel(x, "x"))(columns)
     inverse = 0.5 * (inverse + inverse.T)
     # For parameters that F determines, a null vector has entries that are zero to rounding over the smallest kept eigenvalue.
-    _, vectors = jnp.linalg.eigh(equal.as_matrix())
-    vectors = jnp.where(jnp.arange(fisher.size, dtype=jnp.int32) < fisher.size - info.rank[0], vectors, 0)
-    null = jnp.where(jnp.sum(vectors**2, axis=1, keepdims=True) > _rounding(vectors), vectors, 0)
-    return inverse / unit[:, None] / unit[None, :], null, unit
+    # The eigenvalues that are not kept show how large rounding is.
+    values, vectors = jnp.linalg.eigh(equal.as_matrix())
+    lost = jnp.arange(fisher.size, dtype=jnp.int32) < fisher.size - info.rank[0]
+    eps = float(jnp.finfo(matrix.dtype).eps)
+    rounding = 10 * jnp.maximum(fisher.size * eps, jnp.max(jnp.abs(values), where=lost, initial=0.0))
+    blur = jnp.minimum(rounding / jnp.min(values, where=~lost, initial=1.0), 0.25 * eps**0.25)
+    null = _without_rounding(jnp.where(lost, vectors, 0), blur)
+    return inverse / unit[:, None] / unit[None, :], (null, unit, blur)
 
 
 def covariance(fisher: Operator, n: chex.Numeric | None = None) -> Operator:
@@ -140,8 +158,8 @@ def covariance(fisher: Operator, n: chex.Numeric | None = None) -> Operator:
     """
     fisher = as_operator(fisher, "covariance")
     total = observations(fisher, n, "covariance")
-    inverse, null, unit = inverse_and_null(fisher)
-    return Operator(Covariance(inverse / total, null, unit, fisher.spec), Provenance("covariance"))
+    inverse, unseen = inverse_and_null(fisher)
+    return Operator(Covariance(inverse / total, *unseen, fisher.spec), Provenance("covariance"))
 
 
 def standard_errors(fisher: Operator, n: chex.Numeric | None = None) -> Any:
@@ -219,9 +237,9 @@ def sandwich(bread: Operator, meat: Operator, n: chex.Numeric | None = None) -> 
     bread, meat = as_operator(bread, "sandwich: `bread`"), as_operator(meat, "sandwich: `meat`")
     bread.spec.check_same(meat.spec, f"sandwich: `bread` is {bread}, and `meat` is {meat}")
     total = observations(bread, n, "sandwich")
-    inverse, null, unit = inverse_and_null(bread)
+    inverse, unseen = inverse_and_null(bread)
     matrix = matmul(inverse, matmul(meat.as_matrix(), inverse)) / total
-    return Operator(Covariance(0.5 * (matrix + matrix.T), null, unit, bread.spec), Provenance("sandwich"))
+    return Operator(Covariance(0.5 * (matrix + matrix.T), *unseen, bread.spec), Provenance("sandwich"))
 
 
 def delta_method(function: Callable[[Any], Any]) -> Callable[[chex.ArrayTree, Operator], tuple[Any, Float[Array, "k k"]]]:
