@@ -37,6 +37,7 @@ from jaxfisher._engine.terms import (
     scale,
     transpose,
     whole,
+    wider,
 )
 from jaxfisher._engine.windows import Windows
 
@@ -63,7 +64,7 @@ def _before_casts(operands: Sequence[Operand]) -> list[Array]:
     arrays = [operand.array() if operand.uncast is None else operand.uncast for operand in operands]
     if all(operand.uncast is None for operand in operands):
         return arrays
-    dtype = jnp.promote_types(*(array.dtype for array in arrays))
+    dtype = wider(*(array.dtype for array in arrays))
     return [array if array.dtype == dtype else array.astype(dtype) for array in arrays]
 
 

@@ -226,7 +226,7 @@ def _number(number: Array | complex, like: Any) -> Array:
     """A number as an array. A Python number takes the precision of ``like``; a complex one stays complex."""
     if not isinstance(number, int | float | complex):
         return jnp.asarray(number)
-    return jnp.asarray(number, _wider(like, jnp.complex64) if isinstance(number, complex) else like)
+    return jnp.asarray(number, wider(like, jnp.complex64) if isinstance(number, complex) else like)
 
 
 def entrywise(term: Term, change: Callable[[Array], Array]) -> Term | None:
@@ -374,11 +374,11 @@ def _foldable(factors: Sequence[Factor]) -> tuple[Factor, Factor] | None:
 
 def _product(a: Array, b: Array) -> Array:
     """``a * b`` in the wider dtype. Factors may differ in dtype, because casts on the way to a gradient are postponed."""
-    dtype = _wider(a.dtype, b.dtype)
+    dtype = wider(a.dtype, b.dtype)
     return a.astype(dtype) * b.astype(dtype)
 
 
-def _wider(a: Any, b: Any) -> Any:
+def wider(a: Any, b: Any) -> Any:
     """The dtype that holds both."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(a, b)
@@ -408,7 +408,7 @@ def contract(term: Term, dims: Sequence[int], matrix: Array, over: Sequence[int]
     new = tuple(Axis(size) for i, size in enumerate(matrix.shape) if i not in over)
     numbers: Any = (([host.axes.index(axis) for axis in gone], list(over)), ([], []))
     # Multiply in the wider of the two dtypes: cast to the factor's dtype, a complex matrix would lose its imaginary part.
-    wide = _wider(plain.dtype, matrix.dtype)
+    wide = wider(plain.dtype, matrix.dtype)
     array = jax.lax.dot_general(plain.astype(wide), matrix.astype(wide), numbers, precision=HIGHEST)
     factor = dataclasses.replace(host, array=array, axes=(*rest, *new), flags=host.flags | flags)
     factors = tuple(factor if f is host else f for f in term.factors)
