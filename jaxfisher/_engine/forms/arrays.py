@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Scalar
+from jaxtyping import Array, Bool, Float
 
 from jaxfisher._linalg import matmul
 from jaxfisher._tree import HIGHEST
@@ -65,12 +65,12 @@ def magnitude(x: Array, axes: int | Sequence[int], least: float = 0.0) -> Array:
     return jnp.max(sizes, axes, keepdims=True, initial=None if x.size else least)
 
 
-def divisor(size: Array, largest: Scalar | None = None) -> Array:
+def divisor(size: Array, largest: Array | None = None) -> Array:
     """A `magnitude` to divide by, with a small number in place of zero.
 
     A product with a factor of zeros has a derivative by that factor, which a division by nothing and a product with nothing
     would lose. Nothing overflows: neither the inverse of two such numbers, nor the product of one with the sizes of other
-    factors, squared if the ``largest`` number that it meets is given.
+    factors, squared if the ``largest`` numbers that it meets are given.
     """
     tiny = float(jnp.finfo(size.dtype).tiny)
     small = tiny**0.4 if largest is None else 1 / jnp.clip(jax.lax.stop_gradient(largest), 1, 1 / tiny)

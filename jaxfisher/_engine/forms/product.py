@@ -86,7 +86,9 @@ class Product(InPositions):
         # Left factors are scaled near one. Right factors take over their sizes, which therefore must not vary along an axis
         # where the right factors have length one.
         missing = (axis for axis in (0, 1) if self.right.shape[axis] == 1)
-        size = divisor(magnitude(self.left, (-1, *missing)), jnp.max(jnp.abs(self.right), initial=0.0))
+        size = magnitude(self.left, (-1, *missing))
+        single = [axis for axis, length in enumerate(size.shape) if length == 1]
+        size = divisor(size, magnitude(self.right, single))
         return dataclasses.replace(self, left=squared(near_one(self.left, size)), right=squared(self.right * size))
 
     def sizes(self, *, bias: bool) -> Float[Array, "n rows"]:
