@@ -70,7 +70,8 @@ def test_examples_spread_over_explicit_axes_give_the_answers_of_one_device():
     found = said("explicit.py", 2)
     assert len(found) == 40
     for each in found:
-        assert each["off"] <= 1e3 * np.finfo(np.float64).eps, each
+        # Conjugate gradients stop at a relative residual of 1e-12, for a condition number of about ten.
+        assert each["off"] <= (1e-11 if each["name"] == "CG" else 1e3 * np.finfo(np.float64).eps), each
 
 
 def test_eight_devices_take_the_step_of_one():
