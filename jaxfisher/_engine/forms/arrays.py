@@ -77,11 +77,6 @@ def divisor(size: Array, largest: Array | None = None) -> Array:
     return jnp.where(size < tiny, small, size)
 
 
-def near_one(x: Array, size: Array) -> Array:
-    """An array divided by the `divisor` of its magnitude."""
-    return x / size
-
-
 def taken(tree: Any, examples: slice, count: int) -> Any:
     """Some of ``count`` examples; arrays that do not depend on the example stay."""
     return jax.tree.map(lambda x: x[examples] if x.shape[0] == count else x, tree)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._engine.forms.arrays import divisor, few, inner, magnitude, near_one, room, taken, total
+from jaxfisher._engine.forms.arrays import divisor, few, inner, magnitude, room, taken, total
 from jaxfisher._engine.forms.cost import by_factors, factors, forms_gradients
 from jaxfisher._engine.forms.form import Factored
 from jaxfisher._engine.forms.leaf import Leaf
@@ -156,7 +156,7 @@ def _all_pairs(pair: Pair, factor: Scalar) -> Float[Array, "n rows m rows2"]:
     for one, sizes in zip(factors(pair.mine) or (), pair.sizes or (), strict=True):
         for two in factors(pair.theirs) or ():
             lefts = _inner_left(one, two, sizes.left)
-            rights = inner(near_one(one.right, sizes.right), two.right)
+            rights = inner(one.right / sizes.right, two.right)
             products = lefts * rights * factor * _beside(factor * (sizes.left * sizes.right))
             if pair.bias:
                 products = products + rights * factor * _beside(factor * sizes.right)
@@ -180,9 +180,9 @@ def _shifted_pairs(mine: Any, theirs: Any, sizes: tuple[Sizes, ...], factor: Sca
     left, right = jnp.maximum(sizes[0].left, sizes[1].left), jnp.maximum(sizes[1].right, largest)
 
     def constant(value: Array, size: Array, whole: Array, other: Array) -> Array:
-        return inner(near_one(value, size), other) * _beside(near_one(size, whole))
+        return inner(value / size, other) * _beside(size / whole)
 
-    lefts, rights = near_one(moving.left, left), near_one(still.right, right)
+    lefts, rights = moving.left / left, still.right / right
     a_b, g_h = inner(lefts, others.left), inner(rights, rest.right)
     a_mean, g_mean = inner(lefts, rest.left), inner(rights, rest.mean)
     mean_b, means = (constant(still.left, sizes[1].left, left, other) for other in (others.left, rest.left))
@@ -204,7 +204,7 @@ def _inner_left(one: Factored, two: Factored, size: Array) -> Float[Array, "b n 
         case Lookup(), Product():
             return jnp.moveaxis(one.picked(two.left), (1, 2, 3), (4, 5, 6))
         case Product(), Lookup():
-            return two.picked(near_one(one.left, size))
+            return two.picked(one.left / size)
         case Product(), Product():
-            return inner(near_one(one.left, size), two.left)
+            return inner(one.left / size, two.left)
     raise TypeError(f"no inner products of {type(one).__name__} and {type(two).__name__}")

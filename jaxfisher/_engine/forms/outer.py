@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._engine.forms.arrays import divisor, few, magnitude, near_one
+from jaxfisher._engine.forms.arrays import divisor, few, magnitude
 from jaxfisher._engine.forms.formed import Formed
 from jaxfisher._engine.forms.layout import Layout
 from jaxfisher._engine.forms.leaf import Leaf
@@ -64,7 +64,7 @@ def outer_moment(leaves: Sequence[Outer], w: Float[Array, "n rows"], factor: Sca
 def _balanced(leaf: Outer, factor: Scalar) -> Outer:
     """The gradients times a number, with left factors scaled near one and their sizes moved to the right factors."""
     size = divisor(magnitude(leaf.left, -1), factor * jnp.max(jnp.abs(leaf.right), initial=0.0))
-    return Outer(near_one(leaf.left, size), leaf.right * size[:, None] * factor, leaf.layout)
+    return Outer(leaf.left / size, leaf.right * size[:, None] * factor, leaf.layout)
 
 
 def _own_block(leaf: Outer, w: Array) -> Float[Array, "size size"]:

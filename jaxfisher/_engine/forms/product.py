@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxfisher._engine.forms.arrays import Seal, contracted, divisor, extent, magnitude, mean, near_one, sum_to, times, weighted
+from jaxfisher._engine.forms.arrays import Seal, contracted, divisor, extent, magnitude, mean, sum_to, times, weighted
 from jaxfisher._engine.forms.form import InPositions
 from jaxfisher._engine.forms.layout import Layout
 from jaxfisher._linalg import matmul, squared
@@ -77,8 +77,8 @@ class Product(InPositions):
     def squared(self) -> Float[Array, "n rows groups"]:
         """``|D|^2`` of every row and group, from inner products of the factors of each row."""
         left, right = divisor(magnitude(self.left, -1)), divisor(magnitude(self.right, -1))
-        lefts = matmul(near_one(self.left, left), self.left.swapaxes(-1, -2))
-        rights = matmul(near_one(self.right, right), self.right.swapaxes(-1, -2))
+        lefts = matmul(self.left / left, self.left.swapaxes(-1, -2))
+        rights = matmul(self.right / right, self.right.swapaxes(-1, -2))
         return jnp.sum(lefts * rights * (left * right), (-2, -1))
 
     def squares(self) -> Product:
@@ -89,7 +89,7 @@ class Product(InPositions):
         size = magnitude(self.left, (-1, *missing))
         single = [axis for axis, length in enumerate(size.shape) if length == 1]
         size = divisor(size, magnitude(self.right, single))
-        return dataclasses.replace(self, left=squared(near_one(self.left, size)), right=squared(self.right * size))
+        return dataclasses.replace(self, left=squared(self.left / size), right=squared(self.right * size))
 
     def sizes(self, *, bias: bool) -> Float[Array, "n rows"]:
         """The products of the largest entries of both factors, summed over positions."""
