@@ -297,10 +297,10 @@ class LSMR:
     @once
     def _least_squares(self, scores: Scores, e: Float[Array, " rows"], strength: Scalar) -> tuple[Any, SolveInfo]:
         spec = scores.spec
-        weights = square_root(scores.weights)
-        e = weights * jnp.where(scores.weights == 0, 0, e)  # a row of padding may hold any number, or NaN
+        root = square_root(scores.weights)
+        e = root * jnp.where(scores.weights == 0, 0, e)  # a row of padding may hold any number, or NaN
         x, steps, stopped = self._run(scores, e, spec.zeros(), strength)
-        right = spec.ravel(scores.rmv(weights * e), "v")
+        right = spec.ravel(scores.rmv(root * e), "v")
         left = spec.ravel(scores.rmv(scores.weights * scores.mv(x)), "x") + strength * spec.ravel(x, "x")
         size = norm(right)
         residual = norm(right - left) / jnp.where(size > 0, size, 1)
@@ -315,7 +315,7 @@ class LSMR:
                 "LSMR inside jax.shard_map: lineax's loops do not run on data that vary over devices. "
                 "Use jf.CG() or the exact solve, or give shard_map check_vma=False."
             )
-        weights, strength = square_root(scores.weights), jnp.sqrt(damping)
+        root, strength = square_root(scores.weights), jnp.sqrt(damping)
         # Lineax's tests are only in part relative to the right-hand side, so scale it and the operator to unit size.
         size = norm(jnp.concatenate([above, scores.spec.ravel(below, "below")]))
         size = jnp.where(size > 0, size, 1)
@@ -323,7 +323,7 @@ class LSMR:
 
         def stacked(x: Any) -> tuple[Array, Any]:
             x = jax.tree.map(lambda leaf: unit * leaf, _as_type(x, narrow))
-            return _as_type((weights * scores.product(x, unsealed), jax.tree.map(lambda leaf: strength * leaf, x)), wide)
+            return _as_type((root * scores.product(x, unsealed), jax.tree.map(lambda leaf: strength * leaf, x)), wide)
 
         structure = jax.eval_shape(lambda: _as_type(scores.spec.zeros(), wide))
         operator = lineax.FunctionLinearOperator(stacked, structure)
