@@ -23,6 +23,11 @@ def moved_by(function: Callable[..., Any], *args: Any) -> tuple[Places, ...]:
     return tuple(_through(jaxpr, [frozenset({place}) for place in range(len(jaxpr.invars))]))
 
 
+def is_reference(var: Any) -> bool:
+    """Whether a variable of a jaxpr is a `jax.Ref`, an array that operations write to."""
+    return hasattr(var.aval, "inner_aval")
+
+
 def _through(jaxpr: Jaxpr, given: Sequence[Places]) -> list[Places]:
     found: dict[Any, Places] = dict(zip(jaxpr.invars, given, strict=True))
 
@@ -31,7 +36,7 @@ def _through(jaxpr: Jaxpr, given: Sequence[Places]) -> list[Places]:
 
     for equation in jaxpr.eqns:
         inputs = [of(var) for var in equation.invars]
-        references = [var for var in equation.invars if hasattr(var.aval, "inner_aval")]
+        references = [var for var in equation.invars if is_reference(var)]
         if references:
             # The operation may write any of its operands to a `jax.Ref`.
             outputs = [frozenset().union(*inputs)] * len(equation.outvars)

@@ -15,6 +15,8 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, primitives
 
+from jaxfisher._dataflow import is_reference
+
 Atom = int | Literal
 """A variable's number, or a constant written into the program."""
 
@@ -134,11 +136,6 @@ def _shape(var: Any) -> tuple[int, ...]:
 def dtype_of(var: Any) -> Any:
     """The dtype of a variable, or of a constant written into the program."""
     return getattr(var.aval, "dtype", None)
-
-
-def is_reference(var: Any) -> bool:
-    """Whether a variable is a `jax.Ref`, an array that operations write to."""
-    return hasattr(var.aval, "inner_aval")
 
 
 def flatten(closed: ClosedJaxpr) -> Program:
