@@ -336,19 +336,20 @@ def _within_reach(excess: Callable[[Array], Scalar], u: Array) -> Array:
     At a nearly flat likelihood, such as that of no successes, one standard error at the estimate leads out of this world.
     """
 
-    def far(state: Any) -> Array:
-        count, _, t, beyond = state
-        size = excess(t * u)
-        return (count < 100) & (~(size <= 1.5) | ((size < -0.375) & (beyond > t)))
+    def going(state: Any) -> Array:
+        count, _, _, _, found = state
+        return (count < 100) & ~found
 
     def halve(state: Any) -> Any:
-        count, short, t, beyond = state
-        over = ~(excess(t * u) <= 1.5)
+        count, short, t, beyond, _ = state
+        size = excess(t * u)
+        over = ~(size <= 1.5)
+        found = ~over & ((size >= -0.375) | (beyond <= t))
         short, beyond = jnp.where(over, short, t), jnp.where(over, t, beyond)
-        return count + 1, short, 0.5 * (short + beyond), beyond
+        return count + 1, short, jnp.where(found, t, 0.5 * (short + beyond)), beyond, found
 
     one = jnp.ones((), u.dtype)
-    return u * while_loop(far, halve, (jnp.zeros((), jnp.int32), 0 * one, one, one))[2]
+    return u * while_loop(going, halve, (jnp.zeros((), jnp.int32), 0 * one, one, one, jnp.zeros((), bool)))[2]
 
 
 def _newton(residual: Callable[[Array], Array], start: Array) -> tuple[Array, Bool[Array, ""]]:
