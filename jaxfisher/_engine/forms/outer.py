@@ -63,7 +63,7 @@ def outer_moment(leaves: Sequence[Outer], w: Float[Array, "n rows"], factor: Sca
 
 def _balanced(leaf: Outer, factor: Scalar) -> Outer:
     """The gradients times a number, with left factors scaled near one and their sizes moved to the right factors."""
-    size = divisor(magnitude(leaf.left, -1), factor * jnp.max(jnp.abs(leaf.right), initial=0.0))
+    size = divisor(magnitude(leaf.left, -1), factor * magnitude(leaf.right, (1, 2))[:, 0])
     return Outer(leaf.left / size, leaf.right * size[:, None] * factor, leaf.layout)
 
 
