@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Scalar
 
@@ -27,7 +28,7 @@ from jaxfisher._engine import (
     squared_norms,
     squares_along,
 )
-from jaxfisher._linalg import inverse_power, matmul, square_root
+from jaxfisher._linalg import inverse_power, matmul, power_of_two, square_root
 from jaxfisher._once import Static, once
 from jaxfisher._provenance import Provenance
 from jaxfisher._pytree import array_fields
@@ -103,11 +104,14 @@ class HeldScores(FactoredScores):
         # Scale each row by itself: in common units the square of a small row may underflow, and the row would not be clipped.
         tiny = float(jnp.finfo(self.spec.dtype).tiny)
         down = inverse_power(jnp.clip(self._row_sizes(), tiny, 1 / tiny))
-        leaves = tuple(leaf.rows_times(down) for leaf in self.leaves)
-        norms = square_root(dataclasses.replace(self, leaves=leaves).squared_norms())
-        limit = jnp.broadcast_to(max_norm * down, self._omega.shape).reshape(-1)
-        longer = norms > limit
-        whole = self.rmv(jnp.where(longer, limit / jnp.where(longer, norms, 1), 1))
+        scaled = dataclasses.replace(self, leaves=tuple(leaf.rows_times(down) for leaf in self.leaves))
+        norms = square_root(scaled.squared_norms())
+        down = jnp.broadcast_to(down, self._omega.shape).reshape(-1)
+        longer = norms > max_norm * down
+        # Sum the scaled rows in units near the bound: a factor from a huge row to a small bound could underflow.
+        unit = power_of_two(jnp.clip(max_norm, tiny, 1))
+        share = jnp.where(longer, max_norm / unit / jnp.where(longer, norms, 1), 1 / jnp.where(longer, 1, down * unit))
+        whole = jax.tree.map(lambda leaf: unit * leaf, scaled.rmv(share))
         return whole, jnp.sum(longer, dtype=jnp.int32)
 
     def _row_sizes(self) -> Float[Array, "n rows"]:
