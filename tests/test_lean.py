@@ -390,6 +390,18 @@ def test_a_batch_size_bounds_memory():
     assert used[0] < used[1] < used[2] < whole / 3
 
 
+def test_a_marginal_of_streamed_scores_holds_no_rows():
+    """Inner products of p vectors are summed over the pieces, and are not made from all rows times p."""
+    few = {"a": shape(64), "b": shape(2)}
+    model = lambda p, x: jf.Normal(jnp.sin(x * p["a"]).sum() + jnp.cos(x * p["b"]).sum(), jnp.ones_like(x))  # noqa: E731
+
+    def run(params, x, **batch_size):
+        return jf.exact_fisher(model, **batch_size)(params, x).marginal(lambda path: "b" in path).as_matrix()
+
+    sizes = [largest_value(functools.partial(run, **size), few, shape(4096)) for size in ({}, {"batch_size": 16})]
+    assert sizes[0] >= 4096 * 66 and sizes[1] < 4 * 66 * 66, sizes
+
+
 def test_bounds_are_checked():
     log_prob, _, _, _ = BOUNDED["normalised"]
     params, data = {"a": jnp.ones((64, 48))}, (jnp.ones((4, 64)), jnp.ones((4, 48)))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs.evaluate import evaluated
 
 import jaxfisher as jf
 
@@ -68,6 +69,77 @@ def test_what_some_parameters_are_known_to_does_not_change_where_the_others_are_
         np.testing.assert_allclose(found, expected, rtol=1e5 * np.finfo(dtype).eps, err_msg=str((size, count, rank)))
         infinite += np.sum(np.isinf(expected))
     assert infinite > 10
+
+
+def linear(p, x):
+    return jf.Normal(x @ jnp.concatenate([p["a"], p["b"]]), jnp.ones((), x.dtype))
+
+
+def halves(x):
+    return [jf.exact_fisher(linear)(ZEROS, part) for part in jnp.split(x, 2)]
+
+
+ZEROS = {"a": np.zeros(2, np.float32), "b": np.zeros(3, np.float32)}
+WEIGHTS = np.arange(24) % 5
+BY_ROWS = {
+    "scores": (lambda x: jf.exact_fisher(linear)(ZEROS, x), np.ones(24)),
+    "pieces": (lambda x: jf.exact_fisher(linear, batch_size=7)(ZEROS, x), np.ones(24)),
+    "weights": (lambda x: jf.exact_fisher(linear)(ZEROS, x, weights=jnp.asarray(WEIGHTS)), WEIGHTS),
+    "sum": (lambda x: 0.5 * sum(halves(x)), np.ones(24)),
+    "products only": (lambda x: jf.implicit_fisher(linear)(ZEROS, x), np.ones(24)),
+    "a prior": (lambda x: jf.exact_fisher(linear)(ZEROS, x) + jf.scaled_identity(ZEROS, 2.0**-20), np.ones(24)),
+}
+
+
+@pytest.mark.parametrize("form", BY_ROWS)
+def test_nearly_collinear_parameters_are_told_apart_as_well_as_their_scores_tell(form):
+    """In float32, against least squares in float64 on the same scores: the error is that of rounding the scores."""
+    make, weights = BY_ROWS[form]
+    rng = np.random.default_rng(3)
+    designs = rng.integers(-3, 4, size=(24, 24, 5)).astype(np.float32)
+    nearness = 10.0 ** -np.tile(np.arange(1, 5), 6).astype(np.float32)
+    # What the other parameters explain: all or nothing of the first one kept, and a part of the second.
+    explained = np.where(np.arange(24) < 12, designs[..., 0].T, rng.integers(-3, 4, size=(24, 24))).T
+    designs[..., 4] = designs[..., 2] + nearness[:, None] * explained
+    found = jax.jit(jax.vmap(lambda x: make(x).marginal(lambda path: "a" in path).as_matrix()))(designs)
+    for design, value, near in zip(designs.astype(float), np.asarray(found, float), nearness, strict=True):
+        rows = np.sqrt(weights / weights.sum())[:, None] * design
+        if form == "a prior":
+            rows = np.concatenate([rows, 2.0**-10 * np.eye(5)])
+        sizes = np.linalg.norm(rows, axis=0)
+        by_others = np.linalg.lstsq(rows[:, 2:] / sizes[2:], rows[:, :2], rcond=None)[0]
+        rest = rows[:, :2] - rows[:, 2:] / sizes[2:] @ by_others
+        rounding = 20 * np.finfo(np.float32).eps * (sizes[:2] + np.linalg.norm(by_others, axis=0))
+        lengths = np.linalg.norm(rest, axis=0)
+        error = lengths[:, None] * rounding + rounding[:, None] * (lengths + rounding)
+        assert np.all(np.abs(value - rest.T @ rest) <= error), (near, value, rest.T @ rest, error)
+
+
+@pytest.mark.parametrize("view", [jf.dense, lambda F: F + jf.scaled_identity(F, 0.01)])
+def test_first_and_second_derivatives_of_a_marginal(view):
+    """By parameters and data, against the Schur complement of the matrix; an idle parameter takes nothing away."""
+    weights = jnp.asarray(np.random.default_rng(5).standard_normal((4, 4)))
+    model = lambda p, x: jf.Normal(jnp.tanh(x @ p["w"]) @ p["v"] + p["level"], 1.0)  # noqa: E731
+    whole = {name: leaf for name, leaf in PARAMS.items() if name != "log_scale"} | {"x": X[:9], "idle": jnp.zeros(1)}
+
+    def fisher(t):
+        moved = jax.tree.map(lambda leaf: leaf + t * jnp.cos(jnp.arange(leaf.size, dtype=float)).reshape(leaf.shape), whole)
+        x = moved.pop("x")
+        return view(jf.exact_fisher(model)(moved, x))
+
+    def found(t):
+        return jnp.sum(weights * fisher(t).marginal(lambda path: "w" in path).as_matrix())
+
+    def expected(t):
+        matrix = fisher(t).as_matrix()[1:, 1:]  # without the idle one
+        inverse = jnp.linalg.inv(matrix[:3, :3])
+        return jnp.sum(weights * (matrix[3:, 3:] - matrix[3:, :3] @ inverse @ matrix[:3, 3:]))
+
+    def derivatives(f):
+        return lambda t: (f(t), jax.grad(f)(t), jax.jvp(jax.grad(f), (t,), (jnp.ones(()),))[1])
+
+    one, other = (evaluated(derivatives(f), 0.3) for f in (found, expected))
+    np.testing.assert_allclose(one, other, rtol=1e-9)
 
 
 def test_what_cannot_be_marginalised_is_named():

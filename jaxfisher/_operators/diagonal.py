@@ -27,6 +27,7 @@ class Diagonal(Spectral):
 
     name = "diagonal"
     averages = True
+    halved = True
 
     @property
     def stack(self) -> tuple[int, ...]:

@@ -42,6 +42,7 @@ class Form(abc.ABC):
         averages: whether the mean of two forms of this kind is the mean of their arrays, so that `scale_by_fisher` can take a
             running mean. The shapes of the arrays then do not depend on the number of examples.
         formed: whether the matrix is held, so that `as_matrix` costs nothing for any p.
+        halved: whether `inner_products` go through an H of ``F = H^T H``, so that they are accurate where F is small.
         at_once: the most dampings that are solved together; their solutions are in memory at the same time.
     """
 
@@ -49,6 +50,7 @@ class Form(abc.ABC):
     name: str
     averages: ClassVar[bool] = False
     formed: ClassVar[bool] = False
+    halved: ClassVar[bool] = False
     at_once: ClassVar[int] = 8
 
     @property

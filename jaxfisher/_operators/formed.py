@@ -46,8 +46,11 @@ def marginal(fisher: Operator, keep: Callable[[str], bool]) -> Operator:
     Its inverse is the block of the kept parameters in the inverse of F: n times their covariance if the others are fitted as
     well. `jaxfisher.Operator.restrict` gives the information on them if the others are known.
 
+    If F is held as scores, nearly collinear parameters are told apart as well as the rounding of the scores allows. A matrix
+    has squares of their differences, and so half as many digits of them: parameters that it cannot tell apart count as one.
+
     Args:
-        fisher: an operator; it is made dense, which takes ``p^2`` memory. ``F.marginal(keep)`` is the same.
+        fisher: an operator; its matrix is made, which takes ``p^2`` memory. ``F.marginal(keep)`` is the same.
         keep: which parameter leaves stay: a function from the path of a leaf, such as ``"['layer']['w']"``, to a bool.
 
     Returns:

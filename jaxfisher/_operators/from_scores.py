@@ -26,7 +26,6 @@ from jaxfisher._linalg import (
     eigenvalues,
     function_mv,
     inverse_power,
-    matmul,
     mirrored,
     norm,
     power_or_one,
@@ -56,6 +55,7 @@ class FromScores(Form):
     scores: Scores
 
     name = "exact as scores"
+    halved = True
 
     @property
     def spec(self) -> ParamSpec:  # type: ignore[override]
@@ -79,8 +79,7 @@ class FromScores(Form):
         return jnp.sum(self.scores.weights * self.scores.squared_norms())
 
     def inner_products(self, vectors: Any) -> Float[Array, "k k"]:
-        halves = jax.vmap(self.scores.mv)(vectors)
-        return matmul(self.scores.weights[None] * halves, halves.T)
+        return self.scores._inner_products(vectors)
 
     def eigvalsh(self) -> Float[Array, " p"]:
         """The p eigenvalues, ascending, from the smaller of the two matrices."""

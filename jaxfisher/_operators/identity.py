@@ -35,6 +35,7 @@ class ScaledIdentity(Spectral):
 
     name = "scaled identity"
     averages = True
+    halved = True
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -98,6 +99,11 @@ class Shifted(Form):
     def formed(self) -> bool:  # type: ignore[override]
         """Whether F's form holds its matrix."""
         return self.base.formed
+
+    @property
+    def halved(self) -> bool:  # type: ignore[override]
+        """Whether F's form is."""
+        return self.base.halved
 
     @property
     def stack(self) -> tuple[int, ...]:

@@ -293,8 +293,8 @@ class Operator:
     def marginal(self, keep: Callable[[str], bool]) -> Operator:
         """The information on some of the parameters if the others are unknown: ``F_kk - F_kr F_rr^+ F_rk``, held dense.
 
-        ``keep`` and the vectors of the result are as in `restrict`. It costs the matrix, and a solve for each parameter that is
-        kept. `jaxfisher.marginal` is the same function, with more documentation.
+        ``keep`` and the vectors of the result are as in `restrict`. It costs the matrix and decompositions of it. From scores
+        it also costs three products for each parameter. `jaxfisher.marginal` is the same function, with more documentation.
 
         >>> import jax.numpy as jnp, jaxfisher as jf
         >>> F = jf.exact_fisher(lambda p, x: jf.Normal(p["a"] * x + p["b"], 1.0))({"a": 1.0, "b": 0.0}, jnp.array([1.0, 3.0]))

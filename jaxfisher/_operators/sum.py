@@ -33,6 +33,11 @@ class Sum(Form):
         return all(term.averages for term in self.terms)
 
     @property
+    def halved(self) -> bool:  # type: ignore[override]
+        """Whether every term is."""
+        return all(term.halved for term in self.terms)
+
+    @property
     def stack(self) -> tuple[int, ...]:
         return self.terms[0].stack
 

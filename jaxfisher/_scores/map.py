@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Scalar
 
 from jaxfisher._absent import OF_SCORES, absent
 from jaxfisher._engine import Basis, Leaf, Moments, Seal, leaf_of, sealed
-from jaxfisher._linalg import mirrored
+from jaxfisher._linalg import matmul, mirrored
 from jaxfisher._once import once
 from jaxfisher._provenance import Provenance
 from jaxfisher._stack import of_one
@@ -183,6 +183,11 @@ class Scores(abc.ABC):
     @abc.abstractmethod
     def scaled_moment(self, factor: Scalar) -> Float[Array, "p p"]:
         """The second moment of ``factor S``; `gram_upper` is its Gram matrix."""
+
+    def _inner_products(self, vectors: Any) -> Float[Array, "k k"]:
+        """``(S v_i)^T diag(omega) S v_j`` for vectors stacked along a leading axis."""
+        halves = jax.vmap(self.mv)(vectors)
+        return matmul(self.weights[None] * halves, halves.T)
 
     @abc.abstractmethod
     def squares_along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:

@@ -65,6 +65,10 @@ class ScoresInPieces(Scores):
         moment: Array = self._sum(lambda held: held.scaled_moment(factor))
         return moment
 
+    def _inner_products(self, vectors: Any) -> Float[Array, "k k"]:
+        found: Array = self._sum(lambda held: held._inner_products(vectors))
+        return found
+
     def squares_along(self, basis: Basis) -> Float[Array, "groups inputs outputs"]:
         squares: Array = self._sum(lambda held: held.squares_along(basis))
         return squares
