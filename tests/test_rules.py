@@ -21,12 +21,13 @@ from programs.evaluate import evaluated
 
 import jaxfisher as jf
 from jaxfisher._engine import parts, rules, terms
+from jaxfisher._engine.axes import Axis, dim
 from jaxfisher._engine.forms import Leaf
 from jaxfisher._engine.machine import Output
 from jaxfisher._engine.program import flatten
 from jaxfisher._engine.rule import EXAMPLE, Operand, Rule, each
 from jaxfisher._engine.rules import RULES
-from jaxfisher._engine.terms import Axis, Factor, Term, Unformed, dim
+from jaxfisher._engine.terms import Factor, Term, Unformed
 from jaxfisher._engine.windows import Windows
 
 REAL = ("float64", "float32", "bfloat16", "float16")
@@ -521,6 +522,10 @@ NOT_BIASES = {
     "positions summed before the weight": lambda p, x: _head(jnp.sum(x, 0) @ p["w"] + p["b"]) + _head(x @ p["v"] + p["b"]),
     "weights over one position, biases over all": lambda p, x: _head(x[:1] @ p["w"] + p["b"]) + _head(x @ p["v"]),
     "columns and rows": lambda p, x: _head((x @ p["w"]).T + (x @ p["v"]).T[:, ::-1] + p["b"][:, None]),
+    "rows of columns": lambda p, x: _head(jax.vmap(lambda x: p["w"].T @ x, out_axes=1)(x)[:, : len(p["b"])] + p["b"]),
+    "inputs that are the same for all": lambda p, x: jnp.sum(
+        x[0, 0] * jnp.tanh(jnp.sum(jnp.ones_like(x) @ p["w"], 0) + p["b"])
+    ),
 }
 """Leaves that are almost, but not quite, the bias of a weight; at a width of one they are hardest to tell apart."""
 
@@ -582,6 +587,54 @@ def test_a_bias_is_joined_to_a_weight_of_any_precision(name):
             narrowest = leaves[1].dtype if name == "all in the weight's dtype" else rows[leaf].dtype
             atol = 4 * max(float(jnp.finfo(dtype).eps) for dtype in (narrowest, rows[leaf].dtype)) * np.abs(expected).max()
             np.testing.assert_allclose(found, expected, rtol=0, atol=atol, err_msg=str(dtypes))
+
+
+def _conv(x, w, layout):
+    return lax.conv_general_dilated(x[None], w, (1,) * (w.ndim - 2), "VALID", dimension_numbers=layout)[0]
+
+
+ARRANGED = {
+    "vmapped": ((3, 4), (3,), (2, 4), lambda x, w, b: jax.vmap(lambda x: w @ x + b)(x)),
+    "vmapped twice": ((3, 4), (3,), (2, 2, 4), lambda x, w, b: jax.vmap(jax.vmap(lambda x: w @ x + b))(x)),
+    "vmapped over columns": ((3, 4), (3,), (4, 2), lambda x, w, b: jax.vmap(lambda x: w @ x + b, 1, 1)(x)),
+    "heads after the bias": (
+        (4, 3),
+        (4,),
+        (3, 3),
+        lambda x, w, b: jax.vmap(lambda x: w @ x + b)(x).reshape(3, 2, 2).swapaxes(0, 1),
+    ),
+    "heads before the bias": ((4, 2, 3), (2, 3), (2, 4), lambda x, w, b: (x @ w.reshape(4, 6)).reshape(2, 2, 3) + b),
+    "positions between heads": ((3, 2, 4), (3, 2), (2, 4), lambda x, w, b: jnp.einsum("ohi,ti->oth", w, x) + b[:, None]),
+    "a convolution": ((2, 2, 3), (3,), (4, 2), lambda x, w, b: _conv(x, w, ("NWC", "WIO", "NWC")) + b),
+    "channels first": ((3, 2, 2, 2), (3, 1, 1), (2, 3, 3), lambda x, w, b: _conv(x, w, ("NCHW", "OIHW", "NCHW")) + b),
+    "a volume": ((1, 2, 2, 2, 3), (1, 1, 1, 3), (2, 3, 2, 2), lambda x, w, b: _conv(x, w, ("NDHWC", "DHWIO", "NDHWC")) + b),
+}
+"""Layers whose cotangent is transposed, reshaped or gets axes of length one on its way to the weight, or to the bias."""
+
+
+@pytest.mark.parametrize("name", ARRANGED)
+def test_a_bias_is_joined_however_its_layer_is_arranged(name):
+    """The two are one Kronecker product, and inner products of the joined factors are those of the gradients."""
+    rng = np.random.default_rng(0)
+    *shapes, data, layer = ARRANGED[name]
+    params = {k: jnp.asarray(rng.standard_normal(shape)) for k, shape in zip("wb", shapes, strict=True)}
+    x = jnp.asarray(rng.standard_normal((3, *data)))
+
+    def log_prob(p, x):
+        return jnp.sum(jnp.sin(layer(x, p["w"], p["b"])))
+
+    def both(params, x):
+        scores = jf.scores(log_prob)(params, x)
+        rows = jax.vmap(jax.grad(log_prob), (None, 0))(params, x)
+        matrix = jnp.concatenate([leaf.reshape(3, -1) for leaf in jax.tree.leaves(rows)], 1)
+        trace = jf.kronecker(jf.fisher_from_scores(scores)).trace()
+        return (scores.gram(), trace, scores.mv(params), scores.as_matrix()), matrix
+
+    assert set(jax.tree.leaves(jf.layers(jax.eval_shape(jf.empirical_fisher(log_prob), params, x)))) == {"['w']"}
+    (gram, trace, along, found), matrix = evaluated(both, params, x)
+    vector = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
+    for got, expected in ((gram, matrix @ matrix.T), (trace, np.sum(matrix**2) / 3), (along, matrix @ vector), (found, matrix)):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-13 * np.abs(expected).max() * matrix.size)
 
 
 def test_terms_of_every_kind_are_drawn():

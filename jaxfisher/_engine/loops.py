@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jaxtyping import Array
 
+from jaxfisher._engine.axes import Axis, dim
 from jaxfisher._engine.program import Atom, Equation, Program
 from jaxfisher._engine.rule import EXAMPLE, ROW, Operand, Terms, Value
-from jaxfisher._engine.terms import Axis, Factor, Term, Unformed, dim
+from jaxfisher._engine.terms import Factor, Term, Unformed
 from jaxfisher._engine.windows import Windows
 
 Run = Callable[[Program, Sequence[Any], Sequence[int], Sequence[bool]], Sequence[Any]]

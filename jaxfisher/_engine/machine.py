@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jax.extend.core import Literal
-from jaxtyping import Array
 
 from jaxfisher._engine.loops import run_loop, spread
 from jaxfisher._engine.program import Atom, Equation, Program, dtype_of
 from jaxfisher._engine.reasons import as_large, why_formed
 from jaxfisher._engine.rule import Operand, Value
-from jaxfisher._engine.rules import RULES, is_cast
-from jaxfisher._engine.terms import Unformed, whole
+from jaxfisher._engine.rules import RULES, arranges, rearranged
+from jaxfisher._engine.terms import Term, Unformed, whole
 
 
 class Output(NamedTuple):
@@ -47,7 +46,7 @@ class _Machine:
         self.flags = spread(program, flags)
         self.environment: dict[int, Value] = {**program.constants, **dict(zip(program.inputs, values, strict=True))}
         self.reasons: dict[int, str] = {}
-        self.uncast: dict[int, Array] = {}
+        self.arranged: dict[int, Term] = {}
         self.wanted = self._wanted(program, wanted)
         self.shown = _shown(program)
         for equation in program.equations:
@@ -80,7 +79,7 @@ class _Machine:
         if isinstance(atom, Literal):
             number: Any = np.asarray(atom.val, dtype_of(atom))
             return Operand(number, 0, is_zero=number.ndim == 0 and bool(number == 0))
-        return Operand(self.environment[atom], self.flags[atom], self.reasons.get(atom), uncast=self.uncast.get(atom))
+        return Operand(self.environment[atom], self.flags[atom], self.reasons.get(atom), arranged=self.arranged.get(atom))
 
     def _output(self, atom: Atom) -> Output:
         operand = self._operand(atom)
@@ -96,9 +95,11 @@ class _Machine:
             if any(wanted) and (why := why_formed(equation, operands)) is not None:
                 self.reasons.update((out, why) for out in equation.outs)
         self.environment.update(zip(equation.outs, results, strict=True))
-        if is_cast(equation) and isinstance(equation.ins[0], int) and equation.ins[0] in self.shown:
-            if operands[0].unformed is None:
-                self.uncast[equation.outs[0]] = operands[0].array()
+        given = equation.ins[0] if equation.ins else None
+        if isinstance(given, int) and (given in self.shown or given in self.arranged):
+            made = rearranged(equation, operands[0])
+            if made is not None:
+                self.arranged[equation.outs[0]] = made
 
     def _unformed(self, equation: Equation, operands: list[Operand], wanted: Sequence[bool]) -> Sequence[Value] | None:
         """The results of an equation by the rules; None if the equation has to be run."""
@@ -109,7 +110,7 @@ class _Machine:
         rule = RULES.get(equation.primitive.name)
         if rule is None:
             return None
-        if rule.arranges and equation.outs[0] in self.shown:
+        if arranges(equation) and equation.outs[0] in self.shown:
             operands = [_laid_open(operands[0]), *operands[1:]]
         made = rule(equation, operands)
         if made is None:
@@ -144,7 +145,6 @@ def _shown(program: Program) -> set[int]:
     """The variables that become an output by rearrangements and sums alone."""
     found = {atom for atom in program.outputs if isinstance(atom, int)}
     for equation in reversed(program.equations):
-        rule = RULES.get(equation.primitive.name)
-        if rule is not None and rule.arranges and equation.outs[0] in found:
+        if arranges(equation) and equation.outs[0] in found:
             found.update(atom for atom in equation.ins[:1] if isinstance(atom, int))
     return found

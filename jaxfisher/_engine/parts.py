@@ -15,27 +15,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxfisher._engine.axes import Axis, Steps, dim
 from jaxfisher._engine.forms import Convolution, Form, Formed, Layout, Lookup, Product
 from jaxfisher._engine.machine import Output
-from jaxfisher._engine.terms import Axis, Factor, Term, Unformed, dim, fold, seen, whole
+from jaxfisher._engine.terms import Factor, Term, Unformed, fold, laid_out, seen, summed, whole
 from jaxfisher._engine.windows import Windows
 from jaxfisher._linalg import matmul
 from jaxfisher._tree import HIGHEST
 
 
 class Source(NamedTuple):
-    """A value of the program, and which of its axes stay while the others are summed over. Axes of length one do not count.
+    """A value of the program, and the steps through its entries that stay while everything else is summed over.
 
     The reference to the value keeps Python from giving its `id` to another object.
     """
 
-    value: Array
-    axes: tuple[int, ...]
+    value: Any
+    steps: Steps
 
     @property
-    def key(self) -> tuple[int, tuple[int, ...]]:
+    def key(self) -> tuple[int, Steps]:
         """The key by which two sources are compared."""
-        return id(self.value), self.axes
+        return id(self.value), self.steps
 
 
 class Part(NamedTuple):
@@ -110,29 +111,23 @@ def _formed(term: Term, shape: tuple[int, ...]) -> Part:
     """A term of one factor as a formed gradient."""
     (factor,) = term.factors
     order = [axis for axes in term.dims for axis in axes]
-    gone = [i for i, axis in enumerate(factor.axes) if axis not in order]
-    axes = [axis for axis in factor.axes if axis in order]
-    array = _summed(jnp.asarray(factor.plain), gone)
-    array = array.transpose([axes.index(axis) for axis in order if axis in axes])
-    array = array.reshape([axis.size if axis in axes else 1 for axis in order])
-    array = jnp.broadcast_to(array, [axis.size for axis in order]).reshape(shape)
-    source = _source(factor, order) if all(axis in axes for axis in order) else None
-    return Part(Formed(array), (factor.flags,), gradient=source)
-
-
-def _summed(array: Array, axes: Sequence[int]) -> Array:
-    """The sum over some axes. Without axes the array is returned as it is, since `jnp.sum` would still add an operation."""
-    return jnp.sum(array, axes) if axes else array
+    source = _source(factor, order) if all(axis in factor.axes for axis in order) else None
+    return Part(Formed(laid_out(term).reshape(shape)), (factor.flags,), gradient=source)
 
 
 def _source(factor: Factor, kept: Sequence[Axis]) -> Source | None:
-    """The source of a factor of which these axes are kept; None unless each of them is a dimension of the source value."""
-    value, axes = factor.source
+    """The source of a factor of which these axes are kept; None unless each of them goes through the source value in steps."""
+    value, steps = factor.source
     wanted = [axis for axis in kept if axis.size > 1]
-    if value is None or any(axis not in axes for axis in wanted):
+    if value is None or any(axis not in steps for axis in wanted):
         return None
-    long = [axis for axis, size in zip(axes, value.shape, strict=True) if size > 1]
-    return Source(value, tuple(long.index(axis) for axis in wanted))
+    joined: list[tuple[int, int]] = []
+    for length, stride in (step for axis in wanted for step in steps[axis]):
+        # Two steps that go through the entries like one become one, however the axes were split and merged on the way.
+        if joined and joined[-1][1] == length * stride:
+            length *= joined.pop()[0]
+        joined.append((length, stride))
+    return Source(value, tuple(joined))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -230,7 +225,7 @@ def _before(a: Sequence[Axis], b: Sequence[Axis], order: Sequence[Axis]) -> bool
 def _arranged(factor: Factor, *groups: Sequence[Axis]) -> Array:
     """The factor's array with its axes in groups, each merged into one axis; axes in no group are summed over."""
     kept = [axis for group in groups for axis in group]
-    array = _summed(jnp.asarray(factor.plain), [i for i, axis in enumerate(factor.axes) if axis not in kept])
+    array = summed(jnp.asarray(factor.plain), [i for i, axis in enumerate(factor.axes) if axis not in kept])
     axes = [axis for axis in factor.axes if axis in kept]
     array = array.transpose([axes.index(axis) for axis in kept if axis in axes])
     array = jnp.broadcast_to(array.reshape([a.size if a in axes else 1 for a in kept]), [a.size for a in kept])

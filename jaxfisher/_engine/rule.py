@@ -37,14 +37,15 @@ class Operand:
         flags: whether the value depends on the example, and on the row.
         reason: why a gradient in the value had to be formed, if one had to be.
         is_zero: whether the operand is a zero written into the program.
-        uncast: the value before a cast, if the sums of that value are outputs as well, as for the bias of a layer in bfloat16.
+        arranged: the value as a rearrangement, and perhaps a cast, of one whose sums are outputs as well, as those of a layer's
+            cotangent are for a bias.
     """
 
     value: Value
     flags: int
     reason: str | None = None
     is_zero: bool = False
-    uncast: Array | None = None
+    arranged: Term | None = None
 
     @property
     def unformed(self) -> Unformed | None:
@@ -100,8 +101,9 @@ class Rule:
         holds: whether the rule covers an equation (its dtypes, ranks, axes), beyond what `holds_everywhere` asks of all rules.
         builds: whether the primitive may build a value out of less than half as many numbers, so that forming the value costs
             memory.
-        arranges: whether the primitive only rearranges or adds up the entries of one operand. At the end of a program such a
-            rule takes ordinary arrays too, so that the gradient of a bias is recognised as the cotangent of its layer.
+        arranges: whether the primitive, unless it repeats them, only rearranges or adds up the entries of one operand. At the
+            end of a program such a rule takes ordinary arrays too, so that the gradient of a bias is recognised as the
+            cotangent of its layer.
     """
 
     primitive: str

@@ -17,18 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxfisher._engine.axes import Axis, Origin, dim
 from jaxfisher._engine.program import Equation
 from jaxfisher._engine.rule import EXAMPLE, Operand, Rule, Terms, all_operands, each, every, nothing, one_result
 from jaxfisher._engine.terms import (
-    Axis,
     Factor,
-    Origin,
     Term,
+    Unformed,
     along,
     broadcast,
     contract,
-    dim,
     entrywise,
+    laid_out,
     multiply,
     place,
     real,
@@ -50,19 +50,41 @@ def _cast(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | 
     return (operands[0].terms(),) if wide and operands[0].unformed is not None else _real(equation, operands)
 
 
-def is_cast(equation: Equation) -> bool:
-    """Whether the equation casts real floating numbers to such numbers of another precision."""
-    dtypes = (*equation.dtypes, *equation.result_dtypes)
-    return equation.primitive.name == "convert_element_type" and all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes)
+def arranges(equation: Equation) -> bool:
+    """Whether the equation only rearranges, casts or adds up the entries of one operand, and repeats none."""
+    rule = RULES.get(equation.primitive.name)
+    return rule is not None and rule.arranges and math.prod(equation.shape) <= math.prod(equation.shapes[0])
 
 
-def _before_casts(operands: Sequence[Operand]) -> list[Array]:
+def rearranged(equation: Equation, operand: Operand) -> Term | None:
+    """The result as a term of one factor, if the equation only rearranges the entries of its operand, or casts real numbers."""
+    real = all(jnp.issubdtype(dtype, jnp.floating) for dtype in (*equation.dtypes, *equation.result_dtypes))
+    if not arranges(equation) or not real or equation.primitive.name == "reduce_sum":
+        return None
+    term = _one_factor(operand)
+    if term is None:
+        return None
+    made = RULES[equation.primitive.name](equation, [Operand(Unformed((term,), operand.array), operand.flags)])
+    return None if made is None else made[0][0]
+
+
+def _one_factor(operand: Operand) -> Term | None:
+    """An operand as a term of one factor, over the value that it is a rearrangement of if there is one; None for products."""
+    found = (operand.arranged,) if operand.arranged is not None else operand.terms()
+    return found[0] if len(found) == 1 and len(found[0].factors) == 1 and found[0].factors[0].plain is not None else None
+
+
+def _before_casts(equation: Equation, operands: Sequence[Operand]) -> list[Array]:
     """The operands' arrays, in their common dtype where one of them is taken as it was before a cast.
 
     A bias in float32 would lose digits if it took its gradient from the cotangent that its weight in bfloat16 has.
     """
-    arrays = [operand.array() if operand.uncast is None else operand.uncast for operand in operands]
-    if all(operand.uncast is None for operand in operands):
+    arrays = []
+    for operand, dtype in zip(operands, equation.dtypes, strict=True):
+        term = operand.arranged
+        cast = term is not None and jnp.asarray(term.factors[0].plain).dtype != dtype
+        arrays.append(laid_out(term) if term is not None and cast else operand.array())
+    if [array.dtype for array in arrays] == equation.dtypes:
         return arrays
     dtype = wider(*(array.dtype for array in arrays))
     return [array if array.dtype == dtype else array.astype(dtype) for array in arrays]
@@ -149,7 +171,7 @@ def _dot(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | N
     sizes = [math.prod(shape) for shape in (*equation.shapes, equation.shape)]
     if not (left.flags and right.flags) and (contracted[0] or sizes[2] <= max(sizes[:2])):
         return None  # an ordinary linear map: there is nothing to leave unformed
-    arrays = _before_casts(operands)
+    arrays = _before_casts(equation, operands)
     axes = [[Axis(size) for size in array.shape] for array in arrays]
     for i, j in zip((*contracted[0], *batch[0]), (*contracted[1], *batch[1]), strict=True):
         axes[1][j] = axes[0][i]
@@ -167,17 +189,14 @@ def _dot(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | N
 
 def _origin(operand: Operand, array: Array, names: Sequence[Axis]) -> Origin | None:
     """The value of the program whose entries an array holds rearranged; None if there is no such value."""
-    if operand.uncast is not None:
-        return Origin(array, operand.uncast, tuple(names))
-    value = operand.unformed
-    if value is None or len(value.terms) != 1 or len(value.terms[0].factors) != 1:
+    term = _one_factor(operand)
+    if term is None:
         return None
-    (term,) = value.terms
-    source, axes = term.factors[0].source
-    if source is None:
-        return None
-    now = {made[0]: name for made, name in zip(term.dims, names, strict=True) if len(made) == 1}
-    return Origin(array, source, tuple(None if axis is None else now.get(axis) for axis in axes))
+    value, steps = term.factors[0].source
+    if any(axis not in steps for axes in term.dims for axis in axes):
+        return None  # the value is repeated along an axis
+    own = zip(names, term.dims, strict=True)
+    return Origin(array, value, {name: tuple(step for axis in axes for step in steps[axis]) for name, axes in own})
 
 
 def _dot_after(found: Terms, matrix: Operand, contracted: Any, side: int) -> Terms | None:
@@ -199,7 +218,7 @@ def _convolution(equation: Equation, operands: Sequence[Operand]) -> Sequence[Te
     """A kernel's gradient: the product of the input, seen through windows as wide as the output, and the output's cotangent."""
     params = equation.params
     numbers = params["dimension_numbers"]
-    left, right = _before_casts(operands)
+    left, right = _before_casts(equation, operands)
     image, filters = left.transpose(numbers.lhs_spec), right.transpose(numbers.rhs_spec)
     config = [(0, 0, 0), (0, 0, 0)]
     for (low, high), dilation in zip(params["padding"], params["lhs_dilation"], strict=True):
@@ -215,11 +234,10 @@ def _convolution(equation: Equation, operands: Sequence[Operand]) -> Sequence[Te
     rows, outputs = Axis(image.shape[0] // row_groups), tuple(Axis(size) for size in out[2:])
     wide = Axis(filters.shape[0] // groups)
     cotangent = filters.reshape(groups, wide.size, position.size)
-    source = right if operands[1].uncast is None else operands[1].uncast
-    channels = tuple(wide if i == numbers.rhs_spec[0] else None for i in range(right.ndim))
+    channels = [wide if i == numbers.rhs_spec[0] else Axis(size) for i, size in enumerate(right.shape)]
     factors = (
         Factor(windows, (group, position, rows, *outputs), operands[0].flags),
-        Factor(cotangent, (group, wide, position), operands[1].flags, origin=Origin(cotangent, source, channels)),
+        Factor(cotangent, (group, wide, position), operands[1].flags, origin=_origin(operands[1], cotangent, channels)),
     )
     dims = [dim(rows), dim(group, wide), *map(dim, outputs)]
     order = np.argsort(numbers.out_spec)
@@ -401,7 +419,7 @@ RULES: dict[str, Rule] = {
         Rule("conv_general_dilated", _convolution, takes=nothing, holds=_real_convolution),
         Rule("scatter-add", _scatter_add, holds=_adds_whole_table_rows, builds=True),
         Rule("dynamic_update_slice", _update_slice, holds=_updates_one_row, builds=True),
-        Rule("broadcast_in_dim", _broadcast),
+        Rule("broadcast_in_dim", _broadcast, arranges=True),
         Rule("add_any", _add, takes=all_operands, holds=_same_shapes),
         Rule("mul", _multiply, takes=all_operands, builds=True),
         Rule("div", _divide, takes=all_operands),

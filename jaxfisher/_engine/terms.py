@@ -13,32 +13,15 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxfisher._engine.axes import Axis, Origin, Steps, cut, dim, rows_first
 from jaxfisher._engine.windows import Windows
 from jaxfisher._tree import HIGHEST
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Axis:
-    """One index of a product. Axes are compared by identity, not by size."""
-
-    size: int
-
-
-class Origin(NamedTuple):
-    """A value of the program whose entries a factor's ``array`` holds in another arrangement.
-
-    ``axes`` has, for each dimension of the value, the factor's axis that it became, or None if it was merged into another.
-    """
-
-    array: Array
-    value: Array
-    axes: tuple[Axis | None, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,11 +48,11 @@ class Factor:
     origin: Origin | None = None
 
     @property
-    def source(self) -> tuple[Array | None, tuple[Axis | None, ...]]:
-        """The value of the program that the factor holds, and for each of its dimensions the factor's axis."""
+    def source(self) -> tuple[Any, Mapping[Axis, Steps]]:
+        """The value of the program that the factor holds, None if there is none, and the steps of its axes."""
         if self.origin is not None and self.origin.array is self.array:
-            return self.origin.value, self.origin.axes
-        return self.plain, self.axes
+            return self.origin.value, self.origin.steps
+        return self.plain, rows_first(self.axes)
 
     @property
     def over(self) -> tuple[Axis, ...]:
@@ -137,9 +120,21 @@ def whole(array: Array, flags: int, reason: str | None) -> Term:
     return Term((Factor(array, axes, flags, reason=reason),), tuple(map(dim, axes)))
 
 
-def dim(*axes: Axis) -> tuple[Axis, ...]:
-    """A dimension made of these axes. Axes of size one are dropped: factors may have them, dimensions do not."""
-    return tuple(axis for axis in axes if axis.size != 1)
+def laid_out(term: Term) -> Array:
+    """The value of a term of one factor."""
+    (factor,) = term.factors
+    order = [axis for axes in term.dims for axis in axes]
+    axes = [axis for axis in factor.axes if axis in order]
+    array = summed(jnp.asarray(factor.plain), [i for i, axis in enumerate(factor.axes) if axis not in order])
+    array = array.transpose([axes.index(axis) for axis in order if axis in axes])
+    array = array.reshape([axis.size if axis in axes else 1 for axis in order])
+    array = jnp.broadcast_to(array, [axis.size for axis in order])
+    return array.reshape([math.prod(axis.size for axis in axes) for axes in term.dims])
+
+
+def summed(array: Array, axes: Sequence[int]) -> Array:
+    """The sum over some axes. Without axes the array is returned as it is, since `jnp.sum` would still add an operation."""
+    return jnp.sum(array, axes) if axes else array
 
 
 def transpose(term: Term, permutation: Sequence[int]) -> Term:
@@ -189,7 +184,11 @@ def _split(term: Term, axis: Axis, parts: tuple[Axis, Axis]) -> Term | None:
         if factor.hot is axis or isinstance(factor.array, Windows):
             return None
         axes = tuple(_replaced(factor.axes, axis, parts))
-        factors.append(dataclasses.replace(factor, array=factor.array.reshape([a.size for a in axes]), axes=axes))
+        array = factor.array.reshape([a.size for a in axes])
+        value, steps = factor.source
+        halves = cut(steps[axis], parts[0].size) if axis in steps else None
+        origin = None if halves is None else Origin(array, value, {**steps, **dict(zip(parts, halves, strict=True))})
+        factors.append(dataclasses.replace(factor, array=array, axes=axes, origin=origin))
     return Term(tuple(factors), tuple(tuple(_replaced(dim, axis, parts)) for dim in term.dims))
 
 
