@@ -293,6 +293,7 @@ def asked(make):
     x = p.sample(key())
     entropy = () if isinstance(p, jf.Poisson) else (p.entropy(),)
     about = p.log_prob(x), jax.grad(lambda p: p.log_prob(x))(p), p.kl(make()), p.mean, p.variance, p.mode, *entropy
+    about += (p.covariance,) if isinstance(p, jf.MultivariateNormal) else ()
     return about, p.fisher_matrix(), p.fisher_mv(p), p.fisher_sqrt_mv(p.fisher_noise())
 
 

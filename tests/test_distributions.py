@@ -420,6 +420,7 @@ def test_fields_given_in_another_way_are_the_same_distribution(key):
         (jf.Bernoulli(probs=0.3).mean, 0.3),
         (jf.Poisson(rate=2.5).mean, 2.5),
         (jf.MultivariateNormal(jnp.zeros(2), covariance=covariance).scale_tril, np.linalg.cholesky(covariance)),
+        (jf.MultivariateNormal(jnp.zeros(2), covariance=covariance).covariance, covariance),
     ):
         np.testing.assert_allclose(made, expected, rtol=1e-15)
 

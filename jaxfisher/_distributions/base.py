@@ -81,7 +81,10 @@ def family(cls: type) -> type:
     return cls
 
 
-_PROGRAMS = ("log_prob", "kl", "entropy", "mean", "variance", "mode", "fisher_sqrt_mv", "fisher_mv", "fisher_matrix")
+_PROGRAMS = (
+    *("log_prob", "kl", "entropy", "mean", "variance", "covariance", "mode"),
+    *("fisher_sqrt_mv", "fisher_mv", "fisher_matrix"),
+)
 """The methods of a distribution that compute. Each is one program outside ``jit`` too, so that `jax_debug_infs` looks only at
 the result, and not at infinite intermediate numbers."""
 

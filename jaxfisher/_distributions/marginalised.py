@@ -61,7 +61,7 @@ def _(distribution: MultivariateNormal, covariance: Array) -> MultivariateNormal
     count = math.prod(batch)
     blocks = covariance.reshape(count, size, count, size)[jnp.arange(count), :, jnp.arange(count)]
     spread = blocks.reshape(*batch, size, size)
-    return MultivariateNormal(distribution.loc, covariance=distribution._covariance + spread)
+    return MultivariateNormal(distribution.loc, covariance=distribution.covariance + spread)
 
 
 @integrated.register(Bernoulli)

@@ -84,6 +84,11 @@ class MultivariateNormal(Distribution):
         return jnp.sum(jnp.square(self._factor), axis=-1)
 
     @property
+    def covariance(self) -> Float[Array, "*batch d d"]:
+        """``L L^T``, shape ``[*batch, d, d]``, in the square of the units of the target."""
+        return matmul(self._factor, self._factor.swapaxes(-1, -2))
+
+    @property
     def mode(self) -> Float[Array, "*batch d"]:
         return self.loc
 
@@ -149,10 +154,6 @@ class MultivariateNormal(Distribution):
     def _factor(self) -> Float[Array, "*batch d d"]:
         """The lower triangle of ``scale_tril``, which is all of it that counts."""
         return jnp.tril(self.scale_tril)
-
-    @property
-    def _covariance(self) -> Float[Array, "*batch d d"]:
-        return matmul(self._factor, self._factor.swapaxes(-1, -2))
 
     def _whiten(self, residual: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         return _solve(self.scale_tril, residual[..., None])[..., 0]

@@ -133,7 +133,7 @@ def covariance_distance(p: MultivariateNormal, q: MultivariateNormal) -> Float[A
     2.0
     """
     p, q, _ = matched(p, q, {MultivariateNormal: None}, "covariance_distance", "See jf.geometry.distance.")
-    ratio = jax.scipy.linalg.solve_triangular(p._factor, q._factor, lower=True)
+    ratio = jax.scipy.linalg.solve_triangular(p.scale_tril, jnp.tril(q.scale_tril), lower=True)
     return (2 * jnp.sum(jnp.square(jnp.log(jnp.linalg.svd(ratio, compute_uv=False))), axis=-1)) ** 0.5
 
 

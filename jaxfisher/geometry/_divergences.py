@@ -42,7 +42,7 @@ def _normal(p: Normal, q: Normal, a: Array) -> Array:
 
 
 def _multivariate_normal(p: MultivariateNormal, q: MultivariateNormal, a: Array) -> Array:
-    mixed = jnp.linalg.cholesky(a * q._covariance + (1 - a) * p._covariance)
+    mixed = jnp.linalg.cholesky(a * q.covariance + (1 - a) * p.covariance)
     solved = jax.scipy.linalg.solve_triangular(mixed, (p.loc - q.loc)[..., None], lower=True)[..., 0]
     halves = [jnp.sum(jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)), axis=-1) for root in (p.scale_tril, q.scale_tril, mixed)]
     made = (1 - a) * halves[0] + a * halves[1] - halves[2] - 0.5 * a * (1 - a) * jnp.sum(jnp.square(solved), axis=-1)

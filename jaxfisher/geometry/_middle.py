@@ -63,7 +63,7 @@ def _exponential(p: Exponential, q: Exponential, b: Array) -> Middle:
 
 def _multivariate_normal(p: MultivariateNormal, q: MultivariateNormal, b: Array) -> Middle:
     """The member, computed in units in which the covariance of p is the identity."""
-    own = p._factor
+    own = jnp.tril(p.scale_tril)
     eye = jnp.broadcast_to(jnp.eye(own.shape[-1], dtype=own.dtype), own.shape)
     other = jax.scipy.linalg.solve_triangular(q.scale_tril, own, lower=True)
     square = matmul(jnp.swapaxes(other, -1, -2), other)
