@@ -485,9 +485,10 @@ def test_counts_beyond_the_sum_come_from_samples():
 
 
 @needs("numpyro")
-def test_a_censored_distribution_has_no_fisher():
-    model = lambda p: nd.RightCensoredDistribution(nd.Exponential(jnp.exp(p)), jnp.array(True))  # noqa: E731
-    with pytest.raises(NotImplementedError, match=r"NumPyro's RightCensored.* no Fisher: its draws are not censored"):
+@pytest.mark.parametrize("around", [lambda d: d, lambda d: d.expand((3,)), lambda d: d.mask(jnp.array(True))])
+def test_a_censored_distribution_has_no_fisher(around):
+    model = lambda p: around(nd.RightCensoredDistribution(nd.Exponential(jnp.exp(p)), jnp.array(True)))  # noqa: E731
+    with pytest.raises(NotImplementedError, match=r"NumPyro's .* no Fisher: its draws are not censored"):
         jax.eval_shape(jf.exact_fisher(model), jnp.array(0.3))
 
 

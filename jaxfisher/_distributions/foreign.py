@@ -9,7 +9,7 @@ which.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 from jaxfisher._dataflow import moved_by
 from jaxfisher._distributions.base import Distribution, of_a_key, of_a_target
 from jaxfisher._distributions.excess import exp_excess
-from jaxfisher._distributions.libraries import LIBRARIES, Library, independent, library_of, translate
+from jaxfisher._distributions.libraries import LIBRARIES, Library, independent, library_of, parts, translate, why_without_fisher
 from jaxfisher._distributions.outcomes import Outcomes, outcomes_of
 from jaxfisher._distributions.root import Root, triangle
 from jaxfisher._linalg import matmul, unit_root
@@ -249,11 +249,9 @@ class Foreign(Distribution):
         return f"the rule of {self.form.library} does not read {len(needed - used)} of the fields that its density reads."
 
     def _root(self) -> Float[Array, "fields columns"]:
-        if self.form.name.endswith("CensoredDistribution"):
-            raise NotImplementedError(
-                f"{self._title} has no Fisher: its draws are not censored, and its log-density takes the times of censoring "
-                "for data. Use jf.empirical_fisher or jf.observed_information of its log_prob."
-            )
+        reason = why_without_fisher(self._object())
+        if reason:
+            raise NotImplementedError(f"{self._title} has no Fisher: {reason}")
         source, outcomes = self.fisher_source, self.form.outcomes
         if source == _FROM_KL:
             return self._root_of_kl()
@@ -352,21 +350,13 @@ def _wrap(obj: Any, library: str) -> Foreign:
 
 def _check_parts(obj: Any, library: str) -> None:
     """Raise `TypeError` if a distribution inside another has lost its parameters."""
-    for part in reversed([*_parts(obj)]):  # inner ones first: they are the cause
+    for part in reversed([*parts(obj)]):  # inner ones first: they are the cause
         # distrax does this to distributions from TFP, and their derivatives would silently be zero.
         if not jax.tree.leaves(part):
             raise TypeError(
                 f"{library}'s {type(obj).__name__} cannot be used: {type(part).__name__} in it has no leaves as a pytree, so "
                 f"its parameters cannot be differentiated. Build it from the distributions of one library. {_EXPECTED}"
             )
-
-
-def _parts(obj: Any) -> Iterator[Any]:
-    """A distribution and the distributions inside it."""
-    yield obj
-    for value in vars(obj).values():
-        if library_of(type(value)) is not None:
-            yield from _parts(value)
 
 
 def _reads(function: Callable[..., Any], fields: tuple[Array, ...], *rest: Any) -> frozenset[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ class Library:
     sample: Callable[[Any, PRNGKeyArray, tuple[int, ...]], Any]
     kl: Callable[[Any, Any], Any]
     families: dict[str, Callable[[Any], Distribution | None]]
+    without_fisher: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Distributions whose Fisher cannot be had from their draws and their density, and why, with what to do instead."""
 
 
 def library_of(cls: type) -> str | None:
@@ -50,6 +52,24 @@ def library_of(cls: type) -> str | None:
 
 def _lives_in(cls: type, modules: str) -> bool:
     return cls.__module__ == modules or cls.__module__.startswith(modules + ".")
+
+
+def why_without_fisher(obj: Any) -> str:
+    """The reason why an object has no Fisher, also for a subclass or around one of these; empty if it may have one."""
+    for part in parts(obj):
+        for base in type(part).__mro__:
+            for library in LIBRARIES.values():
+                if _lives_in(base, library.modules) and base.__name__ in library.without_fisher:
+                    return library.without_fisher[base.__name__]
+    return ""
+
+
+def parts(obj: Any) -> Iterator[Any]:
+    """A distribution and the distributions inside it."""
+    yield obj
+    for value in vars(obj).values():
+        if library_of(type(value)) is not None:
+            yield from parts(value)
 
 
 def translate(obj: Any) -> Distribution | None:
@@ -170,6 +190,16 @@ _NUMPYRO: dict[str, Callable[[Any], Distribution | None]] = {
     "ExpandedDistribution": _expanded,
 }
 
+_CENSORED = (
+    "its draws are not censored, and its log-density takes the times of censoring for data. Use jf.empirical_fisher or "
+    "jf.observed_information of its log_prob."
+)
+_NUMPYRO_WITHOUT_FISHER = {
+    "LeftCensoredDistribution": _CENSORED,
+    "RightCensoredDistribution": _CENSORED,
+    "IntervalCensoredDistribution": _CENSORED,
+}
+
 # Read TFP's `parameters`, which are what the user gave: its Bernoulli keeps float64 logits from NumPy as float32.
 _TFP: dict[str, Callable[[Any], Distribution | None]] = {
     "Normal": lambda d: Normal(d.loc, d.scale),
@@ -201,6 +231,7 @@ LIBRARIES: dict[str, Library] = {
         # The module is loaded, since an object of it exists.
         lambda p, q: sys.modules["numpyro.distributions"].kl_divergence(p, q),
         _NUMPYRO,
+        _NUMPYRO_WITHOUT_FISHER,
     ),
     "TFP": Library(
         "tensorflow_probability.substrates.jax",
