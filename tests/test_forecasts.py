@@ -306,7 +306,7 @@ def test_designs_do_not_depend_on_the_unit_of_the_information(name, dtype):
             "`criterion` returned an array of shape",
         ),
         (lambda: design.optimal_weights(candidates(), lambda m: 1), TypeError, "`criterion` returned .*; expected one real"),
-        (lambda: forecasts.conditional_errors(np.eye(3)), TypeError, "conditional_errors: expected a Fisher operator"),
+        (lambda: forecasts.conditional_errors(np.eye(3)), TypeError, "conditional_errors: `fisher`: expected a Fisher"),
         (
             lambda: forecasts.bias(mean, covariance)(PARAMS, forecast()[0], np.ones(4)),
             ValueError,

@@ -528,7 +528,7 @@ def test_a_complex_parameter_has_an_error_for_each_part():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda F: jf.covariance(3.0), TypeError, "covariance: expected a Fisher operator"),
+        (lambda F: jf.covariance(3.0), TypeError, "covariance: `fisher`: expected a Fisher operator"),
         (lambda F: jf.covariance(jf.scaled_identity(jnp.zeros(3), 1.0)), ValueError, "no mean over examples.*Give `n`"),
         (lambda F: jf.standard_errors(F + F), ValueError, "a sum of several means.*Give `n`"),
         (lambda F: jf.standard_errors(100.0 * F), ValueError, "a multiple of a mean.*Give `n`"),
@@ -537,6 +537,16 @@ def test_a_complex_parameter_has_an_error_for_each_part():
         (lambda F: jf.sandwich(F, 2.0), TypeError, "sandwich: `meat`"),
         (lambda F: jf.standard_errors(jf.fit(poisson)(jnp.zeros(3), X, COUNTS)), TypeError, "got a Fit. Pass its `fisher`"),
         (lambda F: jf.standard_errors(jf.covariance(F), 3), ValueError, "`n` is given with a covariance"),
+        *[
+            (lambda F, f=f: f(jf.covariance(F), F), TypeError, "is Fisher.*, a covariance; expected the Fisher, whose inverse")
+            for f in (
+                lambda C, F: jf.covariance(C, 1),
+                lambda C, F: jf.sandwich(C, F, 1),
+                lambda C, F: jf.sandwich(F, C),
+                lambda C, F: forecasts.conditional_errors(C, 1),
+                lambda C, F: statistics.cramer_rao_bound(jnp.sum)(jnp.zeros(3), C, 1),
+            )
+        ],
         *[
             (lambda F, f=f, g=g: f(jnp.sum)(jnp.zeros(3), g(F)), TypeError, "`covariance` is Fisher.*Pass jf.covariance")
             for f in (statistics.delta_method, statistics.wald_interval)

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import chex
 import jax.numpy as jnp
 
-from jaxfisher._operators.operator import Operator, as_operator
+from jaxfisher._operators.operator import Operator
 from jaxfisher._provenance import Provenance
 from jaxfisher._values import check_number, positive
 
 
-def _means(fisher: Operator) -> list[Provenance]:
+def means(fisher: Operator) -> list[Provenance]:
     """The terms of an operator that are means over examples."""
     return [part for part in fisher.provenance.parts or (fisher.provenance,) if part.mass is not None]
-
-
-def as_covariance(covariance: Any, caller: str) -> Operator:
-    """The operator, or a `TypeError` if it is a mean over examples: an information, whose inverse is a covariance."""
-    covariance = as_operator(covariance, caller)
-    if _means(covariance):
-        raise TypeError(
-            f"{caller} is {covariance}, the information of examples; expected a covariance. Pass jf.covariance(fisher), or "
-            "jf.sandwich(bread, meat)."
-        )
-    return covariance
 
 
 def observations(fisher: Operator, n: chex.Numeric | None, caller: str) -> chex.Numeric:
@@ -37,12 +24,12 @@ def observations(fisher: Operator, n: chex.Numeric | None, caller: str) -> chex.
     if n is not None:
         check_number("n", n, "a number of observations, of those that the parameters were fitted to")
         return positive("n", n, fisher.spec.dtype)
-    means = _means(fisher)
-    if len(means) != 1 or means[0].mean.scaled:
+    found = means(fisher)
+    if len(found) != 1 or found[0].mean.scaled:
         several = "a sum of several means, over the same observations or over others"
-        what = several if len(means) > 1 else "a multiple of a mean" if means else "no mean over examples"
+        what = several if len(found) > 1 else "a multiple of a mean" if found else "no mean over examples"
         raise ValueError(
             f"{caller}: {fisher} is {what}, so that the number of observations is not known. Give `n`; n = 1 "
             "if the operator is the information of all the data."
         )
-    return jnp.asarray(means[0].mass, fisher.spec.dtype)
+    return jnp.asarray(found[0].mass, fisher.spec.dtype)

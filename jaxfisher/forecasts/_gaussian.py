@@ -15,11 +15,11 @@ from jaxfisher._linalg import matmul
 from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.formed import from_matrix
 from jaxfisher._operators.observations import observations
-from jaxfisher._operators.operator import Operator, as_operator
+from jaxfisher._operators.operator import Operator
 from jaxfisher._provenance import Provenance
 from jaxfisher._tree import HIGHEST, ParamSpec, cast_like, check_function, joined, param_spec
 from jaxfisher._values import check_array, described, real_array
-from jaxfisher.statistics._covariance import Covariance
+from jaxfisher.statistics._covariance import as_information
 
 Simulator = Callable[[Any], Float[Array, " d"]]
 Spread = Callable[[Any], Float[Array, "d d"]] | Float[Array, "d d"]
@@ -183,7 +183,7 @@ def conditional_errors(fisher: Operator, n: chex.Numeric | None = None) -> Any:
     >>> print(forecasts.conditional_errors(F, n=1))
     [0.5 1. ]
     """
-    fisher = as_operator(fisher, "conditional_errors")
+    fisher = as_information(fisher, "conditional_errors: `fisher`")
     total = observations(fisher, n, "conditional_errors")
     spec = fisher.spec
     return joined(spec.unravel(1 / jnp.sqrt(total * spec.ravel(fisher.diagonal(), "diagonal"))))
@@ -227,9 +227,7 @@ def bias(mean: Simulator, covariance: Spread) -> Callable[..., Any]:
     check_function("mean", mean, "params -> [d]")
 
     def moved(params: chex.ArrayTree, fisher: Operator, /, effect: Any, covariance_effect: Any = None) -> Any:
-        fisher = as_operator(fisher, "bias: `fisher`")
-        if isinstance(fisher.form, Covariance):
-            raise TypeError(f"bias: `fisher` is {fisher}, a covariance; expected the Fisher, whose inverse that is.")
+        fisher = as_information(fisher, "bias: `fisher`")
         spec = fisher.spec
         made = _whitened("bias", mean, covariance, params, spec)
         size = made.mean.shape[0]

@@ -12,11 +12,11 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 
-from jaxfisher._operators.observations import as_covariance
 from jaxfisher._operators.operator import Operator
 from jaxfisher._tree import ParamSpec
 from jaxfisher._values import described
 from jaxfisher.plot._look import ellipse, light_grid, look, named
+from jaxfisher.statistics._covariance import as_covariance
 
 WIDTHS = 3.5
 """How many standard deviations of the widest covariance the axes show on each side of the centre."""

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Scalar
 from jaxfisher._linalg import matmul
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.formed import dense, from_matrix
-from jaxfisher._operators.observations import as_covariance, observations
+from jaxfisher._operators.observations import means, observations
 from jaxfisher._operators.operator import Operator, as_operator
 from jaxfisher._provenance import Provenance
 from jaxfisher._pytree import array_fields
@@ -101,6 +101,29 @@ def _without_rounding(parts: Float[Array, "k p"], blur: Any) -> Float[Array, "k 
     return jnp.where(jnp.linalg.norm(parts, axis=1, keepdims=True) > 4 * jnp.reshape(blur, (-1, 1)), parts, 0)
 
 
+# An operator of unknown origin, such as `jaxfisher.from_matrix`, may be the information or the covariance. The two functions
+# below refuse what is known to be the other one: a covariance by its form, and an information by its mean over examples.
+
+
+def as_information(fisher: Any, caller: str) -> Operator:
+    """The operator, or a `TypeError` if it is a covariance, whose inverse is an information."""
+    fisher = as_operator(fisher, caller)
+    if isinstance(fisher.form, Covariance):
+        raise TypeError(f"{caller} is {fisher}, a covariance; expected the Fisher, whose inverse that is.")
+    return fisher
+
+
+def as_covariance(covariance: Any, caller: str) -> Operator:
+    """The operator, or a `TypeError` if it is a mean over examples: an information, whose inverse is a covariance."""
+    covariance = as_operator(covariance, caller)
+    if means(covariance):
+        raise TypeError(
+            f"{caller} is {covariance}, the information of examples; expected a covariance. Pass jf.covariance(fisher), or "
+            "jf.sandwich(bread, meat)."
+        )
+    return covariance
+
+
 def inverse_and_null(fisher: Operator) -> tuple[Float[Array, "p p"], tuple[Float[Array, "p p"], Float[Array, " p"], Scalar]]:
     """The pseudo-inverse of F; a basis of its null space in units in which F has a unit diagonal, these units, and rounding."""
     matrix = dense(fisher).as_matrix()
@@ -156,7 +179,7 @@ def covariance(fisher: Operator, n: chex.Numeric | None = None) -> Operator:
     >>> print(jf.covariance(F).as_matrix())  # 2^2 / 4
     [[1.]]
     """
-    fisher = as_operator(fisher, "covariance")
+    fisher = as_information(fisher, "covariance: `fisher`")
     total = observations(fisher, n, "covariance")
     inverse, unseen = inverse_and_null(fisher)
     return Operator(Covariance(inverse / total, *unseen, fisher.spec), Provenance("covariance"))
@@ -234,7 +257,7 @@ def sandwich(bread: Operator, meat: Operator, n: chex.Numeric | None = None) -> 
     >>> print(jf.sandwich(B, M).as_matrix())  # the variance of y over 4, whatever the model's scale says
     [[1.]]
     """
-    bread, meat = as_operator(bread, "sandwich: `bread`"), as_operator(meat, "sandwich: `meat`")
+    bread, meat = as_information(bread, "sandwich: `bread`"), as_information(meat, "sandwich: `meat`")
     bread.spec.check_same(meat.spec, f"sandwich: `bread` is {bread}, and `meat` is {meat}")
     total = observations(bread, n, "sandwich")
     inverse, unseen = inverse_and_null(bread)

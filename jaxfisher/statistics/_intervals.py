@@ -17,13 +17,12 @@ from jaxfisher._examples import Batch, checked_batch_size, make_batch, needs_dat
 from jaxfisher._linalg import matmul
 from jaxfisher._model import MODEL, Model, batch_loss, log_likelihood, of_one_example
 from jaxfisher._once import once_for
-from jaxfisher._operators.observations import as_covariance
 from jaxfisher._operators.operator import Operator
 from jaxfisher._readings import Around
 from jaxfisher._tree import cast_like, check_function
 from jaxfisher._values import check_number
 from jaxfisher._varying import while_loop
-from jaxfisher.statistics._covariance import check_real, delta_method
+from jaxfisher.statistics._covariance import as_covariance, check_real, delta_method
 from jaxfisher.statistics._observations import fisher_at, of_observations
 
 STAGES, STEPS = 12, 30
