@@ -12,10 +12,14 @@ from mpmath import mpf
 from programs.evaluate import traced
 
 from jaxfisher._distributions import special
+from jaxfisher._distributions.bernoulli import Bernoulli
 from jaxfisher._distributions.beta import Beta
+from jaxfisher._distributions.categorical import Categorical
 from jaxfisher._distributions.dirichlet import Dirichlet
+from jaxfisher._distributions.exponential import Exponential
 from jaxfisher._distributions.gamma import Gamma
 from jaxfisher._distributions.negative_binomial import NegativeBinomial
+from jaxfisher._distributions.poisson import Poisson
 from jaxfisher._distributions.student_t import StudentT
 
 DTYPES = [jnp.float64, jnp.float32]
@@ -197,6 +201,84 @@ def test_beta_determinant(p):
     determinant = (root.a[0] * root.b[1] - root.a[1] * root.b[0]) / float(mpmath.sqrt(t[0] * t[1]))
     # The entries of the root cancel to errors of eps in its determinant, whose value is sqrt(share).
     absolute(determinant, mpmath.sqrt(share), 10)
+
+
+# --- divergences in float32, with their derivatives ------------------------------------------------------------------------
+
+
+def of_gamma(p, q):
+    (a, b), (c, d) = p, q
+    value = (a - c) * mpmath.digamma(a) - mpmath.loggamma(a) + mpmath.loggamma(c) + c * mpmath.log(b / d) + a * (d - b) / b
+    slope = [mpmath.digamma(c) - mpmath.digamma(a) + mpmath.log(b / d), a / b - c / d]
+    return value, slope, [[mpmath.polygamma(1, c), -1 / d], [-1 / d, c / d**2]]
+
+
+def of_logits(p, q):
+    """The categorical distribution."""
+    ps, qs = ([mpmath.exp(v) / mpmath.fsum(map(mpmath.exp, z)) for v in z] for z in (p, q))
+    value = mpmath.fsum(v * mpmath.log(v / w) for v, w in zip(ps, qs, strict=True))
+    hessian = [[(v if i == j else 0) - v * w for j, w in enumerate(qs)] for i, v in enumerate(qs)]
+    return value, [w - v for v, w in zip(ps, qs, strict=True)], hessian
+
+
+def of_logit(p, q):
+    value, slope, hessian = of_logits((*p, mpf(0)), (*q, mpf(0)))
+    return value, slope[:1], [hessian[0][:1]]
+
+
+def of_log_rate(p, q):
+    """The Poisson distribution."""
+    (a,), (b,) = (map(mpmath.exp, z) for z in (p, q))
+    return a * (p[0] - q[0]) - a + b, [b - a], [[b]]
+
+
+def of_log_time(p, q):
+    """The exponential distribution."""
+    rise = mpmath.exp(q[0] - p[0])
+    return rise - 1 - q[0] + p[0], [rise - 1], [[rise]]
+
+
+IN_FLOAT32 = {
+    "Gamma": (lambda z: Gamma(z[0], z[1]), of_gamma, 2, True),
+    "Categorical": (Categorical, of_logits, 4, False),
+    "Bernoulli": (lambda z: Bernoulli(z[0]), of_logit, 1, False),
+    "Poisson": (lambda z: Poisson(z[0]), of_log_rate, 1, False),
+    "Exponential": (lambda z: Exponential(z[0]), of_log_time, 1, False),
+}
+
+
+@pytest.mark.parametrize("name", IN_FLOAT32)
+def test_a_divergence_and_its_derivatives_in_float32(name):
+    """From 1e-12 to 1e12, or logarithms and logits of 40: near equality, at equality, far from it, and opposite."""
+    make, reference, size, positive = IN_FLOAT32[name]
+    rng, count = np.random.default_rng(3), 40
+    p = rng.uniform(-12, 12, (count, size)) if positive else rng.uniform(-40, 40, (count, size))
+    size = rng.uniform(-5, 1 if positive else 1.6, p.shape) + np.where(rng.random((count, 1)) < 0.2, -np.inf, 0)
+    change = 10.0**size * rng.choice([-1, 1], p.shape)
+    other = np.where((not positive) & (rng.random((count, 1)) < 0.3), -0.8 * p, p + change)
+    p, q = (np.asarray(10.0**v if positive else v, np.float32) for v in (p, other))
+
+    def views(p, q):
+        kl = lambda q: make(p).kl(make(q))  # noqa: E731
+        return kl(q), jax.grad(kl)(q), jax.hessian(kl)(q), make(q).fisher_matrix()
+
+    for at, *found in zip(p, q, *traced(jax.vmap(views))(p, q), strict=True):
+        kl, slope, hessian, fisher = (np.asarray(v, float) for v in found[1:])
+        exact = reference(*([mpf(float(v)) for v in z] for z in (at, found[0])))
+        expected = [np.vectorize(float)(np.asarray(v)) for v in exact]
+        unit = np.sqrt(np.diag(expected[2]))
+        where = f"{at} {found[0]}"
+        assert kl >= 0 and (kl == 0 or np.any(at != found[0])), where
+        if np.any(unit < 1e-15) or np.any(unit > 1e15):
+            continue  # the squares do not fit
+        np.testing.assert_allclose(kl, expected[0], rtol=1e-3, atol=1e-30, err_msg=where)
+        scaled = np.max(np.abs(expected[1] / unit))
+        np.testing.assert_allclose(slope / unit, expected[1] / unit, rtol=0, atol=1e-3 * scaled, err_msg=where)
+        for matrix in (hessian, fisher)[: 2 if kl == 0 else 1]:
+            scaled = matrix / np.outer(unit, unit), expected[2] / np.outer(unit, unit)
+            # JAX's derivative of a softmax rounds one minus the probability of the likely class.
+            rounding = 4 * 2**-23 / np.max(unit) ** 2 if name == "Categorical" else 0
+            np.testing.assert_allclose(*scaled, rtol=0, atol=1e-3 + rounding, err_msg=where)
 
 
 STUDENT = [

@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, Shaped
 from jaxfisher._distributions.base import Distribution, family, of_plain_bits, one_of
 from jaxfisher._distributions.excess import exp_excess
 from jaxfisher._distributions.special import log_gap_ratio
-from jaxfisher._distributions.stable import working_dtype
+from jaxfisher._distributions.stable import log_sigmoid, sigmoid, working_dtype
 
 
 @family
@@ -49,11 +49,11 @@ class Bernoulli(Distribution):
 
     @property
     def mean(self) -> Float[Array, "*batch"]:
-        return jax.nn.sigmoid(self.logits)
+        return sigmoid(self.logits)
 
     @property
     def variance(self) -> Float[Array, "*batch"]:
-        return jax.nn.sigmoid(self.logits) * jax.nn.sigmoid(-self.logits)
+        return sigmoid(self.logits) * sigmoid(-self.logits)
 
     @property
     def mode(self) -> Int[Array, "*batch"]:
@@ -63,15 +63,15 @@ class Bernoulli(Distribution):
         """``-p log p - (1 - p) log(1 - p)``."""
         total = jnp.zeros_like(self.logits)
         for logits in (self.logits, -self.logits):
-            prob = jax.nn.sigmoid(logits)
+            prob = sigmoid(logits)
             there = prob > 0  # an outcome of probability zero adds nothing
-            total -= prob * jax.nn.log_sigmoid(jnp.where(there, logits, 0))
+            total -= prob * log_sigmoid(jnp.where(there, logits, 0))
         return total
 
     def log_prob(self, x: Shaped[Array, "*batch"]) -> Float[Array, "*batch"]:
         outcome = jnp.asarray(x).astype(self.logits.dtype)
         # Use one log-sigmoid of the signed logit: ``y z - softplus(z)`` would cancel for a likely outcome.
-        log_prob = jax.nn.log_sigmoid((2 * outcome - 1) * self.logits)
+        log_prob = log_sigmoid((2 * outcome - 1) * self.logits)
         # NaN is not outside: it must come out as NaN, not as -inf with a zero gradient.
         outside = (outcome != 0) & (outcome != 1) & ~jnp.isnan(outcome)
         return jnp.where(outside, -jnp.inf, log_prob)
@@ -79,7 +79,7 @@ class Bernoulli(Distribution):
     @of_plain_bits
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Int[Array, "*shape_and_batch"]:
         # Uniform noise of a narrow dtype has too few values to resolve a probability.
-        probs = jax.nn.sigmoid(self.logits.astype(working_dtype(self.logits.dtype)))
+        probs = sigmoid(self.logits.astype(working_dtype(self.logits.dtype)))
         return jax.random.bernoulli(key, jnp.broadcast_to(probs, shape + self.batch_shape)).astype(jnp.int32)
 
     def kl(self, other: Bernoulli) -> Float[Array, "*batch"]:
@@ -94,7 +94,7 @@ class Bernoulli(Distribution):
         )
 
     def fisher_sqrt_mv(self, u: Bernoulli) -> Bernoulli:
-        log_variance = jax.nn.log_sigmoid(self.logits) + jax.nn.log_sigmoid(-self.logits)
+        log_variance = log_sigmoid(self.logits) + log_sigmoid(-self.logits)
         return self._make(jnp.exp(0.5 * log_variance) * u.logits)
 
 
@@ -105,7 +105,7 @@ def _kl_near(logits: Float[Array, "*batch"], difference: Float[Array, "*batch"])
     of second order in ``d`` are left, and the second is at most about half the first.
     """
     likely = logits > 0
-    rare = jax.nn.sigmoid(jnp.where(likely, -logits, logits))
+    rare = sigmoid(jnp.where(likely, -logits, logits))
     step = jnp.where(likely, -difference, difference)
     y = rare * jnp.expm1(step)
     return rare * exp_excess(step) - y * log_gap_ratio(y)
@@ -115,8 +115,8 @@ def _kl_far(logits: Float[Array, "*batch"], other: Float[Array, "*batch"]) -> Fl
     """The divergence as the sum over the two outcomes, each with its own log-probabilities."""
     total = jnp.zeros_like(logits)
     for sign in (1, -1):
-        prob = jax.nn.sigmoid(sign * logits)
+        prob = sigmoid(sign * logits)
         there = prob > 0  # an infinite logit rules an outcome out, and 0 times its log-probability would be NaN
-        log_prob, log_other = (jax.nn.log_sigmoid(jnp.where(there, sign * z, 0)) for z in (logits, other))
+        log_prob, log_other = (log_sigmoid(jnp.where(there, sign * z, 0)) for z in (logits, other))
         total += prob * (log_prob - log_other)
     return total

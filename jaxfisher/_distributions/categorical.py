@@ -106,20 +106,28 @@ class Categorical(Distribution):
     def kl(self, other: Categorical) -> Float[Array, "*batch"]:
         """``sum_c p_c (log p_c - log q_c)``; classes with ``p_c = 0`` contribute zero.
 
-        For nearby logits it is computed as ``log(1 + sum_c p_c (e^d_c - 1 - d_c))``, where ``d`` is the change of the logits
+        Up to ``log 2`` it is computed as ``log(1 + sum_c p_c (e^d_c - 1 - d_c))``, where ``d`` is the change of the logits
         minus its mean under ``p``: a sum of terms that are never negative, and all zero for equal arguments.
         """
         other = self._same_family(other)
         log_p = jax.nn.log_softmax(self.logits, axis=-1)
         log_q = jax.nn.log_softmax(other.logits, axis=-1)
         p = jnp.exp(log_p)
+        happens = p > 0
         # The inner `where`s keep the gradient of the unused branch finite.
-        far = jnp.sum(p * (jnp.where(p > 0, log_p, 0) - jnp.where(p > 0, log_q, 0)), axis=-1)
-        change = jnp.where(p > 0, other.logits, 0) - jnp.where(p > 0, self.logits, 0)
-        change = change - jnp.sum(p * change, axis=-1, keepdims=True)
-        near = jnp.all((p > 0) & (jnp.abs(change) <= 1), axis=-1, keepdims=True)
-        small = jnp.where(near, change, 0)
-        return jnp.where(near[..., 0], jnp.log1p(jnp.sum(p * exp_excess(small), axis=-1)), far)
+        plain = jnp.sum(p * (jnp.where(happens, log_p, 0) - jnp.where(happens, log_q, 0)), axis=-1)
+        change = jnp.where(happens, other.logits, 0) - jnp.where(happens, self.logits, 0)
+        mean = jnp.sum(p * change, axis=-1, keepdims=True)
+        rest = jnp.sum(p * (change - mean), axis=-1, keepdims=True)  # of the rounding of the mean
+        change = change - mean - rest
+        # p_c e^d_c, which also stands for classes of probability zero.
+        log_grown = other.logits - jax.nn.logsumexp(self.logits, axis=-1, keepdims=True) - mean - rest
+        below = jnp.all(log_grown < 1, axis=-1, keepdims=True)
+        slow = happens & (change < 1)
+        d = jnp.where(below & happens, change, 0)
+        fast = jnp.exp(jnp.where(below & ~slow, log_grown, -jnp.inf)) - p * (1 + d)
+        total = jnp.sum(jnp.where(slow, p * exp_excess(jnp.where(slow, d, 0)), fast), axis=-1)
+        return jnp.where(below[..., 0] & (total < 1), jnp.log1p(total), plain)
 
     def fisher_sqrt_mv(self, u: Categorical) -> Categorical:
         root = jnp.exp(0.5 * jax.nn.log_softmax(self.logits, axis=-1))

@@ -72,8 +72,7 @@ class Dirichlet(Distribution):
     def variance(self) -> Float[Array, "*batch classes"]:
         (a,) = aligned(self.concentration)
         total = jnp.broadcast_to(jnp.sum(a, -1, keepdims=True), a.shape)
-        mean = ratio(a, total)
-        return (mean * (1 - mean) / (total + 1)).astype(self.concentration.dtype)
+        return (ratio(a, total) * ratio(_sum_of_others(a), total) / (total + 1)).astype(self.concentration.dtype)
 
     @property
     def mode(self) -> Float[Array, "*batch classes"]:

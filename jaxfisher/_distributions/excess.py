@@ -24,6 +24,7 @@ def excess_over_log(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Flo
 
 def exp_excess(d: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """``e^d - 1 - d`` with all its digits: never negative, zero to second order at 0, infinite at either end."""
-    far = d < -100  # there the exponential is negligible, and its ratio to an infinite d would be NaN
-    near = jnp.where(far, 0, d)
-    return jnp.where(far, -1 - d, -near * exp_gap_ratio(-near))
+    near = jnp.abs(d) < 1
+    small, far = jnp.where(near, d, 0), jnp.where(near, 1, d)
+    # Far from zero as it stands, for the sake of its second derivative, e^d. From 700 on the exponential alone counts.
+    return jnp.where(near, -small * exp_gap_ratio(-small), jnp.exp(far) - 1 - jnp.minimum(far, 700))

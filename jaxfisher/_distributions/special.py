@@ -95,7 +95,7 @@ def log_gap(excess: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array,
     """
     near = jnp.abs(excess) < 0.5
     small = jnp.where(near, excess, 0)
-    return jnp.where(near, small * log_gap_ratio(small), excess - jnp.log(jnp.where(near, 1, x)))
+    return jnp.where(near, small * log_gap_ratio(small), excess - log(jnp.where(near, 1, x)))
 
 
 def rate_gap(rate: Float[Array, "..."], c: Float[Array, "..."], excess: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -193,7 +193,7 @@ def _stirling_step(a: Array) -> Array:
     big = a >= 1
     z = 1 / (2 * jnp.where(big, a, 1) + 1)
     small = jnp.where(big, 1, a)
-    return jnp.where(big, z * z * polynomial(_ATANH, z * z), (small + 0.5) * (jnp.log1p(small) - jnp.log(small)) - 1)
+    return jnp.where(big, z * z * polynomial(_ATANH, z * z), (small + 0.5) * (jnp.log1p(small) - log(small)) - 1)
 
 
 def stirling_bregman(b: Float[Array, "..."], a: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -222,7 +222,7 @@ def _series_bregman(b: Array, a: Array, change: Array) -> Array:
         weighted = p * weighted + plain
         if m % 2 == 1:
             total = total + _STIRLING[m // 2] * weighted
-    return jnp.square(change) * p * total
+    return (change * p) * (change * total)
 
 
 def _step_bregman(b: Array, a: Array, change: Array) -> Array:
@@ -231,9 +231,11 @@ def _step_bregman(b: Array, a: Array, change: Array) -> Array:
     far = b < 0.5 * a
     b_near = jnp.where(far, a, b)
     change_near = jnp.where(far, 0, change)
-    gap = change_near / (b_near * (a + 1))  # log(1 + 1/b) - log(1 + 1/a) = log(1 - gap)
-    x = a * (b_near + 1) / (b_near * (a + 1))
-    near = 0.5 * jnp.square(change_near) / (a * b_near * (a + 1)) - (b_near + 0.5) * log_gap(-gap, x)
+    # No quotient has a product of the two below it, whose square, in a derivative, leaves the range of float32. Far apart
+    # the derivatives of the change over b are differences of nearly equal numbers.
+    x = ratio(a, b_near) * (b_near + 1) / (a + 1)
+    gap = jnp.where(b_near > 2 * a, 1 - x, ratio(change_near, b_near) / (a + 1))  # log(1 + 1/b) - log(1 + 1/a) = log(1 - gap)
+    near = 0.5 * ratio(change_near, a) * gap - (b_near + 0.5) * log_gap(-gap, x)
     return jnp.where(far, _stirling_step(b) - _stirling_step(a) - change * _stirling_step_slope(a), near)
 
 
@@ -242,7 +244,7 @@ def _stirling_step_slope(a: Array) -> Array:
     z = 1 / (2 * jnp.where(big, a, 1) + 1)
     slopes = tuple((2 * k + 2) * c for k, c in enumerate(_ATANH))
     small = jnp.where(big, 1, a)
-    below = jnp.log1p(small) - jnp.log(small) - (small + 0.5) / (small * (small + 1))
+    below = jnp.log1p(small) - log(small) - ratio((small + 0.5) / (small + 1), small)
     return jnp.where(big, -2 * z * z * z * polynomial(slopes, z * z), below)
 
 

@@ -44,6 +44,35 @@ def _log_jvp(
     return log(x), dx * ratio(jnp.ones_like(x), x)
 
 
+@jax.custom_jvp
+def sigmoid(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """``1 / (1 + e^-x)`` with derivatives of all orders that keep their digits where it rounds to one."""
+    return jax.nn.sigmoid(x)
+
+
+@sigmoid.defjvp
+def _sigmoid_jvp(
+    primals: tuple[Float[Array, "*shape"]], tangents: tuple[Float[Array, "*shape"]]
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    ((x,), (dx,)) = primals, tangents
+    value = sigmoid(x)
+    return value, dx * (value * sigmoid(-x))
+
+
+@jax.custom_jvp
+def log_sigmoid(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """``-log(1 + e^-x)``, with derivatives like those of `sigmoid`."""
+    return jax.nn.log_sigmoid(x)
+
+
+@log_sigmoid.defjvp
+def _log_sigmoid_jvp(
+    primals: tuple[Float[Array, "*shape"]], tangents: tuple[Float[Array, "*shape"]]
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    ((x,), (dx,)) = primals, tangents
+    return log_sigmoid(x), dx * sigmoid(-x)
+
+
 def working_dtype(dtype: DTypeLike) -> jnp.dtype:
     """``dtype``, or float32 if it is narrower: for special functions, triangular solves and uniform noise."""
     return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
