@@ -182,8 +182,8 @@ def main():
             layer["b"] = 0.1 * jax.random.normal(next(keys), layer["w"].shape[1:])
     data = jax.random.normal(next(keys), (EXAMPLES, WIDTHS[0])), jax.random.randint(next(keys), (EXAMPLES,), 0, WIDTHS[-1])
     steps("step", params, data, {way.name for way in ways()})
-    one, others = ("inputs and examples",), ("inputs", "inputs and examples", "both")
-    steps("by eigenvectors", params, data, others, opt=lambda mesh: jf.kfac(solver=None))
+    one = ("inputs and examples",)
+    steps("by eigenvectors", params, data, ("inputs and examples", "both"), opt=lambda mesh: jf.kfac(solver=None))
     steps("masked and apart", params, data, one, opt=masked_and_apart)
     # Invert factors of more than 4 rows by halves, instead of more than 256.
     factored.HALVED = 4

@@ -136,10 +136,9 @@ def natural(maker):
 KINDS = {
     **FISHERS,
     "scores": of_log_prob(jf.scores),
+    # `natural_grad` is the second result of `value_and_natural_grad`, so its cells are those of both.
     "natural_grad": natural(jf.natural_grad),
     "natural_grad of exact": of_fisher(jf.natural_grad),
-    "value_and_natural_grad": natural(jf.value_and_natural_grad),
-    "value_and_natural_grad of exact": of_fisher(jf.value_and_natural_grad),
     "explain": (jf.explain, explained),
 }
 VIEWS = {
@@ -178,12 +177,10 @@ REFUSALS = (
         inputs="none",
         mode="weighted.*",
     ),
-    Refusal(
-        "`weights` has shape .* but there are 1 examples", kind=".*natural_grad of exact", inputs="none", mode="weighted.*"
-    ),
+    Refusal("`weights` has shape .* but there are 1 examples", kind="natural_grad of exact", inputs="none", mode="weighted.*"),
     Refusal("is a covariance of scores", kind="empirical_fisher", mode="centred", view=".*kronecker.*"),
     Refusal("is not held as scores", kind="kl_hessian|observed_information", view=".*kronecker.*"),
-    Refusal("`max_bytes` is given with a `fisher`", kind=".*natural_grad of exact", mode="in bytes"),
+    Refusal("`max_bytes` is given with a `fisher`", kind="natural_grad of exact", mode="in bytes"),
 )
 
 
