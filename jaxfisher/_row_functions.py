@@ -133,12 +133,18 @@ def prediction(model: Model, params: chex.ArrayTree, data: tuple[Any, ...]) -> P
 
     def fields(params: chex.ArrayTree, *inputs: Any) -> list[Array]:
         predicted = predict(model, params, *inputs)
+        predicted._check_fisher()
         # This is done inside the trace, since finding the source of another library's Fisher may need computation.
         known.append((predicted.fisher_source, predicted._takes_any_key))
         return float_fields(predicted)
 
     own = frozenset(range(len(jax.tree.leaves(params))))
     moving = tuple(not own.isdisjoint(places) for places in moved_by(fields, params, *shape_of_one(data)))
+    if not moving:
+        raise TypeError(
+            "`model` returns a distribution without real parameters, which no Fisher is defined for; expected one that depends "
+            "on the parameters of the model, such as jf.Categorical(logits=...)."
+        )
     # If no field moves, the Fisher is zero, and rows of zeros represent it.
     source, takes_any_key = known[-1]
     return Prediction(source, moving if any(moving) else (True,) * len(moving), takes_any_key)

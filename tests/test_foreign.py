@@ -492,6 +492,45 @@ def test_a_censored_distribution_has_no_fisher(around):
         jax.eval_shape(jf.exact_fisher(model), jnp.array(0.3))
 
 
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        pytest.param(
+            lambda p: nd.EulerMaruyama(jnp.arange(4.0), lambda x, t: (p * x, 1.0 + 0 * x), nd.Normal(0.0, 1.0)),
+            *(TypeError, "EulerMaruyama: its log-density reads parameters that are no leaves.* jf.sampled_fisher"),
+            marks=needs("numpyro"),
+        ),
+        pytest.param(
+            lambda p: {
+                "a": Normal(p, 1.0),
+                "b": distrax.MultivariateNormalFromBijector(p[None], distrax.DiagLinear(jnp.ones(1))),
+            },
+            *(TypeError, "MultivariateNormalFromBijector: its log-density reads parameters that are no leaves"),
+            marks=needs("distrax"),
+        ),
+        pytest.param(lambda p: nd.Delta(p), NotImplementedError, "Delta has no Fisher: .*point mass", marks=needs("numpyro")),
+        pytest.param(lambda p: nd.Unit(p), NotImplementedError, "Unit has no Fisher: .*a factor", marks=needs("numpyro")),
+        pytest.param(
+            *(lambda p: distrax.Deterministic(p), NotImplementedError, "distrax's Deterministic has no Fisher"),
+            marks=needs("distrax"),
+        ),
+        pytest.param(
+            *(lambda p: tfd.Deterministic(p), NotImplementedError, "TFP's Deterministic has no Fisher"), marks=needs("tfp")
+        ),
+        pytest.param(
+            *(lambda p: nd.DiscreteUniform(0, 3), TypeError, "a distribution without real parameters"), marks=needs("numpyro")
+        ),
+    ],
+)
+def test_what_a_fisher_in_the_fields_cannot_be(make, error, message):
+    """The Fisher was zero, or failed inside JAX or the library; log-densities work, and targets can be drawn."""
+    for fisher in (jf.exact_fisher, jf.implicit_fisher):
+        with pytest.raises(error, match=message):
+            jax.eval_shape(fisher(make), jnp.array(0.3))
+    if error is TypeError:
+        jax.eval_shape(jf.sampled_fisher(make), jnp.array(0.3), jax.random.key(0))
+
+
 @needs("numpyro")
 def test_samples_of_a_moving_support_have_no_fisher():
     """Only the fields by which the support moves are without one."""

@@ -303,6 +303,9 @@ class Distribution:
         columns = jax.vmap(lambda u: ravel_pytree(self.fisher_sqrt_mv(unravel(u)))[0])(jnp.eye(noise.size, dtype=noise.dtype))
         return matmul(columns.T, columns)
 
+    def _check_fisher(self) -> None:
+        """Raise if the Fisher in the fields would not be that of the distribution."""
+
     def _check_target(self, target: Any, name: str) -> None:
         """Raise `ValueError` unless a target has the shape of a draw; ``name`` is the name of the target in messages."""
         expected = self.batch_shape + self.event_shape

@@ -9,7 +9,7 @@ which.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 from jaxfisher._dataflow import moved_by
 from jaxfisher._distributions.base import Distribution, of_a_key, of_a_target
 from jaxfisher._distributions.excess import exp_excess
-from jaxfisher._distributions.libraries import LIBRARIES, Library, independent, library_of, parts, translate, why_without_fisher
+from jaxfisher._distributions.libraries import LIBRARIES, Library, independent, library_of, translate, why_without_fisher
 from jaxfisher._distributions.outcomes import Outcomes, outcomes_of
 from jaxfisher._distributions.root import Root, triangle
 from jaxfisher._linalg import matmul, unit_root
@@ -109,6 +109,9 @@ class Foreign(Distribution):
     ``eps * size`` of the largest are rounding errors and set to zero. If the KL is not stationary at ``q = p``, its Hessian is
     no Fisher, and the result is NaN. This happens if the support moves with a parameter, as in ``Uniform``, or if an object
     caches a function of its parameters beside them. From samples it is NaN for the fields by which NumPyro's support moves.
+
+    Parameters that are no leaves, such as those that a function inside the object has closed over, have no place in the
+    fields: the log-density and its derivatives are right, and a Fisher in the fields is refused.
 
     An object that came out of ``jax.vmap`` has batched leaves without knowing it: use it under ``jax.vmap``.
 
@@ -249,13 +252,25 @@ class Foreign(Distribution):
         return f"the rule of {self.form.library} does not read {len(needed - used)} of the fields that its density reads."
 
     def _root(self) -> Float[Array, "fields columns"]:
-        reason = why_without_fisher(self._object())
-        if reason:
-            raise NotImplementedError(f"{self._title} has no Fisher: {reason}")
         source, outcomes = self.fisher_source, self.form.outcomes
         if source == _FROM_KL:
             return self._root_of_kl()
         return self._root_of_scores() if outcomes is None else self._root_of_outcomes(outcomes)
+
+    def _check_fisher(self) -> None:
+        """Raise if this has no Fisher, or if its density reads parameters that are no fields, which a Fisher would miss."""
+        reason = why_without_fisher(self._object())
+        if reason:
+            raise NotImplementedError(f"{self._title} has no Fisher: {reason}")
+        draw = jax.eval_shape(self.sample, jax.random.key(0))
+        density = jax.make_jaxpr(lambda fields, others, x: Foreign(fields, others, self.form).log_prob(x))
+        read = density(self.fields, self.carried, draw).consts
+        if any(isinstance(value, jax.core.Tracer) for value in read):
+            raise TypeError(
+                f"{self._title}: its log-density reads parameters that are no leaves of it as a pytree, such as numbers that a "
+                "function inside it has closed over, and its Fisher would miss them. Use a distribution that stores its "
+                "parameters, or jf.sampled_fisher, which differentiates the log-density."
+            )
 
     def _values(self, outcomes: Outcomes) -> Shaped[Array, "outcomes *batch_and_event"]:
         """Every outcome, for all members of the batch."""
@@ -350,13 +365,21 @@ def _wrap(obj: Any, library: str) -> Foreign:
 
 def _check_parts(obj: Any, library: str) -> None:
     """Raise `TypeError` if a distribution inside another has lost its parameters."""
-    for part in reversed([*parts(obj)]):  # inner ones first: they are the cause
+    for part in reversed([*_parts(obj)]):  # inner ones first: they are the cause
         # distrax does this to distributions from TFP, and their derivatives would silently be zero.
         if not jax.tree.leaves(part):
             raise TypeError(
                 f"{library}'s {type(obj).__name__} cannot be used: {type(part).__name__} in it has no leaves as a pytree, so "
                 f"its parameters cannot be differentiated. Build it from the distributions of one library. {_EXPECTED}"
             )
+
+
+def _parts(obj: Any) -> Iterator[Any]:
+    """A distribution and the distributions inside it."""
+    yield obj
+    for value in vars(obj).values():
+        if library_of(type(value)) is not None:
+            yield from _parts(value)
 
 
 def _reads(function: Callable[..., Any], fields: tuple[Array, ...], *rest: Any) -> frozenset[int]:

@@ -194,6 +194,10 @@ class Joint(Distribution):
         object.__setattr__(made, "parts", jax.tree.unflatten(self._outer, tangents))
         return made
 
+    def _check_fisher(self) -> None:
+        for part in self._each:
+            part._check_fisher()
+
     def _check_target(self, target: Any, name: str) -> None:
         entries = self._entries(target, name)
         paths, _ = jax.tree_util.tree_flatten_with_path(self.parts, is_leaf=_is_distribution)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -55,21 +55,14 @@ def _lives_in(cls: type, modules: str) -> bool:
 
 
 def why_without_fisher(obj: Any) -> str:
-    """The reason why an object has no Fisher, also for a subclass or around one of these; empty if it may have one."""
-    for part in parts(obj):
-        for base in type(part).__mro__:
+    """The reason why an object has no Fisher, also for a subclass and inside NumPyro's wrappers; empty if it may have one."""
+    while obj is not None:
+        for base in type(obj).__mro__:
             for library in LIBRARIES.values():
                 if _lives_in(base, library.modules) and base.__name__ in library.without_fisher:
                     return library.without_fisher[base.__name__]
+        obj = getattr(obj, "base_dist", None)
     return ""
-
-
-def parts(obj: Any) -> Iterator[Any]:
-    """A distribution and the distributions inside it."""
-    yield obj
-    for value in vars(obj).values():
-        if library_of(type(value)) is not None:
-            yield from parts(value)
 
 
 def translate(obj: Any) -> Distribution | None:
@@ -194,7 +187,10 @@ _CENSORED = (
     "its draws are not censored, and its log-density takes the times of censoring for data. Use jf.empirical_fisher or "
     "jf.observed_information of its log_prob."
 )
+_POINT_MASS = "it is a point mass, and two that differ have no common outcome. Use a density with a scale, such as jf.Normal."
 _NUMPYRO_WITHOUT_FISHER = {
+    "Delta": _POINT_MASS,
+    "Unit": "it is a factor and not a distribution. Add the factor to a loss of your own.",
     "LeftCensoredDistribution": _CENSORED,
     "RightCensoredDistribution": _CENSORED,
     "IntervalCensoredDistribution": _CENSORED,
@@ -224,6 +220,7 @@ LIBRARIES: dict[str, Library] = {
         lambda d, key, shape: d.sample(seed=key, sample_shape=shape),
         lambda p, q: p.kl_divergence(q),
         _DISTRAX,
+        {"Deterministic": _POINT_MASS},
     ),
     "NumPyro": Library(
         "numpyro.distributions",
@@ -238,5 +235,6 @@ LIBRARIES: dict[str, Library] = {
         lambda d, key, shape: d.sample(shape, seed=key),
         lambda p, q: p.kl_divergence(q),
         _TFP,
+        {"Deterministic": _POINT_MASS, "VectorDeterministic": _POINT_MASS},
     ),
 }
