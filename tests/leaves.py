@@ -160,16 +160,17 @@ def leaf(dtype, *parts):
     return Case((made,), flat(sum(part.rows for part in parts)), flat(sum(part.sizes for part in parts)))
 
 
-def layer(dtype, part):
-    """A weight and its bias: the right factors summed over positions."""
-    weight = leaf(dtype, part)
-    value = jnp.asarray(np.sum(np.asarray(part.form.right), 3)[:, :, 0])
+def layer(dtype, *parts):
+    """A weight and its bias: the right factors summed over positions, and over the forms of the weight."""
+    weight = leaf(dtype, *parts)
+    value = sum(np.sum(np.asarray(part.form.right), 3) for part in parts)
+    value = jnp.asarray(value if value.shape[2] > 1 else value[:, :, 0])
     bias = Leaf((Formed(value),), value.shape[2:], jnp.dtype(dtype), N, ROWS, layer=0)
-    right = np.broadcast_to(wide(part.form.right)[:, :, 0], (N, ROWS, *part.form.right.shape[3:]))
+    rights = [np.broadcast_to(wide(part.form.right), (N, ROWS, *part.form.right.shape[2:])) for part in parts]
     return Case(
         (dataclasses.replace(weight.leaves[0], bias=True), bias),
-        np.hstack([weight.rows, flat(right.sum(2))]),
-        np.hstack([weight.sizes, flat(np.abs(right).sum(2))]),
+        np.hstack([weight.rows, sum(flat(right.sum(3)) for right in rights)]),
+        np.hstack([weight.sizes, sum(flat(np.abs(right).sum(3)) for right in rights)]),
     )
 
 
@@ -208,6 +209,7 @@ def cases(dtype, seed=0):
         found[f"layer {name}"] = layer(dtype, product(rng, dtype, wide_layout, 1, left, right))
         found[f"layer of positions {name}"] = layer(dtype, product(rng, dtype, tall, 2, left, right))
         found[f"layer of a convolution {name}"] = layer(dtype, convolution(rng, dtype, 5, left, right))
+        found[f"layer of groups {name}"] = layer(dtype, product(rng, dtype, many, 1, left, right))
         found[f"lookup {name}"] = leaf(dtype, lookup(rng, dtype, wide_layout, 3, left, right))
         found[f"convolution {name}"] = leaf(dtype, convolution(rng, dtype, 2, left, right))
         found[f"gradients formed of positions {name}"] = leaf(dtype, product(rng, dtype, wide_layout, 5, left, right))
@@ -227,6 +229,7 @@ def _sums(rng, dtype, tall, wide_layout):
     kernel = convolution(rng, dtype, 2)
     return {
         "two products": leaf(dtype, product(rng, dtype, tall), product(rng, dtype, tall, 2, OWN, OF_EXAMPLE)),
+        "a layer of two products": layer(dtype, product(rng, dtype, tall), product(rng, dtype, tall, 2, OWN, OF_EXAMPLE)),
         "a table and a product": leaf(dtype, lookup(rng, dtype, tall, 2), product(rng, dtype, tall)),
         "a product and a table": leaf(dtype, product(rng, dtype, tall), lookup(rng, dtype, tall, 2, OWN, OWN)),
         "a table and many positions": leaf(dtype, lookup(rng, dtype, tall, 3), product(rng, dtype, tall, 5)),

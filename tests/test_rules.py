@@ -512,6 +512,10 @@ def _head(hidden):
     return jnp.sum(jnp.tanh(hidden))
 
 
+def _loop(step, xs, like):
+    return lax.scan(lambda h, x: (jnp.tanh(step(h, x)), None), jnp.ones_like(like), xs)[0]
+
+
 NOT_BIASES = {
     "twice the bias": lambda p, x: _head(x @ p["w"] + 2.0 * p["b"]),
     "a bias at some positions": lambda p, x: _head((x @ p["w"]).at[:2].add(p["b"])),
@@ -522,6 +526,10 @@ NOT_BIASES = {
     "positions summed before the weight": lambda p, x: _head(jnp.sum(x, 0) @ p["w"] + p["b"]) + _head(x @ p["v"] + p["b"]),
     "weights over one position, biases over all": lambda p, x: _head(x[:1] @ p["w"] + p["b"]) + _head(x @ p["v"]),
     "columns and rows": lambda p, x: _head((x @ p["w"]).T + (x @ p["v"]).T[:, ::-1] + p["b"][:, None]),
+    "in a loop and after it": lambda p, x: _head(_loop(lambda h, x: h + x @ p["w"] + p["b"], x, p["b"]) + p["b"]),
+    "at some steps of a loop": lambda p, x: _head(_loop(lambda h, x: h + x @ p["w"] + (x[0] > 0) * p["b"], x, p["b"])),
+    "in a loop beside a weight after it": lambda p, x: _head(_loop(lambda h, x: h * x[0] + p["b"], x, p["b"]) + x @ p["w"]),
+    "turned round in a loop": lambda p, x: _head(_loop(lambda h, x: h + x @ p["w"] + p["b"][::-1], x, p["b"])),
     "rows of columns": lambda p, x: _head(jax.vmap(lambda x: p["w"].T @ x, out_axes=1)(x)[:, : len(p["b"])] + p["b"]),
     "inputs that are the same for all": lambda p, x: jnp.sum(
         x[0, 0] * jnp.tanh(jnp.sum(jnp.ones_like(x) @ p["w"], 0) + p["b"])
@@ -589,8 +597,14 @@ def test_a_bias_is_joined_to_a_weight_of_any_precision(name):
             np.testing.assert_allclose(found, expected, rtol=0, atol=atol, err_msg=str(dtypes))
 
 
-def _conv(x, w, layout):
-    return lax.conv_general_dilated(x[None], w, (1,) * (w.ndim - 2), "VALID", dimension_numbers=layout)[0]
+def _conv(x, w, layout, groups=1):
+    strides = (1,) * (w.ndim - 2)
+    return lax.conv_general_dilated(x[None], w, strides, "VALID", dimension_numbers=layout, feature_group_count=groups)[0]
+
+
+def _stacked(layer):
+    """One layer after the other, by a scan over the stacked parameters."""
+    return lambda x, w, b: lax.scan(lambda x, p: (jnp.sin(layer(x, *p)), None), x, (w, b))[0]
 
 
 ARRANGED = {
@@ -607,9 +621,36 @@ ARRANGED = {
     "positions between heads": ((3, 2, 4), (3, 2), (2, 4), lambda x, w, b: jnp.einsum("ohi,ti->oth", w, x) + b[:, None]),
     "a convolution": ((2, 2, 3), (3,), (4, 2), lambda x, w, b: _conv(x, w, ("NWC", "WIO", "NWC")) + b),
     "channels first": ((3, 2, 2, 2), (3, 1, 1), (2, 3, 3), lambda x, w, b: _conv(x, w, ("NCHW", "OIHW", "NCHW")) + b),
+    "grouped channels": ((2, 1, 4), (4,), (4, 2), lambda x, w, b: _conv(x, w, ("NWC", "WIO", "NWC"), 2) + b),
     "a volume": ((1, 2, 2, 2, 3), (1, 1, 1, 3), (2, 3, 2, 2), lambda x, w, b: _conv(x, w, ("NDHWC", "DHWIO", "NDHWC")) + b),
+    "a stack": ((2, 3, 3), (2, 3), (3,), _stacked(lambda x, w, b: x @ w + b)),
+    "a stack over positions": ((2, 3, 3), (2, 3), (2, 3), _stacked(lambda x, w, b: x @ w + b)),
+    "a stack of outputs by inputs": ((2, 3, 3), (2, 3), (3,), _stacked(lambda x, w, b: w @ x + b)),
+    "a stack of heads": ((2, 2, 3, 3), (2, 2, 3), (2, 3), _stacked(lambda x, w, b: jnp.einsum("hi,hio->ho", x, w) + b)),
+    "a stack of checkpoints": ((2, 3, 3), (2, 3), (3,), _stacked(jax.checkpoint(lambda x, w, b: x @ w + b))),
+    "layers side by side": ((2, 3, 4), (2, 4), (2, 3), lambda x, w, b: jnp.einsum("ei,eio->eo", x, w) + b),
+    "layers side by side at two positions": (
+        (2, 3, 4),
+        (2, 4),
+        (2, 2, 3),
+        lambda x, w, b: jnp.einsum("tei,eio->eto", x, w) + b[:, None],
+    ),
+    "used twice": ((3, 3), (3,), (3,), lambda x, w, b: jnp.sin(x @ w + b) @ w + b),
+    "used at every step": (
+        (3, 3),
+        (3,),
+        (2, 3),
+        lambda x, w, b: lax.scan(lambda h, x: (jnp.sin(h @ w + b) + x, None), x[0], x)[0],
+    ),
+    "used at every step at two positions": (
+        (3, 3),
+        (3,),
+        (2, 2, 3),
+        lambda x, w, b: lax.scan(lambda h, x: (jnp.sin(jax.vmap(lambda h: w @ h + b)(h)) + x, None), x[0], x)[0],
+    ),
+    "mapped": ((3, 4), (3,), (2, 4), lambda x, w, b: lax.map(lambda x: w @ x + b, x)),
 }
-"""Layers whose cotangent is transposed, reshaped or gets axes of length one on its way to the weight, or to the bias."""
+"""Layers whose cotangent is transposed, reshaped, stacked or gets axes of length one on its way to the weight or the bias."""
 
 
 @pytest.mark.parametrize("name", ARRANGED)

@@ -25,6 +25,10 @@ def numbers(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape)
 
 
+def flat_jax(tree):
+    return jax.flatten_util.ravel_pytree(tree)[0]
+
+
 def layer_blocks(F):
     return jf.block_diagonal(F, jf.layers(F))
 
@@ -572,3 +576,37 @@ def test_factored_damping_of_singular_factors(dtype):
         jf.solve(K, v, 0.0, solver=jf.factored_solve)
     found, info = jax.jit(lambda K, v, d: jf.solve(K, v, d, solver=jf.factored_solve))(K, v, 0.0)
     assert np.all(np.isfinite(found)) and info.finite and not info.converged
+
+
+def test_the_views_of_a_stack_of_layers_are_those_of_its_layers():
+    """A scan over stacked weights, outputs by inputs, and biases, beside the same two layers as leaves of their own."""
+    p = {"b": jnp.asarray(numbers(2, 2, 3)), "w": jnp.asarray(numbers(1, 2, 3, 3))}
+    x, v = jnp.asarray(numbers(3, 5, 2, 3)), jax.tree.map(lambda leaf: jnp.sin(7 * leaf), p)
+
+    def layer(x, w, b):
+        return jnp.sin(x @ w.T + b[None])
+
+    def stacked(p, x):
+        return jnp.sum(jax.lax.scan(lambda x, p: (layer(x, p["w"], p["b"]), None), x, p)[0])
+
+    def apart(p, x):
+        return jnp.sum(layer(layer(x, p["w"][0], p["b"][0]), p["w"][1], p["b"][1]))
+
+    def asked(F, v):
+        found = F.mv(v), F.diagonal(), F.solve(v, 0.1), F.logdet(0.1), F.trace()
+        return F.as_matrix(), F.restrict(lambda path: "b" in path).as_matrix(), *map(flat_jax, found)
+
+    views = jf.kronecker, jf.kronecker_reduce, jf.eigen_kronecker
+
+    def both(p, v, x):
+        made = []
+        for model, split in ((stacked, False), (apart, True)):
+            q, u = ({k: [*leaf] for k, leaf in tree.items()} if split else tree for tree in (p, v))
+            F = jf.empirical_fisher(model)(q, x)
+            assert len(set(jax.tree.leaves(jf.layers(F)))) == 1 + split
+            made.append([asked(view(F), u) for view in views])
+            made[-1].append(flat_jax(jf.solve(jf.kronecker(F), u, 0.1, solver=jf.factored_solve)[0]))
+        return made
+
+    for found, expected in zip(*map(jax.tree.leaves, evaluated(both, p, v, x)), strict=True):
+        assert_close(found, expected, factor=1e4)

@@ -8,6 +8,7 @@ is then one position of the product. A gradient that is one of the loop's stacke
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from operator import or_
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jaxtyping import Array
 
-from jaxfisher._engine.axes import Axis, dim
+from jaxfisher._engine.axes import Axis, Origin, dim
 from jaxfisher._engine.program import Atom, Equation, Program
 from jaxfisher._engine.rule import EXAMPLE, ROW, Operand, Terms, Value
 from jaxfisher._engine.terms import Factor, Term, Unformed
@@ -121,15 +122,18 @@ class _Loop:
     def run_all(self, lazy: Sequence[bool]) -> list[Value]:
         """The results of all steps; those that are ``lazy`` stay factors."""
         skeletons: dict[int, Terms] = {}
+        shown: dict[int, Term] = {}
 
         def step(carry: Sequence[Array], xs: Sequence[Array]) -> tuple[list[Array], list[Any]]:
             new, stacked = list(carry), list[Any]()
-            for k, (value, *_) in enumerate(self._once(carry, xs)):
+            for k, (value, flags, why) in enumerate(self._once(carry, xs)):
                 if lazy[k] and isinstance(value, Unformed):
                     skeletons[k] = value.terms
                     stacked.append([[_array_of(factor) for factor in term.factors] for term in value.terms])
                     continue
                 array = value.formed() if isinstance(value, Unformed) else value
+                if self.asked[k] and (term := Operand(value, flags, why).one_factor) is not None:
+                    shown[k] = term
                 if k >= len(new):
                     stacked.append(array)
                 else:
@@ -139,21 +143,55 @@ class _Loop:
         params = self.equation.params
         _, carry, xs = self._given()
         last, ys = jax.lax.scan(step, carry, xs, length=params["length"], reverse=params["reverse"], unroll=params["unroll"])
-        stacks = iter(ys)
+        stacks, sources = iter(ys), _Sources(params["length"])
         results: list[Value] = []
         for k in range(len(self.equation.outs)):
+            start = self.operands[self.equation.loop[0] + k].terms() if k in self.sums else ()
             if lazy[k]:
-                made = _stacked(skeletons[k], next(stacks), params["length"], summed=k in self.sums)
-                start = self.operands[self.equation.loop[0] + k].terms() if k in self.sums else ()
+                made = _stacked(skeletons[k], next(stacks), sources, summed=k in self.sums)
                 results.append(Unformed((*start, *made), partial(self._formed, k)))
-            else:
-                results.append(last[k] if k < len(carry) else next(stacks))
+                continue
+            array = last[k] if k < len(carry) else next(stacks)
+            results.append(array if k not in shown or start else sources.shown(array, shown[k], summed=k in self.sums))
         return results
 
     def _formed(self, k: int) -> Array:
         """One result of the scan, run as it is written in the program."""
         formed: Array = self.equation.bind([operand.array() for operand in self.operands])[k]
         return formed
+
+
+class _Sources:
+    """Values of a loop's body, stacked over all steps, for factors of results to be rearrangements of.
+
+    No program has such an array unless something needs it: an object stands for it.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self._stacks: dict[int, tuple[Any, Any]] = {}
+
+    def origin(self, factor: Factor, array: Array, steps: Axis) -> Origin | None:
+        """The origin of a factor that is stacked over the steps of the loop."""
+        value, own = factor.source
+        if value is None:
+            return None
+        # The reference to the value keeps Python from giving its `id` to another object.
+        stack = jax.ShapeDtypeStruct((self.length, *value.shape), value.dtype)
+        _, stack = self._stacks.setdefault(id(value), (value, stack))
+        return Origin(array, stack, {**own, steps: ((self.length, math.prod(value.shape)),)})
+
+    def shown(self, array: Array, term: Term, *, summed: bool) -> Value:
+        """A formed result, made of the values of one term in all steps, as a term that knows what it was made of."""
+        (factor,), steps = term.factors, Axis(self.length)
+        origin = self.origin(factor, array, steps)
+        dims = term.dims if summed else ((steps,), *term.dims)
+        if origin is None or any(axis not in origin.steps for axes in dims for axis in axes):
+            return array
+        names = tuple(Axis(size) for size in array.shape)
+        own = {name: tuple(s for axis in axes for s in origin.steps[axis]) for name, axes in zip(names, dims, strict=True)}
+        made = dataclasses.replace(factor, array=array, axes=names, origin=origin._replace(steps=own))
+        return Unformed((Term((made,), tuple(map(dim, names))),), lambda: array)
 
 
 def _nothing(like: Array) -> Unformed:
@@ -177,15 +215,16 @@ def _array_of(factor: Factor) -> Array:
     return factor.array.image if isinstance(factor.array, Windows) else factor.array
 
 
-def _stacked(found: Terms, stacks: Any, length: int, *, summed: bool) -> Terms:
+def _stacked(found: Terms, stacks: Any, sources: _Sources, *, summed: bool) -> Terms:
     """The terms of all steps. The steps are an axis of every factor, and of the value too unless it is ``summed`` over them."""
     made = []
     for term, arrays in zip(found, stacks, strict=True):
-        steps = Axis(length)
+        steps = Axis(sources.length)
         factors = []
         for factor, array in zip(term.factors, arrays, strict=True):
             if isinstance(factor.array, Windows):
                 array = jax.vmap(lambda image, w=factor.array: dataclasses.replace(w, image=image).array())(array)
-            factors.append(dataclasses.replace(factor, array=array, axes=(steps, *factor.axes), origin=None))
+            origin = sources.origin(factor, array, steps)
+            factors.append(dataclasses.replace(factor, array=array, axes=(steps, *factor.axes), origin=origin))
         made.append(Term(tuple(factors), term.dims if summed else (dim(steps), *term.dims)))
     return tuple(made)

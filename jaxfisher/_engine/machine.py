@@ -48,7 +48,7 @@ class _Machine:
         self.reasons: dict[int, str] = {}
         self.arranged: dict[int, Term] = {}
         self.wanted = self._wanted(program, wanted)
-        self.shown = _shown(program)
+        self.shown, self.opened = _ends(program)
         for equation in program.equations:
             self._step(equation)
         self.outputs = [self._output(atom) for atom in program.outputs]
@@ -110,8 +110,8 @@ class _Machine:
         rule = RULES.get(equation.primitive.name)
         if rule is None:
             return None
-        if arranges(equation) and equation.outs[0] in self.shown:
-            operands = [_laid_open(operands[0]), *operands[1:]]
+        if equation.outs[0] in self.opened:
+            operands = [_laid_open(operand) for operand in operands]
         made = rule(equation, operands)
         if made is None:
             return None
@@ -141,10 +141,21 @@ def _laid_open(operand: Operand) -> Operand:
     return Operand(value, operand.flags, operand.reason)
 
 
-def _shown(program: Program) -> set[int]:
-    """The variables that become an output by rearrangements and sums alone."""
-    found = {atom for atom in program.outputs if isinstance(atom, int)}
+class _Ends(NamedTuple):
+    """The variables that become an output by rearrangements and sums alone, and those of them to lay open on the way."""
+
+    shown: set[int]
+    opened: set[int]
+
+
+def _ends(program: Program) -> _Ends:
+    shown = {atom for atom in program.outputs if isinstance(atom, int)}
+    opened: set[int] = set()
+    needed: set[int] = set()
     for equation in reversed(program.equations):
-        if arranges(equation) and equation.outs[0] in found:
-            found.update(atom for atom in equation.ins[:1] if isinstance(atom, int))
-    return found
+        # A sum that is needed elsewhere is a value of its own, as a cotangent is that comes from two places.
+        sums = equation.primitive.name == "add_any"
+        opens = arranges(equation) and equation.outs[0] in shown and not (sums and equation.outs[0] in needed)
+        (shown if opens else needed).update(equation.variables)
+        opened.update(equation.outs if opens else ())
+    return _Ends(shown, opened)

@@ -39,6 +39,9 @@ class Source(NamedTuple):
         return id(self.value), self.steps
 
 
+Sources = tuple[Source, ...]
+
+
 class Part(NamedTuple):
     """One form of a leaf, for one row, without the leading axes.
 
@@ -46,18 +49,18 @@ class Part(NamedTuple):
         form: the form.
         flags: the flags of each of the form's arrays.
         place: its positions in a leaf that is used part by part; empty for a form of the whole leaf.
-        left: the value of the program that the left factors are, entry for entry, with nothing summed over; None if there is
-            no such value.
+        left: the values of the program that the left factors are, entry for entry, with nothing summed over; None if there are
+            no such values. There are several if a leaf is used several times.
         right: likewise for the right factors.
-        gradient: the value of the program that a formed gradient is a sum over; None if there is no such value.
+        gradient: the values of the program that a formed gradient is a sum over; None if there are no such values.
     """
 
     form: Form
     flags: tuple[int, ...]
     place: tuple[int, ...] = ()
-    left: Source | None = None
-    right: Source | None = None
-    gradient: Source | None = None
+    left: Sources | None = None
+    right: Sources | None = None
+    gradient: Sources | None = None
 
 
 class LeafParts(NamedTuple):
@@ -115,7 +118,7 @@ def _formed(term: Term, shape: tuple[int, ...]) -> Part:
     return Part(Formed(laid_out(term).reshape(shape)), (factor.flags,), gradient=source)
 
 
-def _source(factor: Factor, kept: Sequence[Axis]) -> Source | None:
+def _source(factor: Factor, kept: Sequence[Axis]) -> Sources | None:
     """The source of a factor of which these axes are kept; None unless each of them goes through the source value in steps."""
     value, steps = factor.source
     wanted = [axis for axis in kept if axis.size > 1]
@@ -127,7 +130,7 @@ def _source(factor: Factor, kept: Sequence[Axis]) -> Source | None:
         if joined and joined[-1][1] == length * stride:
             length *= joined.pop()[0]
         joined.append((length, stride))
-    return Source(value, tuple(joined))
+    return (Source(value, tuple(joined)),)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,9 +176,9 @@ class _Pair:
         """The right factors, ``[groups, T, outputs]``."""
         return _arranged(self.right, self.groups, self.shared, self.outputs)
 
-    def source(self, factor: Factor, kept: Sequence[Axis]) -> Source | None:
+    def source(self, factor: Factor, kept: Sequence[Axis]) -> Sources | None:
         """The source of one factor, if the factor has all the shared axes of the product and no other axis to sum over."""
-        own = {axis for axis in factor.axes if axis.size > 1}
+        kept, own = (*self.groups, *kept), {axis for axis in factor.axes if axis.size > 1}
         return _source(factor, kept) if own == {axis for axis in (*kept, *self.shared) if axis.size > 1} else None
 
 
@@ -237,7 +240,7 @@ def _outer(pair: _Pair, left: Array, right: Array, place: tuple[int, ...] = ()) 
     layout = pair.layout
     column = _is_vector(layout)
     if layout.inputs > 1 < layout.outputs or (column and left.shape[-2] == 1):
-        sources = (pair.source(pair.left, pair.inputs), pair.source(pair.right, pair.outputs))
+        sources = () if place else (pair.source(pair.left, pair.inputs), pair.source(pair.right, pair.outputs))
         return Part(Product(left, right, layout), pair.flags, place, *sources)
     formed = matmul(left.swapaxes(-1, -2), right)
     flags = pair.left.flags | pair.right.flags
@@ -326,13 +329,17 @@ def _together(a: Part, b: Part) -> Part | None:
         # Both are products of a vector and a number, which add up to one vector.
         whole = jnp.add(*(x.left.swapaxes(-1, -2) * x.right for x in (one, two)))
         return _column(whole, one.layout, a.flags[0] | a.flags[1] | b.flags[0] | b.flags[1], (*a.place, *b.place))
+    if isinstance(one, Formed) and isinstance(two, Formed) and a.flags[0] | b.flags[0] in (a.flags[0], b.flags[0]):
+        return Part(Formed(one.value + two.value), (a.flags[0] | b.flags[0],), gradient=_both(a.gradient, b.gradient))
     if a.flags != b.flags:
         return None
-    if isinstance(one, Formed) and isinstance(two, Formed):
-        return Part(Formed(one.value + two.value), a.flags)
     if not (isinstance(one, Product) and isinstance(two, Product)) or one.layout != two.layout:
         return None
     apart = a.place and b.place and not set(a.place) & set(b.place) and one.right.shape == two.right.shape
     join = jnp.add if apart else lambda x, y: jnp.concatenate([x, y], axis=1)
     form = Product(join(one.left, two.left), join(one.right, two.right), one.layout)
-    return Part(form, a.flags, (*a.place, *b.place))
+    return Part(form, a.flags, (*a.place, *b.place), _both(a.left, b.left), _both(a.right, b.right))
+
+
+def _both(one: Sources | None, two: Sources | None) -> Sources | None:
+    return None if one is None or two is None else (*one, *two)

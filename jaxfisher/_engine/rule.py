@@ -52,6 +52,17 @@ class Operand:
         """The value if it is not formed, else None."""
         return self.value if isinstance(self.value, Unformed) else None
 
+    @property
+    def one_factor(self) -> Term | None:
+        """The value as a term of one factor, over what it rearranges if that is known; None for products and sums."""
+        found = (self.arranged,) if self.arranged is not None else self.terms()
+        return found[0] if len(found) == 1 and len(found[0].factors) == 1 and found[0].factors[0].plain is not None else None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the value is an ordinary array, or terms that hold no fewer numbers than it has."""
+        return not any(term.is_smaller for term in self.terms()) and bool(self.terms())
+
     def array(self) -> Array:
         """The value, formed."""
         array: Array = self.value.formed() if isinstance(self.value, Unformed) else as_array(self.value)
@@ -101,8 +112,8 @@ class Rule:
         holds: whether the rule covers an equation (its dtypes, ranks, axes), beyond what `holds_everywhere` asks of all rules.
         builds: whether the primitive may build a value out of less than half as many numbers, so that forming the value costs
             memory.
-        arranges: whether the primitive, unless it repeats them, only rearranges or adds up the entries of one operand. At the
-            end of a program such a rule takes ordinary arrays too, so that the gradient of a bias is recognised as the
+        arranges: whether the primitive, unless it repeats them, only rearranges or adds up the entries of its operands. At
+            the end of a program such a rule takes ordinary arrays too, so that the gradient of a bias is recognised as the
             cotangent of its layer.
     """
 

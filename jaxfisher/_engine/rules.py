@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxfisher._engine.axes import Axis, Origin, dim
+from jaxfisher._engine.axes import Axis, Origin, cut, dim
 from jaxfisher._engine.program import Equation
 from jaxfisher._engine.rule import EXAMPLE, Operand, Rule, Terms, all_operands, each, every, nothing, one_result
 from jaxfisher._engine.terms import (
@@ -51,7 +51,7 @@ def _cast(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | 
 
 
 def arranges(equation: Equation) -> bool:
-    """Whether the equation only rearranges, casts or adds up the entries of one operand, and repeats none."""
+    """Whether the equation only rearranges, casts or adds up the entries of its operands, and repeats none."""
     rule = RULES.get(equation.primitive.name)
     return rule is not None and rule.arranges and math.prod(equation.shape) <= math.prod(equation.shapes[0])
 
@@ -59,19 +59,13 @@ def arranges(equation: Equation) -> bool:
 def rearranged(equation: Equation, operand: Operand) -> Term | None:
     """The result as a term of one factor, if the equation only rearranges the entries of its operand, or casts real numbers."""
     real = all(jnp.issubdtype(dtype, jnp.floating) for dtype in (*equation.dtypes, *equation.result_dtypes))
-    if not arranges(equation) or not real or equation.primitive.name == "reduce_sum":
+    if not arranges(equation) or not real or equation.primitive.name in ("reduce_sum", "add_any"):
         return None
-    term = _one_factor(operand)
+    term = operand.one_factor
     if term is None:
         return None
     made = RULES[equation.primitive.name](equation, [Operand(Unformed((term,), operand.array), operand.flags)])
     return None if made is None else made[0][0]
-
-
-def _one_factor(operand: Operand) -> Term | None:
-    """An operand as a term of one factor, over the value that it is a rearrangement of if there is one; None for products."""
-    found = (operand.arranged,) if operand.arranged is not None else operand.terms()
-    return found[0] if len(found) == 1 and len(found[0].factors) == 1 and found[0].factors[0].plain is not None else None
 
 
 def _before_casts(equation: Equation, operands: Sequence[Operand]) -> list[Array]:
@@ -108,10 +102,11 @@ def _real_parts(found: Terms) -> Sequence[Terms] | None:
 
 def _add(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
     values = [operand.unformed for operand in operands]
-    if not any(value is not None and (value.is_product or not value.terms) for value in values):
-        return None
-    if any(operand.unformed is None and operand.flags for operand in operands):
+    product = any(value is not None and value.is_product for value in values)
+    if any(operand.flags and (product or operand.unformed is None) and operand.is_whole for operand in operands):
         return None  # the program has a gradient of this size anyway
+    if None in values and not product and all(value is None or value.terms for value in values):
+        return None
     return ((*operands[0].terms(), *operands[1].terms()),)
 
 
@@ -189,7 +184,7 @@ def _dot(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | N
 
 def _origin(operand: Operand, array: Array, names: Sequence[Axis]) -> Origin | None:
     """The value of the program whose entries an array holds rearranged; None if there is no such value."""
-    term = _one_factor(operand)
+    term = operand.one_factor
     if term is None:
         return None
     value, steps = term.factors[0].source
@@ -234,10 +229,13 @@ def _convolution(equation: Equation, operands: Sequence[Operand]) -> Sequence[Te
     rows, outputs = Axis(image.shape[0] // row_groups), tuple(Axis(size) for size in out[2:])
     wide = Axis(filters.shape[0] // groups)
     cotangent = filters.reshape(groups, wide.size, position.size)
-    channels = [wide if i == numbers.rhs_spec[0] else Axis(size) for i, size in enumerate(right.shape)]
+    names = [Axis(size) for size in right.shape]
+    origin, channels = _origin(operands[1], cotangent, names), names[numbers.rhs_spec[0]]
+    if origin is not None and (halves := cut(origin.steps[channels], groups)) is not None:
+        origin = origin._replace(steps=dict(zip((group, wide), halves, strict=True)))
     factors = (
         Factor(windows, (group, position, rows, *outputs), operands[0].flags),
-        Factor(cotangent, (group, wide, position), operands[1].flags, origin=_origin(operands[1], cotangent, channels)),
+        Factor(cotangent, (group, wide, position), operands[1].flags, origin=origin),
     )
     dims = [dim(rows), dim(group, wide), *map(dim, outputs)]
     order = np.argsort(numbers.out_spec)
@@ -420,7 +418,7 @@ RULES: dict[str, Rule] = {
         Rule("scatter-add", _scatter_add, holds=_adds_whole_table_rows, builds=True),
         Rule("dynamic_update_slice", _update_slice, holds=_updates_one_row, builds=True),
         Rule("broadcast_in_dim", _broadcast, arranges=True),
-        Rule("add_any", _add, takes=all_operands, holds=_same_shapes),
+        Rule("add_any", _add, takes=all_operands, holds=_same_shapes, arranges=True),
         Rule("mul", _multiply, takes=all_operands, builds=True),
         Rule("div", _divide, takes=all_operands),
         Rule("neg", each(lambda term, _: scale(term, -1))),

@@ -221,13 +221,15 @@ class Kronecker(Layer):
         if keep[self.weight]:
             return dataclasses.replace(self, input_side=Bordered(self.input_side.core), weight=0, spec=spec)
         assert self.input_side.corner is not None, "without the weight there is a bias"
-        return Dense(self.input_side.corner[0] * self.outputs[0], spec)
+        return dataclasses.replace(
+            self, input_side=Bordered(self.input_side.corner), layout=self._bias_layout, weight=0, spec=spec
+        )
 
     def turned_to(self, layout: Layout) -> Kronecker | None:
         """The same block in another layout, perhaps with inputs and outputs exchanged; None if that is not possible."""
         if layout == self.layout:
             return self
-        if self.has_bias or self.layout.groups != 1 or self.layout.turned() != layout:
+        if self.has_bias or self.layout.turned() != layout:
             return None
         return dataclasses.replace(self, input_side=Bordered(self.outputs), outputs=self.input_side.core, layout=layout)
 
@@ -365,8 +367,9 @@ class EigenKronecker(Layer, Spectral):
         if keep[self.weight]:
             # Without the bias the inputs have different eigenvectors for each output, so make the matrix.
             return Dense(small_matrix(self, "the weight's part"), self.spec).restrict(keep, treedef)
-        values = matmul(jnp.square(self.inputs[0, -1]), self.values[0])
-        return Dense(matmul(self.outputs[0] * values[None, :], self.outputs[0].T), spec)
+        values = matmul(jnp.square(self.inputs[:, -1:]), self.values)
+        alone = Rows(jnp.ones_like(values[:, :, :1]))
+        return EigenKronecker(alone, self.outputs, values, self._bias_layout, 0, True, spec)
 
     def rescaled(self, factors: Sequence[Scalar]) -> EigenKronecker:
         if self.has_bias:

@@ -25,13 +25,13 @@ class Layer(Form):
         """Whether the layer has a bias, as the weight of a last input that is always one."""
         return len(self.spec.shapes) > 1
 
-    def _rows(self, v: Any) -> tuple[Float[Array, "groups inputs outputs"], Float[Array, "1 1 outputs"] | None]:
+    def _rows(self, v: Any) -> tuple[Float[Array, "groups inputs outputs"], Float[Array, "groups 1 outputs"] | None]:
         """The weight's rows of a vector's matrix, and the bias's."""
         leaves = jax.tree.leaves(v)
-        last = leaves[1 - self.weight].reshape(1, 1, -1) if self.has_bias else None
+        last = leaves[1 - self.weight].reshape(self.layout.groups, 1, -1) if self.has_bias else None
         return self.layout.matrix(leaves[self.weight]), last
 
-    def _from_rows(self, rows: Float[Array, "groups inputs outputs"], last: Float[Array, "1 1 outputs"] | None) -> Any:
+    def _from_rows(self, rows: Float[Array, "groups inputs outputs"], last: Float[Array, "groups 1 outputs"] | None) -> Any:
         leaves = [self.layout.leaf(rows)]
         if last is not None:
             leaves.insert(1 - self.weight, last.reshape(self.spec.shapes[1 - self.weight]))
@@ -43,6 +43,12 @@ class Layer(Form):
 
     def _leaves(self, matrix: Float[Array, "groups inputs outputs"]) -> Any:
         return self._from_rows(matrix[:, : self.layout.inputs], matrix[:, -1:] if self.has_bias else None)
+
+    @property
+    def _bias_layout(self) -> Layout:
+        """The bias alone as the weight of one input."""
+        sizes = self.layout.groups, self.layout.outputs
+        return Layout(self.spec.shapes[1 - self.weight], sizes, (0, 1), sizes[0], 1, sizes[1])
 
     def _side(self, inputs: Float[Array, "groups inputs inputs"]) -> Bordered:
         """A matrix over the inputs in its stored form, with the row and column of a bias separate."""

@@ -68,7 +68,7 @@ class Basis:
         if self.weight is not None:
             parts.append(self.layout.matrix(leaves[self.weight]))
         if self.bias is not None:
-            parts.append(leaves[self.bias].reshape(1, 1, -1))
+            parts.append(leaves[self.bias].reshape(self.layout.groups, 1, -1))
         return matmul(matmul(self.by_all.swapaxes(1, 2), jnp.concatenate(parts, 1)), self.outputs)
 
     def of_diagonal(self, entries: Any) -> Float[Array, "groups inputs outputs"]:
@@ -87,9 +87,9 @@ def squares_along(
     bias = None if basis.bias is None else leaves[basis.bias]
     if basis.weight is None:
         assert bias is not None, "a layer's part is its weight, its bias or both"
-        along = matmul(bias.gradient().reshape(*w.shape, -1), basis.outputs[0])
-        squares = jnp.einsum("nr,nro->o", w, jnp.square(along), precision=HIGHEST)
-        return jnp.square(basis.by_bias).swapaxes(1, 2) * squares[None, None, :]
+        along = times(_by_group(bias.gradient(), basis), basis.outputs)
+        squares = jnp.einsum("nr,nrbto->bto", w, jnp.square(along), precision=HIGHEST)
+        return jnp.square(basis.by_bias).swapaxes(1, 2) * squares
     weight = leaves[basis.weight]
     # If the bias is joined to this weight and the layouts agree, the bias's input of one is appended to the left factors.
     joined = bias is not None and bias.layer == basis.weight and has_moments(weight) and weight.layout == basis.layout
@@ -123,5 +123,9 @@ def _turned(form: Form, basis: Basis, inputs: Float[Array, "groups rows inputs"]
 
 
 def _turned_bias(gradients: Float[Array, "n rows *shape"], basis: Basis) -> Product:
-    right = gradients.reshape(*gradients.shape[:2], 1, 1, -1)
-    return Product(basis.by_bias[None, None], times(right, basis.outputs), basis.turned_layout)
+    right = times(_by_group(gradients, basis), basis.outputs)
+    return Product(basis.by_bias[None, None], right, basis.turned_layout)
+
+
+def _by_group(gradients: Float[Array, "n rows *shape"], basis: Basis) -> Float[Array, "n rows groups 1 outputs"]:
+    return gradients.reshape(*gradients.shape[:2], basis.layout.groups, 1, -1)

@@ -40,9 +40,12 @@ class Layout:
         return fine.reshape(*lead, *self.shape)
 
     def turned(self) -> Layout:
-        """The layout with inputs and outputs swapped; there must be one group."""
-        split = next(k for k in range(len(self.order) + 1) if math.prod(self.axes[i] for i in self.order[:k]) == self.inputs)
-        return Layout(self.shape, self.axes, (*self.order[split:], *self.order[:split]), 1, self.outputs, self.inputs)
+        """The layout with inputs and outputs swapped."""
+        sizes = [math.prod(self.axes[i] for i in self.order[:k]) for k in range(len(self.order) + 1)]
+        first = sizes.index(self.groups)
+        split = sizes.index(self.groups * self.inputs, first)
+        order = (*self.order[:first], *self.order[split:], *self.order[first:split])
+        return Layout(self.shape, self.axes, order, self.groups, self.outputs, self.inputs)
 
 
 def plain_layout(shape: tuple[int, ...]) -> Layout:

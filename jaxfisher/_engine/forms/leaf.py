@@ -64,7 +64,8 @@ class Leaf:
             if bias is None:
                 parts = [form.mv(v, seal) for form in leaf.made]
             else:
-                parts = [form.mv(v, seal, bias.reshape(1, 1, 1, 1, -1)) for form in leaf.made if isinstance(form, Product)]
+                last = bias.reshape(1, 1, self.layout.groups, 1, -1)
+                parts = [form.mv(v, seal, last) for form in leaf.made if isinstance(form, Product)]
             return jnp.broadcast_to(total(parts), (leaf.examples, leaf.rows))
 
         return self.in_pieces(product, map_batches)
@@ -124,7 +125,7 @@ class Leaf:
 
         Otherwise a program would hold one array twice, in two shapes, and copy it on its way into a loop.
         """
-        (form,) = weight.forms
+        form = weight.forms[0]
         if weight.positions > 1 or not isinstance(form, Product):
             return self
         return dataclasses.replace(self, forms=(Formed(form.right.reshape(*form.right.shape[:2], *self.shape)),))

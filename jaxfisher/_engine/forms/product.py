@@ -37,7 +37,7 @@ class Product(InPositions):
         return self
 
     def mv(
-        self, v: Float[Array, "*shape"], seal: Seal, bias: Float[Array, "1 1 1 1 outputs"] | None = None
+        self, v: Float[Array, "*shape"], seal: Seal, bias: Float[Array, "1 1 groups 1 outputs"] | None = None
     ) -> Float[Array, "n rows"]:
         """``sum_t left_t^T V right_t`` for every row; with a vector for the layer's ``bias``, plus ``sum_t bias . right_t``."""
         matrix, left, right = self.layout.matrix(v), self.left, self.right
