@@ -398,6 +398,14 @@ def negative_binomial_sums(p, q):
     return divergence, r * r * (information - m / (r * (r + m)))
 
 
+def test_a_negative_binomial_has_no_information_on_a_dispersion_that_counts_as_zero():
+    """For small ``alpha`` the information on its logarithm is ``(alpha m)^2 / 2``. Below exp(-80) the density is constant."""
+    for log_alpha, expected in ((-79.5, 4.5 * np.exp(-159.0)), (-81.0, 0.0), (-1e30, 0.0)):
+        p = NegativeBinomial(np.log(3.0), np.float64(log_alpha))
+        _, fisher = wide_kl_and_fisher(p, p)
+        np.testing.assert_allclose(np.diag(fisher), [3.0, expected], rtol=1e-12)
+
+
 @pytest.mark.parametrize(("p", "q"), NEGATIVE_BINOMIAL)
 def test_negative_binomial(p, q):
     p, q = np.log(p), np.log(q)

@@ -503,6 +503,19 @@ def test_a_covariance_is_an_operator():
     np.testing.assert_allclose(jf.covariance(found.fisher, n).as_matrix() * 100 / N, jf.covariance(found.fisher), rtol=1e-12)
 
 
+def test_a_dispersion_of_zero_is_no_maximum_and_is_named():
+    """Counts that scatter less than Poisson's: the likelihood rises until the dispersion is zero, and leaves a Poisson fit."""
+    y = np.random.default_rng(0).binomial(10, 0.3, 50)
+    assert np.var(y) < np.mean(y)
+    model = lambda p: jf.NegativeBinomial(p["level"], p["dispersion"])  # noqa: E731
+    found = compiled(lambda y: jf.fit(model)({"level": 0.0, "dispersion": 0.0}, y))(y)
+    assert not bool(found.converged) and bool(found.separated["dispersion"]) and not bool(found.separated["level"])
+    errors = jf.standard_errors(found.fisher)
+    np.testing.assert_allclose(found.params["level"], np.log(np.mean(y)), rtol=1e-8)
+    np.testing.assert_allclose(errors["level"], np.sum(y) ** -0.5, rtol=1e-8)
+    assert np.isinf(errors["dispersion"])
+
+
 def test_what_separates_a_complex_parameter_is_said_in_its_structure():
     """Of two complex weights only the second has a part that separates the classes."""
 

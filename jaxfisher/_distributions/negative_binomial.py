@@ -129,7 +129,8 @@ class NegativeBinomial(Distribution):
         log_mean, log_alpha, u_mean, u_alpha = aligned(self.log_mean, self.log_dispersion, u.log_mean, u.log_dispersion)
         alpha, _ = _dispersion(log_alpha)
         of_mean = jnp.exp(0.5 * (log_mean - jnp.log1p(alpha * jnp.exp(log_mean)))) * u_mean
-        of_alpha = _dispersion_information_root(log_mean, log_alpha) * u_alpha
+        # Below exp(-80) the density does not depend on the dispersion, so it has no information on it.
+        of_alpha = _dispersion_information_root(log_mean, log_alpha) * jnp.where(log_alpha < -80, 0, u_alpha)
         return self._make(of_mean.astype(self.log_mean.dtype), of_alpha.astype(self.log_mean.dtype))
 
 
