@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -204,75 +204,6 @@ def eigenvalues(matrix: Float[Array, "m m"]) -> Float[Array, " m"]:
     largest = jnp.max(jnp.abs(values), initial=0.0)
     values = resolved(values, largest, largest, values.size)
     return jnp.where(values < 0, without_noise(values), values)
-
-
-def spectral_mv(matrix: Float[Array, "m m"], v: Float[Array, " m"], power: Scalar, damping: Scalar) -> Float[Array, " m"]:
-    """``(matrix + damping I)^power v``; at zero damping only along directions in which the matrix is not zero."""
-    return function_mv(_damped_power, mirrored(matrix), v, power, damping)
-
-
-class SpectralFunction(Protocol):
-    """``f(values, power, damping)`` of the eigenvalues, and the matrix of its difference quotients.
-
-    The quotient of two values is ``(f_i - f_j) / (values_i - values_j)``, and the derivative of f if they are equal.
-    """
-
-    def __call__(
-        self, values: Float[Array, " m"], power: Scalar, damping: Scalar
-    ) -> tuple[Float[Array, " m"], Float[Array, "m m"]]: ...
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def function_mv(
-    function: SpectralFunction, matrix: Float[Array, "m m"], v: Float[Array, " m"], power: Scalar, damping: Scalar
-) -> Float[Array, " m"]:
-    """``f(matrix) v`` for a symmetric matrix. Derivatives are right at equal eigenvalues, where those of `eigh` are not.
-
-    Reference: Higham, Functions of Matrices (2008), theorem 3.11, after Daleckii and Krein.
-    """
-    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
-    return matmul(vectors, function(values, power, damping)[0] * matmul(vectors.T, v))
-
-
-@function_mv.defjvp
-def _function_mv_jvp(
-    function: SpectralFunction, primals: tuple[Array, Array, Array, Array], tangents: tuple[Array, Array, Array, Array]
-) -> tuple[Array, Array]:
-    (matrix, v, power, damping), (by_matrix, by_v, *by_numbers) = primals, tangents
-    values, vectors = eigenpairs(matrix)
-    weights, change = jax.jvp(lambda *numbers: function(values, *numbers)[0], (power, damping), tuple(by_numbers))
-    quotients = function(values, power, damping)[1]
-    along = matmul(vectors.T, v)
-    turned = matmul(quotients * matmul(vectors.T, matmul(by_matrix, vectors)), along)
-    tangent = weights * matmul(vectors.T, by_v) + change * along + turned
-    return matmul(vectors, weights * along), matmul(vectors, tangent)
-
-
-def _damped_power(values: Float[Array, " m"], power: Scalar, damping: Scalar) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
-    """See `SpectralFunction`: the power of a damped eigenvalue, zero for those that are left out."""
-    values, kept, _ = kept_of(values, damping)
-    # Any damping keeps every direction: an eigenvalue of zero becomes the damping, however small that is.
-    kept = kept | (damping > 0)
-    shifted = jnp.where(kept, values + damping, 1)
-    powers = jnp.where(kept, shifted**power, 0)
-    return powers, power_quotients(values, jnp.where(kept, shifted, 0), powers, power)
-
-
-def power_quotients(
-    values: Float[Array, " m"], shifted: Float[Array, " m"], powers: Float[Array, " m"], power: Scalar
-) -> Float[Array, "m m"]:
-    """The difference quotients of ``powers = shifted^power`` by the values, which are the shifted ones less a damping."""
-    gaps = values[:, None] - values[None, :]
-    first = jnp.abs(shifted)[:, None] >= jnp.abs(shifted)[None, :]
-    # Relative to the larger of the two. If it is small, the difference of the powers would cancel.
-    known = jnp.where(shifted == 0, 1, shifted)
-    ratio = jnp.where(first, -gaps / known[:, None], gaps / known[None, :])
-    near = (shifted[:, None] * jnp.sign(shifted)[None, :] > 0) & (ratio > -0.5)
-    slope = known ** (power - 1)
-    safe = jnp.where(near & (ratio != 0), ratio, -0.25)
-    growth = jnp.where(ratio == 0, power, jnp.expm1(power * jnp.log1p(safe)) / safe)
-    apart = (powers[:, None] - powers[None, :]) / jnp.where(gaps == 0, 1, gaps)
-    return jnp.where(near, jnp.where(first, slope[:, None], slope[None, :]) * growth, jnp.where(gaps == 0, 0, apart))
 
 
 def to_unit(*sizes: Scalar) -> Scalar:

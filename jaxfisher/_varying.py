@@ -15,7 +15,6 @@ import jax
 from jaxtyping import Array, Bool
 
 T = TypeVar("T")
-Map = Callable[[Array], Array]
 
 
 def varying_axes(tree: Any) -> frozenset[str]:
@@ -66,12 +65,12 @@ def while_loop(going: Callable[[T], Bool[Array, ""]], step: Callable[[T], T], st
     return jax.lax.while_loop(going, lambda state: vary(step(state), axes), vary(start, axes))
 
 
-def varying_through(product: Map, b: Array) -> Array:
+def varying_through(product: Callable[[T], T], b: T) -> T:
     """The same vector, also varying over the axes over which its product varies."""
     return varying_like(b, jax.eval_shape(product, b)) if _inside_shard_map() else b
 
 
-def linear_solve(product: Map, b: Array, iterate: Callable[[Map, Array], tuple[Array, Any]]) -> tuple[Array, Any]:
+def linear_solve(product: Callable[[T], T], b: T, iterate: Callable[[Callable[[T], T], T], tuple[T, Any]]) -> tuple[T, Any]:
     """`jax.lax.custom_linear_solve` of a symmetric product that may vary where the vector does not.
 
     The arrays that the product and the iteration close over must be `alike`: JAX 0.10 to 0.12 cannot compile a solve otherwise.
@@ -79,7 +78,7 @@ def linear_solve(product: Map, b: Array, iterate: Callable[[Map, Array], tuple[A
     b = varying_through(product, b)
     # JAX traces the solve twice, once for the transpose. Jitted, it is found in the cache the second time.
     found = jax.jit(functools.partial(iterate, product), inline=True)
-    solved: tuple[Array, Any] = jax.lax.custom_linear_solve(product, b, lambda _, b: found(b), symmetric=True, has_aux=True)
+    solved: tuple[T, Any] = jax.lax.custom_linear_solve(product, b, lambda _, b: found(b), symmetric=True, has_aux=True)
     return solved
 
 

@@ -222,6 +222,34 @@ def test_derivatives_of_powers_against_a_dense_matrix(form, rows):
             np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-8 * np.max(np.abs(other)), err_msg=name)
 
 
+@functools.cache
+def second_order(function, make):
+    """The derivative, in one direction, of the gradient of one combination of the numbers."""
+
+    def run(params, x, damping):
+        along = (DIRECTION, jnp.cos(jnp.arange(x.size, dtype=float)).reshape(x.shape), jnp.ones(()))
+        gradient = jax.grad(lambda *args: jnp.dot(COTANGENT[:4], function(make, *args)), (0, 1, 2))
+        return ravel_pytree(jax.jvp(gradient, (params, x, damping), along)[1])[0]
+
+    return traced(run)
+
+
+@pytest.mark.parametrize(("form", "rows"), [("scores", 3), ("dense", 7), ("a prior", 3)])
+def test_second_derivatives_of_powers_against_a_dense_matrix(form, rows):
+    """Where eigenvalues are equal, nearly equal, or zero because there are fewer rows than parameters."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(7, 3)))[:rows]
+    still = jax.tree.map(jnp.zeros_like, PARAMS)
+    cases = {
+        "apart": (PARAMS, x, 0.3),
+        "equal": (still, jnp.asarray(ORTHONORMAL[:rows]), 0.3),
+        "nearly equal": (still, jnp.asarray(ORTHONORMAL[:rows] * (1 + 1e-5 * np.arange(3.0))), 0.3),
+        "twice": (PARAMS, jnp.tile(x[:1], (rows, 1)), 0.3),
+    }
+    for name, case in cases.items():
+        found, true = (second_order(f, make)(*case) for f, make in zip((powers, expected_powers), FORMS[form], strict=True))
+        np.testing.assert_allclose(found, true, rtol=1e-7, atol=1e-8 * np.max(np.abs(true)), err_msg=name)
+
+
 def counts(make, params, x, damping):
     """A sum of the trace of the inverse, which is the derivative of the log-determinant, and the effective dimension."""
     F = make(params, x)

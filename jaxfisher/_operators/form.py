@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int, Scalar
 
 from jaxfisher._engine import Basis
 from jaxfisher._inverse import log_determinant
-from jaxfisher._linalg import eigenvalues, norm, spectral_mv, unit_rank
+from jaxfisher._linalg import eigenvalues, norm, unit_rank
+from jaxfisher._matrix_power import power_mv
 from jaxfisher._once import once
 from jaxfisher._operators.inverted import Inverted, flat_inverse, solve_matrix
 from jaxfisher._scores import Scores
@@ -130,7 +131,7 @@ class Form(abc.ABC):
     def power_mv(self, v: Any, power: Scalar, damping: Scalar) -> Any:
         """``(F + damping I)^power v``."""
         flat = self.spec.ravel(v, "v")
-        return self.spec.unravel(spectral_mv(small_matrix(self, "power_mv"), flat, power, damping))
+        return self.spec.unravel(power_mv(small_matrix(self, "power_mv"), flat, power, damping))
 
     def trace(self) -> Scalar:
         """The trace of ``F``."""

@@ -24,13 +24,10 @@ from jaxfisher._engine import Basis, unsealed
 from jaxfisher._inverse import Factored, Map, log_determinant, multiplied
 from jaxfisher._linalg import (
     eigenvalues,
-    function_mv,
     inverse_power,
     mirrored,
     norm,
     power_or_one,
-    power_quotients,
-    spectral_mv,
     square_root,
     to_unit,
     twice,
@@ -38,6 +35,7 @@ from jaxfisher._linalg import (
     unit_rank,
     without_noise,
 )
+from jaxfisher._matrix_power import power_mv, power_of_rows_mv
 from jaxfisher._once import Static, once
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.inverted import Inverted, flat_inverse
@@ -162,11 +160,11 @@ class FromScores(Form):
         scaled, damping = Scaled(self.scores, factor), twice(damping, factor)
         flat = self.spec.ravel(v, "v")
         if not scaled.short:
-            x = self.spec.unravel(spectral_mv(scaled.moment(), flat, power, damping))
+            x = self.spec.unravel(power_mv(scaled.moment(), flat, power, damping))
             return jax.tree.map(lambda leaf: leaf * (factor**-power) * factor**-power, x)
         damped = ~(damping <= 0)  # a NaN is no zero
         outside = jnp.where(damped, jnp.where(damped, damping, 1) ** power, 0)
-        c = function_mv(_power_in_rows, mirrored(scaled.gram()), scaled.into_rows(flat), power, damping)
+        c = power_of_rows_mv(scaled.gram(), scaled.into_rows(flat), power, damping)
         result = outside * flat + scaled.out_of_rows(c)
         return self.spec.unravel(result * (factor**-power) * factor**-power)
 
@@ -191,27 +189,6 @@ class FromScores(Form):
         identity = jax.tree_util.Partial(lambda x: x)
         system = Damped(scaled.moment(), damping, identity, product, size, of_root=False)
         return self.spec.unravel(solution(system, v * inverse_power(size), rtol.value) * factor)
-
-
-def _power_in_rows(
-    values: Float[Array, " rows"], power: Scalar, damping: Scalar
-) -> tuple[Float[Array, " rows"], Float[Array, "rows rows"]]:
-    """``h(s) = ((s + damping)^power - damping^power) / s`` and its difference quotients, see `function_mv`."""
-    held = values > values.shape[0] * jnp.finfo(values.dtype).eps * jnp.max(values)
-    values = jnp.where(held, values, 1)
-    damped = ~(damping <= 0)
-    safe = jnp.where(damped, damping, 1)
-    inside = jnp.where(damped, safe**power * jnp.expm1(power * jnp.log1p(values / safe)), values**power) / values
-    # Since s h(s) + damping^power is the power, (s - t) q = h(s) - h(t) with s q = (the power's quotient) - h(t).
-    first = values[:, None] >= values[None, :]
-    largest = jnp.where(first, values[:, None], values[None, :])
-    of_smaller = jnp.where(first, inside[None, :], inside[:, None])
-    both = (power_quotients(values, values + damping, (values + damping) ** power, power) - of_smaller) / largest
-    weights = jnp.where(held, inside, 0)
-    # The rows' coordinates along the others are zero, whatever h is there.
-    alone = weights / values
-    one = jnp.where(held[:, None], alone[:, None], jnp.where(held[None, :], alone[None, :], 0))
-    return weights, jnp.where(held[:, None] & held[None, :], both, one)
 
 
 @array_fields("scores", "factor")
