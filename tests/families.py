@@ -180,7 +180,7 @@ CASES = [
         (1.1,),
         lambda: oracle.outcomes(2),
         lambda z: scipy.stats.bernoulli(1 / (1 + np.exp(-z))),
-        outside=(-1, 2, 0.5),
+        outside=(-1, 2, 0.5, math.inf, -math.inf),
         extremes=(
             ((1e4,), (1e4,), 1),
             ((1e4,), (-1e4,), 0),
@@ -205,7 +205,7 @@ CASES = [
         (math.log(4.0),),
         lambda: oracle.outcomes(80),
         lambda log_rate: scipy.stats.poisson(np.exp(log_rate)),
-        outside=(-1, 2.5),
+        outside=(-1, 2.5, math.inf),
         extremes=(
             ((46.0,), (46.5,), 0),
             ((-46.0,), (-45.0,), 0),
@@ -360,7 +360,7 @@ CASES = [
         (math.log(4.0), math.log(0.7)),
         lambda: oracle.outcomes(400),
         lambda m, d: scipy.stats.nbinom(np.exp(-d), 1 / (1 + np.exp(m + d))),
-        outside=(-1, 2.5),
+        outside=(-1, 2.5, math.inf),
         extremes=(
             ((1.0, -46.0), (1.5, -45.0), 3),
             ((46.0, -46.0), (46.5, -45.0), 0),

@@ -69,11 +69,12 @@ class Bernoulli(Distribution):
         return total
 
     def log_prob(self, x: Shaped[Array, "*batch"]) -> Float[Array, "*batch"]:
-        outcome = jnp.asarray(x).astype(self.logits.dtype)
+        given = jnp.asarray(x)
+        # NaN is not outside: it must come out as NaN, not as -inf with a zero gradient. A narrower dtype might round to one.
+        outside = (given != 0) & (given != 1) & ~jnp.isnan(given)
+        outcome = jnp.where(outside, 0, given).astype(self.logits.dtype)
         # Use one log-sigmoid of the signed logit: ``y z - softplus(z)`` would cancel for a likely outcome.
         log_prob = log_sigmoid((2 * outcome - 1) * self.logits)
-        # NaN is not outside: it must come out as NaN, not as -inf with a zero gradient.
-        outside = (outcome != 0) & (outcome != 1) & ~jnp.isnan(outcome)
         return jnp.where(outside, -jnp.inf, log_prob)
 
     @of_plain_bits

@@ -93,7 +93,7 @@ class NegativeBinomial(Distribution):
         log_mean, log_alpha, count = aligned(self.log_mean, self.log_dispersion, jnp.asarray(x))
         alpha, r = _dispersion(log_alpha)
         # Comparisons with NaN are false, so a NaN is not outside, and comes out as NaN.
-        outside = (count < 0) | (count - jnp.floor(count) > 0)
+        outside = (count < 0) | (count - jnp.floor(count) > 0) | (count == jnp.inf)
         k = jnp.where(outside | (count == 0), 1, count)
         none = log_mean == -jnp.inf
         # The saddle-point form: the divergence from mean k to mean m, plus the remainder of Stirling's formula.

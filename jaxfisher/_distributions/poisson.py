@@ -70,7 +70,7 @@ class Poisson(Distribution):
         wide = working_dtype(self.log_rate.dtype)
         count = jnp.asarray(x).astype(wide)
         # Comparisons with NaN are false, so a NaN is not outside, and comes out as NaN, not as -inf with a zero gradient.
-        outside = (count < 0) | (count - jnp.floor(count) > 0)
+        outside = (count < 0) | (count - jnp.floor(count) > 0) | (count == jnp.inf)
         log_prob = _log_prob(self.log_rate.astype(wide), jnp.where(outside, 0, count))
         return jnp.where(outside, -jnp.inf, log_prob).astype(self.log_rate.dtype)
 
