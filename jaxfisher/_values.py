@@ -184,6 +184,23 @@ def is_known(value: Any) -> bool:
     return isinstance(value, (numbers.Real, np.ndarray, np.generic))
 
 
+def check_definite(name: str, covariance: Any) -> None:
+    """Raise `ValueError` for a covariance, or a stack of them, that is known and not symmetric and positive definite."""
+    if not is_known(covariance) or np.ndim(covariance) < 2 or np.any(np.isnan(covariance)):
+        return
+    matrix = np.asarray(covariance, jnp.result_type(float, covariance))
+    eps = float(np.finfo(matrix.dtype).eps)
+    if not np.allclose(matrix, np.swapaxes(matrix, -1, -2), rtol=eps**0.5, atol=eps**0.5 * np.max(np.abs(matrix), initial=0.0)):
+        raise ValueError(f"{name} is not symmetric; expected a covariance. For its lower Cholesky factor L give L @ L.T.")
+    try:
+        np.linalg.cholesky(matrix)
+    except np.linalg.LinAlgError as error:
+        raise ValueError(
+            f"{name} has the eigenvalue {np.min(np.linalg.eigvalsh(matrix)):.3g}; expected a positive definite matrix. Leave "
+            "out numbers that follow from the others, or add the variance of their noise to the diagonal."
+        ) from error
+
+
 def is_known_zero(value: chex.Numeric, dtype: Any) -> bool:
     """Whether an argument is known at trace time to be zero in this dtype, or below its normal numbers.
 

@@ -339,6 +339,12 @@ MISTAKES = [
     (lambda: jf.Poisson(), TypeError, "neither of `log_rate` and `rate`; give one"),
     (lambda: jf.MultivariateNormal(jnp.zeros(2)), TypeError, "neither of `scale_tril` and `covariance`; give one"),
     (lambda: jf.Poisson(0.0).entropy(), NotImplementedError, r"Poisson.entropy.*closed form.*p.sample"),
+    (
+        lambda: jf.MultivariateNormal(np.zeros(2), covariance=np.ones((2, 2))),
+        ValueError,
+        "`covariance` has the eigenvalue .*definite",
+    ),
+    (lambda: jf.MultivariateNormal(np.zeros(2), covariance=np.tri(2)), ValueError, "`covariance` is not symmetric.*L @ L.T"),
     (lambda: jf.MultivariateNormal(0.0, jnp.eye(2)), ValueError, r"`loc` has shape \(\).*at least 1 ax"),
     (lambda: jf.MultivariateNormal(jnp.zeros(2), jnp.ones(2)), ValueError, r"`scale_tril` has shape \(2,\).*at least 2 axes"),
     (lambda: jf.MultivariateNormal(jnp.zeros(2), jnp.ones((2, 3))), ValueError, r"\(2,\).*\(2, 3\).*\[\*batch, 2, 2\]"),

@@ -296,6 +296,11 @@ def test_designs_do_not_depend_on_the_unit_of_the_information(name, dtype):
             "int64; expected real .* floating, 2.0 for 2",
         ),
         (
+            lambda: forecasts.gaussian_fisher(lambda p: p, np.ones((2, 2)))(np.zeros(2)),
+            ValueError,
+            "gaussian_fisher: `covariance` has the eigenvalue .*positive definite.*the variance of their noise",
+        ),
+        (
             lambda: forecasts.gaussian_fisher(lambda p: jax.lax.complex(p, p), np.eye(2))(np.zeros(2)),
             TypeError,
             "`mean` gives numbers of dtype co",

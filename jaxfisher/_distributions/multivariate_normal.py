@@ -12,6 +12,7 @@ from jaxfisher._distributions.excess import excess_over_log
 from jaxfisher._distributions.stable import working_dtype
 from jaxfisher._linalg import matmul
 from jaxfisher._tree import HIGHEST
+from jaxfisher._values import check_definite
 
 _HALF_LOG_TWO_PI = 0.9189385332046727
 
@@ -34,14 +35,14 @@ class MultivariateNormal(Distribution):
             diagonal.
 
     ``MultivariateNormal(loc, covariance=C)`` takes the covariance itself instead, of the same shape, in the square of those
-    units; if it is not positive definite, ``scale_tril`` is NaN.
+    units; if it is known not to be positive definite, that is an error, and if unknown, ``scale_tril`` is NaN.
 
     The fields move in ``d + d (d + 1)/2`` directions, so an example has as many rows in the exact Fisher. For a vector of
     independent entries use a `jaxfisher.Normal` whose fields are vectors: an example then has ``2 d`` rows.
 
     Raises:
         ValueError: the batch shapes do not broadcast together; ``scale_tril`` is not square, or not of the size of ``loc``; its
-            diagonal is known not to be above zero (if unknown, it gives NaN).
+            diagonal is known not to be above zero (if unknown, it gives NaN); ``covariance`` is known not to be one.
         TypeError: a complex field; both of ``scale_tril`` and ``covariance``, or neither.
 
     Reference: Malago and Pistone, Information geometry of the Gaussian distribution in view of stochastic optimization
@@ -61,6 +62,7 @@ class MultivariateNormal(Distribution):
     positive = ("scale_tril",)
 
     def __init__(self, loc: ArrayLike, scale_tril: ArrayLike | None = None, *, covariance: ArrayLike | None = None) -> None:
+        check_definite("MultivariateNormal: `covariance`", covariance)
         given = {"scale_tril": scale_tril, "covariance": covariance}
         object.__setattr__(self, "loc", loc)
         object.__setattr__(self, "scale_tril", one_of("MultivariateNormal", given, _cholesky))

@@ -18,7 +18,7 @@ from jaxfisher._operators.observations import observations
 from jaxfisher._operators.operator import Operator
 from jaxfisher._provenance import Provenance
 from jaxfisher._tree import HIGHEST, ParamSpec, cast_like, check_function, joined, param_spec
-from jaxfisher._values import check_array, described, real_array
+from jaxfisher._values import check_array, check_definite, described, real_array
 from jaxfisher.statistics._covariance import as_information
 
 Simulator = Callable[[Any], Float[Array, " d"]]
@@ -59,6 +59,7 @@ def _whitened(caller: str, mean: Simulator, covariance: Spread, params: Any, spe
             "(d,), and its covariance, (d, d). Flatten the data; for independent data give a diagonal matrix."
         )
 
+    check_definite(f"{caller}: `covariance`", covariance)
     for name, shape in zip(("mean", "covariance"), shapes, strict=True):
         if jnp.issubdtype(shape.dtype, jnp.complexfloating):
             raise TypeError(
@@ -95,7 +96,8 @@ def gaussian_fisher(mean: Simulator, covariance: Spread) -> Callable[[chex.Array
         and of priors. `jaxfisher.standard_errors` gives the errors with all else fitted.
 
     Raises:
-        ValueError: (when called) shapes that are not those of a vector and its covariance.
+        ValueError: (when called) shapes that are not those of a vector and its covariance, a covariance that is known not to be
+            positive definite (if unknown, it gives NaN).
         TypeError: ``mean`` is not a function; (when called) a parameter that is not a real floating array, complex data.
 
     Reference: Tegmark, Taylor and Heavens, Karhunen-Loeve eigenvalue problems in cosmology (1997), equation 15.
