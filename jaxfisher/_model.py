@@ -160,6 +160,12 @@ def of_one_example(function: Callable[..., Any], name: str, params: chex.ArrayTr
                 "sum. The score of a batch mean is not a score, and its square is not a Fisher. Write it for ONE example: the "
                 "library maps it over the leading axis of the data."
             ) from error
+        if data and not _accepts(function, params, shape_of_one(data)) and _accepts(function, params, data):
+            raise ValueError(
+                f"`{name}` fails on one example, {one}, but accepts the data as they are. The library maps it over the leading "
+                "axis of the data, which is that of the examples. Pass a single example as a batch of one, x[None]; if the "
+                "function was written for a batch, write it for ONE example."
+            ) from error
         given = f"the parameters and ONE example, {one} (no batch axis)" if data else "the parameters alone, without data"
         error.add_note(f"jaxfisher called `{name}` with {given}.")
         raise
@@ -203,6 +209,15 @@ def _mismatch(function: Callable[..., Any], name: str, data: tuple[Any, ...]) ->
 def _takes_only_the_batch(function: Callable[..., Any], params: chex.ArrayTree, data: tuple[Any, ...]) -> bool:
     """Whether a function that should be of one example is really a scalar function of the whole batch."""
     return not _gives_scalar(function, params, shape_of_one(data)) and _gives_scalar(function, params, data)
+
+
+def _accepts(function: Callable[..., Any], params: chex.ArrayTree, data: tuple[Any, ...]) -> bool:
+    """Whether a function can be called with the data as they are."""
+    try:
+        jax.eval_shape(lambda *given: (function(*given), None)[1], params, *data)
+    except _CALL_ERRORS:
+        return False
+    return True
 
 
 def _gives_scalar(function: Callable[..., Any], params: chex.ArrayTree, example: tuple[Any, ...]) -> bool:

@@ -653,6 +653,10 @@ MISTAKES = [
     ),
     ("wrong key", lambda: jf.scores(lambda p, x, y: p["v"])(PARAMS, X, Y), KeyError, ["'v'", "`log_prob`", "ONE example"]),
     *[
+        (f"a single example, {made.__name__}", lambda made=made: made(model)(PARAMS, X[0]), ValueError, ["`model`", "x[None]"])
+        for made in (jf.exact_fisher, jf.implicit_fisher)
+    ],
+    *[
         (
             f"batch mean, {name}",
             lambda call=call: call(batch_mean),

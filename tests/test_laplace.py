@@ -359,6 +359,8 @@ def test_bad_input_is_named():
         jf.laplace(line, params, prior=1.0)
     with pytest.raises(ValueError, match="has 12 examples, but"):
         jf.laplace(line, params, x, y[:3], prior=1.0)
+    with pytest.raises(ValueError, match=r"`model` fails on one example.*Pass a single example as a batch of one, x\[None\]"):
+        make(prior=1.0).predictive(x[0])
     poisson = lambda q, x: jf.Poisson(log_rate=x @ q["w"] + q["b"][0])  # noqa: E731
     posterior = jf.laplace(poisson, params, x, np.arange(N), prior=1.0)
     with pytest.raises(TypeError, match="returns a Poisson, for which there is no prediction in closed form"):
