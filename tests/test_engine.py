@@ -12,6 +12,7 @@ from problems import flat
 from programs.evaluate import evaluated
 
 import jaxfisher as jf
+from jaxfisher._engine import parts
 
 pytestmark = pytest.mark.usefixtures("in_numpy")
 
@@ -301,3 +302,28 @@ def test_fishers_of_models_equal_dense_sums(model, key):
             atol = 1e-12 * np.abs(dense[quantity]).max()
             np.testing.assert_allclose(value, dense[quantity], rtol=0, atol=atol, err_msg=f"{name} {quantity}")
         assert np.array_equal(values["gram"], values["gram"].T), name
+
+
+@pytest.mark.parametrize("merged", [parts._merged_by_comparison, parts._merged_by_sorting])
+def test_lookups_of_a_row_add_up_where_it_occurs_first(merged):
+    """Of any integers, for any number of lookups."""
+    rng = np.random.default_rng(6)
+    for count, dtype in ((1, np.int32), (2, np.int8), (7, np.uint8), (40, np.int64)):
+        indices = rng.integers(0, 1 + count // 2, size=count).astype(dtype)
+        right = rng.standard_normal((2, count, 3))
+        expected = np.zeros_like(right)
+        for position, index in enumerate(indices):
+            expected[:, list(indices).index(index)] += right[:, position]
+        np.testing.assert_allclose(evaluated(merged, indices, right), expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("count", [parts._LONG - 1, parts._LONG])
+def test_scores_of_short_and_long_sequences_of_lookups(count):
+    rng = np.random.default_rng(7)
+    tokens, y = rng.integers(0, 9, size=(3, count)), rng.standard_normal((3, count, 2))
+    made = jf.scores(lambda p, tokens, y: jnp.sum(y * p[tokens]))(np.zeros((9, 2)), tokens, y)
+    rows = np.stack([[np.sum(y[i][tokens[i] == k], 0) for k in range(9)] for i in range(3)]).reshape(3, -1)
+    found = made.as_matrix(), made.gram(), made.diagonal().reshape(-1), made.squared_norms()
+    expected = rows, rows @ rows.T, np.mean(rows**2, 0), np.sum(rows**2, 1)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)

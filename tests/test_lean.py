@@ -390,6 +390,14 @@ def test_a_batch_size_bounds_memory():
     assert used[0] < used[1] < used[2] < whole / 3
 
 
+def test_a_long_sequence_of_lookups_makes_no_table_of_pairs():
+    """Of 1024 tokens an example."""
+    log_prob = lambda p, tokens, y: jnp.sum(y * jnp.tanh(p[tokens]))  # noqa: E731
+    tokens, y = shape(2, 1024, dtype=jnp.int32), shape(2, 1024, 4)
+    run = lambda p, *data: jf.scores(log_prob)(p, *data).diagonal()  # noqa: E731
+    assert largest_value(run, shape(50, 4), tokens, y) <= 2 * 1024 * 4
+
+
 def test_a_marginal_of_streamed_scores_holds_no_rows():
     """Inner products of p vectors are summed over the pieces, and are not made from all rows times p."""
     few = {"a": shape(64), "b": shape(2)}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from jaxfisher._engine.axes import Axis, Steps, dim
 from jaxfisher._engine.forms import Convolution, Form, Formed, Layout, Lookup, Product
@@ -289,13 +289,33 @@ def _lookup(pair: _Pair) -> Part | None:
     axes = [axis for axis in left.axes if axis in pair.shared]
     indices = left.array.reshape([axis.size for axis in axes])
     indices = indices.transpose([axes.index(axis) for axis in pair.shared]).reshape(-1)
+    merged = _merged_by_sorting if indices.size >= _LONG else _merged_by_comparison
+    flags = (left.flags, left.flags | pair.right.flags)
+    return Part(Lookup(indices, merged(indices, right), pair.layout), flags)
+
+
+_LONG = 128
+"""The number of lookups from which sorting is faster on two CPU cores: by 1.5 to 6 there, by 9 to 20 at 1024.
+
+At eight lookups of narrow rows it is four times slower. Comparing takes memory for the square of the number, sorting does not.
+"""
+
+
+def _merged_by_comparison(indices: Int[Array, " T"], right: Float[Array, "groups T outputs"]) -> Array:
+    """The sum of the right factors of equal indices at the first of these; zeros at the others."""
     same = indices[:, None] == indices[None, :]
     first = ~jnp.any(jnp.tril(same, -1), axis=1)
     summed = jnp.einsum("st,gto->gso", same.astype(right.dtype), right, precision=HIGHEST)
-    # The first lookup of a row has the sum; later lookups of it get zero.
-    merged = jnp.where(first[:, None], summed, jnp.zeros((), right.dtype))
-    flags = (left.flags, left.flags | pair.right.flags)
-    return Part(Lookup(indices, merged, pair.layout), flags)
+    return jnp.where(first[:, None], summed, jnp.zeros((), right.dtype))
+
+
+def _merged_by_sorting(indices: Int[Array, " T"], right: Float[Array, "groups T outputs"]) -> Array:
+    """`_merged_by_comparison` without a table of all pairs: each factor is added where its index occurs first."""
+    order = jnp.argsort(indices, stable=True)
+    ordered = indices[order]
+    begins = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
+    start = jax.lax.cummax(jnp.where(begins, jnp.arange(begins.size, dtype=jnp.int32), 0))
+    return jnp.zeros_like(right).at[:, order[start]].add(right[:, order])
 
 
 def _convolution(pair: _Pair, windows: Windows) -> Part:
