@@ -269,6 +269,9 @@ TFP = [
     Row("NegativeBinomial probs", lambda r, m: tfd.NegativeBinomial(r, probs=m), *COUNTS, long_counts),
     Row("OneHotCategorical", lambda z: tfd.OneHotCategorical(z), *LOGITS, one_hots, THREE),
     Row("OrderedLogistic", lambda c, f: tfd.OrderedLogistic(c, f), *CUTS, four, FOUR),
+    Row("StoppingRatioLogistic", lambda c, f: tfd.StoppingRatioLogistic(c, f), *CUTS, four, FOUR),
+    # TFP's KL of two that are equal has no second derivative.
+    Row("one of a Sample", lambda c, f: tfd.Sample(tfd.OrderedLogistic(c, f), ()), *CUTS, four, SAMPLES, has_kl=False),
     Row("Binomial", lambda z: tfd.Binomial(np.float64(2), logits=z), *LOGIT, classes, THREE, rtol=1e-10),
     Row("Multinomial", lambda z: tfd.Multinomial(np.float64(2), logits=z), *LOGITS, pairs, SIX, rtol=1e-10),
     Row("ProbitBernoulli", lambda z: tfd.ProbitBernoulli(z), *LOGIT, binary, "sum over 2 outcomes"),
@@ -692,6 +695,15 @@ def test_a_moving_support_has_no_fisher(make):
     dist = as_distribution(make())
     assert dist.fisher_source == KL
     assert np.all(np.isnan(evaluated(lambda dist: dist.fisher_matrix(), dist)))
+
+
+@needs("tfp")
+def test_a_support_that_stands_still_takes_no_part():
+    """The support of a Pareto distribution moves with its scale, and here only the shape moves."""
+    F = evaluated(lambda shape: jf.exact_fisher(lambda a: tfd.Pareto(a, 1.3))(shape).as_matrix(), jnp.array(2.5))
+    np.testing.assert_allclose(F, [[2.5**-2]], rtol=1e-13)
+    both = evaluated(lambda p: jf.exact_fisher(lambda p: tfd.Pareto(2.5, p))(p).as_matrix(), jnp.array(1.3))
+    assert np.all(np.isnan(both))
 
 
 @needs("distrax")

@@ -21,7 +21,15 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 from jaxfisher._dataflow import moved_by
 from jaxfisher._distributions.base import Distribution, of_a_key, of_a_target
 from jaxfisher._distributions.excess import exp_excess
-from jaxfisher._distributions.libraries import LIBRARIES, Library, independent, library_of, translate, why_without_fisher
+from jaxfisher._distributions.libraries import (
+    LIBRARIES,
+    Library,
+    independent,
+    kl_is_flat,
+    library_of,
+    translate,
+    why_without_fisher,
+)
 from jaxfisher._distributions.outcomes import Outcomes, outcomes_of
 from jaxfisher._distributions.root import Root, triangle
 from jaxfisher._linalg import matmul, unit_root
@@ -198,7 +206,7 @@ class Foreign(Distribution):
         sizes = [field.size for field in self.fields]
         entries = np.flatnonzero(np.repeat(moving, sizes))
         flat, unravel = ravel_pytree(self.fields)
-        root = triangle(self._root()[entries])
+        root = triangle(self._root(entries))
 
         def fields(u: Array) -> list[Array]:
             return list(unravel(jnp.zeros_like(flat).at[entries].set(matmul(root, u))))
@@ -241,6 +249,9 @@ class Foreign(Distribution):
     def _kl_gap(self, other: Foreign) -> str | None:
         """Why the library's KL to ``other`` cannot be relied on; None if it can. This only traces."""
         p = self._object()
+        for part in _parts(p):
+            if kl_is_flat(part):
+                return f"the rule of {self.form.library} for {type(part).__name__} has wrong derivatives at equal arguments."
         try:
             used = _reads(lambda fields: self._library.kl(p, other._object(fields)), other.fields)
         except NotImplementedError:
@@ -251,11 +262,12 @@ class Foreign(Distribution):
             return None
         return f"the rule of {self.form.library} does not read {len(needed - used)} of the fields that its density reads."
 
-    def _root(self) -> Float[Array, "fields columns"]:
+    def _root(self, entries: Any = slice(None)) -> Float[Array, "fields columns"]:
+        """The root, of these entries of the fields alone."""
         source, outcomes = self.fisher_source, self.form.outcomes
         if source == _FROM_KL:
-            return self._root_of_kl()
-        return self._root_of_scores() if outcomes is None else self._root_of_outcomes(outcomes)
+            return self._root_of_kl(entries)
+        return (self._root_of_scores() if outcomes is None else self._root_of_outcomes(outcomes))[entries]
 
     def _check_fisher(self) -> None:
         """Raise if this has no Fisher, or if its density reads parameters that are no fields, which a Fisher would miss."""
@@ -316,15 +328,17 @@ class Foreign(Distribution):
         terms = jnp.where(near, p * exp_excess(jnp.where(near, gap, 0)), q - p * (1 + gap))
         return jnp.sum(jnp.where(happens, terms, q), axis=0)
 
-    def _root_of_kl(self) -> Float[Array, "fields fields"]:
+    def _root_of_kl(self, entries: Any) -> Float[Array, "fields fields"]:
         flat, unravel = ravel_pytree(self.fields)
         p = self._object()
 
         def divergence(q: Array) -> Array:
-            return jnp.sum(self._library.kl(p, self._object(unravel(q))))
+            return jnp.sum(self._library.kl(p, self._object(unravel(flat.at[entries].set(q)))))
 
-        slope, hessian = jax.grad(divergence)(flat), jax.hessian(divergence)(flat)
-        return jnp.where(_is_stationary(flat, slope, hessian), unit_root(hessian, 0.0), jnp.nan)
+        # A field that stands still may be one by which the support would move.
+        here = flat[entries]
+        slope, hessian = jax.grad(divergence)(here), jax.hessian(divergence)(here)
+        return jnp.where(_is_stationary(here, slope, hessian), unit_root(hessian, 0.0), jnp.nan)
 
     def _root_of_scores(self) -> Float[Array, "fields samples"]:
         flat, unravel = ravel_pytree(self.fields)

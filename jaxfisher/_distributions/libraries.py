@@ -41,6 +41,12 @@ class Library:
     """Distributions whose Fisher cannot be had from their draws and their density, and why, with what to do instead."""
 
 
+def kl_is_flat(obj: Any) -> bool:
+    """Whether the library's KL has a derivative of zero at equal arguments, although it is right elsewhere."""
+    # TFP's multiply_no_nan(p, gap) drops the derivative by the gap where the gap is zero.
+    return _lives_in(type(obj), LIBRARIES["TFP"].modules) and type(obj).__name__ in ("OrderedLogistic", "StoppingRatioLogistic")
+
+
 def library_of(cls: type) -> str | None:
     """The library whose ``Distribution`` the class derives from, nearest base first."""
     for base in cls.__mro__:

@@ -115,6 +115,7 @@ _LISTED: dict[tuple[str, str], Callable[[Any], np.ndarray | None]] = {
     ("NumPyro", "DirichletMultinomial"): lambda d: _compositions(d.total_count, d.event_shape[-1]),
     ("TFP", "OneHotCategorical"): lambda d: np.eye(d.event_shape[-1], dtype=int),
     ("TFP", "OrderedLogistic"): lambda d: np.arange(np.shape(_given(d, "cutpoints"))[-1] + 1),
+    ("TFP", "StoppingRatioLogistic"): lambda d: np.arange(np.shape(_given(d, "cutpoints"))[-1] + 1),
     ("TFP", "ProbitBernoulli"): lambda d: np.arange(2),
     ("TFP", "Binomial"): lambda d: _up_to(_given(d, "total_count")),
     ("TFP", "BetaBinomial"): lambda d: _up_to(_given(d, "total_count")),
