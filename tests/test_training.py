@@ -53,6 +53,26 @@ def like():
     return jf.exact_fisher(classifier)(params, x)
 
 
+@pytest.mark.parametrize("view", [jf.kronecker, None], ids=["kronecker", "no view"])
+def test_parameters_that_the_model_does_not_use_change_no_step(view):
+    """They have no curvature and no gradient, so they must not count in the mean curvature that the damping is a share of."""
+    params, x, y, *_ = reference()
+
+    def trained(model, params):
+        step = jf.training_step(model, jf.kfac(view=view, decay=0.9 if view else None))
+        state, step = step.init(params, x, y), jax.jit(step)
+        for _ in range(2):
+            params, state, _ = step(params, state, x, y)
+        return params
+
+    def of_all(p, x):
+        return classifier(p["used"], x + 0 * jax.lax.stop_gradient(p["frozen"][0]))
+
+    found = trained(of_all, {"used": params, "frozen": jnp.ones(300), "unused": [jnp.ones((20, 10)), None]})
+    assert_close(flat(found["used"]), flat(trained(classifier, params)), factor=1e4)
+    assert np.all(found["frozen"] == 1) and np.all(found["unused"][0] == 1)
+
+
 @pytest.mark.parametrize("share", [1e-9, 1e-2, 30.0])
 @pytest.mark.parametrize("damping", [0.1, 1e-7])
 def test_the_first_step_of_kfac_by_hand(damping, share):

@@ -7,7 +7,7 @@ from jaxfisher._operators.form import Form
 from jaxfisher._operators.from_scores import FromScores
 from jaxfisher._operators.identity import ScaledIdentity, Shifted
 from jaxfisher._operators.sum import Sum
-from jaxfisher._scores import JoinedScores
+from jaxfisher._scores import FactoredScores, JoinedScores
 
 Places = tuple[int, ...]
 """The positions of some leaves among the parameters' leaves, in their order."""
@@ -27,3 +27,13 @@ def terms_of(form: Form) -> tuple[tuple[Places, Form], ...]:
         # Each block of joined rows is a term of the sum.
         return tuple(term for part in form.scores.parts for term in terms_of(FromScores(part)))
     return ((everything, form),)
+
+
+def num_moving(form: Form) -> int:
+    """The number of parameters, without those on which no score depends, as far as the program of the scores shows it."""
+    found: set[int] = set()
+    for places, term in terms_of(form):
+        scores = term.scores if isinstance(term, FromScores) else None
+        roles = scores.roles if isinstance(scores, FactoredScores) else ()
+        found.update(place for i, place in enumerate(places) if not roles or roles[i].touched)
+    return sum(form.spec.sizes[place] for place in found)

@@ -18,7 +18,8 @@ from jaxfisher._operators.averaging import arrays_of, with_arrays
 from jaxfisher._operators.factored import InvertedBlocks, factored_solve, has_factors, is_invertible
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.identity import relative_damping
-from jaxfisher._operators.operator import Operator, Solver, View, as_operator
+from jaxfisher._operators.operator import Operator, Solver, View, as_operator, viewed
+from jaxfisher._operators.terms import num_moving
 from jaxfisher._operators.turns import EIGENVECTORS, INVERSES, NOTHING, Holding
 from jaxfisher._solve import solve
 from jaxfisher._system import SolveInfo
@@ -106,6 +107,8 @@ def direction(
 ) -> Direction:
     """``(K + gamma I)^-1 g``, with K a running mean of views and gamma a share of its mean eigenvalue.
 
+    The mean is over the parameters that the scores depend on.
+
     Args:
         settings: the arguments of `jaxfisher.kfac`.
         updates: the gradient g.
@@ -120,13 +123,18 @@ def direction(
     # Build the factors inside the branch that needs them: anything computed outside it would run at every step.
     source = factors or (fisher.anew if isinstance(fisher, Shared) and settings.holds else fisher)
 
+    moving = [1]
+
     def fresh() -> Operator:
-        return _viewed(settings.view, fisher_for(updates, source, "kfac"))
+        given = fisher_for(updates, source, "kfac")
+        moving[:] = [max(num_moving(viewed(given, "kfac").form), 1)]
+        return _viewed(settings.view, given)
 
     def gamma_of(operator: Operator) -> Scalar:
+        # Parameters that the model does not use would lower the mean eigenvalue, and so the damping of all others.
+        gamma = relative_damping(operator, share) * (operator.size / moving[0])
         # A floor for K = 0: a share of lambda so small that it makes no difference otherwise.
-        least = jnp.finfo(operator.spec.dtype).eps * jnp.asarray(damping, operator.spec.dtype)
-        return jnp.maximum(relative_damping(operator, share), least)
+        return jnp.maximum(gamma, jnp.finfo(operator.spec.dtype).eps * jnp.asarray(damping, operator.spec.dtype))
 
     if settings.holds:
         operator, gamma, mean, held = _in_turn(settings, fresh, state, forward, gamma_of)
