@@ -580,6 +580,11 @@ def test_a_bias_is_joined_to_a_weight_of_any_precision(name):
     def log_prob(p, x):
         return jnp.sum(jnp.sin(layer(x, p["w"], p["b"]).astype(jnp.float32)))
 
+    def log_choice(p, x):
+        """Its cotangent is a sum, of which the cast for the weight is taken."""
+        chosen = jax.nn.log_softmax(layer(x, p["w"], p["b"]).astype(jnp.float32))
+        return jnp.sum(jnp.take_along_axis(chosen.reshape(2, 3), jnp.argmax(x[:, :3], 1, keepdims=True), 1))
+
     def both(params, x):
         fisher = jf.empirical_fisher(log_prob)(params, x)
         return fisher.form.scores.as_matrix(), jax.vmap(jax.grad(log_prob), (None, 0))(params, x)
@@ -587,8 +592,9 @@ def test_a_bias_is_joined_to_a_weight_of_any_precision(name):
     for dtypes in itertools.product((jnp.bfloat16, jnp.float32), repeat=3):
         *leaves, data = map(jnp.asarray, (b, w, x), dtypes)
         params = dict(zip("bw", leaves, strict=True))
-        view = jax.eval_shape(lambda p, x: jf.kronecker(jf.empirical_fisher(log_prob)(p, x)), params, data)
-        assert "1 Kronecker" in str(view) and "diagonal:" in str(view) and ", 1 diagonal" not in str(view), dtypes
+        for function in (log_prob, log_choice):
+            view = jax.eval_shape(lambda p, x, f=function: jf.kronecker(jf.empirical_fisher(f)(p, x)), params, data)
+            assert "1 Kronecker" in str(view) and "diagonal:" in str(view) and ", 1 diagonal" not in str(view), dtypes
         matrix, rows = evaluated(both, params, data)
         for found, leaf in ((matrix[:, :3], "b"), (matrix[:, 3:], "w")):
             expected = np.asarray(rows[leaf], np.float64).reshape(5, -1)

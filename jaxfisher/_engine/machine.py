@@ -156,6 +156,9 @@ def _ends(program: Program) -> _Ends:
         # A sum that is needed elsewhere is a value of its own, as a cotangent is that comes from two places.
         sums = equation.primitive.name == "add_any"
         opens = arranges(equation) and equation.outs[0] in shown and not (sums and equation.outs[0] in needed)
-        (shown if opens else needed).update(equation.variables)
-        opened.update(equation.outs if opens else ())
+        if opens:
+            shown.update(equation.variables)
+            opened.update(equation.outs)
+        if not opens or equation.outs[0] in needed:
+            needed.update(equation.variables)
     return _Ends(shown, opened)
