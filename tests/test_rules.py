@@ -641,6 +641,19 @@ ARRANGED = {
         (2, 2, 3),
         lambda x, w, b: jnp.einsum("tei,eio->eto", x, w) + b[:, None],
     ),
+    "a stack by index": ((2, 3, 3), (2, 3), (3,), lambda x, w, b: jnp.sin(x @ w[1] + b[1]) @ w[0] + b[0]),
+    "a stack by index, outputs by inputs": (
+        (2, 3, 3),
+        (2, 3),
+        (2, 3),
+        lambda x, w, b: jnp.sin(x @ w[0].T + b[0]) @ w[1].T + b[1],
+    ),
+    "a layer of a stack used twice": (
+        (2, 3, 3),
+        (2, 3),
+        (3,),
+        lambda x, w, b: jnp.sin(jnp.sin(x @ w[1] + b[1]) @ w[0] + b[0]) @ w[1] + b[1],
+    ),
     "used twice": ((3, 3), (3,), (3,), lambda x, w, b: jnp.sin(x @ w + b) @ w + b),
     "used at every step": (
         (3, 3),
@@ -682,6 +695,36 @@ def test_a_bias_is_joined_however_its_layer_is_arranged(name):
     vector = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
     for got, expected in ((gram, matrix @ matrix.T), (trace, np.sum(matrix**2) / 3), (along, matrix @ vector), (found, matrix)):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-13 * np.abs(expected).max() * matrix.size)
+
+
+OTHER_LAYERS = {
+    "the bias of another layer": lambda x, w, b: jnp.sin(x @ w[0] + b[1]) @ w[1] + b[0],
+    "the bias at one layer only": lambda x, w, b: jnp.sin(x @ w[0] + b[0]) @ w[1],
+    "a stack along the last axis": lambda x, w, b: jnp.sin(x @ w[0] + b[:3, 0]) @ w[1] + b[:3, 1],
+    "few of many": lambda x, w, b: jnp.sin(x @ w[1] + b[6]) + b[6],
+    "one entry at a time": lambda x, w, b: jnp.sin(x @ w[1] + b[6, 0]) + b[2, 1],
+}
+"""Uses of a stack that are no biases of the weights beside them, or not all of them."""
+
+
+@pytest.mark.parametrize("name", OTHER_LAYERS)
+def test_a_stack_used_in_part_has_the_gradients_of_its_uses(name):
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.standard_normal((2, 3, 3))), "b": jnp.asarray(rng.standard_normal((7, 3)))}
+    x = jnp.asarray(rng.standard_normal((4, 3)))
+
+    def log_prob(p, x):
+        return jnp.sum(jnp.sin(OTHER_LAYERS[name](x, p["w"], p["b"])))
+
+    def both(params, x):
+        scores = jf.scores(log_prob)(params, x)
+        assert "few" not in name or scores.leaves[0].bytes < 4 * 7 * 3 * 8, "two rows of the table are stored, not seven"
+        rows = jax.vmap(jax.grad(log_prob), (None, 0))(params, x)
+        return (scores.gram(), scores.as_matrix()), jnp.concatenate([leaf.reshape(4, -1) for leaf in jax.tree.leaves(rows)], 1)
+
+    (gram, found), matrix = evaluated(both, params, x)
+    np.testing.assert_allclose(found, matrix, rtol=0, atol=1e-13 * np.abs(matrix).max())
+    np.testing.assert_allclose(gram, matrix @ matrix.T, rtol=0, atol=1e-12 * np.abs(matrix @ matrix.T).max())
 
 
 def test_terms_of_every_kind_are_drawn():

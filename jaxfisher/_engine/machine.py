@@ -8,6 +8,7 @@ them. A value that no rule covers is formed as usual, and the machine records wh
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -138,7 +139,7 @@ def _laid_open(operand: Operand) -> Operand:
         return operand
     array = operand.array()
     value = Unformed((whole(array, operand.flags, operand.reason),), lambda: array)
-    return Operand(value, operand.flags, operand.reason)
+    return dataclasses.replace(operand, value=value)
 
 
 class _Ends(NamedTuple):

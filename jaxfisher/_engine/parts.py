@@ -7,12 +7,14 @@ here is about one row of one example: the leading axes come from ``vmap``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxfisher._engine.axes import Axis, Steps, dim
@@ -27,16 +29,19 @@ from jaxfisher._tree import HIGHEST
 class Source(NamedTuple):
     """A value of the program, and the steps through its entries that stay while everything else is summed over.
 
+    If the entries are those of one layer in a stack, ``place`` is its position there.
+
     The reference to the value keeps Python from giving its `id` to another object.
     """
 
     value: Any
     steps: Steps
+    place: int | None = None
 
     @property
-    def key(self) -> tuple[int, Steps]:
+    def key(self) -> tuple[int, Steps, int | None]:
         """The key by which two sources are compared."""
-        return id(self.value), self.steps
+        return id(self.value), self.steps, self.place
 
 
 Sources = tuple[Source, ...]
@@ -78,10 +83,10 @@ def leaf_parts(output: Output, shape: tuple[int, ...], dtype: Any) -> LeafParts:
     found = value.terms if isinstance(value, Unformed) else (whole(value, output.flags, why),)
     products: list[Part] = []
     formed: list[Part] = []
-    for term in found if all(map(_is_column, found)) else map(fold, found):
-        if len(term.factors) == 1 and term.factors[0].plain is not None:
+    for term in _rows_of_tables(found if all(map(_is_column, found)) else tuple(map(fold, found))):
+        if _is_one_factor(term):
             formed.append(_formed(term, shape))
-            why = why or term.factors[0].reason
+            why = why or next(factor.reason for factor in term.factors if factor.place is None)
             continue
         part = _product(term, shape)
         if part is None:
@@ -92,6 +97,24 @@ def leaf_parts(output: Output, shape: tuple[int, ...], dtype: Any) -> LeafParts:
         products.append(part)
     cast = [part._replace(form=_cast(part.form, dtype)) for part in (*products, *formed)]
     return LeafParts(_joined(cast), why)
+
+
+def _is_one_factor(term: Term) -> bool:
+    """Whether a term is one ordinary factor, perhaps at one position of a stack."""
+    rest = [factor for factor in term.factors if factor.place is None]
+    return len(rest) == 1 and rest[0].plain is not None and len(term.factors) <= 2
+
+
+def _rows_of_tables(found: Sequence[Term]) -> Sequence[Term]:
+    """The terms, with those at one position of a stack as lookups in a table, unless they fill at least half of the stack."""
+    placed = [term for term in found if len(term.factors) == 2 and _is_one_factor(term)]
+    made = {}
+    for term in placed:
+        (at,) = (factor for factor in term.factors if factor.place is not None)
+        if at.hot is not None and 2 * len(placed) < at.hot.size and sum(len(axes) for axes in term.dims) > 1:
+            hot = dataclasses.replace(at, place=None)
+            made[id(term)] = Term(tuple(hot if factor is at else factor for factor in term.factors), term.dims)
+    return [made.get(id(term), term) for term in found]
 
 
 def _is_column(term: Term) -> bool:
@@ -112,10 +135,22 @@ def _cast(form: Form, dtype: Any) -> Form:
 
 def _formed(term: Term, shape: tuple[int, ...]) -> Part:
     """A term of one factor as a formed gradient."""
-    (factor,) = term.factors
+    (factor,) = (factor for factor in term.factors if factor.place is None)
     order = [axis for axes in term.dims for axis in axes]
-    source = _source(factor, order) if all(axis in factor.axes for axis in order) else None
-    return Part(Formed(laid_out(term).reshape(shape)), (factor.flags,), gradient=source)
+    kept, array = order, laid_out(Term((factor,), tuple((axis,) for axis in order)))
+    for at in (at for at in term.factors if at.hot is not None):
+        here = [np.arange(axis.size) == at.place if axis is at.hot else np.ones(axis.size, bool) for axis in order]
+        array = jnp.where(functools.reduce(np.logical_and.outer, here), array, 0)
+        # The entries of a bias are in the order of its weight's only if the position in the stack comes first.
+        kept = [axis for axis in order if axis is not at.hot or axis is not order[0]]
+    source = _source(factor, kept) if all(axis in factor.axes for axis in kept) else None
+    return Part(Formed(array.reshape(shape)), (factor.flags,), gradient=_at(source, term))
+
+
+def _at(sources: Sources | None, term: Term) -> Sources | None:
+    """The sources, at the position of the term in a stack if it has one."""
+    (place,) = [factor.place for factor in term.factors if factor.place is not None] or (None,)
+    return sources and tuple(source._replace(place=place) for source in sources)
 
 
 def _source(factor: Factor, kept: Sequence[Axis]) -> Sources | None:
@@ -240,7 +275,11 @@ def _outer(pair: _Pair, left: Array, right: Array, place: tuple[int, ...] = ()) 
     layout = pair.layout
     column = _is_vector(layout)
     if layout.inputs > 1 < layout.outputs or (column and left.shape[-2] == 1):
-        sources = () if place else (pair.source(pair.left, pair.inputs), pair.source(pair.right, pair.outputs))
+        found = (pair.source(pair.left, pair.inputs), pair.source(pair.right, pair.outputs))
+        at = place[0] if place else None
+        sources = [known and tuple(source._replace(place=at) for source in known) for known in found]
+        if len(pair.places) > 1:
+            sources = []  # the positions of a bias may be in another order
         return Part(Product(left, right, layout), pair.flags, place, *sources)
     formed = matmul(left.swapaxes(-1, -2), right)
     flags = pair.left.flags | pair.right.flags

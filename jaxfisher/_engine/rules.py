@@ -51,15 +51,23 @@ def _cast(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | 
 
 
 def arranges(equation: Equation) -> bool:
-    """Whether the equation only rearranges, casts or adds up the entries of its operands, and repeats none."""
+    """Whether the equation only rearranges, casts or adds up the entries of its operands, and repeats none.
+
+    It may put them at one position of a stack, with zeros at the others.
+    """
     rule = RULES.get(equation.primitive.name)
-    return rule is not None and rule.arranges and math.prod(equation.shape) <= math.prod(equation.shapes[0])
+    if rule is None or not rule.arranges:
+        return False
+    if equation.primitive.name != "pad":
+        return math.prod(equation.shape) <= math.prod(equation.shapes[0])
+    changed = [i for i, entry in enumerate(equation.params["padding_config"]) if entry != (0, 0, 0)]
+    return len(changed) == 1 and equation.shapes[0][changed[0]] == 1
 
 
 def rearranged(equation: Equation, operand: Operand) -> Term | None:
     """The result as a term of one factor, if the equation only rearranges the entries of its operand, or casts real numbers."""
     real = all(jnp.issubdtype(dtype, jnp.floating) for dtype in (*equation.dtypes, *equation.result_dtypes))
-    if not arranges(equation) or not real or equation.primitive.name in ("reduce_sum", "add_any"):
+    if not arranges(equation) or not real or equation.primitive.name in ("reduce_sum", "add_any", "pad"):
         return None
     term = operand.one_factor
     if term is None:
@@ -428,7 +436,7 @@ RULES: dict[str, Rule] = {
         Rule("convert_element_type", _cast, arranges=True),
         Rule("real", _real),
         Rule("imag", _imag),
-        Rule("pad", _pad, builds=True),
+        Rule("pad", _pad, builds=True, arranges=True),
         Rule("concatenate", _concatenate, takes=all_operands, builds=True),
         Rule("split", _split),
         Rule("rev", each(_reverse)),
