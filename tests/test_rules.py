@@ -654,6 +654,8 @@ ARRANGED = {
         (3,),
         lambda x, w, b: jnp.sin(jnp.sin(x @ w[1] + b[1]) @ w[0] + b[0]) @ w[1] + b[1],
     ),
+    "queries": ((3, 3), (3,), (2, 3), lambda x, w, b: (x @ w + b) @ x.T),
+    "one choice": ((3, 3), (3,), (3,), lambda x, w, b: jax.nn.log_softmax(x @ w + b)[1]),
     "used twice": ((3, 3), (3,), (3,), lambda x, w, b: jnp.sin(x @ w + b) @ w + b),
     "used at every step": (
         (3, 3),

@@ -50,6 +50,7 @@ class _Machine:
         self.arranged: dict[int, Term] = {}
         self.wanted = self._wanted(program, wanted)
         self.shown, self.opened = _ends(program)
+        self.formed = self._formed(program)
         for equation in program.equations:
             self._step(equation)
         self.outputs = [self._output(atom) for atom in program.outputs]
@@ -73,6 +74,15 @@ class _Machine:
         # Without a rule the operands are left unformed nevertheless, so that forming them here is noticed and reported.
         return as_large(equation)
 
+    def _formed(self, program: Program) -> set[int]:
+        """The variables that some equation takes as arrays, so that they are formed in any case."""
+        found: set[int] = set()
+        for equation in program.equations:
+            ruled = equation.body is not None or equation.primitive.name in RULES
+            taken = self._taken(equation) if ruled and not self.wanted.isdisjoint(equation.outs) else ()
+            found.update(atom for atom in equation.variables if atom not in taken)
+        return found
+
     def _flag(self, atom: Atom) -> int:
         return 0 if isinstance(atom, Literal) else self.flags[atom]
 
@@ -95,12 +105,26 @@ class _Machine:
             results = equation.bind([operand.array() for operand in operands])
             if any(wanted) and (why := why_formed(equation, operands)) is not None:
                 self.reasons.update((out, why) for out in equation.outs)
-        self.environment.update(zip(equation.outs, results, strict=True))
+        self.environment.update((out, self._settled(out, value)) for out, value in zip(equation.outs, results, strict=True))
         given = equation.ins[0] if equation.ins else None
         if isinstance(given, int) and (given in self.shown or given in self.arranged):
             made = rearranged(equation, operands[0])
             if made is not None:
                 self.arranged[equation.outs[0]] = made
+
+    def _settled(self, out: int, value: Value) -> Value:
+        """The value, formed if it is a cotangent that is needed as an array, such as that of a head of an attention.
+
+        The gradient of a bias is then recognised as a sum of that array.
+        """
+        if (
+            not isinstance(value, Unformed)
+            or not (out in self.shown and out in self.formed)
+            or not value.is_product
+            or value.is_large
+        ):
+            return value
+        return value.formed()
 
     def _unformed(self, equation: Equation, operands: list[Operand], wanted: Sequence[bool]) -> Sequence[Value] | None:
         """The results of an equation by the rules; None if the equation has to be run."""
