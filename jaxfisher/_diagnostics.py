@@ -49,9 +49,10 @@ def effective_dimension(fisher: Operator, damping: chex.Numeric) -> Scalar:
     told = damping > jnp.finfo(values.dtype).eps * jnp.abs(values[0])
     kept = told | (jnp.arange(values.size, dtype=jnp.int32) < fisher.rank())
     # Not lambda / (lambda + damping), whose denominator may overflow. A kept eigenvalue that is zero, lost in the rounding of
-    # others, counts as one at zero damping.
-    known = values != 0
-    share = jnp.where(known, 1 / (1 + damping / jnp.where(known, values, 1)), (damping == 0).astype(values.dtype))
+    # others, counts as one at zero damping. A zero of its own has a second derivative.
+    known, one = values != 0, (damping == 0).astype(values.dtype)
+    zero = jnp.where(told, values / jnp.where(told, damping, 1), one)
+    share = jnp.where(known, 1 / (1 + damping / jnp.where(known, values, 1)), zero)
     return jnp.sum(jnp.where(kept, share, 0))
 
 

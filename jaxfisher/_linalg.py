@@ -38,7 +38,12 @@ def diagonals(x: Float[Array, "groups m m"]) -> Float[Array, "groups m"]:
 def without_noise(values: Float[Array, " m"]) -> Float[Array, " m"]:
     """The eigenvalues, with those within the rounding error of the whole decomposition set to zero."""
     noise = values.shape[0] * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values), initial=0.0)
-    return jnp.where(jnp.abs(values) <= noise, 0, values)
+    return _zero_where(jnp.abs(values) <= noise, values)
+
+
+def _zero_where(which: Bool[Array, " m"], values: Float[Array, " m"]) -> Float[Array, " m"]:
+    """The values, zero at some places with their derivatives: a zero eigenvalue of a Fisher has a second derivative."""
+    return values - jnp.where(which, jax.lax.stop_gradient(values), 0)
 
 
 def unit_diagonal(diagonal: Float[Array, " m"]) -> Float[Array, " m"]:
@@ -124,8 +129,31 @@ def spectrum(matrix: Float[Array, "m m"]) -> Float[Array, " m"]:
 
 @spectrum.defjvp
 def _spectrum_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    values, vectors = jnp.linalg.eigh(*primals, symmetrize_input=False)
+    values, vectors = pairs_of_rule(*primals)
     return values, jnp.sum(vectors * matmul(*tangents, vectors), 0)
+
+
+def pairs_of_rule(matrix: Float[Array, "m m"]) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
+    """The eigenpairs for a rule of a first derivative that holds at equal eigenvalues. Further derivatives are NaN at these.
+
+    Equal ones that are zero are left as they are: a Fisher has no negative eigenvalues, so its zeros have derivatives of zero.
+    """
+    return _in_rule(*jnp.linalg.eigh(jax.lax.stop_gradient(matrix), symmetrize_input=False), matrix)
+
+
+@jax.custom_jvp
+def _in_rule(values: Array, vectors: Array, matrix: Array) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
+    return values, vectors
+
+
+@_in_rule.defjvp
+def _in_rule_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    values, vectors = _in_rule(*primals)
+    change, apart = matmul(vectors.T, matmul(tangents[2], vectors)), are_apart(values)
+    small = jnp.abs(values) <= values.shape[0] * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values), initial=0.0)
+    settled = jnp.eye(values.shape[0], dtype=bool) | (small[:, None] & small[None, :])
+    gaps = jnp.where(settled, 1, jnp.where(apart, values[None, :] - values[:, None], jnp.nan))
+    return (values, vectors), (jnp.diagonal(change), matmul(vectors, jnp.where(settled, 0, change / gaps)))
 
 
 @jax.custom_jvp
@@ -141,7 +169,7 @@ def eigenpairs(matrix: Float[Array, "m m"]) -> tuple[Float[Array, " m"], Float[A
 
 @eigenpairs.defjvp
 def _eigenpairs_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    values, vectors = eigenpairs(*primals)
+    values, vectors = pairs_of_rule(*primals)
     change = matmul(vectors.T, matmul(*tangents, vectors))
     gaps, apart = values[None, :] - values[:, None], are_apart(values)
     turned = jnp.where(apart, change / jnp.where(apart, gaps, 1), 0)
@@ -202,7 +230,7 @@ def eigenvalues(matrix: Float[Array, "m m"]) -> Float[Array, " m"]:
     """
     values = spectrum(mirrored(matrix))
     largest = jnp.max(jnp.abs(values), initial=0.0)
-    values = resolved(values, largest, largest, values.size)
+    values = _zero_where(resolved(values, largest, largest, values.size) == 0, values)
     return jnp.where(values < 0, without_noise(values), values)
 
 

@@ -250,6 +250,36 @@ def test_second_derivatives_of_powers_against_a_dense_matrix(form, rows):
         np.testing.assert_allclose(found, true, rtol=1e-7, atol=1e-8 * np.max(np.abs(true)), err_msg=name)
 
 
+def sums(make, params, x, damping):
+    """Four sums over eigenvalues."""
+    F = make(params, x)
+    values = F.eigvalsh()
+    return jnp.stack(
+        [jf.effective_dimension(F, damping), jnp.sum(jnp.log(values + damping)), F.logdet(damping), jnp.sum(values)]
+    )
+
+
+def expected_sums(make, params, x, damping):
+    matrix = make(params, x)
+    damped = matrix + damping * jnp.eye(12)
+    logarithm = jnp.linalg.slogdet(damped)[1]
+    return jnp.stack([jnp.sum(matrix * jnp.linalg.inv(damped)), logarithm, logarithm, jnp.trace(matrix)])
+
+
+@pytest.mark.parametrize("rows", [3, 7])
+def test_second_derivatives_of_sums_over_eigenvalues(rows):
+    """Right also at eigenvalues that are zero by a loss of rank; NaN where others are equal."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(7, 3)))[:rows]
+    cases = {"apart": (PARAMS, x, 0.3), "twice": (PARAMS, jnp.tile(x[:1], (rows, 1)), 0.3)}
+    cases["equal"] = jax.tree.map(jnp.zeros_like, PARAMS), jnp.asarray(ORTHONORMAL[:rows]), 0.3
+    for name, case in cases.items():
+        found, true = (second_order(f, make)(*case) for f, make in zip((sums, expected_sums), FORMS["scores"], strict=True))
+        if name == "equal":
+            assert np.all(np.isnan(found) | np.isclose(found, true))
+        else:
+            np.testing.assert_allclose(found, true, rtol=1e-7, atol=1e-8 * np.max(np.abs(true)), err_msg=name)
+
+
 def counts(make, params, x, damping):
     """A sum of the trace of the inverse, which is the derivative of the log-determinant, and the effective dimension."""
     F = make(params, x)

@@ -85,7 +85,8 @@ class FromScores(Form):
         scaled = Scaled(self.scores, factor)
         small = scaled.gram() if scaled.short else scaled.moment()
         # This hides nothing: X^T X has no negative eigenvalues, so a negative one is a rounding error.
-        values = without_noise(jnp.maximum(eigenvalues(small), 0)) * (1 / factor) * (1 / factor)
+        found = eigenvalues(small)
+        values = without_noise(jnp.where(found < 0, 0, found)) * (1 / factor) * (1 / factor)
         return jnp.concatenate([jnp.zeros(self.spec.size - small.shape[0], values.dtype), values])
 
     def frobenius_norm(self) -> Scalar:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
 from jaxfisher._engine import Basis
-from jaxfisher._linalg import matmul, mirrored, norm, to_unit
+from jaxfisher._linalg import matmul, mirrored, norm, pairs_of_rule, to_unit
 from jaxfisher._once import Static, once
 from jaxfisher._operators.form import Form, small_matrix
 from jaxfisher._operators.from_scores import FromScores, Scaled
@@ -194,7 +194,7 @@ def _largest_of_gram_jvp(rank: int, primals: tuple[Array], tangents: tuple[Array
 
 def _pairs(matrix: Float[Array, "m m"]) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
     """All eigenpairs; values inside rounding error are zero."""
-    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    values, vectors = pairs_of_rule(matrix)
     cut = values.shape[0] * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
     return jnp.where(values <= cut, jnp.where(jnp.isnan(values), values, 0), values), vectors
 
