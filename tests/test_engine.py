@@ -162,6 +162,20 @@ def test_leaves_are_held_as_stated(name):
             assert leaf.why in table
 
 
+@pytest.mark.parametrize("name", ["unused_leaf", "scanned_layers", "positional_table", "cond"])
+def test_what_is_explained_is_what_the_views_do(name):
+    """As many Kronecker blocks as leaves that say so, biases in their weights' layers, and a diagonal of all the others."""
+    row = catalogue.row(name)
+    said = {leaf.path: leaf.kronecker for leaf in jf.explain(row.log_prob)(row.params, *row.data).leaves}
+    F = jax.eval_shape(lambda params, *data: jf.empirical_fisher(row.log_prob)(params, *data), row.params, *row.data)
+    K = jax.eval_shape(jf.kronecker, F)
+    kinds = [form.name for form in K.form.blocks]
+    assert kinds.count("Kronecker (expand)") == list(said.values()).count("yes"), (said, K)
+    assert kinds.count("diagonal") == any(what.startswith("no") for what in said.values()), (said, K)
+    owners = dict(zip(said, jax.tree.leaves(jf.layers(F)), strict=True))
+    assert owners == {path: what.removeprefix("with ") if what.startswith("with") else path for path, what in said.items()}
+
+
 @pytest.mark.parametrize("name", sorted(catalogue.WRAPPED))
 def test_wrapping_a_model_changes_nothing(name):
     wrapped, bare = catalogue.row(name), catalogue.row(catalogue.row(name).like)
