@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import chex
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxfisher._automatic import automatic
 from jaxfisher._examples import BATCH_SIZE, Refusing, batches_of, checked_batch_size, num_examples, refusing
 from jaxfisher._model import LOG_PROB, LogProb
 from jaxfisher._operators.damping import Damping
@@ -307,5 +310,5 @@ def _cut(data: tuple[Any, ...], size: int | None) -> Iterable[tuple[Any, ...]]:
     n = num_examples(data, "train")
     step = n if size is None else size
     for start in range(0, n, step):
-        piece = slice(start, start + step)
-        yield jax.tree.map(lambda leaf, piece=piece: leaf[piece], data)
+        cut = automatic(partial(jax.tree.map, operator.itemgetter(slice(start, start + step))))
+        yield cut(data)

@@ -15,6 +15,7 @@ from mapped import LOG_PROB, answers, model, problem
 from programs.evaluate import evaluated, in_numpy
 
 import jaxfisher as jf
+from jaxfisher import design, statistics
 
 EXAMPLES, DEVICES = 8, 2
 
@@ -42,6 +43,11 @@ def trained(params, keys, x, y):
     }
 
 
+def ridged(information):
+    """A criterion that is finite where the information is singular."""
+    return jax.numpy.linalg.slogdet(information + 0.1 * jax.numpy.eye(len(information)))[1]
+
+
 def jobs(params, keys, x, y):
     """The quantities that jobs other than training need."""
     F, E, n = jf.exact_fisher(model)(params, x), jf.empirical_fisher(LOG_PROB)(params, x, y), len(x)
@@ -50,6 +56,9 @@ def jobs(params, keys, x, y):
         "standard errors": jf.standard_errors(F + jf.scaled_identity(F, 0.1), n),
         "sandwich": jf.sandwich(F + jf.scaled_identity(F, 0.1), E, n).diagonal(),
         "influence": jf.influence(LOG_PROB, F, n)(params, (x[:4], y[:4]), (x, y), 0.1),
+        "self-influence": jf.self_influence(LOG_PROB, jf.diagonal(F), n, batch_size=5)(params, (x, y), 0.1),
+        "clusters": statistics.meat(LOG_PROB)(params, x, y, groups=y).trace() * statistics.cluster_factor(y, 2),
+        "design": design.optimal_weights(design.informations(model)(params, x), ridged, max_steps=2).value,
         "tracin": jf.tracin(LOG_PROB)([params, params], (x[:4], y[:4]), (x, y), np.array([0.1, 0.2])),
         "evidence": jf.laplace(model, params, x, y, prior=1.0, view=jf.kronecker).log_evidence(),
     }

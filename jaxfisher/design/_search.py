@@ -237,7 +237,7 @@ def _checked(informations: Any, criterion: Any, caller: str) -> Float[Array, "m 
             "candidate, an array of shape (m, p, p), as jf.design.informations(model)(params, *candidates) gives."
         )
     matrices = jnp.asarray(informations)
-    value: Any = jax.eval_shape(criterion, matrices[0])
+    value: Any = jax.eval_shape(criterion, jax.ShapeDtypeStruct(matrices.shape[1:], matrices.dtype))
     if not hasattr(value, "dtype") or value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"{caller}: `criterion` returned {described(value)}; expected one real number, {CRITERION}.")
     return matrices

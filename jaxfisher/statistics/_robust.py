@@ -20,6 +20,7 @@ from jaxfisher._examples import checked_batch_size, make_batch, map_examples
 from jaxfisher._fisher import exact_fisher
 from jaxfisher._linalg import matmul
 from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example, predict
+from jaxfisher._once import once
 from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.operator import Operator, scores_of
 from jaxfisher._pieces import map_batches
@@ -85,7 +86,7 @@ def meat(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[..., O
             if np.shape(groups) != (batch.size,):
                 raise _other_length("groups", np.shape(groups), batch.size)
             places = _places("meat", groups)
-            sums = jax.ops.segment_sum(made.weights[:, None] * rows, places, num_segments=batch.size)
+            sums = _sums(made.weights[:, None] * rows, places)
             matrix = batch.total * matmul(sums.T, sums)
         return Operator(Dense(matrix, batch.spec), mean_over("meat", batch))
 
@@ -110,8 +111,7 @@ def _places(caller: str, groups: Any) -> Array:
             raise TypeError(
                 f"{caller}: `groups` has dtype {groups.dtype} inside jit; expected numbers, a label for each example."
             )
-        traced: Array = jnp.unique(groups, return_inverse=True, size=groups.size)[1]
-        return traced
+        return _numbered(groups)
     labels = np.asarray(groups)
     missing = np.ma.getmaskarray(groups) if isinstance(groups, np.ma.MaskedArray) else _is_missing(labels)
     if np.any(missing):
@@ -120,6 +120,18 @@ def _places(caller: str, groups: Any) -> Array:
             "examples out, or give each a label of its own."
         )
     return jnp.asarray(np.unique(labels, return_inverse=True)[1])
+
+
+@once
+def _numbered(groups: Array) -> Array:
+    numbers: Array = jnp.unique(groups, return_inverse=True, size=groups.size)[1]
+    return numbers
+
+
+@once
+def _sums(rows: Array, places: Array) -> Array:
+    """The sum of the rows of each group; zeros follow the last one."""
+    return jax.ops.segment_sum(rows, places, num_segments=len(rows))
 
 
 def _is_missing(labels: np.ndarray) -> Any:
@@ -160,7 +172,7 @@ def cluster_factor(groups: Any, p: int, weights: Float[Array, " n"] | None = Non
     if columns is None or columns < 0 or (weights is None and columns >= shape[0]):
         raise ValueError(f"cluster_factor: `p` is {described(p)}; expected a whole number below the {shape[0]} observations.")
     often = occurrences(weights, shape[0])
-    occur = jnp.sum(jax.ops.segment_sum(often, places, num_segments=shape[0]) > 0)
+    occur = jnp.sum(_sums(often, places) > 0)
     total = jnp.sum(often)
     factor = occur / (occur - 1) * (total - 1) / (total - columns)
     return jnp.where((occur > 1) & (total > columns), factor, jnp.nan)
