@@ -440,6 +440,30 @@ def test_an_interval_whose_one_end_is_a_limit():
     assert all(np.all(interval.converged) for interval in (score, likelihood, beside))
 
 
+def test_intervals_beside_a_group_without_successes():
+    """The fit stops at a logit of -39: the interval of a contrast is open, and the chance has that of 0 out of 10."""
+    group = np.repeat([0.0, 1.0], 10)
+    x, y = np.column_stack([np.ones(20), group]), np.where(group == 0, np.arange(20) % 2, 0)
+    model, params, z = lambda p, x: jf.Bernoulli(logits=x @ p), jnp.array([0.0, -39.2]), scipy.stats.norm.ppf(0.975)
+
+    @compiled
+    def found(params):
+        asked = lambda p: p[1], lambda p: jax.nn.sigmoid(p[0] + p[1])
+        return [statistics.likelihood_interval(model, function)(params, x, y) for function in asked]
+
+    contrast, chance = found(params)
+    assert bool(contrast.converged) and bool(chance.converged), (contrast, chance)
+
+    def fall(base, contrast):
+        """The fall of the log-likelihood: 5 of 10 in the first group, none in the second."""
+        return 5 * (np.logaddexp(0, base) + np.logaddexp(0, -base) - 2 * np.log(2)) + 10 * np.logaddexp(0, base + contrast)
+
+    best = lambda c: scipy.optimize.minimize_scalar(lambda b: fall(b, c), bounds=(-9, 9), options={"xatol": 1e-10}).fun  # noqa: E731
+    upper = scipy.optimize.brentq(lambda c: best(c) - z**2 / 2, -9, 3)
+    assert contrast.lower == -np.inf and abs(contrast.upper - upper) < 1e-6
+    np.testing.assert_allclose([chance.lower, chance.upper], [0, -np.expm1(-(z**2) / 20)], atol=1e-10)
+
+
 def test_an_interval_without_an_end_says_so():
     """Without any failures the likelihood has no maximum, and the result says that it is no interval."""
     found = jf.fit(lambda logit: jf.Bernoulli(logit))(0.0, np.ones(5))

@@ -227,9 +227,11 @@ class _Local(NamedTuple):
 
     loss: Callable[[Array], Scalar]
     """The negative log-likelihood of all observations, minus that at the estimate."""
-    asked: Callable[[Array], Scalar]
-    """The function minus its value at the estimate, in units of its standard error. With one parameter it is u itself: all
-    functions of one parameter have the same ends, and one that has saturated at the estimate has a derivative of zero."""
+    ahead: Callable[[Array], Float[Array, " p"]]
+    """The direction in which the function rises, of length one. Its slope does not matter: a probability and its logit have the
+    same ends, also where one has saturated. With one parameter it is one, and the slope may be zero."""
+    rise: Callable[[Array], Scalar]
+    """The function minus its value at the estimate; with one parameter u itself."""
     information: Callable[[Array], Float[Array, "p p"]]
     """The exact Fisher of all observations, which is the identity at the estimate."""
     origin: Float[Array, " p"]
@@ -259,12 +261,18 @@ def _local(question: _Question, params: Any, batch: Batch) -> _Local:
         value: Scalar = question.function(at(place(u))).astype(spec.dtype)
         return value
 
+    def ahead(u: Array) -> Array:
+        slope = jax.grad(function)(u)
+        scaled = slope / jax.lax.stop_gradient(jnp.max(jnp.abs(slope)))
+        return scaled / jnp.linalg.norm(scaled)
+
     origin = jnp.zeros_like(flat)
-    value, slope = jax.value_and_grad(function)(origin)
+    value = function(origin)
     return _Local(
         function,
         lambda u: total * (batch_loss(log_prob, at(place(u)), batch) - here),
-        (lambda u: u[0]) if flat.size == 1 else lambda u: (function(u) - value) / jnp.linalg.norm(slope),
+        jnp.ones_like if flat.size == 1 else ahead,
+        (lambda u: u[0]) if flat.size == 1 else lambda u: function(u) - value,
         lambda u: total * matmul(root.T, matmul(fisher(place(u)), root)),
         origin,
         value,
@@ -274,42 +282,53 @@ def _local(question: _Question, params: Any, batch: Batch) -> _Local:
 
 @once_for
 def _likelihood_ends(question: _Question, params: Any, batch: Batch, z: Scalar) -> tuple[Array, Array]:
-    """The ends: the points where ``grad asked = mu grad loss`` and ``loss = z^2 / 2``."""
+    """The ends: the points where the function rises along ``grad loss``, and ``loss = z^2 / 2``."""
     local = _local(question, params, batch)
 
     def residual(unknown: Array, z: Scalar) -> Array:
         u, multiplier = unknown[:-1], unknown[-1]
         value, slope = jax.value_and_grad(local.loss)(u)
-        return jnp.append(jax.grad(local.asked)(u) - multiplier * slope, (value - 0.5 * z**2) / z)
+        return jnp.append(local.ahead(u) - multiplier * slope, (value - 0.5 * z**2) / z)
 
     return _ends(local, residual, z)
 
 
 @once_for
 def _score_ends(question: _Question, params: Any, batch: Batch, z: Scalar) -> tuple[Array, Array]:
-    """The ends: the points where ``grad asked = mu grad loss`` and the score statistic is ``z^2``."""
+    """The ends: the points where the function rises along ``grad loss``, and the score statistic is ``z^2``."""
     local = _local(question, params, batch)
 
     def residual(unknown: Array, z: Scalar) -> Array:
         u, multiplier = unknown[:-1], unknown[-1]
         slope = jax.grad(local.loss)(u)
-        statistic = jnp.vdot(slope, jnp.linalg.solve(local.information(u), slope))
-        return jnp.append(jax.grad(local.asked)(u) - multiplier * slope, (statistic - z**2) / (2 * z))
+        # A parameter about which the data say nothing at u has no score there either: 0 by 0 is to count as 0.
+        information = local.information(u) + float(jnp.finfo(u.dtype).eps) ** 2 * jnp.eye(u.size, dtype=u.dtype)
+        statistic = jnp.vdot(slope, jnp.linalg.solve(information, slope))
+        return jnp.append(local.ahead(u) - multiplier * slope, (statistic - z**2) / (2 * z))
 
     return _ends(local, residual, z)
 
 
 def _ends(local: _Local, residual: Callable[[Array, Scalar], Array], z: Scalar) -> tuple[Array, Array]:
     """Both ends, and whether they were found. For a low level they are Wald's; each level starts from the one below."""
-    direction, there = jax.grad(local.asked)(local.origin), jnp.isfinite(local.loss(local.origin))
+    direction, there = local.ahead(local.origin), jnp.isfinite(local.loss(local.origin))
     levels = z * jnp.arange(1, STAGES + 1, dtype=z.dtype) / STAGES
+
+    def fitted(distance: Scalar) -> Array:
+        """The point at a distance along the direction with all else fitted."""
+
+        def residual(u: Array) -> Array:
+            slope = jax.grad(local.loss)(u)
+            return slope + (jnp.vdot(direction, u) - distance - jnp.vdot(direction, slope)) * direction
+
+        return _newton(residual, distance * direction)[0]
 
     def end(sign: Scalar) -> tuple[Scalar, Bool[Array, ""]]:
         def part(state: tuple[Array, Scalar, Any], level: Scalar) -> tuple[Any, None]:
             u, last, _ = state
             # For a parabola u is proportional to the level.
             u = _within_reach(lambda u: residual(jnp.append(u, 0), level)[-1] / level, u * level / last)
-            slope, ahead = jax.grad(local.loss)(u), jax.grad(local.asked)(u)
+            slope, ahead = jax.grad(local.loss)(u), local.ahead(u)
             start = jnp.append(u, jnp.vdot(slope, ahead) / jnp.vdot(slope, slope))
             found, good = _newton(lambda unknown: residual(unknown, level), start)
             return (found[:-1], level, good), None
@@ -317,10 +336,10 @@ def _ends(local: _Local, residual: Callable[[Array, Scalar], Array], z: Scalar) 
         begin = sign * levels[0] * direction, levels[0], jnp.ones((), bool)
         (found, _, good), _ = jax.lax.scan(part, begin, levels)
         # The equations also have the other end as a solution: check the side.
-        good = good & there & (local.asked(found) * sign > 0)
+        good = good & there & (local.rise(found) * sign > 0)
         far, farther = (local.function(sign * length * direction) for length in (FAR, 2 * FAR))
         apart = jnp.abs(farther - far) > 8 * jnp.finfo(z.dtype).eps * jnp.abs(far)
-        open_ended = ~good & (local.loss(sign * FAR * direction) <= local.rounding)
+        open_ended = ~good & (local.loss(fitted(sign * FAR)) <= local.rounding)
         limit = jnp.where(apart, jnp.sign(farther - far) * jnp.inf, far)
         return jnp.where(open_ended, limit, local.function(found)), good | (open_ended & ~jnp.isnan(farther))
 
@@ -357,13 +376,14 @@ def _newton(residual: Callable[[Array], Array], start: Array) -> tuple[Array, Bo
 
     def step(state: Any) -> Any:
         count, x, size, _ = state
-        change = jnp.linalg.solve(jax.jacfwd(residual)(x), residual(x))
-        shares = 0.5 ** jnp.arange(12, dtype=x.dtype)
-        sizes = jax.vmap(lambda share: jnp.linalg.norm(residual(x - share * change)))(shares)
-        falls = sizes < size
-        share = jnp.where(jnp.any(falls), shares[jnp.argmax(falls)], 0)
-        new = jnp.where(share > 0, x - share * change, x)
-        return count + 1, new, jnp.where(share > 0, sizes[jnp.argmax(falls)], size), share > 0
+        jacobian, here = jax.jacfwd(residual)(x), residual(x)
+        # Where no part of a Newton step helps, try one of least squares, which does not move along a flat direction.
+        changes = jnp.linalg.solve(jacobian, here), jnp.linalg.lstsq(jacobian, here)[0]
+        steps = jnp.concatenate([jnp.outer(0.5 ** jnp.arange(12, dtype=x.dtype), change) for change in changes])
+        sizes = jax.vmap(lambda change: jnp.linalg.norm(residual(x - change)))(steps)
+        falls = jnp.any(sizes < size)
+        first = jnp.argmax(sizes < size)
+        return count + 1, jnp.where(falls, x - steps[first], x), jnp.where(falls, sizes[first], size), falls
 
     begin = jnp.zeros((), jnp.int32), start, jnp.linalg.norm(residual(start)), jnp.ones((), bool)
     _, x, size, _ = while_loop(lambda state: state[3] & (state[0] < STEPS), step, begin)
