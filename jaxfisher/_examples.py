@@ -66,7 +66,7 @@ def _data_paths(data: tuple[Any, ...], name: str) -> list[str]:
     return [name + path for path in path_names(data)]
 
 
-def _as_arrays(data: tuple[Any, ...], name: str) -> tuple[Any, ...]:
+def as_arrays(data: tuple[Any, ...], name: str) -> tuple[Any, ...]:
     """``data`` with JAX arrays for leaves, or a `TypeError` that names a leaf that is no array of numbers."""
     for i, entry in enumerate(data):
         if entry is None:
@@ -196,7 +196,7 @@ def make_batch(
     spec = param_spec(params)
     if not spec.paths:
         raise ValueError(f"`params` has no leaves ({spec.treedef}). Pass a pytree with at least one floating-point array.")
-    data = _as_arrays(data, "data")
+    data = as_arrays(data, "data")
     n = num_examples(data, "data")
     if weights is None:
         even = Batch(spec, n, data, jnp.full(n, 1 / n, spec.dtype), None, batch_size, max_bytes)

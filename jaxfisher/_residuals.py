@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Scalar
 from jaxfisher._acceleration import acceleration
 from jaxfisher._distributions.normal import Normal
 from jaxfisher._divergence import kl
-from jaxfisher._examples import Batch, make_batch
+from jaxfisher._examples import Batch, as_arrays, make_batch, num_examples
 from jaxfisher._fisher import exact_fisher
 from jaxfisher._model import mean_loss, of_one_example
 from jaxfisher._once import once_for
@@ -155,7 +155,9 @@ class Residuals:
         for name, kind in self.kinds.items():
             inputs, scale = of_points[name], of_scales.get(name, 1.0)
             check_nonnegative(f"scales[{name!r}]", scale)
-            parts.append(one(kind, scale, of_weights.get(name), inputs if type(inputs) is tuple else (inputs,)))
+            data = as_arrays(inputs if type(inputs) is tuple else (inputs,), f"points[{name!r}]")
+            num_examples(data, f"points[{name!r}]")
+            parts.append(one(kind, scale, of_weights.get(name), data))
         # Operators are added as operators, and pytrees leaf by leaf.
         if isinstance(parts[0], Operator):
             return functools.reduce(lambda a, b: a + b, parts)

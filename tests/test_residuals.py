@@ -348,3 +348,16 @@ def test_a_residual_may_be_an_array_of_numpy():
     for wrong, seen in ((np.ones(2, int), "dtype int64"), (np.ones(2, complex), "complex128"), ([1.0, 2.0], "a list")):
         with pytest.raises(TypeError, match=f"a residual returned .*{seen}"):
             jf.residuals({"fixed": lambda p, x, wrong=wrong: wrong}).loss(2.0, {"fixed": np.ones(4)})
+
+
+def test_points_that_are_wrong_are_named_with_their_kind():
+    problem = jf.residuals({"inside": lambda p, x: p * x, "edge": lambda p, x, y: p * x - y})
+    for edge, error, says in (
+        ((np.ones((0, 2)), np.ones(0)), ValueError, r"points\['edge'\]\[0\] has no examples"),
+        ((np.ones(3), np.ones(2)), ValueError, r"points\['edge'\]\[0\] has 3 examples, but points\['edge'\]\[1\] has 2"),
+        ((np.ones(3), None), TypeError, r"points\['edge'\]\[1\] is None"),
+        (["a"], TypeError, r"points\['edge'\]\[0\]\[0\] is 'a'"),
+    ):
+        for call in (problem.loss, problem.gauss_newton):
+            with pytest.raises(error, match=says):
+                call(2.0, {"inside": np.ones(4), "edge": edge})
