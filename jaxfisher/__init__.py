@@ -147,7 +147,7 @@ from jaxfisher._transform.update_arguments import fisher_for as fisher_for
 from jaxfisher._laws import LawCheck as LawCheck
 from jaxfisher._laws import check_laws as check_laws
 
-# Names that do not exist: the error says what to write instead. Type checkers would take every name to exist, so hide it.
+# Names that do not exist: a room is loaded, or an error says what to write. Type checkers would take any name, so hide it.
 import typing as _typing
 
 if not _typing.TYPE_CHECKING:

@@ -1,9 +1,11 @@
-"""Names that people try and that are deliberately not there: the error says what to write instead."""
+"""Names that people try and that are not there: most are so deliberately, and the error says what to write instead."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from types import ModuleType
+from typing import Any
 
 _Names = Mapping[str, str]
 
@@ -70,7 +72,7 @@ OF_DISTRIBUTION = {
     **_each("kl_divergence", "Write `d.kl(other)` or `jf.kl_divergence(d, other)`."),
     "cross_entropy": "Write `d.entropy() + d.kl(other)`.",
     **_each("sample_n rsample rvs", "Write `d.sample(key, (5,))`."),
-    **_each("covariance cov", "Its diagonal is `d.variance`; a normal distribution of vectors has `d.scale_tril`."),
+    **_each("covariance cov", "Its diagonal is `d.variance`; a normal distribution of vectors has `d.covariance`."),
     **_each("cdf log_cdf quantile icdf ppf support", _ELSEWHERE),
 }
 """Names that a distribution ``d`` does not have."""
@@ -107,8 +109,14 @@ OF_PACKAGE = {
 """Names that the package ``jf`` does not have."""
 
 
-def from_package(name: str) -> NoReturn:
-    """The ``__getattr__`` of the package: it raises, with what to write instead if the name is known."""
+ROOMS = ("design", "forecasts", "geometry", "plot")
+"""The modules that are loaded when they are first named: most programs need none, and ``plot`` needs matplotlib."""
+
+
+def from_package(name: str) -> ModuleType:
+    """The ``__getattr__`` of the package: a room, or an error with what to write instead if the name is known."""
+    if name in ROOMS:
+        return importlib.import_module(f"jaxfisher.{name}")
     if name in OF_PACKAGE:
         raise AttributeError(f"jaxfisher has no `{name}`. {OF_PACKAGE[name]}", name=name)
     raise AttributeError(f"module 'jaxfisher' has no attribute {name!r}", name=name)

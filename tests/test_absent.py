@@ -47,8 +47,8 @@ def test_the_error_of_an_absent_name_says_what_to_write(owner):
 
 @pytest.mark.parametrize("code", sorted(CODE))
 def test_what_is_to_be_written_runs(code):
-    if code == "d.scale_tril":
-        assert jf.MultivariateNormal(jnp.zeros(2), jnp.eye(2)).scale_tril.shape == (2, 2)
+    if code == "d.covariance":
+        assert jf.MultivariateNormal(jnp.zeros(2), jnp.eye(2)).covariance.shape == (2, 2)
     elif code == "jf.laplace(model, params, x, y, prior=1.0)":
         assert isinstance(jf.laplace(model, jnp.ones(2), *map(things().get, "xy"), prior=1.0), jf.Posterior)
     else:
