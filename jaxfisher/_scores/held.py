@@ -111,7 +111,7 @@ class HeldScores(FactoredScores):
         # Sum the scaled rows in units near the bound: a factor from a huge row to a small bound could underflow.
         unit = power_of_two(jnp.clip(max_norm, tiny, 1))
         share = jnp.where(longer, max_norm / unit / jnp.where(longer, norms, 1), 1 / jnp.where(longer, 1, down * unit))
-        whole = jax.tree.map(lambda leaf: unit * leaf, scaled.rmv(share))
+        whole = jax.tree.map(lambda leaf: unit.astype(leaf.dtype) * leaf, scaled.rmv(share))
         return whole, jnp.sum(longer, dtype=jnp.int32)
 
     def _row_sizes(self) -> Float[Array, "n rows"]:
