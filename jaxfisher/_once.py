@@ -32,7 +32,7 @@ T = TypeVar("T")
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Static(Generic[T]):
-    """A static argument of a program, such as a number of rows: each value gets a program of its own."""
+    """A static argument or result of a program, such as a number of rows: each value gets a program of its own."""
 
     value: T
 

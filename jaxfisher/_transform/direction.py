@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Scalar
 
-from jaxfisher._once import once, renewed
+from jaxfisher._once import Static, once, renewed
 from jaxfisher._operators.averaging import arrays_of, with_arrays
 from jaxfisher._operators.factored import InvertedBlocks, factored_solve, has_factors, is_invertible
 from jaxfisher._operators.form import Form
@@ -123,24 +123,21 @@ def direction(
     # Build the factors inside the branch that needs them: anything computed outside it would run at every step.
     source = factors or (fisher.anew if isinstance(fisher, Shared) and settings.holds else fisher)
 
-    moving = [1]
-
-    def fresh() -> Operator:
+    def fresh() -> tuple[Operator, Static[int]]:
         given = fisher_for(updates, source, "kfac")
-        moving[:] = [max(num_moving(viewed(given, "kfac").form), 1)]
-        return _viewed(settings.view, given)
+        return _viewed(settings.view, given), Static(max(num_moving(viewed(given, "kfac").form), 1))
 
-    def gamma_of(operator: Operator) -> Scalar:
+    def gamma_of(operator: Operator, moving: int) -> Scalar:
         # Parameters that the model does not use would lower the mean eigenvalue, and so the damping of all others.
-        gamma = relative_damping(operator, share) * (operator.size / moving[0])
+        gamma = relative_damping(operator, share) * (operator.size / moving)
         # A floor for K = 0: a share of lambda so small that it makes no difference otherwise.
         return jnp.maximum(gamma, jnp.finfo(operator.spec.dtype).eps * jnp.asarray(damping, operator.spec.dtype))
 
     if settings.holds:
         operator, gamma, mean, held = _in_turn(settings, fresh, state, forward, gamma_of)
     else:
-        operator, mean, held = fresh(), (), ()
-        gamma = gamma_of(operator)
+        (operator, moving), mean, held = fresh(), (), ()
+        gamma = gamma_of(operator, moving.value)
     d, info = _lightly(settings.solver, operator, operator.spec.vector(updates), gamma)
     info = jax.tree.map(lambda a, b: jnp.asarray(a).astype(b.dtype), info, state.info)
     after = ScaleByFisherState(optax.safe_increment(state.count), mean, held, (), info)
@@ -159,23 +156,23 @@ def _viewed(view: View | None, fisher: Operator) -> Operator:
 
 def _in_turn(
     settings: Settings,
-    fresh: Callable[[], Operator],
+    fresh: Callable[[], tuple[Operator, Static[int]]],
     state: ScaleByFisherState,
     forward: float | None,
-    gamma_of: Callable[[Operator], Scalar],
+    gamma_of: Callable[[Operator, int], Scalar],
 ) -> tuple[Operator, Scalar, Any, Any]:
     """The operator to solve with, its damping, the running mean and the held inverses; only what is due is recomputed."""
     # Find the structure by abstract evaluation, so that steps at which nothing is due do not pay for it. Inside `jit` the
     # program traced here is reused in the branch that runs it.
     fresh = jax.jit(fresh, inline=True) if isinstance(state.count, jax.core.Tracer) else fresh
-    shape = jax.eval_shape(fresh)
+    shape, moving = jax.eval_shape(fresh)
     template = shape.form if settings.decay is None else averaged(shape, "kfac")
     check_vector_of_state(state.mean, arrays_of(template), "kfac")
     every = counted_period(forward, shape.form) if settings.asked is None else settings.asked
     turns = Turns(state.count, every)
 
     def averages(mean: Any) -> Any:
-        operator = fresh()
+        operator, _ = fresh()
         new = arrays_of(operator.form)
         if settings.decay is None:
             return new
@@ -189,7 +186,7 @@ def _in_turn(
     form = with_arrays(shape.form, mean)
     holding = _holding(settings.solver, form)
     operator = Operator(form, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape.provenance))
-    gamma = gamma_of(operator)
+    gamma = gamma_of(operator, moving.value)
     own = phases(holding.layers(form), every)
     # Layers of one turn share one flag object: `Holding.refreshed` groups them by it, so that one branch recomputes them all.
     known = {phase: turns.due(phase) for phase in own} if isinstance(every, int) else {}
