@@ -130,13 +130,13 @@ def test_a_step_is_a_small_program():
     assert not eigen.search(lean.as_text()) and not eigen.search(refined.as_text())
     assert eigen.search(whole.as_text()), "the control: at zero damping eigenvectors are needed"
     # The program before XLA is the same on every version. How often XLA copies instructions into several fusions is not: the
-    # two programs have 588 and 1,044 by the older code generator, and 618 and 1,247 by the newer one.
+    # two programs have 611 and 1,061 on JAX 0.10.0, 673 and 1,225 on 0.10.2, and 629 and 1,246 on 0.12.
     assert operations(lean) < 510, operations(lean)
     assert operations(refined) < 715, operations(refined)
     for text in (lean.as_text(), refined.as_text()):
         assert "across dimensions = []" not in text, "a sum over nothing"
         assert "stablehlo.pad" not in text, "a block padded by nothing"
-    assert instructions(lean.compile().as_text()) < 660
+    assert instructions(lean.compile().as_text()) < 690
     assert instructions(refined.compile().as_text()) < 1310
 
 
