@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from jaxfisher._engine.axes import Axis, Steps, dim
 from jaxfisher._engine.forms import Convolution, Form, Formed, Layout, Lookup, Product
 from jaxfisher._engine.machine import Output
-from jaxfisher._engine.terms import Factor, Term, Unformed, fold, laid_out, seen, summed, whole
+from jaxfisher._engine.terms import Factor, Term, Unformed, fold, laid_out, seen, whole
 from jaxfisher._engine.windows import Windows
 from jaxfisher._linalg import matmul
 from jaxfisher._tree import HIGHEST
@@ -205,11 +205,11 @@ class _Pair:
 
     def left_array(self) -> Array:
         """The left factors, ``[groups, T, inputs]``."""
-        return _arranged(seen(self.left), self.groups, self.shared, self.inputs)
+        return laid_out(Term((seen(self.left),), (self.groups, self.shared, self.inputs)))
 
     def right_array(self) -> Array:
         """The right factors, ``[groups, T, outputs]``."""
-        return _arranged(self.right, self.groups, self.shared, self.outputs)
+        return laid_out(Term((self.right,), (self.groups, self.shared, self.outputs)))
 
     def source(self, factor: Factor, kept: Sequence[Axis]) -> Sources | None:
         """The source of one factor, if the factor has all the shared axes of the product and no other axis to sum over."""
@@ -258,16 +258,6 @@ def _sorted(term: Term, shape: tuple[int, ...]) -> _Pair | None:
 
 def _before(a: Sequence[Axis], b: Sequence[Axis], order: Sequence[Axis]) -> bool:
     return bool(a) and (not b or order.index(a[0]) < order.index(b[0]))
-
-
-def _arranged(factor: Factor, *groups: Sequence[Axis]) -> Array:
-    """The factor's array with its axes in groups, each merged into one axis; axes in no group are summed over."""
-    kept = [axis for group in groups for axis in group]
-    array = summed(jnp.asarray(factor.plain), [i for i, axis in enumerate(factor.axes) if axis not in kept])
-    axes = [axis for axis in factor.axes if axis in kept]
-    array = array.transpose([axes.index(axis) for axis in kept if axis in axes])
-    array = jnp.broadcast_to(array.reshape([a.size if a in axes else 1 for a in kept]), [a.size for a in kept])
-    return array.reshape([math.prod(axis.size for axis in group) for group in groups])
 
 
 def _outer(pair: _Pair, left: Array, right: Array, place: tuple[int, ...] = ()) -> Part:

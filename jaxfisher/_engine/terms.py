@@ -121,20 +121,17 @@ def whole(array: Array, flags: int, reason: str | None) -> Term:
 
 
 def laid_out(term: Term) -> Array:
-    """The value of a term of one factor."""
+    """The value of a term of one factor: its axes in dimensions, each merged into one, and the others summed over."""
     (factor,) = term.factors
     order = [axis for axes in term.dims for axis in axes]
     axes = [axis for axis in factor.axes if axis in order]
-    array = summed(jnp.asarray(factor.plain), [i for i, axis in enumerate(factor.axes) if axis not in order])
+    array, gone = jnp.asarray(factor.plain), [i for i, axis in enumerate(factor.axes) if axis not in order]
+    if gone:  # without axes `jnp.sum` would still add an operation
+        array = jnp.sum(array, gone)
     array = array.transpose([axes.index(axis) for axis in order if axis in axes])
     array = array.reshape([axis.size if axis in axes else 1 for axis in order])
     array = jnp.broadcast_to(array, [axis.size for axis in order])
     return array.reshape([math.prod(axis.size for axis in axes) for axes in term.dims])
-
-
-def summed(array: Array, axes: Sequence[int]) -> Array:
-    """The sum over some axes. Without axes the array is returned as it is, since `jnp.sum` would still add an operation."""
-    return jnp.sum(array, axes) if axes else array
 
 
 def transpose(term: Term, permutation: Sequence[int]) -> Term:
