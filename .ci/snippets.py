@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import pathlib
+import platform
 import re
 import sys
 import time
@@ -17,6 +18,10 @@ import warnings
 
 # Compiling programs that run once takes nearly all the time of these blocks. JAX reads this variable when it is imported.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# A block is written with the instructions of its author's machine, and checked with those that every machine has. These round
+# sums of products differently, so digits that depend on the machine, such as those of an offset near zero, are found here.
+if "--write" not in sys.argv and platform.machine() == "x86_64":
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_max_isa=SSE4_2"
 
 import jax
 
