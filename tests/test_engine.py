@@ -184,6 +184,21 @@ def test_wrapping_a_model_changes_nothing(name):
     )
 
 
+@pytest.mark.parametrize("name", ["conv_strided", "conv_1d_wide", "embedding_wide", "scanned_layers"])
+def test_a_model_is_held_in_the_same_forms_in_a_narrower_dtype(name):
+    """As in mixed precision, the parameters and the data are cast on the way in, and so are the gradients on the way out."""
+    row = catalogue.row(name)
+
+    def narrow(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+    def log_prob(params, *data):
+        return row.log_prob(narrow(params), *narrow(data)).astype(float)
+
+    wide, found = (jf.explain(function)(row.params, *row.data).leaves for function in (row.log_prob, log_prob))
+    assert [(leaf.form, leaf.kronecker) for leaf in found] == [(leaf.form, leaf.kronecker) for leaf in wide]
+
+
 # The exact and the sampled Fisher: several rows per example.
 
 

@@ -413,8 +413,7 @@ def contract(term: Term, dims: Sequence[int], matrix: Array, over: Sequence[int]
 
 
 def real(term: Term) -> tuple[Term, ...] | None:
-    """The real part: ``Re(a g) = Re a Re g - Im a Im g``, at most two terms."""
-    term = Term(tuple(map(seen, term.factors)), term.dims)
+    """The real part: ``Re(a g) = Re a Re g - Im a Im g``, at most two terms. The windows of a convolution are real."""
     wide = [f for f in term.factors if f.plain is not None and jnp.issubdtype(f.plain.dtype, jnp.complexfloating)]
     if not wide:
         return (term,)
