@@ -94,12 +94,12 @@ DOWN = geometry.natural_gradient_flow(rate, time=0.5, steps=2)
 
 
 ROOMS = {
-    "statistics.aic": lambda: statistics.aic(LOG_PROB)(*observed()),
+    "statistics.aic": lambda: statistics.aic(LOG_PROB, batch_size=3)(*observed()),
     "statistics.cluster_factor": lambda: statistics.cluster_factor(GROUPS, p=1),
     "statistics.covariance": lambda: jf.covariance(information()).as_matrix(),
     "statistics.cramer_rao_bound": lambda: statistics.cramer_rao_bound(slope)(observed()[0], information()),
     "statistics.delta_method": lambda: statistics.delta_method(slope)(observed()[0], covariance()),
-    "statistics.dispersion": lambda: statistics.dispersion(counts)(*observed()),
+    "statistics.dispersion": lambda: statistics.dispersion(counts, batch_size=3)(*observed()),
     "statistics.firth": lambda: PENALTY(*observed()[:2], weights=None),
     "statistics.fit": lambda: jf.fit(counts, penalty=PENALTY, max_steps=3)(*observed()),
     "statistics.hc1": lambda: statistics.hc1(jnp.full(4, 0.5)),

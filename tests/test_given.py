@@ -4,6 +4,7 @@ A grid, by abstract evaluation: every public function that maps a function of on
 other such functions accept, in either of the two calls.
 """
 
+import functools
 import importlib
 import inspect
 import re
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from problems import assert_close
 from rooms import LOG_PROB, counts, slope
 from test_surface import is_ours
@@ -98,6 +100,17 @@ def test_what_is_taken_is_taken_together():
         of_maker = {"batch_size": 3} if TAKEN["batch_size, of the maker"](name) else {}
         keywords = {argument: value for argument, value in ASKED.items() if TAKEN[argument](name)}
         evaluated(make(**of_maker), args, keywords)
+
+
+def test_pieces_of_examples_on_explicit_axes():
+    """An axis of a mesh is then a part of the examples' types, and JAX refuses some operations on them outside our programs."""
+    mesh = AbstractMesh((N,), ("examples",), axis_types=(AxisType.Explicit,))
+    place = NamedSharding(mesh, PartitionSpec("examples"))
+    for name in ("aic", "dispersion", "leverages", "meat"):
+        make, (params, *data) = MAPPED[f"statistics.{name}"]
+        shapes = [jax.ShapeDtypeStruct(array.shape, jnp.result_type(float), sharding=place) for array in data]
+        with jax.sharding.use_abstract_mesh(mesh):
+            jax.eval_shape(functools.partial(make(batch_size=3), params, weights=WEIGHTS), *shapes)
 
 
 @pytest.mark.parametrize("given", TAKEN)

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Scalar
 
 from jaxfisher._divergence import observed_information
-from jaxfisher._examples import checked_batch_size, make_batch
+from jaxfisher._examples import Batch, checked_batch_size, make_batch
 from jaxfisher._fisher import empirical_fisher
 from jaxfisher._linalg import matmul
 from jaxfisher._model import LOG_PROB, LogProb, batch_loss, of_one_example
+from jaxfisher._once import once_for
 from jaxfisher._tree import check_function
 from jaxfisher.statistics._covariance import inverse_and_null
 from jaxfisher.statistics._observations import of_observations
@@ -100,6 +101,10 @@ def tic(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[..., Sc
 
 def _likelihood(log_prob: LogProb, params: Any, data: Any, weights: Any, batch_size: int | None) -> tuple[Any, Scalar]:
     batch = make_batch(params, data, weights, batch_size)
+    return batch.spec, -_mean_loss(log_prob, params, batch) * batch.total
+
+
+@once_for
+def _mean_loss(log_prob: LogProb, params: Any, batch: Batch) -> Scalar:
     with of_one_example(log_prob, "log_prob", params, batch.data):
-        mean = batch_loss(log_prob, params, batch)
-    return batch.spec, -mean * batch.total
+        return batch_loss(log_prob, params, batch)

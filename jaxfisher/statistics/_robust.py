@@ -16,11 +16,11 @@ from jaxfisher._distributions.categorical import Categorical
 from jaxfisher._distributions.foreign import Foreign
 from jaxfisher._distributions.joint import Joint
 from jaxfisher._distributions.masked import Masked
-from jaxfisher._examples import checked_batch_size, make_batch, map_examples
+from jaxfisher._examples import Batch, checked_batch_size, make_batch, map_examples
 from jaxfisher._fisher import exact_fisher
 from jaxfisher._linalg import matmul
 from jaxfisher._model import LOG_PROB, MODEL, LogProb, Model, of_one_example, predict
-from jaxfisher._once import once
+from jaxfisher._once import once, once_for
 from jaxfisher._operators.dense import Dense
 from jaxfisher._operators.operator import Operator, scores_of
 from jaxfisher._pieces import map_batches
@@ -328,24 +328,27 @@ def dispersion(model: Model, *, batch_size: int | None = None) -> Callable[..., 
 
     @of_observations("dispersion")
     def dispersion_of(params: chex.ArrayTree, /, *data: Any, weights: Any = None) -> Scalar:
-        batch = make_batch(params, data, weights, batch_size)
-
-        def squared(params: chex.ArrayTree, *example: Any) -> Array:
-            predicted = predict(model, params, *example[:-1])
-            _check_numbers(predicted)
-            predicted._check_target(example[-1], "dispersion: one target")
-            target = jnp.asarray(example[-1], predicted.mean.dtype)
-            return jnp.square(target - predicted.mean) / predicted.variance
-
-        with of_one_example(model, "model", params, batch.data[:-1]):
-            found = map_batches(lambda *data: map_examples(squared, params, data), batch.data, batch.batch_size)
-        each = found.astype(batch.spec.dtype).reshape(batch.size, -1)
-        total = batch.total
-        freedom = total * each.shape[1] - batch.spec.size
-        found = jnp.sum(batch.weights * jnp.sum(each, axis=1)) * total / jnp.where(freedom > 0, freedom, 1)
-        return jnp.where(freedom > 0, found, jnp.nan)
+        return _dispersion(model, params, make_batch(params, data, weights, batch_size))
 
     return dispersion_of
+
+
+@once_for
+def _dispersion(model: Model, params: Any, batch: Batch) -> Scalar:
+    def squared(params: chex.ArrayTree, *example: Any) -> Array:
+        predicted = predict(model, params, *example[:-1])
+        _check_numbers(predicted)
+        predicted._check_target(example[-1], "dispersion: one target")
+        target = jnp.asarray(example[-1], predicted.mean.dtype)
+        return jnp.square(target - predicted.mean) / predicted.variance
+
+    with of_one_example(model, "model", params, batch.data[:-1]):
+        found = map_batches(lambda *data: map_examples(squared, params, data), batch.data, batch.batch_size)
+    each = found.astype(batch.spec.dtype).reshape(batch.size, -1)
+    total = batch.total
+    freedom = total * each.shape[1] - batch.spec.size
+    found = jnp.sum(batch.weights * jnp.sum(each, axis=1)) * total / jnp.where(freedom > 0, freedom, 1)
+    return jnp.where(freedom > 0, found, jnp.nan)
 
 
 def _check_numbers(predicted: Distribution) -> None:
