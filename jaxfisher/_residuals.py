@@ -22,8 +22,8 @@ from jaxfisher._model import mean_loss, of_one_example
 from jaxfisher._once import once_for
 from jaxfisher._operators.operator import Operator
 from jaxfisher._readings import Around
-from jaxfisher._tree import check_function, described
-from jaxfisher._values import check_nonnegative
+from jaxfisher._tree import check_function, described, param_spec
+from jaxfisher._values import nonnegative
 
 RESIDUAL = "(params, *point) -> the residual at ONE point, a real floating array"
 """The signature of a residual, as messages show it."""
@@ -92,7 +92,7 @@ class Residuals:
             found: Scalar = scale * _half_squares(_Likelihood(_Value(kind)), params, batch)
             return found
 
-        return self._total(one, points, scales, weights)
+        return self._total(one, params, points, scales, weights)
 
     def gauss_newton(self, params: chex.ArrayTree, points: Any, scales: Any = None, *, weights: Any = None) -> Operator:
         """``sum_k c_k mean_i J_ki^T J_ki``, with ``J_ki`` the Jacobian of a residual at a point: a sum of one Fisher per kind.
@@ -112,7 +112,7 @@ class Residuals:
             )
             return found
 
-        return self._total(one, points, scales, weights)
+        return self._total(one, params, points, scales, weights)
 
     def acceleration(
         self, params: chex.ArrayTree, direction: chex.ArrayTree, points: Any, scales: Any = None, *, weights: Any = None
@@ -128,7 +128,7 @@ class Residuals:
             found = acceleration(_Model(_Value(kind)), batch_size=self.batch_size)(params, direction, *inputs, weights=weights)
             return jax.tree.map(lambda leaf: scale * leaf, found)
 
-        return self._total(one, points, scales, weights)
+        return self._total(one, params, points, scales, weights)
 
     def kl(
         self, params: chex.ArrayTree, other: chex.ArrayTree, points: Any, scales: Any = None, *, weights: Any = None
@@ -144,17 +144,18 @@ class Residuals:
             found: Scalar = scale * kl(_Model(_Value(kind)))(params, other, *inputs, weights=weights)
             return found
 
-        return self._total(one, points, scales, weights)
+        return self._total(one, params, points, scales, weights)
 
-    def _total(self, one: Callable[..., Any], points: Any, scales: Any, weights: Any) -> Any:
+    def _total(self, one: Callable[..., Any], params: Any, points: Any, scales: Any, weights: Any) -> Any:
         """The sum over the kinds of ``one(function, scale, weights, inputs)``."""
         of_points = self._by_kind("points", points, all_of_them=True)
         of_weights = self._by_kind("weights", {} if weights is None else weights)
         of_scales = self._by_kind("scales", {} if scales is None else scales)
+        dtype = param_spec(params).dtype
         parts = []
         for name, kind in self.kinds.items():
             inputs, scale = of_points[name], of_scales.get(name, 1.0)
-            check_nonnegative(f"scales[{name!r}]", scale)
+            scale = nonnegative(f"scales[{name!r}]", scale, dtype)
             data = as_arrays(inputs if type(inputs) is tuple else (inputs,), f"points[{name!r}]")
             num_examples(data, f"points[{name!r}]")
             parts.append(one(kind, scale, of_weights.get(name), data))
@@ -202,7 +203,8 @@ def residuals(kinds: Mapping[str, Residual], *, batch_size: int | None = None) -
     Raises:
         TypeError: ``kinds`` is no dict of functions; (when called) points, weights or scales are no dict, or a residual is not
             real and floating.
-        ValueError: ``kinds`` is empty; (when called) a kind has no points, a kind is unknown, or a scale is negative.
+        ValueError: ``kinds`` is empty; (when called) a kind has no points, a kind is unknown, or a scale is negative (if only
+            known at run time, it gives NaN).
 
     Reference: Raissi, Perdikaris and Karniadakis, Physics-informed neural networks (Journal of Computational Physics 2019),
     section 3; Mueller and Zeinhofer, Achieving high accuracy with PINNs via energy natural gradient descent (ICML 2023).

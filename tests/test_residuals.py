@@ -332,8 +332,21 @@ def test_kinds_with_weights_in_pieces_and_without_points():
         problem = jf.residuals(kinds, batch_size=batch_size)
         assert_close(problem.gauss_newton(params, given, scales, weights=weights).as_matrix(), expected)
         assert_close(problem.loss(params, given, scales, weights=weights), w[:3] @ r**2 / 6 + 0.15 * 0.5)
-    moved = problem.kl(params, {"a": jnp.asarray(1.5), "b": jnp.asarray(-0.25)}, given, scales, weights=weights)
+    other = {"a": jnp.asarray(1.5), "b": jnp.asarray(-0.25)}
+    moved = problem.kl(params, other, given, scales, weights=weights)
     assert_close(moved, w[:3] @ t[:3] ** 2 / 6 + 0.15)
+
+    def everything(scale, dtype):
+        at, to = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, other))
+        given = {"data": (jnp.asarray(t, dtype), jnp.asarray(y, dtype)), "prior": ()}, {"prior": scale}
+        made = problem.gauss_newton(at, *given, weights=weights).as_matrix()
+        others = problem.acceleration(at, to, *given, weights=weights), problem.kl(at, to, *given, weights=weights)
+        return problem.loss(at, *given, weights=weights), made, others
+
+    # A scale changes no dtype, and gives NaN if it turns out to be negative at run time.
+    made = jax.eval_shape(lambda: everything(np.float64(0.3), jnp.float32))
+    assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {np.dtype("float32")}
+    assert all(np.all(np.isnan(leaf)) for leaf in jax.tree.leaves(jax.jit(everything, static_argnums=1)(-0.3, float)))
 
 
 def test_a_residual_may_be_an_array_of_numpy():

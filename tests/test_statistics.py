@@ -102,6 +102,11 @@ def test_factors_know_how_often_an_observation_occurs():
     np.testing.assert_allclose(h[repeated], again, rtol=1e-12)
     np.testing.assert_allclose(jax.jit(statistics.hc1)(h, weights)[repeated], statistics.hc1(again), rtol=1e-12)
     assert np.all(np.isnan(jax.jit(statistics.hc1)(h, -weights)))
+    # What stands beside padding counts for nothing, whatever it is.
+    beside = np.where(weights > 0, h, np.nan)
+    np.testing.assert_array_equal(statistics.hc1(beside, weights), statistics.hc1(h, weights))
+    meats = [statistics.meat(jf.log_likelihood(linear))(np.ones(3), X, HEAVY, factors=f, weights=weights) for f in (h, beside)]
+    np.testing.assert_array_equal(meats[1].as_matrix(), meats[0].as_matrix())
     ours = statistics.cluster_factor(labels, 3, weights=weights)
     np.testing.assert_allclose(ours, statistics.cluster_factor(labels[repeated], 3), rtol=1e-14)
 

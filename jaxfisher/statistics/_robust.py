@@ -79,7 +79,7 @@ def meat(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[..., O
         check_one_row_each("meat", made)
         rows = made.as_matrix()
         if factors is not None:
-            rows = rows * _per_example("factors", factors, batch.size).astype(rows.dtype)[:, None]
+            rows = rows * made._felt(_per_example("factors", factors, batch.size)).astype(rows.dtype)[:, None]
         if groups is None:
             matrix = matmul(rows.T, made.weights[:, None] * rows)
         else:
@@ -243,8 +243,8 @@ def hc1(leverages: Float[Array, " n"], weights: Float[Array, " n"] | None = None
     """
     leverages = real_array("hc1: `leverages`", leverages)
     often = occurrences(weights, leverages.shape[0]).astype(leverages.dtype)
-    n = jnp.sum(often)
-    return jnp.full_like(leverages, 1) * jnp.sqrt(n / (n - jnp.sum(often * leverages)))
+    n, p = jnp.sum(often), jnp.sum(often * jnp.where(often == 0, 0, leverages))
+    return jnp.full_like(leverages, 1) * jnp.sqrt(n / (n - p))
 
 
 def hc2(leverages: Float[Array, " n"]) -> Float[Array, " n"]:
