@@ -474,3 +474,48 @@ def test_a_covariance_has_a_row_for_each_entry_of_its_triangle():
     model = lambda p: jf.MultivariateNormal(p["loc"], p["tril"])  # noqa: E731
     F = jax.eval_shape(jf.exact_fisher(model), {"loc": jnp.zeros(4), "tril": jnp.eye(4)})
     assert F.form.scores.num_rows == 4 + 10
+
+
+ROUND = {
+    "Normal": (2, lambda a: jf.Normal(a[0], jnp.exp(a[1])), (0.0, 1.0)),
+    "Bernoulli": (1, lambda a: jf.Bernoulli(a[0]), (0, 1)),
+    "Categorical": (3, jf.Categorical, (0, 1)),
+    "Poisson": (1, lambda a: jf.Poisson(a[0]), (0, 1, 2)),
+    "Exponential": (1, lambda a: jf.Exponential(a[0]), (0.0, 1.0)),
+    "Laplace": (2, lambda a: jf.Laplace(a[0], jnp.exp(a[1])), (0.5, 3.0)),
+    "Gamma": (2, lambda a: jf.Gamma(jnp.exp(a[0]), jnp.exp(a[1])), (1.0, 2.0)),
+    "Beta": (2, lambda a: jf.Beta(jnp.exp(a[0]), jnp.exp(a[1])), (0.25, 0.5)),
+    "Dirichlet": (3, lambda a: jf.Dirichlet(jnp.exp(a)), ((0.25, 0.25, 0.5),)),
+    "StudentT": (3, lambda a: jf.StudentT(jnp.exp(a[0]), a[1], jnp.exp(a[2])), (0.0, 1.0)),
+    "NegativeBinomial": (2, lambda a: jf.NegativeBinomial(a[0], a[1]), (0, 1, 2)),
+}
+"""Each family by real numbers, with targets of which the density is differentiated."""
+
+
+@pytest.mark.parametrize("name", ROUND)
+def test_derivatives_at_round_numbers_are_those_beside_them(name):
+    """At round numbers two logarithms are equal, or one is zero, and formulas change from one branch to another.
+
+    The first two derivatives along a line are compared with their means over two points beside.
+    """
+    size, make, targets = ROUND[name]
+    along = np.cos(np.arange(2 * size) + 0.5)
+
+    def views(a):
+        p, q = make(a[:size]), make(a[size:])
+        flat, unravel = ravel_pytree(p)
+        root = ravel_pytree(p.fisher_sqrt_mv(unravel(jnp.sin(1 + jnp.arange(flat.size, dtype=float)))))[0]
+        return jnp.stack([*(p.log_prob(jnp.asarray(y)) for y in targets), jnp.sum(jnp.square(root)), p.kl(q)])
+
+    def twice(a):
+        slopes = lambda t: jax.jvp(lambda t: views(a + t * along), (t,), (1.0,))[1]  # noqa: E731
+        return jnp.stack(jax.jvp(slopes, (0.0,), (1.0,)))
+
+    numbers = np.stack(np.meshgrid(*[(0.0, 1.0, 2.0)] * min(2 * size, 4), indexing="ij"), -1).reshape(81 if size > 1 else 9, -1)
+    at = np.tile(numbers, 3)[:, : 2 * size]
+    beside = 1e-6 * along
+    found = traced(jax.vmap(twice))(np.concatenate([at, at + beside, at - beside]))
+    here, one, two = np.split(found, 3)
+    mean = 0.5 * (one + two)
+    wrong = np.argwhere(np.abs(here - mean) > 1e-5 * (1 + np.max(np.abs(mean), 2, keepdims=True)))
+    assert not len(wrong), f"at {at[wrong[0][0]]}: {here[tuple(wrong[0])]}, beside it {mean[tuple(wrong[0])]}"

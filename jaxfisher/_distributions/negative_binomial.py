@@ -151,10 +151,12 @@ def _mean_divergence(log_mean: Array, rise: Array, log_r: Array) -> Array:
 
     Symmetric under exchange of ``m`` and ``r`` with the sign of ``rise``: the smaller of the two carries the result.
     """
+    # One flag orders the two: where they are equal, JAX halves the derivative of a maximum between them.
     swap = log_r < log_mean
-    small = jnp.exp(jnp.where(swap, log_r, log_mean))
+    log_small, log_large = jnp.where(swap, log_r, log_mean), jnp.where(swap, log_mean, log_r)
+    small = jnp.exp(log_small)
     rise = jnp.where(swap, -rise, rise)
-    part = jax.nn.sigmoid(-jnp.abs(log_r - log_mean))  # of r + m
+    part = jax.nn.sigmoid(log_small - log_large)  # of r + m
     cap = 0.99 * jnp.log(jnp.finfo(rise.dtype).max)
     over, rise = jnp.maximum(rise - cap, 0), jnp.minimum(rise, cap)
     near = part * jnp.expm1(rise) < 1
@@ -162,7 +164,7 @@ def _mean_divergence(log_mean: Array, rise: Array, log_r: Array) -> Array:
     d = jnp.where(near, rise, 0)
     second_order = -small * d * exp_gap_ratio(-d) - small * jnp.expm1(d) * log_gap_ratio(part * jnp.expm1(d))
     far = jnp.where(near, 1, rise)
-    whole = small + jnp.exp(jnp.maximum(log_r, log_mean))
+    whole = small + jnp.exp(log_large)
     plain = whole * (jnp.log1p(part * jnp.expm1(far)) + over) - small * (far + over)
     return jnp.where(near, second_order, plain)
 
@@ -202,7 +204,8 @@ def _w(x: Array, log_mean: Array, log_alpha: Array) -> tuple[Array, Array]:
     """
     alpha, _ = _dispersion(log_alpha)
     strength = jnp.exp(log_mean + jnp.maximum(log_alpha, -80))
-    size, excess = jnp.minimum(strength, 1), jnp.maximum(strength, 1)
+    weak = strength < 1
+    size, excess = jnp.where(weak, strength, 1), jnp.where(weak, 1, strength)
     t, big = alpha * x, strength * x
     v_ratio = exp_ratio(t)
     y = big * alpha * v_ratio
