@@ -172,6 +172,15 @@ def test_an_exchange_leaves_a_start_that_determines_too_little_or_does_not_conve
         assert not bool(wrong.converged) and np.isnan(wrong.value)
 
 
+def test_a_criterion_that_is_nan_for_some_exchanges_does_not_stop_the_others():
+    """A line is best measured at its ends; measured twice at one place it is singular, and ``log(-0.0 or less)`` may be NaN."""
+    M = jnp.stack([jnp.outer(row, row) for row in jnp.stack([jnp.ones(5), jnp.linspace(-1, 1, 5)], 1)])
+    nan_if_singular = lambda m: jnp.where(jnp.linalg.det(m) > 0.1, -jnp.trace(m) / jnp.linalg.det(m), jnp.nan)  # noqa: E731
+    for start in ([1, 2], [2, 2]):
+        found = compiled(lambda start: design.exchange(M, nan_if_singular, start))(jnp.array(start))
+        assert bool(found.converged) and sorted(found.runs.tolist()) == [0, 4] and float(found.value) == -1.0
+
+
 def test_an_exchange_finds_the_runs_and_the_gradient_the_places():
     """Six runs, two at each of three points. From other points, the derivative by the points climbs to the same information."""
     start = jnp.array([3, 5, 8, 12, 15, 16], jnp.int32)

@@ -152,7 +152,8 @@ def exchange(
 
     Args:
         informations: the information of one measurement at each of m candidates, shape ``[m, p, p]``.
-        criterion: a function of the information of one design.
+        criterion: a function of the information of one design. NaN, as of the inverse of a singular matrix, counts as the
+            worst of all values.
         start: the candidates of the first design, k whole numbers from 0 to m - 1. Inside ``jit`` any other number makes the
             value NaN. Together the candidates should determine all parameters, or all but those that one exchange adds.
         max_steps: the most exchanges.
@@ -190,11 +191,15 @@ def _exchanged(criterion: Criterion, matrices: Array, runs: Array, steps: Static
     """The search of `exchange`."""
     eps = float(jnp.finfo(matrices.dtype).eps)
 
+    def worth(information: Array) -> Scalar:
+        value = criterion(information)
+        return jnp.where(jnp.isnan(value), -jnp.inf, value)
+
     def step(state: Any) -> Any:
         count, runs, value, _ = state
         # Sum the other runs instead of subtracting one: the information that only that run has would be left as rounding.
         less = jnp.tensordot(1 - jnp.eye(runs.size, dtype=matrices.dtype), matrices[runs], 1, precision=HIGHEST)
-        values = jax.vmap(lambda one: jax.vmap(lambda other: criterion(one + other))(matrices))(less)
+        values = jax.vmap(lambda one: jax.vmap(lambda other: worth(one + other))(matrices))(less)
         out, into = jnp.unravel_index(jnp.argmax(values), values.shape)
         # A run exchanged for itself shows the rounding error, whatever the criterion and its units.
         same = jnp.abs(values[jnp.arange(runs.size), runs] - value)
@@ -209,7 +214,7 @@ def _exchanged(criterion: Criterion, matrices: Array, runs: Array, steps: Static
 
     # Inside `jit` a run that is no candidate is known too late to raise: make the value NaN, so that no exchange is better.
     there = jnp.all((runs >= 0) & (runs < len(matrices)))
-    first = jnp.where(there, criterion(jnp.sum(matrices[runs], axis=0)), jnp.nan)
+    first = jnp.where(there, worth(jnp.sum(matrices[runs], axis=0)), jnp.nan)
     begin = jnp.zeros((), jnp.int32), runs, first, jnp.ones((), bool)
     _, runs, value, better = while_loop(lambda state: state[3] & (state[0] < steps.value), step, begin)
     return Exchanged(runs, value, ~better & jnp.isfinite(value))
