@@ -1,6 +1,7 @@
 """Geometry: distances, geodesics and divergences, against closed forms that are written here in another way."""
 
 import functools
+import itertools
 import pathlib
 
 import jax
@@ -71,6 +72,24 @@ def test_distances_of_normal_vectors():
     close(geometry.covariance_distance(p, q), np.sqrt(np.sum(np.log(values) ** 2) / 2), factor=1e4)
     apart = means[0] - means[1]
     close(geometry.mahalanobis_distance(p, q), np.sqrt(apart @ np.linalg.solve(covariances[0], apart)), factor=1e3)
+
+
+def test_distances_of_batches_are_those_of_their_members():
+    """A batch as long as the vectors, in locations or in roots, beside a single distribution and beside another batch."""
+    rng = np.random.default_rng(6)
+    roots, means = np.tril(rng.normal(size=(3, 3, 3))) + 3 * np.eye(3), rng.normal(size=(3, 3))
+    kinds = [(means[0], roots[0]), (means, roots[0]), (means[0], roots), (means, roots)]
+
+    def member(kind, i):
+        return jf.MultivariateNormal(*(part if part.ndim < n else part[i] for n, part in zip((2, 3), kind, strict=True)))
+
+    for of_two in (geometry.covariance_distance, lambda p, q: geometry.renyi_divergence(p, q, 0.4)):
+        for p, q in itertools.product(kinds, repeat=2):
+            expected = np.stack([of_two(member(p, i), member(q, i)) for i in range(3)])
+            found = of_two(jf.MultivariateNormal(*p), jf.MultivariateNormal(*q))
+            close(np.broadcast_to(found, 3), expected, factor=1e3)
+    with pytest.raises(ValueError, match=r"distance: `p` has the batch shape \(3,\) and `q` \(2,\)"):
+        geometry.distance(jf.Poisson(jnp.zeros(3)), jf.Poisson(jnp.zeros(2)))
 
 
 def test_entries_above_the_diagonal_of_a_root_do_not_count():
