@@ -243,6 +243,16 @@ def test_what_the_data_do_not_determine_has_no_standard_error():
     assert np.all(np.isfinite(np.concatenate(list(product.values()))))
 
 
+def test_an_indefinite_information_determines_what_it_determines():
+    """An observed information away from a maximum: its null direction is infinite, and not that of its negative eigenvalue."""
+    values, axes = np.array([-3.0, 0.0, 0.5, 2.0]), np.linalg.qr(RNG.normal(size=(4, 4)))[0]
+    bread = jf.from_matrix(jnp.asarray(axes * values @ axes.T), jnp.zeros(4))
+    covariance = jf.covariance(bread, n=2)
+    for k, axis in enumerate(axes.T):
+        expected = np.inf if values[k] == 0 else 0.5 / values[k]
+        np.testing.assert_allclose(covariance.quadratic(jnp.asarray(axis)), expected, rtol=1e-10)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_small_share_in_what_is_not_determined_is_not_determined(dtype):
     """A total beside its two parts, of which one is small, and one more column: three errors are infinite, however small it is.

@@ -137,10 +137,12 @@ def inverse_and_null(fisher: Operator) -> tuple[Float[Array, "p p"], tuple[Float
     # For parameters that F determines, a null vector has entries that are zero to rounding over the smallest kept eigenvalue.
     # The eigenvalues that are not kept show how large rounding is.
     values, vectors = jnp.linalg.eigh(equal.as_matrix())
-    lost = jnp.arange(fisher.size, dtype=jnp.int32) < fisher.size - info.rank[0]
+    sizes = jnp.abs(values)  # an observed information may have negative eigenvalues
+    smallest = jnp.arange(fisher.size, dtype=jnp.int32) < fisher.size - info.rank[0]
+    lost = jnp.zeros(fisher.size, bool).at[jnp.argsort(sizes)].set(smallest)
     eps = float(jnp.finfo(matrix.dtype).eps)
-    rounding = 10 * jnp.maximum(fisher.size * eps, jnp.max(jnp.abs(values), where=lost, initial=0.0))
-    blur = jnp.minimum(rounding / jnp.min(values, where=~lost, initial=1.0), 0.25 * eps**0.25)
+    rounding = 10 * jnp.maximum(fisher.size * eps, jnp.max(sizes, where=lost, initial=0.0))
+    blur = jnp.minimum(rounding / jnp.min(sizes, where=~lost, initial=1.0), 0.25 * eps**0.25)
     null = _without_rounding(jnp.where(lost, vectors, 0), blur)
     return inverse / unit[:, None] / unit[None, :], (null, unit, blur)
 
