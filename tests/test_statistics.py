@@ -111,6 +111,12 @@ def test_factors_know_how_often_an_observation_occurs():
     np.testing.assert_allclose(ours, statistics.cluster_factor(labels[repeated], 3), rtol=1e-14)
 
 
+def test_an_input_without_arrays_is_an_input():
+    y = jnp.array([1.0, 2.0, 4.0])
+    found = jf.fit(lambda mu, settings: jf.Normal(mu, 2.0))(0.0, {}, y, weights=jnp.array([1.0, 1.0, 0.0]))
+    assert abs(found.params - 1.5) < 1e-6 and abs(jf.standard_errors(found.fisher) - 2**0.5) < 1e-6
+
+
 def test_a_dispersion_counts_every_number_of_an_example():
     """With k outputs per example there are n k - p degrees of freedom, as many as k regressions have together."""
     y = np.column_stack([HEAVY, -2 * HEAVY + COUNTS])

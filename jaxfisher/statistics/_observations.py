@@ -37,16 +37,16 @@ def occurrences(weights: Any, n: int) -> Float[Array, " n"]:
 
 @dataclasses.dataclass(frozen=True)
 class _Repeated(Around):
-    """A model without inputs, as a model that is evaluated once for each target."""
+    """A model without arrays among its inputs, as a model that is evaluated once for each target."""
 
     model: Model
 
-    def __call__(self, params: chex.ArrayTree, target: Any, /) -> Distribution:
-        return self.model(params)
+    def __call__(self, params: chex.ArrayTree, /, *data: Any) -> Distribution:
+        return self.model(params, *data[:-1])
 
 
 def fisher_at(model: Model, params: chex.ArrayTree, data: tuple[Any, ...], weights: Any, batch_size: int | None) -> Operator:
     """The exact Fisher over all observations; its n is the number of targets also for a model without inputs."""
     if jax.tree.leaves(data[:-1]):
         return exact_fisher(model, batch_size=batch_size)(params, *data[:-1], weights=weights)
-    return exact_fisher(_Repeated(model), batch_size=batch_size)(params, data[-1], weights=weights)
+    return exact_fisher(_Repeated(model), batch_size=batch_size)(params, *data, weights=weights)
