@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -12,10 +13,11 @@ from jaxtyping import Array
 
 from jaxfisher._examples import batches_of
 from jaxfisher._fisher import FisherFunction
-from jaxfisher._once import once
+from jaxfisher._once import once, once_for
 from jaxfisher._operators.averaging import mean_of
 from jaxfisher._operators.operator import VIEW, Operator, View, as_operator
 from jaxfisher._provenance import Provenance, check_terms
+from jaxfisher._readings import Around
 from jaxfisher._tree import check_function
 
 
@@ -157,18 +159,29 @@ def accumulate(fisher: FisherFunction, view: View) -> Accumulation:
     check_function("fisher", fisher, "(params, *batch) -> operator")
     check_function("view", view, VIEW)
 
-    @jax.jit
-    def of_batch(params: chex.ArrayTree, batch: tuple[Any, ...]) -> Operator:
-        made = as_operator(fisher(params, *batch), "accumulate: `fisher`")
-        return as_operator(view(made), "accumulate: `view`")
+    viewed = _Viewed(fisher, view)
 
     def accumulated(params: chex.ArrayTree, batches: Iterable[Any], start: Operator | None = None) -> Operator:
         mean = start
         for batch in batches_of(batches, "accumulate: `batches`"):
-            new = of_batch(params, batch)
+            new = _of_batch(viewed, params, batch)
             mean = new if mean is None else merge(mean, new)
         if mean is None:
             raise ValueError("accumulate: `batches` has no batch; a mean needs at least one.")
         return mean
 
     return accumulated
+
+
+@dataclasses.dataclass(frozen=True)
+class _Viewed(Around):
+    """The view of a Fisher as a function of parameters and a batch."""
+
+    fisher: FisherFunction
+    view: View
+
+
+@once_for
+def _of_batch(viewed: _Viewed, params: chex.ArrayTree, batch: tuple[Any, ...]) -> Operator:
+    made = as_operator(viewed.fisher(params, *batch), "accumulate: `fisher`")
+    return as_operator(viewed.view(made), "accumulate: `view`")

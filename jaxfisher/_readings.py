@@ -27,9 +27,9 @@ def readings(of: Any) -> tuple[Hashable, ...]:
     """A record of the values that a user's function reads: numbers and strings by value, everything else by identity.
 
     These values are its globals, its closed-over variables, its default arguments, and those attributes of such objects that
-    its code names. Functions among them are searched too, except those of libraries, and so are lists, tuples, dictionaries and
-    sets. `once_for` compares the record with the one stored beside a program. Objects made by `array_fields` that hold the
-    function have it in their static part.
+    its code names. Functions among them are searched too, and so are lists, tuples, dictionaries and sets. Of a library's
+    function only the closed-over variables are searched, among which a user's function may be. `once_for` compares the record
+    with the one stored beside a program. Objects made by `array_fields` that hold the function have it in their static part.
     """
     found: list[Hashable] = []
     known: dict[tuple[int, Names], Any] = {}
@@ -150,11 +150,11 @@ def _parts(value: Any) -> Iterable[Any] | None:
 
 
 def _of_function(function: types.FunctionType) -> list[tuple[Any, Names]]:
-    if _of_library(function):
-        return []
     code, closure = function.__code__, function.__closure__ or ()
     outer = [cell for name, cell in zip(code.co_freevars, closure, strict=True) if name not in _counted(code, "STORE_DEREF")]
     cells = [cell.cell_contents for cell in outer if cell != types.CellType()]
+    if _of_library(function):
+        return [(value, ()) for value in cells]
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     outside = function.__globals__
     found = [*cells, *defaults, *(outside[name] for name in _globals(code) if name in outside)]

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxfisher._examples import make_batch
+from jaxfisher._readings import Around
 
 R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
-class OfData(Generic[R]):
+class OfData(Around, Generic[R]):
     """``(params, *inputs, target, weights=None) -> operator``, or the same without the target.
 
     Attributes:

@@ -309,7 +309,7 @@ class Predicting:
 
 
 information = jax.jit(lambda held: held.model(held.mu, INPUTS[0]).scale ** -2)
-MADE = {}
+MADE, STREAMS = {}, {}
 INPUTS, TARGETS = jnp.ones((2, 1)), jnp.array([1.0, 2.0])
 WHAT_READS = {
     "exact": lambda model: jf.exact_fisher(model)(0.0, INPUTS).trace(),
@@ -330,6 +330,9 @@ WHAT_READS = {
     "a posterior": lambda model: jf.laplace(model, 0.0, INPUTS, TARGETS, prior=1.0).log_evidence(),
     "held by a class of the user's": lambda model: information(Predicting(jnp.ones(()), model)),
     "implicit, made before": lambda model: MADE.setdefault(model, jf.implicit_fisher(model)(0.0, INPUTS)).quadratic(1.0),
+    "streamed": lambda model: STREAMS.setdefault(model, jf.accumulate(jf.exact_fisher(model), jf.diagonal))(
+        0.0, [INPUTS[:1], INPUTS[1:]]
+    ).trace(),
     "predicted": lambda model: jf.laplace(model, 0.0, INPUTS, TARGETS, prior=1.0).predictive(INPUTS).scale[0],
 }
 
