@@ -345,3 +345,76 @@ def test_parameters_without_information_leave_the_norm_its_derivative(view):
 
     for one, other in zip(*(evaluated(jax.value_and_grad(f), 0.0) for f in (found, expected)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-9)
+
+
+def kept_pairs(matrix, rank, less=False):
+    """The matrix of the largest eigenpairs, less the largest eigenvalue that is left out, in NumPy."""
+    values, vectors = np.linalg.eigh(matrix)
+    left = values[-rank - 1] if less and rank < len(values) else 0.0
+    return (vectors[:, -rank:] * (values[-rank:] - left)) @ vectors[:, -rank:].T
+
+
+def of_rows(x):
+    """The empirical Fisher with these scores."""
+    return jf.empirical_fisher(jnp.dot)(jnp.zeros(6), x)
+
+
+def mean_square(x):
+    return x.T @ x / len(x)
+
+
+APART_BY = {"equal": np.diag([3.0, 3, 2, 1, 0.5, 0])[:5], "near": np.diag([1, 1 + 1e-4, 1 + 3e-4, 3, 5, 0])[:5]}
+LOW_RANK = {
+    "a prior": (
+        "equal",
+        lambda x: jf.low_rank(of_rows(x) + jf.scaled_identity(jnp.zeros(6), 0.7), 3),
+        lambda x: kept_pairs(mean_square(x), 3) + 0.7 * np.eye(6),
+    ),
+    "dense": ("equal", lambda x: jf.low_rank(jf.dense(of_rows(x)), 3), lambda x: kept_pairs(mean_square(x), 3)),
+    "sketch": ("equal", lambda x: jf.sketch(of_rows(x), 3), lambda x: kept_pairs(mean_square(x), 3, less=True)),
+    "nearly equal": ("near", lambda x: jf.low_rank(of_rows(x), 5), mean_square),
+    "more than the rows": (
+        "near",
+        lambda x: jf.merge(jf.sketch(of_rows(jnp.cos(x[:2])), 3), jf.sketch(of_rows(x[3:]), 3)),
+        lambda x: kept_pairs(0.5 * (mean_square(np.cos(x[:2])) + mean_square(x[3:])), 3, less=True),
+    ),
+    "zeros": (
+        "equal",
+        lambda x: jf.low_rank(of_rows(x * np.array([[1.0], [1], [1], [0], [0]])), 4),
+        lambda x: mean_square(x * np.array([[1.0], [1], [1], [0], [0]])),
+    ),
+}
+"""Inputs, views, and the matrices of these."""
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_derivatives_of_low_rank_views_where_eigenvalues_are_equal_or_zero(name):
+    """The first ones are right; the second ones are right or NaN. The true ones are differences along a line, in NumPy."""
+    case, make, true = LOW_RANK[name]
+    x, u, c = APART_BY[case], U[:6], C[:6]
+    along = np.random.default_rng(0).normal(size=x.shape)
+
+    def found(t):
+        F = make(x + t * along)
+        return jnp.stack([c @ F.mv(u), c @ F.as_matrix() @ u, c @ F.power_mv(u, 0.5, 0.3), F.logdet(0.3)])
+
+    def expected(t):
+        matrix = true(x + t * along)
+        values, vectors = np.linalg.eigh(matrix + 0.3 * np.eye(6))
+        root = c @ (vectors * np.sqrt(values)) @ vectors.T @ u
+        return np.stack([c @ matrix @ u, c @ matrix @ u, root, np.sum(np.log(values))])
+
+    def derivatives(t):
+        slope = lambda t: jax.jvp(found, (t,), (1.0,))[1]  # noqa: E731
+        return *jax.jvp(slope, (t,), (1.0,)), jax.jacrev(found)(t)
+
+    first, second, back = evaluated(derivatives, 0.0)
+    step, near = 4e-3, [expected(4e-3 * k) for k in range(-4, 5)]
+    weights = np.array([1 / 280, -4 / 105, 0.2, -0.8])
+    slopes = np.concatenate([weights, [0], -weights[::-1]]) @ near / step
+    weights = np.array([-1 / 560, 8 / 315, -0.2, 1.6])
+    bends = np.concatenate([weights, [-205 / 72], weights[::-1]]) @ near / step**2
+    for one in (first, back):
+        np.testing.assert_allclose(one, slopes, rtol=1e-8, atol=1e-8)
+    assert np.all(np.isnan(second) | np.isclose(second, bends, rtol=1e-6, atol=1e-6)), (second, bends)
+    assert np.all(np.isnan(second)) == (case == "equal")

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Scalar
 
 from jaxfisher._engine import Basis
-from jaxfisher._linalg import matmul, mirrored, norm, pairs_of_rule, to_unit
+from jaxfisher._linalg import are_apart, matmul, mirrored, norm, pairs_of_rule, to_unit
 from jaxfisher._once import Static, once
 from jaxfisher._operators.form import Form, small_matrix
 from jaxfisher._operators.from_scores import FromScores, Scaled
@@ -48,7 +48,21 @@ class LowRank(Spectral):
         inside = matmul(self.vectors.T, flat)
         outside = flat - matmul(self.vectors, inside)
         outside = outside - matmul(self.vectors, matmul(self.vectors.T, outside))
-        return self.spec.unravel(matmul(self.vectors, function(self.values) * inside) + rest * outside)
+        within = _turned(function(self.values) * inside, inside, self.vectors, self._missing(function))
+        return self.spec.unravel(matmul(self.vectors, within) + rest * outside)
+
+    def _missing(self, function: Callable[[Array], Array]) -> Float[Array, "k k"]:
+        """What the derivative of ``f(F)`` between eigenvectors of equal value lacks, for a change of one in their angle.
+
+        A change of F by ``values - floor`` is such a change of the angle, see `_largest_jvp`. It changes ``f(F)`` by the slope
+        of f times as much, where the vectors alone give ``f(values)``.
+        """
+        values, images = self.values, function(self.values)
+        gap, mean = values[:, None] - values[None, :], _mean(values)
+        equal = jnp.abs(gap) <= jnp.finfo(values.dtype).eps ** 0.5 * jnp.abs(mean)
+        _, slope = jax.jvp(function, (mean,), (jnp.ones_like(mean),))
+        slope = jnp.where(equal, slope, (images[:, None] - images[None, :]) / jnp.where(equal, 1, gap))
+        return (mean - self.floor) * slope - _mean(images)
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -86,6 +100,42 @@ class LowRank(Spectral):
         return dataclasses.replace(self, values=factor * self.values, floor=factor * self.floor)
 
 
+def _mean(values: Float[Array, " k"]) -> Float[Array, "k k"]:
+    return 0.5 * (values[:, None] + values[None, :])
+
+
+@jax.custom_jvp
+def _turned(
+    image: Float[Array, " k"], inside: Float[Array, " k"], vectors: Float[Array, "p k"], missing: Float[Array, "k k"]
+) -> Float[Array, " k"]:
+    """The image of ``inside``; its derivative gains ``missing`` times that of the angles between the vectors."""
+    return image
+
+
+@_turned.defjvp
+def _turned_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    _, inside, vectors, missing = primals
+    return _turned(*primals), tangents[0] + matmul(missing * _angles(vectors, tangents[2]), inside)
+
+
+def _angles(vectors: Float[Array, "p k"], change: Float[Array, "p k"]) -> Float[Array, "k k"]:
+    """The change of the angles between orthonormal vectors; their lengths stay."""
+    made = matmul(vectors.T, change)
+    return jnp.where(jnp.eye(made.shape[0], dtype=bool), 0, made + made.T)
+
+
+@jax.custom_jvp
+def with_angles(vectors: Float[Array, "p k"], factor: Float[Array, "k k"]) -> Float[Array, "p k"]:
+    """The same vectors, with changes of their angles multiplied by factors."""
+    return vectors
+
+
+@with_angles.defjvp
+def _with_angles_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    vectors, factor = primals
+    return with_angles(*primals), tangents[0] + matmul(vectors, 0.5 * (factor - 1) * _angles(vectors, tangents[0]))
+
+
 def low_rank(fisher: Operator, rank: int) -> Operator:
     r"""The Fisher's largest eigenpairs, computed exactly; all other eigenvalues are set to zero.
 
@@ -95,9 +145,8 @@ def low_rank(fisher: Operator, rank: int) -> Operator:
         \tfrac1\lambda (v - U_k U_k^T v).
 
     From scores it takes the eigenvectors of the n x n Gram matrix, if that is the smaller one, and k weighted sums of scores:
-    ``p k`` numbers are held. With all eigenpairs it equals F. Derivatives of its products, solves, traces and log-determinants
-    are right where eigenvalues are equal, as long as the smallest one kept is separate from those left out; derivatives of
-    other powers are right only if all eigenvalues are different.
+    ``p k`` numbers are held. With all eigenpairs it equals F. Derivatives are right where eigenvalues are equal, as long as the
+    smallest one kept is separate from those left out. Second derivatives are NaN there, and where one that is kept is zero.
 
     Args:
         fisher: an operator held as scores; or any other for p up to 4096, whose matrix is then made.
@@ -146,12 +195,20 @@ def _largest_of_rows(scores: Scores, rank: Static[int]) -> tuple[Float[Array, " 
     """The largest eigenpairs, from the Gram matrix."""
     factor = to_unit(scores.bound())
     scaled = Scaled(scores, factor)
-    values, rows = _largest_of_gram(mirrored(scaled.gram()), rank.value)
+    # One vector at a time: a batch of vectors would need a batch of all factors.
+    outwards = lambda rows: jax.lax.map(scaled.out_of_rows, rows.T).T  # noqa: E731
+    values, vectors = pairs_of_gram(mirrored(scaled.gram()), rank.value, outwards)
+    return values * (1 / factor) * (1 / factor), vectors
+
+
+def pairs_of_gram(
+    gram: Float[Array, "n n"], rank: int, outwards: Callable[[Array], Array]
+) -> tuple[Float[Array, " k"], Float[Array, "p k"]]:
+    """The largest eigenpairs of ``X^T X``, from the matrix ``X X^T`` and products with ``X^T``."""
+    values, rows = _largest_of_gram(gram, rank)
     # u = X^T w / sqrt(value), or zero if the value is zero.
     weights = jnp.where(values > 0, jax.lax.rsqrt(jnp.where(values > 0, values, 1)), 0)
-    # One vector at a time: a batch of vectors would need a batch of all factors.
-    vectors = jax.lax.map(scaled.out_of_rows, (rows * weights[None, :]).T).T
-    return values * (1 / factor) * (1 / factor), _orthonormal(vectors, values)
+    return values, _orthonormal(outwards(rows * weights[None, :]), values)
 
 
 def _orthonormal(vectors: Float[Array, "p k"], values: Float[Array, " k"]) -> Float[Array, "p k"]:
@@ -206,15 +263,30 @@ def _moved(
     values, vectors = _pairs(matrix)
     change = matmul(vectors.T, matmul(change, vectors))[:, -rank:]
     one, two = values[:, None], values[None, -rank:]
-    # Nearby values count as equal: a derivative divided by a small gap would be lost in rounding.
-    near = jnp.abs(two - one) <= 1e-3 * values[-1]
+    near = ~are_apart(values)[:, -rank:]
     inside = (jnp.arange(values.size) >= values.size - rank)[:, None] & (one > 0) & (two > 0)
     same = jnp.arange(values.size)[:, None] == jnp.arange(values.size)[None, -rank:]
     apart = change / jnp.where(two != one, two - one, 1)
     turned = jnp.where(inside & near, equal(change, one, jnp.where(two > 0, two, 1)), jnp.where(two != one, apart, 0))
     moved = jnp.diagonal(change, rank - values.size)
-    tangents = jnp.where(values[-rank:] > 0, moved, 0), matmul(vectors, jnp.where(same, 0, turned))
+    zero = values[-rank:] == 0
+    tangents = _differentiable_once(jnp.where(zero, 0, moved), zero), matmul(vectors, jnp.where(same, 0, turned))
     return (values[-rank:], vectors[:, -rank:]), tangents
+
+
+@jax.custom_jvp
+def _differentiable_once(tangent: Float[Array, " k"], where: Bool[Array, " k"]) -> Float[Array, " k"]:
+    """The tangent, whose own derivative is NaN at some places.
+
+    An eigenvalue of zero has a second derivative, and with it come vectors that depend on the direction of the change.
+    """
+    return tangent
+
+
+@_differentiable_once.defjvp
+def _differentiable_once_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    # A product, which stays NaN when it is transposed.
+    return _differentiable_once(*primals), tangents[0] * jnp.where(primals[1], jnp.nan, 1)
 
 
 def nystrom(fisher: Operator, key: PRNGKeyArray, rank: int) -> Operator:

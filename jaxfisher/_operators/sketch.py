@@ -3,16 +3,17 @@ r"""Sketches: low-rank views with shrunk eigenvalues, whose means over a stream 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Scalar
 
-from jaxfisher._linalg import matmul
+from jaxfisher._linalg import matmul, mirrored, square_root
 from jaxfisher._operators.averaging import mean_of
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.identity import Shifted
-from jaxfisher._operators.low_rank import LowRank, largest_of
+from jaxfisher._operators.low_rank import LowRank, largest_of, pairs_of_gram, with_angles
 from jaxfisher._operators.operator import Operator, viewed
 from jaxfisher._pytree import array_fields
 
@@ -89,8 +90,12 @@ def _made(values: Float[Array, " m"], vectors: Float[Array, "p m"], rank: int, e
     if extra < 0:
         values, vectors = jnp.pad(values, (-extra, 0)), jnp.pad(vectors, ((0, 0), (-extra, 0)))
     left = values[extra - 1] if extra > 0 else jnp.zeros((), values.dtype)
-    kept = jnp.maximum(values[max(extra, 0) :] - left, 0)
-    return Sketch(vectors[:, max(extra, 0) :], kept, jnp.zeros((), values.dtype), like.spec, error + left)
+    values, vectors = values[max(extra, 0) :], vectors[:, max(extra, 0) :]
+    kept = values - left
+    # A change of F between vectors of equal value is in their angle, by the value times it, see `_largest_jvp`.
+    means = [0.5 * (x[:, None] + x[None, :]) for x in (values, kept)]
+    vectors = with_angles(vectors, jnp.where(means[1] > 0, means[0] / jnp.where(means[1] > 0, means[1], 1), 1))
+    return Sketch(vectors, kept, jnp.zeros((), values.dtype), like.spec, error + left)
 
 
 @mean_of.register
@@ -100,8 +105,9 @@ def _(form: Sketch, other: Sketch, share: Scalar) -> Sketch:
     if rank != other.values.shape[0]:
         raise ValueError(f"merge: sketches of ranks {rank} and {other.values.shape[0]}; expected one rank.")
     share = share.astype(form.values.dtype)
-    parts = [jnp.sqrt(w) * of.vectors * jnp.sqrt(of.values)[None, :] for w, of in ((1 - share, form), (share, other))]
-    basis, root = jnp.linalg.qr(jnp.concatenate(parts, 1))
-    left, singular, _ = jnp.linalg.svd(root, full_matrices=False)
-    vectors = matmul(basis, left[:, ::-1])
-    return _made(jnp.square(singular[::-1]), vectors, rank, form.error + share * (other.error - form.error), form)
+    # A zero that pads a sketch stays zero; so its root has a derivative, which is zero.
+    parts = [jnp.sqrt(w) * of.vectors * square_root(of.values)[None, :] for w, of in ((1 - share, form), (share, other))]
+    root = jnp.concatenate(parts, 1)
+    most = min(rank + 1, *root.shape)
+    values, vectors = pairs_of_gram(mirrored(matmul(root.T, root)), most, partial(matmul, root))
+    return _made(values, vectors, rank, form.error + share * (other.error - form.error), form)
