@@ -79,7 +79,9 @@ def meat(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[..., O
         check_one_row_each("meat", made)
         rows = made.as_matrix()
         if factors is not None:
-            rows = rows * made._felt(_per_example("factors", factors, batch.size)).astype(rows.dtype)[:, None]
+            # A row of weight zero is zero, and a factor of NaN beside it must leave it so.
+            each = jnp.where(made.weights == 0, 0, _per_example("factors", factors, batch.size))
+            rows = rows * each.astype(rows.dtype)[:, None]
         if groups is None:
             matrix = matmul(rows.T, made.weights[:, None] * rows)
         else:
