@@ -613,6 +613,11 @@ def _stacked(layer):
     return lambda x, w, b: lax.scan(lambda x, p: (jnp.sin(layer(x, *p)), None), x, (w, b))[0]
 
 
+def _sent(x, to, w, b):
+    """Each position is sent to one of two layers, and the layer's output back to it."""
+    return jnp.einsum("te,eto->to", to, jnp.sin(jnp.einsum("eti,eio->eto", jnp.einsum("te,ti->eti", to, x), w) + b[:, None]))
+
+
 ARRANGED = {
     "vmapped": ((3, 4), (3,), (2, 4), lambda x, w, b: jax.vmap(lambda x: w @ x + b)(x)),
     "vmapped twice": ((3, 4), (3,), (2, 2, 4), lambda x, w, b: jax.vmap(jax.vmap(lambda x: w @ x + b))(x)),
@@ -670,6 +675,14 @@ ARRANGED = {
         lambda x, w, b: lax.scan(lambda h, x: (jnp.sin(jax.vmap(lambda h: w @ h + b)(h)) + x, None), x[0], x)[0],
     ),
     "mapped": ((3, 4), (3,), (2, 4), lambda x, w, b: lax.map(lambda x: w @ x + b, x)),
+    "some outputs": ((4, 6), (6,), (2, 4), lambda x, w, b: (x @ w + b)[:, np.array([0, 2, 2, 5])]),
+    "an outer product of inputs": ((3, 4, 2), (2,), (4,), lambda x, w, b: jnp.einsum("i,j,ijk->k", x[:3], x, w) + b),
+    "positions sent to two layers": (
+        (2, 4, 3),
+        (2, 3),
+        (2, 4),
+        lambda x, w, b: _sent(x, jnp.stack([x[:, 0] > 0, x[:, 0] <= 0], 1) * 1.0, w, b),
+    ),
 }
 """Layers whose cotangent is transposed, reshaped, stacked or gets axes of length one on its way to the weight or the bias."""
 
@@ -693,6 +706,7 @@ def test_a_bias_is_joined_however_its_layer_is_arranged(name):
         return (scores.gram(), trace, scores.mv(params), scores.as_matrix()), matrix
 
     assert set(jax.tree.leaves(jf.layers(jax.eval_shape(jf.empirical_fisher(log_prob), params, x)))) == {"['w']"}
+    assert not jf.explain(log_prob)(params, x).plain
     (gram, trace, along, found), matrix = evaluated(both, params, x)
     vector = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
     for got, expected in ((gram, matrix @ matrix.T), (trace, np.sum(matrix**2) / 3), (along, matrix @ vector), (found, matrix)):

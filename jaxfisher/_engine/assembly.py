@@ -131,4 +131,6 @@ def _one_row(traced: Traced, params: chex.ArrayTree, seed: Any, example: tuple[A
     grouped: dict[int, list[Array]] = {flag: [] for flag in _DEPENDENCES}
     for array, flag in zip(arrays, flags, strict=True):
         grouped[flag].append(array)
-    return grouped, _Skeleton(treedef, flags, tuple(leaf.why for leaf in leaves), layers.weights), aux
+    # The gradient of a bias is the right factor of its weight, which the program makes whatever forms it.
+    whys = tuple(leaf.why if weight is None else None for leaf, weight in zip(leaves, layers.weights, strict=True))
+    return grouped, _Skeleton(treedef, flags, whys, layers.weights), aux
