@@ -10,6 +10,7 @@ user's trees, `joined` to the arguments of a user's function, and `joined` or `c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -39,7 +40,8 @@ class ParamSpec:
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[Any, ...]
 
-    @property
+    # Computed once: these are read for every leaf, and each reading goes through all leaves.
+    @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
         """Number of scalars in each leaf."""
         return tuple(math.prod(shape) for shape in self.shapes)
@@ -49,7 +51,7 @@ class ParamSpec:
         """Number of parameters, ``p``."""
         return sum(self.sizes)
 
-    @property
+    @functools.cached_property
     def dtype(self) -> Any:
         """The dtype of statistics: float32, or float64 if a parameter is float64."""
         wide = any(jnp.dtype(dtype).itemsize > 4 for dtype in self.dtypes)
@@ -166,7 +168,15 @@ class ParamSpec:
 
     def restrict(self, keep: tuple[bool, ...], treedef: Any) -> ParamSpec:
         """The spec of the kept leaves, whose tree has the structure ``treedef``."""
-        return ParamSpec(treedef, kept(self.paths, keep), kept(self.shapes, keep), kept(self.dtypes, keep))
+        return self.at([place for place, flag in enumerate(keep) if flag], treedef)
+
+    def at(self, places: Iterable[int], treedef: Any) -> ParamSpec:
+        """The spec of the leaves at these places, whose tree has the structure ``treedef``."""
+        paths, shapes, dtypes = self.paths, self.shapes, self.dtypes
+        chosen = list(places)
+        return ParamSpec(
+            treedef, tuple(paths[k] for k in chosen), tuple(shapes[k] for k in chosen), tuple(dtypes[k] for k in chosen)
+        )
 
 
 class Parts(NamedTuple):

@@ -122,7 +122,7 @@ def main():
     wide = jax.eval_shape(lambda: jf.kronecker(jf.exact_fisher(model)(start((SIZE,) * (LAYERS + 1)), jnp.ones((2, SIZE)))))
     for count in (1, 2, 4, 8):
         view, whole = jf.spread_solves(wide, mesh_of(count), "examples").form, NamedSharding(mesh_of(count), PartitionSpec())
-        run = jax.jit(lambda form: INVERSES.refreshed(form, jnp.asarray(0.1), LAYERS * [True], ()))
+        run = jax.jit(lambda form: INVERSES.refreshed(form, INVERSES.factors(form, jnp.asarray(0.1)), LAYERS * [True], ()))
         place = lambda leaf, whole=whole: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)  # noqa: E731
         program = run.lower(jax.tree.map(place, view)).compile()
         text = program.as_text()

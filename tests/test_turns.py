@@ -13,6 +13,7 @@ import jaxfisher as jf
 from jaxfisher._bordered import Bordered, bordered
 from jaxfisher._draws import draw_keys
 from jaxfisher._operators import factored
+from jaxfisher._operators.kronecker import Kronecker
 from jaxfisher._transform.turns import Turns, counted_period, forward_cost
 
 LAYERS = ("hidden", "out")
@@ -36,6 +37,16 @@ def test_the_turns_before_a_step_are_those_that_were_due(every):
     count = jnp.arange(200, dtype=jnp.int32)
     made = np.asarray([bool(Turns(t, every).due()) for t in count], int)
     np.testing.assert_array_equal(jax.vmap(lambda t: Turns(t, every).before())(count), np.cumsum(made) - made)
+
+
+def test_a_step_damps_each_factor_once(monkeypatch):
+    """The period needs the number of layers, which must not cost another trace of their factors."""
+    params, x, y, *_ = reference()
+    step, damped, shifted = jf.training_step(classifier, jf.kfac()), [], Kronecker.shifted_factors
+    state = step.init(params, x, y)
+    monkeypatch.setattr(Kronecker, "shifted_factors", lambda self, at: damped.append(self) or shifted(self, at))
+    jax.eval_shape(step, params, state, x, y)
+    assert len(damped) == len(LAYERS)
 
 
 def test_each_inverse_is_the_one_of_its_own_last_refresh():

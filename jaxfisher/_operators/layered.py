@@ -227,7 +227,7 @@ class _Term:
     form: Form
     layers: tuple[tuple[Places, Kronecker], ...]
 
-    @property
+    @functools.cached_property
     def loose(self) -> Places:
         """The leaves that the term depends on and that have no factors in it."""
         scores = self.form.as_scores()
@@ -262,9 +262,12 @@ def _layers(places: Places, form: Form, sharing: Sharing) -> tuple[tuple[Places,
             "Take the view of scores that are not centred, or jf.eigen_kronecker(fisher, basis) with such a view as the basis."
         )
     found: list[tuple[Places, Kronecker]] = []
+    members: dict[int, list[int]] = {}
+    for i, role in enumerate(scores.roles):
+        members.setdefault(i if role.layer is None else role.layer, []).append(i)
     for k, made in enumerate(sharing.moments(scores)):
         if made is not None:
-            group = tuple(i for i, role in enumerate(scores.roles) if k in (i, role.layer))
+            group = tuple(members[k])
             inputs, outputs, unit = made.factors()
             spec, side = _spec_of(form.spec, group), inputs._replace(core=_symmetric(inputs.core))
             block = Kronecker(side, _symmetric(outputs), made.count, unit, made.layout, group.index(k), sharing.name, spec)
@@ -277,7 +280,7 @@ def _symmetric(x: Array) -> Array:
 
 
 def _spec_of(spec: ParamSpec, group: Sequence[int]) -> ParamSpec:
-    return spec.restrict(tuple(i in group for i in range(len(spec.paths))), jax.tree.structure([0] * len(group)))
+    return spec.at(sorted(group), jax.tree.structure([0] * len(group)))
 
 
 def _connected(groups: Iterable[Places]) -> list[Places]:

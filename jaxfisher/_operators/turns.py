@@ -38,10 +38,6 @@ class Holding(NamedTuple):
     make: Callable[[Bordered], Any]
     form: Callable[[Form, Sequence[Any], Scalar], Form]
 
-    def layers(self, form: Form) -> int:
-        """The number of layers whose factors are held."""
-        return len(jax.eval_shape(self.factors, form, jnp.ones((), form.spec.dtype))) // 2
-
     def shapes(self, form: Form) -> list[Any]:
         """The shapes of the held inverses or eigenvectors of a form, which may be without values."""
 
@@ -50,13 +46,17 @@ class Holding(NamedTuple):
 
         return jax.eval_shape(made, form)
 
-    def refreshed(self, form: Form, damping: Scalar, due: Sequence[Flag], held: Sequence[Any]) -> list[Any]:
+    def refreshed(
+        self, form: Form, factors: Sequence[tuple[Bordered, Shifts]], due: Sequence[Flag], held: Sequence[Any]
+    ) -> list[Any]:
         """The held inverses or eigenvectors, recomputed for the layers that are due. ``held`` may be empty if all are due.
+
+        ``factors`` are those of the form.
 
         Layers of one turn are recomputed together. Each factor is held in its own array: factors of one size in one array would
         have to be concatenated for inversion and sliced for products at every step, and each slice is a kernel of its own.
         """
-        factors, devices = self.factors(form, damping), devices_of(form)
+        devices = devices_of(form)
         old, found = list(held) or [None] * len(factors), list[Any]()
         for _, turn in itertools.groupby(range(len(factors)), key=lambda place: id(due[place // 2])):
             places = list(turn)

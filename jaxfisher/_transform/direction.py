@@ -187,11 +187,12 @@ def _in_turn(
     holding = _holding(settings.solver, form)
     operator = Operator(form, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape.provenance))
     gamma = gamma_of(operator, moving.value)
-    own = phases(holding.layers(form), every)
+    factors = holding.factors(form, gamma)
+    own = phases(len(factors) // 2, every)
     # Layers of one turn share one flag object: `Holding.refreshed` groups them by it, so that one branch recomputes them all.
     known = {phase: turns.due(phase) for phase in own} if isinstance(every, int) else {}
     flags = [known[phase] if known else turns.due(phase) for phase in own]
-    held = tuple(holding.refreshed(form, gamma, flags, state.in_use))
+    held = tuple(holding.refreshed(form, factors, flags, state.in_use))
     return dataclasses.replace(operator, form=holding.form(form, held, gamma)), gamma, mean, held
 
 
