@@ -49,6 +49,24 @@ def test_a_step_damps_each_factor_once(monkeypatch):
     assert len(damped) == len(LAYERS)
 
 
+def test_the_first_step_takes_the_program_of_the_factors_from_init():
+    """Else the largest part of a step would be traced twice: for the shapes of the state, and to run it."""
+    traces = []
+
+    def model(params, x):
+        traces.append(x)
+        return classifier(params, x)
+
+    params, x, y, *_ = reference()
+    step = jf.training_step(model, jf.kfac())
+    state = step.init(params, x, y)
+    del traces[:]
+    jax.eval_shape(step, params, state, x, y)
+    # The loss and its gradient, the cost of the model, the quadratic model of the loss twice, which fields move and how many
+    # there are, and the loss of the new parameters.
+    assert len(traces) <= 7
+
+
 def test_each_inverse_is_the_one_of_its_own_last_refresh():
     """Thirteen steps against a computation by hand, at a period of four: the layers have the first and the third turn of it.
 

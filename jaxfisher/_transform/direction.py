@@ -23,7 +23,7 @@ from jaxfisher._operators.terms import num_moving
 from jaxfisher._operators.turns import EIGENVECTORS, INVERSES, NOTHING, Holding
 from jaxfisher._solve import solve
 from jaxfisher._system import SolveInfo
-from jaxfisher._transform.like import Like, shape_of_view
+from jaxfisher._transform.like import Choice, Like, shape_of_view
 from jaxfisher._transform.places import zeros_like
 from jaxfisher._transform.scale_by_fisher import ScaleByFisherState, averaged, empty_info
 from jaxfisher._transform.turns import CHECK, Turns, counted_period, phases
@@ -57,6 +57,8 @@ class Settings(NamedTuple):
     decay: chex.Numeric | None
     update_every: chex.Numeric | None
     like: Like | None
+    choice: Choice
+    """What views are taken of, of the curvature that a training step offers."""
 
     @property
     def holds(self) -> bool:
@@ -83,11 +85,11 @@ class Settings(NamedTuple):
 
 def init_direction(settings: Settings, params: chex.ArrayTree) -> ScaleByFisherState:
     """The state before the first direction."""
-    view, solver, decay, _, like = settings
+    view, solver, decay = settings.view, settings.solver, settings.decay
     mean: Any = ()
     held: Any = ()
     if settings.holds:
-        shape = shape_of_view(params, like, partial(_viewed, view))
+        shape = shape_of_view(params, settings.like, partial(_viewed, view), settings.choice)
         form = shape.form if decay is None else averaged(shape, "kfac")
         mean = zeros_like(arrays_of(form), params)
         held = zeros_like(tuple(_holding(solver, form).shapes(form)), params)

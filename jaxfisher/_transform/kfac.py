@@ -141,7 +141,10 @@ def kfac(
         _refuse_empirical(fisher)
         return fisher if view is None else view(fisher)
 
-    settings = Settings(checked, solver, decay, update_every, like)
+    def first(offered: Offered) -> Operator:
+        return offered() if offered.cheap is None else offered.cheap.factors(seed, jnp.zeros((), jnp.int32))
+
+    settings = Settings(checked, solver, decay, update_every, like, first)
     inner = adapting(_steps(settings, damping), damping, by_steps(damping, RULE), _promised, _kept)
 
     def update(

@@ -21,7 +21,7 @@ from jaxfisher._operators.operator import Operator
 from jaxfisher._residuals import Residuals
 from jaxfisher._targets import given_with, taken_by
 from jaxfisher._transform.cheap import Cheap, Offered
-from jaxfisher._transform.like import fishers_like
+from jaxfisher._transform.like import Choice, fishers_like
 from jaxfisher._transform.objective import (
     Objective,
     StepData,
@@ -149,12 +149,7 @@ def training_step(
         check_function("loss", loss, "(params, *inputs, target) -> the scalar loss of the whole batch")
     check_flag("training_step: `has_aux`", has_aux)
     task = _task(model, loss, has_aux)
-    curvature = task.curvature if fisher is None else fisher
     update = optimiser.update
-
-    def curvature_of(params: chex.ArrayTree, data: StepData) -> Operator:
-        taken = taken_by(curvature, data.all, data.inputs)
-        return curvature(params, *taken, **given_with(taken, data.given))
 
     def step(
         params: chex.ArrayTree,
@@ -188,8 +183,6 @@ def training_step(
             return evaluate(params)[0]
 
         given = given_with(known.inputs, known.given)
-        drawn = task.predicting if fisher is None else None
-        cheap = None if drawn is None else Cheap(drawn, params, known.inputs, given)
         offered = {
             "value": value,
             "grad": grads,
@@ -199,7 +192,7 @@ def training_step(
             "kl_fn": lambda new: task.divergence(params, new, *known.inputs, **given),
             "acceleration_fn": lambda d: task.acceleration(params, d, *known.inputs, **given),
             "all_params": params,
-            "fisher": Offered(lambda: curvature_of(params, known), cheap),
+            "fisher": _offered(task, fisher, params, known),
         }
         with passing(offered):
             updates, state = update(grads, state, given_params, **_taken(update, offered))
@@ -213,12 +206,14 @@ def training_step(
         counts: Shaped[Array, " n"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Any:
-        def made(params: chex.ArrayTree, data: tuple[Any, ...], weights: Any, counts: Any, key: Any) -> Operator:
-            given = {"weights": weights, "counts": counts}
-            return curvature_of(params, task.data(data, key, given, "training_step(...).init"))
+        def made(choice: Choice) -> Operator:
+            def chosen(params: chex.ArrayTree, data: tuple[Any, ...], weights: Any, counts: Any, key: Any) -> Operator:
+                given = {"weights": weights, "counts": counts}
+                return choice(_offered(task, fisher, params, task.data(data, key, given, "training_step(...).init")))
 
-        at = _evaluated(params, None)
-        with fishers_like(lambda: jax.eval_shape(made, at, data, weights, counts, key)):
+            return jax.eval_shape(chosen, _evaluated(params, None), data, weights, counts, key)
+
+        with fishers_like(made):
             return beside(params, optimiser.init(params))
 
     return TrainingStep(step, init)
@@ -247,6 +242,19 @@ def _task(model: Model | Residuals, loss: Callable[..., Any] | None, has_aux: bo
     predicting = WithoutAux(model) if has_aux and loss is None else model
     data = partial(step_data, with_target=loss is None)
     return _Task(objective, exact_fisher(predicting), kl(predicting), acceleration(predicting), data, predicting)
+
+
+def _offered(task: _Task, fisher: FisherFunction | None, params: chex.ArrayTree, data: StepData) -> Offered:
+    """The curvature that a step offers: that of the user's own Fisher, or else the exact one and a cheap one."""
+
+    def usual() -> Operator:
+        curvature = task.curvature if fisher is None else fisher
+        taken = taken_by(curvature, data.all, data.inputs)
+        return curvature(params, *taken, **given_with(taken, data.given))
+
+    drawn = task.predicting if fisher is None else None
+    cheap = None if drawn is None else Cheap(drawn, params, data.inputs, given_with(data.inputs, data.given))
+    return Offered(usual, cheap)
 
 
 def _evaluated(params: chex.ArrayTree, state: Any) -> chex.ArrayTree:
