@@ -78,7 +78,10 @@ def _tuned(posterior: Posterior, how: Static[tuple[float, int]]) -> Posterior:
 
     def going(state: tuple[Any, Any, Array]) -> Array:
         old, new, step = state
-        changes = [jnp.max(jnp.abs(jnp.log(b / a))) for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)]
+        changes = [
+            jnp.max(jnp.abs(jnp.log(b / a)), initial=0.0)
+            for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+        ]
         return (step < max_steps) & (jnp.max(jnp.stack(changes)) > rtol)
 
     start = posterior.prior

@@ -54,6 +54,17 @@ def test_parameters_of_no_entries_at_all():
     assert (fisher.trace(), fisher.rank(), fisher.logdet(0.1)) == (0, 0, 0)
 
 
+def test_a_prior_with_empty_leaves_is_tuned_without_them():
+    def tuned(params):
+        made = jf.laplace(model, params, X, jnp.zeros((4, 2)), prior=jax.tree.map(jnp.ones_like, params))
+        return jf.tune_prior(made, max_steps=3).prior
+
+    found, alone = jax.jit(tuned)(PARAMS), jax.jit(tuned)({name: PARAMS[name] for name in ("b", "w")})
+    assert found["none"].shape == (0, 3)
+    for name, leaf in alone.items():
+        np.testing.assert_allclose(found[name], leaf, rtol=1e-9)
+
+
 @pytest.mark.parametrize(
     "make", [lambda like: jf.kfac(like), lambda like: jf.natural_gradient(1.0, 0.1, view=jf.block_diagonal)]
 )
