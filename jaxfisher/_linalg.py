@@ -41,7 +41,7 @@ def without_noise(values: Float[Array, " m"]) -> Float[Array, " m"]:
     return _zero_where(jnp.abs(values) <= noise, values)
 
 
-def _zero_where(which: Bool[Array, " m"], values: Float[Array, " m"]) -> Float[Array, " m"]:
+def _zero_where(which: Bool[Array, "..."], values: Float[Array, "..."]) -> Float[Array, "..."]:
     """The values, zero at some places with their derivatives: a zero eigenvalue of a Fisher has a second derivative."""
     return values - jnp.where(which, jax.lax.stop_gradient(values), 0)
 
@@ -117,8 +117,8 @@ def resolved(values: Float[Array, "..."], damping: Scalar, largest: Scalar, size
     """
     eps = jnp.finfo(values.dtype).eps
     cut = jnp.where(jnp.abs(damping) > eps * largest, eps, size * eps) * largest
-    # Written so that a NaN eigenvalue stays NaN.
-    return jnp.where(jnp.abs(values) <= cut, 0, values)
+    # A NaN eigenvalue stays NaN.
+    return _zero_where(jnp.abs(values) <= cut, values)
 
 
 @jax.custom_jvp
@@ -230,7 +230,7 @@ def eigenvalues(matrix: Float[Array, "m m"]) -> Float[Array, " m"]:
     """
     values = spectrum(mirrored(matrix))
     largest = jnp.max(jnp.abs(values), initial=0.0)
-    values = _zero_where(resolved(values, largest, largest, values.size) == 0, values)
+    values = resolved(values, largest, largest, values.size)
     return jnp.where(values < 0, without_noise(values), values)
 
 
