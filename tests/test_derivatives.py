@@ -423,3 +423,26 @@ def test_derivatives_of_low_rank_views_where_eigenvalues_are_equal_or_zero(name)
         np.testing.assert_allclose(one, slopes, rtol=1e-8, atol=1e-8)
     assert np.all(np.isnan(second) | np.isclose(second, bends, rtol=1e-6, atol=1e-6)), (second, bends)
     assert np.all(np.isnan(second)) == (case == "equal")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_product_is_linear_to_jax_and_its_transpose_is_the_product(form):
+    """`jax.linear_transpose` needs no derivative, and refuses a program that compares or scales by the size of the vector."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3)))
+    F = jax.tree.map(jnp.asarray, evaluated(FORMS[form][0], PARAMS, x))
+    v = F.spec.unravel(U)
+    found, true = evaluated(lambda v: (jax.linear_transpose(F.mv, v)(v)[0], F.mv(v)), v)
+    np.testing.assert_allclose(*(ravel_pytree(tree)[0] for tree in (found, true)), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"center": True}])
+def test_scores_are_linear_to_jax_and_their_transpose_is_theirs(options):
+    x, w = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3))), jnp.cos(jnp.arange(3.0))
+
+    def both(v):
+        S = jf.scores(jf.log_likelihood(model), **options)(PARAMS, x, jnp.ones((3, 2)))
+        pairs = (jax.linear_transpose(S.mv, v)(w)[0], S.rmv(w)), (jax.linear_transpose(S.rmv, w)(v)[0], S.mv(v))
+        return [[ravel_pytree(tree)[0] for tree in pair] for pair in pairs]
+
+    for found, true in evaluated(both, PARAMS):
+        np.testing.assert_allclose(found, true, rtol=1e-13, atol=1e-13)

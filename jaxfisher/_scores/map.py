@@ -101,7 +101,7 @@ class Scores(abc.ABC):
         """``S v``, for use inside a program.
 
         ``seal`` is `unsealed` for a vector that was computed in the same program and is no constant of it; this needs less
-        memory, and `jax.linear_transpose` accepts it. For any other vector ``seal`` is `sealed`.
+        memory. For any other vector ``seal`` is `sealed`.
         """
 
     @abc.abstractmethod

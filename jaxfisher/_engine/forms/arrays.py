@@ -38,9 +38,12 @@ def sealed(x: Array) -> Array:
     """The same numbers, in a form that XLA does not fuse with the product they come from.
 
     On CPU (jax 0.10 to 0.12) a product with a vector of equal constants, fused with the sum that follows, reads memory that
-    was never written. An optimisation barrier does not prevent the fusion.
+    was never written. An optimisation barrier does not prevent the fusion. To JAX a comparison is not linear, but the solution
+    of a linear system is, here of ``I y = x``, and so `jax.linear_transpose` accepts it.
     """
-    return jnp.where(x == x, x, jnp.nan)  # noqa: PLR0124
+    apart = lambda _, b: jnp.where(b == b, b, jnp.nan)  # noqa: E731, PLR0124
+    made: Array = jax.lax.custom_linear_solve(lambda y: y, x, apart, symmetric=True)
+    return made
 
 
 def unsealed(x: Array) -> Array:
