@@ -102,7 +102,9 @@ def _squared(posterior: Posterior) -> Any:
 def _determined(posterior: Posterior) -> Callable[[Any], Any]:
     """The number of parameters that the data determine, for each number of the prior, as a function of the prior."""
     if is_one(posterior.prior):
-        values = posterior.examples * jnp.maximum(posterior.fisher.eigvalsh(), 0)
+        values = posterior.fisher.eigvalsh()
+        # A maximum with zero would halve the second derivative of an eigenvalue of zero.
+        values = posterior.examples * jnp.where(values < 0, 0, values)
         return lambda prior: jnp.sum(values / (values + prior))
     squared, slope = _squared(posterior), jax.grad(posterior.log_evidence)
     return lambda prior: jax.tree.map(lambda a, g, s: a * s + 2 * a * g, prior, slope(prior), squared)

@@ -396,3 +396,17 @@ def test_complex_parameters_are_two_real_ones_each():
     assert_close(one.output_covariance(x), other.output_covariance(x), factor=1e4)
     drawn = one.sample(jax.random.key(0), (2,))["w"]
     assert drawn.shape == (2, 3) and drawn.dtype == whole["w"].dtype
+
+
+def test_the_tuned_prior_feels_information_that_is_about_to_arrive():
+    """``9/(9 + a) + t^2/(t^2 + a) = 2 a`` has the second derivative ``(2/a) / (2 + 9/(9 + a)^2)`` by t at zero."""
+    model = lambda w, x: jf.Normal(jnp.dot(w, x), 1.0)  # noqa: E731
+
+    def tuned(t):
+        x = jnp.array([[3.0, 0.0], [0.0, 0.0]]) + t * jnp.array([[0.0, 0.0], [0.0, 1.0]])
+        return jf.tune_prior(jf.laplace(model, jnp.array([1.0, -1.0]), x, jnp.ones(2), prior=1.0), rtol=1e-13).prior
+
+    slope = lambda t: jax.jvp(tuned, (t,), (1.0,))[1]  # noqa: E731
+    a, bend = jax.jit(lambda t: (tuned(t), jax.jvp(slope, (t,), (1.0,))[1]))(0.0)
+    np.testing.assert_allclose(9 / (9 + a), 2 * a, rtol=1e-10)
+    np.testing.assert_allclose(bend, 2 / a / (2 + 9 / (9 + a) ** 2), rtol=1e-8)
