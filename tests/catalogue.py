@@ -317,6 +317,15 @@ def _low_rank_adapter():
     return log_prob, _weights(a=(4, 2), b=(2, 3)), (_inputs(4), _targets(3))
 
 
+@_row("a b")
+def _low_rank_adapters_of_heads():
+    def log_prob(p, x, y):
+        heads = jnp.einsum("ti,hio->hto", x, jnp.einsum("hir,hro->hio", p["a"], p["b"]))
+        return _gaussian(jnp.tanh(heads).sum((0, 1)), y)
+
+    return log_prob, _weights(a=(2, 6, 2), b=(2, 2, 5)), (_inputs(3, 6), _targets(5))
+
+
 @_row("w")
 def _unused_leaf():
     def log_prob(p, x, y):

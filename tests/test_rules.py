@@ -192,13 +192,15 @@ def _add_any(draw):
 
 def _dot(draw):
     dtype = draw.dtype(REAL + COMPLEX)
-    batch, over = draw.shape(0, draw.one_of((0, 0, 1)), (1, 2)), draw.shape(0, 2, (1, 2, 3, 3))
+    by_matrix, stacked = draw.maybe(0.6), draw.maybe()
+    batch = draw.shape(1, 1, (2, 3)) if by_matrix and stacked else draw.shape(0, draw.one_of((0, 0, 1)), (1, 2))
+    over = draw.shape(int(by_matrix), 2, (1, 2, 3, 3))
     left, right = draw.shape(0, 1), draw.shape(0, 1)
     shapes = [(*batch, *over, *left), (*right, *over, *batch)]
     places = [range(len(batch)), range(len(right) + len(over), len(shapes[1]))]
     sums = [range(len(batch), len(batch) + len(over)), range(len(right), len(right) + len(over))]
     operands = [draw.value(shape, dtype, most=1) for shape in shapes]
-    if draw.maybe(0.6):
+    if by_matrix:
         # A matrix that is the same for every example, perhaps of a dtype that holds more than the factors'.
         side = draw.one_of((0, 1))
         operands[side] = Operand(draw.array(shapes[side], dtype), 0)
@@ -447,10 +449,10 @@ def test_the_law_sees_a_matrix_cast_to_the_dtype_of_a_factor(monkeypatch):
     """A former bug: a complex matrix lost its imaginary part."""
     contract = terms.contract
 
-    def broken(term, dims, matrix, over, flags):
+    def broken(term, dims, matrix, over, *rest):
         gone = [axis for i in dims for axis in term.dims[i]]
         narrow = [f.array.dtype for f in term.factors if any(axis in f.over for axis in gone)]
-        return contract(term, dims, as_dtype(np.asarray(matrix), narrow[0]) if narrow else matrix, over, flags)
+        return contract(term, dims, as_dtype(np.asarray(matrix), narrow[0]) if narrow else matrix, over, *rest)
 
     monkeypatch.setattr(rules, "contract", broken)
     with pytest.raises(AssertionError, match="off by"):

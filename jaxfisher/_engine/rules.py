@@ -169,8 +169,8 @@ def _varying(equation: Equation, flags: Sequence[int]) -> Sequence[int]:
 def _dot(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] | None:
     (contracted, batch), (left, right) = equation.params["dimension_numbers"], operands
     for unformed, matrix, side in ((left, right, 0), (right, left, 1)):
-        if unformed.unformed is not None and unformed.unformed.is_product and not matrix.flags and not batch[0]:
-            return one_result(_dot_after(unformed.terms(), matrix, contracted, side))
+        if unformed.unformed is not None and unformed.unformed.is_product and not matrix.flags:
+            return one_result(_dot_after(unformed.terms(), matrix, contracted, batch, side))
     sizes = [math.prod(shape) for shape in (*equation.shapes, equation.shape)]
     if not (left.flags and right.flags) and (contracted[0] or sizes[2] <= max(sizes[:2])):
         return None  # an ordinary linear map: there is nothing to leave unformed
@@ -202,14 +202,16 @@ def _origin(operand: Operand, array: Array, names: Sequence[Axis]) -> Origin | N
     return Origin(array, value, {name: tuple(step for axis in axes for step in steps[axis]) for name, axes in own})
 
 
-def _dot_after(found: Terms, matrix: Operand, contracted: Any, side: int) -> Terms | None:
-    """An unformed product times a matrix that is the same for every example."""
+def _dot_after(found: Terms, matrix: Operand, contracted: Any, batch: Any, side: int) -> Terms | None:
+    """An unformed product times a matrix that is the same for every example, or one matrix for each group of a stack."""
     array = matrix.array()
-    made = [contract(term, contracted[side], array, contracted[1 - side], matrix.flags) for term in found]
+    (dims, over), groups = (contracted, batch) if side == 0 else (contracted[::-1], batch[::-1])
+    made = [contract(term, dims, array, over, matrix.flags, groups) for term in found]
     if side == 1:
-        # The matrix is the first operand, so its dimensions come first.
-        rest = array.ndim - len(contracted[0])
-        made = [t and transpose(t, (*range(len(t.dims) - rest, len(t.dims)), *range(len(t.dims) - rest))) for t in made]
+        # The matrix is the first operand, so its dimensions come first, behind those of the batch.
+        count, rest = len(batch[0]), array.ndim - len(contracted[0]) - len(batch[0])
+        turned = lambda size: (*range(count), *range(size - rest, size), *range(count, size - rest))  # noqa: E731
+        made = [t and transpose(t, turned(len(t.dims))) for t in made]
     return every(made)
 
 

@@ -386,30 +386,39 @@ def _aligned(array: Array, axes: tuple[Axis, ...], onto: tuple[Axis, ...]) -> Ar
     return array.transpose(order).reshape([axis.size if axis in axes else 1 for axis in onto])
 
 
-def contract(term: Term, dims: Sequence[int], matrix: Array, over: Sequence[int], flags: int) -> Term | None:
-    """`jax.lax.dot_general` with a matrix along ``dims``; the matrix's other axes come last.
+def contract(
+    term: Term, dims: Sequence[int], matrix: Array, over: Sequence[int], flags: int, batch: tuple[Sequence[int], Sequence[int]]
+) -> Term | None:
+    """`jax.lax.dot_general` with a matrix along ``dims``; dimensions of the batch come first, the matrix's other axes last.
 
     None unless all of ``dims`` are axes of one factor.
     """
-    if any(len(term.dims[i]) != 1 for i in dims):
+    if any(len(term.dims[i]) != 1 for i in (*dims, *batch[0])):
         return None
-    gone = [term.dims[i][0] for i in dims]
+    gone, groups = ([term.dims[i][0] for i in of] for of in (dims, batch[0]))
     hosts = [f for f in term.factors if any(axis in f.over for axis in gone)]
     if len(hosts) != 1 or (plain := hosts[0].plain) is None:
         return None
     (host,) = hosts
     if any(axis not in host.axes for axis in gone):
         return None
-    rest = tuple(axis for axis in host.axes if axis not in gone)
-    new = tuple(Axis(size) for i, size in enumerate(matrix.shape) if i not in over)
-    numbers: Any = (([host.axes.index(axis) for axis in gone], list(over)), ([], []))
+    # A group that the factor lacks is another axis of the matrix.
+    named = dict(zip(batch[1], groups, strict=True))
+    both = {i: axis for i, axis in named.items() if axis in host.axes}
+    rest = tuple(axis for axis in host.axes if axis not in gone and axis not in both.values())
+    new = {i: named.get(i) or Axis(size) for i, size in enumerate(matrix.shape) if i not in over and i not in both}
+    numbers: Any = (
+        ([host.axes.index(axis) for axis in gone], list(over)),
+        ([host.axes.index(axis) for axis in both.values()], list(both)),
+    )
     # Multiply in the wider of the two dtypes: cast to the factor's dtype, a complex matrix would lose its imaginary part.
     wide = wider(plain.dtype, matrix.dtype)
     array = jax.lax.dot_general(plain.astype(wide), matrix.astype(wide), numbers, precision=HIGHEST)
-    factor = dataclasses.replace(host, array=array, axes=(*rest, *new), flags=host.flags | flags)
+    axes = (*both.values(), *rest, *new.values())
+    factor = dataclasses.replace(host, array=array, axes=axes, flags=host.flags | flags)
     factors = tuple(factor if f is host else f for f in term.factors)
-    kept = tuple(dim for i, dim in enumerate(term.dims) if i not in dims)
-    return Term(factors, (*kept, *map(dim, new)))
+    kept = tuple(axes for i, axes in enumerate(term.dims) if i not in dims and i not in batch[0])
+    return Term(factors, (*map(dim, groups), *kept, *(dim(axis) for i, axis in new.items() if i not in named)))
 
 
 def real(term: Term) -> tuple[Term, ...] | None:
