@@ -349,6 +349,25 @@ def test_kinds_with_weights_in_pieces_and_without_points():
     assert all(np.all(np.isnan(leaf)) for leaf in jax.tree.leaves(jax.jit(everything, static_argnums=1)(-0.3, float)))
 
 
+def test_a_fit_does_not_depend_on_units_that_leave_the_range_of_float32():
+    """Curvatures of 1e48 and 1e-48 in float64: powers of two change no digit, so every step is the same."""
+    t = np.linspace(0.0, 2.0, 8)
+    y = 2 * np.exp(-1.3 * t)
+
+    def fitted(unit):
+        residual = lambda p, t, y: unit * (unit * p["a"] * jnp.exp(-unit * p["k"] * t) - y)  # noqa: E731
+        step = jf.training_step(jf.residuals({"data": residual}), jf.levenberg_marquardt(damping=0.01 * unit**4))
+        params, points = {"a": jnp.asarray(1 / unit), "k": jnp.asarray(0.5 / unit)}, {"data": (t, y)}
+        state, take = step.init(params, points), jax.jit(step)
+        for _ in range(4):
+            params, state, _ = take(params, state, points)
+        return jax.tree.map(lambda leaf: unit * leaf, params), state.damping / unit**4
+
+    expected = fitted(1.0)
+    for unit in (2.0**40, 2.0**-40):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12), fitted(unit), expected)
+
+
 def test_a_residual_may_be_an_array_of_numpy():
     """As one that depends on no parameter is: it adds to the loss, and to nothing else."""
     r = np.array([3.0, -1.0])

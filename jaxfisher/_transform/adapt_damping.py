@@ -209,6 +209,7 @@ def adapting(
     follow: NextDamping,
     decrease: Callable[[Operator, Any, Any, Any], Scalar],
     kept: Callable[[Bool[Array, ""], Any, Any], Any],
+    wide: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation behind `adapt_damping`, `levenberg_marquardt` and `kfac`.
 
@@ -218,6 +219,7 @@ def adapting(
         follow: gives the damping of the next step.
         decrease: ``(operator, gradient, step, inner state after it)`` to the promised decrease of the loss.
         kept: ``(accepted, after, before)`` to the inner state that is kept.
+        wide: whether the damping has the dtype of the statistics, as one without bounds needs it; else it is a float32 number.
     """
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(f"adapt_damping: `inner` is {described(inner)}; expected a gradient transformation, such as a chain.")
@@ -227,7 +229,7 @@ def adapting(
         dtype = param_spec(params).dtype
         return AdaptDampingState(
             chain.init(params),
-            jnp.asarray(damping, jnp.float32),
+            jnp.asarray(damping, dtype if wide else jnp.float32),
             ratio=jnp.ones((), jnp.float32),
             accepted=jnp.asarray(True),
             rejected=jnp.zeros((), jnp.int32),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import chex
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Scalar
 
@@ -66,9 +67,9 @@ def levenberg_marquardt(
     {'x': Array(1., dtype=float32), 'y': Array(1., dtype=float32)}
     """
     check_nonnegative("damping", damping)
-    if is_known_zero(damping, jnp.float32):
+    if is_known_zero(damping, np.float64):
         raise ValueError(f"levenberg_marquardt: `damping` is {damping}; expected a number above zero, which it multiplies.")
-    return adapting(_bent() if inner is None else inner, damping, nielsen, promised, chosen)
+    return adapting(_bent() if inner is None else inner, damping, nielsen, promised, chosen, wide=True)
 
 
 def _bent() -> optax.GradientTransformationExtraArgs:
@@ -77,9 +78,9 @@ def _bent() -> optax.GradientTransformationExtraArgs:
 
 def nielsen(damping: Scalar, seen: Evidence, operator: Operator) -> Scalar:
     """The damping of the next step, by the rule of `levenberg_marquardt`."""
-    smooth = jnp.maximum(1 / 3, 1 - (2 * seen.ratio - 1) ** 3)
-    change = jnp.where(seen.accepted, smooth, jnp.exp2(seen.rejected.astype(jnp.float32)))
+    smooth = jnp.maximum(1 / 3, 1 - (2 * seen.ratio.astype(damping.dtype) - 1) ** 3)
+    change = jnp.where(seen.accepted, smooth, jnp.exp2(seen.rejected.astype(damping.dtype)))
     trace = operator.trace()
     # Below the floor the damping is lost in the rounding error of F; above the ceiling F is lost in that of the damping.
-    eps, size = float(jnp.finfo(trace.dtype).eps), trace.astype(jnp.float32)
+    eps, size = float(jnp.finfo(trace.dtype).eps), trace.astype(damping.dtype)
     return jnp.clip(damping * change, eps * size, size / eps)
