@@ -354,3 +354,16 @@ def test_padding_takes_no_part_in_a_step_of_kfac(view):
     padded = evaluated(path, *at_end, np.concatenate([WEIGHTS[LIVE], np.zeros(20)]))
     for found, expected in zip(padded, alone, strict=True):
         assert_close(flat(found), flat(expected), factor=1e6)
+
+
+@pytest.mark.parametrize("view", [jf.dense, jf.diagonal, lambda F: F])
+def test_the_derivative_by_a_weight_is_that_of_a_row_of_zeros_only_if_the_weight_is_zero(view):
+    """Of ``sum w_i |s_i|^2 / sum w_i`` it is ``(|s_i|^2 - mean) / sum w_i``."""
+    x = jnp.array([[2.0, 0.0], [0.0, 1.0], [1.0, 3.0]])
+
+    def trace(w):
+        return view(jf.empirical_fisher(jnp.dot)(jnp.zeros(2), x, weights=w)).trace()
+
+    for last, square in ((0.0, 0.0), (1e-30, 10.0)):
+        slope = jax.grad(trace)(jnp.array([1.0, 2.0, last]))
+        np.testing.assert_allclose(slope, (np.array([4.0, 1.0, square]) - 2) / 3, rtol=1e-13)

@@ -117,6 +117,9 @@ def eigen_kronecker(fisher: Operator, basis: Operator | None = None, rest: View 
     never farther than KFAC. For a sum it is the sum of the terms' values in one basis, whatever the forms of the terms, in the
     layout of the first term that has factors.
 
+    **When it has no derivative.** Where a factor has equal eigenvalues other than zero, its eigenbasis is not unique, and the
+    view depends on the choice. Derivatives are then those for a basis that does not turn between these eigenvectors.
+
     Args:
         fisher: an operator as in `jaxfisher.kronecker`; with a ``basis`` any operator, also one of centred scores.
         basis: a `jaxfisher.kronecker` or `jaxfisher.eigen_kronecker` view, perhaps an older one, whose eigenvectors are used;

@@ -122,7 +122,8 @@ def scores(
     Returns:
         A function of the parameters and the data; every array of the data has a leading axis of n examples. ``weights``, shape
         ``[n]``, turn means into ``sum w_i (.) / sum w_i``, and ``counts`` turn them into means over terms, as in
-        `exact_fisher`; centred scores take no ``counts``. A weight of zero marks padding: its row is zero, whatever the data.
+        `exact_fisher`; centred scores take no ``counts``. A weight of zero marks padding: its row is zero, whatever the data,
+        and a derivative with respect to this weight is that for a score of zero. A weight of 1e-30 has the example's own.
 
     Raises:
         ValueError: (when called) arrays of different lengths; a ``log_prob`` that returns no scalar or is a batch mean; weights
