@@ -677,6 +677,9 @@ ARRANGED = {
         lambda x, w, b: lax.scan(lambda h, x: (jnp.sin(jax.vmap(lambda h: w @ h + b)(h)) + x, None), x[0], x)[0],
     ),
     "mapped": ((3, 4), (3,), (2, 4), lambda x, w, b: lax.map(lambda x: w @ x + b, x)),
+    "before a mean over positions": ((4, 3), (3,), (2, 4), lambda x, w, b: jnp.mean(x @ w + b, 0)),
+    "before a global pooling": ((2, 2, 3), (3,), (4, 2), lambda x, w, b: jnp.mean(_conv(x, w, ("NWC", "WIO", "NWC")) + b, 0)),
+    "before a mean over outputs": ((3, 4), (3,), (2, 4), lambda x, w, b: jnp.mean(jax.vmap(lambda x: w @ x + b)(x), 1)),
     "some outputs": ((4, 6), (6,), (2, 4), lambda x, w, b: (x @ w + b)[:, np.array([0, 2, 2, 5])]),
     "an outer product of inputs": ((3, 4, 2), (2,), (4,), lambda x, w, b: jnp.einsum("i,j,ijk->k", x[:3], x, w) + b),
     "positions sent to two layers": (

@@ -115,16 +115,12 @@ class _Machine:
     def _settled(self, out: int, value: Value) -> Value:
         """The value, formed if it is a cotangent that is needed as an array, such as that of a head of an attention.
 
-        The gradient of a bias is then recognised as a sum of that array.
+        The gradient of a bias is then recognised as a sum of that array. A cotangent that is the same at all positions, as
+        before a mean over them, is a sum over repeated entries.
         """
-        if (
-            not isinstance(value, Unformed)
-            or not (out in self.shown and out in self.formed)
-            or not value.is_product
-            or value.is_large
-        ):
+        if not isinstance(value, Unformed) or not (out in self.shown and out in self.formed) or value.is_large:
             return value
-        return value.formed()
+        return value.formed() if value.is_product or value.repeats else value
 
     def _unformed(self, equation: Equation, operands: list[Operand], wanted: Sequence[bool]) -> Sequence[Value] | None:
         """The results of an equation by the rules; None if the equation has to be run."""

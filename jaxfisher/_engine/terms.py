@@ -108,6 +108,12 @@ class Unformed:
         return any(term.is_product for term in self.terms)
 
     @property
+    def repeats(self) -> bool:
+        """Whether the value is the same along some axis."""
+        dims = [(term, axis) for term in self.terms for axes in term.dims for axis in axes]
+        return any(all(axis not in factor.over for factor in term.factors) for term, axis in dims)
+
+    @property
     def is_large(self) -> bool:
         """Whether the formed value is larger than its factors."""
         size = max((math.prod(a.size for axes in term.dims for a in axes) for term in self.terms), default=0)
