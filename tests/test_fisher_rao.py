@@ -92,6 +92,31 @@ def test_distances_of_batches_are_those_of_their_members():
         geometry.distance(jf.Poisson(jnp.zeros(3)), jf.Poisson(jnp.zeros(2)))
 
 
+ONE_PARAMETER = {
+    "Normal": (geometry.distance, lambda t: jf.Normal(t, jnp.exp(t))),
+    "Laplace": (geometry.distance, lambda t: jf.Laplace(t, jnp.exp(t))),
+    "Bernoulli": (geometry.distance, jf.Bernoulli),
+    "Categorical": (geometry.distance, lambda t: jf.Categorical(jnp.stack([t, 0 * t, 2 * t]))),
+    "Poisson": (geometry.distance, jf.Poisson),
+    "Exponential": (geometry.distance, jf.Exponential),
+    "covariances": (geometry.covariance_distance, lambda t: jf.MultivariateNormal(jnp.zeros(2), jnp.exp(t) * jnp.eye(2))),
+    "means": (geometry.mahalanobis_distance, lambda t: jf.MultivariateNormal(jnp.stack([t, t]), jnp.eye(2))),
+}
+
+
+@pytest.mark.parametrize("name", ONE_PARAMETER)
+def test_a_distance_has_a_derivative_only_apart(name):
+    """The square has a second derivative, which no derivative of the distance gives at zero: it must not look like one."""
+    distance, make = ONE_PARAMETER[name]
+    length = lambda t: distance(make(0.5), make(t))  # noqa: E731
+    slope, bend = jax.jacfwd(length), jax.jacfwd(jax.jacrev(lambda t: jnp.square(length(t))))
+    at = jnp.array([0.5, 0.5 + 1e-3, 0.5 - 1e-3])
+    (same, *beside), (same_bend, *_) = jax.jit(jax.vmap(lambda t: (slope(t), bend(t))))(at)
+    assert np.isnan(same)
+    assert np.isnan(same_bend)
+    np.testing.assert_allclose(beside, [1e3 * length(at[1]), -1e3 * length(at[2])], rtol=2e-3)
+
+
 def test_entries_above_the_diagonal_of_a_root_do_not_count():
     """As a network predicts a whole matrix for ``scale_tril``, and the distribution reads only its lower triangle."""
     rng = np.random.default_rng(5)

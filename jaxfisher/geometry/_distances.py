@@ -58,6 +58,17 @@ def _exponential(p: Exponential, q: Exponential) -> Array:
     return jnp.abs(p.log_rate - q.log_rate)
 
 
+@jax.custom_jvp
+def _without_slope_at_zero(length: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """The distance, whose derivative at zero is NaN: it has none there, and the rules of JAX give any of several numbers."""
+    return length
+
+
+@_without_slope_at_zero.defjvp
+def _without_slope_at_zero_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _without_slope_at_zero(*primals), tangents[0] * jnp.where(primals[0] == 0, jnp.nan, 1)
+
+
 DISTANCES: dict[type, Callable[[Any, Any], Array]] = {
     Bernoulli: _bernoulli,
     Categorical: _categorical,
@@ -77,7 +88,8 @@ def distance(p: Any, q: Any) -> Float[Array, "*batch"]:
     ``sqrt(2 KL)``. The plane of mean and scale of a normal is hyperbolic; categorical distributions lie on a sphere of radius
     two.
 
-    **When it is the wrong tool.** It bounds no errors; use the KL divergence for that. It has no derivative where p equals q.
+    **When it is the wrong tool.** It bounds no errors; use the KL divergence for that. It has no derivative where p equals q:
+    JAX gives NaN, also for the Hessian of its square. That is twice the Fisher, as the Hessian of ``2 KL`` is.
 
     Args:
         p: a distribution: Normal, Laplace, Bernoulli, Categorical, Poisson or Exponential.
@@ -102,7 +114,7 @@ def distance(p: Any, q: Any) -> Float[Array, "*batch"]:
     """
     remedy = "For a curve through a family, see jf.geometry.geodesic; for normal vectors of one mean or one covariance, "
     p, q, found = matched(p, q, DISTANCES, "distance", remedy + "jf.geometry.covariance_distance and mahalanobis_distance.")
-    return found(p, q)
+    return _without_slope_at_zero(found(p, q))
 
 
 def covariance_distance(p: MultivariateNormal, q: MultivariateNormal) -> Float[Array, "*batch"]:
@@ -134,7 +146,7 @@ def covariance_distance(p: MultivariateNormal, q: MultivariateNormal) -> Float[A
     """
     p, q, _ = matched(p, q, {MultivariateNormal: None}, "covariance_distance", "See jf.geometry.distance.")
     ratio = jax.scipy.linalg.solve_triangular(p.scale_tril, jnp.tril(q.scale_tril), lower=True)
-    return (2 * jnp.sum(jnp.square(jnp.log(jnp.linalg.svd(ratio, compute_uv=False))), axis=-1)) ** 0.5
+    return _without_slope_at_zero((2 * jnp.sum(jnp.square(jnp.log(jnp.linalg.svd(ratio, compute_uv=False))), axis=-1)) ** 0.5)
 
 
 def mahalanobis_distance(p: MultivariateNormal, q: MultivariateNormal) -> Float[Array, "*batch"]:
@@ -166,4 +178,4 @@ def mahalanobis_distance(p: MultivariateNormal, q: MultivariateNormal) -> Float[
     """
     p, q, _ = matched(p, q, {MultivariateNormal: None}, "mahalanobis_distance", "See jf.geometry.distance.")
     scaled = jax.scipy.linalg.solve_triangular(p.scale_tril, (p.loc - q.loc)[..., None], lower=True)[..., 0]
-    return jnp.linalg.norm(scaled, axis=-1)
+    return _without_slope_at_zero(jnp.linalg.norm(scaled, axis=-1))
