@@ -83,7 +83,7 @@ def meat(log_prob: LogProb, *, batch_size: int | None = None) -> Callable[..., O
             each = jnp.where(made.weights == 0, 0, _per_example("factors", factors, batch.size))
             rows = rows * each.astype(rows.dtype)[:, None]
         if groups is None:
-            matrix = matmul(rows.T, made.weights[:, None] * rows)
+            matrix = _moment(rows, made.weights)
         else:
             if np.shape(groups) != (batch.size,):
                 raise _other_length("groups", np.shape(groups), batch.size)
@@ -128,6 +128,11 @@ def _places(caller: str, groups: Any) -> Array:
 def _numbered(groups: Array) -> Array:
     numbers: Array = jnp.unique(groups, return_inverse=True, size=groups.size)[1]
     return numbers
+
+
+@once
+def _moment(rows: Array, weights: Array) -> Array:
+    return matmul(rows.T, weights[:, None] * rows)
 
 
 @once
