@@ -21,6 +21,8 @@ class Beta(Distribution):
 
     ``log_prob`` is ``-inf`` outside ``[0, 1]``; at the ends it is the limit from within.
 
+    Numbers have digits over the range that `jaxfisher.Gamma` states.
+
     Args:
         a: concentration of ``x``, shape ``[*batch]``, no unit, above zero.
         b: concentration of ``1 - x``, shape ``[*batch]``, no unit, above zero.

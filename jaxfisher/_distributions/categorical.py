@@ -8,6 +8,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 from jaxfisher._distributions.base import Distribution, family, of_plain_bits, one_of
 from jaxfisher._distributions.excess import exp_excess
+from jaxfisher._distributions.stable import log_softmax
 from jaxfisher._tree import at_least_float32
 
 
@@ -23,6 +24,8 @@ class Categorical(Distribution):
 
     Args:
         logits: unnormalised log-probabilities, shape ``[*batch, C]``.
+
+    A log-probability nearer to zero than the eps of its dtype may be zero, as may its slopes; `entropy` keeps its digits.
 
     ``Categorical(probs=p)`` takes probabilities instead, or numbers proportional to them, of the same shape; a negative one
     gives NaN.
@@ -78,7 +81,7 @@ class Categorical(Distribution):
 
     def entropy(self) -> Float[Array, "*batch"]:
         """``-sum_c p_c log p_c``; a class of probability zero adds nothing."""
-        log_p = jax.nn.log_softmax(self.logits, axis=-1)
+        log_p = log_softmax(self.logits)
         p = jnp.exp(log_p)
         return -jnp.sum(p * jnp.where(p > 0, log_p, 0), axis=-1)
 

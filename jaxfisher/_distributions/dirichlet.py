@@ -11,6 +11,7 @@ from jaxfisher._distributions.special import (
     aligned,
     gamma_entropy,
     gammaln_bregman_rest,
+    gammaln_bregman_rest_drop,
     rate_divergence,
     rate_gap,
     stirling,
@@ -20,6 +21,8 @@ from jaxfisher._distributions.special import (
 from jaxfisher._distributions.stable import ratio
 
 _HALF_LOG_TWO_PI = 0.9189385332046727
+_SMALL = 1 / 64
+"""Classes count as small if their concentrations together are below this share of the largest one."""
 
 
 @family
@@ -147,7 +150,17 @@ def divergence(a: Float[Array, "*batch classes"], b: Float[Array, "*batch classe
     # b m/m' is a b_0/a_0.
     rise, factor = (jnp.broadcast_to(ratio(v, a_total), a.shape) for v in (change_total, b_total))
     means = jnp.sum(rate_divergence(b, a, factor, rise), -1)
-    rest = jnp.sum(gammaln_bregman_rest(b, a), -1) - gammaln_bregman_rest(b_total, a_total)[..., 0]
+    parts = gammaln_bregman_rest(jnp.concatenate([b, b_total], -1), jnp.concatenate([a, a_total], -1))
+    # If the other classes are small, the part of the largest class and that of the totals are nearly equal.
+    axis = a.ndim - 1
+    largest = jax.lax.broadcasted_iota(jnp.int32, a.shape, axis) == jax.lax.argmax(a, axis, jnp.int32)[..., None]
+    tops = [jnp.sum(jnp.where(largest, v, 0), -1) for v in (b, a)]
+    others = [jnp.sum(jnp.where(largest, 0, v), -1) for v in (b, a)]
+    small = (others[0] < _SMALL * tops[0]) & (others[1] < _SMALL * tops[1])
+    held = [jnp.where(small, v, 1) for v in tops], [jnp.where(small, v, 0) for v in others]
+    drop = gammaln_bregman_rest_drop(*held[0], *held[1])
+    apart = jnp.where(largest & small[..., None], 0, parts[..., :-1])
+    rest = jnp.sum(apart, -1) + jnp.where(small, drop, -parts[..., -1])
     # The rest is never negative but for rounding, by superadditivity.
     return means + rest
 
@@ -166,7 +179,7 @@ def fisher_root(a: Float[Array, "*batch classes"], u: Float[Array, "*batch class
     drop = trigamma_excess_drop(a, others)
     trigamma = trigamma_excess(a) + 1 / a
     trigamma_total = trigamma_excess(total) + 1 / total
-    delta = jnp.sum(drop / (trigamma * total), -1, keepdims=True)
+    delta = jnp.sum(drop / trigamma / total, -1, keepdims=True)
     root, root_delta = jnp.sqrt(trigamma), jnp.broadcast_to(jnp.sqrt(delta), a.shape)
     # a_i d_i - a_0 s is the drop of c, so d_i - s is this over a_i.
     fall = (drop + others * trigamma_total) / a

@@ -30,6 +30,9 @@ class Gamma(Distribution):
 
     ``log_prob`` is ``-inf`` for ``x < 0`` and at infinity; at ``x = 0`` it is the limit from above.
 
+    Numbers from 1e-15 to 1e15 have the digits of their dtype. In float32 the slope of `kl` may be infinite or NaN if two
+    numbers of the distributions are more than a factor of 1e20 apart, and so may be all results beyond 1e18.
+
     Args:
         concentration: the shape, shape ``[*batch]``, no unit, above zero.
         rate: one over the scale, shape ``[*batch]``, in one over the units of the target, above zero.

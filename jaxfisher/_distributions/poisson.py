@@ -64,7 +64,9 @@ class Poisson(Distribution):
     @property
     def mode(self) -> Float[Array, "*batch"]:
         """The largest count that is not above the rate."""
-        return jnp.floor(jnp.exp(self.log_rate))
+        # A narrow dtype rounds a rate just below a whole number up to it.
+        wide = self.log_rate.astype(working_dtype(self.log_rate.dtype))
+        return jnp.floor(jnp.exp(wide)).astype(self.log_rate.dtype)
 
     def log_prob(self, x: Shaped[Array, "*batch"]) -> Float[Array, "*batch"]:
         wide = working_dtype(self.log_rate.dtype)

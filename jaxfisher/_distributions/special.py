@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jaxfisher._distributions.stable import log, ratio, working_dtype
+from jaxfisher._distributions.stable import log, log_ratio_of, ratio, working_dtype
 
 _SHIFT = 10
 _BERNOULLI = (1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6, -3617 / 510, 43867 / 798, -174611 / 330)
@@ -105,7 +105,9 @@ def rate_gap(rate: Float[Array, "..."], c: Float[Array, "..."], excess: Float[Ar
     """
     near = jnp.abs(excess) < 0.5
     small = jnp.where(near, excess, 0)
-    return jnp.where(near, c * small * log_gap_ratio(small), rate - c - c * log(jnp.where(near, 1, ratio(rate, c))))
+    return jnp.where(
+        near, c * small * log_gap_ratio(small), rate - c - c * log_ratio_of(jnp.where(near, 1, rate), jnp.where(near, 1, c))
+    )
 
 
 def rate_divergence(
@@ -254,6 +256,31 @@ def gammaln_bregman_rest(b: Float[Array, "..."], a: Float[Array, "..."]) -> Floa
     It is the divergence of ``lgamma`` without that of ``a log a - a``, which the families cancel by hand.
     """
     return 0.5 * log_gap(ratio(b - a, a), ratio(b, a)) + stirling_bregman(b, a)
+
+
+def gammaln_bregman_rest_drop(
+    b: Float[Array, "..."], a: Float[Array, "..."], b_rise: Float[Array, "..."], a_rise: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """`gammaln_bregman_rest` of ``b`` and ``a`` minus that of ``b + b_rise`` and ``a + a_rise``, for small rises ``>= 0``.
+
+    It is exact however small the rises are: minus the integral of the slope along the line from one to the other, which is
+    ``b_rise (g'(b) - g'(a)) - a_rise (b - a) g''(a)``.
+    """
+    along, weights = last_axis(_GAUSS_NODES, a), last_axis(_GAUSS_WEIGHTS, a)
+    b_rise, a_rise = b_rise[..., None], a_rise[..., None]
+    a_nodes = a[..., None] + a_rise * along
+    change = (b - a)[..., None] + (b_rise - a_rise) * along
+    near = jnp.abs(change) < 0.25 * a_nodes
+    at_a = trigamma_excess(a_nodes)
+    # Near equality the change of g' beyond its tangent comes from differences of g'': at equality it and its slopes are zero.
+    step = jnp.where(near, change, 0)
+    further = trigamma_excess(a_nodes[..., None] + step[..., None] * last_axis(_GAUSS_NODES, a_nodes)) - at_a[..., None]
+    beyond = step * jnp.sum(last_axis(_GAUSS_WEIGHTS, a_nodes) * further, axis=-1)
+    ends = jnp.stack([jnp.where(near, a_nodes, a_nodes + change), a_nodes])
+    slopes = jax.jvp(stirling, (ends,), (jnp.ones_like(ends),))[1] - 0.5 / ends  # g'
+    far = b_rise * (slopes[0] - slopes[1]) - a_rise * change * at_a
+    slope = jnp.where(near, b_rise * beyond + (b_rise - a_rise) * change * at_a, far)
+    return -jnp.sum(weights * slope, axis=-1)
 
 
 def trigamma_excess(a: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -45,6 +45,20 @@ def _log_jvp(
 
 
 @jax.custom_jvp
+def log_ratio_of(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """``log(x/y)``, finite also where the quotient leaves the range, with slopes ``1/x`` and ``-1/y`` that never form it."""
+    quotient = x / y
+    fits = (quotient > jnp.finfo(x.dtype).tiny) & (quotient < jnp.inf)
+    return jnp.where(fits, jnp.log(jnp.where(fits, quotient, 1)), jnp.log(x) - jnp.log(y))
+
+
+@log_ratio_of.defjvp
+def _log_ratio_of_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (x, y), (dx, dy) = primals, tangents
+    return log_ratio_of(x, y), dx * ratio(jnp.ones_like(x), x) - dy * ratio(jnp.ones_like(y), y)
+
+
+@jax.custom_jvp
 def sigmoid(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """``1 / (1 + e^-x)`` with derivatives of all orders that keep their digits where it rounds to one."""
     return jax.nn.sigmoid(x)
@@ -71,6 +85,34 @@ def _log_sigmoid_jvp(
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     ((x,), (dx,)) = primals, tangents
     return log_sigmoid(x), dx * sigmoid(-x)
+
+
+@jax.custom_jvp
+def log_softmax(z: Float[Array, "*batch classes"]) -> Float[Array, "*batch classes"]:
+    """``z - log sum exp z`` on the last axis, with all digits of the logarithm of a probability near one, and of its slopes."""
+    return _log_softmax(z)[0]
+
+
+@log_softmax.defjvp
+def _log_softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    ((z,), (dz,)) = primals, tangents
+    _, top, rest = _log_softmax(z)
+    # Changes relative to the likely class: its own slope is then a sum over the others, and not one minus its probability.
+    likely = top & jnp.broadcast_to(rest < 1, top.shape)
+    change = jnp.where(likely, 0, dz - jnp.sum(jnp.where(likely, dz, 0), axis=-1, keepdims=True))
+    made = log_softmax(z)
+    return made, change - jnp.sum(jnp.exp(made) * change, axis=-1, keepdims=True)
+
+
+def _log_softmax(z: Array) -> tuple[Array, Array, Array]:
+    """The logarithms, which class is the largest (the first of several), and the odds of the others against it."""
+    axis = z.ndim - 1
+    classes = jax.lax.broadcasted_iota(jnp.int32, z.shape, axis)
+    # NaN is the largest for `argmax`, and equals nothing.
+    top = (classes == jax.lax.argmax(z, axis, jnp.int32)[..., None]) & (z == z)  # noqa: PLR0124
+    below = jnp.where(top, 0, z - jnp.max(z, axis=-1, keepdims=True))
+    rest = jnp.sum(jnp.where(top, 0, jnp.exp(below)), axis=-1, keepdims=True)
+    return below - jnp.log1p(rest), top, rest
 
 
 def working_dtype(dtype: DTypeLike) -> jnp.dtype:
