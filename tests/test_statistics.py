@@ -525,6 +525,20 @@ def test_an_interval_of_narrow_parameters_has_the_digits_of_the_statistics(dtype
     np.testing.assert_allclose([found.lower, found.upper], 1 + scipy.stats.norm.ppf(0.975) * np.array([-1, 1]), rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_scale_that_falls_to_zero_is_no_maximum(dtype):
+    """The likelihood of data that a model with a free scale fits exactly has no bound, whatever rounding stops the scale at."""
+    x = np.linspace(0, 1, 20).astype(dtype)
+    constant = compiled(lambda y: jf.fit(lambda p: jf.Normal(p[0], jnp.exp(p[1])))(jnp.zeros(2, dtype), y))
+    line = compiled(lambda y: jf.fit(lambda p, x: jf.Normal(p[0] + p[1] * x, jnp.exp(p[2])))(jnp.zeros(3, dtype), x, y))
+    for fits, y in ((constant, np.full(20, 3.0)), (constant, np.full(20, 3.1)), (line, 1 + 2 * x)):
+        found = fits(y.astype(dtype))
+        assert not found.converged, (y, found.params)
+        assert found.log_likelihood > 100, (y, found.params)
+    noise = np.random.default_rng(3).normal(size=20)
+    assert constant((3 + noise).astype(dtype)).converged, "with noise there is a maximum"
+
+
 def test_the_bound_of_cramer_and_rao():
     """The bound for the mean and for the ratio of standard deviation and mean, from n draws of a normal."""
     model = lambda p: jf.Normal(p["loc"], jnp.exp(p["log_scale"]))  # noqa: E731

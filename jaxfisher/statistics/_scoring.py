@@ -31,6 +31,8 @@ SLOW = 0.25
 """The share of the last step above which a step counts as not shrinking; near a maximum each is far shorter than the last."""
 BLUR = 8
 """The number of roundings of the parameters that count as rounding error."""
+EXACT = 1e-2
+"""The most that scores can be, in standard deviations of one observation, if they are to count as rounding errors."""
 FORGET = 0.9
 """The share of earlier information that is left at the next step."""
 HALVINGS = 60
@@ -249,7 +251,8 @@ def _looked(likelihood: Likelihood, state: State, tolerance: Scalar) -> tuple[St
     scatter = likelihood.scatter(state.flat, told)
     # The change of predictions by rounding of the parameters. Scores that small are rounding errors: the fit is exact.
     blur = BLUR * float(jnp.finfo(gradient.dtype).eps) * jnp.linalg.norm(jnp.sqrt(told) * state.flat)
-    met = scatter <= blur**2
+    # Scores that are a part of a standard deviation are none, as of a scale that falls to zero at constant data.
+    met = scatter <= jnp.minimum(blur, EXACT) ** 2
     offset = decrement / jnp.where(met, blur / tolerance, jnp.sqrt(scatter))
     # Separated parameters: long steps that no longer change the loss and do not shrink, or information that has vanished.
     strides = jnp.sqrt(largest) * jnp.abs(equations.newton)
