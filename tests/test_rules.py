@@ -718,6 +718,46 @@ def test_a_bias_is_joined_however_its_layer_is_arranged(name):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-13 * np.abs(expected).max() * matrix.size)
 
 
+def _side_by_side(x, weights, biases):
+    return jnp.concatenate(weights, 1).T @ x + jnp.concatenate(biases)
+
+
+SIDE_BY_SIDE = {
+    "in order": ("wv", lambda x, w, v, b, c: _side_by_side(x, (w, v), (b, c))),
+    "turned round": ("vw", lambda x, w, v, b, c: _side_by_side(x, (w, v), (c, b))),
+    "at every step": (
+        "wv",
+        lambda x, w, v, b, c: lax.scan(lambda h, x: (jnp.tanh(h + _side_by_side(x, (w, v), (b, c))), None), jnp.ones(6), x)[0],
+    ),
+    "not at the same outputs": ("bc", lambda x, w, v, b, c: _side_by_side(x, (w, v), (b[:2], c, b[2:]))),
+    "one bias for both": ("bc", lambda x, w, v, b, c: _side_by_side(x, (w, v), (b, b)) + c[0]),
+}
+"""Two layers in one product, as the gates of a recurrent cell, and the weights whose biases b and c are, or b and c if none."""
+
+
+@pytest.mark.parametrize("name", SIDE_BY_SIDE)
+def test_biases_of_layers_in_one_product_are_joined_to_their_weights(name):
+    rng = np.random.default_rng(0)
+    weights, layer = SIDE_BY_SIDE[name]
+    shapes = {"w": (4, 3), "v": (4, 3), "b": (3,), "c": (3,)}
+    params = {k: jnp.asarray(rng.standard_normal(shape)) for k, shape in shapes.items()}
+    x = jnp.asarray(rng.standard_normal((3, *((2, 4) if "step" in name else (4,)))))
+
+    def log_prob(p, x):
+        return jnp.sum(jnp.sin(layer(x, *(p[k] for k in "wvbc"))))
+
+    def both(params, x):
+        scores = jf.scores(log_prob)(params, x)
+        rows = jax.vmap(jax.grad(log_prob), (None, 0))(params, x)
+        return (scores.gram(), scores.as_matrix()), jnp.concatenate([leaf.reshape(3, -1) for leaf in jax.tree.leaves(rows)], 1)
+
+    owners = jf.layers(jax.eval_shape(jf.empirical_fisher(log_prob), params, x))
+    assert [owners[k] for k in "bc"] == [f"['{k}']" for k in weights]
+    (gram, found), matrix = evaluated(both, params, x)
+    np.testing.assert_allclose(found, matrix, rtol=0, atol=1e-13 * np.abs(matrix).max())
+    np.testing.assert_allclose(gram, matrix @ matrix.T, rtol=0, atol=1e-12 * np.abs(matrix @ matrix.T).max())
+
+
 OTHER_LAYERS = {
     "the bias of another layer": lambda x, w, b: jnp.sin(x @ w[0] + b[1]) @ w[1] + b[0],
     "the bias at one layer only": lambda x, w, b: jnp.sin(x @ w[0] + b[0]) @ w[1],

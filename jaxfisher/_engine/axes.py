@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-
-from jaxtyping import Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,11 +21,15 @@ Steps = tuple[tuple[int, int], ...]
 
 
 class Origin(NamedTuple):
-    """A value of the program whose entries a factor's ``array`` holds in another arrangement, and the steps of each axis."""
+    """A value of the program whose entries a factor's ``array`` holds in another arrangement, from entry ``start`` on.
 
-    array: Array
+    ``steps`` are those of each axis.
+    """
+
+    array: Any
     value: Any
     steps: Mapping[Axis, Steps]
+    start: int = 0
 
 
 def rows_first(axes: Sequence[Axis]) -> dict[Axis, Steps]:
@@ -49,3 +52,16 @@ def cut(steps: Steps, size: int) -> tuple[Steps, Steps] | None:
 def dim(*axes: Axis) -> tuple[Axis, ...]:
     """A dimension made of these axes. Axes of size one are dropped: factors may have them, dimensions do not."""
     return tuple(axis for axis in axes if axis.size != 1)
+
+
+def refined(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The sizes of the common refinement of two factorisations of one dimension.
+
+    If one of the two has length one, they are those of the other; None if there is no common refinement.
+    """
+    if not a or not b:
+        return a or b
+    cuts = sorted({math.prod(a[:i]) for i in range(len(a) + 1)} | {math.prod(b[:i]) for i in range(len(b) + 1)})
+    if any(high % low for low, high in itertools.pairwise(cuts)):
+        return None
+    return tuple(high // low for low, high in itertools.pairwise(cuts))

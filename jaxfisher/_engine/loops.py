@@ -173,13 +173,13 @@ class _Sources:
 
     def origin(self, factor: Factor, array: Array, steps: Axis) -> Origin | None:
         """The origin of a factor that is stacked over the steps of the loop."""
-        value, own = factor.source
+        _, value, own, start = factor.source
         if value is None:
             return None
         # The reference to the value keeps Python from giving its `id` to another object.
         stack = jax.ShapeDtypeStruct((self.length, *value.shape), value.dtype)
         _, stack = self._stacks.setdefault(id(value), (value, stack))
-        return Origin(array, stack, {**own, steps: ((self.length, math.prod(value.shape)),)})
+        return Origin(array, stack, {**own, steps: ((self.length, math.prod(value.shape)),)}, start)
 
     def shown(self, array: Array, term: Term, *, summed: bool) -> Value:
         """A formed result, made of the values of one term in all steps, as a term that knows what it was made of."""

@@ -176,10 +176,10 @@ def _ends(program: Program) -> _Ends:
     for equation in reversed(program.equations):
         # A sum that is needed elsewhere is a value of its own, as a cotangent is that comes from two places.
         sums = equation.primitive.name == "add_any"
-        opens = arranges(equation) and equation.outs[0] in shown and not (sums and equation.outs[0] in needed)
+        opens = arranges(equation) and not shown.isdisjoint(equation.outs) and not (sums and equation.outs[0] in needed)
         if opens:
             shown.update(equation.variables)
             opened.update(equation.outs)
-        if not opens or equation.outs[0] in needed:
+        if not opens or not needed.isdisjoint(equation.outs):
             needed.update(equation.variables)
     return _Ends(shown, opened)

@@ -29,7 +29,7 @@ from jaxfisher._tree import HIGHEST
 class Source(NamedTuple):
     """A value of the program, and the steps through its entries that stay while everything else is summed over.
 
-    If the entries are those of one layer in a stack, ``place`` is its position there.
+    If the entries are those of one layer in a stack, ``place`` is its position there; ``start`` is the first of the entries.
 
     The reference to the value keeps Python from giving its `id` to another object.
     """
@@ -37,11 +37,12 @@ class Source(NamedTuple):
     value: Any
     steps: Steps
     place: int | None = None
+    start: int = 0
 
     @property
-    def key(self) -> tuple[int, Steps, int | None]:
+    def key(self) -> tuple[int, Steps, int | None, int]:
         """The key by which two sources are compared."""
-        return id(self.value), self.steps, self.place
+        return id(self.value), self.steps, self.place, self.start
 
 
 Sources = tuple[Source, ...]
@@ -155,7 +156,7 @@ def _at(sources: Sources | None, term: Term) -> Sources | None:
 
 def _source(factor: Factor, kept: Sequence[Axis]) -> Sources | None:
     """The source of a factor of which these axes are kept; None unless each of them goes through the source value in steps."""
-    value, steps = factor.source
+    _, value, steps, start = factor.source
     wanted = [axis for axis in kept if axis.size > 1]
     if value is None or any(axis not in steps for axis in wanted):
         return None
@@ -165,7 +166,7 @@ def _source(factor: Factor, kept: Sequence[Axis]) -> Sources | None:
         if joined and joined[-1][1] == length * stride:
             length *= joined.pop()[0]
         joined.append((length, stride))
-    return (Source(value, tuple(joined)),)
+    return (Source(value, tuple(joined), start=start),)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -67,7 +67,7 @@ def arranges(equation: Equation) -> bool:
 def rearranged(equation: Equation, operand: Operand) -> Term | None:
     """The result as a term of one factor, if the equation only rearranges the entries of its operand, or casts real numbers."""
     real = all(jnp.issubdtype(dtype, jnp.floating) for dtype in (*equation.dtypes, *equation.result_dtypes))
-    if not arranges(equation) or not real or equation.primitive.name in ("reduce_sum", "add_any", "pad"):
+    if not arranges(equation) or not real or equation.primitive.name in ("reduce_sum", "add_any", "pad", "split"):
         return None
     term = operand.one_factor
     if term is None:
@@ -195,11 +195,12 @@ def _origin(operand: Operand, array: Array, names: Sequence[Axis]) -> Origin | N
     term = operand.one_factor
     if term is None:
         return None
-    value, steps = term.factors[0].source
-    if any(axis not in steps for axes in term.dims for axis in axes):
+    known = term.factors[0].source
+    if any(axis not in known.steps for axes in term.dims for axis in axes):
         return None  # the value is repeated along an axis
     own = zip(names, term.dims, strict=True)
-    return Origin(array, value, {name: tuple(step for axis in axes for step in steps[axis]) for name, axes in own})
+    steps = {name: tuple(step for axis in axes for step in known.steps[axis]) for name, axes in own}
+    return known._replace(array=array, steps=steps)
 
 
 def _dot_after(found: Terms, matrix: Operand, contracted: Any, batch: Any, side: int) -> Terms | None:
@@ -397,7 +398,7 @@ def _split(equation: Equation, operands: Sequence[Operand]) -> Sequence[Terms] |
     results: list[Terms] = []
     for size in equation.params["sizes"]:
         cut = partial(_cut_out, start=start, stop=start + size)
-        made = every(along(term, axis, cut, size) for term in value.terms)
+        made = every(along(term, axis, cut, size, start) for term in value.terms)
         if made is None:
             return None
         results.append(made)
@@ -440,7 +441,7 @@ RULES: dict[str, Rule] = {
         Rule("imag", _imag),
         Rule("pad", _pad, builds=True, arranges=True),
         Rule("concatenate", _concatenate, takes=all_operands, builds=True),
-        Rule("split", _split),
+        Rule("split", _split, arranges=True),
         Rule("rev", each(_reverse)),
         Rule("sharding_constraint", each(lambda term, _: term)),
     )

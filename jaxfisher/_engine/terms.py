@@ -10,7 +10,6 @@ then forms the value in the ordinary way.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,9 +18,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxfisher._engine.axes import Axis, Origin, Steps, cut, dim, rows_first
+from jaxfisher._engine.axes import Axis, Origin, cut, dim, refined, rows_first
 from jaxfisher._engine.windows import Windows
 from jaxfisher._tree import HIGHEST
+
+Change = Callable[[Array, int], Array]
+"""A function of an array and of the axis to act on."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,11 +50,10 @@ class Factor:
     origin: Origin | None = None
 
     @property
-    def source(self) -> tuple[Any, Mapping[Axis, Steps]]:
-        """The value of the program that the factor holds, None if there is none, and the steps of its axes."""
-        if self.origin is not None and self.origin.array is self.array:
-            return self.origin.value, self.origin.steps
-        return self.plain, rows_first(self.axes)
+    def source(self) -> Origin:
+        """The value of the program that the factor holds, None if there is none, and how its axes go through it."""
+        known = self.origin is not None and self.origin.array is self.array
+        return self.origin if known and self.origin else Origin(self.plain, self.plain, rows_first(self.axes))
 
     @property
     def over(self) -> tuple[Axis, ...]:
@@ -188,9 +189,10 @@ def _split(term: Term, axis: Axis, parts: tuple[Axis, Axis]) -> Term | None:
             return None
         axes = tuple(_replaced(factor.axes, axis, parts))
         array = factor.array.reshape([a.size for a in axes])
-        value, steps = factor.source
-        halves = cut(steps[axis], parts[0].size) if axis in steps else None
-        origin = None if halves is None else Origin(array, value, {**steps, **dict(zip(parts, halves, strict=True))})
+        known = factor.source
+        halves = cut(known.steps[axis], parts[0].size) if axis in known.steps else None
+        steps = None if halves is None else {**known.steps, **dict(zip(parts, halves, strict=True))}
+        origin = None if steps is None else known._replace(array=array, steps=steps)
         factors.append(dataclasses.replace(factor, array=array, axes=axes, origin=origin))
     return Term(tuple(factors), tuple(tuple(_replaced(dim, axis, parts)) for dim in term.dims))
 
@@ -239,11 +241,11 @@ def entrywise(term: Term, change: Callable[[Array], Array]) -> Term | None:
     return dataclasses.replace(term, factors=(dataclasses.replace(factor, array=change(jnp.asarray(factor.plain))),))
 
 
-def along(term: Term, index: int, change: Callable[[Array, int], Array], size: int) -> Term | None:
+def along(term: Term, index: int, change: Change, size: int, start: int | None = None) -> Term | None:
     """A linear map that moves or drops the entries along one dimension (a pad, a slice, a flip).
 
-    ``change`` takes an array and the axis to act on. It must send zero to zero and must not mix entries, so that it can act on
-    each factor that has the axis.
+    ``change`` must send zero to zero and must not mix entries, so that it can act on each factor that has the axis. If it keeps
+    only the entries from ``start`` on, the factors still know where they are from.
     """
     if len(term.dims[index]) != 1:
         return None
@@ -256,7 +258,11 @@ def along(term: Term, index: int, change: Callable[[Array, int], Array], size: i
             return None
         else:
             axes = tuple(new if axis is old else axis for axis in factor.axes)
-            factors.append(dataclasses.replace(factor, array=change(factor.plain, factor.axes.index(old)), axes=axes))
+            array, known, origin = change(factor.plain, factor.axes.index(old)), factor.source, None
+            if start is not None and len(steps := known.steps.get(old, ())) == 1:
+                stride = steps[0][1]
+                origin = Origin(array, known.value, {**known.steps, new: ((size, stride),)}, known.start + start * stride)
+            factors.append(dataclasses.replace(factor, array=array, axes=axes, origin=origin))
     if not any(new in factor.over for factor in factors):
         return None
     return Term(tuple(factors), (*term.dims[:index], dim(new), *term.dims[index + 1 :]))
@@ -320,7 +326,7 @@ def _contracted(term: Term) -> bool:
 
 def _matched(left: Term, right: Term) -> tuple[Term, Term] | None:
     """Both terms, with their axes split so that dimensions of the same length are made of axes of the same sizes."""
-    fine = [_refined(a, b) for a, b in zip(_sizes(left), _sizes(right), strict=True)]
+    fine = [refined(a, b) for a, b in zip(_sizes(left), _sizes(right), strict=True)]
     made = []
     for term in (left, right):
         parts = [part if axes else () for part, axes in zip(fine, term.dims, strict=True)]
@@ -336,19 +342,6 @@ def _matched(left: Term, right: Term) -> tuple[Term, Term] | None:
 
 def _sizes(term: Term) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(axis.size for axis in axes) for axes in term.dims)
-
-
-def _refined(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The sizes of the common refinement of two factorisations of one dimension.
-
-    If one of the two has length one, they are those of the other; None if there is no common refinement.
-    """
-    if not a or not b:
-        return a or b
-    cuts = sorted({math.prod(a[:i]) for i in range(len(a) + 1)} | {math.prod(b[:i]) for i in range(len(b) + 1)})
-    if any(high % low for low, high in itertools.pairwise(cuts)):
-        return None
-    return tuple(high // low for low, high in itertools.pairwise(cuts))
 
 
 def fold(term: Term) -> Term:
