@@ -229,27 +229,25 @@ def check_centred(center: bool, batch: Batch, of: str) -> None:
         )
 
 
-def checked_weights(weights: Any, n: int) -> Float[Array, " n"]:
+def checked_weights(weights: Any, n: int, name: str = "weights") -> Float[Array, " n"]:
     """The weights as a floating array with one number per example; an error if they are known to be invalid."""
     if isinstance(weights, (list, tuple)):
         wrong = [i for i, weight in enumerate(weights) if not is_array(weight)]
         if wrong:
-            raise TypeError(f"`weights` holds {described(weights[wrong[0]])} at entry {wrong[0]}; expected {n} real numbers.")
+            raise TypeError(f"`{name}` holds {described(weights[wrong[0]])} at entry {wrong[0]}; expected {n} real numbers.")
     else:
-        check_numbers("`weights`", weights)
+        check_numbers(f"`{name}`", weights)
     _check_known(
-        "`weights`",
+        f"`{name}`",
         weights,
         "say how often an example counts. A factor that may be negative, such as an advantage, belongs to the loss: "
         "multiply the log-density by it in your own function, and give the Fisher no weights.",
     )
     weights = jnp.asarray(weights)
     if weights.shape != (n,):
-        raise ValueError(
-            f"`weights` has shape {weights.shape}, but there are {n} examples. Pass one weight each, shape ({n},)."
-        )
+        raise ValueError(f"`{name}` has shape {weights.shape}, but there are {n} examples. Pass one weight each, shape ({n},).")
     if jnp.issubdtype(weights.dtype, jnp.complexfloating):
-        raise TypeError(f"`weights` is complex ({weights.dtype}). Pass real, non-negative weights.")
+        raise TypeError(f"`{name}` is complex ({weights.dtype}). Pass real, non-negative weights.")
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         return weights.astype(jnp.result_type(float))
     return weights.astype(at_least_float32(weights.dtype))

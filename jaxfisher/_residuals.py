@@ -16,8 +16,9 @@ from jaxtyping import Array, Float, Scalar
 from jaxfisher._acceleration import acceleration
 from jaxfisher._distributions.normal import Normal
 from jaxfisher._divergence import kl
-from jaxfisher._examples import Batch, as_arrays, make_batch, num_examples
+from jaxfisher._examples import Batch, as_arrays, checked_weights, make_batch, num_examples
 from jaxfisher._fisher import exact_fisher
+from jaxfisher._linalg import power_of_two
 from jaxfisher._model import mean_loss, of_one_example
 from jaxfisher._once import once_for
 from jaxfisher._operators.operator import Operator
@@ -42,16 +43,6 @@ class _Value(Around):
         if isinstance(value, (float, jax.Array, np.ndarray)) and jnp.issubdtype(jnp.result_type(value), jnp.floating):
             return jnp.asarray(value)
         raise TypeError(f"residuals: a residual returned {described(value)}; expected a real floating array: {RESIDUAL}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Likelihood(Around):
-    """The log-density of a residual, up to a constant."""
-
-    value: _Value
-
-    def __call__(self, params: chex.ArrayTree, /, *point: Any) -> Scalar:
-        return -0.5 * jnp.sum(jnp.square(self.value(params, *point)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +80,7 @@ class Residuals:
 
         def one(kind: Residual, scale: Any, weights: Any, inputs: tuple[Any, ...]) -> Scalar:
             batch = make_batch(params, inputs, weights)
-            found: Scalar = scale * _half_squares(_Likelihood(_Value(kind)), params, batch)
+            found: Scalar = _half_squares(_Value(kind), params, batch, jnp.asarray(scale, batch.spec.dtype))
             return found
 
         return self._total(one, params, points, scales, weights)
@@ -157,8 +148,10 @@ class Residuals:
             inputs, scale = of_points[name], of_scales.get(name, 1.0)
             scale = nonnegative(f"scales[{name!r}]", scale, dtype)
             data = as_arrays(inputs if type(inputs) is tuple else (inputs,), f"points[{name!r}]")
-            num_examples(data, f"points[{name!r}]")
-            parts.append(one(kind, scale, of_weights.get(name), data))
+            n, weighed = num_examples(data, f"points[{name!r}]"), of_weights.get(name)
+            if weighed is not None:
+                weighed = checked_weights(weighed, n, f"weights[{name!r}]")
+            parts.append(one(kind, scale, weighed, data))
         # Operators are added as operators, and pytrees leaf by leaf.
         if isinstance(parts[0], Operator):
             return functools.reduce(lambda a, b: a + b, parts)
@@ -225,6 +218,13 @@ def residuals(kinds: Mapping[str, Residual], *, batch_size: int | None = None) -
 
 
 @once_for
-def _half_squares(likelihood: _Likelihood, params: Any, batch: Batch) -> Float[Array, ""]:
-    with of_one_example(likelihood.value.residual, "residual", params, batch.data):
-        return mean_loss(likelihood, params, batch.data, batch.weights)
+def _half_squares(value: _Value, params: Any, batch: Batch, scale: Scalar) -> Float[Array, ""]:
+    """The scale times half the mean square. The root of the scale, as a power of two, multiplies residuals before squares."""
+    root = power_of_two(jnp.sqrt(jnp.where(scale > 0, scale, 1)))
+
+    def scaled(params: chex.ArrayTree, /, *point: Any) -> Scalar:
+        residual = value(params, *point)
+        return -0.5 * jnp.sum(jnp.square(root.astype(residual.dtype) * residual))
+
+    with of_one_example(value.residual, "residual", params, batch.data):
+        return scale / root / root * mean_loss(scaled, params, batch.data, batch.weights)

@@ -382,6 +382,20 @@ def test_a_residual_may_be_an_array_of_numpy():
             jf.residuals({"fixed": lambda p, x, wrong=wrong: wrong}).loss(2.0, {"fixed": np.ones(4)})
 
 
+def test_a_loss_fits_in_float32_where_squares_of_residuals_do_not():
+    """Residuals of 1e25 at a scale of 1e-25, and the reverse, against float64; and the slope by the scale, also at zero."""
+    problem = jf.residuals({"a": lambda w, x: w * x})
+    for unit in (1e25, 1.0, 1e-25):
+        found = []
+        for dtype in (np.float32, np.float64):
+            x = np.asarray([unit, 2 * unit], dtype)
+            at = lambda w, c, x=x: problem.loss(w, {"a": x}, {"a": c})  # noqa: E731
+            found.append(jax.value_and_grad(at)(dtype(3), dtype(1 / unit)))
+        np.testing.assert_allclose(*found, rtol=1e-6)
+    slope = jax.grad(lambda c: problem.loss(2.0, {"a": np.ones(3)}, {"a": c}))
+    np.testing.assert_allclose([slope(0.0), slope(0.3)], 2.0, rtol=1e-15)
+
+
 def test_points_that_are_wrong_are_named_with_their_kind():
     problem = jf.residuals({"inside": lambda p, x: p * x, "edge": lambda p, x, y: p * x - y})
     for edge, error, says in (
@@ -393,3 +407,7 @@ def test_points_that_are_wrong_are_named_with_their_kind():
         for call in (problem.loss, problem.gauss_newton):
             with pytest.raises(error, match=says):
                 call(2.0, {"inside": np.ones(4), "edge": edge})
+    points = {"inside": np.ones(4), "edge": (np.ones(3), np.ones(3))}
+    for call in (problem.loss, problem.gauss_newton):
+        with pytest.raises(ValueError, match=r"`weights\['edge'\]` has shape \(2,\), but there are 3 examples"):
+            call(2.0, points, weights={"edge": np.ones(2)})
