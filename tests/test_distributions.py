@@ -308,6 +308,14 @@ def test_a_nan_target_is_not_hidden(case):
     assert all(np.any(np.isnan(leaf)) for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
+def test_keys_of_any_implementation_draw(implementation):
+    for case in CASES:
+        p, key = case.make(batch=(2,)), jax.random.key(0, impl=implementation)
+        draws = jax.eval_shape(lambda p, key: p.sample(key, (3,)), p, key)
+        assert draws.shape == (3, 2, *p.event_shape), case.name
+
+
 def test_what_stands_above_the_diagonal_is_ignored(key):
     case = next(case for case in CASES if case.family is jf.MultivariateNormal)
     p, q = case.make(), case.make_other()

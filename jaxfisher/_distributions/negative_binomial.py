@@ -30,6 +30,7 @@ from jaxfisher._distributions.special import (
     stirling,
 )
 from jaxfisher._distributions.stable import ratio
+from jaxfisher._tree import threefry_key
 
 _HALF_LOG_TWO_PI = 0.9189385332046727
 
@@ -113,7 +114,7 @@ class NegativeBinomial(Distribution):
         alpha, r = _dispersion(log_alpha)
         key_rate, key_count = jax.random.split(key)
         rate = jnp.exp(log_mean) * alpha * jax.random.gamma(key_rate, r, dtype=r.dtype)
-        return jax.random.poisson(key_count, rate, dtype=jnp.int32)
+        return jax.random.poisson(threefry_key(key_count), rate, dtype=jnp.int32)
 
     def kl(self, other: NegativeBinomial) -> Float[Array, "*batch"]:
         """The divergence between means at the dispersion of ``other``, and that between dispersions at the mean of ``self``."""

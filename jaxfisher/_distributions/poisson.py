@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, Shaped
 from jaxfisher._distributions.base import Distribution, family, one_of
 from jaxfisher._distributions.excess import exp_excess
 from jaxfisher._distributions.stable import working_dtype
+from jaxfisher._tree import threefry_key
 
 _HALF_LOG_TWO_PI = 0.9189385332046727
 _LARGE = 16
@@ -77,7 +78,8 @@ class Poisson(Distribution):
         return jnp.where(outside, -jnp.inf, log_prob).astype(self.log_rate.dtype)
 
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Int[Array, "*shape_and_batch"]:
-        return jax.random.poisson(key, jnp.broadcast_to(self.mean, shape + self.batch_shape), dtype=jnp.int32)
+        # JAX draws counts by threefry keys alone.
+        return jax.random.poisson(threefry_key(key), jnp.broadcast_to(self.mean, shape + self.batch_shape), dtype=jnp.int32)
 
     def kl(self, other: Poisson) -> Float[Array, "*batch"]:
         """``r log(r/r') - r + r'``, arranged so that equal rates leave no rounding."""
