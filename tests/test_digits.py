@@ -64,7 +64,8 @@ def points(name):
         q = np.clip(q, -34, 34)
     x = [draw(name, row, rng) for row in narrow(p)]
     more = zip(*DOMINATED[name], strict=True) if name in DOMINATED else [()] * 3
-    return tuple(narrow([*values, *rows]) for values, rows in zip((p, q, x), more, strict=True))
+    count = COUNT // 2 if name in DOMINATED else COUNT  # since mpmath takes long for these
+    return tuple(narrow([*values[:count], *rows]) for values, rows in zip((p, q, x), more, strict=True))
 
 
 def draw(name, p, rng):
