@@ -261,6 +261,9 @@ def _refined(
     told, down = system.factored.told, inverse_power(metric)
 
     def iterate(product: Map, b: Array) -> tuple[Array, tuple[Array, ...]]:
+        # A cotangent comes in units of its own, and the squares of its entries may overflow.
+        size = power_or_one(norm(b))
+        b = b * inverse_power(size)
         zero = jnp.zeros_like(b)
 
         def step(state: _Pass) -> _Pass:
@@ -283,7 +286,8 @@ def _refined(
         nothing, far = jnp.zeros((), b.dtype), jnp.asarray(jnp.finfo(b.dtype).max, b.dtype)
         begin = _Pass(zero, b, zero, zero, zero, jnp.asarray(True), far, zero, nothing, _stage(0), _stage(REFINING))
         end = while_loop(lambda state: state.stage != DONE, step, begin)
-        return end.y, (end.r, end.noise, jnp.maximum(end.error, norm(metric * end.z)))
+        error = jnp.maximum(end.error, norm(metric * end.z))
+        return end.y * size, (end.r * size, end.noise * size, error * size)
 
     return linear_solve(system.product, b, iterate)
 

@@ -259,3 +259,14 @@ def test_data_that_are_constants_of_a_program_are_taken_like_any():
         dense = {"diagonal": np.mean(rows**2, 0), "norms": np.sum(rows**2, 1), "gram": rows @ rows.T}
         for name, value in dense.items():
             np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5 * np.abs(value).min() + 1e-36, err_msg=name)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("scale", [1e-12, 1.0])
+def test_the_cotangent_of_an_undamped_solve_is_the_solve_of_the_cotangent(rows, scale):
+    """Also in float32 for small scores, whose units are large."""
+    x = jnp.array([[1.0, 2.0, 0.5], [0.5, -1.0, 1.0], [2.0, 1.0, 0.0], [1.0, 1.0, 1.0]], jnp.float32)[:rows]
+    F = jf.empirical_fisher(jnp.dot)(jnp.zeros(3, jnp.float32), jnp.float32(scale) * x)
+    ones = jnp.ones(3, jnp.float32)
+    back = jax.grad(lambda v: jnp.sum(F.solve(v, 0.0)))(ones)
+    np.testing.assert_allclose(back, F.solve(ones, 0.0), rtol=1e-4)
