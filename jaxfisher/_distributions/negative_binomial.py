@@ -30,6 +30,7 @@ from jaxfisher._distributions.special import (
     stirling,
 )
 from jaxfisher._distributions.stable import ratio
+from jaxfisher._linalg import square_root
 from jaxfisher._tree import threefry_key
 
 _HALF_LOG_TWO_PI = 0.9189385332046727
@@ -196,7 +197,7 @@ def _dispersion_information_root(log_mean: Array, log_alpha: Array) -> Array:
     # The square of x leaves nothing of the nodes further down.
     x, step = _nodes(log_mean, log_alpha, jnp.zeros_like(log_mean), -36.0 if log_mean.dtype == jnp.float64 else -20.0)
     size, w = _w(x, log_mean[..., None], log_alpha[..., None])
-    return jnp.sqrt(size[..., 0]) * jnp.sqrt(step * jnp.sum(jnp.square(x) * jnp.exp(-x) * w, axis=-1))
+    return square_root(size[..., 0]) * square_root(step * jnp.sum(jnp.square(x) * jnp.exp(-x) * w, axis=-1))
 
 
 def _w(x: Array, log_mean: Array, log_alpha: Array) -> tuple[Array, Array]:
@@ -211,7 +212,7 @@ def _w(x: Array, log_mean: Array, log_alpha: Array) -> tuple[Array, Array]:
     # Each form is evaluated where it holds, so that no derivative of the other is NaN.
     weak = strength < 1
     size, excess = jnp.where(weak, strength, 1), jnp.where(weak, 1, strength)
-    far = ratio(_w_at_large_m(jnp.where(low, 1, x), alpha, strength), size)
+    far = ratio(_w_at_large_m(jnp.where(low, 1, x), alpha, strength), jnp.where(low, 1, size))
     return size, jnp.where(low, _w_at_small_m(jnp.where(low, x, 0), alpha, strength, excess), far)
 
 
