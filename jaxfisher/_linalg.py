@@ -253,19 +253,19 @@ def power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.lax.reduce_precision(jax.lax.stop_gradient(x), jnp.finfo(x.dtype).nexp, 0)
 
 
-def _as_it_is(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def as_it_is(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The same numbers, in a form that XLA does not recognise as a product or quotient."""
     return jnp.where(x == x, x, jnp.nan)  # noqa: PLR0124
 
 
 def twice(x: Scalar, factor: Float[Array, "..."]) -> Float[Array, "..."]:
     """``x * factor * factor``, from left to right: for a constant x, XLA would square the factor, which may overflow."""
-    return _as_it_is(x * factor) * factor
+    return as_it_is(x * factor) * factor
 
 
 def squared(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """``x^2`` of a product or quotient. If it has a constant, XLA would square the factors one by one, which may overflow."""
-    return jnp.square(_as_it_is(x))
+    return jnp.square(as_it_is(x))
 
 
 def power_or_one(size: Scalar) -> Scalar:
@@ -291,6 +291,18 @@ def square_root(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def _square_root_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     root, zero = square_root(*primals), primals[0] == 0
     return root, jnp.where(zero, 0, 0.5 * tangents[0] / jnp.where(zero, 1, root))
+
+
+@jax.custom_jvp
+def without_derivative(x: Float[Array, "..."], where: Bool[Array, "..."]) -> Float[Array, "..."]:
+    """The same numbers, whose derivative is NaN at some places."""
+    return x
+
+
+@without_derivative.defjvp
+def _without_derivative_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    # A product, which stays NaN when it is transposed.
+    return without_derivative(*primals), tangents[0] * jnp.where(primals[1], jnp.nan, 1)
 
 
 def norm(x: Float[Array, " m"]) -> Scalar:

@@ -80,7 +80,7 @@ class Residuals:
 
         def one(kind: Residual, scale: Any, weights: Any, inputs: tuple[Any, ...]) -> Scalar:
             batch = make_batch(params, inputs, weights)
-            found: Scalar = _half_squares(_Value(kind), params, batch, jnp.asarray(scale, batch.spec.dtype))
+            found: Scalar = _half_squares(_Value(kind), params, batch, scale)
             return found
 
         return self._total(one, params, points, scales, weights)

@@ -136,7 +136,7 @@ def test_a_step_is_a_small_program():
     for text in (lean.as_text(), refined.as_text()):
         assert "across dimensions = []" not in text, "a sum over nothing"
         assert "stablehlo.pad" not in text, "a block padded by nothing"
-    assert instructions(lean.compile().as_text()) < 690
+    assert instructions(lean.compile().as_text()) < (690 if jax.__version_info__ == (0, 10, 2) else 660)
     assert instructions(refined.compile().as_text()) < 1310
 
 

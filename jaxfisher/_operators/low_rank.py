@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, Scalar
+from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
 from jaxfisher._engine import Basis
-from jaxfisher._linalg import are_apart, matmul, mirrored, norm, pairs_of_rule, to_unit
+from jaxfisher._linalg import are_apart, matmul, mirrored, norm, pairs_of_rule, to_unit, without_derivative
 from jaxfisher._once import Static, once
 from jaxfisher._operators.form import Form, small_matrix
 from jaxfisher._operators.from_scores import FromScores, Scaled
@@ -58,11 +58,11 @@ class LowRank(Spectral):
         of f times as much, where the vectors alone give ``f(values)``.
         """
         values, images = self.values, function(self.values)
-        gap, mean = values[:, None] - values[None, :], _mean(values)
+        gap, mean = values[:, None] - values[None, :], pair_means(values)
         equal = jnp.abs(gap) <= jnp.finfo(values.dtype).eps ** 0.5 * jnp.abs(mean)
         _, slope = jax.jvp(function, (mean,), (jnp.ones_like(mean),))
         slope = jnp.where(equal, slope, (images[:, None] - images[None, :]) / jnp.where(equal, 1, gap))
-        return (mean - self.floor) * slope - _mean(images)
+        return (mean - self.floor) * slope - pair_means(images)
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -100,7 +100,8 @@ class LowRank(Spectral):
         return dataclasses.replace(self, values=factor * self.values, floor=factor * self.floor)
 
 
-def _mean(values: Float[Array, " k"]) -> Float[Array, "k k"]:
+def pair_means(values: Float[Array, " k"]) -> Float[Array, "k k"]:
+    """The mean of each two values."""
     return 0.5 * (values[:, None] + values[None, :])
 
 
@@ -270,23 +271,9 @@ def _moved(
     turned = jnp.where(inside & near, equal(change, one, jnp.where(two > 0, two, 1)), jnp.where(two != one, apart, 0))
     moved = jnp.diagonal(change, rank - values.size)
     zero = values[-rank:] == 0
-    tangents = _differentiable_once(jnp.where(zero, 0, moved), zero), matmul(vectors, jnp.where(same, 0, turned))
+    # An eigenvalue of zero has a second derivative, and with it come vectors that depend on the direction of the change.
+    tangents = without_derivative(jnp.where(zero, 0, moved), zero), matmul(vectors, jnp.where(same, 0, turned))
     return (values[-rank:], vectors[:, -rank:]), tangents
-
-
-@jax.custom_jvp
-def _differentiable_once(tangent: Float[Array, " k"], where: Bool[Array, " k"]) -> Float[Array, " k"]:
-    """The tangent, whose own derivative is NaN at some places.
-
-    An eigenvalue of zero has a second derivative, and with it come vectors that depend on the direction of the change.
-    """
-    return tangent
-
-
-@_differentiable_once.defjvp
-def _differentiable_once_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
-    # A product, which stays NaN when it is transposed.
-    return _differentiable_once(*primals), tangents[0] * jnp.where(primals[1], jnp.nan, 1)
 
 
 def nystrom(fisher: Operator, key: PRNGKeyArray, rank: int) -> Operator:

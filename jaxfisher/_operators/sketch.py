@@ -13,7 +13,7 @@ from jaxfisher._linalg import matmul, mirrored, square_root
 from jaxfisher._operators.averaging import mean_of
 from jaxfisher._operators.form import Form
 from jaxfisher._operators.identity import Shifted
-from jaxfisher._operators.low_rank import LowRank, largest_of, pairs_of_gram, with_angles
+from jaxfisher._operators.low_rank import LowRank, largest_of, pair_means, pairs_of_gram, with_angles
 from jaxfisher._operators.operator import Operator, viewed
 from jaxfisher._pytree import array_fields
 
@@ -93,7 +93,7 @@ def _made(values: Float[Array, " m"], vectors: Float[Array, "p m"], rank: int, e
     values, vectors = values[max(extra, 0) :], vectors[:, max(extra, 0) :]
     kept = values - left
     # A change of F between vectors of equal value is in their angle, by the value times it, see `_largest_jvp`.
-    means = [0.5 * (x[:, None] + x[None, :]) for x in (values, kept)]
+    means = [pair_means(x) for x in (values, kept)]
     vectors = with_angles(vectors, jnp.where(means[1] > 0, means[0] / jnp.where(means[1] > 0, means[1], 1), 1))
     return Sketch(vectors, kept, jnp.zeros((), values.dtype), like.spec, error + left)
 

@@ -16,6 +16,7 @@ from jaxfisher._distributions.laplace import Laplace
 from jaxfisher._distributions.multivariate_normal import MultivariateNormal
 from jaxfisher._distributions.normal import Normal
 from jaxfisher._distributions.poisson import Poisson
+from jaxfisher._linalg import without_derivative
 from jaxfisher.geometry._families import matched
 
 
@@ -58,15 +59,9 @@ def _exponential(p: Exponential, q: Exponential) -> Array:
     return jnp.abs(p.log_rate - q.log_rate)
 
 
-@jax.custom_jvp
 def _without_slope_at_zero(length: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """The distance, whose derivative at zero is NaN: it has none there, and the rules of JAX give any of several numbers."""
-    return length
-
-
-@_without_slope_at_zero.defjvp
-def _without_slope_at_zero_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return _without_slope_at_zero(*primals), tangents[0] * jnp.where(primals[0] == 0, jnp.nan, 1)
+    return without_derivative(length, length == 0)
 
 
 DISTANCES: dict[type, Callable[[Any, Any], Array]] = {
@@ -89,7 +84,7 @@ def distance(p: Any, q: Any) -> Float[Array, "*batch"]:
     two.
 
     **When it is the wrong tool.** It bounds no errors; use the KL divergence for that. It has no derivative where p equals q:
-    JAX gives NaN, also for the Hessian of its square. That is twice the Fisher, as the Hessian of ``2 KL`` is.
+    JAX gives NaN, also for the Hessian of its square, which is twice the Fisher. Take the Hessian of ``2 KL`` instead.
 
     Args:
         p: a distribution: Normal, Laplace, Bernoulli, Categorical, Poisson or Exponential.

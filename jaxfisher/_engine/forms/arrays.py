@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxfisher._linalg import matmul
+from jaxfisher._linalg import as_it_is, matmul
 from jaxfisher._tree import HIGHEST
 
 TILE = 2**22
@@ -41,8 +41,7 @@ def sealed(x: Array) -> Array:
     was never written. An optimisation barrier does not prevent the fusion. To JAX a comparison is not linear, but the solution
     of a linear system is, here of ``I y = x``, and so `jax.linear_transpose` accepts it.
     """
-    apart = lambda _, b: jnp.where(b == b, b, jnp.nan)  # noqa: E731, PLR0124
-    made: Array = jax.lax.custom_linear_solve(lambda y: y, x, apart, symmetric=True)
+    made: Array = jax.lax.custom_linear_solve(lambda y: y, x, lambda _, b: as_it_is(b), symmetric=True)
     return made
 
 
